@@ -1,0 +1,1 @@
+"""Reading and writing checkpoints: headers, sources, the streaming writer, the output directory."""

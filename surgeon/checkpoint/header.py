@@ -1,0 +1,147 @@
+"""The safetensors header: read it strictly, write it with room to align the data behind it.
+
+The format: 8 bytes (little-endian header length), a JSON object, then the data. Everything that the format
+forbids is refused here with one sentence, because the tools around us do not: a duplicate key, for one, is
+accepted by the reference implementation, and readers then disagree on which of the two is the tensor.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+from surgeon.checkpoint.spec import DTYPE_BITS, TensorSpec
+from surgeon.errors import CheckpointError
+
+MAX_HEADER_BYTES = 100_000_000  # safetensors: MAX_HEADER_SIZE
+DOWNLOAD_HINT = "The file is damaged or was not written whole; fetch it again."
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """A tensor in one file: its spec, and the half-open byte range that it takes, counted from the file's start."""
+
+    spec: TensorSpec
+    start: int
+    end: int
+
+
+def read_header(path: Path) -> dict[str, Entry]:
+    """Return the tensors of a safetensors file in the order of their data.
+
+    Raises CheckpointError when the file is not sound; memory and time are bounded by the header's real size.
+    """
+    try:
+        with path.open("rb") as file:
+            file_size = file.seek(0, 2)
+            file.seek(0)
+            length = header_length(file.read(8), file_size=file_size, where=path.name)
+            raw = file.read(length)
+    except OSError as error:
+        raise CheckpointError(f"cannot read {path}: {error.strerror}") from error
+    return parse_header(raw, file_size=file_size, where=path.name)
+
+
+def header_length(prefix: bytes, *, file_size: int, where: str) -> int:
+    """Return the header's length in bytes, from the first 8 bytes of a file of `file_size` bytes."""
+    if len(prefix) < 8:
+        _refuse(where, f"is {file_size} bytes long, too short for a safetensors header")
+    length = int.from_bytes(prefix, "little")
+    if length > MAX_HEADER_BYTES:
+        _refuse(where, f"claims a header of {length} bytes; the format allows {MAX_HEADER_BYTES}")
+    if length > file_size - 8:
+        _refuse(where, f"is truncated: its header needs {length} bytes, the file has {max(file_size - 8, 0)}")
+    return length
+
+
+def parse_header(raw: bytes, *, file_size: int, where: str) -> dict[str, Entry]:
+    """Return the tensors that the header `raw` describes, in the order of their data in a file of `file_size` bytes."""
+    if not raw.startswith(b"{"):
+        _refuse(where, "has no safetensors header: it does not begin with '{'")
+    try:
+        header = json.loads(raw.decode("utf-8"), object_pairs_hook=_without_duplicates)
+    except _DuplicateKeyError as error:
+        _refuse(where, f"has two entries {error.args[0]!r} in its header")
+    except (ValueError, RecursionError) as error:  # ValueError: not UTF-8, not JSON, or a number beyond all measure
+        _refuse(where, f"has a header that is not JSON: {error}")
+    metadata = header.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        _refuse(where, "has a __metadata__ that does not map strings to strings")
+
+    data_start = 8 + len(raw)
+    entries = {name: _entry(name, value, data_start, where) for name, value in header.items()}
+    entries = dict(sorted(entries.items(), key=lambda item: (item[1].start, item[1].end)))
+    _check_tiling(entries, data_start, file_size, where)
+    return entries
+
+
+def format_header(tensors: Mapping[str, TensorSpec], *, align: int = 0) -> bytes:
+    """Return the length prefix and header for `tensors` laid out in the mapping's order, data included from offset 0.
+
+    The header is padded with spaces so that the data begins at `align` modulo 4096 (rounded up to a multiple of 8):
+    a kernel copies whole pages only between offsets that agree modulo the page size.
+    """
+    fields: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for name, spec in tensors.items():
+        fields[name] = {
+            "dtype": spec.dtype,
+            "shape": list(spec.shape),
+            "data_offsets": [offset, offset + spec.nbytes],
+        }
+        offset += spec.nbytes
+    text = json.dumps(fields, separators=(",", ":"), ensure_ascii=False).encode("utf-8")
+    padding = (align - (8 + len(text))) % 4096
+    padding += -(8 + len(text) + padding) % 8
+    return (len(text) + padding).to_bytes(8, "little") + text + b" " * padding
+
+
+def _entry(name: str, value: Any, data_start: int, where: str) -> Entry:
+    if not isinstance(value, dict) or set(value) != {"dtype", "shape", "data_offsets"}:
+        _refuse(where, f"describes {name!r} by something other than dtype, shape and data_offsets")
+    dtype, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
+    if not isinstance(dtype, str) or dtype not in DTYPE_BITS:
+        _refuse(where, f"gives {name!r} the unknown dtype {dtype!r}")
+    if not _are_counts(shape):
+        _refuse(where, f"gives {name!r} the impossible shape {shape!r}")
+    if not _are_counts(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
+        _refuse(where, f"gives {name!r} the impossible data_offsets {offsets!r}")
+    spec = TensorSpec(dtype, tuple(shape))
+    if spec.num_parameters * DTYPE_BITS[dtype] != 8 * (offsets[1] - offsets[0]):
+        _refuse(where, f"gives {name!r} {offsets[1] - offsets[0]} bytes; {dtype} {shape} needs {spec.nbytes}")
+    return Entry(spec, data_start + offsets[0], data_start + offsets[1])
+
+
+def _are_counts(value: Any) -> bool:
+    return isinstance(value, list) and all(type(item) is int and 0 <= item < 2**63 for item in value)
+
+
+def _check_tiling(entries: Mapping[str, Entry], data_start: int, file_size: int, where: str) -> None:
+    """Refuse data that overlaps, leaves a hole, or does not end where the file ends."""
+    expected = data_start
+    for name, entry in entries.items():
+        if entry.start != expected:
+            what = "overlaps the tensor before it" if entry.start < expected else "leaves a hole before it"
+            _refuse(where, f"stores {name!r} where it {what}")
+        expected = entry.end
+    if expected > file_size:
+        _refuse(where, f"is truncated: its tensors end at byte {expected}, the file at {file_size}")
+    if expected < file_size:
+        _refuse(where, f"has {file_size - expected} bytes after its last tensor")
+
+
+class _DuplicateKeyError(ValueError):
+    pass
+
+
+def _without_duplicates(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+    result = dict(pairs)
+    if len(result) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise _DuplicateKeyError(next(name for name in names if names.count(name) > 1))
+    return result
+
+
+def _refuse(where: str, what: str) -> NoReturn:
+    raise CheckpointError(f"{where} {what}", hint=DOWNLOAD_HINT)

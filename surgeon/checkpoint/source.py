@@ -1,0 +1,258 @@
+"""Where a checkpoint comes from. A source answers two questions: *headers*, and *these byte ranges*.
+
+Nothing above this seam knows whether it has a directory, the Hub, or a pickle. `Source.fetch` may be answered by a
+whole file, or by a sparse one in which only the ranges asked for are filled: the caller reads nothing else.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path, PurePosixPath
+from typing import Any, Protocol
+
+from surgeon.checkpoint.header import Entry, read_header
+from surgeon.checkpoint.spec import CheckpointSpec, TensorSpec
+from surgeon.errors import CheckpointError
+
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+CONFIG = "config.json"
+FINGERPRINT_BYTES = 512
+
+# Files that hold weights of this model in some form; a surgery makes them stale, so they never travel.
+WEIGHT_SUFFIXES = frozenset(
+    [
+        ".safetensors",
+        ".bin",
+        ".pt",
+        ".pth",
+        ".ckpt",
+        ".gguf",
+        ".ggml",
+        ".h5",
+        ".msgpack",
+        ".ot",
+        ".onnx",
+        ".onnx_data",
+        ".tflite",
+        ".mlmodel",
+        ".npz",
+        ".distcp",
+    ]
+)
+WEIGHT_INDEXES = (".safetensors.index.json", ".bin.index.json")
+CARD = "README.md"
+RECEIPT = "surgeon.json"
+
+
+@dataclass(frozen=True, slots=True)
+class StoredTensor:
+    """A tensor and the half-open byte range [start, end) that it takes in `file`."""
+
+    spec: TensorSpec
+    file: str
+    start: int
+    end: int
+
+
+class Source(Protocol):
+    """A checkpoint to read from. Frozen: asking twice gives the same answer."""
+
+    @property
+    def label(self) -> str:
+        """The checkpoint as the user named it."""
+
+    @property
+    def config(self) -> Mapping[str, Any]:
+        """config.json, parsed."""
+
+    @property
+    def tensors(self) -> Mapping[str, StoredTensor]:
+        """Every tensor of the checkpoint, by name."""
+
+    @property
+    def companions(self) -> Sequence[str]:
+        """The files that go with the weights (tokenizer, chat template, licence ...), by their relative POSIX path."""
+
+    def fetch(self, file: str, ranges: Sequence[tuple[int, int]] | None = None) -> Path:
+        """Return a local file that holds `ranges` of `file` at their own offsets (None: all of it)."""
+
+    def provenance(self) -> dict[str, Any]:
+        """Return what identifies these weights: an id and a commit, or a path and a fingerprint."""
+
+
+def spec_of(source: Source) -> CheckpointSpec:
+    """Return what a plan is decided from."""
+    return CheckpointSpec(source.config, {name: stored.spec for name, stored in source.tensors.items()})
+
+
+@dataclass(frozen=True)
+class LocalSource:
+    """A checkpoint directory as transformers writes it."""
+
+    directory: Path
+    label: str
+
+    @cached_property
+    def config(self) -> Mapping[str, Any]:
+        return read_config(self.directory / CONFIG)
+
+    @cached_property
+    def tensors(self) -> Mapping[str, StoredTensor]:
+        if (self.directory / INDEX).is_file():
+            return self._sharded()
+        if not (self.directory / WEIGHTS).exists():
+            raise CheckpointError(f"{self.directory} has no {WEIGHTS}", hint=self._hint_without_weights())
+        return {name: stored(WEIGHTS, entry) for name, entry in read_header(self.directory / WEIGHTS).items()}
+
+    @cached_property
+    def companions(self) -> Sequence[str]:
+        files = (path for path in sorted(self.directory.rglob("*")) if path.is_file())
+        relative = (path.relative_to(self.directory).as_posix() for path in files)
+        return [name for name in relative if is_companion(name)]
+
+    def fetch(self, file: str, ranges: Sequence[tuple[int, int]] | None = None) -> Path:
+        return self.directory / file
+
+    def provenance(self) -> dict[str, Any]:
+        return {"path": str(self.directory.resolve()), "fingerprint": fingerprint(self)}
+
+    def _sharded(self) -> Mapping[str, StoredTensor]:
+        weight_map = read_index(self.directory / INDEX)
+        shards = sorted(set(weight_map.values()))
+        for number, shard in enumerate(shards, start=1):
+            if not (self.directory / shard).exists():
+                raise CheckpointError(f"shard {number} of {len(shards)} is missing: {self.directory / shard}")
+        return assemble({shard: read_header(self.directory / shard) for shard in shards}, weight_map)
+
+    def _hint_without_weights(self) -> str | None:
+        others = sorted(self.directory.glob("pytorch_model*.bin")) + sorted(self.directory.glob("*.gguf"))
+        if others and others[0].suffix == ".gguf":
+            return f"surgeon convert {others[0]}"
+        if others:
+            return f"surgeon convert {self.directory}"
+        if (self.directory / "adapter_config.json").is_file():
+            return "This is a PEFT adapter; merge it into its base model first."
+        return None
+
+
+def open_directory(directory: Path, *, label: str | None = None) -> LocalSource:
+    """Return the checkpoint in `directory`. Reads nothing yet but checks that the directory can be one.
+
+    Raises CheckpointError when it is not a directory, or has no config.json.
+    """
+    name = label or str(directory)
+    if not directory.exists():
+        raise CheckpointError(f"no such directory: {name}")
+    if not directory.is_dir():
+        hint = (
+            f"surgeon convert {name}" if directory.suffix in (".gguf", ".bin") else "Name the directory that holds it."
+        )
+        raise CheckpointError(f"{name} is a file; a checkpoint is a directory", hint=hint)
+    if not (directory / CONFIG).is_file():
+        raise CheckpointError(f"{name} is not a checkpoint: it has no {CONFIG}")
+    return LocalSource(directory, name)
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """Return config.json as a dictionary. Raises CheckpointError when it is not one."""
+    config = _read_json(path)
+    if not isinstance(config, dict):
+        raise CheckpointError(f"{path} is not a model config: it holds a {type(config).__name__}, not an object")
+    return config
+
+
+def read_index(path: Path) -> dict[str, str]:
+    """Return the weight map (tensor to shard) of an index file.
+
+    Raises CheckpointError when there is none, or when a shard's name leaves the directory: readers that trust such
+    a name load, and republish, whatever file it points to.
+    """
+    index = _read_json(path)
+    weight_map = index.get("weight_map") if isinstance(index, dict) else None
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(f"{path} has no weight_map")
+    for name, shard in weight_map.items():
+        if not isinstance(shard, str) or not _is_plain_name(shard):
+            raise CheckpointError(
+                f"{path} places {name!r} in {shard!r}, outside the checkpoint",
+                hint="Do not use this checkpoint: an honest index names only files beside itself.",
+            )
+    return weight_map
+
+
+def assemble(headers: Mapping[str, Mapping[str, Entry]], weight_map: Mapping[str, str]) -> dict[str, StoredTensor]:
+    """Return all tensors of a sharded checkpoint, after checking that headers and index say the same.
+
+    Raises CheckpointError naming the first tensor that only one of them has, or that two shards have.
+    """
+    tensors: dict[str, StoredTensor] = {}
+    for shard, entries in headers.items():
+        for name, entry in entries.items():
+            if name in tensors:
+                raise CheckpointError(f"{name!r} is stored twice, in {tensors[name].file} and in {shard}")
+            if weight_map.get(name) != shard:
+                place = f"in {weight_map[name]}" if name in weight_map else "nowhere"
+                raise CheckpointError(f"{shard} holds {name!r}, but {INDEX} places it {place}")
+            tensors[name] = stored(shard, entry)
+    if absent := next((name for name in weight_map if name not in tensors), None):
+        raise CheckpointError(f"{INDEX} places {absent!r} in {weight_map[absent]}, which does not hold it")
+    return tensors
+
+
+def stored(file: str, entry: Entry) -> StoredTensor:
+    """Return the header entry of one file as a tensor of the checkpoint."""
+    return StoredTensor(entry.spec, file, entry.start, entry.end)
+
+
+def is_companion(relative: str) -> bool:
+    """Return whether a file of a checkpoint's repository goes with the model into a result.
+
+    Tokenizers, templates, licences and code do; weights in any format, hidden files and training leftovers do not.
+    The model card is one, though a surgery rewrites it: it knows the licence.
+    """
+    path = PurePosixPath(relative)
+    if any(part.startswith(".") for part in path.parts) or path.parts[0].startswith(("checkpoint-", "runs")):
+        return False
+    if relative in (CONFIG, RECEIPT) or relative.endswith(WEIGHT_INDEXES):
+        return False
+    return path.suffix.lower() not in WEIGHT_SUFFIXES
+
+
+def fingerprint(source: Source) -> str:
+    """Return the SHA-256 that identifies a checkpoint's weights: "sha256-sampled:" and 64 hex digits.
+
+    It covers the config, every tensor's name, dtype and shape, and the first 512 bytes of each tensor's data: a
+    training step changes it, and finding it costs no pass over the weights. It is no proof against tampering.
+    """
+    digest = hashlib.sha256(json.dumps(source.config, sort_keys=True).encode())
+    by_file: dict[str, list[tuple[int, int]]] = {}
+    for item in source.tensors.values():
+        by_file.setdefault(item.file, []).append((item.start, min(item.end, item.start + FINGERPRINT_BYTES)))
+    handles = {file: os.open(source.fetch(file, ranges), os.O_RDONLY) for file, ranges in by_file.items()}
+    try:
+        for name, item in sorted(source.tensors.items()):
+            digest.update(f"\0{name}\0{item.spec.dtype}{list(item.spec.shape)}\0".encode())
+            digest.update(os.pread(handles[item.file], min(FINGERPRINT_BYTES, item.end - item.start), item.start))
+    finally:
+        for handle in handles.values():
+            os.close(handle)
+    return f"sha256-sampled:{digest.hexdigest()}"
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise CheckpointError(f"{path} is not JSON: {error.msg} at line {error.lineno}") from error
+    except (UnicodeDecodeError, RecursionError) as error:
+        raise CheckpointError(f"{path} is not JSON: {error}") from error
+    except OSError as error:
+        raise CheckpointError(f"cannot read {path}: {error.strerror}") from error
+
+
+def _is_plain_name(name: str) -> bool:
+    return bool(name) and name not in (".", "..") and not any(char in name for char in "/\\\0") and ":" not in name

@@ -1,0 +1,34 @@
+"""Everything that surgeon raises on purpose.
+
+SurgeonError
+├── CheckpointError   a source that is missing, damaged or not a checkpoint
+├── HubError          the Hub could not be reached, or has no such thing
+├── PlanError         a surgery that the model's code cannot express, or that contradicts itself
+└── OutputError       the result cannot be written: it exists, the disk is full, no permission
+
+Anything else that escapes is a defect of surgeon.
+"""
+
+
+class SurgeonError(Exception):
+    """A mistake or a misfortune that the user can mend: one sentence, and a hint to type or to read."""
+
+    def __init__(self, message: str, *, hint: str | None = None) -> None:
+        super().__init__(message)
+        self.hint = hint
+
+
+class CheckpointError(SurgeonError):
+    """The source is missing, damaged, or not a checkpoint."""
+
+
+class HubError(SurgeonError):
+    """The Hub could not be reached, or does not have (or does not show) what was asked for."""
+
+
+class PlanError(SurgeonError):
+    """The surgery is refused: this model's code cannot express its result, or the request contradicts itself."""
+
+
+class OutputError(SurgeonError):
+    """The result cannot be written."""
