@@ -1,0 +1,177 @@
+"""What a checkpoint is: its layer stacks, its family and sizes, and for every tensor its row in the family's table.
+
+Reading an anatomy is also the check that a checkpoint is whole: each tensor is accounted for, by name and by shape.
+"""
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from surgeon.anatomy.axes import shape
+from surgeon.anatomy.config import model_type
+from surgeon.anatomy.families import FAMILIES, Family, Row, Rows
+from surgeon.anatomy.stacks import Stack, find_stacks
+from surgeon.checkpoint.spec import CheckpointSpec
+from surgeon.errors import CheckpointError, PlanError
+
+Part = Literal["embedding", "attention", "mlp", "norm", "buffer"]
+
+_EXPERT = re.compile(r"\.experts\.\d+\.")
+
+
+@dataclass(frozen=True)
+class Anatomy:
+    """A checkpoint, understood. Without a `family` there is no table: depth can be changed, width and parts cannot."""
+
+    spec: CheckpointSpec
+    model_type: str
+    stacks: tuple[Stack, ...]
+    family: Family | None
+    sizes: Mapping[str, int]  # axis: size; empty without a family
+
+    @property
+    def depth(self) -> int:
+        """The number of layers (of each stack: where they differ, no surgery counts layers)."""
+        return self.stacks[0].depth
+
+    def require_family(self) -> Family:
+        """Return the family. Raises PlanError when the model type has no table."""
+        if self.family is None:
+            quantized = "quantization_config" in self.spec.config
+            what = "a quantized checkpoint" if quantized else f"model type {self.model_type!r}"
+            raise PlanError(
+                f"{what} has no table of its tensors, so only whole layers can be moved",
+                hint=f"Model types with a table: {', '.join(FAMILIES)}.",
+            )
+        return self.family
+
+    def row(self, name: str) -> tuple[Row, Part]:
+        """Return the table's row of one of this checkpoint's tensors, and the part that it belongs to."""
+        place = _find_row(self.require_family(), self.stacks[0], name)
+        assert place is not None, f"read_anatomy lets no unknown tensor pass: {name}"
+        return place
+
+
+def read_anatomy(spec: CheckpointSpec) -> Anatomy:
+    """Return the anatomy of a checkpoint, after checking every tensor against its family's table where there is one.
+
+    Raises CheckpointError naming the first tensor that is unknown, missing or of another shape than the config says.
+    """
+    name = model_type(spec.config)
+    stacks = find_stacks(spec.config, spec.tensors)
+    family = FAMILIES.get(name)
+    if family is None or "quantization_config" in spec.config:  # the tables describe unquantized files
+        return Anatomy(spec, name, stacks, None, {})
+    if stacks[0].prefix not in (family.layers, family.layers.removeprefix(family.base)):
+        raise CheckpointError(f"the layers are called {stacks[0].prefix}*, those of a {name} model {family.layers}*")
+    sizes = _sizes(family, spec.config)
+    _check_present(family, stacks[0], spec, sizes)
+    _check_missing(family, stacks[0], spec, sizes)
+    return Anatomy(spec, name, stacks, family, sizes)
+
+
+def _find_row(family: Family, stack: Stack, name: str) -> tuple[Row, Part] | None:
+    if place := stack.locate(name):
+        inside = _EXPERT.sub(".experts.{}.", place[1])
+        tables: list[tuple[Part, Rows]] = [("attention", family.attention), ("norm", family.norm)]
+        tables += [("mlp", rows) for rows in family.mlp]
+    else:
+        inside = name if name in family.embedding or name.startswith(family.base) else family.base + name
+        tables = [("embedding", family.embedding), ("norm", family.final_norm)]
+    for part, rows in tables:
+        if row := rows.get(inside):
+            return row, "buffer" if row.kind == "buffer" else part
+    return None
+
+
+def _sizes(family: Family, config: Mapping[str, Any]) -> dict[str, int]:
+    """Return the size of every axis that the config gives. Raises CheckpointError for what is no positive number."""
+    sizes: dict[str, int] = {}
+    for axis, keys in family.sizes.items():
+        if key := next((key for key in keys if config.get(key) is not None), None):
+            if type(config[key]) is not int or config[key] < 1:
+                raise CheckpointError(f"config.json says {key} = {config[key]!r}, not a positive number")
+            sizes[axis] = config[key]
+    for axis, (factor, other) in family.default_sizes.items():
+        if other in sizes:
+            sizes.setdefault(axis, factor * sizes[other])
+    for axis in ("hidden", "heads", "vocab", "ffn"):
+        if axis not in sizes:
+            raise CheckpointError(f"config.json does not say {family.sizes[axis][0]}")
+    hidden, heads, kv_heads = sizes["hidden"], sizes["heads"], sizes["kv_heads"]
+    if heads % kv_heads:
+        raise CheckpointError(f"config.json says {heads} attention heads, not a multiple of {kv_heads} key-value heads")
+    if "head_dim" not in sizes and hidden % heads:
+        raise CheckpointError(f"config.json says hidden size {hidden}, not a multiple of {heads} attention heads")
+    return {"head_dim": hidden // heads} | sizes | {"group": heads // kv_heads}
+
+
+def _check_present(family: Family, stack: Stack, spec: CheckpointSpec, sizes: Mapping[str, int]) -> None:
+    """Refuse a tensor that the table does not know, or whose shape is not what the config implies."""
+    for name, tensor in spec.tensors.items():
+        place = _find_row(family, stack, name)
+        if place is None or not _may_exist(place[0], spec.config, sizes):
+            raise CheckpointError(
+                f"{name!r} is not a tensor of a {model_type(spec.config)} model with this config.json"
+            )
+        row, part = place
+        if part == "buffer":
+            continue
+        try:
+            expected = shape(row.axes, sizes)
+        except KeyError as error:
+            raise CheckpointError(f"{name!r} has an axis {error} whose size config.json does not give") from error
+        if tensor.shape != expected:
+            raise CheckpointError(f"{name!r} is {list(tensor.shape)}, but config.json implies {list(expected)}")
+
+
+def _check_missing(family: Family, stack: Stack, spec: CheckpointSpec, sizes: Mapping[str, int]) -> None:
+    """Refuse a checkpoint that lacks a tensor: a loader would fill it with random numbers."""
+    for name in _expected(family, stack, spec, sizes):
+        if name not in spec.tensors:
+            raise CheckpointError(f"the checkpoint has no tensor {name!r}")
+
+
+def _expected(family: Family, stack: Stack, spec: CheckpointSpec, sizes: Mapping[str, int]) -> Iterator[str]:
+    """Yield every name that a checkpoint of this family, with this config, must have."""
+    config, present = spec.config, spec.tensors
+    saved_with_base = stack.prefix == family.layers
+    for name, row in {**family.embedding, **family.final_norm}.items():
+        stored = name if saved_with_base else name.removeprefix(family.base)
+        if row.kind == "head":  # absent when tied, and from a headless model; the default of tying is the family's
+            wanted = saved_with_base and config.get("tie_word_embeddings") is False
+        else:
+            wanted = _must_exist(row, config, sizes, sample=stored in present)
+        if wanted:
+            yield stored
+    first = {rest for name in present if (place := stack.locate(name)) and place[0] == 0 for rest in [place[1]]}
+    for layer in range(stack.depth):
+        mlp = max(family.mlp, key=lambda rows: sum(stack.name(layer, rest.format(0)) in present for rest in rows))
+        for rest, row in {**family.attention, **family.norm, **mlp}.items():
+            if _must_exist(row, config, sizes, sample=rest in first):
+                for expert in range(sizes["experts"] if "{}" in rest else 1):
+                    yield stack.name(layer, rest.format(expert))
+
+
+def _must_exist(row: Row, config: Mapping[str, Any], sizes: Mapping[str, int], *, sample: bool) -> bool:
+    """Return whether a tensor must be there; where the config is silent, every layer must do as layer 0 (`sample`)."""
+    if row.kind == "buffer":
+        return False
+    said = _says(row, config, sizes)
+    return sample if said is None else said
+
+
+def _may_exist(row: Row, config: Mapping[str, Any], sizes: Mapping[str, int]) -> bool:
+    return _says(row, config, sizes) is not False
+
+
+def _says(row: Row, config: Mapping[str, Any], sizes: Mapping[str, int]) -> bool | None:
+    """Return whether the config says that a tensor exists, None where it is silent."""
+    if row.when is None:
+        return True
+    left, differs, right = row.when.partition(" != ")
+    if differs:
+        return sizes[left] != sizes[right]
+    value = config.get(row.when)
+    return None if value is None else bool(value)

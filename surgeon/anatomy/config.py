@@ -1,0 +1,209 @@
+"""The config follows the layers: what config.json must say when result layer i is source layer keep[i].
+
+Tools that change the layer count and leave the rest write checkpoints that fail to load or, worse, load with layers
+of the wrong kind. Here a surviving layer keeps its kind (sliding or full, dense or sparse, rope or none); what the
+config cannot express is refused with the reason.
+"""
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import product
+from typing import Any
+
+from surgeon.anatomy.layer_rules import (
+    COUNT_KEYS,
+    DECODER_COUNT_KEYS,
+    ENCODER_COUNT_KEYS,
+    INDEX_LISTS,
+    LAYER_LISTS,
+    OTHER_LISTS,
+    PLACE_BOUND,
+    RULES,
+    UNCUTTABLE,
+    Rule,
+)
+from surgeon.errors import CheckpointError, PlanError
+
+# A key of a family without rules that looks as if it picked layers by stride; it holds only for an unmoved prefix.
+_SUSPECT = re.compile(
+    r"(layer|attn|attention|moe|expert|sparse|global|window|shared).*(interval|period|step|freq|every|pattern)"
+)
+_NUMBERED_LAYER = re.compile(r"\b(?:layers?|h|blocks?)\\?\.\d+")
+
+
+@dataclass
+class ConfigEdit:
+    """The config of a result, and what is worth saying about how it came to be."""
+
+    config: dict[str, Any]
+    notes: list[str] = field(default_factory=list)
+
+
+def text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return the part of the config that describes the language model: itself, or its `text_config`."""
+    nested = config.get("text_config")
+    if isinstance(nested, Mapping) and not any(key in config for key in COUNT_KEYS):
+        return nested
+    return config
+
+
+def model_type(config: Mapping[str, Any]) -> str:
+    """Return the config's `model_type`. Raises CheckpointError when there is none."""
+    name = config.get("model_type")
+    if not isinstance(name, str) or not name:
+        raise CheckpointError("config.json has no model_type")
+    return name
+
+
+def layer_count(config: Mapping[str, Any], keys: Sequence[str]) -> int | None:
+    """Return the number of layers under the first of `keys` that the config has.
+
+    Raises CheckpointError when it is no positive number.
+    """
+    key = next((key for key in keys if config.get(key) is not None), None)
+    if key is None:
+        return None
+    count = config[key]
+    if type(count) is not int or count < 1:
+        raise CheckpointError(f"config.json says {key} = {count!r}; a model has at least one layer")
+    return count
+
+
+def layer_kinds(config: Mapping[str, Any], depth: int) -> list[str] | None:
+    """Return each layer's attention kind ("full_attention", "sliding_attention", ...), None where all are alike."""
+    text = text_config(config)
+    kinds = text.get("layer_types") or text.get("attention_layers")
+    if kinds is None:
+        rules = RULES.get(str(text.get("model_type")), ())
+        rule = next((rule for rule in rules if rule.explicit == "layer_types" or "attention_types" in rule.keys), None)
+        kinds = rule.kinds(text, depth) if rule else None
+    return list(kinds) if isinstance(kinds, Sequence) and len(kinds) == depth else None
+
+
+def follow_layers(config: Mapping[str, Any], keep: Sequence[int], depth: int, *, tabled: bool) -> ConfigEdit:
+    """Return the config of a model whose layer i is layer keep[i] of this one, which has `depth` layers.
+
+    `tabled` says that the family has a table: its per-layer lists are known, others that are as long are no such lists.
+
+    Raises PlanError, naming the key, when the model's code cannot give the surviving layers the kinds they have.
+    """
+    name = model_type(config)
+    text = text_config(config)
+    text_name = str(text.get("model_type", name))
+    _refuse_what_cannot_move(config, {name, text_name}, keep, depth)
+
+    edit = ConfigEdit(dict(text))
+    _slice_lists(edit, keep, depth, tabled=tabled)
+    _remap_indices(edit, keep)
+    for key in COUNT_KEYS + ENCODER_COUNT_KEYS + DECODER_COUNT_KEYS:
+        if edit.config.get(key) == depth:
+            edit.config[key] = len(keep)
+    for rule in RULES.get(text_name, ()):
+        _apply_rule(edit, rule, text, keep, depth, text_name)
+    if not tabled and text_name not in RULES:
+        _refuse_unknown_strides(text, keep, text_name)
+    _follow_residual_scale(edit, len(keep), depth)
+    if text is not config:
+        edit.config = {**config, "text_config": edit.config}
+    return edit
+
+
+def _refuse_what_cannot_move(config: Mapping[str, Any], names: set[str], keep: Sequence[int], depth: int) -> None:
+    if not keep:
+        raise PlanError("a model needs at least one layer")
+    unmoved = list(keep) == list(range(len(keep)))
+    if list(keep) == list(range(depth)):
+        return
+    for name in sorted(names):
+        if name in UNCUTTABLE:
+            raise PlanError(f"{name} {UNCUTTABLE[name]}; removing layers would break it")
+        if name in PLACE_BOUND and not unmoved:
+            raise PlanError(
+                f"{name} {PLACE_BOUND[name]}; moving layers would change them",
+                hint="Only layers at the end can be removed: surgeon truncate.",
+            )
+    if named := _NUMBERED_LAYER.search(str(config.get("quantization_config", ""))):
+        raise PlanError(f"quantization_config names single layers ({named.group()}); removing layers would shift them")
+
+
+def _slice_lists(edit: ConfigEdit, keep: Sequence[int], depth: int, *, tabled: bool) -> None:
+    for key, value in list(edit.config.items()):
+        if not isinstance(value, list):
+            continue
+        if key in LAYER_LISTS and value:
+            if len(value) == depth:
+                edit.config[key] = [value[i] for i in keep]
+            elif key == "block_types":  # cycled over the layers
+                edit.config[key] = [value[i % len(value)] for i in keep]
+            else:
+                raise CheckpointError(f"config.json lists {len(value)} {key} for {depth} layers")
+        elif len(value) == depth and not tabled and key not in INDEX_LISTS | OTHER_LISTS:
+            edit.config[key] = [value[i] for i in keep]
+            edit.notes.append(f"{key} has one entry for each layer and was cut with them")
+    per_layer = edit.config.get("per_layer_config")
+    if isinstance(per_layer, Mapping):
+        by_number = {int(number): value for number, value in per_layer.items()}
+        edit.config["per_layer_config"] = {str(j): by_number[i] for j, i in enumerate(keep) if i in by_number}
+
+
+def _remap_indices(edit: ConfigEdit, keep: Sequence[int]) -> None:
+    for key in INDEX_LISTS & edit.config.keys():
+        if isinstance(value := edit.config[key], list):
+            edit.config[key] = [j for j, i in enumerate(keep) if i in value]
+
+
+def _apply_rule(
+    edit: ConfigEdit, rule: Rule, text: Mapping[str, Any], keep: Sequence[int], depth: int, name: str
+) -> None:
+    """Make the code derive for layer i of the result what it derived for layer keep[i] of the source."""
+    if rule.explicit is not None and text.get(rule.explicit):
+        return  # the list itself was cut
+    before = rule.kinds(text, depth)
+    wanted = [before[i] for i in keep]
+    if list(rule.kinds(edit.config, len(keep))) == wanted:
+        return
+    if rule.express is not None:
+        edit.config.update(rule.express(wanted))
+        return
+    for values in product(range(len(keep) + 2), repeat=len(rule.keys)):
+        attempt = edit.config | dict(zip(rule.keys, values, strict=True))
+        try:
+            fits = list(rule.kinds(attempt, len(keep))) == wanted
+        except ZeroDivisionError:  # a stride of 0 means nothing
+            continue
+        if fits:
+            edit.config = attempt
+            return
+    raise PlanError(f"{name} derives its layer kinds from {' and '.join(rule.keys)}; removing layers would change them")
+
+
+def _refuse_unknown_strides(text: Mapping[str, Any], keep: Sequence[int], name: str) -> None:
+    if list(keep) == list(range(len(keep))):
+        return
+    for key, value in text.items():
+        if _SUSPECT.search(key) and type(value) is int and value > 1:
+            raise PlanError(f"{name} has {key} = {value}; if it picks layers by number, moving them would change it")
+
+
+def _follow_residual_scale(edit: ConfigEdit, new: int, old: int) -> None:
+    """Keep MiniCPM's residual scale, scale_depth / sqrt(layers), what it was."""
+    scale = edit.config.get("scale_depth")
+    if isinstance(scale, (int, float)) and new != old:
+        edit.config["scale_depth"] = scale * math.sqrt(new / old)
+        edit.notes.append(
+            f"scale_depth {scale:g} became {edit.config['scale_depth']:g}: the model divides it by sqrt(layers)"
+        )
+
+
+def declared_kinds(text: Mapping[str, Any], depth: int) -> list[tuple[object, ...]]:
+    """Return all that the config says of each layer, comparable: two layers with equal kinds are built alike."""
+    said: list[Sequence[object]] = []
+    for key, value in text.items():
+        if key in LAYER_LISTS and isinstance(value, list) and len(value) == depth:
+            said.append([repr(item) for item in value])
+        elif key in INDEX_LISTS and isinstance(value, list):
+            said.append([i in value for i in range(depth)])
+    said += [rule.kinds(text, depth) for rule in RULES.get(str(text.get("model_type")), ())]
+    return [tuple(kinds[i] for kinds in said) for i in range(depth)]

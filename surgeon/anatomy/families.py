@@ -1,0 +1,274 @@
+"""What each family calls its tensors in the files, and what their axes mean. Data only.
+
+The tables describe checkpoints as transformers writes them, never the modules that it builds from them (Mixtral
+saves an expert's three matrices; in memory there are two, fused over the experts). Axes are written in the layout in
+which the tensor is stored: "out in" for a linear map, "in out" for GPT-2's Conv1D.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from surgeon.anatomy.axes import Dim, parse
+
+Kind = Literal["linear", "conv1d", "bias", "gain", "shift", "embedding", "head", "logit", "buffer"]
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """A tensor's axes and what it does with them.
+
+    `linear` and `conv1d` map one axis to another, `gain` and `shift` are a norm's, `logit` is a parameter added to
+    logits (a router's bias, attention sinks), `buffer` is something old files carry and every loader ignores.
+    `when` is the config key that decides whether the tensor exists, or two axes that then differ: "embed != hidden".
+    """
+
+    axes: tuple[Dim, ...]
+    kind: Kind
+    when: str | None = None
+
+
+Rows = dict[str, Row]
+
+
+@dataclass(frozen=True, slots=True)
+class Family:
+    """The tensors of a family, grouped by part. Names inside a layer are relative to `layers` and the layer's number.
+
+    `mlp` lists alternatives: a layer has exactly one of them (dense, or experts). In names, "{}" stands for an
+    expert's number. `base` is the prefix that checkpoints saved from the headless model lack.
+    """
+
+    base: str
+    layers: str
+    embedding: Rows
+    final_norm: Rows
+    attention: Rows
+    norm: Rows
+    mlp: tuple[Rows, ...]
+    sizes: Mapping[str, tuple[str, ...]]  # axis: the config keys that may hold its size, first found counts
+    default_sizes: Mapping[str, tuple[int, str]]  # axis: (factor, axis) where no key holds it
+    init_std: str = "initializer_range"  # the config key with the standard deviation of fresh weights
+    init_gain: float = 1.0  # a fresh norm's stored gain; 0 where the model adds 1
+    residual_init: tuple[str, ...] = ()  # fresh weights drawn with std / sqrt(2 * layers)
+    # (flag, tensors): with the flag, attention logits are divided by layer + 1; in the tensors, the first of the
+    # blocks of the last dimension makes the queries, where a layer that moves can make that good
+    inverse_layer_scale: tuple[str, tuple[str, ...]] | None = None
+
+
+def _linear(name: str, axes: str, *, bias: str | bool = False, kind: Kind = "linear") -> Rows:
+    """Return the rows of a linear map; `bias` is whether it has one, or the config key that says so."""
+    dims = parse(axes)
+    rows = {f"{name}.weight": Row(dims, kind)}
+    if bias is not False:
+        out = dims[-1:] if kind == "conv1d" else dims[:1]
+        rows[f"{name}.bias"] = Row(out, "bias", when=bias if isinstance(bias, str) else None)
+    return rows
+
+
+def _norm(name: str, axes: str = "hidden", *, shift: bool = False) -> Rows:
+    """Return the rows of a norm: its gain, and for a layer norm its shift."""
+    dims = parse(axes)
+    rows = {f"{name}.weight": Row(dims, "gain")}
+    return rows | {f"{name}.bias": Row(dims, "shift")} if shift else rows
+
+
+def _one(name: str, axes: str, kind: Kind, when: str | None = None) -> Rows:
+    return {name: Row(parse(axes), kind, when)}
+
+
+# --- parts that many families share -----------------------------------------------------------------------------
+
+QUERY, KEY_VALUE = "(kv_heads group head_dim)", "(kv_heads head_dim)"
+
+SIZES = {
+    "vocab": ("vocab_size",),
+    "hidden": ("hidden_size",),
+    "ffn": ("intermediate_size",),
+    "heads": ("num_attention_heads",),
+    "kv_heads": ("num_key_value_heads",),
+    "head_dim": ("head_dim",),
+    "positions": ("max_position_embeddings",),
+    "experts": ("num_local_experts", "num_experts"),
+    "expert_ffn": ("moe_intermediate_size",),
+}
+DERIVED_SIZES = {"kv_heads": (1, "heads")}  # and head_dim = hidden / heads, everywhere
+
+EMBEDDING = _one("model.embed_tokens.weight", "vocab hidden", "embedding") | _one(
+    "lm_head.weight", "vocab hidden", "head"
+)
+PRE_NORMS = _norm("input_layernorm") | _norm("post_attention_layernorm")
+POST_NORMS = _norm("post_attention_layernorm") | _norm("post_feedforward_layernorm")
+SANDWICH_NORMS = PRE_NORMS | _norm("pre_feedforward_layernorm") | _norm("post_feedforward_layernorm")
+HEAD_NORMS = _norm("self_attn.q_norm", "head_dim") | _norm("self_attn.k_norm", "head_dim")
+WIDE_NORMS = _norm("self_attn.q_norm", QUERY) | _norm("self_attn.k_norm", KEY_VALUE)
+
+
+def _attention(*, bias: str | bool = False, output_bias: str | bool = False) -> Rows:
+    """Return the rows of attention with separate projections and grouped keys and values."""
+    return (
+        _linear("self_attn.q_proj", f"{QUERY} hidden", bias=bias)
+        | _linear("self_attn.k_proj", f"{KEY_VALUE} hidden", bias=bias)
+        | _linear("self_attn.v_proj", f"{KEY_VALUE} hidden", bias=bias)
+        | _linear("self_attn.o_proj", f"hidden {QUERY}", bias=output_bias)
+        | _one("self_attn.rotary_emb.inv_freq", "rotary", "buffer")
+    )
+
+
+def _gated(ffn: str = "ffn", *, prefix: str = "mlp.", bias: str | bool = False) -> Rows:
+    """Return the rows of a gated MLP."""
+    return (
+        _linear(f"{prefix}gate_proj", f"{ffn} hidden", bias=bias)
+        | _linear(f"{prefix}up_proj", f"{ffn} hidden", bias=bias)
+        | _linear(f"{prefix}down_proj", f"hidden {ffn}", bias=bias)
+    )
+
+
+# --- the families -----------------------------------------------------------------------------------------------
+
+LLAMA = Family(
+    base="model.",
+    layers="model.layers.",
+    embedding=EMBEDDING,
+    final_norm=_norm("model.norm"),
+    attention=_attention(bias="attention_bias", output_bias="attention_bias"),
+    norm=PRE_NORMS,
+    mlp=(_gated(bias="mlp_bias"),),
+    sizes=SIZES,
+    default_sizes=DERIVED_SIZES,
+)
+MISTRAL = replace(LLAMA, attention=_attention(), mlp=(_gated(),))
+QWEN2 = replace(MISTRAL, attention=_attention(bias=True))
+QWEN3 = replace(LLAMA, norm=PRE_NORMS | HEAD_NORMS, mlp=(_gated(),))
+GEMMA = replace(LLAMA, mlp=(_gated(),), init_gain=0.0)
+GEMMA2 = replace(GEMMA, norm=SANDWICH_NORMS)
+GEMMA3 = replace(GEMMA, norm=SANDWICH_NORMS | HEAD_NORMS)
+OLMO2 = replace(LLAMA, norm=POST_NORMS | WIDE_NORMS, mlp=(_gated(),))
+COHERE2 = replace(LLAMA, norm=_norm("input_layernorm"), mlp=(_gated(),))
+
+PHI3 = replace(
+    LLAMA,
+    attention=_linear("self_attn.qkv_proj", "(kv_heads group head_dim + kv_heads head_dim + kv_heads head_dim) hidden")
+    | _linear("self_attn.o_proj", f"hidden {QUERY}"),
+    mlp=(_linear("mlp.gate_up_proj", "(ffn + ffn) hidden") | _linear("mlp.down_proj", "hidden ffn"),),
+)
+
+MIXTRAL = replace(
+    MISTRAL,
+    mlp=(
+        _linear("block_sparse_moe.gate", "experts hidden")
+        | _linear("block_sparse_moe.experts.{}.w1", "ffn hidden")
+        | _linear("block_sparse_moe.experts.{}.w2", "hidden ffn")
+        | _linear("block_sparse_moe.experts.{}.w3", "ffn hidden"),
+    ),
+)
+QWEN3_MOE = replace(
+    QWEN3,
+    mlp=(_gated(), _linear("mlp.gate", "experts hidden") | _gated("expert_ffn", prefix="mlp.experts.{}.")),
+)
+GPT_OSS = replace(
+    LLAMA,
+    attention=_attention(bias="attention_bias", output_bias="attention_bias")
+    | _one("self_attn.sinks", "(kv_heads group)", "logit"),
+    mlp=(
+        _one("mlp.router.weight", "experts hidden", "linear")
+        | _one("mlp.router.bias", "experts", "logit")
+        | _one("mlp.experts.gate_up_proj", "experts hidden (ffn 2)", "conv1d")
+        | _one("mlp.experts.gate_up_proj_bias", "experts (ffn 2)", "bias")
+        | _one("mlp.experts.down_proj", "experts ffn hidden", "conv1d")
+        | _one("mlp.experts.down_proj_bias", "experts hidden", "bias"),
+    ),
+)
+
+GPT2 = Family(
+    base="transformer.",
+    layers="transformer.h.",
+    embedding=_one("transformer.wte.weight", "vocab hidden", "embedding")
+    | _one("transformer.wpe.weight", "positions hidden", "embedding")
+    | _one("lm_head.weight", "vocab hidden", "head"),
+    final_norm=_norm("transformer.ln_f", shift=True),
+    attention=_linear(
+        "attn.c_attn", "hidden (heads head_dim + heads head_dim + heads head_dim)", bias=True, kind="conv1d"
+    )
+    | _linear("attn.c_proj", "(heads head_dim) hidden", bias=True, kind="conv1d")
+    | _one("attn.bias", "1 1 positions positions", "buffer")
+    | _one("attn.masked_bias", "", "buffer"),
+    norm=_norm("ln_1", shift=True) | _norm("ln_2", shift=True),
+    mlp=(
+        _linear("mlp.c_fc", "hidden ffn", bias=True, kind="conv1d")
+        | _linear("mlp.c_proj", "ffn hidden", bias=True, kind="conv1d"),
+    ),
+    sizes={
+        "vocab": ("vocab_size",),
+        "hidden": ("n_embd",),
+        "heads": ("n_head",),
+        "ffn": ("n_inner",),
+        "positions": ("n_positions", "n_ctx"),
+    },
+    default_sizes={"kv_heads": (1, "heads"), "ffn": (4, "hidden")},
+    residual_init=("attn.c_proj.weight", "mlp.c_proj.weight"),
+    inverse_layer_scale=("scale_attn_by_inverse_layer_idx", ("attn.c_attn.weight", "attn.c_attn.bias")),
+)
+
+GPT_NEOX = Family(
+    base="gpt_neox.",
+    layers="gpt_neox.layers.",
+    embedding=_one("gpt_neox.embed_in.weight", "vocab hidden", "embedding")
+    | _one("embed_out.weight", "vocab hidden", "head"),
+    final_norm=_norm("gpt_neox.final_layer_norm", shift=True),
+    attention=_linear("attention.query_key_value", "(heads 3 head_dim) hidden", bias="attention_bias")
+    | _linear("attention.dense", "hidden (heads head_dim)", bias="attention_bias")
+    | _one("attention.bias", "1 1 positions positions", "buffer")
+    | _one("attention.masked_bias", "", "buffer")
+    | _one("attention.rotary_emb.inv_freq", "rotary", "buffer"),
+    norm=_norm("input_layernorm", shift=True) | _norm("post_attention_layernorm", shift=True),
+    mlp=(
+        _linear("mlp.dense_h_to_4h", "ffn hidden", bias=True) | _linear("mlp.dense_4h_to_h", "hidden ffn", bias=True),
+    ),
+    sizes=SIZES,
+    default_sizes=DERIVED_SIZES,
+)
+
+OPT = Family(
+    base="model.",
+    layers="model.decoder.layers.",
+    embedding=_one("model.decoder.embed_tokens.weight", "vocab embed", "embedding")
+    | _one("model.decoder.embed_positions.weight", "(positions + 2) hidden", "embedding")
+    | _one("model.decoder.project_in.weight", "hidden embed", "linear", when="embed != hidden")
+    | _one("model.decoder.project_out.weight", "embed hidden", "linear", when="embed != hidden")
+    | _one("lm_head.weight", "vocab embed", "head"),
+    final_norm={
+        name: replace(row, when="do_layer_norm_before")
+        for name, row in _norm("model.decoder.final_layer_norm", shift=True).items()
+    },
+    attention=_linear("self_attn.q_proj", "(heads head_dim) hidden", bias="enable_bias")
+    | _linear("self_attn.k_proj", "(heads head_dim) hidden", bias="enable_bias")
+    | _linear("self_attn.v_proj", "(heads head_dim) hidden", bias="enable_bias")
+    | _linear("self_attn.out_proj", "hidden (heads head_dim)", bias="enable_bias"),
+    norm=_norm("self_attn_layer_norm", shift=True) | _norm("final_layer_norm", shift=True),
+    mlp=(_linear("fc1", "ffn hidden", bias="enable_bias") | _linear("fc2", "hidden ffn", bias="enable_bias"),),
+    sizes=SIZES | {"ffn": ("ffn_dim",), "embed": ("word_embed_proj_dim",)},
+    default_sizes={"kv_heads": (1, "heads"), "embed": (1, "hidden")},
+    init_std="init_std",
+)
+
+FAMILIES: Mapping[str, Family] = {
+    "llama": LLAMA,
+    "smollm3": LLAMA,
+    "granite": LLAMA,
+    "mistral": MISTRAL,
+    "qwen2": QWEN2,
+    "qwen3": QWEN3,
+    "gemma": GEMMA,
+    "gemma2": GEMMA2,
+    "gemma3_text": GEMMA3,
+    "olmo2": OLMO2,
+    "cohere2": COHERE2,
+    "phi3": PHI3,
+    "mixtral": MIXTRAL,
+    "qwen3_moe": QWEN3_MOE,
+    "gpt_oss": GPT_OSS,
+    "gpt2": GPT2,
+    "gpt_neox": GPT_NEOX,
+    "opt": OPT,
+}

@@ -1,0 +1,132 @@
+"""The tables against reality: tiny checkpoints with pairwise distinct sizes, saved by transformers."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import toys
+from safetensors.torch import load_file, save_file
+
+import surgeon
+from surgeon.anatomy.anatomy import read_anatomy
+from surgeon.anatomy.axes import parse, shape
+from surgeon.anatomy.families import FAMILIES
+from surgeon.checkpoint.open import open_source
+from surgeon.checkpoint.source import spec_of
+from surgeon.checkpoint.spec import TensorSpec
+from surgeon.errors import CheckpointError, PlanError
+
+TABLED = [name for name in toys.TOYS if name.partition("-")[0] in FAMILIES]
+UNTABLED = [name for name in toys.TOYS if name not in TABLED]
+
+
+def test_every_family_of_the_tables_has_a_toy():
+    assert set(FAMILIES) <= set(toys.TOYS)
+    assert len(FAMILIES) >= 18
+
+
+@pytest.mark.parametrize("name", TABLED)
+def test_every_tensor_that_transformers_writes_has_the_shape_that_the_table_says(name, toy):
+    anatomy = read_anatomy(spec_of(open_source(toy(name))))
+
+    for tensor, spec in anatomy.spec.tensors.items():
+        row, part = anatomy.row(tensor)
+        assert shape(row.axes, anatomy.sizes) == spec.shape, tensor
+        assert part != "buffer"
+
+
+@pytest.mark.parametrize("name", TABLED)
+def test_a_checkpoint_that_lacks_any_one_tensor_is_refused_by_its_name(name, toy):
+    spec = spec_of(open_source(toy(name)))
+
+    for missing in spec.tensors:
+        if "expert" in missing and "experts.3" not in missing:
+            continue  # one expert stands for all
+        rest = {tensor: value for tensor, value in spec.tensors.items() if tensor != missing}
+        with pytest.raises(CheckpointError, match=missing.replace(".", r"\.").replace("[", r"\[")):
+            read_anatomy(replace(spec, tensors=rest))
+
+
+@pytest.mark.parametrize("name", TABLED)
+def test_a_tensor_of_another_shape_or_an_unknown_one_is_refused(name, toy):
+    spec = spec_of(open_source(toy(name)))
+
+    for tensor, value in spec.tensors.items():
+        longer = TensorSpec(value.dtype, (value.shape[0] + 1, *value.shape[1:]))
+        with pytest.raises(CheckpointError, match="but config.json implies"):
+            read_anatomy(replace(spec, tensors=dict(spec.tensors) | {tensor: longer}))
+    extra = dict(spec.tensors) | {"adapter.weight": TensorSpec("F32", (3,))}
+    with pytest.raises(CheckpointError, match=r"'adapter\.weight' is not a tensor of a"):
+        read_anatomy(replace(spec, tensors=extra))
+
+
+@pytest.mark.parametrize("name", UNTABLED)
+def test_a_family_without_a_table_is_known_by_its_layers_alone(name, toy):
+    anatomy = read_anatomy(spec_of(open_source(toy(name))))
+
+    assert anatomy.depth == 6
+    assert anatomy.family is None
+    with pytest.raises(PlanError, match="only whole layers can be moved"):
+        anatomy.require_family()
+
+
+def test_old_gpt2_files_without_prefix_and_with_mask_buffers_are_read_and_cut(toy, tmp_path):
+    """The first GPT-2 checkpoints on the Hub were saved from the headless model, causal masks included."""
+    source = tmp_path / "gpt2"
+    source.mkdir()
+    tensors = {
+        name.removeprefix("transformer."): value for name, value in load_file(toy("gpt2") / "model.safetensors").items()
+    }
+    for layer in range(6):
+        tensors[f"h.{layer}.attn.bias"] = torch.ones(1, 1, 64, 64).tril()
+    save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((toy("gpt2") / "config.json").read_text())
+    for key in ("tie_word_embeddings", "dtype"):
+        config.pop(key)
+    (source / "config.json").write_text(json.dumps(config))
+
+    surgeon.truncate(source, layers=4).save(tmp_path / "cut")
+
+    model, report = toys.load(tmp_path / "cut")
+    reference, _ = toys.load(toy("gpt2"))
+    assert not any(report.values())
+    with toys.bypass(reference, [4, 5]):
+        assert torch.equal(toys.logits(model), toys.logits(reference))
+
+
+def test_the_grammar_reads_products_blocks_and_numbers():
+    sizes = {"heads": 3, "head_dim": 5, "hidden": 7, "positions": 11}
+
+    assert shape(parse("(heads head_dim) hidden"), sizes) == (15, 7)
+    assert shape(parse("hidden (heads head_dim + heads 2)"), sizes) == (7, 21)
+    assert shape(parse("(positions + 2) hidden"), sizes) == (13, 7)
+    assert shape(parse("1 1 positions positions"), sizes) == (1, 1, 11, 11)
+    assert shape(parse(""), sizes) == ()
+
+
+def test_a_quantized_checkpoint_is_moved_by_layers_and_nothing_else(tmp_path: Path):
+    """As gpt-oss is published: 4-bit blocks and their scales, which no table describes."""
+    tensors = {"model.embed_tokens.weight": torch.zeros(9, 4)}
+    for layer in range(3):
+        tensors[f"model.layers.{layer}.mlp.experts.down_proj_blocks"] = torch.full((2, 3), layer, dtype=torch.uint8)
+    config = {
+        "model_type": "gpt_oss",
+        "num_hidden_layers": 3,
+        "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+        "quantization_config": {"quant_method": "mxfp4", "modules_to_not_convert": ["model.layers.*.self_attn"]},
+    }
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    (tmp_path / "config.json").write_text(json.dumps(config))
+
+    summary = surgeon.truncate(tmp_path, layers=2).save(tmp_path / "cut")
+
+    assert summary.layers == (3, 2)
+    assert load_file(tmp_path / "cut/model.safetensors")["model.layers.1.mlp.experts.down_proj_blocks"].eq(1).all()
+    with pytest.raises(PlanError, match="quantized checkpoint cannot be stored"):
+        surgeon.truncate(tmp_path, layers=2).save(tmp_path / "cast", dtype="bfloat16")
+    config["quantization_config"]["modules_to_not_convert"] = ["model.layers.2.mlp"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(PlanError, match=r"names single layers \(layers\.2\)"):
+        surgeon.truncate(tmp_path, layers=2)
