@@ -1,0 +1,58 @@
+"""Model surgery on Hugging Face checkpoints: truncate, grow, prune and train, as exact, streaming plans.
+
+    import surgeon
+
+    surgeon.truncate("gpt2-large", layers=6).save("gpt2-large-6")
+    print(surgeon.inspect("gpt2-large-6"))
+
+The names below are loaded when they are first used: importing surgeon imports neither torch nor transformers.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from surgeon.conversion import convert
+    from surgeon.errors import CheckpointError, HubError, OutputError, PlanError, SurgeonError
+    from surgeon.inspection import Inspection, inspect
+    from surgeon.surgery import Summary, Surgery, open_model, truncate
+
+_HOMES = {
+    "convert": "surgeon.conversion",
+    "inspect": "surgeon.inspection",
+    "Inspection": "surgeon.inspection",
+    "open_model": "surgeon.surgery",
+    "Summary": "surgeon.surgery",
+    "Surgery": "surgeon.surgery",
+    "truncate": "surgeon.surgery",
+    "CheckpointError": "surgeon.errors",
+    "HubError": "surgeon.errors",
+    "OutputError": "surgeon.errors",
+    "PlanError": "surgeon.errors",
+    "SurgeonError": "surgeon.errors",
+}
+
+__all__ = [
+    "CheckpointError",
+    "HubError",
+    "Inspection",
+    "OutputError",
+    "PlanError",
+    "Summary",
+    "SurgeonError",
+    "Surgery",
+    "convert",
+    "inspect",
+    "open_model",
+    "truncate",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'surgeon' has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

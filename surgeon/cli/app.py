@@ -1,0 +1,88 @@
+"""The `surgeon` command: its commands, its exit codes, and how errors are shown."""
+
+import os
+import signal
+import sys
+from types import FrameType
+from typing import Annotated, NoReturn
+
+import typer
+
+from surgeon.errors import SurgeonError
+
+EPILOG = "Example: surgeon truncate gpt2-large --layers 6 -o gpt2-large-6"
+
+app = typer.Typer(
+    name="surgeon",
+    help="Model surgery on Hugging Face checkpoints.",
+    epilog=EPILOG,
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        sys.stdout.write(f"surgeon {version('surgeon')}\n")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version.", callback=_print_version, is_eager=True)
+    ] = False,
+) -> None:
+    """Model surgery on Hugging Face checkpoints."""
+
+
+def main() -> NoReturn:
+    """Run the command line and exit: 0 done, 1 refused or failed, 2 bad usage, 130 Ctrl-C, 143 SIGTERM."""
+    signal.signal(signal.SIGTERM, _terminate)
+    try:
+        app()
+    except SurgeonError as error:
+        if "--debug" in sys.argv:
+            raise
+        _show(error)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except BrokenPipeError:  # `surgeon inspect ... | head`: whoever reads has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    sys.exit(0)
+
+
+def _terminate(signum: int, frame: FrameType | None) -> NoReturn:
+    raise SystemExit(128 + signum)
+
+
+def _show(error: SurgeonError) -> None:
+    sys.stderr.write(f"error: {_printable(str(error))}\n")
+    if error.hint:
+        sys.stderr.write(f"hint: {_printable(error.hint)}\n")
+
+
+def _printable(text: str) -> str:
+    """Return text without the control characters that a hostile checkpoint could put into a name."""
+    return "".join(char if char.isprintable() or char == " " else repr(char)[1:-1] for char in text)
+
+
+def _register() -> None:
+    from surgeon.cli import convert, inspect, truncate
+
+    for command in (inspect.inspect, truncate.truncate, convert.convert):
+        app.command(no_args_is_help=True, epilog=EXAMPLES[command.__name__])(command)
+
+
+EXAMPLES = {
+    "inspect": "Example: surgeon inspect gpt2-large",
+    "truncate": "Example: surgeon truncate gpt2-large --layers 6 -o gpt2-large-6",
+    "convert": "Example: surgeon convert model.Q8_0.gguf -o model --dtype bfloat16",
+}
+_register()

@@ -1,0 +1,117 @@
+"""A plan: the config of the result, and for each of its tensors the expression that makes it.
+
+Plans are pure data. Deciding one reads no weights; they compose with `then`, and print as text or JSON.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from surgeon.checkpoint.spec import CheckpointSpec
+from surgeon.errors import PlanError
+from surgeon.plan.expressions import FLOAT_DTYPES, Cast, Expr, Read, describe, infer, reads, substitute
+
+# The words of --dtype and config.json for the dtypes that a plan can store.
+STORED_DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to write, as a function of what is read.
+
+    `layer_map[i]` is the source layer of result layer i, None for a new one. `steps` is what was asked, one
+    {verb: options} after the other; `notes` is what a user should hear of it.
+    """
+
+    config: Mapping[str, Any]
+    tensors: Mapping[str, Expr]
+    layer_map: tuple[int | None, ...]
+    steps: tuple[Mapping[str, Any], ...] = ()
+    notes: tuple[str, ...] = field(default=())
+
+    def then(self, later: "Plan") -> "Plan":
+        """Return one plan that does this one, then `later`: each Read of `later` becomes our expression."""
+        layers = tuple(None if i is None else self.layer_map[i] for i in later.layer_map)
+        tensors = {name: substitute(expr, self._made) for name, expr in later.tensors.items()}
+        return Plan(later.config, tensors, layers, self.steps + later.steps, self.notes + later.notes)
+
+    def cast(self, dtype: str) -> "Plan":
+        """Return this plan with every floating tensor stored as `dtype` ("float32", "bfloat16" or "float16").
+
+        Raises PlanError for a quantized checkpoint, whose numbers are not stored as numbers.
+        """
+        if dtype not in STORED_DTYPES:
+            raise PlanError(f"unknown dtype {dtype!r}", hint=f"One of: keep, {', '.join(STORED_DTYPES)}.")
+        if "quantization_config" in self.config:
+            raise PlanError("a quantized checkpoint cannot be stored in another dtype", hint="Use --dtype keep.")
+        tensors = {name: Cast(expr, STORED_DTYPES[dtype]) for name, expr in self.tensors.items()}
+        key = "torch_dtype" if "torch_dtype" in self.config and "dtype" not in self.config else "dtype"
+        return replace(self, config={**self.config, key: dtype}, tensors=tensors)
+
+    def result(self, source: CheckpointSpec) -> CheckpointSpec:
+        """Return the spec that this plan makes of `source`, found without reading a tensor."""
+        tensors = {}
+        for name, expr in self.tensors.items():
+            try:
+                tensors[name] = infer(expr, source.tensors)
+            except PlanError as error:
+                raise PlanError(f"cannot make {name!r}: {error}") from error
+        return CheckpointSpec(self.config, tensors)
+
+    def simplified(self, source: CheckpointSpec) -> "Plan":
+        """Return the same plan without casts that change nothing: to the dtype that is there, or of no number."""
+        return replace(self, tensors={name: _simplify(expr, source) for name, expr in self.tensors.items()})
+
+    def bytes_read(self, source: CheckpointSpec) -> int:
+        """Return how many bytes of tensors the plan reads, each tensor counted once."""
+        names = {name for expr in self.tensors.values() for name in reads(expr)}
+        return sum(source.tensors[name].nbytes for name in names)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the plan as JSON can hold it."""
+        return {
+            "steps": list(self.steps),
+            "layer_map": list(self.layer_map),
+            "notes": list(self.notes),
+            "config": dict(self.config),
+            "tensors": {name: describe(expr) for name, expr in self.tensors.items()},
+        }
+
+    def to_json(self) -> str:
+        """Return the plan as JSON text."""
+        return json.dumps(self.to_dict(), indent=2)
+
+    def __str__(self) -> str:
+        """Return one line for each tensor of the result: its name, and what it is made of."""
+        return "\n".join(f"{name} = {describe(expr)}" for name, expr in self.tensors.items())
+
+    def _made(self, name: str) -> Expr:
+        if name not in self.tensors:
+            raise PlanError(f"the step before makes no tensor {name!r}")
+        return self.tensors[name]
+
+
+def identity(source: CheckpointSpec, *, depth: int) -> Plan:
+    """Return the plan that changes nothing."""
+    return Plan(source.config, {name: Read(name) for name in source.tensors}, tuple(range(depth)))
+
+
+def changed_keys(before: Mapping[str, Any], after: Mapping[str, Any], prefix: str = "") -> dict[str, tuple[Any, Any]]:
+    """Return the config keys that differ (nested ones with dots), each with its value before and after, None if absent."""
+    changes: dict[str, tuple[Any, Any]] = {}
+    for key in [*before, *(key for key in after if key not in before)]:
+        old, new = before.get(key), after.get(key)
+        if isinstance(old, Mapping) and isinstance(new, Mapping):
+            changes |= changed_keys(old, new, f"{prefix}{key}.")
+        elif old != new:
+            changes[prefix + key] = (old, new)
+    return changes
+
+
+def _simplify(expr: Expr, source: CheckpointSpec) -> Expr:
+    if not isinstance(expr, Cast):
+        return expr
+    inner = _simplify(expr.source, source)
+    spec = infer(inner, source.tensors)
+    return inner if spec.dtype == expr.dtype or spec.dtype not in FLOAT_DTYPES else replace(expr, source=inner)

@@ -1,0 +1,236 @@
+"""A surgery: a source and the plan for it. Can be looked at, continued, and saved."""
+
+import os
+import time
+from collections.abc import Collection
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from surgeon.anatomy.anatomy import Anatomy, read_anatomy
+from surgeon.checkpoint import output, receipt
+from surgeon.checkpoint.card import model_card
+from surgeon.checkpoint.header import read_header
+from surgeon.checkpoint.open import open_source
+from surgeon.checkpoint.source import CARD, CONFIG, RECEIPT, LocalSource, Source, spec_of
+from surgeon.checkpoint.spec import CheckpointSpec
+from surgeon.checkpoint.writer import Progress
+from surgeon.errors import OutputError, PlanError
+from surgeon.plan.execute import Shard, execute, lay_out, peak_memory
+from surgeon.plan.plan import Plan, changed_keys
+from surgeon.transforms.truncate import truncate as plan_truncate
+
+_UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+_UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What a surgery does, or did: everything but `seconds` is known before a byte of weights is read.
+
+    Sizes are in bytes; `bytes_read` and `bytes_written` count tensors, `peak_memory` is an estimate.
+    """
+
+    output: Path
+    layers: tuple[int, int]  # before, after
+    parameters: tuple[int, int]
+    bytes_read: int
+    bytes_written: int
+    layer_map: tuple[int | None, ...]
+    files: tuple[str, ...]  # weight files
+    config_changes: dict[str, tuple[Any, Any]]  # key: value before and after
+    notes: tuple[str, ...]
+    peak_memory: int
+    seconds: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the summary as `--json` prints it."""
+        return {
+            "output": str(self.output),
+            "layers": {"before": self.layers[0], "after": self.layers[1]},
+            "parameters": {"before": self.parameters[0], "after": self.parameters[1]},
+            "bytes_read": self.bytes_read,
+            "bytes_written": self.bytes_written,
+            "layer_map": list(self.layer_map),
+            "files": list(self.files),
+            "config": {key: {"before": old, "after": new} for key, (old, new) in self.config_changes.items()},
+            "notes": list(self.notes),
+            "peak_memory": self.peak_memory,
+            "seconds": round(self.seconds, 3),
+        }
+
+
+@dataclass(frozen=True)
+class Surgery:
+    """A source and the plan for it. Nothing is read but headers until `save`."""
+
+    source: Source
+    plan: Plan
+
+    @property
+    def spec(self) -> CheckpointSpec:
+        """The config and the tensors of the result."""
+        return self.plan.result(spec_of(self.source))
+
+    @property
+    def anatomy(self) -> Anatomy:
+        """The anatomy of the result: what the next step of a chain is planned from."""
+        return read_anatomy(self.spec)
+
+    @property
+    def name(self) -> str:
+        """The result's name where the user gives none: the source's, and what was done."""
+        base = Path(self.source.label.rstrip("/")).name or "model"
+        verbs = [next(iter(step)) for step in self.plan.steps]
+        done = [f"{verb}-{len(self.plan.layer_map)}L" if verb == "truncate" else verb for verb in verbs]
+        return "-".join([base, *done])
+
+    def summary(
+        self, out: str | os.PathLike[str] | None = None, *, dtype: str = "keep", max_shard_size: int | str = "5GB"
+    ) -> Summary:
+        """Return what `save` with these options would do. Reads headers only."""
+        plan = self._final(dtype)
+        shards = lay_out(plan, self.source, max_shard_bytes=parse_size(max_shard_size))
+        return self._summary(plan, shards, Path(out or self.name), seconds=0.0)
+
+    def save(
+        self,
+        out: str | os.PathLike[str] | None = None,
+        *,
+        dtype: str = "keep",
+        max_shard_size: int | str = "5GB",
+        overwrite: bool = False,
+        progress: Progress | None = None,
+        command: str | None = None,
+    ) -> Summary:
+        """Write the result and return what was done. It appears at `out` at once and whole, or not at all.
+
+        `dtype` is "keep" (the source's bytes) or a floating dtype to store; `max_shard_size` a number of bytes or
+        "5GB". `progress` is told how many more bytes are written; `command` goes into the card and the receipt.
+
+        Raises PlanError before anything is written, OutputError when it cannot be written.
+        """
+        began = time.perf_counter()
+        target = Path(out or self.name)
+        plan = self._final(dtype)
+        directory = self.source.directory if isinstance(self.source, LocalSource) else None
+        output.check_target(target, overwrite=overwrite, source=directory)
+        read_anatomy(plan.result(spec_of(self.source)))  # what is about to be written is a sound checkpoint
+        shards = lay_out(plan, self.source, max_shard_bytes=parse_size(max_shard_size))
+        summary = self._summary(plan, shards, target, seconds=0.0)
+        companions = {name: self.source.fetch(name) for name in self.source.companions}
+        card = companions.pop(CARD, None)
+        files = {name: path.read_bytes for name, path in companions.items()}
+        sizes = sum(path.stat().st_size for path in companions.values())
+        output.check_space(target, summary.bytes_written + sizes + 300 * len(plan.tensors) + 100_000)
+
+        options = {"dtype": dtype, "max_shard_size": max_shard_size}
+        with output.staged(target, overwrite=overwrite) as stage:
+            execute(plan, self.source, stage, shards=shards, progress=progress)
+            _verify(stage, shards)
+            record = receipt.receipt(
+                source=self.source.provenance(),
+                steps=plan.steps,
+                layer_map=plan.layer_map,
+                options=options,
+                command=command,
+                notes=plan.notes,
+            )
+            text = self._card(plan, summary, command=command, card=card)
+            output.write_files(stage, files)
+            output.write_files(stage, {CARD: text.encode(), RECEIPT: receipt.to_bytes(record)})
+            output.write_files(stage, {CONFIG: receipt.to_bytes(plan.config)})  # last: now it is a checkpoint
+        return replace(summary, seconds=time.perf_counter() - began)
+
+    def _final(self, dtype: str) -> Plan:
+        plan = self.plan if dtype == "keep" else self.plan.cast(dtype)
+        return plan.simplified(spec_of(self.source))
+
+    def _summary(self, plan: Plan, shards: list[Shard], target: Path, *, seconds: float) -> Summary:
+        before = spec_of(self.source)
+        after = plan.result(before)
+        return Summary(
+            output=target,
+            layers=(read_anatomy(before).depth, len(plan.layer_map)),
+            parameters=(before.num_parameters, after.num_parameters),
+            bytes_read=plan.bytes_read(before),
+            bytes_written=after.nbytes,
+            layer_map=plan.layer_map,
+            files=tuple(shard.file for shard in shards),
+            config_changes=changed_keys(before.config, after.config),
+            notes=plan.notes,
+            peak_memory=peak_memory(plan, before),
+            seconds=seconds,
+        )
+
+    def _card(self, plan: Plan, summary: Summary, *, command: str | None, card: Path | None) -> str:
+        source = self.source.label if not isinstance(self.source, LocalSource) else self.source.directory.resolve().name
+        verbs = ", then ".join(next(iter(step)) for step in plan.steps)
+        facts = {
+            "layers": f"{summary.layers[0]} → {summary.layers[1]}",
+            "parameters": f"{summary.parameters[0]:,} → {summary.parameters[1]:,}",
+            "source layer of each layer": " ".join("new" if i is None else str(i) for i in plan.layer_map),
+        }
+        return model_card(
+            title=summary.output.name,
+            base_model=source,
+            done=f"Made from `{source}` by [surgeon]: {verbs}.".replace("[surgeon]", "surgeon"),
+            facts=facts,
+            command=command,
+            notes=plan.notes,
+            source_card=card,
+        )
+
+
+def open_model(model: "str | os.PathLike[str] | Surgery", *, revision: str | None = None) -> Surgery:
+    """Return the model as a surgery that changes nothing yet; one that is already a surgery is continued."""
+    if isinstance(model, Surgery):
+        return model
+    source = open_source(model, revision=revision)
+    anatomy = read_anatomy(spec_of(source))
+    from surgeon.plan.plan import identity
+
+    return Surgery(source, identity(anatomy.spec, depth=anatomy.depth))
+
+
+def truncate(
+    model: "str | os.PathLike[str] | Surgery",
+    *,
+    layers: int | str,
+    inherit: Collection[str] | None = None,
+    seed: int = 0,
+    revision: str | None = None,
+) -> Surgery:
+    """Return the surgery that keeps the first `layers` layers of `model` ("50%" counts from its depth).
+
+    `model` is a checkpoint directory, a Hub id, or a surgery to continue. With `inherit`, only these parts
+    ("attention", "mlp", "norm", "embedding") keep their weights; the rest is drawn anew from `seed`.
+
+    Raises PlanError when the model has fewer layers or cannot be cut.
+
+        surgeon.truncate("gpt2-large", layers=6).save("gpt2-large-6")
+    """
+    begun = open_model(model, revision=revision)
+    return replace(begun, plan=begun.plan.then(plan_truncate(begun.anatomy, layers, inherit=inherit, seed=seed)))
+
+
+def parse_size(size: int | str) -> int:
+    """Return a number of bytes: `size` itself, or "5GB", "500MB", "2GiB". Raises PlanError for anything else."""
+    text = str(size).strip().upper()
+    number = text.rstrip("KMGTIB")
+    unit = text[len(number) :]
+    try:
+        result = int(float(number) * _UNITS[unit])
+    except (ValueError, KeyError, OverflowError):
+        result = 0
+    if result < 1:
+        raise PlanError(f"cannot read {size!r} as a size", hint="Write 5GB, 500MB or a number of bytes.")
+    return result
+
+
+def _verify(directory: Path, shards: list[Shard]) -> None:
+    """Read back every header that was written. Raises OutputError when one is not what was planned."""
+    for shard in shards:
+        written = {name: entry.spec for name, entry in read_header(directory / shard.file).items()}
+        if written != dict(shard.tensors):
+            raise OutputError(f"{shard.file} does not hold what was written to it; the disk may be failing")

@@ -1,0 +1,28 @@
+"""Tensors as a family initialises them: what a surgery draws anew instead of keeping."""
+
+import math
+
+from surgeon.anatomy.anatomy import Anatomy
+from surgeon.errors import PlanError
+from surgeon.plan.expressions import FLOAT_DTYPES, Constant, Expr, Normal
+
+
+def fresh(anatomy: Anatomy, name: str, *, seed: int, layers: int) -> Expr:
+    """Return the initial value of tensor `name` in a model of `layers` layers, as transformers would draw it.
+
+    Weights are normal with the config's standard deviation, GPT-2's residual projections with std / sqrt(2 layers);
+    biases and shifts are 0, gains are 1 (stored as 0 where the model adds 1). One stream for each tensor.
+    """
+    family = anatomy.require_family()
+    row, _ = anatomy.row(name)
+    spec = anatomy.spec.tensors[name]
+    if spec.dtype not in FLOAT_DTYPES:
+        raise PlanError(f"cannot draw {name!r} anew: it is stored as {spec.dtype}")
+    if row.kind == "gain":
+        return Constant(spec, family.init_gain)
+    if row.kind in ("bias", "shift"):
+        return Constant(spec, 0.0)
+    std = float(anatomy.spec.config.get(family.init_std) or 0.02)  # 0.02 is transformers' default everywhere
+    if name.endswith(family.residual_init):
+        std /= math.sqrt(2 * layers)
+    return Normal(spec, std, seed, name)

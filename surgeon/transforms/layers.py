@@ -1,0 +1,100 @@
+"""Choose, drop, repeat or reorder layers: every surgery in depth is one list of source layers."""
+
+from collections import Counter
+from collections.abc import Sequence
+
+from surgeon.anatomy.anatomy import Anatomy
+from surgeon.anatomy.config import declared_kinds, follow_layers, text_config
+from surgeon.anatomy.stacks import Stack
+from surgeon.errors import PlanError
+from surgeon.plan.expressions import Expr, Read, Scale
+from surgeon.plan.plan import Plan
+
+
+def keep_layers(anatomy: Anatomy, keep: Sequence[int]) -> Plan:
+    """Return the plan for a model whose layer i is layer keep[i] of this one. An index may repeat.
+
+    Of an encoder-decoder both stacks are cut alike. Raises PlanError when a layer does not exist, when the model's
+    code ties a layer to its place, or when the config cannot follow.
+    """
+    _check_indices(anatomy, keep)
+    spec = anatomy.spec
+    for stack in anatomy.stacks:
+        _check_places(anatomy, stack, keep)
+    edit = follow_layers(spec.config, keep, anatomy.depth, tabled=anatomy.family is not None)
+
+    targets: dict[int, list[int]] = {}
+    for new, old in enumerate(keep):
+        targets.setdefault(old, []).append(new)
+    tensors: dict[str, Expr] = {}
+    for name in spec.tensors:
+        for stack in anatomy.stacks:
+            if place := stack.locate(name):
+                old, rest = place
+                for new in targets.get(old, ()):
+                    tensors[stack.name(new, rest)] = _moved(anatomy, name, rest, old, new)
+                break
+        else:
+            tensors[name] = Read(name)
+    step = {"keep_layers": {"layers": list(keep)}}
+    return Plan(edit.config, tensors, tuple(keep), (step,), tuple(edit.notes))
+
+
+def resolve_depth(request: int | str, depth: int) -> int:
+    """Return a number of layers: `request` itself, or "75%" of `depth`, rounded half up.
+
+    Raises PlanError when it is neither.
+    """
+    text = str(request).strip()
+    number = text.removesuffix("%")
+    if not number.isascii() or not number.replace(".", "", 1).isdigit() or (number == text and not text.isdigit()):
+        raise PlanError(f"cannot read {request!r} as a number of layers", hint="Write 12, or 75%.")
+    return int(float(number) * depth / 100 + 0.5) if number != text else int(text)
+
+
+def _check_indices(anatomy: Anatomy, keep: Sequence[int]) -> None:
+    if not keep:
+        raise PlanError("a model needs at least one layer")
+    depths = {stack.depth for stack in anatomy.stacks}
+    if len(depths) > 1:
+        counts = " and ".join(f"{stack.prefix}* {stack.depth}" for stack in anatomy.stacks)
+        raise PlanError(f"encoder and decoder differ in depth ({counts}), so one list of layers cannot serve both")
+    if missing := sorted({i for i in keep if not 0 <= i < anatomy.depth}):
+        raise PlanError(f"layers {missing} do not exist", hint=f"This model has layers 0 to {anatomy.depth - 1}.")
+
+
+def _check_places(anatomy: Anatomy, stack: Stack, keep: Sequence[int]) -> None:
+    """Refuse to move a layer that holds other tensors than its kind does elsewhere: the code builds it by its place."""
+    inside: list[set[str]] = [set() for _ in range(stack.depth)]
+    for name in anatomy.spec.tensors:
+        if place := stack.locate(name):
+            inside[place[0]].add(place[1])
+    kinds = declared_kinds(text_config(anatomy.spec.config), stack.depth)
+    groups: dict[object, Counter[frozenset[str]]] = {}
+    for kind, names in zip(kinds, inside, strict=True):
+        groups.setdefault(kind, Counter())[frozenset(names)] += 1
+    for layer, (kind, names) in enumerate(zip(kinds, inside, strict=True)):
+        usual, count = groups[kind].most_common(1)[0]
+        if names == usual and (count > 1 or len(groups[kind]) == 1):
+            continue
+        place_kept = keep[0] == 0 if layer == 0 else keep[-1] == layer if layer == stack.depth - 1 else True
+        if not place_kept or keep.count(layer) > 1 or (0 < layer < stack.depth - 1 and layer in keep[:layer]):
+            odd = min(names ^ usual)
+            raise PlanError(
+                f"layer {layer} of {anatomy.model_type} differs from the others in {odd!r} because of its place",
+                hint=f"Keep layer {layer} where it is.",
+            )
+
+
+def _moved(anatomy: Anatomy, name: str, rest: str, old: int, new: int) -> Expr:
+    """Return tensor `rest` of layer `old` as layer `new` needs it.
+
+    Where the code divides attention logits by layer + 1, the queries make that good: times (new + 1) / (old + 1).
+    """
+    scaled = anatomy.family.inverse_layer_scale if anatomy.family else None
+    if old == new or scaled is None or rest not in scaled[1] or not anatomy.spec.config.get(scaled[0]):
+        return Read(name)
+    row, _ = anatomy.row(name)
+    dim = len(row.axes) - 1
+    queries, *others = row.axes[dim].lengths(anatomy.sizes)
+    return Scale(Read(name), dim, ((queries, (new + 1) / (old + 1)), (sum(others), 1.0)))
