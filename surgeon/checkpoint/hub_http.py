@@ -1,0 +1,173 @@
+"""Speaking to the Hub through huggingface_hub's session, and saying what went wrong when it fails.
+
+HF_ENDPOINT, HF_TOKEN, HF_HOME, HF_HUB_OFFLINE and proxies are honoured because huggingface_hub does it.
+"""
+
+import errno
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from surgeon.errors import HubError
+
+LOGIN = "`hf auth login`, or set HF_TOKEN"
+
+
+@contextmanager
+def explained(what: str, *, repo_id: str, revision: str | None = None) -> Iterator[None]:
+    """Turn every failure of huggingface_hub in this block into one HubError about `what`.
+
+    Only calls into huggingface_hub belong in the block: hf_xet reports any failure of a transfer as a bare
+    RuntimeError, and huggingface_hub an answer that it cannot use as a ValueError.
+    """
+    import httpx2
+    from huggingface_hub.errors import EntryNotFoundError
+
+    try:
+        yield
+    except (OSError, httpx2.HTTPError, httpx2.InvalidURL, EntryNotFoundError, RuntimeError, ValueError) as error:
+        raise _explain(error, what, repo_id, revision) from error
+
+
+def ask_bytes(repo_id: str, file: str, *, commit: str, start: int, end: int) -> tuple[bytes, int]:
+    """Return the bytes [start, end) of a file on the Hub, fewer where it ends before, and the file's size."""
+    from huggingface_hub import constants, hf_hub_url
+    from huggingface_hub.utils import (  # type: ignore[attr-defined]  # documented, but exported by __getattr__
+        build_hf_headers,
+        hf_raise_for_status,
+        http_stream_backoff,
+    )
+
+    with explained(f"{file} of {repo_id}", repo_id=repo_id, revision=commit):
+        url = hf_hub_url(repo_id, file, revision=commit, endpoint=constants.ENDPOINT)
+        headers = build_hf_headers() | {"Range": f"bytes={start}-{end - 1}", "Accept-Encoding": "identity"}
+        timeout = constants.HF_HUB_DOWNLOAD_TIMEOUT
+        # No retry on exceptions: http_stream_backoff does not survive one that is raised while its block reads.
+        with http_stream_backoff("GET", url, headers=headers, timeout=timeout, retry_on_exceptions=()) as response:
+            is_empty = response.status_code == 416  # the file has no byte in the range
+            if not is_empty:
+                hf_raise_for_status(response)
+            is_range = is_empty or response.status_code == 206
+            size = response.headers.get("Content-Range" if is_range else "Content-Length", "").rpartition("/")[2]
+            if not size.isdigit():
+                raise HubError(
+                    f"{constants.ENDPOINT} does not tell the size of {file} of {repo_id}",
+                    hint="Unset HF_ENDPOINT, or set it to an endpoint that answers as the Hub does.",
+                )
+            if is_empty:
+                return b"", int(size)
+            skip = 0 if is_range else start  # a server that ignores Range sends the file from its beginning
+            body = bytearray()
+            for chunk in response.iter_raw():
+                body += chunk
+                if len(body) >= skip + end - start:
+                    break
+    return bytes(body[skip : skip + end - start]), int(size)
+
+
+def hush_progress() -> None:
+    """Switch huggingface_hub's progress bars off where standard error is no terminal, unless the user decided."""
+    from huggingface_hub import constants
+
+    if not sys.stderr.isatty() and constants.HF_HUB_DISABLE_PROGRESS_BARS is None:
+        from huggingface_hub.utils import disable_progress_bars  # type: ignore[attr-defined]
+
+        disable_progress_bars()
+
+
+def _explain(error: Exception, what: str, repo_id: str, revision: str | None) -> HubError:
+    """Return the failure in the user's words. The order matters: huggingface_hub's classes are kinds of each other."""
+    from huggingface_hub import constants
+    from huggingface_hub import errors as hub
+
+    # These two only say that something failed; why is their cause.
+    while isinstance(error, (hub.LocalEntryNotFoundError, RuntimeError)) and isinstance(error.__cause__, Exception):
+        error = error.__cause__
+
+    if isinstance(error, hub.HFValidationError):
+        return HubError(
+            f"{repo_id!r} is neither an existing directory nor a Hub id",
+            hint="A Hub id is `name` or `owner/name`.",
+        )
+    if isinstance(error, hub.OfflineModeIsEnabled):
+        return HubError(
+            f"{what} is not in the cache, and HF_HUB_OFFLINE is set",
+            hint=f"Unset HF_HUB_OFFLINE once to fetch it (the cache is {constants.HF_HUB_CACHE}).",
+        )
+    if isinstance(error, hub.FileMetadataError):
+        return HubError(
+            f"{constants.ENDPOINT} does not answer as the Hub does",
+            hint="Check HF_ENDPOINT, and that no proxy or login page stands in between.",
+        )
+    if isinstance(error, hub.HfHubHTTPError):
+        return _explain_answer(error, what, repo_id, revision)
+    return _explain_transport(error, what)
+
+
+def _explain_answer(error: Exception, what: str, repo_id: str, revision: str | None) -> HubError:
+    """Return what the Hub answered: the reason that it names, else what the HTTP status says."""
+    from huggingface_hub import constants, get_token
+    from huggingface_hub import errors as hub
+
+    assert isinstance(error, hub.HfHubHTTPError)
+    page = f"{constants.ENDPOINT}/{repo_id}"
+    login = f"log in with {LOGIN}" if get_token() is None else f"check the token in use: {LOGIN}"
+    status = error.response.status_code
+    if isinstance(error, hub.GatedRepoError):  # is a RepositoryNotFoundError too
+        message = f"{repo_id} is gated, and you have not been granted access"
+        hint = f"Ask for access on {page}, then {login}."
+    elif isinstance(error, hub.RepositoryNotFoundError):
+        message = f"the Hub has no model {repo_id}, or does not show it to you"
+        hint = f"Check the name; if it is private, {login}."
+    elif isinstance(error, hub.RevisionNotFoundError):
+        message = f"{repo_id} has no revision {revision or 'main'!r}"
+        hint = f"Its branches, tags and commits are listed on {page}/commits/main."
+    elif isinstance(error, hub.RemoteEntryNotFoundError):
+        message = f"the Hub has no {what}"
+        hint = f"Its files are listed on {page}/tree/{revision or 'main'}."
+    elif isinstance(error, hub.DisabledRepoError):
+        message, hint = f"{repo_id} has been disabled on the Hub", f"See {page}."
+    elif status == 401:
+        message, hint = f"the Hub wants a valid token for {what}", f"To mend it, {login}."
+    elif status == 403:
+        message = f"your token has no permission for {what}"
+        hint = f"Use a token that has it: {constants.ENDPOINT}/settings/tokens."
+    elif status == 429:
+        message, hint = f"the Hub refused {what}: too many requests", "Wait a few minutes; a token raises the limit."
+    elif status >= 500:
+        message, hint = f"the Hub failed on {what} with status {status}", "The fault is not yours: try again later."
+    else:
+        message = f"the Hub refused {what} with status {status}: {error.server_message or 'it gave no reason'}"
+        hint = f"See {page}."
+    return HubError(message, hint=hint)
+
+
+def _explain_transport(error: Exception, what: str) -> HubError:
+    """Return what happened on the way: the network, the disk, or a file that came whole but wrong."""
+    import httpx2
+    from huggingface_hub import constants
+
+    unreachable = (httpx2.ConnectError, httpx2.ConnectTimeout, httpx2.ProxyError, httpx2.UnsupportedProtocol)
+    again = "Run the command again; the files that came whole are kept."
+    if isinstance(error, (*unreachable, httpx2.InvalidURL)):
+        return HubError(
+            f"cannot reach the Hub at {constants.ENDPOINT} for {what}: {error}",
+            hint="Check the network and HF_ENDPOINT; HF_HUB_OFFLINE=1 makes do with what is cached.",
+        )
+    if isinstance(error, httpx2.TimeoutException):
+        return HubError(f"the Hub stopped answering in the middle of {what}", hint=again)
+    if isinstance(error, httpx2.HTTPError):
+        return HubError(f"the connection broke off in the middle of {what}", hint=again)
+    no_room = (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC))  # Windows knows no EDQUOT
+    if getattr(error, "errno", None) in no_room or "No space left" in str(error):
+        return HubError(
+            f"the disk is full: no room for {what} in {constants.HF_HUB_CACHE}",
+            hint="Free some space, or set HF_HOME to a directory on a larger disk.",
+        )
+    if isinstance(error, OSError) and error.strerror:
+        return HubError(
+            f"{what} failed: {error.strerror}: {error.filename}",
+            hint=f"Check that path; the cache is {constants.HF_HUB_CACHE}, and HF_HOME moves it.",
+        )
+    first_line = next(iter(str(error).strip().splitlines()), type(error).__name__)
+    return HubError(f"{what} did not come through: {first_line}", hint=again)

@@ -1,0 +1,272 @@
+"""A small Hub on loopback: real HTTP, with the routes that reading and uploading a model use.
+
+It keeps repositories in memory as commits of {path: bytes}, refuses as the Hub does (X-Error-Code), answers ranges,
+and writes down every request with the number of body bytes that it sent, so that a test can say what was fetched.
+"""
+
+import base64
+import hashlib
+import json
+import re
+import sys
+import threading
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any, NamedTuple, Self
+from urllib.parse import unquote, urlsplit
+
+TOKEN = "hf_letmein"
+READ_ONLY_TOKEN = "hf_readonly"
+
+INFO = re.compile(r"/api/models/(?P<repo>[^/]+(?:/(?!revision/)[^/]+)?)(?:/revision/(?P<rev>[^/]+))?")
+RESOLVE = re.compile(r"/(?P<repo>[^/]+(?:/[^/]+)?)/resolve/(?P<rev>[^/]+)/(?P<file>.+)")
+PREUPLOAD = re.compile(r"/api/models/(?P<repo>[^/]+/[^/]+)/preupload/(?P<rev>[^/]+)")
+COMMIT = re.compile(r"/api/models/(?P<repo>[^/]+/[^/]+)/commit/(?P<rev>[^/]+)")
+LFS_BATCH = re.compile(r"/(?P<repo>[^/]+/[^/]+)\.git/info/lfs/objects/batch")
+CDN = re.compile(r"/cdn/(?P<oid>[0-9a-f]{64})")
+LFS_PUT = re.compile(r"/lfs/(?P<oid>[0-9a-f]{64})")
+
+
+class Request(NamedTuple):
+    method: str
+    path: str
+    sent: int
+
+
+@dataclass
+class Repo:
+    """A repository: its commits by hash, its branches, and who may see it."""
+
+    commits: dict[str, dict[str, bytes]] = field(default_factory=dict)
+    refs: dict[str, str] = field(default_factory=dict)
+    private: bool = False
+    gated: bool = False
+
+
+class HubServer:
+    """The server and its switches. Use it as a context manager."""
+
+    def __init__(self) -> None:
+        self.repos: dict[str, Repo] = {}
+        self.requests: list[Request] = []
+        self.fail_with: int | None = None  # answer everything with this status
+        self.hang_up_after: int | None = None  # send so many bytes of a file's body, then close the connection
+        self.stall_after: int | None = None  # send so many bytes of a file's body, then no more
+        self.ignore_range = False
+        self.hide_commit = False  # answer like something that is no Hub
+        self.use_cdn = False  # redirect weights to another host, as the Hub does; it must not see the token
+        self.renamed: dict[str, str] = {}  # old id to new: redirected, as the Hub does
+        self.blobs: dict[str, bytes] = {}
+        self.closing = threading.Event()
+        self._http = _Server(("127.0.0.1", 0), type("Handler", (_Handler,), {"hub": self}))
+        self.endpoint = f"http://127.0.0.1:{self._http.server_address[1]}"
+
+    def __enter__(self) -> Self:
+        threading.Thread(target=self._http.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.closing.set()
+        self._http.shutdown()
+        self._http.server_close()
+
+    def commit(self, repo_id: str, files: Mapping[str, bytes], *, ref: str = "main", **access: bool) -> str:
+        """Make `files` the newest commit of `ref`, and return its hash."""
+        repo = self.repos.setdefault(repo_id, Repo(**access))
+        sha = hashlib.sha1(f"{repo_id}{len(repo.commits)}".encode()).hexdigest()
+        repo.commits[sha] = dict(files)
+        repo.refs[ref] = sha
+        return sha
+
+    def fetched(self) -> dict[str, int]:
+        """Return the body bytes sent for each file that was asked for with GET."""
+        sent: dict[str, int] = {}
+        for method, path, size in self.requests:
+            if method == "GET" and (match := RESOLVE.fullmatch(path)):
+                sent[match["file"]] = sent.get(match["file"], 0) + size
+        return sent
+
+
+class _Server(ThreadingHTTPServer):
+    daemon_threads = True
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        if not isinstance(sys.exception(), ConnectionError):  # a client may stop reading whenever it likes
+            super().handle_error(request, client_address)
+
+
+class _Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True
+    hub: HubServer
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+    def do_HEAD(self) -> None:
+        self.do_GET()
+
+    def do_GET(self) -> None:
+        path = unquote(urlsplit(self.path).path)
+        route = RESOLVE.fullmatch(path) or INFO.fullmatch(path)
+        if path == "/api/agent-harnesses":  # huggingface_hub's telemetry, once a day
+            self.reply(404, record=False)
+        elif self.hub.fail_with:
+            self.reply(self.hub.fail_with)
+        elif match := CDN.fullmatch(path):
+            assert "Authorization" not in self.headers
+            self.send_file(self.hub.blobs[match["oid"]], {})
+        elif route and route["repo"] in self.hub.renamed:
+            location = self.path.replace(route["repo"], self.hub.renamed[route["repo"]], 1)
+            self.reply(307, headers={"Location": location})
+        elif match := RESOLVE.fullmatch(path):
+            self.resolve(match["repo"], match["rev"], match["file"])
+        elif match := INFO.fullmatch(path):
+            self.describe(match["repo"], match["rev"] or "main")
+        else:
+            self.refuse(404, "EntryNotFound")
+
+    def do_PUT(self) -> None:
+        body = self.body()
+        match = LFS_PUT.fullmatch(self.path)
+        assert match
+        assert hashlib.sha256(body).hexdigest() == match["oid"]
+        self.hub.blobs[match["oid"]] = body
+        self.reply(200)
+
+    def do_POST(self) -> None:
+        path, body = unquote(urlsplit(self.path).path), self.body()
+        if self.hub.fail_with:
+            self.reply(self.hub.fail_with)
+        elif path == "/api/validate-yaml":
+            self.reply(200, {"errors": [], "warnings": []})
+        elif self.token() not in (TOKEN, READ_ONLY_TOKEN):
+            self.reply(401, {"error": "Invalid username or password."})
+        elif self.token() == READ_ONLY_TOKEN:
+            self.reply(403, {"error": "You don't have the rights to create or change this model"})
+        elif path == "/api/repos/create":
+            self.create(json.loads(body))
+        elif PREUPLOAD.fullmatch(path):
+            names = [file["path"] for file in json.loads(body)["files"]]
+            modes = {name: "lfs" if name.endswith(".safetensors") else "regular" for name in names}
+            files = [{"path": name, "uploadMode": mode, "shouldIgnore": False} for name, mode in modes.items()]
+            self.reply(200, {"files": files})
+        elif LFS_BATCH.fullmatch(path):
+            objects = json.loads(body)["objects"]
+            for item in objects:
+                item["actions"] = {"upload": {"href": f"{self.hub.endpoint}/lfs/{item['oid']}"}}
+            self.reply(200, {"objects": objects, "transfer": "basic"})
+        elif match := COMMIT.fullmatch(path):
+            self.add_commit(match["repo"], body)
+        else:
+            self.refuse(404, "EntryNotFound")
+
+    def add_commit(self, repo_id: str, ndjson: bytes) -> None:
+        files = {}
+        for line in map(json.loads, ndjson.splitlines()):
+            value = line["value"]
+            if line["key"] == "file":
+                files[value["path"]] = base64.b64decode(value["content"])
+            elif line["key"] == "lfsFile":
+                files[value["path"]] = self.hub.blobs[value["oid"]]
+        sha = self.hub.commit(repo_id, files)
+        self.reply(200, {"commitUrl": f"{self.hub.endpoint}/{repo_id}/commit/{sha}", "commitOid": sha})
+
+    def create(self, wanted: dict[str, Any]) -> None:
+        repo_id = f"{wanted['organization'] or 'me'}/{wanted['name']}"
+        exists = repo_id in self.hub.repos
+        if not exists:
+            self.hub.commit(repo_id, {".gitattributes": b""}, private=wanted.get("visibility") == "private")
+        self.reply(409 if exists else 200, {"url": f"{self.hub.endpoint}/{repo_id}", "name": repo_id})
+
+    def find(self, repo_id: str, revision: str) -> tuple[str, dict[str, bytes]] | None:
+        """Return the commit and its files, or refuse as the Hub does and return None."""
+        if self.token() not in (None, TOKEN, READ_ONLY_TOKEN):
+            self.refuse(401, "", message="Invalid credentials in Authorization header")
+            return None
+        repo = self.hub.repos.get(repo_id)
+        if repo is None or (repo.private and self.token() is None):
+            self.refuse(401 if self.token() is None else 404, "RepoNotFound")
+            return None
+        is_file = "/resolve/" in self.path
+        if repo.gated and is_file:
+            self.refuse(401 if self.token() is None else 403, "GatedRepo", message="Access is restricted")
+            return None
+        sha = repo.refs.get(revision, revision)
+        if sha not in repo.commits:
+            self.refuse(404, "RevisionNotFound")
+            return None
+        return sha, repo.commits[sha]
+
+    def describe(self, repo_id: str, revision: str) -> None:
+        if found := self.find(repo_id, revision):
+            sha, files = found
+            siblings = [{"rfilename": name} for name in files]
+            private = self.hub.repos[repo_id].private
+            self.reply(200, {"id": repo_id, "sha": sha, "private": private, "siblings": siblings, "tags": []})
+
+    def resolve(self, repo_id: str, revision: str, file: str) -> None:
+        if not (found := self.find(repo_id, revision)):
+            return
+        sha, files = found
+        headers = {} if self.hub.hide_commit else {"X-Repo-Commit": sha}
+        if file not in files:
+            self.refuse(404, "EntryNotFound", headers=headers)
+            return
+        content = files[file]
+        oid = hashlib.sha256(content).hexdigest()
+        if self.hub.use_cdn and file.endswith(".safetensors"):
+            self.hub.blobs[oid] = content
+            location = f"{self.hub.endpoint.replace('127.0.0.1', 'localhost')}/cdn/{oid}"
+            linked = {"Location": location, "X-Linked-ETag": f'"{oid}"', "X-Linked-Size": str(len(content))}
+            self.reply(302, headers=headers | linked)
+        else:
+            self.send_file(content, headers | {"ETag": f'"{oid}"', "Accept-Ranges": "bytes"})
+
+    def send_file(self, content: bytes, headers: dict[str, str]) -> None:
+        asked = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
+        size = len(content)
+        if not asked or self.hub.ignore_range:
+            self.reply(200, content, headers)
+        elif int(asked[1]) >= size:
+            self.reply(416, headers=headers | {"Content-Range": f"bytes */{size}"})
+        else:
+            start, end = int(asked[1]), min(int(asked[2] or size - 1) + 1, size)
+            self.reply(206, content[start:end], headers | {"Content-Range": f"bytes {start}-{end - 1}/{size}"})
+
+    def refuse(self, status: int, code: str, *, message: str = "", headers: Mapping[str, str] | None = None) -> None:
+        self.reply(status, headers={**(headers or {}), "X-Error-Code": code, "X-Error-Message": message or code})
+
+    def reply(
+        self, status: int, body: Any = b"", headers: Mapping[str, str] | None = None, *, record: bool = True
+    ) -> None:
+        raw = body if isinstance(body, bytes) else json.dumps(body).encode()
+        self.send_response(status)
+        for name, value in (headers or {}).items():
+            self.send_header(name, value)
+        self.send_header("Content-Length", str(len(raw)))
+        self.end_headers()
+        part = b"" if self.command == "HEAD" else raw
+        if RESOLVE.fullmatch(self.path):
+            part = part[: self.hub.hang_up_after][: self.hub.stall_after]
+        if record:  # before the client can see the end of the answer
+            self.hub.requests.append(Request(self.command, unquote(urlsplit(self.path).path), len(part)))
+        self.wfile.write(part)
+        if self.command != "HEAD" and len(part) < len(raw):
+            self.close_connection = True
+            if self.hub.stall_after is not None:
+                self.hub.closing.wait()
+
+    def body(self) -> bytes:
+        if "chunked" in self.headers.get("Transfer-Encoding", ""):
+            parts = []
+            while size := int(self.rfile.readline(), 16):
+                parts.append(self.rfile.read(size))
+                self.rfile.readline()
+            self.rfile.readline()
+            return b"".join(parts)
+        return self.rfile.read(int(self.headers.get("Content-Length", 0)))
+
+    def token(self) -> str | None:
+        return self.headers.get("Authorization", "").removeprefix("Bearer ") or None
