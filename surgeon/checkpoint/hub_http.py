@@ -7,6 +7,8 @@ import errno
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib import import_module
+from types import ModuleType
 
 from surgeon.errors import HubError
 
@@ -20,12 +22,12 @@ def explained(what: str, *, repo_id: str, revision: str | None = None) -> Iterat
     Only calls into huggingface_hub belong in the block: hf_xet reports any failure of a transfer as a bare
     RuntimeError, and huggingface_hub an answer that it cannot use as a ValueError.
     """
-    import httpx2
     from huggingface_hub.errors import EntryNotFoundError
 
+    http = _http_library()
     try:
         yield
-    except (OSError, httpx2.HTTPError, httpx2.InvalidURL, EntryNotFoundError, RuntimeError, ValueError) as error:
+    except (OSError, http.HTTPError, http.InvalidURL, EntryNotFoundError, RuntimeError, ValueError) as error:
         raise _explain(error, what, repo_id, revision) from error
 
 
@@ -73,6 +75,13 @@ def hush_progress() -> None:
         from huggingface_hub.utils import disable_progress_bars  # type: ignore[attr-defined]
 
         disable_progress_bars()
+
+
+def _http_library() -> ModuleType:
+    """Return the HTTP library of the huggingface_hub that is installed: httpx for 1.x, httpx2 for 2.x."""
+    from huggingface_hub import get_session
+
+    return import_module(type(get_session()).__module__.partition(".")[0])
 
 
 def _explain(error: Exception, what: str, repo_id: str, revision: str | None) -> HubError:
@@ -144,19 +153,19 @@ def _explain_answer(error: Exception, what: str, repo_id: str, revision: str | N
 
 def _explain_transport(error: Exception, what: str) -> HubError:
     """Return what happened on the way: the network, the disk, or a file that came whole but wrong."""
-    import httpx2
     from huggingface_hub import constants
 
-    unreachable = (httpx2.ConnectError, httpx2.ConnectTimeout, httpx2.ProxyError, httpx2.UnsupportedProtocol)
+    http = _http_library()
+    unreachable = (http.ConnectError, http.ConnectTimeout, http.ProxyError, http.UnsupportedProtocol)
     again = "Run the command again; the files that came whole are kept."
-    if isinstance(error, (*unreachable, httpx2.InvalidURL)):
+    if isinstance(error, (*unreachable, http.InvalidURL)):
         return HubError(
             f"cannot reach the Hub at {constants.ENDPOINT} for {what}: {error}",
             hint="Check the network and HF_ENDPOINT; HF_HUB_OFFLINE=1 makes do with what is cached.",
         )
-    if isinstance(error, httpx2.TimeoutException):
+    if isinstance(error, http.TimeoutException):
         return HubError(f"the Hub stopped answering in the middle of {what}", hint=again)
-    if isinstance(error, httpx2.HTTPError):
+    if isinstance(error, http.HTTPError):
         return HubError(f"the connection broke off in the middle of {what}", hint=again)
     no_room = (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC))  # Windows knows no EDQUOT
     if getattr(error, "errno", None) in no_room or "No space left" in str(error):
