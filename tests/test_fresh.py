@@ -1,0 +1,58 @@
+"""What is drawn anew is drawn as transformers draws it."""
+
+import pytest
+import toys
+from safetensors.torch import load_file
+from transformers import AutoConfig, AutoModelForCausalLM
+
+import surgeon
+from surgeon.anatomy.families import FAMILIES
+from surgeon.errors import PlanError
+
+STD = 0.37  # of fresh weights: far from anything that could be left by accident
+
+
+@pytest.mark.parametrize(
+    "name", [*FAMILIES, "llama-biases", "gpt_neox-serial", "opt-post-norm", "qwen3_moe-sparse-step"]
+)
+def test_fresh_tensors_have_the_distribution_that_transformers_gives_them(name, tmp_path):
+    """Constant tensors must be equal; for drawn ones the standard deviation must agree to six standard errors."""
+    key = "init_std" if name.startswith("opt") else "initializer_range"
+    toys.build(name, tmp_path / "source", **{key: STD})
+    config = AutoConfig.from_pretrained(tmp_path / "source")
+    config.pad_token_id = None  # transformers zeroes the embedding of the padding token; surgeon draws it as any other
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "fresh")
+
+    surgeon.truncate(tmp_path / "source", layers=6, inherit=[]).save(tmp_path / "drawn")
+
+    expected, drawn = (load_file(tmp_path / out / "model.safetensors") for out in ("fresh", "drawn"))
+    assert expected.keys() == drawn.keys()
+    for tensor, value in expected.items():
+        if value.numel() == 1 or value.std() == 0:
+            assert drawn[tensor].equal(value), tensor
+        else:
+            error = 6 * value.std() / (2 * value.numel()) ** 0.5
+            assert abs(drawn[tensor].std() - value.std()) < 2 * error, tensor
+            assert abs(drawn[tensor].mean()) < 6 * value.std() / value.numel() ** 0.5, tensor
+
+
+def test_no_two_tensors_are_drawn_alike(toy, tmp_path):
+    surgeon.truncate(toy("llama"), layers=6, inherit=["norm"]).save(tmp_path / "drawn")
+
+    drawn = load_file(tmp_path / "drawn/model.safetensors")
+    starts = [tuple(value.flatten()[:3].tolist()) for name, value in drawn.items() if value.ndim == 2]
+    assert len(set(starts)) == len(starts)
+
+
+def test_integers_cannot_be_drawn(toy):
+    surgery = surgeon.open_model(toy("llama"))
+    anatomy = surgery.anatomy
+    from dataclasses import replace
+
+    from surgeon.checkpoint.spec import TensorSpec
+    from surgeon.transforms.fresh import fresh
+
+    name = "model.layers.0.mlp.up_proj.weight"
+    spec = replace(anatomy.spec, tensors={**anatomy.spec.tensors, name: TensorSpec("I8", (52, 80))})
+    with pytest.raises(PlanError, match="cannot draw .*up_proj.* anew: it is stored as I8"):
+        fresh(replace(anatomy, spec=spec), name, seed=0, layers=6)

@@ -1,0 +1,141 @@
+"""Plans: decided from headers, composed, printed, and refused where they contradict themselves."""
+
+import json
+
+import pytest
+import torch
+import toys
+from safetensors.torch import load_file
+
+import surgeon
+from surgeon.checkpoint.source import spec_of
+from surgeon.checkpoint.spec import CheckpointSpec, TensorSpec
+from surgeon.errors import PlanError
+from surgeon.plan.execute import peak_memory, ranges_by_file
+from surgeon.plan.expressions import Cast, Constant, Normal, Read, Scale, describe, infer, reads, substitute
+from surgeon.plan.plan import Plan, changed_keys, identity
+from surgeon.surgery import Surgery, open_model, parse_size
+
+SPEC = CheckpointSpec({"model_type": "toy"}, {"a": TensorSpec("BF16", (4, 6)), "ids": TensorSpec("I64", (3,))})
+
+
+def test_expressions_know_their_dtype_and_shape_without_numbers():
+    assert infer(Read("a"), SPEC.tensors) == TensorSpec("BF16", (4, 6))
+    assert infer(Cast(Scale(Read("a"), 1, ((2, 0.5), (4, 1.0))), "F32"), SPEC.tensors) == TensorSpec("F32", (4, 6))
+    assert infer(Constant(TensorSpec("F16", (2,)), 1.0), {}) == TensorSpec("F16", (2,))
+    assert reads(Cast(Scale(Read("a"), 0, ((4, 2.0),)), "F32")) == ("a",)
+
+
+@pytest.mark.parametrize(
+    ("expr", "message"),
+    [
+        (Read("b"), "no tensor 'b'"),
+        (Scale(Read("a"), 1, ((5, 1.0),)), "cannot scale 5 positions of dim 1"),
+        (Scale(Read("ids"), 0, ((3, 2.0),)), "cannot scale"),
+        (Cast(Read("ids"), "F32"), "cannot turn I64 into F32"),
+    ],
+)
+def test_what_cannot_be_made_is_refused_by_the_name_of_the_tensor(expr, message):
+    with pytest.raises(PlanError, match=f"cannot make 'x': .*{message}"):
+        Plan({}, {"x": expr}, (0,)).result(SPEC)
+
+
+def test_then_puts_the_first_plan_into_the_second():
+    first = Plan({"n": 1}, {"x": Scale(Read("a"), 0, ((4, 2.0),))}, (3, 5, 7), ({"one": {}},), ("first",))
+    second = Plan({"n": 2}, {"y": Cast(Read("x"), "F32")}, (2, None, 0), ({"two": {}},), ("second",))
+
+    both = first.then(second)
+
+    assert both.tensors == {"y": Cast(Scale(Read("a"), 0, ((4, 2.0),)), "F32")}
+    assert (both.config, both.layer_map, both.steps) == ({"n": 2}, (7, None, 3), ({"one": {}}, {"two": {}}))
+    assert both.notes == ("first", "second")
+    with pytest.raises(PlanError, match="the step before makes no tensor 'a'"):
+        first.then(Plan({}, {"y": Read("a")}, (0,)))
+
+
+def test_casts_that_change_nothing_vanish_and_integers_stay():
+    plan = identity(SPEC, depth=1).cast("bfloat16").simplified(SPEC)
+
+    assert plan.tensors == {"a": Read("a"), "ids": Read("ids")}
+    assert identity(SPEC, depth=1).cast("float32").simplified(SPEC).tensors["a"] == Cast(Read("a"), "F32")
+    assert plan.config["dtype"] == "bfloat16"
+
+
+def test_fused_arithmetic_rounds_where_its_steps_would(toy, tmp_path):
+    """scale, then store in bfloat16, then scale again: in one pass and in three."""
+    toys.build("gpt2", tmp_path / "source", dtype="bfloat16")
+    start = open_model(tmp_path / "source")
+    name = "transformer.ln_f.weight"
+
+    def scaled(model: Surgery, by: float) -> Surgery:
+        step = identity(model.spec, depth=6)
+        tensors = {**step.tensors, name: Scale(Read(name), 0, ((40, by), (40, 1.0)))}
+        return Surgery(model.source, model.plan.then(Plan(step.config, tensors, step.layer_map)))
+
+    scaled(scaled(start, 1.1), 0.7).save(tmp_path / "fused", dtype="float32")
+    scaled(start, 1.1).save(tmp_path / "one")
+    scaled(open_model(tmp_path / "one"), 0.7).save(tmp_path / "two")
+    open_model(tmp_path / "two").save(tmp_path / "steps", dtype="float32")
+
+    fused, steps = (load_file(tmp_path / out / "model.safetensors") for out in ("fused", "steps"))
+    assert all(torch.equal(fused[key], steps[key]) for key in steps)
+    assert not torch.equal(fused[name][:40], load_file(tmp_path / "source/model.safetensors")[name][:40].float())
+
+
+def test_a_plan_prints_as_text_and_as_json(toy):
+    surgery = surgeon.truncate(toy("llama-tied"), layers=1, inherit=["attention"])
+
+    printed, parsed = str(surgery.plan), json.loads(surgery.plan.to_json())
+
+    assert "model.layers.0.self_attn.q_proj.weight = model.layers.0.self_attn.q_proj.weight" in printed
+    assert "model.norm.weight = constant(1, F32 [48])" in printed
+    assert parsed["tensors"]["model.embed_tokens.weight"] == "normal(std 0.02, seed 0, F32 [131, 48])"
+    assert parsed["layer_map"] == [0]
+    assert parsed["steps"] == [{"truncate": {"layers": 1, "inherit": ["attention"], "seed": 0}}]
+
+
+def test_substitution_leaves_fresh_tensors_alone():
+    fresh = Normal(TensorSpec("F32", (2,)), 0.1, 0, "x")
+
+    assert substitute(fresh, lambda name: Read("other")) == fresh
+    assert describe(Scale(Read("a"), 1, ((2, 0.5), (4, 1.0)))) == "scale(a, dim 1: 2 x 0.5, 4 x 1)"
+
+
+def test_the_ranges_to_fetch_are_merged_and_hold_only_what_is_read(toy):
+    surgery = surgeon.truncate(toy("mistral"), layers=2)
+    tensors = surgery.source.tensors
+
+    ranges = ranges_by_file(tensors, surgery.plan.tensors)
+
+    assert list(ranges) == ["model.safetensors"]
+    assert sum(end - start for start, end in ranges["model.safetensors"]) == surgery.summary().bytes_read
+    assert len(ranges["model.safetensors"]) < len(surgery.plan.tensors) / 4
+
+
+def test_moving_bytes_needs_the_same_memory_whatever_the_size(toy):
+    spec = spec_of(open_model(toy("llama")).source)
+    moving, drawing = (surgeon.truncate(toy("llama"), layers=2, inherit=parts).plan for parts in (None, ["mlp"]))
+
+    assert peak_memory(moving, spec) < 100_000_000
+    assert peak_memory(drawing, spec) > peak_memory(moving, spec)
+
+
+def test_changed_keys_tell_nested_ones_and_absent_ones():
+    before = {"a": 1, "t": {"x": [1, 2], "y": 3}, "gone": True}
+    after = {"a": 1, "t": {"x": [1], "y": 3}, "new": "n"}
+
+    assert changed_keys(before, after) == {"t.x": ([1, 2], [1]), "gone": (True, None), "new": (None, "n")}
+
+
+@pytest.mark.parametrize(
+    ("size", "expected"),
+    [("5GB", 5 * 10**9), ("500MB", 5 * 10**8), ("1.5 GB", 15 * 10**8), ("2GiB", 2**31), (1234, 1234), ("77", 77)],
+)
+def test_sizes_are_read_as_people_write_them(size, expected):
+    assert parse_size(size) == expected
+
+
+@pytest.mark.parametrize("size", ["", "GB", "five", "-3GB", "0", "1XB", "nan", "infGB"])
+def test_what_is_no_size_is_refused(size):
+    with pytest.raises(PlanError, match="cannot read .* as a size"):
+        parse_size(size)
