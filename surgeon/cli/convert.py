@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from surgeon.cli import options, write
+from surgeon.cli import options
 
 
 def convert(
@@ -25,6 +25,7 @@ def convert(
 ) -> None:
     """Turn pytorch_model*.bin or a .gguf file into a safetensors checkpoint."""
     import surgeon
+    from surgeon.cli import write
 
     write.run(
         surgeon.convert(source),

@@ -4,7 +4,7 @@ from typing import Annotated
 
 import typer
 
-from surgeon.cli import options, write
+from surgeon.cli import options
 
 
 def truncate(
@@ -32,6 +32,7 @@ def truncate(
 ) -> None:
     """Keep the first N layers of a model (Inheritune)."""
     import surgeon
+    from surgeon.cli import write
 
     parts = None if inherit is None else [part.strip() for part in inherit.split(",") if part.strip()]
     surgery = surgeon.truncate(model, layers=layers, inherit=parts, seed=seed, revision=revision)

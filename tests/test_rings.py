@@ -1,0 +1,56 @@
+"""What a command imports: heavy libraries only where they are needed, and cheap commands stay cheap."""
+
+import subprocess
+import sys
+
+import pytest
+
+HEAVY = ("torch", "transformers", "numpy", "huggingface_hub", "safetensors", "accelerate", "rich", "yaml", "gguf")
+
+
+def modules_after(code: str) -> set[str]:
+    """Return the heavy modules that a fresh interpreter has loaded after running `code`."""
+    report = "\nimport sys; print(','.join(m for m in sys.modules if '.' not in m))"
+    result = subprocess.run([sys.executable, "-c", code + report], capture_output=True, text=True, check=True)
+    return set(result.stdout.splitlines()[-1].split(",")) & set(HEAVY)
+
+
+def command(*arguments: object) -> str:
+    """Return code that runs the command line in this process."""
+    words = [str(argument) for argument in arguments]
+    return (
+        "from surgeon.cli.app import app\n"
+        f"try:\n    app({words!r})\n"
+        "except SystemExit as done:\n    assert not done.code"
+    )
+
+
+def test_importing_surgeon_imports_nothing_heavy():
+    assert modules_after("import surgeon; surgeon.truncate; surgeon.inspect") == set()
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["truncate", "--help"], ["inspect", "--help"], ["convert", "--help"]]
+)
+def test_help_imports_nothing_heavy(arguments):
+    assert modules_after(command(*arguments)) == set()
+
+
+def test_planning_and_inspecting_import_nothing_heavy(toy):
+    assert modules_after(command("truncate", toy("llama"), "--layers", 2, "--dry-run")) == set()
+    assert modules_after(command("truncate", toy("llama"), "--layers", 2, "--dry-run", "--inherit", "mlp")) == set()
+    assert modules_after(command("truncate", toy("llama"), "--layers", 2, "--dry-run", "--dtype", "bfloat16")) == set()
+    assert modules_after(command("inspect", toy("llama"), "--against", toy("llama-tied"))) == set()
+
+
+def test_moving_bytes_imports_only_yaml_for_the_card(toy, tmp_path):
+    assert modules_after(command("truncate", toy("llama"), "--layers", 2, "-o", tmp_path / "cut")) == {"yaml"}
+
+
+def test_arithmetic_adds_torch_and_not_transformers(toy, tmp_path):
+    loaded = modules_after(
+        command("truncate", toy("llama"), "--layers", 2, "-o", tmp_path / "cut", "--dtype", "bfloat16")
+    )
+
+    assert "torch" in loaded
+    assert loaded.isdisjoint({"transformers", "accelerate", "huggingface_hub", "rich"})
