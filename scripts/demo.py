@@ -6,6 +6,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 HERE = Path("demo-output")
@@ -29,8 +30,8 @@ def main() -> None:
     say("5. What came of it.")
     print_outcome({"before": (whole, MODEL), "after": (cut, CUT)})
     print(
-        f"\nA third of the layers is gone and nothing was trained since, so the cut model babbles: truncation is where"
-        f"\ntraining starts, not where it ends. Both are ordinary checkpoints: from_pretrained('{CUT}') loads the second.\n"
+        f"\nA third of the layers is gone and nothing was trained since, so the cut model babbles: truncation is"
+        f"\nwhere training starts. Both are ordinary checkpoints: from_pretrained('{CUT}') loads the second.\n"
     )
 
 
@@ -51,7 +52,9 @@ def surgeon(*arguments: object, show: bool = False) -> dict:
     if show:
         subprocess.run(command, check=True)
         return {}
-    return json.loads(subprocess.run([*command, "--json"], check=True, stdout=subprocess.PIPE).stdout)
+    began = time.perf_counter()
+    summary = json.loads(subprocess.run([*command, "--json"], check=True, stdout=subprocess.PIPE).stdout)
+    return summary | {"seconds": time.perf_counter() - began}  # of the whole process
 
 
 def print_outcome(models: dict[str, tuple[dict, Path]]) -> None:

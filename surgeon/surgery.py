@@ -80,7 +80,8 @@ class Surgery:
     @property
     def name(self) -> str:
         """The result's name where the user gives none: the source's, and what was done."""
-        base = Path(self.source.label.rstrip("/")).name or "model"
+        label = Path(self.source.label)
+        base = label.name or label.resolve().name or "model"
         verbs = [next(iter(step)) for step in self.plan.steps]
         done = [f"{verb}-{len(self.plan.layer_map)}L" if verb == "truncate" else verb for verb in verbs]
         return "-".join([base, *done])
@@ -113,8 +114,7 @@ class Surgery:
         began = time.perf_counter()
         target = Path(out or self.name)
         plan = self._final(dtype)
-        directory = self.source.directory if isinstance(self.source, LocalSource) else None
-        output.check_target(target, overwrite=overwrite, source=directory)
+        output.check_target(target, overwrite=overwrite, source=self.source.origin)
         read_anatomy(plan.result(spec_of(self.source)))  # what is about to be written is a sound checkpoint
         shards = lay_out(plan, self.source, max_shard_bytes=parse_size(max_shard_size))
         summary = self._summary(plan, shards, target, seconds=0.0)
@@ -233,4 +233,7 @@ def _verify(directory: Path, shards: list[Shard]) -> None:
     for shard in shards:
         written = {name: entry.spec for name, entry in read_header(directory / shard.file).items()}
         if written != dict(shard.tensors):
-            raise OutputError(f"{shard.file} does not hold what was written to it; the disk may be failing")
+            raise OutputError(
+                f"{shard.file} does not hold what was written to it; the disk may be failing",
+                hint="Write to another disk with -o.",
+            )

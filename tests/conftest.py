@@ -1,19 +1,25 @@
 """Fixtures that many test files share."""
 
+import io
 import os
+import signal
+import sys
 from collections.abc import Callable
+from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import dataclass
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
 import pytest
-import toys
 
 
 @pytest.fixture(scope="session")
 def toy(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """Return a function from a toy's name to its checkpoint, built when it is first asked for. Read-only."""
+    import toys
+
     directory = tmp_path_factory.mktemp("toys")
 
     def build(name: str) -> Path:
@@ -21,3 +27,31 @@ def toy(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
         return path if path.exists() else toys.build(name, path)
 
     return build
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a command did: its exit code, and what it printed."""
+
+    code: int
+    out: str
+    err: str
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Outcome]:
+    """Return a function that runs the command line in this process, from its arguments to its exit code."""
+    from surgeon.cli.app import main
+
+    def run(*args: object) -> Outcome:
+        monkeypatch.setattr(sys, "argv", ["surgeon", *map(str, args)])
+        out, err = io.StringIO(), io.StringIO()
+        before = signal.getsignal(signal.SIGTERM)
+        try:
+            with redirect_stdout(out), redirect_stderr(err), pytest.raises(SystemExit) as caught:
+                main()
+        finally:
+            signal.signal(signal.SIGTERM, before)
+        return Outcome(int(caught.value.code or 0), out.getvalue(), err.getvalue())
+
+    return run

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 import surgeon
 from surgeon.anatomy.anatomy import read_anatomy
-from surgeon.anatomy.axes import parse, shape
+from surgeon.anatomy.axes import Places, parse, places, shape
 from surgeon.anatomy.families import FAMILIES
 from surgeon.checkpoint.open import open_source
 from surgeon.checkpoint.source import spec_of
@@ -96,7 +96,7 @@ def test_old_gpt2_files_without_prefix_and_with_mask_buffers_are_read_and_cut(to
         assert torch.equal(toys.logits(model), toys.logits(reference))
 
 
-def test_the_grammar_reads_products_blocks_and_numbers():
+def test_the_grammar_reads_products_blocks_numbers_and_nesting():
     sizes = {"heads": 3, "head_dim": 5, "hidden": 7, "positions": 11}
 
     assert shape(parse("(heads head_dim) hidden"), sizes) == (15, 7)
@@ -104,6 +104,23 @@ def test_the_grammar_reads_products_blocks_and_numbers():
     assert shape(parse("(positions + 2) hidden"), sizes) == (13, 7)
     assert shape(parse("1 1 positions positions"), sizes) == (1, 1, 11, 11)
     assert shape(parse(""), sizes) == ()
+    assert shape(parse("(heads (2 head_dim + hidden)) 4"), sizes) == (51, 4)
+
+
+def test_places_of_a_nested_dimension_keep_each_block_apart():
+    """Per head a query and a key of two positions; the queries double theirs, the heads swap and gain one."""
+    (dim,) = parse("(heads (group qk + qk))")
+    sizes = {"heads": 2, "group": 1, "qk": 2}
+
+    def maps(axis: str, block: frozenset[str]) -> Places | None:
+        if axis == "heads":
+            return Places((1, 0, -1), (1.0, 3.0, 1.0))
+        return Places((0, 0, 1, 1), (0.5,) * 4) if axis == "qk" and "group" in block else None
+
+    found = places(dim, sizes, maps)
+
+    assert found.index == (4, 4, 5, 5, 6, 7, 0, 0, 1, 1, 2, 3, -1, -1, -1, -1, -1, -1)
+    assert found.scale == (0.5,) * 4 + (1.0,) * 2 + (1.5,) * 4 + (3.0,) * 2 + (0.5,) * 4 + (1.0,) * 2
 
 
 def test_a_quantized_checkpoint_is_moved_by_layers_and_nothing_else(tmp_path: Path):

@@ -5,14 +5,30 @@ import json
 import pytest
 import torch
 import toys
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import surgeon
-from surgeon.checkpoint.source import spec_of
+from surgeon.checkpoint.header import read_header
+from surgeon.checkpoint.source import spec_of, stored
 from surgeon.checkpoint.spec import CheckpointSpec, TensorSpec
 from surgeon.errors import PlanError
+from surgeon.plan.arithmetic import Arithmetic
 from surgeon.plan.execute import peak_memory, ranges_by_file
-from surgeon.plan.expressions import Cast, Constant, Normal, Read, Scale, describe, infer, reads, substitute
+from surgeon.plan.expressions import (
+    Add,
+    Affine,
+    Cast,
+    Constant,
+    Gather,
+    Normal,
+    Read,
+    Rounded,
+    Uniform,
+    describe,
+    infer,
+    reads,
+    substitute,
+)
 from surgeon.plan.plan import Plan, changed_keys, identity
 from surgeon.surgery import Surgery, open_model, parse_size
 
@@ -21,18 +37,22 @@ SPEC = CheckpointSpec({"model_type": "toy"}, {"a": TensorSpec("BF16", (4, 6)), "
 
 def test_expressions_know_their_dtype_and_shape_without_numbers():
     assert infer(Read("a"), SPEC.tensors) == TensorSpec("BF16", (4, 6))
-    assert infer(Cast(Scale(Read("a"), 1, ((2, 0.5), (4, 1.0))), "F32"), SPEC.tensors) == TensorSpec("F32", (4, 6))
+    taken = Gather(Read("a"), 1, (5, -1, 0), (1.0, 1.0, 0.5))
+    assert infer(Cast(taken, "F32"), SPEC.tensors) == TensorSpec("F32", (4, 3))
+    assert infer(Uniform((2, 2), taken, 0.5, 0, "x"), SPEC.tensors) == TensorSpec("BF16", (2, 2))
     assert infer(Constant(TensorSpec("F16", (2,)), 1.0), {}) == TensorSpec("F16", (2,))
-    assert reads(Cast(Scale(Read("a"), 0, ((4, 2.0),)), "F32")) == ("a",)
+    assert reads(Add((Affine(Read("a"), 2.0), Read("b"), Rounded(Read("a"))))) == ("a", "b")
 
 
 @pytest.mark.parametrize(
     ("expr", "message"),
     [
         (Read("b"), "no tensor 'b'"),
-        (Scale(Read("a"), 1, ((5, 1.0),)), "cannot scale 5 positions of dim 1"),
-        (Scale(Read("ids"), 0, ((3, 2.0),)), "cannot scale"),
-        (Cast(Read("ids"), "F32"), "cannot turn I64 into F32"),
+        (Gather(Read("a"), 1, (6,), (1.0,)), "cannot gather 1 positions along dim 1"),
+        (Gather(Read("a"), 2, (0,), (1.0,)), "cannot gather 1 positions along dim 2"),
+        (Add((Read("a"), Gather(Read("a"), 0, (0,), (1.0,)))), r"cannot add BF16 \[1, 6\] and BF16 \[4, 6\]"),
+        (Affine(Read("ids"), 2.0), "cannot compute with ids: it is stored as I64"),
+        (Cast(Read("ids"), "F32"), "cannot compute with ids"),
     ],
 )
 def test_what_cannot_be_made_is_refused_by_the_name_of_the_tensor(expr, message):
@@ -41,12 +61,12 @@ def test_what_cannot_be_made_is_refused_by_the_name_of_the_tensor(expr, message)
 
 
 def test_then_puts_the_first_plan_into_the_second():
-    first = Plan({"n": 1}, {"x": Scale(Read("a"), 0, ((4, 2.0),))}, (3, 5, 7), ({"one": {}},), ("first",))
-    second = Plan({"n": 2}, {"y": Cast(Read("x"), "F32")}, (2, None, 0), ({"two": {}},), ("second",))
+    first = Plan({"n": 1}, {"x": Affine(Read("a"), 2.0), "z": Read("a")}, (3, 5, 7), ({"one": {}},), ("first",))
+    second = Plan({"n": 2}, {"y": Cast(Read("x"), "F32"), "w": Read("z")}, (2, None, 0), ({"two": {}},), ("second",))
 
     both = first.then(second)
 
-    assert both.tensors == {"y": Cast(Scale(Read("a"), 0, ((4, 2.0),)), "F32")}
+    assert both.tensors == {"y": Cast(Rounded(Affine(Read("a"), 2.0)), "F32"), "w": Read("a")}
     assert (both.config, both.layer_map, both.steps) == ({"n": 2}, (7, None, 3), ({"one": {}}, {"two": {}}))
     assert both.notes == ("first", "second")
     with pytest.raises(PlanError, match="the step before makes no tensor 'a'"):
@@ -62,20 +82,19 @@ def test_casts_that_change_nothing_vanish_and_integers_stay():
 
 
 def test_fused_arithmetic_rounds_where_its_steps_would(toy, tmp_path):
-    """scale, then store in bfloat16, then scale again: in one pass and in three."""
+    """Scale and store in bfloat16, then scale and store in float32: in one pass, and in two."""
     toys.build("gpt2", tmp_path / "source", dtype="bfloat16")
     start = open_model(tmp_path / "source")
     name = "transformer.ln_f.weight"
 
     def scaled(model: Surgery, by: float) -> Surgery:
         step = identity(model.spec, depth=6)
-        tensors = {**step.tensors, name: Scale(Read(name), 0, ((40, by), (40, 1.0)))}
+        tensors = {**step.tensors, name: Gather(Read(name), 0, tuple(range(80)), (by,) * 40 + (1.0,) * 40)}
         return Surgery(model.source, model.plan.then(Plan(step.config, tensors, step.layer_map)))
 
     scaled(scaled(start, 1.1), 0.7).save(tmp_path / "fused", dtype="float32")
     scaled(start, 1.1).save(tmp_path / "one")
-    scaled(open_model(tmp_path / "one"), 0.7).save(tmp_path / "two")
-    open_model(tmp_path / "two").save(tmp_path / "steps", dtype="float32")
+    scaled(open_model(tmp_path / "one"), 0.7).save(tmp_path / "steps", dtype="float32")
 
     fused, steps = (load_file(tmp_path / out / "model.safetensors") for out in ("fused", "steps"))
     assert all(torch.equal(fused[key], steps[key]) for key in steps)
@@ -98,7 +117,8 @@ def test_substitution_leaves_fresh_tensors_alone():
     fresh = Normal(TensorSpec("F32", (2,)), 0.1, 0, "x")
 
     assert substitute(fresh, lambda name: Read("other")) == fresh
-    assert describe(Scale(Read("a"), 1, ((2, 0.5), (4, 1.0)))) == "scale(a, dim 1: 2 x 0.5, 4 x 1)"
+    taken = Gather(Read("a"), 1, (0, 1, -1, -1, 3, 3), (0.5, 0.5, 1.0, 1.0, 1.0, 1.0))
+    assert describe(taken) == "gather(a, dim 1: 0-1, new, 3, 3 times 0.5 x2, 1 x4)"
 
 
 def test_the_ranges_to_fetch_are_merged_and_hold_only_what_is_read(toy):
@@ -139,3 +159,24 @@ def test_sizes_are_read_as_people_write_them(size, expected):
 def test_what_is_no_size_is_refused(size):
     with pytest.raises(PlanError, match="cannot read .* as a size"):
         parse_size(size)
+
+
+def test_arithmetic_is_what_the_expressions_say(tmp_path):
+    """Against the same sums in plain torch, in float64."""
+    a = torch.randn(4, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    save_file({"a": a}, tmp_path / "model.safetensors")
+    tensors = {
+        name: stored("model.safetensors", entry) for name, entry in read_header(tmp_path / "model.safetensors").items()
+    }
+    make = Arithmetic(tensors, {"model.safetensors": tmp_path / "model.safetensors"}).tensor
+
+    taken = make(Gather(Read("a"), 1, (5, -1, 0, 0), (1.0, 1.0, 0.5, 2.0), fill=3.0, mean=2.0))
+    drawn = make(Uniform((500, 40), Read("a"), 0.5, 0, "x"))
+
+    assert torch.equal(taken, torch.stack([a[:, 5], 3 + 2 * a.mean(1), a[:, 0] * 0.5, a[:, 0] * 2], 1))
+    assert torch.equal(make(Add((Read("a"), Affine(Read("a"), 2.0, 1.0)))), a + (2 * a + 1))
+    assert torch.equal(make(Cast(Rounded(Cast(Read("a"), "BF16")), "F32")), a.bfloat16().float())
+    assert drawn.dtype == torch.float64
+    assert abs(drawn.std() / (0.5 * a.std(correction=0)) - 1) < 0.02  # 20,000 draws: five standard errors
+    assert torch.equal(drawn, make(Uniform((500, 40), Read("a"), 0.5, 0, "x")))
+    assert not torch.equal(drawn, make(Uniform((500, 40), Read("a"), 0.5, 1, "x")))

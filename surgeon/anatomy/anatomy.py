@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from surgeon.anatomy.axes import shape
-from surgeon.anatomy.config import model_type
+from surgeon.anatomy.config import CONFIG_HINT, model_type
 from surgeon.anatomy.families import FAMILIES, Family, Row, Rows
-from surgeon.anatomy.stacks import Stack, find_stacks
+from surgeon.anatomy.stacks import FILES_HINT, Stack, find_stacks
 from surgeon.checkpoint.spec import CheckpointSpec
 from surgeon.errors import CheckpointError, PlanError
 
@@ -64,7 +64,9 @@ def read_anatomy(spec: CheckpointSpec) -> Anatomy:
     if family is None or "quantization_config" in spec.config:  # the tables describe unquantized files
         return Anatomy(spec, name, stacks, None, {})
     if stacks[0].prefix not in (family.layers, family.layers.removeprefix(family.base)):
-        raise CheckpointError(f"the layers are called {stacks[0].prefix}*, those of a {name} model {family.layers}*")
+        raise CheckpointError(
+            f"the layers are called {stacks[0].prefix}*, those of a {name} model {family.layers}*", hint=FILES_HINT
+        )
     sizes = _sizes(family, spec.config)
     _check_present(family, stacks[0], spec, sizes)
     _check_missing(family, stacks[0], spec, sizes)
@@ -91,20 +93,27 @@ def _sizes(family: Family, config: Mapping[str, Any]) -> dict[str, int]:
     for axis, keys in family.sizes.items():
         if key := next((key for key in keys if config.get(key) is not None), None):
             if type(config[key]) is not int or config[key] < 1:
-                raise CheckpointError(f"config.json says {key} = {config[key]!r}, not a positive number")
+                raise CheckpointError(
+                    f"config.json says {key} = {config[key]!r}, not a positive number", hint=CONFIG_HINT
+                )
             sizes[axis] = config[key]
     for axis, (factor, other) in family.default_sizes.items():
         if other in sizes:
             sizes.setdefault(axis, factor * sizes[other])
     for axis in ("hidden", "heads", "vocab", "ffn"):
         if axis not in sizes:
-            raise CheckpointError(f"config.json does not say {family.sizes[axis][0]}")
+            raise CheckpointError(f"config.json does not say {family.sizes[axis][0]}", hint=CONFIG_HINT)
     hidden, heads, kv_heads = sizes["hidden"], sizes["heads"], sizes["kv_heads"]
     if heads % kv_heads:
-        raise CheckpointError(f"config.json says {heads} attention heads, not a multiple of {kv_heads} key-value heads")
+        raise CheckpointError(
+            f"config.json says {heads} attention heads, not a multiple of {kv_heads} key-value heads", hint=CONFIG_HINT
+        )
     if "head_dim" not in sizes and hidden % heads:
-        raise CheckpointError(f"config.json says hidden size {hidden}, not a multiple of {heads} attention heads")
-    return {"head_dim": hidden // heads} | sizes | {"group": heads // kv_heads}
+        raise CheckpointError(
+            f"config.json says hidden size {hidden}, not a multiple of {heads} attention heads", hint=CONFIG_HINT
+        )
+    sizes = {"head_dim": hidden // heads} | sizes | {"group": heads // kv_heads}
+    return sizes | {"qk_dim": sizes["head_dim"], "v_dim": sizes["head_dim"]}
 
 
 def _check_present(family: Family, stack: Stack, spec: CheckpointSpec, sizes: Mapping[str, int]) -> None:
@@ -113,7 +122,7 @@ def _check_present(family: Family, stack: Stack, spec: CheckpointSpec, sizes: Ma
         place = _find_row(family, stack, name)
         if place is None or not _may_exist(place[0], spec.config, sizes):
             raise CheckpointError(
-                f"{name!r} is not a tensor of a {model_type(spec.config)} model with this config.json"
+                f"{name!r} is not a tensor of a {model_type(spec.config)} model with this config.json", hint=FILES_HINT
             )
         row, part = place
         if part == "buffer":
@@ -121,16 +130,20 @@ def _check_present(family: Family, stack: Stack, spec: CheckpointSpec, sizes: Ma
         try:
             expected = shape(row.axes, sizes)
         except KeyError as error:
-            raise CheckpointError(f"{name!r} has an axis {error} whose size config.json does not give") from error
+            raise CheckpointError(
+                f"{name!r} has an axis {error} whose size config.json does not give", hint=FILES_HINT
+            ) from error
         if tensor.shape != expected:
-            raise CheckpointError(f"{name!r} is {list(tensor.shape)}, but config.json implies {list(expected)}")
+            raise CheckpointError(
+                f"{name!r} is {list(tensor.shape)}, but config.json implies {list(expected)}", hint=FILES_HINT
+            )
 
 
 def _check_missing(family: Family, stack: Stack, spec: CheckpointSpec, sizes: Mapping[str, int]) -> None:
     """Refuse a checkpoint that lacks a tensor: a loader would fill it with random numbers."""
     for name in _expected(family, stack, spec, sizes):
         if name not in spec.tensors:
-            raise CheckpointError(f"the checkpoint has no tensor {name!r}")
+            raise CheckpointError(f"the checkpoint has no tensor {name!r}", hint=FILES_HINT)
 
 
 def _expected(family: Family, stack: Stack, spec: CheckpointSpec, sizes: Mapping[str, int]) -> Iterator[str]:

@@ -32,6 +32,8 @@ _SUSPECT = re.compile(
 )
 _NUMBERED_LAYER = re.compile(r"\b(?:layers?|h|blocks?)\\?\.\d+")
 
+CONFIG_HINT = "config.json is damaged or edited; fetch it again: its values must be those the weights were made with."
+
 
 @dataclass
 class ConfigEdit:
@@ -53,7 +55,7 @@ def model_type(config: Mapping[str, Any]) -> str:
     """Return the config's `model_type`. Raises CheckpointError when there is none."""
     name = config.get("model_type")
     if not isinstance(name, str) or not name:
-        raise CheckpointError("config.json has no model_type")
+        raise CheckpointError("config.json has no model_type", hint=CONFIG_HINT)
     return name
 
 
@@ -67,7 +69,7 @@ def layer_count(config: Mapping[str, Any], keys: Sequence[str]) -> int | None:
         return None
     count = config[key]
     if type(count) is not int or count < 1:
-        raise CheckpointError(f"config.json says {key} = {count!r}; a model has at least one layer")
+        raise CheckpointError(f"config.json says {key} = {count!r}; a model has at least one layer", hint=CONFIG_HINT)
     return count
 
 
@@ -112,20 +114,28 @@ def follow_layers(config: Mapping[str, Any], keep: Sequence[int], depth: int, *,
 
 def _refuse_what_cannot_move(config: Mapping[str, Any], names: set[str], keep: Sequence[int], depth: int) -> None:
     if not keep:
-        raise PlanError("a model needs at least one layer")
+        raise PlanError(
+            "a model needs at least one layer", hint="--layers is the depth of the result; ask for 1 or more."
+        )
     unmoved = list(keep) == list(range(len(keep)))
     if list(keep) == list(range(depth)):
         return
     for name in sorted(names):
         if name in UNCUTTABLE:
-            raise PlanError(f"{name} {UNCUTTABLE[name]}; removing layers would break it")
+            raise PlanError(
+                f"{name} {UNCUTTABLE[name]}; removing layers would break it",
+                hint="surgeon inspect works on it; no surgery on its layers does.",
+            )
         if name in PLACE_BOUND and not unmoved:
             raise PlanError(
                 f"{name} {PLACE_BOUND[name]}; moving layers would change them",
                 hint="Only layers at the end can be removed: surgeon truncate.",
             )
     if named := _NUMBERED_LAYER.search(str(config.get("quantization_config", ""))):
-        raise PlanError(f"quantization_config names single layers ({named.group()}); removing layers would shift them")
+        raise PlanError(
+            f"quantization_config names single layers ({named.group()}); removing layers would shift them",
+            hint="Cut the unquantized checkpoint and quantize the result.",
+        )
 
 
 def _slice_lists(edit: ConfigEdit, keep: Sequence[int], depth: int, *, tabled: bool) -> None:
@@ -138,7 +148,7 @@ def _slice_lists(edit: ConfigEdit, keep: Sequence[int], depth: int, *, tabled: b
             elif key == "block_types":  # cycled over the layers
                 edit.config[key] = [value[i % len(value)] for i in keep]
             else:
-                raise CheckpointError(f"config.json lists {len(value)} {key} for {depth} layers")
+                raise CheckpointError(f"config.json lists {len(value)} {key} for {depth} layers", hint=CONFIG_HINT)
         elif len(value) == depth and not tabled and key not in INDEX_LISTS | OTHER_LISTS:
             edit.config[key] = [value[i] for i in keep]
             edit.notes.append(f"{key} has one entry for each layer and was cut with them")
@@ -176,7 +186,10 @@ def _apply_rule(
         if fits:
             edit.config = attempt
             return
-    raise PlanError(f"{name} derives its layer kinds from {' and '.join(rule.keys)}; removing layers would change them")
+    raise PlanError(
+        f"{name} derives its layer kinds from {' and '.join(rule.keys)}; removing layers would change them",
+        hint="Ask for another number of layers, such as whole periods of that rule.",
+    )
 
 
 def _refuse_unknown_strides(text: Mapping[str, Any], keep: Sequence[int], name: str) -> None:
@@ -184,7 +197,10 @@ def _refuse_unknown_strides(text: Mapping[str, Any], keep: Sequence[int], name: 
         return
     for key, value in text.items():
         if _SUSPECT.search(key) and type(value) is int and value > 1:
-            raise PlanError(f"{name} has {key} = {value}; if it picks layers by number, moving them would change it")
+            raise PlanError(
+                f"{name} has {key} = {value}; if it picks layers by number, moving them would change it",
+                hint="Only layers at the end can be removed: surgeon truncate.",
+            )
 
 
 def _follow_residual_scale(edit: ConfigEdit, new: int, old: int) -> None:

@@ -51,9 +51,7 @@ class Family:
     init_std: str = "initializer_range"  # the config key with the standard deviation of fresh weights
     init_gain: float = 1.0  # a fresh norm's stored gain; 0 where the model adds 1
     residual_init: tuple[str, ...] = ()  # fresh weights drawn with std / sqrt(2 * layers)
-    # (flag, tensors): with the flag, attention logits are divided by layer + 1; in the tensors, the first of the
-    # blocks of the last dimension makes the queries, where a layer that moves can make that good
-    inverse_layer_scale: tuple[str, tuple[str, ...]] | None = None
+    inverse_layer_scale: str | None = None  # the config flag with which attention logits are divided by layer + 1
 
 
 def _linear(name: str, axes: str, *, bias: str | bool = False, kind: Kind = "linear") -> Rows:
@@ -79,7 +77,8 @@ def _one(name: str, axes: str, kind: Kind, when: str | None = None) -> Rows:
 
 # --- parts that many families share -----------------------------------------------------------------------------
 
-QUERY, KEY_VALUE = "(kv_heads group head_dim)", "(kv_heads head_dim)"
+QUERY, KEY, VALUE = "kv_heads group qk_dim", "kv_heads qk_dim", "kv_heads v_dim"
+ATTENDED = "kv_heads group v_dim"  # what the heads put out
 
 SIZES = {
     "vocab": ("vocab_size",),
@@ -100,17 +99,17 @@ EMBEDDING = _one("model.embed_tokens.weight", "vocab hidden", "embedding") | _on
 PRE_NORMS = _norm("input_layernorm") | _norm("post_attention_layernorm")
 POST_NORMS = _norm("post_attention_layernorm") | _norm("post_feedforward_layernorm")
 SANDWICH_NORMS = PRE_NORMS | _norm("pre_feedforward_layernorm") | _norm("post_feedforward_layernorm")
-HEAD_NORMS = _norm("self_attn.q_norm", "head_dim") | _norm("self_attn.k_norm", "head_dim")
-WIDE_NORMS = _norm("self_attn.q_norm", QUERY) | _norm("self_attn.k_norm", KEY_VALUE)
+HEAD_NORMS = _norm("self_attn.q_norm", "qk_dim") | _norm("self_attn.k_norm", "qk_dim")
+WIDE_NORMS = _norm("self_attn.q_norm", f"({QUERY})") | _norm("self_attn.k_norm", f"({KEY})")
 
 
 def _attention(*, bias: str | bool = False, output_bias: str | bool = False) -> Rows:
     """Return the rows of attention with separate projections and grouped keys and values."""
     return (
-        _linear("self_attn.q_proj", f"{QUERY} hidden", bias=bias)
-        | _linear("self_attn.k_proj", f"{KEY_VALUE} hidden", bias=bias)
-        | _linear("self_attn.v_proj", f"{KEY_VALUE} hidden", bias=bias)
-        | _linear("self_attn.o_proj", f"hidden {QUERY}", bias=output_bias)
+        _linear("self_attn.q_proj", f"({QUERY}) hidden", bias=bias)
+        | _linear("self_attn.k_proj", f"({KEY}) hidden", bias=bias)
+        | _linear("self_attn.v_proj", f"({VALUE}) hidden", bias=bias)
+        | _linear("self_attn.o_proj", f"hidden ({ATTENDED})", bias=output_bias)
         | _one("self_attn.rotary_emb.inv_freq", "rotary", "buffer")
     )
 
@@ -148,8 +147,8 @@ COHERE2 = replace(LLAMA, norm=_norm("input_layernorm"), mlp=(_gated(),))
 
 PHI3 = replace(
     LLAMA,
-    attention=_linear("self_attn.qkv_proj", "(kv_heads group head_dim + kv_heads head_dim + kv_heads head_dim) hidden")
-    | _linear("self_attn.o_proj", f"hidden {QUERY}"),
+    attention=_linear("self_attn.qkv_proj", f"({QUERY} + {KEY} + {VALUE}) hidden")
+    | _linear("self_attn.o_proj", f"hidden ({ATTENDED})"),
     mlp=(_linear("mlp.gate_up_proj", "(ffn + ffn) hidden") | _linear("mlp.down_proj", "hidden ffn"),),
 )
 
@@ -187,10 +186,8 @@ GPT2 = Family(
     | _one("transformer.wpe.weight", "positions hidden", "embedding")
     | _one("lm_head.weight", "vocab hidden", "head"),
     final_norm=_norm("transformer.ln_f", shift=True),
-    attention=_linear(
-        "attn.c_attn", "hidden (heads head_dim + heads head_dim + heads head_dim)", bias=True, kind="conv1d"
-    )
-    | _linear("attn.c_proj", "(heads head_dim) hidden", bias=True, kind="conv1d")
+    attention=_linear("attn.c_attn", f"hidden ({QUERY} + {KEY} + {VALUE})", bias=True, kind="conv1d")
+    | _linear("attn.c_proj", f"({ATTENDED}) hidden", bias=True, kind="conv1d")
     | _one("attn.bias", "1 1 positions positions", "buffer")
     | _one("attn.masked_bias", "", "buffer"),
     norm=_norm("ln_1", shift=True) | _norm("ln_2", shift=True),
@@ -207,7 +204,7 @@ GPT2 = Family(
     },
     default_sizes={"kv_heads": (1, "heads"), "ffn": (4, "hidden")},
     residual_init=("attn.c_proj.weight", "mlp.c_proj.weight"),
-    inverse_layer_scale=("scale_attn_by_inverse_layer_idx", ("attn.c_attn.weight", "attn.c_attn.bias")),
+    inverse_layer_scale="scale_attn_by_inverse_layer_idx",
 )
 
 GPT_NEOX = Family(
@@ -216,8 +213,10 @@ GPT_NEOX = Family(
     embedding=_one("gpt_neox.embed_in.weight", "vocab hidden", "embedding")
     | _one("embed_out.weight", "vocab hidden", "head"),
     final_norm=_norm("gpt_neox.final_layer_norm", shift=True),
-    attention=_linear("attention.query_key_value", "(heads 3 head_dim) hidden", bias="attention_bias")
-    | _linear("attention.dense", "hidden (heads head_dim)", bias="attention_bias")
+    attention=_linear(
+        "attention.query_key_value", "(kv_heads (group qk_dim + qk_dim + v_dim)) hidden", bias="attention_bias"
+    )
+    | _linear("attention.dense", f"hidden ({ATTENDED})", bias="attention_bias")
     | _one("attention.bias", "1 1 positions positions", "buffer")
     | _one("attention.masked_bias", "", "buffer")
     | _one("attention.rotary_emb.inv_freq", "rotary", "buffer"),
@@ -236,15 +235,16 @@ OPT = Family(
     | _one("model.decoder.embed_positions.weight", "(positions + 2) hidden", "embedding")
     | _one("model.decoder.project_in.weight", "hidden embed", "linear", when="embed != hidden")
     | _one("model.decoder.project_out.weight", "embed hidden", "linear", when="embed != hidden")
-    | _one("lm_head.weight", "vocab embed", "head"),
+    | _one("lm_head.weight", "vocab embed", "head")
+    | _one("model.decoder.version", "1", "buffer"),
     final_norm={
         name: replace(row, when="do_layer_norm_before")
         for name, row in _norm("model.decoder.final_layer_norm", shift=True).items()
     },
-    attention=_linear("self_attn.q_proj", "(heads head_dim) hidden", bias="enable_bias")
-    | _linear("self_attn.k_proj", "(heads head_dim) hidden", bias="enable_bias")
-    | _linear("self_attn.v_proj", "(heads head_dim) hidden", bias="enable_bias")
-    | _linear("self_attn.out_proj", "hidden (heads head_dim)", bias="enable_bias"),
+    attention=_linear("self_attn.q_proj", f"({QUERY}) hidden", bias="enable_bias")
+    | _linear("self_attn.k_proj", f"({KEY}) hidden", bias="enable_bias")
+    | _linear("self_attn.v_proj", f"({VALUE}) hidden", bias="enable_bias")
+    | _linear("self_attn.out_proj", f"hidden ({ATTENDED})", bias="enable_bias"),
     norm=_norm("self_attn_layer_norm", shift=True) | _norm("final_layer_norm", shift=True),
     mlp=(_linear("fc1", "ffn hidden", bias="enable_bias") | _linear("fc2", "hidden ffn", bias="enable_bias"),),
     sizes=SIZES | {"ffn": ("ffn_dim",), "embed": ("word_embed_proj_dim",)},

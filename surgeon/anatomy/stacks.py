@@ -5,12 +5,14 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from surgeon.anatomy.config import layer_count, text_config
+from surgeon.anatomy.config import CONFIG_HINT, layer_count, text_config
 from surgeon.anatomy.layer_rules import COUNT_KEYS, DECODER_COUNT_KEYS, ENCODER_COUNT_KEYS
 from surgeon.errors import CheckpointError
 
 _NUMBERED = re.compile(r"^((?:.*?\.)??)(\d+)\.")  # the prefix up to the first number, and that number
 _TOWERS = re.compile(r"vision|visual|image|audio|speech|mtp")  # stacks beside the language model's own
+
+FILES_HINT = "The weights are incomplete or of another model than config.json; fetch the whole checkpoint again."
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,19 +57,21 @@ def find_stacks(config: Mapping[str, Any], names: Iterable[str]) -> tuple[Stack,
 def _pick_stack(numbers: Mapping[str, set[int]], depth: int | None) -> Stack:
     """Return the one stack with `depth` layers. Raises CheckpointError when there is none, or more than one."""
     if depth is None:
-        raise CheckpointError("config.json does not say how many layers the model has")
+        raise CheckpointError("config.json does not say how many layers the model has", hint=CONFIG_HINT)
     fitting = [prefix for prefix, found in numbers.items() if found == set(range(depth))]
     if len(fitting) > 1:
         fitting = [prefix for prefix in fitting if not _TOWERS.search(prefix)]
     if len(fitting) == 1:
         return Stack(fitting[0], depth)
     if fitting:
-        raise CheckpointError(f"cannot tell which are the model's layers: {' or '.join(sorted(fitting))}")
+        raise CheckpointError(
+            f"cannot tell which are the model's layers: {' or '.join(sorted(fitting))}", hint=CONFIG_HINT
+        )
     if not numbers:
-        raise CheckpointError("the checkpoint has no layers: no tensor's name holds a number")
+        raise CheckpointError("the checkpoint has no layers: no tensor's name holds a number", hint=FILES_HINT)
     prefix, found = max(numbers.items(), key=lambda item: (not _TOWERS.search(item[0]), len(item[1])))
     if (lost := next((i for i in range(max(found)) if i not in found), None)) is not None:
-        raise CheckpointError(f"layer {lost} is missing: no tensor is called {prefix}{lost}.*")
+        raise CheckpointError(f"layer {lost} is missing: no tensor is called {prefix}{lost}.*", hint=FILES_HINT)
     raise CheckpointError(
         f"config.json says {depth} layers, but the files hold {len(found)} ({prefix}0 to {prefix}{max(found)})",
         hint="Config and weights do not belong together, or extra layers (MTP) follow the model's own.",

@@ -29,7 +29,7 @@ def model_card(
     if command:
         lines += ["", "Made with:", "", "```bash", command, "```"]
     lines += ["", "`surgeon.json` holds the layer map, the source's identity and the versions.", ""]
-    return "\n".join(lines)
+    return "\n".join(lines).encode("utf-8", "backslashreplace").decode()  # a path need not be text
 
 
 def _kept(card: Path | None) -> dict[str, Any]:
@@ -40,7 +40,8 @@ def _kept(card: Path | None) -> dict[str, Any]:
         return {}
     try:
         head, block, *_ = card.read_text(encoding="utf-8").split("---\n", 2)
-        metadata = yaml.safe_load(block) if not head.strip() else None
-    except (OSError, ValueError, yaml.YAMLError):
+        # BaseLoader makes nothing but strings, lists and dictionaries: Norwegian stays "no", and no tag can do harm.
+        metadata = yaml.load(block, Loader=yaml.BaseLoader) if not head.strip() else None  # noqa: S506
+    except (OSError, ValueError, RecursionError, yaml.YAMLError):
         return {}
     return {key: metadata[key] for key in _KEPT_METADATA if key in metadata} if isinstance(metadata, dict) else {}

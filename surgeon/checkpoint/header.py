@@ -2,10 +2,13 @@
 
 The format: 8 bytes (little-endian header length), a JSON object, then the data. Everything that the format
 forbids is refused here with one sentence, because the tools around us do not: a duplicate key, for one, is
-accepted by the reference implementation, and readers then disagree on which of the two is the tensor.
+accepted by the reference implementation, and readers then disagree on which of the two is the tensor. It also
+lets pass, and we do not: white space before the object, `"__metadata__": null`, unknown fields of a tensor, a
+tensor given as a list, a dtype given as an object, and lengths of 2^63 and more.
 """
 
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +18,7 @@ from surgeon.checkpoint.spec import DTYPE_BITS, TensorSpec
 from surgeon.errors import CheckpointError
 
 MAX_HEADER_BYTES = 100_000_000  # safetensors: MAX_HEADER_SIZE
+LONGEST_QUOTE = 200
 DOWNLOAD_HINT = "The file is damaged or was not written whole; fetch it again."
 
 
@@ -39,7 +43,7 @@ def read_header(path: Path) -> dict[str, Entry]:
             length = header_length(file.read(8), file_size=file_size, where=path.name)
             raw = file.read(length)
     except OSError as error:
-        raise CheckpointError(f"cannot read {path}: {error.strerror}") from error
+        raise CheckpointError(f"cannot read {path}: {error.strerror}", hint=f"Look at it: ls -l {path}") from error
     return parse_header(raw, file_size=file_size, where=path.name)
 
 
@@ -62,9 +66,11 @@ def parse_header(raw: bytes, *, file_size: int, where: str) -> dict[str, Entry]:
     try:
         header = json.loads(raw.decode("utf-8"), object_pairs_hook=_without_duplicates)
     except _DuplicateKeyError as error:
-        _refuse(where, f"has two entries {error.args[0]!r} in its header")
+        _refuse(where, f"has two entries {_brief(error.args[0])} in its header")
     except (ValueError, RecursionError) as error:  # ValueError: not UTF-8, not JSON, or a number beyond all measure
         _refuse(where, f"has a header that is not JSON: {error}")
+    if b"\\u" in raw and (broken := next((name for name in header if not _is_text(name)), None)) is not None:
+        _refuse(where, f"names a tensor {_brief(broken)}, which is no text: it holds half a surrogate pair")
     metadata = header.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         _refuse(where, "has a __metadata__ that does not map strings to strings")
@@ -99,22 +105,45 @@ def format_header(tensors: Mapping[str, TensorSpec], *, align: int = 0) -> bytes
 
 def _entry(name: str, value: Any, data_start: int, where: str) -> Entry:
     if not isinstance(value, dict) or set(value) != {"dtype", "shape", "data_offsets"}:
-        _refuse(where, f"describes {name!r} by something other than dtype, shape and data_offsets")
+        _refuse(where, f"describes {_brief(name)} by something other than dtype, shape and data_offsets")
     dtype, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
     if not isinstance(dtype, str) or dtype not in DTYPE_BITS:
-        _refuse(where, f"gives {name!r} the unknown dtype {dtype!r}")
-    if not _are_counts(shape):
-        _refuse(where, f"gives {name!r} the impossible shape {shape!r}")
+        _refuse(where, f"gives {_brief(name)} the unknown dtype {_brief(dtype)}")
+    if not _are_counts(shape) or _overflows(shape):
+        _refuse(where, f"gives {_brief(name)} the impossible shape {_brief(shape)}")
     if not _are_counts(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
-        _refuse(where, f"gives {name!r} the impossible data_offsets {offsets!r}")
+        _refuse(where, f"gives {_brief(name)} the impossible data_offsets {_brief(offsets)}")
     spec = TensorSpec(dtype, tuple(shape))
-    if spec.num_parameters * DTYPE_BITS[dtype] != 8 * (offsets[1] - offsets[0]):
-        _refuse(where, f"gives {name!r} {offsets[1] - offsets[0]} bytes; {dtype} {shape} needs {spec.nbytes}")
+    bits = spec.num_parameters * DTYPE_BITS[dtype]
+    if bits != 8 * (offsets[1] - offsets[0]):
+        needed = f"{dtype} {_brief(shape)} needs {bits / 8:.15g}"
+        _refuse(where, f"gives {_brief(name)} {offsets[1] - offsets[0]} bytes; {needed}")
     return Entry(spec, data_start + offsets[0], data_start + offsets[1])
 
 
 def _are_counts(value: Any) -> bool:
     return isinstance(value, list) and all(type(item) is int and 0 <= item < 2**63 for item in value)
+
+
+def _overflows(shape: Sequence[int]) -> bool:
+    """Return whether the number of elements leaves 63 bits; stops where it does, for a shape may be millions long."""
+    count = 1
+    for length in shape:
+        count *= length
+        if count >= 2**63:
+            return True
+    return False
+
+
+def _is_text(name: str) -> bool:
+    """Return whether `name` can be written as UTF-8. JSON escapes can spell half a surrogate pair, which cannot."""
+    return not any("\ud800" <= char <= "\udfff" for char in name)
+
+
+def _brief(value: Any) -> str:
+    """Return the value as an error message shows it; a hostile one can be as long as the header."""
+    text = repr(value)
+    return text if len(text) <= LONGEST_QUOTE else f"{text[:LONGEST_QUOTE]}..."
 
 
 def _check_tiling(entries: Mapping[str, Entry], data_start: int, file_size: int, where: str) -> None:
@@ -123,7 +152,7 @@ def _check_tiling(entries: Mapping[str, Entry], data_start: int, file_size: int,
     for name, entry in entries.items():
         if entry.start != expected:
             what = "overlaps the tensor before it" if entry.start < expected else "leaves a hole before it"
-            _refuse(where, f"stores {name!r} where it {what}")
+            _refuse(where, f"stores {_brief(name)} where it {what}")
         expected = entry.end
     if expected > file_size:
         _refuse(where, f"is truncated: its tensors end at byte {expected}, the file at {file_size}")
@@ -138,8 +167,8 @@ class _DuplicateKeyError(ValueError):
 def _without_duplicates(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
     result = dict(pairs)
     if len(result) < len(pairs):
-        names = [name for name, _ in pairs]
-        raise _DuplicateKeyError(next(name for name in names if names.count(name) > 1))
+        counts = Counter(name for name, _ in pairs)
+        raise _DuplicateKeyError(next(name for name, count in counts.items() if count > 1))
     return result
 
 

@@ -48,6 +48,10 @@ class HubSource:
         return self.repo_id
 
     @property
+    def origin(self) -> None:
+        return None
+
+    @property
     def commit(self) -> str:
         return self.snapshot.name
 

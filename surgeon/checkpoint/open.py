@@ -2,12 +2,13 @@
 
 import os
 import re
+from contextlib import suppress
 from pathlib import Path
 
 from surgeon.checkpoint.source import Source, open_directory
 from surgeon.errors import CheckpointError
 
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}(/[A-Za-z0-9][\w.-]{0,95})?")  # a path may still have such a name
 
 
 def open_source(model: str | os.PathLike[str], *, revision: str | None = None) -> Source:
@@ -16,10 +17,14 @@ def open_source(model: str | os.PathLike[str], *, revision: str | None = None) -
     Raises CheckpointError for a path that holds none, HubError for an id that the Hub does not have.
     """
     text = os.fspath(model)
-    path = Path(text).expanduser()
-    if path.exists() or not _HUB_ID.fullmatch(text):
+    path = Path(text)
+    with suppress(RuntimeError):  # ~someone who has no home here
+        path = path.expanduser()
+    if not _HUB_ID.fullmatch(text) or path.exists():
         if revision is not None:
-            raise CheckpointError(f"{text} is a local path; a revision is for a model on the Hub")
+            raise CheckpointError(
+                f"{text} is a local path; a revision is for a model on the Hub", hint="Leave out --revision."
+            )
         return open_directory(path, label=text)
     from surgeon.checkpoint.hub import open_hub
 

@@ -7,9 +7,10 @@ a killed process leaves behind is hidden, has no config.json, and is removed by 
 import errno
 import fcntl
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from surgeon.checkpoint.source import CONFIG
@@ -24,11 +25,16 @@ def check_target(target: Path, *, overwrite: bool, source: Path | None = None) -
     Raises OutputError when it exists and is not empty without `overwrite`, when it holds something that is no
     checkpoint, or when replacing it would remove `source`, the directory that is read.
     """
-    if target.is_symlink() or (target.exists() and not target.is_dir()):
+    try:
+        taken = target.is_symlink() or (target.exists() and not target.is_dir())
+        empty = not target.is_dir() or not any(target.iterdir())
+    except OSError as error:  # a name that is too long, or a directory that must not be read
+        raise _as_output_error(error, target) from error
+    if taken:
         raise OutputError(f"{target} exists and is not a directory", hint="Choose another place with -o.")
     if source is not None and target.resolve() in (source.resolve(), *source.resolve().parents):
         raise OutputError(f"{target} holds the source itself", hint="Choose another place with -o.")
-    if not target.exists() or not any(target.iterdir()):
+    if empty:
         return
     if not overwrite:
         raise OutputError(f"{target} exists and is not empty", hint="Replace it with --overwrite, or choose -o.")
@@ -57,23 +63,24 @@ def staged(target: Path, *, overwrite: bool) -> Iterator[Path]:
     Raises OutputError when the disk is full or refuses.
     """
     stage = target.parent / f".{target.name}.surgeon-{os.getpid()}"
+    made = [parent for parent in target.parents if not parent.exists()]
+    lock = None
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         _remove_leftovers(target)
-        stage.mkdir()
-    except OSError as error:
-        raise _as_output_error(error, target) from error
-    lock = os.open(stage, os.O_RDONLY)
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+        lock = _make_locked(stage)
         yield stage
         _sync_tree(stage)
         _publish(stage, target, overwrite=overwrite)
     except OSError as error:
         raise _as_output_error(error, target) from error
     finally:
-        os.close(lock)
         shutil.rmtree(stage, ignore_errors=True)
+        if lock is not None:
+            os.close(lock)
+        for parent in made:
+            with suppress(OSError):  # holds the result, or something of another's
+                parent.rmdir()
 
 
 def write_files(directory: Path, files: Mapping[str, Callable[[], bytes] | bytes]) -> None:
@@ -84,13 +91,31 @@ def write_files(directory: Path, files: Mapping[str, Callable[[], bytes] | bytes
         path.write_bytes(content if isinstance(content, bytes) else content())
 
 
+def _make_locked(stage: Path) -> int:
+    """Make a directory and return a handle that locks it. Another run may see it unlocked and remove it: then again."""
+    while True:
+        stage.mkdir(exist_ok=True)
+        try:
+            lock = os.open(stage, os.O_RDONLY)
+        except FileNotFoundError:
+            continue
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if stage.exists() and stage.stat().st_ino == os.fstat(lock).st_ino:
+            return lock
+        os.close(lock)
+
+
 def _publish(stage: Path, target: Path, *, overwrite: bool) -> None:
     if target.exists() and any(target.iterdir()):
         if not overwrite:
             raise OutputError(f"{target} appeared while its new content was written", hint="Choose another -o.")
         old = target.parent / f".{target.name}.surgeon-old-{os.getpid()}"
-        target.rename(old)
-        stage.rename(target)
+        try:
+            target.rename(old)
+            stage.rename(target)
+        finally:
+            if old.exists() and not target.exists():  # Ctrl-C between the two, or the disk refused the second
+                old.rename(target)
         shutil.rmtree(old, ignore_errors=True)
     else:
         stage.rename(target)  # an empty target gives way
@@ -114,10 +139,16 @@ def _sync(path: Path) -> None:
 
 def _remove_leftovers(target: Path) -> None:
     """Remove what runs that were killed have left beside `target`; a run that lives holds a lock on its own."""
-    for path in target.parent.glob(f".{target.name}.surgeon-*"):
-        if "surgeon-old-" in path.name and not target.exists():
+    leftover = re.compile(rf"\.{re.escape(target.name)}\.surgeon-(old-)?\d+")
+    for path in list(target.parent.iterdir()):
+        if not (match := leftover.fullmatch(path.name)):
+            continue
+        if match[1] and not target.exists():
             continue  # a run died between its two renames: this is the only copy of the old output
-        lock = os.open(path, os.O_RDONLY)
+        try:
+            lock = os.open(path, os.O_RDONLY)
+        except FileNotFoundError:  # a run that lives has just finished
+            continue
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             shutil.rmtree(path, ignore_errors=True)

@@ -37,8 +37,11 @@ def receipt(
 
 
 def to_bytes(content: Mapping[str, Any]) -> bytes:
-    """Return a JSON object as the bytes of a file that a person can read."""
-    return (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode()
+    """Return a JSON object as the bytes of a file that a person can read.
+
+    Half a surrogate pair, which a config or a file's name can hold and UTF-8 cannot, is written as its JSON escape.
+    """
+    return (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode("utf-8", "backslashreplace")
 
 
 def read_receipt(directory: Path) -> dict[str, Any] | None:

@@ -7,13 +7,14 @@ whole file, or by a sparse one in which only the ranges asked for are filled: th
 import hashlib
 import json
 import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import Any, Protocol
 
-from surgeon.checkpoint.header import Entry, read_header
+from surgeon.checkpoint.header import DOWNLOAD_HINT, Entry, read_header
 from surgeon.checkpoint.spec import CheckpointSpec, TensorSpec
 from surgeon.errors import CheckpointError
 
@@ -43,9 +44,10 @@ WEIGHT_SUFFIXES = frozenset(
         ".distcp",
     ]
 )
-WEIGHT_INDEXES = (".safetensors.index.json", ".bin.index.json")
+WEIGHT_INDEXES = (".safetensors.index.json", ".bin.index.json", ".h5.index.json", ".msgpack.index.json")
 CARD = "README.md"
 RECEIPT = "surgeon.json"
+MISMATCH_HINT = "The files do not belong together; fetch the whole checkpoint again."
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +66,10 @@ class Source(Protocol):
     @property
     def label(self) -> str:
         """The checkpoint as the user named it."""
+
+    @property
+    def origin(self) -> Path | None:
+        """The file or directory that an output must not replace, None where nothing local is at risk."""
 
     @property
     def config(self) -> Mapping[str, Any]:
@@ -96,23 +102,29 @@ class LocalSource:
     directory: Path
     label: str
 
+    @property
+    def origin(self) -> Path:
+        return self.directory
+
     @cached_property
     def config(self) -> Mapping[str, Any]:
         return read_config(self.directory / CONFIG)
 
     @cached_property
     def tensors(self) -> Mapping[str, StoredTensor]:
-        if (self.directory / INDEX).is_file():
+        if _is_there(self.directory / WEIGHTS):  # where both are, transformers too reads the one file
+            return {name: stored(WEIGHTS, entry) for name, entry in read_header(self.directory / WEIGHTS).items()}
+        if _is_there(self.directory / INDEX):
             return self._sharded()
-        if not (self.directory / WEIGHTS).exists():
-            raise CheckpointError(f"{self.directory} has no {WEIGHTS}", hint=self._hint_without_weights())
-        return {name: stored(WEIGHTS, entry) for name, entry in read_header(self.directory / WEIGHTS).items()}
+        raise CheckpointError(f"{self.directory} has no {WEIGHTS}", hint=self._hint_without_weights())
 
     @cached_property
     def companions(self) -> Sequence[str]:
-        files = (path for path in sorted(self.directory.rglob("*")) if path.is_file())
-        relative = (path.relative_to(self.directory).as_posix() for path in files)
-        return [name for name in relative if is_companion(name)]
+        paths = sorted(self.directory.rglob("*"))
+        results = {path.parent for path in paths if path.name == RECEIPT} - {self.directory}  # saved inside the source
+        mine = (path for path in paths if results.isdisjoint(path.parents) and (path.is_file() or not path.exists()))
+        relative = (path.relative_to(self.directory).as_posix() for path in mine)
+        return [name for name in relative if is_companion(name) and _is_there(self.directory / name)]
 
     def fetch(self, file: str, ranges: Sequence[tuple[int, int]] | None = None) -> Path:
         return self.directory / file
@@ -124,11 +136,14 @@ class LocalSource:
         weight_map = read_index(self.directory / INDEX)
         shards = sorted(set(weight_map.values()))
         for number, shard in enumerate(shards, start=1):
-            if not (self.directory / shard).exists():
-                raise CheckpointError(f"shard {number} of {len(shards)} is missing: {self.directory / shard}")
+            if not _is_there(self.directory / shard):
+                raise CheckpointError(
+                    f"shard {number} of {len(shards)} is missing: {self.directory / shard}",
+                    hint="The download did not finish; fetch the checkpoint again.",
+                )
         return assemble({shard: read_header(self.directory / shard) for shard in shards}, weight_map)
 
-    def _hint_without_weights(self) -> str | None:
+    def _hint_without_weights(self) -> str:
         others = sorted(self.directory.glob("pytorch_model*.bin")) + sorted(self.directory.glob("*.gguf"))
         if others and others[0].suffix == ".gguf":
             return f"surgeon convert {others[0]}"
@@ -136,7 +151,7 @@ class LocalSource:
             return f"surgeon convert {self.directory}"
         if (self.directory / "adapter_config.json").is_file():
             return "This is a PEFT adapter; merge it into its base model first."
-        return None
+        return f"A checkpoint is a directory with {CONFIG} and {WEIGHTS}; look with: ls {self.directory}"
 
 
 def open_directory(directory: Path, *, label: str | None = None) -> LocalSource:
@@ -145,23 +160,35 @@ def open_directory(directory: Path, *, label: str | None = None) -> LocalSource:
     Raises CheckpointError when it is not a directory, or has no config.json.
     """
     name = label or str(directory)
-    if not directory.exists():
-        raise CheckpointError(f"no such directory: {name}")
+    if not _is_there(directory):
+        hint = "Name a checkpoint directory, or a Hub id (gpt2-large)."
+        raise CheckpointError(f"no such directory: {name}", hint=hint)
     if not directory.is_dir():
         hint = (
             f"surgeon convert {name}" if directory.suffix in (".gguf", ".bin") else "Name the directory that holds it."
         )
         raise CheckpointError(f"{name} is a file; a checkpoint is a directory", hint=hint)
-    if not (directory / CONFIG).is_file():
-        raise CheckpointError(f"{name} is not a checkpoint: it has no {CONFIG}")
+    if not _is_there(directory / CONFIG):
+        raise CheckpointError(f"{name} is not a checkpoint: it has no {CONFIG}", hint=_hint_without_config(directory))
     return LocalSource(directory, name)
+
+
+def _hint_without_config(directory: Path) -> str:
+    if ggufs := sorted(directory.glob("*.gguf")):
+        return f"surgeon convert {ggufs[0]}"
+    if (directory / "adapter_config.json").is_file():
+        return "This is a PEFT adapter; merge it into its base model first."
+    inside = sorted(path.parent for path in directory.glob(f"*/{CONFIG}"))
+    return f"Did you mean {inside[0]}?" if inside else f"Name the directory that holds {CONFIG}."
 
 
 def read_config(path: Path) -> dict[str, Any]:
     """Return config.json as a dictionary. Raises CheckpointError when it is not one."""
     config = _read_json(path)
     if not isinstance(config, dict):
-        raise CheckpointError(f"{path} is not a model config: it holds a {type(config).__name__}, not an object")
+        raise CheckpointError(
+            f"{path} is not a model config: it holds a {type(config).__name__}, not an object", hint=DOWNLOAD_HINT
+        )
     return config
 
 
@@ -174,7 +201,7 @@ def read_index(path: Path) -> dict[str, str]:
     index = _read_json(path)
     weight_map = index.get("weight_map") if isinstance(index, dict) else None
     if not isinstance(weight_map, dict) or not weight_map:
-        raise CheckpointError(f"{path} has no weight_map")
+        raise CheckpointError(f"{path} has no weight_map", hint=DOWNLOAD_HINT)
     for name, shard in weight_map.items():
         if not isinstance(shard, str) or not _is_plain_name(shard):
             raise CheckpointError(
@@ -193,13 +220,17 @@ def assemble(headers: Mapping[str, Mapping[str, Entry]], weight_map: Mapping[str
     for shard, entries in headers.items():
         for name, entry in entries.items():
             if name in tensors:
-                raise CheckpointError(f"{name!r} is stored twice, in {tensors[name].file} and in {shard}")
+                raise CheckpointError(
+                    f"{name!r} is stored twice, in {tensors[name].file} and in {shard}", hint=MISMATCH_HINT
+                )
             if weight_map.get(name) != shard:
                 place = f"in {weight_map[name]}" if name in weight_map else "nowhere"
-                raise CheckpointError(f"{shard} holds {name!r}, but {INDEX} places it {place}")
+                raise CheckpointError(f"{shard} holds {name!r}, but {INDEX} places it {place}", hint=MISMATCH_HINT)
             tensors[name] = stored(shard, entry)
     if absent := next((name for name in weight_map if name not in tensors), None):
-        raise CheckpointError(f"{INDEX} places {absent!r} in {weight_map[absent]}, which does not hold it")
+        raise CheckpointError(
+            f"{INDEX} places {absent!r} in {weight_map[absent]}, which does not hold it", hint=MISMATCH_HINT
+        )
     return tensors
 
 
@@ -215,7 +246,9 @@ def is_companion(relative: str) -> bool:
     The model card is one, though a surgery rewrites it: it knows the licence.
     """
     path = PurePosixPath(relative)
-    if any(part.startswith(".") for part in path.parts) or path.parts[0].startswith(("checkpoint-", "runs")):
+    if any(part.startswith(".") for part in path.parts):
+        return False
+    if len(path.parts) > 1 and re.fullmatch(r"runs|checkpoint-\d+", path.parts[0]):
         return False
     if relative in (CONFIG, RECEIPT) or relative.endswith(WEIGHT_INDEXES):
         return False
@@ -247,11 +280,25 @@ def _read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
-        raise CheckpointError(f"{path} is not JSON: {error.msg} at line {error.lineno}") from error
-    except (UnicodeDecodeError, RecursionError) as error:
-        raise CheckpointError(f"{path} is not JSON: {error}") from error
+        raise CheckpointError(f"{path} is not JSON: {error.msg} at line {error.lineno}", hint=DOWNLOAD_HINT) from error
+    except (ValueError, RecursionError) as error:  # ValueError: not UTF-8, or a number of thousands of digits
+        raise CheckpointError(f"{path} is not JSON: {error}", hint=DOWNLOAD_HINT) from error
     except OSError as error:
-        raise CheckpointError(f"cannot read {path}: {error.strerror}") from error
+        raise CheckpointError(f"cannot read {path}: {error.strerror}", hint=f"Look at it: ls -l {path}") from error
+
+
+def _is_there(path: Path) -> bool:
+    """Return whether there is something at `path`. Raises CheckpointError when that is a link to nothing."""
+    try:
+        path.stat()
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the name
+        if not os.path.lexists(path):
+            return False
+        raise CheckpointError(
+            f"{path} is a broken link: it points to {path.readlink()}",
+            hint="Fetch the file again, or remove the link if the checkpoint does without it.",
+        ) from error
+    return True
 
 
 def _is_plain_name(name: str) -> bool:

@@ -14,12 +14,14 @@ from pathlib import Path
 
 from surgeon.checkpoint.header import format_header
 from surgeon.checkpoint.spec import TensorSpec
+from surgeon.errors import CheckpointError
 
 PAGE = 4096
 STEP = 64 * 1024 * 1024  # bytes for each call into the kernel: often enough for a progress bar and for Ctrl-C
 BUFFER = 4 * 1024 * 1024
 # What copy_file_range and sendfile say where the file system or the kernel cannot.
 _UNSUPPORTED = {errno.EXDEV, errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP, errno.EPERM, errno.ETXTBSY}
+CHANGED_HINT = "Something else changed the source; let it finish, then run the command again."
 
 Progress = Callable[[int], object]  # is told how many more bytes are written
 
@@ -74,8 +76,14 @@ def write_safetensors(path: Path, pieces: Sequence[Piece], *, progress: Progress
 
 
 def copy_range(extent: Extent, target: int, offset: int, report: Progress) -> None:
-    """Copy `extent` to `offset` of the open file `target`, by the kernel where it can."""
-    source = os.open(extent.path, os.O_RDONLY)
+    """Copy `extent` to `offset` of the open file `target`, by the kernel where it can.
+
+    Raises CheckpointError when the file cannot be opened, or has become shorter since its header was read.
+    """
+    try:
+        source = os.open(extent.path, os.O_RDONLY)
+    except OSError as error:
+        raise CheckpointError(f"cannot read {extent.path}: {error.strerror}", hint=CHANGED_HINT) from error
     try:
         position = extent.start
         copy = _copy_file_range if hasattr(os, "copy_file_range") else _read_write
@@ -92,7 +100,9 @@ def copy_range(extent: Extent, target: int, offset: int, report: Progress) -> No
                 if copy is not _read_write:  # some file systems answer 0 for what they cannot copy
                     copy = _read_write
                     continue
-                raise OSError(errno.EIO, f"the file ended at byte {position}", str(extent.path))
+                raise CheckpointError(
+                    f"{extent.path} became shorter while it was read: it ends at byte {position}", hint=CHANGED_HINT
+                )
             position += done
             offset += done
             report(done)
@@ -112,7 +122,8 @@ def _write_all(target: int, piece: Piece, offset: int, report: Progress) -> None
     assert not isinstance(piece.content, Extent)
     end = offset + piece.spec.nbytes
     for chunk in piece.content():
-        view = memoryview(chunk).cast("B")
+        view = memoryview(chunk)
+        view = view.cast("B") if view.nbytes else memoryview(b"")  # nothing cannot be cast
         while view:
             done = os.pwrite(target, view[:STEP], offset)
             offset, view = offset + done, view[done:]

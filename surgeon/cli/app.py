@@ -1,5 +1,6 @@
 """The `surgeon` command: its commands, its exit codes, and how errors are shown."""
 
+import io
 import os
 import signal
 import sys
@@ -43,6 +44,8 @@ def _root(
 def main() -> NoReturn:
     """Run the command line and exit: 0 done, 1 refused or failed, 2 bad usage, 130 Ctrl-C, 143 SIGTERM."""
     signal.signal(signal.SIGTERM, _terminate)
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a path need not be text, and a terminal need not know "→"
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         app()
     except SurgeonError as error:

@@ -28,6 +28,6 @@ def convert(
     from surgeon.cli import write
 
     write.run(
-        surgeon.convert(source),
+        surgeon.convert(source, staging=output.absolute().parent if output else Path.cwd()),
         write.WriteOptions(output, overwrite, dry_run, dtype, max_shard_size, json, quiet, push_to_hub, private),
     )

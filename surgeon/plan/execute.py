@@ -36,9 +36,9 @@ class _Made:
     paths: Mapping[str, Path]
 
     def __call__(self) -> Iterable[memoryview]:
-        from surgeon.plan.arithmetic import make
+        from surgeon.plan.arithmetic import Arithmetic
 
-        return make(self.expr, self.tensors, self.paths)
+        return Arithmetic(self.tensors, self.paths).make(self.expr)
 
 
 def lay_out(plan: Plan, source: Source, *, max_shard_bytes: int) -> list[Shard]:

@@ -10,7 +10,7 @@ from typing import Any
 
 from surgeon.checkpoint.spec import CheckpointSpec
 from surgeon.errors import PlanError
-from surgeon.plan.expressions import FLOAT_DTYPES, Cast, Expr, Read, describe, infer, reads, substitute
+from surgeon.plan.expressions import FLOAT_DTYPES, Cast, Expr, Read, Rounded, describe, infer, reads, substitute
 
 # The words of --dtype and config.json for the dtypes that a plan can store.
 STORED_DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
@@ -89,7 +89,8 @@ class Plan:
     def _made(self, name: str) -> Expr:
         if name not in self.tensors:
             raise PlanError(f"the step before makes no tensor {name!r}")
-        return self.tensors[name]
+        made = self.tensors[name]
+        return made if isinstance(made, Read | Rounded) else Rounded(made)
 
 
 def identity(source: CheckpointSpec, *, depth: int) -> Plan:
@@ -110,6 +111,9 @@ def changed_keys(before: Mapping[str, Any], after: Mapping[str, Any], prefix: st
 
 
 def _simplify(expr: Expr, source: CheckpointSpec) -> Expr:
+    if isinstance(expr, Rounded):
+        inner = _simplify(expr.source, source)
+        return inner if isinstance(inner, Read) else Rounded(inner)
     if not isinstance(expr, Cast):
         return expr
     inner = _simplify(expr.source, source)

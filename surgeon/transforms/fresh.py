@@ -17,7 +17,10 @@ def fresh(anatomy: Anatomy, name: str, *, seed: int, layers: int) -> Expr:
     row, _ = anatomy.row(name)
     spec = anatomy.spec.tensors[name]
     if spec.dtype not in FLOAT_DTYPES:
-        raise PlanError(f"cannot draw {name!r} anew: it is stored as {spec.dtype}")
+        raise PlanError(
+            f"cannot draw {name!r} anew: it is stored as {spec.dtype}",
+            hint="Leave out --inherit, or start from a checkpoint in a floating dtype.",
+        )
     if row.kind == "gain":
         return Constant(spec, family.init_gain)
     if row.kind in ("bias", "shift"):

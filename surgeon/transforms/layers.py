@@ -4,10 +4,11 @@ from collections import Counter
 from collections.abc import Sequence
 
 from surgeon.anatomy.anatomy import Anatomy
+from surgeon.anatomy.axes import Places, axes_of, places
 from surgeon.anatomy.config import declared_kinds, follow_layers, text_config
 from surgeon.anatomy.stacks import Stack
 from surgeon.errors import PlanError
-from surgeon.plan.expressions import Expr, Read, Scale
+from surgeon.plan.expressions import Expr, Gather, Read
 from surgeon.plan.plan import Plan
 
 
@@ -32,7 +33,7 @@ def keep_layers(anatomy: Anatomy, keep: Sequence[int]) -> Plan:
             if place := stack.locate(name):
                 old, rest = place
                 for new in targets.get(old, ()):
-                    tensors[stack.name(new, rest)] = _moved(anatomy, name, rest, old, new)
+                    tensors[stack.name(new, rest)] = _moved(anatomy, name, old, new)
                 break
         else:
             tensors[name] = Read(name)
@@ -54,11 +55,16 @@ def resolve_depth(request: int | str, depth: int) -> int:
 
 def _check_indices(anatomy: Anatomy, keep: Sequence[int]) -> None:
     if not keep:
-        raise PlanError("a model needs at least one layer")
+        raise PlanError(
+            "a model needs at least one layer", hint="--layers is the depth of the result; ask for 1 or more."
+        )
     depths = {stack.depth for stack in anatomy.stacks}
     if len(depths) > 1:
         counts = " and ".join(f"{stack.prefix}* {stack.depth}" for stack in anatomy.stacks)
-        raise PlanError(f"encoder and decoder differ in depth ({counts}), so one list of layers cannot serve both")
+        raise PlanError(
+            f"encoder and decoder differ in depth ({counts}), so one list of layers cannot serve both",
+            hint="surgeon inspect shows both depths; only models where they agree can be cut.",
+        )
     if missing := sorted({i for i in keep if not 0 <= i < anatomy.depth}):
         raise PlanError(f"layers {missing} do not exist", hint=f"This model has layers 0 to {anatomy.depth - 1}.")
 
@@ -86,15 +92,23 @@ def _check_places(anatomy: Anatomy, stack: Stack, keep: Sequence[int]) -> None:
             )
 
 
-def _moved(anatomy: Anatomy, name: str, rest: str, old: int, new: int) -> Expr:
-    """Return tensor `rest` of layer `old` as layer `new` needs it.
+def _moved(anatomy: Anatomy, name: str, old: int, new: int) -> Expr:
+    """Return tensor `name` of layer `old` as layer `new` needs it.
 
     Where the code divides attention logits by layer + 1, the queries make that good: times (new + 1) / (old + 1).
     """
-    scaled = anatomy.family.inverse_layer_scale if anatomy.family else None
-    if old == new or scaled is None or rest not in scaled[1] or not anatomy.spec.config.get(scaled[0]):
+    flag = anatomy.family.inverse_layer_scale if anatomy.family else None
+    if old == new or flag is None or not anatomy.spec.config.get(flag):
         return Read(name)
-    row, _ = anatomy.row(name)
-    dim = len(row.axes) - 1
-    queries, *others = row.axes[dim].lengths(anatomy.sizes)
-    return Scale(Read(name), dim, ((queries, (new + 1) / (old + 1)), (sum(others), 1.0)))
+    factor = (new + 1) / (old + 1)
+
+    def scale_queries(axis: str, block: frozenset[str]) -> Places | None:
+        size = anatomy.sizes[axis]
+        return Places(tuple(range(size)), (factor,) * size) if axis == "qk_dim" and "group" in block else None
+
+    expr: Expr = Read(name)
+    for dim, axes in enumerate(anatomy.row(name)[0].axes):
+        if "qk_dim" in axes_of(axes):
+            found = places(axes, anatomy.sizes, scale_queries)
+            expr = Gather(expr, dim, found.index, found.scale)
+    return expr

@@ -1,0 +1,149 @@
+"""A GGUF file as a source: transformers makes a float32 checkpoint of it, tokenizer and all, in a temporary directory.
+
+The directory is removed when the source is no longer used, and at the latest when Python ends.
+"""
+
+import contextlib
+import hashlib
+import io
+import shutil
+import sys
+import tempfile
+import weakref
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from surgeon.checkpoint.header import DOWNLOAD_HINT
+from surgeon.checkpoint.output import check_space
+from surgeon.checkpoint.source import LocalSource
+from surgeon.errors import CheckpointError, OutputError
+
+MAGIC = b"GGUF"
+# Vocabularies whose digits llama.cpp splits one by one, before GPT-2's pattern (llama-vocab.cpp); transformers applies
+# the pattern alone, and then takes a run of spaces before a digit apart in another way than the model was trained on.
+SINGLE_DIGITS = frozenset({"smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b"})
+
+
+@dataclass(frozen=True, slots=True)
+class Facts:
+    """What a GGUF file says of itself; `pre_tokenizer` is llama.cpp's name for how text is split into words."""
+
+    architecture: str
+    pre_tokenizer: str | None
+    num_parameters: int
+
+
+@dataclass(frozen=True)
+class GgufSource(LocalSource):
+    """The checkpoint that transformers made of `file`."""
+
+    file: Path
+
+    @property
+    def origin(self) -> Path:
+        return self.file
+
+    def provenance(self) -> dict[str, Any]:
+        with self.file.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256")
+        return {"path": str(self.file.resolve()), "fingerprint": f"sha256:{digest.hexdigest()}"}
+
+
+def open_gguf(path: Path, *, staging: Path | None = None) -> GgufSource:
+    """Return the checkpoint in the GGUF file `path`, dequantized into a new directory in `staging`.
+
+    Takes the memory of the whole model in float32, and as much room in `staging` (default: where temporary files go).
+
+    Raises CheckpointError when the file is none, is damaged, or of an architecture that transformers cannot read.
+    """
+    facts = _examine(path)
+    try:
+        if staging is not None:
+            staging.mkdir(parents=True, exist_ok=True)
+        root = Path(tempfile.mkdtemp(prefix=".surgeon-convert-", dir=staging))
+    except OSError as error:
+        raise OutputError(f"cannot write {error.filename or staging}: {error.strerror}") from error
+    try:
+        check_space(root, 4 * facts.num_parameters)
+        directory = root / path.stem  # named like the model: cards and receipts repeat it
+        with _bars_on_terminals_only():
+            _dequantize(path, facts, directory)
+        source = GgufSource(directory, path.stem, path)
+        weakref.finalize(source, shutil.rmtree, root, ignore_errors=True)
+    except BaseException:
+        shutil.rmtree(root, ignore_errors=True)
+        raise
+    return source
+
+
+def _examine(path: Path) -> Facts:
+    """Return what a file says of itself, after checking that it is whole."""
+    try:
+        with path.open("rb") as file:
+            start = file.read(len(MAGIC))
+    except OSError as error:
+        raise CheckpointError(f"cannot read {path}: {error.strerror}") from error
+    if start != MAGIC:
+        raise CheckpointError(f"{path.name} is not a GGUF file: it does not begin with {MAGIC.decode()!r}")
+    if find_spec("gguf") is None:
+        raise CheckpointError("GGUF files are read by the package gguf", hint='pip install "surgeon[gguf]"')
+    from gguf import GGUFReader
+
+    try:
+        reader = GGUFReader(path)
+        fields = (reader.get_field(key) for key in ("general.architecture", "tokenizer.ggml.pre"))
+        architecture, pre_tokenizer = (None if field is None else str(field.contents()) for field in fields)
+        num_parameters = sum(int(tensor.n_elements) for tensor in reader.tensors)
+    except (ValueError, LookupError, OverflowError, MemoryError) as error:  # reads beyond the end find no numbers
+        raise CheckpointError(f"{path.name} is truncated or damaged", hint=DOWNLOAD_HINT) from error
+    if architecture is None or not num_parameters:
+        raise CheckpointError(f"{path.name} holds no model: it has no architecture or no tensors")
+    return Facts(architecture, pre_tokenizer, num_parameters)
+
+
+def _dequantize(path: Path, facts: Facts, directory: Path) -> None:
+    """Write the model, its generation config and its tokenizer into `directory`."""
+    import torch
+    from safetensors import SafetensorError
+    from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer, GgufConfig
+
+    try:
+        config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
+        auto_class: Any = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+        model, report = auto_class.from_pretrained(
+            path.parent,
+            gguf_file=path.name,
+            quantization_config=GgufConfig(dequantize=True),
+            dtype=torch.float32,
+            output_loading_info=True,
+        )
+        tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+    except (ValueError, LookupError, TypeError, AttributeError, NotImplementedError, RuntimeError) as error:
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise CheckpointError(
+            f"transformers cannot read {path.name}, of architecture {facts.architecture!r}: {reason}",
+            hint="Convert it with llama.cpp's tools, or look for the safetensors checkpoint that it was made from.",
+        ) from error
+    if lost := sorted(report["missing_keys"]):
+        raise CheckpointError(f"{path.name} lacks {lost[0]!r}, and {len(lost) - 1} more tensors of the model")
+    if facts.pre_tokenizer in SINGLE_DIGITS:
+        parts = [Digits(individual_digits=True), ByteLevel(add_prefix_space=False)]
+        tokenizer.backend_tokenizer.pre_tokenizer = Sequence(parts)
+    try:
+        model.save_pretrained(directory)
+        tokenizer.save_pretrained(directory)
+    except (OSError, SafetensorError) as error:
+        raise OutputError(f"cannot write {directory}: {error}") from error
+
+
+@contextlib.contextmanager
+def _bars_on_terminals_only() -> Iterator[None]:
+    """Keep the progress bars of transformers out of logs: they know no other place than standard error."""
+    import transformers  # noqa: F401  # its log handler takes the standard error of now, and keeps it
+
+    with contextlib.nullcontext() if sys.stderr.isatty() else contextlib.redirect_stderr(io.StringIO()):
+        yield
