@@ -33,13 +33,15 @@ def convert(source: str | os.PathLike[str], *, staging: str | os.PathLike[str] |
     if buffers := [name for name in plan.tensors if anatomy.family and anatomy.row(name)[1] == "buffer"]:
         notes = (*notes, f"left out, as every loader ignores them: {buffers[0]} and {len(buffers) - 1} more buffers")
     tensors = {name: expr for name, expr in plan.tensors.items() if name not in buffers}
-    return Surgery(opened, replace(plan, tensors=tensors, steps=({"convert": step},), notes=notes))
+    return Surgery(opened, replace(plan, tensors=tensors, steps=({"convert": step},), notes=(*plan.notes, *notes)))
 
 
 def _open(path: Path, staging: Path | None) -> tuple[Source, Mapping[str, Any], tuple[str, ...]]:
     """Return the source, what the receipt says of it, and what the user should hear."""
     if not path.exists():
-        raise CheckpointError(f"no such file or directory: {path}")
+        raise CheckpointError(
+            f"no such file or directory: {path}", hint="Name a directory with pytorch_model*.bin, or a .gguf file."
+        )
     ggufs = [path] if path.suffix == ".gguf" else sorted(path.glob("*.gguf"))
     if path.is_dir() and ((path / WEIGHTS).is_file() or (path / INDEX).is_file()):
         raise CheckpointError(
@@ -56,7 +58,9 @@ def _open(path: Path, staging: Path | None) -> tuple[Source, Mapping[str, Any], 
     source = pickled.open_pickled(path)
     open_directory(source.directory)
     if not _has_pickles(source.directory) and path.is_dir():
-        raise CheckpointError(f"{path} has no {pickled.WEIGHTS} and no GGUF file: there is nothing to convert")
+        raise CheckpointError(
+            f"{path} has no {pickled.WEIGHTS} and no GGUF file: there is nothing to convert", hint=f"Look: ls {path}"
+        )
     return source, {"from": "pickle"}, source.notes
 
 

@@ -120,7 +120,6 @@ class Surgery:
         summary = self._summary(plan, shards, target, seconds=0.0)
         companions = {name: self.source.fetch(name) for name in self.source.companions}
         card = companions.pop(CARD, None)
-        files = {name: path.read_bytes for name, path in companions.items()}
         sizes = sum(path.stat().st_size for path in companions.values())
         output.check_space(target, summary.bytes_written + sizes + 300 * len(plan.tensors) + 100_000)
 
@@ -137,7 +136,7 @@ class Surgery:
                 notes=plan.notes,
             )
             text = self._card(plan, summary, command=command, card=card)
-            output.write_files(stage, files)
+            output.copy_files(stage, companions)
             output.write_files(stage, {CARD: text.encode(), RECEIPT: receipt.to_bytes(record)})
             output.write_files(stage, {CONFIG: receipt.to_bytes(plan.config)})  # last: now it is a checkpoint
         return replace(summary, seconds=time.perf_counter() - began)

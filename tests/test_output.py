@@ -146,14 +146,25 @@ def test_a_dry_run_writes_nothing(source, run, tmp_path):
 
 
 def test_config_json_is_the_last_file_to_appear(source, old, tmp_path, monkeypatch):
-    order = []
+    before = []
     real = Path.write_bytes
-    monkeypatch.setattr(Path, "write_bytes", lambda path, content: order.append(path.name) or real(path, content))
+
+    def watch(path: Path, content: bytes) -> int:
+        if path.name == "config.json":
+            before.extend(sorted(entry.name for entry in path.parent.iterdir()))
+        return real(path, content)
+
+    monkeypatch.setattr(Path, "write_bytes", watch)
 
     surgeon.truncate(source, layers=2).save(tmp_path / "new")
 
-    assert order[-1] == "config.json"
-    assert sorted(order) == ["README.md", "config.json", "surgeon.json", "tokenizer.json"]
+    assert [*before, "config.json"] == [
+        "README.md",
+        "model.safetensors",
+        "surgeon.json",
+        "tokenizer.json",
+        "config.json",
+    ]
 
 
 # --- failures ---------------------------------------------------------------------------------------------------

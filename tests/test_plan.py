@@ -180,3 +180,15 @@ def test_arithmetic_is_what_the_expressions_say(tmp_path):
     assert abs(drawn.std() / (0.5 * a.std(correction=0)) - 1) < 0.02  # 20,000 draws: five standard errors
     assert torch.equal(drawn, make(Uniform((500, 40), Read("a"), 0.5, 0, "x")))
     assert not torch.equal(drawn, make(Uniform((500, 40), Read("a"), 0.5, 1, "x")))
+
+
+def test_a_config_does_not_choose_the_code_that_runs_it(toy, tmp_path):
+    toys.build("llama", tmp_path / "source")
+    config = json.loads((tmp_path / "source/config.json").read_text())
+    chosen = {"_attn_implementation": "someone/kernels", "attn_implementation": "eager", "_experts_implementation": "x"}
+    (tmp_path / "source/config.json").write_text(json.dumps(config | chosen))
+
+    surgeon.truncate(tmp_path / "source", layers=2).save(tmp_path / "cut")
+
+    assert not chosen.keys() & json.loads((tmp_path / "cut/config.json").read_text()).keys()
+    assert "someone/kernels" in json.loads((tmp_path / "cut/surgeon.json").read_text())["notes"][0]

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from surgeon.anatomy.axes import shape
-from surgeon.anatomy.config import CONFIG_HINT, model_type
+from surgeon.anatomy.config import CONFIG_HINT, check_layer_keys, model_type, text_config
 from surgeon.anatomy.families import FAMILIES, Family, Row, Rows
 from surgeon.anatomy.stacks import FILES_HINT, Stack, find_stacks
 from surgeon.checkpoint.spec import CheckpointSpec
@@ -38,7 +38,7 @@ class Anatomy:
     def require_family(self) -> Family:
         """Return the family. Raises PlanError when the model type has no table."""
         if self.family is None:
-            quantized = "quantization_config" in self.spec.config
+            quantized = self.spec.config.get("quantization_config") is not None
             what = "a quantized checkpoint" if quantized else f"model type {self.model_type!r}"
             raise PlanError(
                 f"{what} has no table of its tensors, so only whole layers can be moved",
@@ -60,8 +60,10 @@ def read_anatomy(spec: CheckpointSpec) -> Anatomy:
     """
     name = model_type(spec.config)
     stacks = find_stacks(spec.config, spec.tensors)
+    for stack in stacks:
+        check_layer_keys(text_config(spec.config), stack.depth)
     family = FAMILIES.get(name)
-    if family is None or "quantization_config" in spec.config:  # the tables describe unquantized files
+    if family is None or spec.config.get("quantization_config") is not None:  # the tables describe unquantized files
         return Anatomy(spec, name, stacks, None, {})
     if stacks[0].prefix not in (family.layers, family.layers.removeprefix(family.base)):
         raise CheckpointError(

@@ -10,7 +10,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import product
-from typing import Any
+from typing import Any, NoReturn
 
 from surgeon.anatomy.layer_rules import (
     COUNT_KEYS,
@@ -73,6 +73,26 @@ def layer_count(config: Mapping[str, Any], keys: Sequence[str]) -> int | None:
     return count
 
 
+def check_layer_keys(text: Mapping[str, Any], depth: int) -> None:
+    """Raises CheckpointError for a key about layers whose value makes no sense for `depth` of them."""
+
+    def refuse(key: str) -> NoReturn:
+        raise CheckpointError(f"config.json says {key} = {text[key]!r}, which makes no sense", hint=CONFIG_HINT)
+
+    for key in ("layer_types", "mlp_layer_types", "attention_layers"):
+        value = text.get(key)
+        if value is not None and not (isinstance(value, list) and all(isinstance(kind, str) for kind in value)):
+            refuse(key)
+    if not isinstance(text.get("tie_word_embeddings"), bool | None):
+        refuse("tie_word_embeddings")
+    per_layer = text.get("per_layer_config")
+    if isinstance(per_layer, Mapping) and not all(key.isascii() and key.isdigit() for key in per_layer):
+        refuse("per_layer_config")
+    for rule in RULES.get(str(text.get("model_type")), ()):
+        if rule.explicit is None or not text.get(rule.explicit):
+            kinds_by(rule, text, depth)
+
+
 def layer_kinds(config: Mapping[str, Any], depth: int) -> list[str] | None:
     """Return each layer's attention kind ("full_attention", "sliding_attention", ...), None where all are alike."""
     text = text_config(config)
@@ -80,7 +100,7 @@ def layer_kinds(config: Mapping[str, Any], depth: int) -> list[str] | None:
     if kinds is None:
         rules = RULES.get(str(text.get("model_type")), ())
         rule = next((rule for rule in rules if rule.explicit == "layer_types" or "attention_types" in rule.keys), None)
-        kinds = rule.kinds(text, depth) if rule else None
+        kinds = kinds_by(rule, text, depth) if rule else None
     return list(kinds) if isinstance(kinds, Sequence) and len(kinds) == depth else None
 
 
@@ -170,26 +190,41 @@ def _apply_rule(
     """Make the code derive for layer i of the result what it derived for layer keep[i] of the source."""
     if rule.explicit is not None and text.get(rule.explicit):
         return  # the list itself was cut
-    before = rule.kinds(text, depth)
+    before = kinds_by(rule, text, depth)
     wanted = [before[i] for i in keep]
-    if list(rule.kinds(edit.config, len(keep))) == wanted:
+    if _fits(rule, edit.config, wanted):
         return
     if rule.express is not None:
         edit.config.update(rule.express(wanted))
         return
     for values in product(range(len(keep) + 2), repeat=len(rule.keys)):
         attempt = edit.config | dict(zip(rule.keys, values, strict=True))
-        try:
-            fits = list(rule.kinds(attempt, len(keep))) == wanted
-        except ZeroDivisionError:  # a stride of 0 means nothing
-            continue
-        if fits:
+        if _fits(rule, attempt, wanted):
             edit.config = attempt
             return
     raise PlanError(
         f"{name} derives its layer kinds from {' and '.join(rule.keys)}; removing layers would change them",
         hint="Ask for another number of layers, such as whole periods of that rule.",
     )
+
+
+def _fits(rule: Rule, config: Mapping[str, Any], wanted: Sequence[object]) -> bool:
+    try:
+        return list(rule.kinds(config, len(wanted))) == wanted
+    except (ZeroDivisionError, IndexError):  # a stride of 0, a list of another depth: they mean nothing
+        return False
+
+
+def kinds_by(rule: Rule, text: Mapping[str, Any], depth: int) -> list[object]:
+    """Return what a rule derives of each layer. Raises CheckpointError when its keys make no sense."""
+    try:
+        kinds = list(rule.kinds(text, depth))
+    except (TypeError, ValueError, LookupError, ArithmeticError):
+        kinds = []
+    if len(kinds) != depth:
+        values = ", ".join(f"{key} = {text.get(key)!r}" for key in rule.keys)
+        raise CheckpointError(f"config.json says {values}, which does not fit {depth} layers", hint=CONFIG_HINT)
+    return kinds
 
 
 def _refuse_unknown_strides(text: Mapping[str, Any], keep: Sequence[int], name: str) -> None:
@@ -221,5 +256,5 @@ def declared_kinds(text: Mapping[str, Any], depth: int) -> list[tuple[object, ..
             said.append([repr(item) for item in value])
         elif key in INDEX_LISTS and isinstance(value, list):
             said.append([i in value for i in range(depth)])
-    said += [rule.kinds(text, depth) for rule in RULES.get(str(text.get("model_type")), ())]
+    said += [kinds_by(rule, text, depth) for rule in RULES.get(str(text.get("model_type")), ())]
     return [tuple(kinds[i] for kinds in said) for i in range(depth)]

@@ -9,7 +9,8 @@ from surgeon.anatomy.config import CONFIG_HINT, layer_count, text_config
 from surgeon.anatomy.layer_rules import COUNT_KEYS, DECODER_COUNT_KEYS, ENCODER_COUNT_KEYS
 from surgeon.errors import CheckpointError
 
-_NUMBERED = re.compile(r"^((?:.*?\.)??)(\d+)\.")  # the prefix up to the first number, and that number
+_NUMBERED = re.compile(r"((?:.*?\.)??)(0|[1-9][0-9]{0,5})\.")  # the prefix up to the first number, and that number
+_NUMBER = re.compile(r"0|[1-9][0-9]{0,5}")
 _TOWERS = re.compile(r"vision|visual|image|audio|speech|mtp")  # stacks beside the language model's own
 
 FILES_HINT = "The weights are incomplete or of another model than config.json; fetch the whole checkpoint again."
@@ -26,8 +27,10 @@ class Stack:
         """Return the layer of a tensor and its name inside the layer, None for a tensor outside the stack."""
         if not name.startswith(self.prefix):
             return None
-        number, _, rest = name[len(self.prefix) :].partition(".")
-        return (int(number), rest) if rest and number.isdigit() else None
+        match = _NUMBERED.fullmatch(name[: name.find(".", len(self.prefix)) + 1])
+        if match is None or match[1] != self.prefix:
+            return None
+        return int(match[2]), name[match.end() :]
 
     def name(self, layer: int, rest: str) -> str:
         """Return the full name of tensor `rest` of `layer`."""
@@ -41,6 +44,8 @@ def find_stacks(config: Mapping[str, Any], names: Iterable[str]) -> tuple[Stack,
     """
     numbers: dict[str, set[int]] = {}
     for name in names:
+        if odd := next((word for word in name.split(".") if word.isdigit() and not _NUMBER.fullmatch(word)), None):
+            raise CheckpointError(f"{name[:200]!r} holds {odd[:20]!r}, which is no layer's number", hint=FILES_HINT)
         if match := _NUMBERED.match(name):
             numbers.setdefault(match[1], set()).add(int(match[2]))
     text = text_config(config)
@@ -58,7 +63,7 @@ def _pick_stack(numbers: Mapping[str, set[int]], depth: int | None) -> Stack:
     """Return the one stack with `depth` layers. Raises CheckpointError when there is none, or more than one."""
     if depth is None:
         raise CheckpointError("config.json does not say how many layers the model has", hint=CONFIG_HINT)
-    fitting = [prefix for prefix, found in numbers.items() if found == set(range(depth))]
+    fitting = [prefix for prefix, found in numbers.items() if len(found) == depth == max(found) + 1]
     if len(fitting) > 1:
         fitting = [prefix for prefix in fitting if not _TOWERS.search(prefix)]
     if len(fitting) == 1:

@@ -22,6 +22,7 @@ from surgeon.checkpoint.source import LocalSource
 from surgeon.errors import CheckpointError, OutputError
 
 MAGIC = b"GGUF"
+ELSEWHERE = "Free some space there, or choose another disk with -o."
 # Vocabularies whose digits llama.cpp splits one by one, before GPT-2's pattern (llama-vocab.cpp); transformers applies
 # the pattern alone, and then takes a run of spaces before a digit apart in another way than the model was trained on.
 SINGLE_DIGITS = frozenset({"smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b"})
@@ -65,7 +66,7 @@ def open_gguf(path: Path, *, staging: Path | None = None) -> GgufSource:
             staging.mkdir(parents=True, exist_ok=True)
         root = Path(tempfile.mkdtemp(prefix=".surgeon-convert-", dir=staging))
     except OSError as error:
-        raise OutputError(f"cannot write {error.filename or staging}: {error.strerror}") from error
+        raise OutputError(f"cannot write {error.filename or staging}: {error.strerror}", hint=ELSEWHERE) from error
     try:
         check_space(root, 4 * facts.num_parameters)
         directory = root / path.stem  # named like the model: cards and receipts repeat it
@@ -85,9 +86,11 @@ def _examine(path: Path) -> Facts:
         with path.open("rb") as file:
             start = file.read(len(MAGIC))
     except OSError as error:
-        raise CheckpointError(f"cannot read {path}: {error.strerror}") from error
+        raise CheckpointError(f"cannot read {path}: {error.strerror}", hint=f"Look at it: ls -l {path}") from error
     if start != MAGIC:
-        raise CheckpointError(f"{path.name} is not a GGUF file: it does not begin with {MAGIC.decode()!r}")
+        raise CheckpointError(
+            f"{path.name} is not a GGUF file: it does not begin with {MAGIC.decode()!r}", hint=DOWNLOAD_HINT
+        )
     if find_spec("gguf") is None:
         raise CheckpointError("GGUF files are read by the package gguf", hint='pip install "surgeon[gguf]"')
     from gguf import GGUFReader
@@ -100,7 +103,7 @@ def _examine(path: Path) -> Facts:
     except (ValueError, LookupError, OverflowError, MemoryError) as error:  # reads beyond the end find no numbers
         raise CheckpointError(f"{path.name} is truncated or damaged", hint=DOWNLOAD_HINT) from error
     if architecture is None or not num_parameters:
-        raise CheckpointError(f"{path.name} holds no model: it has no architecture or no tensors")
+        raise CheckpointError(f"{path.name} holds no model: it has no architecture or no tensors", hint=DOWNLOAD_HINT)
     return Facts(architecture, pre_tokenizer, num_parameters)
 
 
@@ -129,7 +132,9 @@ def _dequantize(path: Path, facts: Facts, directory: Path) -> None:
             hint="Convert it with llama.cpp's tools, or look for the safetensors checkpoint that it was made from.",
         ) from error
     if lost := sorted(report["missing_keys"]):
-        raise CheckpointError(f"{path.name} lacks {lost[0]!r}, and {len(lost) - 1} more tensors of the model")
+        raise CheckpointError(
+            f"{path.name} lacks {lost[0]!r}, and {len(lost) - 1} more tensors of the model", hint=DOWNLOAD_HINT
+        )
     if facts.pre_tokenizer in SINGLE_DIGITS:
         parts = [Digits(individual_digits=True), ByteLevel(add_prefix_space=False)]
         tokenizer.backend_tokenizer.pre_tokenizer = Sequence(parts)
@@ -137,7 +142,7 @@ def _dequantize(path: Path, facts: Facts, directory: Path) -> None:
         model.save_pretrained(directory)
         tokenizer.save_pretrained(directory)
     except (OSError, SafetensorError) as error:
-        raise OutputError(f"cannot write {directory}: {error}") from error
+        raise OutputError(f"cannot write {directory}: {error}", hint=ELSEWHERE) from error
 
 
 @contextlib.contextmanager

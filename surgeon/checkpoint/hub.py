@@ -61,14 +61,14 @@ class HubSource:
 
     @cached_property
     def tensors(self) -> Mapping[str, StoredTensor]:
-        if INDEX in self.files:
-            weight_map = read_index(self.fetch(INDEX))
-            shards = sorted(set(weight_map.values()))
-            with ThreadPoolExecutor(NUM_CONNECTIONS) as pool:
-                return assemble(dict(zip(shards, pool.map(self._header, shards), strict=True)), weight_map)
-        if WEIGHTS not in self.files:
+        if WEIGHTS in self.files:  # where both are, transformers too reads the one file
+            return {name: stored(WEIGHTS, entry) for name, entry in self._header(WEIGHTS).items()}
+        if INDEX not in self.files:
             self._refuse_without_weights()
-        return {name: stored(WEIGHTS, entry) for name, entry in self._header(WEIGHTS).items()}
+        weight_map = read_index(self.fetch(INDEX))
+        shards = sorted(set(weight_map.values()))
+        with ThreadPoolExecutor(NUM_CONNECTIONS) as pool:
+            return assemble(dict(zip(shards, pool.map(self._header, shards), strict=True)), weight_map)
 
     @cached_property
     def files(self) -> Sequence[str]:

@@ -9,11 +9,12 @@ import fcntl
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from surgeon.checkpoint.source import CONFIG
+from surgeon.checkpoint.writer import Extent, copy_range
 from surgeon.errors import OutputError
 
 SPARE = 1.05  # free space asked for, relative to what will be written
@@ -83,12 +84,19 @@ def staged(target: Path, *, overwrite: bool) -> Iterator[Path]:
                 parent.rmdir()
 
 
-def write_files(directory: Path, files: Mapping[str, Callable[[], bytes] | bytes]) -> None:
-    """Write small files by their relative path, making directories as needed."""
-    for relative, content in files.items():
-        path = directory / relative
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(content if isinstance(content, bytes) else content())
+def copy_files(directory: Path, files: Mapping[str, Path]) -> None:
+    """Copy files to their relative paths in `directory`. Raises CheckpointError when one cannot be read."""
+    for relative, source in files.items():
+        target = directory / relative
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with target.open("xb") as file:
+            copy_range(Extent(source, 0, source.stat().st_size), file.fileno(), 0, lambda _: None)
+
+
+def write_files(directory: Path, files: Mapping[str, bytes]) -> None:
+    """Write small files into `directory`."""
+    for name, content in files.items():
+        (directory / name).write_bytes(content)
 
 
 def _make_locked(stage: Path) -> int:

@@ -13,6 +13,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from surgeon.checkpoint.header import DOWNLOAD_HINT
 from surgeon.checkpoint.output import check_space
 from surgeon.checkpoint.source import LocalSource, StoredTensor, read_index
 from surgeon.checkpoint.spec import DTYPE_BITS
@@ -64,11 +65,15 @@ class PickledSource(LocalSource):
         shards = sorted(set(weight_map.values()))
         for number, shard in enumerate(shards, start=1):
             if not (self.directory / shard).exists():
-                raise CheckpointError(f"shard {number} of {len(shards)} is missing: {self.directory / shard}")
+                raise CheckpointError(
+                    f"shard {number} of {len(shards)} is missing: {self.directory / shard}", hint=DOWNLOAD_HINT
+                )
         files = {shard: read_torch_file(self.directory / shard) for shard in shards}
         for name, shard in weight_map.items():
             if name not in files[shard].tensors and name not in files[shard].ignored:
-                raise CheckpointError(f"{self.weights} places {name!r} in {shard}, which does not hold it")
+                raise CheckpointError(
+                    f"{self.weights} places {name!r} in {shard}, which does not hold it", hint=DOWNLOAD_HINT
+                )
         return files
 
     @cached_property
@@ -81,7 +86,9 @@ class PickledSource(LocalSource):
                 for pattern, replacement in _OLD_NAMES.items():
                     name = name.replace(pattern, replacement)
                 if name in views:
-                    raise CheckpointError(f"{name!r} is stored twice, in {views[name][0]} and in {file}")
+                    raise CheckpointError(
+                        f"{name!r} is stored twice, in {views[name][0]} and in {file}", hint=DOWNLOAD_HINT
+                    )
                 views[name] = (file, view)
         return views
 
@@ -157,6 +164,6 @@ def _elements(path: Path, view: View) -> memoryview:
     with path.open("rb") as file:
         file.seek(view.start)
         if file.readinto(data) != len(data):
-            raise CheckpointError(f"{path} has become shorter while it was read")
+            raise CheckpointError(f"{path} has become shorter while it was read", hint=DOWNLOAD_HINT)
     ordered = torch.frombuffer(data, dtype=unsigned).as_strided(view.spec.shape, view.strides).contiguous()
     return ordered.flatten().view(torch.uint8).numpy().data

@@ -77,7 +77,7 @@ def read_torch_file(path: Path) -> TorchFile:
             with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
                 return _read(data, path.name)
     except OSError as error:
-        raise CheckpointError(f"cannot read {path}: {error.strerror}") from error
+        raise CheckpointError(f"cannot read {path}: {error.strerror}", hint=f"Look at it: ls -l {path}") from error
 
 
 def _read(data: mmap.mmap, where: str) -> TorchFile:

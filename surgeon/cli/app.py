@@ -9,6 +9,7 @@ from typing import Annotated, NoReturn
 
 import typer
 
+from surgeon.cli.printable import printable
 from surgeon.errors import SurgeonError
 
 EPILOG = "Example: surgeon truncate gpt2-large --layers 6 -o gpt2-large-6"
@@ -66,14 +67,9 @@ def _terminate(signum: int, frame: FrameType | None) -> NoReturn:
 
 
 def _show(error: SurgeonError) -> None:
-    sys.stderr.write(f"error: {_printable(str(error))}\n")
+    sys.stderr.write(f"error: {printable(str(error))}\n")
     if error.hint:
-        sys.stderr.write(f"hint: {_printable(error.hint)}\n")
-
-
-def _printable(text: str) -> str:
-    """Return text without the control characters that a hostile checkpoint could put into a name."""
-    return "".join(char if char.isprintable() or char == " " else repr(char)[1:-1] for char in text)
+        sys.stderr.write(f"hint: {printable(error.hint)}\n")
 
 
 def _register() -> None:

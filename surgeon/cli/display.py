@@ -6,13 +6,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from itertools import groupby
 from typing import Any
 
+from surgeon.cli.printable import printable
 from surgeon.inspection import Difference, Inspection
 from surgeon.surgery import Summary
 
 
 def emit(text: str) -> None:
     """Print a result."""
-    sys.stdout.write(text + "\n")
+    sys.stdout.write("\n".join(map(printable, text.split("\n"))) + "\n")
 
 
 def log(text: str) -> None:
@@ -22,7 +23,7 @@ def log(text: str) -> None:
 
 def emit_json(content: Mapping[str, Any]) -> None:
     """Print one JSON object."""
-    emit(json.dumps(content, indent=2, ensure_ascii=False))
+    sys.stdout.write(json.dumps(content, indent=2) + "\n")
 
 
 def size(nbytes: float) -> str:

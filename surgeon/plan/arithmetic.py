@@ -12,8 +12,10 @@ from pathlib import Path
 import torch  # noqa: TID253  (this module is the ring that computes; it is imported where a plan needs it)
 from torch import Tensor  # noqa: TID253
 
+from surgeon.checkpoint.header import DOWNLOAD_HINT
 from surgeon.checkpoint.source import StoredTensor
 from surgeon.checkpoint.spec import TensorSpec
+from surgeon.errors import CheckpointError
 from surgeon.plan.expressions import Add, Affine, Cast, Constant, Expr, Gather, Normal, Read, Rounded, Uniform, infer
 
 TORCH_DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
@@ -73,7 +75,7 @@ def read(stored: StoredTensor, path: Path) -> Tensor:
         file.seek(stored.start)
         count = file.readinto(data)
     if count != len(data):
-        raise OSError(f"{path} ended {len(data) - count} bytes early")
+        raise CheckpointError(f"{path} has become shorter while it was read", hint=DOWNLOAD_HINT)
     if not data:
         return torch.empty(stored.spec.shape, dtype=TORCH_DTYPES[stored.spec.dtype])
     return torch.frombuffer(data, dtype=TORCH_DTYPES[stored.spec.dtype]).view(stored.spec.shape)

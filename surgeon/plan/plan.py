@@ -43,7 +43,7 @@ class Plan:
         """
         if dtype not in STORED_DTYPES:
             raise PlanError(f"unknown dtype {dtype!r}", hint=f"One of: keep, {', '.join(STORED_DTYPES)}.")
-        if "quantization_config" in self.config:
+        if self.config.get("quantization_config") is not None:
             raise PlanError("a quantized checkpoint cannot be stored in another dtype", hint="Use --dtype keep.")
         tensors = {name: Cast(expr, STORED_DTYPES[dtype]) for name, expr in self.tensors.items()}
         key = "torch_dtype" if "torch_dtype" in self.config and "dtype" not in self.config else "dtype"
@@ -94,12 +94,18 @@ class Plan:
 
 
 def identity(source: CheckpointSpec, *, depth: int) -> Plan:
-    """Return the plan that changes nothing."""
-    return Plan(source.config, {name: Read(name) for name in source.tensors}, tuple(range(depth)))
+    """Return the plan that changes nothing, except that the config no longer chooses the code that runs it.
+
+    Keys such as _attn_implementation override what a user asks for at loading, and may name code on the Hub.
+    """
+    dropped = [key for key in source.config if key.lstrip("_").startswith(("attn_implementation", "experts_impl"))]
+    config = {key: value for key, value in source.config.items() if key not in dropped}
+    notes = tuple(f"left out of the config: {key} = {source.config[key]!r}" for key in dropped)
+    return Plan(config, {name: Read(name) for name in source.tensors}, tuple(range(depth)), notes=notes)
 
 
 def changed_keys(before: Mapping[str, Any], after: Mapping[str, Any], prefix: str = "") -> dict[str, tuple[Any, Any]]:
-    """Return the config keys that differ (nested ones with dots), each with its value before and after, None if absent."""
+    """Return the config keys that differ, nested ones with dots, with the value before and after (None: absent)."""
     changes: dict[str, tuple[Any, Any]] = {}
     for key in [*before, *(key for key in after if key not in before)]:
         old, new = before.get(key), after.get(key)

@@ -1,5 +1,6 @@
 """Choose, drop, repeat or reorder layers: every surgery in depth is one list of source layers."""
 
+import re
 from collections import Counter
 from collections.abc import Sequence
 
@@ -48,7 +49,7 @@ def resolve_depth(request: int | str, depth: int) -> int:
     """
     text = str(request).strip()
     number = text.removesuffix("%")
-    if not number.isascii() or not number.replace(".", "", 1).isdigit() or (number == text and not text.isdigit()):
+    if not re.fullmatch(r"[0-9]{1,9}" if number == text else r"[0-9]{1,9}(\.[0-9]{1,9})?", number):
         raise PlanError(f"cannot read {request!r} as a number of layers", hint="Write 12, or 75%.")
     return int(float(number) * depth / 100 + 0.5) if number != text else int(text)
 
