@@ -69,6 +69,12 @@ class Inspection:
         return dict(counts.most_common())
 
     @property
+    def sizes(self) -> dict[str, int]:
+        """The sizes of the axes that a config gives, and how many heads share a key-value head; {} without a table."""
+        shown = (*self.anatomy.family.sizes, "group") if self.anatomy.family else ()
+        return {axis: self.anatomy.sizes[axis] for axis in shown if axis in self.anatomy.sizes}
+
+    @property
     def dtypes(self) -> dict[str, int]:
         """Bytes by dtype."""
         counts: Counter[str] = Counter()
@@ -97,7 +103,7 @@ class Inspection:
             "table": self.anatomy.family is not None,
             "layers": self.anatomy.depth,
             "stacks": {stack.prefix: stack.depth for stack in self.anatomy.stacks},
-            "sizes": dict(self.anatomy.sizes),
+            "sizes": self.sizes,
             "parameters": spec.num_parameters,
             "parameters_by_part": self.parameters,
             "bytes": spec.nbytes,

@@ -104,7 +104,7 @@ def inspection_text(inspection: Inspection, *, tensors: bool) -> str:
         ("type", anatomy.model_type + ("" if anatomy.family else "  (no table: whole layers only)")),
         ("layers", "  ".join(f"{stack.depth} ({stack.prefix}*)" for stack in anatomy.stacks)),
     ]
-    lines += [("sizes", "  ".join(f"{axis} {n}" for axis, n in anatomy.sizes.items()))] if anatomy.sizes else []
+    lines += [("sizes", "  ".join(f"{axis} {n}" for axis, n in inspection.sizes.items()))] if inspection.sizes else []
     lines += [("parameters", f"{spec.num_parameters:,}")]
     lines += [
         (f"  {part}", f"{count:,}  ({100 * count / spec.num_parameters:.1f} %)")
