@@ -15,16 +15,18 @@ if TYPE_CHECKING:
     from surgeon.conversion import convert
     from surgeon.errors import CheckpointError, HubError, OutputError, PlanError, SurgeonError
     from surgeon.inspection import Inspection, inspect
-    from surgeon.surgery import Summary, Surgery, open_model, truncate
+    from surgeon.surgery import Summary, Surgery
+    from surgeon.verbs import grow, open_model, truncate
 
 _HOMES = {
     "convert": "surgeon.conversion",
     "inspect": "surgeon.inspection",
     "Inspection": "surgeon.inspection",
-    "open_model": "surgeon.surgery",
+    "grow": "surgeon.verbs",
+    "open_model": "surgeon.verbs",
     "Summary": "surgeon.surgery",
     "Surgery": "surgeon.surgery",
-    "truncate": "surgeon.surgery",
+    "truncate": "surgeon.verbs",
     "CheckpointError": "surgeon.errors",
     "HubError": "surgeon.errors",
     "OutputError": "surgeon.errors",
@@ -42,6 +44,7 @@ __all__ = [
     "SurgeonError",
     "Surgery",
     "convert",
+    "grow",
     "inspect",
     "open_model",
     "truncate",

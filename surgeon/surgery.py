@@ -2,7 +2,6 @@
 
 import os
 import time
-from collections.abc import Collection
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -11,14 +10,13 @@ from surgeon.anatomy.anatomy import Anatomy, read_anatomy
 from surgeon.checkpoint import output, receipt
 from surgeon.checkpoint.card import model_card
 from surgeon.checkpoint.header import read_header
-from surgeon.checkpoint.open import open_source
+from surgeon.checkpoint.joined import JoinedSource
 from surgeon.checkpoint.source import CARD, CONFIG, RECEIPT, LocalSource, Source, spec_of
 from surgeon.checkpoint.spec import CheckpointSpec
 from surgeon.checkpoint.writer import Progress
 from surgeon.errors import OutputError, PlanError
 from surgeon.plan.execute import Shard, execute, lay_out, peak_memory
 from surgeon.plan.plan import Plan, changed_keys
-from surgeon.transforms.truncate import truncate as plan_truncate
 
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 _UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
@@ -83,7 +81,7 @@ class Surgery:
         label = Path(self.source.label)
         base = label.name or label.resolve().name or "model"
         verbs = [next(iter(step)) for step in self.plan.steps]
-        done = [f"{verb}-{len(self.plan.layer_map)}L" if verb == "truncate" else verb for verb in verbs]
+        done = [f"{verb}-{len(self.plan.layer_map)}L" if verb in ("truncate", "grow") else verb for verb in verbs]
         return "-".join([base, *done])
 
     def summary(
@@ -131,6 +129,7 @@ class Surgery:
                 source=self.source.provenance(),
                 steps=plan.steps,
                 layer_map=plan.layer_map,
+                axis_maps=plan.axis_runs(),
                 options=options,
                 command=command,
                 notes=plan.notes,
@@ -146,19 +145,19 @@ class Surgery:
         return plan.simplified(spec_of(self.source))
 
     def _summary(self, plan: Plan, shards: list[Shard], target: Path, *, seconds: float) -> Summary:
-        before = spec_of(self.source)
-        after = plan.result(before)
+        before = spec_of(self.source.base if isinstance(self.source, JoinedSource) else self.source)
+        after = plan.result(spec_of(self.source))
         return Summary(
             output=target,
             layers=(read_anatomy(before).depth, len(plan.layer_map)),
             parameters=(before.num_parameters, after.num_parameters),
-            bytes_read=plan.bytes_read(before),
+            bytes_read=plan.bytes_read(spec_of(self.source)),
             bytes_written=after.nbytes,
             layer_map=plan.layer_map,
             files=tuple(shard.file for shard in shards),
             config_changes=changed_keys(before.config, after.config),
             notes=plan.notes,
-            peak_memory=peak_memory(plan, before),
+            peak_memory=peak_memory(plan, spec_of(self.source)),
             seconds=seconds,
         )
 
@@ -179,38 +178,6 @@ class Surgery:
             notes=plan.notes,
             source_card=card,
         )
-
-
-def open_model(model: "str | os.PathLike[str] | Surgery", *, revision: str | None = None) -> Surgery:
-    """Return the model as a surgery that changes nothing yet; one that is already a surgery is continued."""
-    if isinstance(model, Surgery):
-        return model
-    source = open_source(model, revision=revision)
-    anatomy = read_anatomy(spec_of(source))
-    from surgeon.plan.plan import identity
-
-    return Surgery(source, identity(anatomy.spec, depth=anatomy.depth))
-
-
-def truncate(
-    model: "str | os.PathLike[str] | Surgery",
-    *,
-    layers: int | str,
-    inherit: Collection[str] | None = None,
-    seed: int = 0,
-    revision: str | None = None,
-) -> Surgery:
-    """Return the surgery that keeps the first `layers` layers of `model` ("50%" counts from its depth).
-
-    `model` is a checkpoint directory, a Hub id, or a surgery to continue. With `inherit`, only these parts
-    ("attention", "mlp", "norm", "embedding") keep their weights; the rest is drawn anew from `seed`.
-
-    Raises PlanError when the model has fewer layers or cannot be cut.
-
-        surgeon.truncate("gpt2-large", layers=6).save("gpt2-large-6")
-    """
-    begun = open_model(model, revision=revision)
-    return replace(begun, plan=begun.plan.then(plan_truncate(begun.anatomy, layers, inherit=inherit, seed=seed)))
 
 
 def parse_size(size: int | str) -> int:

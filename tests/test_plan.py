@@ -30,7 +30,8 @@ from surgeon.plan.expressions import (
     substitute,
 )
 from surgeon.plan.plan import Plan, changed_keys, identity
-from surgeon.surgery import Surgery, open_model, parse_size
+from surgeon.surgery import Surgery, parse_size
+from surgeon.verbs import open_model
 
 SPEC = CheckpointSpec({"model_type": "toy"}, {"a": TensorSpec("BF16", (4, 6)), "ids": TensorSpec("I64", (3,))})
 

@@ -115,7 +115,7 @@ def _sizes(family: Family, config: Mapping[str, Any]) -> dict[str, int]:
             f"config.json says hidden size {hidden}, not a multiple of {heads} attention heads", hint=CONFIG_HINT
         )
     sizes = {"head_dim": hidden // heads} | sizes | {"group": heads // kv_heads}
-    return sizes | {"qk_dim": sizes["head_dim"], "v_dim": sizes["head_dim"]}
+    return sizes | dict.fromkeys(("q_dim", "k_dim", "v_dim"), sizes["head_dim"])
 
 
 def _check_present(family: Family, stack: Stack, spec: CheckpointSpec, sizes: Mapping[str, int]) -> None:

@@ -1,7 +1,7 @@
-"""Named axes, written as in einops: "(kv_heads group qk_dim) hidden".
+"""Named axes, written as in einops: "(kv_heads group q_dim) hidden".
 
 A dimension is a name, a number, or a parenthesised product; "+" joins what is stored one after the other. Both nest:
-GPT-NeoX stores, head by head, its query, key and value: "(kv_heads (group qk_dim + qk_dim + v_dim)) hidden".
+GPT-NeoX stores, head by head, its query, key and value: "(kv_heads (group q_dim + k_dim + v_dim)) hidden".
 """
 
 import re
@@ -57,7 +57,7 @@ class Places:
 class AxisMaps(Protocol):
     """Says where the positions of an axis come from; `block` are the axes that it is multiplied with, itself included.
 
-    The block tells queries (which have a "group") from keys. None: the axis stays as it is.
+    The block tells the heads of queries (which have a "group") from those of keys. None: the axis stays as it is.
     """
 
     def __call__(self, axis: str, block: frozenset[str]) -> Places | None: ...

@@ -52,6 +52,13 @@ class Family:
     init_gain: float = 1.0  # a fresh norm's stored gain; 0 where the model adds 1
     residual_init: tuple[str, ...] = ()  # fresh weights drawn with std / sqrt(2 * layers)
     inverse_layer_scale: str | None = None  # the config flag with which attention logits are divided by layer + 1
+    norm_kind: Literal["rms", "layer"] = "rms"
+    branch_norms: tuple[str, ...] = ()  # norms on what a layer adds: all of it passes through their gains
+    pre_norm_flag: str | None = None  # the config key that is false where norms follow the sum instead
+    scales_embedding: bool = False  # the model multiplies embeddings by the square root of hidden
+    fixed_query_scale: bool = False  # logits are not divided by the square root of head_dim but by a key of the config
+    rotary: Literal["halves", "pairs"] | None = "halves"  # which dims turn together: i and i + R/2, or 2i and 2i + 1
+    hidden_divisible: bool = False  # the config insists that heads divide hidden, even where head_dim is given
 
 
 def _linear(name: str, axes: str, *, bias: str | bool = False, kind: Kind = "linear") -> Rows:
@@ -77,7 +84,7 @@ def _one(name: str, axes: str, kind: Kind, when: str | None = None) -> Rows:
 
 # --- parts that many families share -----------------------------------------------------------------------------
 
-QUERY, KEY, VALUE = "kv_heads group qk_dim", "kv_heads qk_dim", "kv_heads v_dim"
+QUERY, KEY, VALUE = "kv_heads group q_dim", "kv_heads k_dim", "kv_heads v_dim"
 ATTENDED = "kv_heads group v_dim"  # what the heads put out
 
 SIZES = {
@@ -91,6 +98,7 @@ SIZES = {
     "experts": ("num_local_experts", "num_experts"),
     "expert_ffn": ("moe_intermediate_size",),
 }
+WITHOUT_HEAD_DIM = {axis: keys for axis, keys in SIZES.items() if axis != "head_dim"}  # head_dim is hidden / heads
 DERIVED_SIZES = {"kv_heads": (1, "heads")}  # and head_dim = hidden / heads, everywhere
 
 EMBEDDING = _one("model.embed_tokens.weight", "vocab hidden", "embedding") | _one(
@@ -98,8 +106,9 @@ EMBEDDING = _one("model.embed_tokens.weight", "vocab hidden", "embedding") | _on
 )
 PRE_NORMS = _norm("input_layernorm") | _norm("post_attention_layernorm")
 POST_NORMS = _norm("post_attention_layernorm") | _norm("post_feedforward_layernorm")
+BRANCH_NORMS = ("post_attention_layernorm.weight", "post_feedforward_layernorm.weight")
 SANDWICH_NORMS = PRE_NORMS | _norm("pre_feedforward_layernorm") | _norm("post_feedforward_layernorm")
-HEAD_NORMS = _norm("self_attn.q_norm", "qk_dim") | _norm("self_attn.k_norm", "qk_dim")
+HEAD_NORMS = _norm("self_attn.q_norm", "q_dim") | _norm("self_attn.k_norm", "k_dim")
 WIDE_NORMS = _norm("self_attn.q_norm", f"({QUERY})") | _norm("self_attn.k_norm", f"({KEY})")
 
 
@@ -135,18 +144,21 @@ LLAMA = Family(
     mlp=(_gated(bias="mlp_bias"),),
     sizes=SIZES,
     default_sizes=DERIVED_SIZES,
+    hidden_divisible=True,
 )
-MISTRAL = replace(LLAMA, attention=_attention(), mlp=(_gated(),))
+PLAIN = replace(LLAMA, hidden_divisible=False)
+GRANITE = replace(PLAIN, fixed_query_scale=True)
+MISTRAL = replace(PLAIN, attention=_attention(), mlp=(_gated(),))
 QWEN2 = replace(MISTRAL, attention=_attention(bias=True))
-QWEN3 = replace(LLAMA, norm=PRE_NORMS | HEAD_NORMS, mlp=(_gated(),))
-GEMMA = replace(LLAMA, mlp=(_gated(),), init_gain=0.0)
-GEMMA2 = replace(GEMMA, norm=SANDWICH_NORMS)
-GEMMA3 = replace(GEMMA, norm=SANDWICH_NORMS | HEAD_NORMS)
-OLMO2 = replace(LLAMA, norm=POST_NORMS | WIDE_NORMS, mlp=(_gated(),))
-COHERE2 = replace(LLAMA, norm=_norm("input_layernorm"), mlp=(_gated(),))
+QWEN3 = replace(PLAIN, norm=PRE_NORMS | HEAD_NORMS, mlp=(_gated(),))
+GEMMA = replace(PLAIN, mlp=(_gated(),), init_gain=0.0, scales_embedding=True)
+GEMMA2 = replace(GEMMA, norm=SANDWICH_NORMS, branch_norms=BRANCH_NORMS, fixed_query_scale=True, hidden_divisible=True)
+GEMMA3 = replace(GEMMA2, norm=SANDWICH_NORMS | HEAD_NORMS)
+OLMO2 = replace(PLAIN, norm=POST_NORMS | WIDE_NORMS, mlp=(_gated(),), branch_norms=BRANCH_NORMS)
+COHERE2 = replace(PLAIN, norm=_norm("input_layernorm"), mlp=(_gated(),), norm_kind="layer", rotary="pairs")
 
 PHI3 = replace(
-    LLAMA,
+    PLAIN,
     attention=_linear("self_attn.qkv_proj", f"({QUERY} + {KEY} + {VALUE}) hidden")
     | _linear("self_attn.o_proj", f"hidden ({ATTENDED})"),
     mlp=(_linear("mlp.gate_up_proj", "(ffn + ffn) hidden") | _linear("mlp.down_proj", "hidden ffn"),),
@@ -166,7 +178,7 @@ QWEN3_MOE = replace(
     mlp=(_gated(), _linear("mlp.gate", "experts hidden") | _gated("expert_ffn", prefix="mlp.experts.{}.")),
 )
 GPT_OSS = replace(
-    LLAMA,
+    PLAIN,
     attention=_attention(bias="attention_bias", output_bias="attention_bias")
     | _one("self_attn.sinks", "(kv_heads group)", "logit"),
     mlp=(
@@ -205,6 +217,8 @@ GPT2 = Family(
     default_sizes={"kv_heads": (1, "heads"), "ffn": (4, "hidden")},
     residual_init=("attn.c_proj.weight", "mlp.c_proj.weight"),
     inverse_layer_scale="scale_attn_by_inverse_layer_idx",
+    norm_kind="layer",
+    rotary=None,
 )
 
 GPT_NEOX = Family(
@@ -214,7 +228,7 @@ GPT_NEOX = Family(
     | _one("embed_out.weight", "vocab hidden", "head"),
     final_norm=_norm("gpt_neox.final_layer_norm", shift=True),
     attention=_linear(
-        "attention.query_key_value", "(kv_heads (group qk_dim + qk_dim + v_dim)) hidden", bias="attention_bias"
+        "attention.query_key_value", "(kv_heads (group q_dim + k_dim + v_dim)) hidden", bias="attention_bias"
     )
     | _linear("attention.dense", f"hidden ({ATTENDED})", bias="attention_bias")
     | _one("attention.bias", "1 1 positions positions", "buffer")
@@ -224,8 +238,10 @@ GPT_NEOX = Family(
     mlp=(
         _linear("mlp.dense_h_to_4h", "ffn hidden", bias=True) | _linear("mlp.dense_4h_to_h", "hidden ffn", bias=True),
     ),
-    sizes=SIZES,
+    sizes=WITHOUT_HEAD_DIM,
     default_sizes=DERIVED_SIZES,
+    norm_kind="layer",
+    hidden_divisible=True,
 )
 
 OPT = Family(
@@ -247,15 +263,18 @@ OPT = Family(
     | _linear("self_attn.out_proj", f"hidden ({ATTENDED})", bias="enable_bias"),
     norm=_norm("self_attn_layer_norm", shift=True) | _norm("final_layer_norm", shift=True),
     mlp=(_linear("fc1", "ffn hidden", bias="enable_bias") | _linear("fc2", "hidden ffn", bias="enable_bias"),),
-    sizes=SIZES | {"ffn": ("ffn_dim",), "embed": ("word_embed_proj_dim",)},
+    sizes=WITHOUT_HEAD_DIM | {"ffn": ("ffn_dim",), "embed": ("word_embed_proj_dim",)},
     default_sizes={"kv_heads": (1, "heads"), "embed": (1, "hidden")},
     init_std="init_std",
+    norm_kind="layer",
+    pre_norm_flag="do_layer_norm_before",
+    rotary=None,
 )
 
 FAMILIES: Mapping[str, Family] = {
     "llama": LLAMA,
-    "smollm3": LLAMA,
-    "granite": LLAMA,
+    "smollm3": PLAIN,
+    "granite": GRANITE,
     "mistral": MISTRAL,
     "qwen2": QWEN2,
     "qwen3": QWEN3,

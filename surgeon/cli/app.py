@@ -73,15 +73,16 @@ def _show(error: SurgeonError) -> None:
 
 
 def _register() -> None:
-    from surgeon.cli import convert, inspect, truncate
+    from surgeon.cli import convert, grow, inspect, truncate
 
-    for command in (inspect.inspect, truncate.truncate, convert.convert):
+    for command in (inspect.inspect, truncate.truncate, grow.grow, convert.convert):
         app.command(no_args_is_help=True, epilog=EXAMPLES[command.__name__])(command)
 
 
 EXAMPLES = {
     "inspect": "Example: surgeon inspect gpt2-large",
     "truncate": "Example: surgeon truncate gpt2-large --layers 6 -o gpt2-large-6",
+    "grow": "Example: surgeon grow gpt2 --layers 16 --hidden-size 2x -o gpt2-grown",
     "convert": "Example: surgeon convert model.Q8_0.gguf -o model --dtype bfloat16",
 }
 _register()

@@ -27,3 +27,11 @@ PushToHub = Annotated[
     str | None, typer.Option(metavar="REPO", help="Upload the finished output to this Hub repository.")
 ]
 Private = Annotated[bool, typer.Option("--private", help="Make the Hub repository private if it is created.")]
+
+
+def numbers(text: str, option: str) -> list[int]:
+    """Return the numbers in "3,7,11". Raises typer's usage error, naming the option, for anything else."""
+    words = [word.strip() for word in text.split(",")]
+    if not all(word.isascii() and word.isdigit() and len(word) < 10 for word in words):
+        raise typer.BadParameter(f"{text!r} is not a list of numbers such as 3,7,11", param_hint=option)
+    return [int(word) for word in words]

@@ -21,20 +21,26 @@ class Plan:
     """What to write, as a function of what is read.
 
     `layer_map[i]` is the source layer of result layer i, None for a new one. `steps` is what was asked, one
-    {verb: options} after the other; `notes` is what a user should hear of it.
+    {verb: options} after the other; `notes` is what a user should hear of it. `axes` holds, for each axis that was
+    widened, the source position of each position of the result, -1 for a new one.
     """
 
     config: Mapping[str, Any]
     tensors: Mapping[str, Expr]
     layer_map: tuple[int | None, ...]
     steps: tuple[Mapping[str, Any], ...] = ()
-    notes: tuple[str, ...] = field(default=())
+    notes: tuple[str, ...] = ()
+    axes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
     def then(self, later: "Plan") -> "Plan":
         """Return one plan that does this one, then `later`: each Read of `later` becomes our expression."""
         layers = tuple(None if i is None else self.layer_map[i] for i in later.layer_map)
         tensors = {name: substitute(expr, self._made) for name, expr in later.tensors.items()}
-        return Plan(later.config, tensors, layers, self.steps + later.steps, self.notes + later.notes)
+        axes = dict(self.axes)
+        for axis, index in later.axes.items():
+            before = self.axes.get(axis)
+            axes[axis] = index if before is None else tuple(-1 if i < 0 else before[i] for i in index)
+        return Plan(later.config, tensors, layers, self.steps + later.steps, self.notes + later.notes, axes)
 
     def cast(self, dtype: str) -> "Plan":
         """Return this plan with every floating tensor stored as `dtype` ("float32", "bfloat16" or "float16").
@@ -73,10 +79,15 @@ class Plan:
         return {
             "steps": list(self.steps),
             "layer_map": list(self.layer_map),
+            "axis_maps": self.axis_runs(),
             "notes": list(self.notes),
             "config": dict(self.config),
             "tensors": {name: describe(expr) for name, expr in self.tensors.items()},
         }
+
+    def axis_runs(self) -> dict[str, list[list[int]]]:
+        """Return the map of each widened axis in runs: [first source position or -1, how many follow it]."""
+        return {axis: _runs(index) for axis, index in self.axes.items()}
 
     def to_json(self) -> str:
         """Return the plan as JSON text."""
@@ -114,6 +125,17 @@ def changed_keys(before: Mapping[str, Any], after: Mapping[str, Any], prefix: st
         elif old != new:
             changes[prefix + key] = (old, new)
     return changes
+
+
+def _runs(index: tuple[int, ...]) -> list[list[int]]:
+    runs: list[list[int]] = []
+    for i in index:
+        last = runs[-1] if runs else None
+        if last and (i == last[0] == -1 or (last[0] >= 0 and i == last[0] + last[1])):
+            last[1] += 1
+        else:
+            runs.append([i, 1])
+    return runs
 
 
 def _simplify(expr: Expr, source: CheckpointSpec) -> Expr:

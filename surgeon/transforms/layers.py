@@ -105,11 +105,11 @@ def _moved(anatomy: Anatomy, name: str, old: int, new: int) -> Expr:
 
     def scale_queries(axis: str, block: frozenset[str]) -> Places | None:
         size = anatomy.sizes[axis]
-        return Places(tuple(range(size)), (factor,) * size) if axis == "qk_dim" and "group" in block else None
+        return Places(tuple(range(size)), (factor,) * size) if axis == "q_dim" else None
 
     expr: Expr = Read(name)
     for dim, axes in enumerate(anatomy.row(name)[0].axes):
-        if "qk_dim" in axes_of(axes):
+        if "q_dim" in axes_of(axes):
             found = places(axes, anatomy.sizes, scale_queries)
             expr = Gather(expr, dim, found.index, found.scale)
     return expr

@@ -1,0 +1,48 @@
+"""Two checkpoints as one source: the base under its own names, the other's tensors under a prefix."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from surgeon.checkpoint.source import Source, StoredTensor
+
+DONOR = "donor:"  # no tensor of a model has a colon in its name
+
+
+@dataclass(frozen=True)
+class JoinedSource:
+    """`base`, and beside it the tensors of `donor`, whose names and files begin with "donor:"."""
+
+    base: Source
+    donor: Source
+
+    @property
+    def label(self) -> str:
+        return self.base.label
+
+    @property
+    def origin(self) -> Path | None:
+        return self.base.origin
+
+    @property
+    def config(self) -> Mapping[str, Any]:
+        return self.base.config
+
+    @property
+    def companions(self) -> Sequence[str]:
+        return self.base.companions
+
+    @cached_property
+    def tensors(self) -> Mapping[str, StoredTensor]:
+        given = {DONOR + name: replace(item, file=DONOR + item.file) for name, item in self.donor.tensors.items()}
+        return {**self.base.tensors, **given}
+
+    def fetch(self, file: str, ranges: Sequence[tuple[int, int]] | None = None) -> Path:
+        if file.startswith(DONOR):
+            return self.donor.fetch(file.removeprefix(DONOR), ranges)
+        return self.base.fetch(file, ranges)
+
+    def provenance(self) -> dict[str, Any]:
+        return self.base.provenance() | {"donor": self.donor.provenance()}

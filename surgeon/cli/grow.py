@@ -1,0 +1,79 @@
+"""`surgeon grow`."""
+
+from typing import Annotated
+
+import typer
+
+from surgeon.cli import options
+
+_SIZE = "a number or 2x"
+
+
+def grow(
+    model: options.Model,
+    layers: Annotated[str | None, typer.Option(metavar="N", help="Layers of the result: a number, 2x or 150%.")] = None,
+    depth_method: Annotated[
+        str,
+        typer.Option(
+            metavar="METHOD",
+            help="identity (keeps the function), stack, interleave, solar or interpolate (which do not).",
+        ),
+    ] = "identity",
+    at: Annotated[
+        str | None, typer.Option(metavar="LAYERS", help="Put a new layer after each of these: 3,7,11. Default: evenly.")
+    ] = None,
+    donor: Annotated[
+        str | None, typer.Option(metavar="MODEL", help="Append this model's next layers instead (Inheritune).")
+    ] = None,
+    hidden_size: Annotated[str | None, typer.Option(metavar="N", help=f"Hidden size: {_SIZE}.")] = None,
+    intermediate_size: Annotated[str | None, typer.Option(metavar="N", help=f"Size of the MLP: {_SIZE}.")] = None,
+    attention_heads: Annotated[str | None, typer.Option(metavar="N", help=f"Attention heads: {_SIZE}.")] = None,
+    key_value_heads: Annotated[str | None, typer.Option(metavar="N", help=f"Key-value heads: {_SIZE}.")] = None,
+    head_dim: Annotated[str | None, typer.Option(metavar="N", help=f"Size of a head: {_SIZE}.")] = None,
+    width_method: Annotated[
+        str,
+        typer.Option(
+            metavar="METHOD",
+            help="auto (clone for multiples, else pad), clone, pad; or zero-pad, uneven, advanced (approximate).",
+        ),
+    ] = "auto",
+    noise: Annotated[
+        float, typer.Option(help="What sets copies apart, relative to the weights; the function is kept. 0: none.")
+    ] = 0.5,
+    output: options.Output = None,
+    overwrite: options.Overwrite = False,
+    dry_run: options.DryRun = False,
+    dtype: options.Dtype = "keep",
+    max_shard_size: options.MaxShardSize = "5GB",
+    seed: options.Seed = 0,
+    revision: options.Revision = None,
+    push_to_hub: options.PushToHub = None,
+    private: options.Private = False,
+    json: options.Json = False,
+    quiet: options.Quiet = False,
+    debug: options.Debug = False,
+) -> None:
+    """Make a model deeper and wider, with its function kept."""
+    import surgeon
+    from surgeon.cli import write
+
+    surgery = surgeon.grow(
+        model,
+        layers=layers,
+        depth_method=depth_method,
+        at=None if at is None else options.numbers(at, "--at"),
+        donor=donor,
+        hidden_size=hidden_size,
+        intermediate_size=intermediate_size,
+        attention_heads=attention_heads,
+        key_value_heads=key_value_heads,
+        head_dim=head_dim,
+        width_method=width_method,
+        noise=noise,
+        seed=seed,
+        revision=revision,
+    )
+    write.run(
+        surgery,
+        write.WriteOptions(output, overwrite, dry_run, dtype, max_shard_size, json, quiet, push_to_hub, private),
+    )

@@ -1,0 +1,152 @@
+"""Make a model deeper: identity blocks that keep the function, and the copies of the literature that do not.
+
+Sources: LLaMA-Pro (arXiv:2401.02415) for identity blocks, here for families with biases and with norms on the branches;
+G_stack (arXiv:2405.15319) for stacking; SOLAR (arXiv:2312.15166); Inheritune (arXiv:2404.08634) for a donor's layers.
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from surgeon.anatomy.anatomy import Anatomy
+from surgeon.anatomy.axes import axes_of
+from surgeon.errors import PlanError
+from surgeon.plan.expressions import Add, Affine, Constant, Expr, Read, substitute
+from surgeon.plan.plan import Plan
+from surgeon.transforms.layers import keep_layers
+
+METHODS = ("identity", "stack", "interleave", "solar", "interpolate")
+APPROXIMATE = "approximate: the new layers change what the model computes; it has to be trained on"
+
+
+def deepen(anatomy: Anatomy, layers: int, *, method: str = "identity", at: Sequence[int] | None = None) -> Plan:
+    """Return the plan of a model with `layers` layers.
+
+    identity     copies whose contribution is zero, placed evenly, or one after each layer of `at`: the function is kept
+    stack        the whole stack again and again, the last time as far as it is needed
+    interleave   each layer repeated in its place
+    solar        the first layers, then the last ones, overlapping
+    interpolate  new layers that are the mean of their neighbours
+
+    Raises PlanError when the model cannot grow so.
+    """
+    depth = anatomy.depth
+    if method not in METHODS:
+        raise PlanError(f"unknown depth method {method!r}", hint=f"One of: {', '.join(METHODS)}.")
+    if layers < depth:
+        raise PlanError(f"cannot grow {depth} layers to {layers}", hint="To cut layers: surgeon truncate.")
+    if at is not None and method not in ("identity", "interpolate"):
+        raise PlanError(f"the depth method {method} places its layers itself", hint="Leave out --at, or use identity.")
+    if method in ("identity", "interpolate"):
+        return _insert(anatomy, _places(depth, layers - depth, at), method)
+    if method == "stack":
+        order = [i % depth for i in range(layers)]
+    elif method == "interleave":
+        order = [i * depth // layers for i in range(layers)]
+    else:
+        order = _overlap(depth, layers)
+    plan = keep_layers(anatomy, order)
+    return plan if layers == depth else replace(plan, notes=(*plan.notes, APPROXIMATE))
+
+
+def _places(depth: int, count: int, at: Sequence[int] | None) -> list[int]:
+    """Return the layers after which a new one comes, in order: spread evenly, the last after the last layer."""
+    if at is None:
+        return [-(-(k + 1) * depth // count) - 1 for k in range(count)]
+    if len(at) != count:
+        raise PlanError(f"{count} layers are to be added, but {len(at)} places are given", hint="One place for each.")
+    if wrong := [i for i in at if not 0 <= i < depth]:
+        raise PlanError(f"there is no layer {wrong[0]} to put one after", hint=f"Layers are 0 to {depth - 1}.")
+    return sorted(at)
+
+
+def _overlap(depth: int, layers: int) -> list[int]:
+    overlap, odd = divmod(2 * depth - layers, 2)
+    if odd or not 0 <= overlap < depth:
+        raise PlanError(
+            f"solar makes two stacks of equal size out of {depth} layers: not {layers}",
+            hint=f"Use an even number from {depth + depth % 2} to {2 * depth}.",
+        )
+    return [*range(depth - overlap), *range(overlap, depth)]
+
+
+def _insert(anatomy: Anatomy, places: Sequence[int], method: str) -> Plan:
+    """Return the plan that puts a new layer after each layer of `places`."""
+    order: list[int] = []
+    new: set[int] = set()
+    for layer in range(anatomy.depth):
+        order.append(layer)
+        for _ in range(places.count(layer)):
+            new.add(len(order))
+            order.append(layer)
+    plan = keep_layers(anatomy, order)
+    if not new:
+        return plan
+    stack = anatomy.stacks[0]
+    tensors = dict(plan.tensors)
+    for name in plan.tensors:
+        place = stack.locate(name)
+        if place is not None and place[0] in new:
+            change = _silent if method == "identity" else _averaged
+            tensors[name] = change(anatomy, plan, order, place[0], place[1])
+    layer_map = tuple(None if i in new else layer for i, layer in enumerate(order))
+    notes = plan.notes if method == "identity" else (*plan.notes, APPROXIMATE)
+    return replace(plan, tensors=tensors, layer_map=layer_map, notes=notes)
+
+
+def _silent(anatomy: Anatomy, plan: Plan, order: Sequence[int], layer: int, rest: str) -> Expr:
+    """Return a tensor of a copied layer so that the layer adds nothing: what writes the residual stream is zero.
+
+    Where a norm stands on the branch its gain is zero instead: behind a projection of zeros it would multiply the
+    gradient by 1 / sqrt(epsilon).
+    """
+    family = anatomy.require_family()
+    stack = anatomy.stacks[0]
+    if len(anatomy.stacks) > 1 or (
+        family.pre_norm_flag is not None and anatomy.spec.config.get(family.pre_norm_flag) is False
+    ):
+        raise PlanError(
+            f"{anatomy.model_type} normalises after the sum, so no layer of it can leave the sum as it is",
+            hint="Use --depth-method stack; it does not keep the function.",
+        )
+    name = stack.name(order[layer], rest)
+    row, part = anatomy.row(name)
+    spec = anatomy.spec.tensors[name]
+    made = plan.tensors[stack.name(layer, rest)]
+    if family.branch_norms:
+        silent = rest in family.branch_norms
+        return Constant(spec, family.init_gain - 1.0) if silent else made
+    writes = row.axes[-1 if row.kind == "conv1d" else len(row.axes) - 2 if row.kind == "linear" else -1]
+    silent = part in ("attention", "mlp") and row.kind in ("linear", "conv1d", "bias") and "hidden" in axes_of(writes)
+    return Constant(spec, 0.0) if silent else made
+
+
+def _averaged(anatomy: Anatomy, plan: Plan, order: Sequence[int], layer: int, rest: str) -> Expr:
+    """Return the mean of a tensor in the layers around a new one; behind the last layer, that layer's own."""
+    stack = anatomy.stacks[0]
+    made = plan.tensors[stack.name(layer, rest)]
+    following = next((i for i in range(layer + 1, len(order)) if order[i] != order[layer]), None)
+    other = None if following is None else plan.tensors.get(stack.name(following, rest))
+    return made if other is None else Add((Affine(made, 0.5), Affine(other, 0.5)))
+
+
+def donate(anatomy: Anatomy, donor: Anatomy, layers: int, prefix: str) -> Plan:
+    """Return the plan that appends the donor's layers from this model's depth on, up to `layers` in all.
+
+    The donor's tensors are read under `prefix` + their name. Raises PlanError when the two are not of one shape.
+    """
+    if donor.depth < layers:
+        raise PlanError(f"the donor has {donor.depth} layers, not {layers}", hint="Ask for fewer, or another donor.")
+    plan = keep_layers(donor, range(layers))
+    tensors: dict[str, Expr] = {}
+    for name, expr in plan.tensors.items():
+        place = donor.stacks[0].locate(name)
+        mine = name if place is None else anatomy.stacks[0].name(*place)
+        own = place is None or place[0] < anatomy.depth
+        spec = (anatomy if own else donor).spec.tensors.get(mine if own else name)
+        if spec is None or spec != donor.spec.tensors[name]:
+            raise PlanError(
+                f"the donor differs from the model in {name!r}", hint="A donor must have the same sizes and dtype."
+            )
+        tensors[mine] = Read(mine) if own else substitute(expr, lambda read: Read(prefix + read))
+    kept = tuple(range(anatomy.depth)) + (None,) * (layers - anatomy.depth)
+    return Plan(plan.config, tensors, kept, notes=(APPROXIMATE,))

@@ -1,0 +1,88 @@
+"""Grow a model in depth and in width: one plan out of deepen and widen."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from surgeon.anatomy.anatomy import Anatomy, read_anatomy
+from surgeon.errors import PlanError
+from surgeon.plan.plan import Plan, identity
+from surgeon.transforms.axis_maps import grown_size
+from surgeon.transforms.deepen import deepen
+from surgeon.transforms.layers import resolve_depth
+from surgeon.transforms.widen import widen
+from surgeon.transforms.widths import plan_widths
+
+Size = int | str | None
+
+
+def grow(
+    anatomy: Anatomy,
+    *,
+    layers: Size = None,
+    depth_method: str = "identity",
+    at: Sequence[int] | None = None,
+    hidden_size: Size = None,
+    intermediate_size: Size = None,
+    attention_heads: Size = None,
+    key_value_heads: Size = None,
+    head_dim: Size = None,
+    width_method: str = "auto",
+    noise: float = 0.5,
+    seed: int = 0,
+) -> Plan:
+    """Return the plan of the larger model. A size is a number or "2x"; what is not given stays, or follows.
+
+    Heads follow a hidden size where the family derives one from the other, and key-value heads follow heads.
+
+    Raises PlanError when the family's code cannot express the result.
+    """
+    plan = identity(anatomy.spec, depth=anatomy.depth)
+    if layers is not None:
+        plan = plan.then(deepen(anatomy, _depth(layers, anatomy.depth), method=depth_method, at=at))
+    deeper = read_anatomy(plan.result(anatomy.spec))
+    asked = {
+        "hidden": hidden_size,
+        "ffn": intermediate_size,
+        "heads": attention_heads,
+        "kv_heads": key_value_heads,
+        "head_dim": head_dim,
+    }
+    if any(size is not None for size in asked.values()):
+        plan = plan.then(_wider(deeper, asked, width_method, noise, seed))
+    elif layers is None:
+        raise PlanError(
+            "nothing to grow", hint="Give --layers, --hidden-size, --intermediate-size or --attention-heads."
+        )
+    options = {"layers": layers, "depth_method": depth_method, "at": None if at is None else list(at)} | {
+        "hidden_size": hidden_size,
+        "intermediate_size": intermediate_size,
+        "attention_heads": attention_heads,
+        "key_value_heads": key_value_heads,
+        "head_dim": head_dim,
+        "width_method": width_method,
+        "noise": noise,
+        "seed": seed,
+    }
+    return replace(plan, steps=({"grow": {key: value for key, value in options.items() if value is not None}},))
+
+
+def _depth(layers: int | str, depth: int) -> int:
+    text = str(layers)
+    return grown_size(text, depth, "layers") if text.endswith("x") else resolve_depth(text, depth)
+
+
+def _wider(anatomy: Anatomy, asked: dict[str, Size], method: str, noise: float, seed: int) -> Plan:
+    if not 0 <= noise < 100:
+        raise PlanError(f"noise {noise} is no ratio to the weights", hint="Write 0.5, or 0 for none.")
+    family = anatomy.require_family()
+    old = anatomy.sizes
+    new = {axis: old[axis] if size is None else grown_size(size, old[axis], axis) for axis, size in asked.items()}
+    if "head_dim" not in family.sizes and asked["heads"] is None and new["hidden"] % new["head_dim"] == 0:
+        new["heads"] = max(new["heads"], new["hidden"] // new["head_dim"])
+    if asked["kv_heads"] is None and new["heads"] != old["heads"]:
+        keeps_group = old["kv_heads"] > 1 and new["heads"] % old["group"] == 0
+        new["kv_heads"] = new["heads"] // old["group"] if keeps_group else old["kv_heads"]
+    elif asked["heads"] is None and old["group"] == 1:
+        new["heads"] = max(new["heads"], new["kv_heads"])
+    widths = plan_widths(anatomy, method=method, **new)
+    return widen(anatomy, widths, noise=noise, advanced=method == "advanced", seed=seed)

@@ -1,0 +1,104 @@
+"""The verbs that plan a surgery: each opens its model, plans with the transform of its name, and reads no weights."""
+
+import os
+from collections.abc import Collection, Sequence
+from dataclasses import replace
+
+from surgeon.anatomy.anatomy import read_anatomy
+from surgeon.checkpoint.joined import DONOR, JoinedSource
+from surgeon.checkpoint.open import open_source
+from surgeon.checkpoint.source import spec_of
+from surgeon.errors import PlanError
+from surgeon.plan.expressions import Read
+from surgeon.plan.plan import identity
+from surgeon.surgery import Surgery
+from surgeon.transforms.deepen import donate
+from surgeon.transforms.grow import grow as plan_grow
+from surgeon.transforms.layers import resolve_depth
+from surgeon.transforms.truncate import truncate as plan_truncate
+
+
+def open_model(model: "str | os.PathLike[str] | Surgery", *, revision: str | None = None) -> Surgery:
+    """Return the model as a surgery that changes nothing yet; one that is already a surgery is continued."""
+    if isinstance(model, Surgery):
+        return model
+    source = open_source(model, revision=revision)
+    anatomy = read_anatomy(spec_of(source))
+    return Surgery(source, identity(anatomy.spec, depth=anatomy.depth))
+
+
+def truncate(
+    model: "str | os.PathLike[str] | Surgery",
+    *,
+    layers: int | str,
+    inherit: Collection[str] | None = None,
+    seed: int = 0,
+    revision: str | None = None,
+) -> Surgery:
+    """Return the surgery that keeps the first `layers` layers of `model` ("50%" counts from its depth).
+
+    `model` is a checkpoint directory, a Hub id, or a surgery to continue. With `inherit`, only these parts
+    ("attention", "mlp", "norm", "embedding") keep their weights; the rest is drawn anew from `seed`.
+
+    Raises PlanError when the model has fewer layers or cannot be cut.
+
+        surgeon.truncate("gpt2-large", layers=6).save("gpt2-large-6")
+    """
+    begun = open_model(model, revision=revision)
+    return replace(begun, plan=begun.plan.then(plan_truncate(begun.anatomy, layers, inherit=inherit, seed=seed)))
+
+
+def grow(
+    model: "str | os.PathLike[str] | Surgery",
+    *,
+    layers: int | str | None = None,
+    depth_method: str = "identity",
+    at: Sequence[int] | None = None,
+    donor: str | os.PathLike[str] | None = None,
+    hidden_size: int | str | None = None,
+    intermediate_size: int | str | None = None,
+    attention_heads: int | str | None = None,
+    key_value_heads: int | str | None = None,
+    head_dim: int | str | None = None,
+    width_method: str = "auto",
+    noise: float = 0.5,
+    seed: int = 0,
+    revision: str | None = None,
+) -> Surgery:
+    """Return the surgery that makes `model` deeper and wider, with its function kept unless a method says otherwise.
+
+    A size is a number or "2x". With a `donor`, its next layers are appended instead of copies (Inheritune's growth).
+
+    Raises PlanError when the family's code cannot express the result.
+
+        surgeon.grow("gpt2", hidden_size="2x", layers=16).save("gpt2-grown")
+    """
+    begun = open_model(model, revision=revision)
+    options = {
+        "hidden_size": hidden_size,
+        "intermediate_size": intermediate_size,
+        "attention_heads": attention_heads,
+        "key_value_heads": key_value_heads,
+        "head_dim": head_dim,
+    }
+    if donor is None:
+        plan = plan_grow(
+            begun.anatomy,
+            layers=layers,
+            depth_method=depth_method,
+            at=at,
+            width_method=width_method,
+            noise=noise,
+            seed=seed,
+            **options,
+        )
+        return replace(begun, plan=begun.plan.then(plan))
+    if layers is None or any(size is not None for size in options.values()):
+        raise PlanError("a donor gives layers, nothing else", hint="Give --layers with --donor, and widen afterwards.")
+    given = open_source(donor)
+    anatomy = begun.anatomy
+    plan = donate(anatomy, read_anatomy(spec_of(given)), resolve_depth(layers, anatomy.depth), DONOR)
+    offered = {DONOR + name: Read(DONOR + name) for name in given.tensors}
+    passed = replace(begun.plan, tensors={**begun.plan.tensors, **offered})
+    step = {"grow": {"layers": layers, "donor": os.fspath(donor)}}
+    return Surgery(JoinedSource(begun.source, given), passed.then(replace(plan, steps=(step,))))
