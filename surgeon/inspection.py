@@ -1,5 +1,6 @@
 """What a checkpoint is, in the words of its family; and how it differs from another."""
 
+import json
 import os
 from collections import Counter
 from collections.abc import Mapping
@@ -7,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from surgeon import text
 from surgeon.anatomy.anatomy import Anatomy, read_anatomy
 from surgeon.anatomy.config import layer_kinds
 from surgeon.checkpoint.open import open_source
@@ -48,6 +50,25 @@ class Difference:
             "same": list(self.same),
             "changed": list(self.changed),
         }
+
+    def to_text(self) -> str:
+        """Return the difference for people."""
+        lines = [
+            ("against", self.other),
+            ("layers held against", text.layers(self.layer_map)),
+            *((f"config {key}", f"{text.brief(old)} → {text.brief(new)}") for key, (old, new) in self.config.items()),
+        ]
+        if self.compared:
+            lines += [
+                ("tensors equal", f"{len(self.same)}"),
+                ("tensors changed", text.listing(self.changed)),
+            ]
+        else:
+            lines += [("values", "not compared: both checkpoints must be directories")]
+        changes = Counter(self.reshaped.values() if len(self.reshaped) <= 10 else map(_dtypes, self.reshaped.values()))
+        lines += [("in another form", f"{count}  ({old} → {new})") for (old, new), count in changes.most_common(10)]
+        lines += [("only here", text.listing(self.added)), ("only there", text.listing(self.removed))]
+        return text.rows(lines)
 
 
 @dataclass(frozen=True)
@@ -120,10 +141,39 @@ class Inspection:
             }
         return result | ({"against": self.difference.to_dict()} if self.difference else {})
 
-    def __str__(self) -> str:
-        from surgeon.cli.display import inspection_text
+    def to_text(self, *, tensors: bool = False) -> str:
+        """Return the inspection for people; with `tensors`, every one of them."""
+        anatomy, spec = self.anatomy, self.anatomy.spec
+        lines = [
+            ("model", self.label),
+            ("type", anatomy.model_type + ("" if anatomy.family else "  (no table: whole layers only)")),
+            ("layers", "  ".join(f"{stack.depth} ({stack.prefix}*)" for stack in anatomy.stacks)),
+        ]
+        lines += [("sizes", "  ".join(f"{axis} {n}" for axis, n in self.sizes.items()))] if self.sizes else []
+        lines += [("parameters", f"{spec.num_parameters:,}")]
+        lines += [
+            (f"  {part}", f"{count:,}  ({100 * count / spec.num_parameters:.1f} %)")
+            for part, count in self.parameters.items()
+        ]
+        lines += [
+            ("bytes", f"{text.size(spec.nbytes)}  ({', '.join(f'{t} {text.size(n)}' for t, n in self.dtypes.items())})")
+        ]
+        lines += [("tied", {True: "yes", False: "no", None: "not known"}[self.tied])]
+        if self.layer_kinds:
+            lines += [("attention", text.runs(self.layer_kinds))]
+        if self.receipt:
+            lines += [("made by", json.dumps(self.receipt.get("steps")))]
+        shown = text.rows(lines)
+        if tensors:
+            listed = [
+                (name, stored.spec.dtype, str(list(stored.spec.shape)), stored.file)
+                for name, stored in self.tensors.items()
+            ]
+            shown += "\n\n" + text.table(("tensor", "dtype", "shape", "file"), listed)
+        return shown + (f"\n\n{self.difference.to_text()}" if self.difference else "")
 
-        return inspection_text(self, tensors=False)
+    def __str__(self) -> str:
+        return self.to_text()
 
     def _part(self, name: str) -> str:
         if self.anatomy.family is not None:
@@ -204,6 +254,12 @@ def _equal(source: Source, name: str, other: Source, other_name: str) -> bool:
                 return False
             left -= count
     return True
+
+
+def _dtypes(change: tuple[str, str]) -> tuple[str, str]:
+    """Return a change of dtype and shape as one of dtypes alone, where that is what changed, to be counted."""
+    (old, *old_shape), (new, *new_shape) = (side.split(" ", 1) for side in change)
+    return (old, new) if old_shape == new_shape else (f"{old} of some shape", f"{new} of another")
 
 
 def _opened(path: Path) -> Any:

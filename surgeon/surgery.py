@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from surgeon import text
 from surgeon.anatomy.anatomy import Anatomy, read_anatomy
 from surgeon.checkpoint import output, receipt
 from surgeon.checkpoint.card import model_card
@@ -56,6 +57,32 @@ class Summary:
             "peak_memory": self.peak_memory,
             "seconds": round(self.seconds, 3),
         }
+
+    def to_text(self, *, done: bool = False) -> str:
+        """Return the summary for people: before and after, where it is, and, when `done`, what to run next."""
+        before, after = self.parameters
+        lines = [
+            ("layers", f"{self.layers[0]} → {self.layers[1]}  (source layers {text.layers(self.layer_map)})"),
+            ("parameters", f"{before:,} → {after:,}  ({100 * after / before:.1f} %)"),
+            ("reads", text.size(self.bytes_read)),
+            ("writes", f"{text.size(self.bytes_written)} in {text.few(self.files)}"),
+        ]
+        lines += [
+            (f"config {key}", f"{text.brief(old)} → {text.brief(new)}")
+            for key, (old, new) in self.config_changes.items()
+        ]
+        lines += [("note", note) for note in self.notes]
+        if not done:
+            lines += [
+                ("peak memory", f"about {text.size(self.peak_memory)}"),
+                ("output", f"{self.output} (not written)"),
+            ]
+            return text.rows(lines)
+        lines += [("seconds", f"{self.seconds:.2f}"), ("output", str(self.output))]
+        return f"{text.rows(lines)}\n\nnext: surgeon inspect {self.output}"
+
+    def __str__(self) -> str:
+        return self.to_text()
 
 
 @dataclass(frozen=True)
@@ -134,9 +161,9 @@ class Surgery:
                 command=command,
                 notes=plan.notes,
             )
-            text = self._card(plan, summary, command=command, card=card)
+            page = self._card(plan, summary, command=command, card=card)
             output.copy_files(stage, companions)
-            output.write_files(stage, {CARD: text.encode(), RECEIPT: receipt.to_bytes(record)})
+            output.write_files(stage, {CARD: page.encode(), RECEIPT: receipt.to_bytes(record)})
             output.write_files(stage, {CONFIG: receipt.to_bytes(plan.config)})  # last: now it is a checkpoint
         return replace(summary, seconds=time.perf_counter() - began)
 
@@ -172,7 +199,7 @@ class Surgery:
         return model_card(
             title=summary.output.name,
             base_model=source,
-            done=f"Made from `{source}` by [surgeon]: {verbs}.".replace("[surgeon]", "surgeon"),
+            done=f"Made from `{source}` by surgeon: {verbs}.",
             facts=facts,
             command=command,
             notes=plan.notes,
@@ -182,9 +209,9 @@ class Surgery:
 
 def parse_size(size: int | str) -> int:
     """Return a number of bytes: `size` itself, or "5GB", "500MB", "2GiB". Raises PlanError for anything else."""
-    text = str(size).strip().upper()
-    number = text.rstrip("KMGTIB")
-    unit = text[len(number) :]
+    written = str(size).strip().upper()
+    number = written.rstrip("KMGTIB")
+    unit = written[len(number) :]
     try:
         result = int(float(number) * _UNITS[unit])
     except (ValueError, KeyError, OverflowError):

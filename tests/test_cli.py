@@ -11,7 +11,7 @@ import pytest
 import toys
 
 import surgeon
-from surgeon.cli.display import layers, size
+from surgeon.text import layers, size
 
 
 def run(*arguments: object, cwd: Path | None = None, **environment: str) -> subprocess.CompletedProcess[str]:

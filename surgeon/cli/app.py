@@ -9,8 +9,8 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from surgeon.cli.printable import printable
 from surgeon.errors import SurgeonError
+from surgeon.text import printable
 
 EPILOG = "Example: surgeon truncate gpt2-large --layers 6 -o gpt2-large-6"
 

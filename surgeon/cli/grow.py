@@ -9,6 +9,7 @@ from surgeon.cli import options
 _SIZE = "a number or 2x"
 
 
+@options.writes
 def grow(
     model: options.Model,
     layers: Annotated[str | None, typer.Option(metavar="N", help="Layers of the result: a number, 2x or 150%.")] = None,
@@ -40,18 +41,10 @@ def grow(
     noise: Annotated[
         float, typer.Option(help="What sets copies apart, relative to the weights; the function is kept. 0: none.")
     ] = 0.5,
-    output: options.Output = None,
-    overwrite: options.Overwrite = False,
-    dry_run: options.DryRun = False,
-    dtype: options.Dtype = "keep",
-    max_shard_size: options.MaxShardSize = "5GB",
     seed: options.Seed = 0,
     revision: options.Revision = None,
-    push_to_hub: options.PushToHub = None,
-    private: options.Private = False,
-    json: options.Json = False,
-    quiet: options.Quiet = False,
-    debug: options.Debug = False,
+    *,
+    writing: options.Writing,
 ) -> None:
     """Make a model deeper and wider, with its function kept."""
     import surgeon
@@ -73,7 +66,4 @@ def grow(
         seed=seed,
         revision=revision,
     )
-    write.run(
-        surgery,
-        write.WriteOptions(output, overwrite, dry_run, dtype, max_shard_size, json, quiet, push_to_hub, private),
-    )
+    write.run(surgery, writing)

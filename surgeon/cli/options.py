@@ -1,32 +1,65 @@
 """The options that mean the same in every command."""
 
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="A checkpoint directory, or a Hub id (gpt2-large).")]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hub model.")]
-Output = Annotated[
-    Path | None,
-    typer.Option(
-        "--output", "-o", metavar="DIR", help="Where the result goes. Default: the model's name with what was done."
-    ),
-]
-Overwrite = Annotated[
-    bool, typer.Option("--overwrite", help="Replace an existing output once the new one is complete.")
-]
-DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the plan and write nothing; reads no weights.")]
-Dtype = Annotated[str, typer.Option(metavar="DTYPE", help="keep (the source's bytes), float32, bfloat16 or float16.")]
-MaxShardSize = Annotated[str, typer.Option(metavar="SIZE", help="Largest weight file: 5GB, 500MB.")]
 Seed = Annotated[int, typer.Option(help="Everything random derives from it; same seed, same bytes.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output and nothing else.")]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Full tracebacks.")]
-PushToHub = Annotated[
-    str | None, typer.Option(metavar="REPO", help="Upload the finished output to this Hub repository.")
-]
-Private = Annotated[bool, typer.Option("--private", help="Make the Hub repository private if it is created.")]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Writing:
+    """The options of every command that writes a checkpoint."""
+
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "--output", "-o", metavar="DIR", help="Where the result goes. Default: the model's name with what was done."
+        ),
+    ] = None
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace an existing output once the new one is complete.")
+    ] = False
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and write nothing; reads no weights.")] = (
+        False
+    )
+    dtype: Annotated[
+        str, typer.Option(metavar="DTYPE", help="keep (the source's bytes), float32, bfloat16 or float16.")
+    ] = "keep"
+    max_shard_size: Annotated[str, typer.Option(metavar="SIZE", help="Largest weight file: 5GB, 500MB.")] = "5GB"
+    push_to_hub: Annotated[
+        str | None, typer.Option(metavar="REPO", help="Upload the finished output to this Hub repository.")
+    ] = None
+    private: Annotated[bool, typer.Option("--private", help="Make the Hub repository private if it is created.")] = (
+        False
+    )
+    json: Json = False
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")] = False
+    debug: Debug = False
+
+
+def writes(command: Callable[..., None]) -> Callable[..., None]:
+    """Return `command`, which takes `writing: Writing` last, as a command that takes those options one by one."""
+    shared = inspect.signature(Writing).parameters
+    own = [item for item in inspect.signature(command).parameters.values() if item.name != "writing"]
+
+    def flat(**options: Any) -> None:
+        writing = Writing(**{name: options.pop(name) for name in shared})
+        command(**options, writing=writing)
+
+    flat.__name__, flat.__doc__ = command.__name__, command.__doc__
+    parameters = [item.replace(kind=inspect.Parameter.KEYWORD_ONLY) for item in (*own, *shared.values())]
+    flat.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]  # typer reads it
+    flat.__annotations__ = {item.name: item.annotation for item in parameters}
+    return flat
 
 
 def numbers(text: str, option: str) -> list[int]:

@@ -2,34 +2,18 @@
 
 import shlex
 import sys
-from dataclasses import dataclass
-from pathlib import Path
 
-from surgeon.cli.display import emit, emit_json, log, summary_text
+from surgeon.cli.display import emit, emit_json, log
+from surgeon.cli.options import Writing
 from surgeon.cli.progress import ByteProgress
 from surgeon.surgery import Surgery
 
 
-@dataclass(frozen=True, slots=True)
-class WriteOptions:
-    """The options of a writing command, as parsed."""
-
-    output: Path | None
-    overwrite: bool
-    dry_run: bool
-    dtype: str
-    max_shard_size: str
-    json: bool
-    quiet: bool
-    push_to_hub: str | None
-    private: bool
-
-
-def run(surgery: Surgery, options: WriteOptions) -> None:
+def run(surgery: Surgery, options: Writing) -> None:
     """Carry a surgery out as the options say, and print what came of it."""
     preview = surgery.summary(options.output, dtype=options.dtype, max_shard_size=options.max_shard_size)
     if options.dry_run:
-        emit_json(preview.to_dict()) if options.json else emit(summary_text(preview, dry_run=True))
+        emit_json(preview.to_dict()) if options.json else emit(preview.to_text())
         return
     with ByteProgress(preview.bytes_written, quiet=options.quiet) as progress:
         summary = surgery.save(
@@ -49,4 +33,4 @@ def run(surgery: Surgery, options: WriteOptions) -> None:
     if options.json:
         emit_json(summary.to_dict() | ({"url": url} if url else {}))
     else:
-        emit(summary_text(summary, dry_run=False))
+        emit(summary.to_text(done=True))

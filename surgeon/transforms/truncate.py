@@ -29,10 +29,10 @@ def truncate(anatomy: Anatomy, layers: int | str, *, inherit: Collection[str] | 
             hint="--layers is the depth of the result.",
         )
     plan = keep_layers(anatomy, range(count))
-    step: dict[str, object] = {"layers": count}
+    step: dict[str, object] = {"layers": count, "seed": seed}
     if inherit is not None:
         plan = _inherit(plan, anatomy, inherit, seed)
-        step |= {"inherit": sorted(inherit), "seed": seed}
+        step["inherit"] = sorted(inherit)
     return replace(plan, steps=({"truncate": step},))
 
 

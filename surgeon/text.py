@@ -1,0 +1,79 @@
+"""Numbers, tables and lists as people read them, in plain text."""
+
+import json
+from collections.abc import Iterable, Sequence
+from itertools import groupby
+from typing import Any
+
+
+def printable(text: str) -> str:
+    """Return text without the control characters that a hostile checkpoint could put into a name."""
+    return "".join(char if char.isprintable() else repr(char)[1:-1] for char in text)
+
+
+def size(nbytes: float) -> str:
+    """Return a number of bytes as people say it, in powers of ten: "538 MB"."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if nbytes < 1000:
+            return f"{nbytes:.0f} B" if unit == "B" else f"{nbytes:.3g} {unit}"
+        nbytes /= 1000
+    return f"{nbytes:.4g} TB"
+
+
+def rows(pairs: Iterable[tuple[str, str]]) -> str:
+    """Return lines of "name  value" with the values aligned."""
+    pairs = [(printable(name), printable(value)) for name, value in pairs]
+    width = max((len(name) for name, _ in pairs), default=0)
+    return "\n".join(f"  {name:<{width}}  {value}" for name, value in pairs)
+
+
+def table(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    """Return a table with aligned columns."""
+    cells = [[printable(cell) for cell in line] for line in (header, *lines)]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    padded = ("  ".join(f"{cell:<{width}}" for cell, width in zip(line, widths, strict=True)) for line in cells)
+    return "\n".join(f"  {line}".rstrip() for line in padded)
+
+
+def layers(layer_map: Sequence[int | None]) -> str:
+    """Return a layer map in few words: "0-5, 8, new"."""
+    words: list[str] = []
+    start = 0
+    for i in range(1, len(layer_map) + 1):
+        before = layer_map[i - 1]
+        if i < len(layer_map) and before is not None and layer_map[i] == before + 1:
+            continue
+        first = layer_map[start]
+        words.append("new" if before is None else str(before) if first == before else f"{first}-{before}")
+        start = i
+    return ", ".join(words)
+
+
+def few(files: Sequence[str]) -> str:
+    """Return the names of one or two files, or the number of more."""
+    return ", ".join(files) if len(files) <= 2 else f"{len(files)} files"
+
+
+def brief(value: Any) -> str:
+    """Return a config value in one short piece: lists of words in runs, long ones cut."""
+    if value is None:
+        return "(absent)"
+    if isinstance(value, list) and len(value) > 1 and all(isinstance(item, str) for item in value):
+        return runs(value)
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def listing(names: Sequence[str]) -> str:
+    """Return how many names there are, and the first of them."""
+    shown = ", ".join(names[:3])
+    return f"{len(names)}" + (f"  ({shown}{', ...' if len(names) > 3 else ''})" if names else "")
+
+
+def runs(kinds: Sequence[str]) -> str:
+    """Return "sliding x5, full, sliding x5, full" for a list of kinds."""
+    words: list[str] = []
+    for kind, group in groupby(kind.removesuffix("_attention") for kind in kinds):
+        count = len(list(group))
+        words.append(kind if count == 1 else f"{kind} x{count}")
+    return ", ".join(words)
