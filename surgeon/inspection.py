@@ -3,7 +3,7 @@
 import json
 import os
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,12 +23,14 @@ CHUNK = 4 * 1024 * 1024
 class Difference:
     """How a checkpoint differs from `other`. Tensors are named as in the checkpoint itself.
 
-    `layer_map` says which layer of `other` each layer was held against. `same` and `changed` compare values; both
+    `layer_map` says which layer of `other` each layer was held against; `axis_maps` how wider axes were made of the
+    other's, in runs of (first position there or -1, how many), where this was made from the other. `same` and `changed` compare values; both
     are empty (and `compared` is false) unless both checkpoints lie on this machine.
     """
 
     other: str
     layer_map: tuple[int | None, ...]
+    axis_maps: Mapping[str, list[list[int]]]
     config: Mapping[str, tuple[Any, Any]]  # key: value in the other, value here
     added: tuple[str, ...]  # tensors that the other has not
     removed: tuple[str, ...]  # tensors of the other that are not here
@@ -42,6 +44,7 @@ class Difference:
         return {
             "other": self.other,
             "layer_map": list(self.layer_map),
+            "axis_maps": dict(self.axis_maps),
             "config": {key: {"there": there, "here": here} for key, (there, here) in self.config.items()},
             "added": list(self.added),
             "removed": list(self.removed),
@@ -56,6 +59,7 @@ class Difference:
         lines = [
             ("against", self.other),
             ("layers held against", text.layers(self.layer_map)),
+            *((f"axis {axis}", _axis(runs)) for axis, runs in self.axis_maps.items()),
             *((f"config {key}", f"{text.brief(old)} → {text.brief(new)}") for key, (old, new) in self.config.items()),
         ]
         if self.compared:
@@ -198,7 +202,9 @@ def inspect(
 
 
 def _difference(source: Source, anatomy: Anatomy, other: Source, other_anatomy: Anatomy) -> Difference:
-    layer_map = _layer_map(source, anatomy, other, other_anatomy)
+    made_by = _receipt_of(source) or {}
+    made_by = made_by if made_by.get("source") == other.provenance() else {}
+    layer_map = _layer_map(made_by, anatomy, other_anatomy)
     there = {name: _name_in_other(name, anatomy, other_anatomy, layer_map) for name in source.tensors}
     common = [name for name in source.tensors if there[name] in other.tensors]
     specs = {name: (other.tensors[there[name] or ""].spec, source.tensors[name].spec) for name in common}
@@ -213,6 +219,7 @@ def _difference(source: Source, anatomy: Anatomy, other: Source, other_anatomy: 
     return Difference(
         other=other.label,
         layer_map=layer_map,
+        axis_maps=made_by.get("axis_maps", {}),
         config=changed_keys(other.config, source.config),
         added=tuple(name for name in source.tensors if there[name] not in other.tensors),
         removed=tuple(name for name in other.tensors if name not in set(there.values())),
@@ -223,13 +230,11 @@ def _difference(source: Source, anatomy: Anatomy, other: Source, other_anatomy: 
     )
 
 
-def _layer_map(source: Source, anatomy: Anatomy, other: Source, other_anatomy: Anatomy) -> tuple[int | None, ...]:
+def _layer_map(made_by: Mapping[str, Any], anatomy: Anatomy, other_anatomy: Anatomy) -> tuple[int | None, ...]:
     """Return the other's layer for each layer here: by the receipt if this was made from the other, else by number."""
-    made_by = _receipt_of(source)
-    if made_by is not None and made_by.get("source") == other.provenance():
-        recorded = made_by.get("layer_map")
-        if isinstance(recorded, list) and len(recorded) == anatomy.depth:
-            return tuple(i if isinstance(i, int) else None for i in recorded)
+    recorded = made_by.get("layer_map")
+    if isinstance(recorded, list) and len(recorded) == anatomy.depth:
+        return tuple(i if isinstance(i, int) else None for i in recorded)
     return tuple(i if i < other_anatomy.depth else None for i in range(anatomy.depth))
 
 
@@ -256,10 +261,19 @@ def _equal(source: Source, name: str, other: Source, other_name: str) -> bool:
     return True
 
 
+def _axis(runs: Sequence[Sequence[int]]) -> str:
+    """Return a wider axis in words: "576 → 768: 576 kept, 192 new"."""
+    positions = [i for first, count in runs for i in ([-1] * count if first < 0 else range(first, first + count))]
+    kept, new = len({i for i in positions if i >= 0}), positions.count(-1)
+    copies = len(positions) - new - kept
+    parts = [f"{kept} kept", *([f"{copies} copies"] if copies else []), *([f"{new} new"] if new else [])]
+    return f"{kept} → {len(positions)}: {', '.join(parts)}"
+
+
 def _dtypes(change: tuple[str, str]) -> tuple[str, str]:
     """Return a change of dtype and shape as one of dtypes alone, where that is what changed, to be counted."""
     (old, *old_shape), (new, *new_shape) = (side.split(" ", 1) for side in change)
-    return (old, new) if old_shape == new_shape else (f"{old} of some shape", f"{new} of another")
+    return (old, new) if old_shape == new_shape else (old, f"{new} of another shape")
 
 
 def _opened(path: Path) -> Any:

@@ -159,3 +159,15 @@ def test_numbers_are_shown_as_people_say_them():
         "0 B", "999 B", "1 kB", "538 MB", "4.26 GB", "10 TB",
     ]  # fmt: skip
     assert layers([0, 1, 2, 5, None, None, 7]) == "0-2, 5, new, new, 7"
+
+
+def test_against_explains_a_growth_by_its_receipt(toy, tmp_path):
+    surgeon.grow(toy("llama"), layers=8, hidden_size="2x", intermediate_size=70).save(tmp_path / "grown")
+
+    inspection = surgeon.inspect(tmp_path / "grown", against=toy("llama"))
+
+    assert inspection.difference is not None
+    assert inspection.difference.layer_map == (0, 1, 2, None, 3, 4, 5, None)
+    assert inspection.difference.axis_maps == {"hidden": [[0, 48], [0, 48]], "ffn": [[0, 52], [-1, 18]]}
+    assert "48 → 96: 48 kept, 48 copies" in str(inspection)
+    assert "52 → 70: 52 kept, 18 new" in str(inspection)
