@@ -23,9 +23,9 @@ CHUNK = 4 * 1024 * 1024
 class Difference:
     """How a checkpoint differs from `other`. Tensors are named as in the checkpoint itself.
 
-    `layer_map` says which layer of `other` each layer was held against; `axis_maps` how wider axes were made of the
-    other's, in runs of (first position there or -1, how many), where this was made from the other. `same` and `changed` compare values; both
-    are empty (and `compared` is false) unless both checkpoints lie on this machine.
+    `layer_map` says which layer of `other` each layer was held against; `axis_maps`, where this was made from the
+    other, how wider axes were made of its own, in runs of (first position there or -1, how many). `same` and
+    `changed` compare values; both are empty (and `compared` is false) unless both checkpoints lie on this machine.
     """
 
     other: str
