@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from surgeon.conversion import convert
-    from surgeon.errors import CheckpointError, HubError, OutputError, PlanError, SurgeonError
+    from surgeon.errors import CheckpointError, HubError, OutputError, PlanError, SurgeonError, VerificationError
     from surgeon.inspection import Inspection, inspect
     from surgeon.surgery import Summary, Surgery
     from surgeon.verbs import grow, open_model, truncate
+    from surgeon.verification import Verification, verify
 
 _HOMES = {
     "convert": "surgeon.conversion",
@@ -27,11 +28,14 @@ _HOMES = {
     "Summary": "surgeon.surgery",
     "Surgery": "surgeon.surgery",
     "truncate": "surgeon.verbs",
+    "Verification": "surgeon.verification",
+    "verify": "surgeon.verification",
     "CheckpointError": "surgeon.errors",
     "HubError": "surgeon.errors",
     "OutputError": "surgeon.errors",
     "PlanError": "surgeon.errors",
     "SurgeonError": "surgeon.errors",
+    "VerificationError": "surgeon.errors",
 }
 
 __all__ = [
@@ -43,11 +47,14 @@ __all__ = [
     "Summary",
     "SurgeonError",
     "Surgery",
+    "Verification",
+    "VerificationError",
     "convert",
     "grow",
     "inspect",
     "open_model",
     "truncate",
+    "verify",
 ]
 
 

@@ -4,7 +4,8 @@ SurgeonError
 ├── CheckpointError   a source that is missing, damaged or not a checkpoint
 ├── HubError          the Hub could not be reached, or has no such thing
 ├── PlanError         a surgery that the model's code cannot express, or that contradicts itself
-└── OutputError       the result cannot be written: it exists, the disk is full, no permission
+├── OutputError       the result cannot be written: it exists, the disk is full, no permission
+└── VerificationError what was written does not compute what it should, or cannot be loaded to see
 
 Anything else that escapes is a defect of surgeon.
 """
@@ -32,3 +33,7 @@ class PlanError(SurgeonError):
 
 class OutputError(SurgeonError):
     """The result cannot be written."""
+
+
+class VerificationError(SurgeonError):
+    """What was written does not compute what the plan promised, or cannot be loaded to see whether it does."""

@@ -2,6 +2,7 @@
 
 import os
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from surgeon.checkpoint.writer import Progress
 from surgeon.errors import OutputError, PlanError
 from surgeon.plan.execute import Shard, execute, lay_out, peak_memory
 from surgeon.plan.plan import Plan, changed_keys
+from surgeon.plan.rounding import dtype_cost
 
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 _UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
@@ -58,8 +60,11 @@ class Summary:
             "seconds": round(self.seconds, 3),
         }
 
-    def to_text(self, *, done: bool = False) -> str:
-        """Return the summary for people: before and after, where it is, and, when `done`, what to run next."""
+    def to_text(self, *, done: bool = False, found: Sequence[tuple[str, str]] = ()) -> str:
+        """Return the summary for people: before and after, where it is, and, when `done`, what to run next.
+
+        `found` are rows about the result itself: what a verification says.
+        """
         before, after = self.parameters
         lines = [
             ("layers", f"{self.layers[0]} → {self.layers[1]}  (source layers {text.layers(self.layer_map)})"),
@@ -78,7 +83,7 @@ class Summary:
                 ("output", f"{self.output} (not written)"),
             ]
             return text.rows(lines)
-        lines += [("seconds", f"{self.seconds:.2f}"), ("output", str(self.output))]
+        lines += [*found, ("seconds", f"{self.seconds:.2f}"), ("output", str(self.output))]
         return f"{text.rows(lines)}\n\nnext: surgeon inspect {self.output}"
 
     def __str__(self) -> str:
@@ -169,7 +174,9 @@ class Surgery:
 
     def _final(self, dtype: str) -> Plan:
         plan = self.plan if dtype == "keep" else self.plan.cast(dtype)
-        return plan.simplified(spec_of(self.source))
+        source = spec_of(self.source)
+        plan = plan.simplified(source)
+        return replace(plan, notes=(*plan.notes, *dtype_cost(plan, source.tensors)))
 
     def _summary(self, plan: Plan, shards: list[Shard], target: Path, *, seconds: float) -> Summary:
         before = spec_of(self.source.base if isinstance(self.source, JoinedSource) else self.source)

@@ -14,7 +14,7 @@ from surgeon.plan.plan import identity
 from surgeon.surgery import Surgery
 from surgeon.transforms.deepen import donate
 from surgeon.transforms.grow import grow as plan_grow
-from surgeon.transforms.layers import resolve_depth
+from surgeon.transforms.grow import grown_depth
 from surgeon.transforms.truncate import truncate as plan_truncate
 
 
@@ -62,12 +62,15 @@ def grow(
     head_dim: int | str | None = None,
     width_method: str = "auto",
     noise: float = 0.5,
+    experts: int | None = None,
+    experts_per_token: int = 2,
     seed: int = 0,
     revision: str | None = None,
 ) -> Surgery:
     """Return the surgery that makes `model` deeper and wider, with its function kept unless a method says otherwise.
 
     A size is a number or "2x". With a `donor`, its next layers are appended instead of copies (Inheritune's growth).
+    With `experts`, every MLP becomes that many equal experts, and a token takes `experts_per_token` of them.
 
     Raises PlanError when the family's code cannot express the result.
 
@@ -89,15 +92,20 @@ def grow(
             at=at,
             width_method=width_method,
             noise=noise,
+            experts=experts,
+            experts_per_token=experts_per_token,
             seed=seed,
             **options,
         )
         return replace(begun, plan=begun.plan.then(plan))
-    if layers is None or any(size is not None for size in options.values()):
-        raise PlanError("a donor gives layers, nothing else", hint="Give --layers with --donor, and widen afterwards.")
+    others = (experts, at, *options.values())
+    if layers is None or depth_method != "identity" or any(option is not None for option in others):
+        raise PlanError("a donor gives layers, nothing else", hint="Give --layers with --donor; grow more afterwards.")
+    if isinstance(begun.source, JoinedSource):
+        raise PlanError("this surgery has a donor already", hint="Save it, and grow what was saved.")
     given = open_source(donor)
     anatomy = begun.anatomy
-    plan = donate(anatomy, read_anatomy(spec_of(given)), resolve_depth(layers, anatomy.depth), DONOR)
+    plan = donate(anatomy, read_anatomy(spec_of(given)), grown_depth(layers, anatomy.depth), DONOR)
     offered = {DONOR + name: Read(DONOR + name) for name in given.tensors}
     passed = replace(begun.plan, tensors={**begun.plan.tensors, **offered})
     step = {"grow": {"layers": layers, "donor": os.fspath(donor)}}

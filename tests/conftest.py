@@ -29,6 +29,20 @@ def toy(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     return build
 
 
+@pytest.fixture(scope="session")
+def toy64(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Return a function like `toy`, for the checkpoints in float64 that growth is measured on. Read-only."""
+    import exact64
+
+    directory = tmp_path_factory.mktemp("toys64")
+
+    def build(name: str) -> Path:
+        path = directory / name
+        return path if path.exists() else exact64.build64(name, path)
+
+    return build
+
+
 @dataclass(frozen=True)
 class Outcome:
     """What a command did: its exit code, and what it printed."""

@@ -98,7 +98,8 @@ SIZES = {
     "experts": ("num_local_experts", "num_experts"),
     "expert_ffn": ("moe_intermediate_size",),
 }
-WITHOUT_HEAD_DIM = {axis: keys for axis, keys in SIZES.items() if axis != "head_dim"}  # head_dim is hidden / heads
+# Where head_dim is always hidden / heads, and every head has its own keys and values.
+HIDDEN_AND_HEADS = {axis: keys for axis, keys in SIZES.items() if axis not in ("head_dim", "kv_heads")}
 DERIVED_SIZES = {"kv_heads": (1, "heads")}  # and head_dim = hidden / heads, everywhere
 
 EMBEDDING = _one("model.embed_tokens.weight", "vocab hidden", "embedding") | _one(
@@ -238,7 +239,7 @@ GPT_NEOX = Family(
     mlp=(
         _linear("mlp.dense_h_to_4h", "ffn hidden", bias=True) | _linear("mlp.dense_4h_to_h", "hidden ffn", bias=True),
     ),
-    sizes=WITHOUT_HEAD_DIM,
+    sizes=HIDDEN_AND_HEADS,
     default_sizes=DERIVED_SIZES,
     norm_kind="layer",
     hidden_divisible=True,
@@ -263,7 +264,7 @@ OPT = Family(
     | _linear("self_attn.out_proj", f"hidden ({ATTENDED})", bias="enable_bias"),
     norm=_norm("self_attn_layer_norm", shift=True) | _norm("final_layer_norm", shift=True),
     mlp=(_linear("fc1", "ffn hidden", bias="enable_bias") | _linear("fc2", "hidden ffn", bias="enable_bias"),),
-    sizes=WITHOUT_HEAD_DIM | {"ffn": ("ffn_dim",), "embed": ("word_embed_proj_dim",)},
+    sizes=HIDDEN_AND_HEADS | {"ffn": ("ffn_dim",), "embed": ("word_embed_proj_dim",)},
     default_sizes={"kv_heads": (1, "heads"), "embed": (1, "hidden")},
     init_std="init_std",
     norm_kind="layer",

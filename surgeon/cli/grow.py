@@ -41,6 +41,17 @@ def grow(
     noise: Annotated[
         float, typer.Option(help="What sets copies apart, relative to the weights; the function is kept. 0: none.")
     ] = 0.5,
+    experts: Annotated[
+        int | None, typer.Option(metavar="N", help="Turn every MLP into N experts that start as copies of it.")
+    ] = None,
+    experts_per_token: Annotated[int, typer.Option(metavar="K", help="How many experts each token takes.")] = 2,
+    verify: Annotated[
+        bool | None,
+        typer.Option(
+            "--verify/--no-verify",
+            help="Load the result and compare its logits with the source's. Default: below 1 B parameters.",
+        ),
+    ] = None,
     seed: options.Seed = 0,
     revision: options.Revision = None,
     *,
@@ -63,7 +74,9 @@ def grow(
         head_dim=head_dim,
         width_method=width_method,
         noise=noise,
+        experts=experts,
+        experts_per_token=experts_per_token,
         seed=seed,
         revision=revision,
     )
-    write.run(surgery, writing)
+    write.run(surgery, writing, verify=verify)

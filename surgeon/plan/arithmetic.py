@@ -2,14 +2,26 @@
 
 Everything is computed in float32 or wider and rounded to the expression's dtype once at its end, and once where a
 step ends inside it, so that a fused plan makes the same bytes as its steps one by one.
+
+An expression becomes a function of a range of rows, and a tensor is made block by block: a block stays in the cache
+on its way through all operations, and what is held in memory is the tensors that are read, never the one that is made.
+
+The same bytes on every machine, whatever its vector units and threads: what is random comes from integers, and sums
+are made of elementwise additions, whose order is written here.
 """
 
 import hashlib
 import math
-from collections.abc import Iterator, Mapping
+from bisect import bisect_right
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import lru_cache
 from pathlib import Path
+from typing import NamedTuple
 
-import torch  # noqa: TID253  (this module is the ring that computes; it is imported where a plan needs it)
+import numpy as np  # noqa: TID253  (this module is the ring that computes; it is imported where a plan needs it)
+import torch  # noqa: TID253
 from torch import Tensor  # noqa: TID253
 
 from surgeon.checkpoint.header import DOWNLOAD_HINT
@@ -19,50 +31,250 @@ from surgeon.errors import CheckpointError
 from surgeon.plan.expressions import Add, Affine, Cast, Constant, Expr, Gather, Normal, Read, Rounded, Uniform, infer
 
 TORCH_DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
-DRAW = 1 << 22  # numbers drawn at a time: bounds the memory of a draw in float64 to 32 MB
+BLOCK = 1 << 17  # numbers in a block. Sums are made block by block, so another size may change their last bit
+DRAW = 1 << 22  # normal numbers drawn at a time: bounds the memory of a draw in float64 to 32 MB
+MOST_WORKERS = 4  # threads that make blocks; more would wait for the interpreter
+MOST_AHEAD = 1 << 24  # numbers made ahead of the writer, where a row alone is larger than a block
+SHORT = 16  # positions: where runs are shorter on average, a Gather goes by index
+
+Rows = Callable[[int, int], Tensor]  # rows [start, stop) of a tensor, not to be written to
+
+
+class _Run(NamedTuple):
+    """Positions [at, at + length) of a Gather: `first` and those that follow it, times `scale`; first -1: new ones."""
+
+    at: int
+    first: int
+    length: int
+    scale: float
+
+
+class _Specs(Mapping[str, TensorSpec]):
+    """The specs of stored tensors, found when asked for: a mixture of experts has many thousands."""
+
+    def __init__(self, tensors: Mapping[str, StoredTensor]) -> None:
+        self._tensors = tensors
+
+    def __getitem__(self, name: str) -> TensorSpec:
+        return self._tensors[name].spec
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._tensors
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tensors)
+
+    def __len__(self) -> int:
+        return len(self._tensors)
 
 
 class Arithmetic:
-    """Makes tensors from a source whose files lie at `paths`."""
+    """Makes tensors from a source whose files lie at `paths`. A scalar counts as one row."""
 
     def __init__(self, tensors: Mapping[str, StoredTensor], paths: Mapping[str, Path]) -> None:
         self._tensors = tensors
         self._paths = paths
-        self._specs: Mapping[str, TensorSpec] = {name: stored.spec for name, stored in tensors.items()}
+        self._specs = _Specs(tensors)
+        self._read: dict[str, Tensor] = {}
 
     def make(self, expr: Expr) -> Iterator[memoryview]:
-        """Yield the bytes of the tensor that `expr` makes."""
-        yield self.tensor(expr).contiguous().flatten().view(torch.uint8).numpy().data
+        """Yield the bytes of the tensor that `expr` makes, block by block."""
+        for block in self._blocks(expr):
+            yield block.view(torch.uint8).numpy().data
 
     def tensor(self, expr: Expr) -> Tensor:
         """Return the tensor that `expr` makes, in the dtype that the plan says."""
-        inner = expr.source if isinstance(expr, Cast | Rounded) else expr
-        return self._wide(inner).to(TORCH_DTYPES[infer(expr, self._specs).dtype])
+        spec = infer(expr, self._specs)
+        return torch.cat([torch.empty(0, dtype=TORCH_DTYPES[spec.dtype]), *self._blocks(expr)]).view(spec.shape)
 
-    def _wide(self, expr: Expr) -> Tensor:
-        """Return the tensor that `expr` makes in float32, or float64 where that is what it is made of."""
+    def _blocks(self, expr: Expr) -> Iterator[Tensor]:
+        """Yield the numbers of `expr`, flat, while the blocks that follow are made on other cores."""
+        dtype = TORCH_DTYPES[infer(expr, self._specs).dtype]
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)  # a block is too small to share: threads would wait for each other
+        try:
+            rows = self._rows(expr.source if isinstance(expr, Cast | Rounded) else expr)
+            yield from _ahead(
+                lambda start, stop: rows(start, stop).to(dtype).flatten().contiguous(), self._shape(expr), threads
+            )
+        finally:
+            torch.set_num_threads(threads)
+
+    def _rows(self, expr: Expr) -> Rows:
+        """Return what makes rows of `expr` in float32, or in float64 where that is what it is made of."""
         match expr:
             case Read(name):
-                return _at_least_float32(read(self._tensors[name], self._paths[self._tensors[name].file]))
+                stored = self._stored(name)
+                return lambda start, stop: _at_least_float32(stored[start:stop])
             case Gather():
-                return _gather(self._wide(expr.source), expr)
+                return self._gather(expr)
             case Affine(source, factor, offset):
-                return self._wide(source).mul(factor).add_(offset)
-            case Add(parts):
-                first, *rest = parts
-                total = self._wide(first).clone()
-                for part in rest:
-                    total += self._wide(part)
-                return total
+                rows = self._rows(source)
+                return lambda start, stop: rows(start, stop).mul(factor).add_(offset)
+            case Add():
+                return self._add(expr)
             case Cast() | Rounded():
-                return _at_least_float32(self.tensor(expr))
-            case Uniform(shape, like, ratio, seed, stream):
-                width = ratio * math.sqrt(12) * self._wide(like).std(correction=0).item()
-                return draw_uniform(shape, seed, stream).sub_(0.5).mul_(width).to(self._wide_dtype(like))
+                rows, dtype = self._rows(expr.source), TORCH_DTYPES[infer(expr, self._specs).dtype]
+                return lambda start, stop: _at_least_float32(rows(start, stop).to(dtype))
+            case Uniform():
+                return self._uniform(expr)
             case Normal(spec, std, seed, stream):
-                return _draw_normal(spec.shape, std, seed, stream)
-            case Constant(spec, value):
-                return torch.full(spec.shape, value, dtype=torch.float32)
+                drawn = _draw_normal(spec.shape or (1,), std, seed, stream)
+                return lambda start, stop: drawn[start:stop]
+            case Constant(_, value):
+                rest = self._shape(expr)[1:]
+                return lambda start, stop: torch.full((stop - start, *rest), value, dtype=torch.float32)
+
+    def _add(self, expr: Add) -> Rows:
+        first, *rest = expr.parts
+        rows_of_first, additions = self._rows(first), [self._addition(part) for part in rest]
+        is_own = isinstance(first, Affine) or (isinstance(first, Gather) and first.dim > 0)
+
+        def rows(start: int, stop: int) -> Tensor:
+            total = rows_of_first(start, stop) if is_own else rows_of_first(start, stop).clone()
+            for add_to in additions:
+                add_to(total, start, stop)
+            return total
+
+        return rows
+
+    def _addition(self, part: Expr) -> Callable[[Tensor, int, int], object]:
+        """Return what adds rows of `part` to a block; where it only moves columns, without making them first."""
+        if not isinstance(part, Gather) or not part.dim or part.fill or part.mean or _is_scattered(part):
+            rows = self._rows(part)
+            return lambda total, start, stop: total.add_(rows(start, stop))
+        source, dim = self._rows(part.source), part.dim
+        runs = [run for run in _runs(part.index, part.scale) if run.first >= 0]
+
+        def add_to(total: Tensor, start: int, stop: int) -> None:
+            value = source(start, stop)
+            for run in runs:
+                old = value.narrow(dim, run.first, run.length)
+                into = total.narrow(dim, run.at, run.length)
+                if abs(run.scale) == 1.0:  # any other alpha could be rounded once or twice, as the machine likes
+                    into.add_(old, alpha=run.scale)
+                else:
+                    into.add_(old * run.scale)
+
+        return add_to
+
+    def _gather(self, expr: Gather) -> Rows:
+        if _is_scattered(expr):
+            return self._gather_by_index(expr)
+        return self._gather_rows(expr) if expr.dim == 0 else self._gather_columns(expr)
+
+    def _gather_columns(self, expr: Gather) -> Rows:
+        runs = _runs(expr.index, expr.scale)
+        source, new, dim = self._rows(expr.source), self._new_positions(expr), expr.dim
+        rest = self._shape(expr)[1:]
+
+        def rows(start: int, stop: int) -> Tensor:
+            value = source(start, stop)
+            made = torch.empty((stop - start, *rest), dtype=value.dtype)
+            for run in runs:
+                into = made.narrow(dim, run.at, run.length)
+                if run.first < 0:
+                    into.copy_(new(value).expand_as(into))
+                else:
+                    torch.mul(value.narrow(dim, run.first, run.length), run.scale, out=into)
+            return made
+
+        return rows
+
+    def _gather_rows(self, expr: Gather) -> Rows:
+        runs = _runs(expr.index, expr.scale)
+        source, new = self._rows(expr.source), self._new_positions(expr)
+        starts = [run.at for run in runs]
+        rest, dtype = self._shape(expr)[1:], self._wide_dtype(expr)
+
+        def rows(start: int, stop: int) -> Tensor:
+            pieces = []
+            for run in runs[bisect_right(starts, start) - 1 : bisect_right(starts, stop - 1)]:
+                skipped = max(0, start - run.at)
+                length = min(run.at + run.length, stop) - run.at - skipped
+                if run.first < 0:
+                    pieces.append(new(torch.empty(0, dtype=dtype)).expand(length, *rest))
+                else:
+                    old = source(run.first + skipped, run.first + skipped + length)
+                    pieces.append(old if run.scale == 1.0 else old * run.scale)
+            return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+
+        return rows
+
+    def _gather_by_index(self, expr: Gather) -> Rows:
+        source, new, dim = self._rows(expr.source), self._new_positions(expr), expr.dim
+        along = [-1 if k == dim else 1 for k in range(len(self._shape(expr)))]
+        dtype = self._wide_dtype(expr)
+        index, scale = torch.tensor(expr.index), torch.tensor(expr.scale, dtype=dtype).view(along)
+        is_new = (index < 0).view(along)
+
+        def rows(start: int, stop: int) -> Tensor:
+            if dim:
+                value = source(start, stop)
+                made = value.index_select(dim, index.clamp(min=0)).mul_(scale)
+                return torch.where(is_new, new(value), made)
+            wanted = index[start:stop]
+            old = wanted[wanted >= 0]
+            low = int(old.min()) if len(old) else 0
+            value = source(low, int(old.max()) + 1 if len(old) else 1)
+            made = value.index_select(0, (wanted - low).clamp(min=0)).mul_(scale[start:stop])
+            return torch.where(is_new[start:stop], new(value), made)
+
+        return rows
+
+    def _new_positions(self, expr: Gather) -> Callable[[Tensor], Tensor]:
+        """Return what tells, of a block of the source, the value of new positions: one, or one for each mean."""
+        size = self._shape(expr.source)[expr.dim]
+        if not expr.mean or not size or -1 not in expr.index:
+            return lambda block: torch.tensor(expr.fill, dtype=block.dtype)
+        if expr.dim:
+            return lambda block: (_total(_to_float64(block), expr.dim) / size * expr.mean + expr.fill).to(block.dtype)
+        mean = self._mean_row(expr.source)
+        return lambda block: (mean * expr.mean + expr.fill).to(block.dtype)
+
+    def _mean_row(self, expr: Expr) -> Tensor:
+        """Return the mean of all rows, as one row in float64."""
+        shape, rows = self._shape(expr), self._rows(expr)
+        sums = [_total(_to_float64(rows(start, stop)), 0) for start, stop in _ranges(shape)]
+        return _total(torch.cat(sums), 0) / shape[0]
+
+    def _std(self, expr: Expr) -> float:
+        """Return the standard deviation of the tensor that `expr` makes."""
+        shape, rows = self._shape(expr), self._rows(expr)
+        count = max(1, math.prod(shape))
+        sums, squares = torch.zeros(2, min(BLOCK, count), dtype=torch.float64)
+        for start, stop in _ranges(shape):
+            for piece in torch.split(rows(start, stop).flatten(), BLOCK):
+                numbers = _to_float64(piece)
+                sums[: len(numbers)] += numbers
+                squares[: len(numbers)] += numbers.mul_(numbers)
+        mean, square = _total(sums, 0).item() / count, _total(squares, 0).item() / count
+        return math.sqrt(max(0.0, square - mean * mean))
+
+    def _uniform(self, expr: Uniform) -> Rows:
+        """Return what draws rows of uniform numbers: 32 random bits each, from any place of the stream."""
+        shape = self._shape(expr)
+        columns = math.prod(shape[1:])
+        width = expr.ratio * math.sqrt(12) * (self._std(expr.like) or expr.fallback)
+        dtype, scale, key = self._wide_dtype(expr.like), width / 2**32, _key(expr.seed, expr.stream)
+
+        def rows(start: int, stop: int) -> Tensor:
+            first, last = start * columns, stop * columns
+            word = first // 2  # of 64 bits: two numbers
+            drawn = np.random.PCG64(key).advance(word).random_raw(-(-last // 2) - word).view(np.int32)
+            numbers = torch.from_numpy(drawn)[first % 2 :][: last - first]
+            return numbers.to(dtype).mul_(scale).view(stop - start, *shape[1:])
+
+        return rows
+
+    def _stored(self, name: str) -> Tensor:
+        if name not in self._read:
+            stored = self._tensors[name]
+            self._read[name] = read(stored, self._paths[stored.file]).view(stored.spec.shape or (1,))
+        return self._read[name]
+
+    def _shape(self, expr: Expr) -> tuple[int, ...]:
+        return infer(expr, self._specs).shape or (1,)
 
     def _wide_dtype(self, expr: Expr) -> torch.dtype:
         return torch.float64 if infer(expr, self._specs).dtype == "F64" else torch.float32
@@ -70,20 +282,68 @@ class Arithmetic:
 
 def read(stored: StoredTensor, path: Path) -> Tensor:
     """Return a stored tensor of a floating dtype."""
-    data = bytearray(stored.end - stored.start)
+    data = torch.empty(stored.end - stored.start, dtype=torch.uint8)
     with path.open("rb") as file:
         file.seek(stored.start)
-        count = file.readinto(data)
+        count = file.readinto(data.numpy().data)
     if count != len(data):
         raise CheckpointError(f"{path} has become shorter while it was read", hint=DOWNLOAD_HINT)
-    if not data:
-        return torch.empty(stored.spec.shape, dtype=TORCH_DTYPES[stored.spec.dtype])
-    return torch.frombuffer(data, dtype=TORCH_DTYPES[stored.spec.dtype]).view(stored.spec.shape)
+    return data.view(TORCH_DTYPES[stored.spec.dtype]).view(stored.spec.shape)
 
 
-def draw_uniform(shape: tuple[int, ...], seed: int, stream: str) -> Tensor:
-    """Return numbers in [0, 1) in float32: 24 random bits each, the same on every machine."""
-    return torch.rand(shape, generator=_generator(seed, stream), dtype=torch.float32)
+def _ranges(shape: tuple[int, ...]) -> Iterator[tuple[int, int]]:
+    """Return the ranges of rows that are made at a time."""
+    step = max(1, BLOCK // max(1, math.prod(shape[1:])))
+    return ((start, min(start + step, shape[0])) for start in range(0, shape[0], step))
+
+
+def _ahead(make: Rows, shape: tuple[int, ...], workers: int) -> Iterator[Tensor]:
+    """Yield what `make` makes of each range of rows, in order; up to `workers` threads work ahead of the caller."""
+    ranges = list(_ranges(shape))
+    if len(ranges) <= 1:
+        yield from (make(start, stop) for start, stop in ranges)
+        return
+    block = ranges[0][1] * math.prod(shape[1:])
+    workers = max(1, min(workers, MOST_WORKERS, MOST_AHEAD // max(1, block)))
+    waiting: deque[Future[Tensor]] = deque()
+    with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        for start, stop in ranges:
+            waiting.append(pool.submit(make, start, stop))
+            if len(waiting) > workers:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+
+
+@lru_cache(maxsize=64)
+def _runs(index: tuple[int, ...], scale: tuple[float, ...]) -> tuple[_Run, ...]:
+    """Return the runs of a Gather, in order."""
+    runs: list[_Run] = []
+    for j, (i, factor) in enumerate(zip(index, scale, strict=True)):
+        last = runs[-1] if runs else None
+        if last and last.scale == factor and i == (-1 if last.first < 0 else last.first + j - last.at):
+            continue
+        runs.append(_Run(j, i, 0, factor))
+    ends = [run.at for run in runs[1:]] + [len(index)]
+    return tuple(run._replace(length=end - run.at) for run, end in zip(runs, ends, strict=True))
+
+
+def _is_scattered(expr: Gather) -> bool:
+    return max(expr.index, default=-1) >= 0 and len(_runs(expr.index, expr.scale)) * SHORT > len(expr.index)
+
+
+def _total(value: Tensor, dim: int) -> Tensor:
+    """Return the sum along `dim`, kept with size 1. Overwrites `value`.
+
+    Halves are added until one is left: unlike a reduction of torch, the same order whatever the machine.
+    """
+    while (size := value.shape[dim]) > 1:
+        half = size // 2
+        total = value.narrow(dim, 0, half).add_(value.narrow(dim, half, half))
+        if size % 2:
+            total.narrow(dim, 0, 1).add_(value.narrow(dim, size - 1, 1))
+        value = total
+    return value
 
 
 def _draw_normal(shape: tuple[int, ...], std: float, seed: int, stream: str) -> Tensor:
@@ -91,7 +351,7 @@ def _draw_normal(shape: tuple[int, ...], std: float, seed: int, stream: str) -> 
 
     Drawn in float64, where torch has one scalar routine; its float32 one differs between vector units.
     """
-    generator = _generator(seed, stream)
+    generator = torch.Generator().manual_seed(_key(seed, stream))
     value = torch.empty(shape, dtype=torch.float32)
     flat = value.view(-1)
     for start in range(0, flat.numel(), DRAW):
@@ -100,27 +360,14 @@ def _draw_normal(shape: tuple[int, ...], std: float, seed: int, stream: str) -> 
     return value
 
 
-def _generator(seed: int, stream: str) -> torch.Generator:
+def _key(seed: int, stream: str) -> int:
     key = int.from_bytes(hashlib.sha256(f"{seed}/{stream}".encode()).digest()[:8], "little")
-    return torch.Generator().manual_seed(key & (2**63 - 1))
-
-
-def _gather(value: Tensor, expr: Gather) -> Tensor:
-    index = torch.tensor(expr.index)
-    new = index < 0
-    made = value.index_select(expr.dim, index.clamp(min=0)) if value.shape[expr.dim] else value
-    along = [1] * value.dim()
-    along[expr.dim] = -1
-    if any(factor != 1.0 for factor in expr.scale):
-        made.mul_(torch.tensor(expr.scale, dtype=made.dtype).view(along))
-    if new.any():
-        fill = torch.full((1,) * value.dim(), expr.fill, dtype=made.dtype)
-        if expr.mean:
-            fill = fill + expr.mean * value.mean(expr.dim, keepdim=True)
-        made.masked_fill_(new.view(along), 0.0)
-        made += fill * new.view(along)
-    return made
+    return key & (2**63 - 1)
 
 
 def _at_least_float32(value: Tensor) -> Tensor:
     return value.to(torch.promote_types(value.dtype, torch.float32))
+
+
+def _to_float64(value: Tensor) -> Tensor:
+    return value.to(torch.float64, copy=True)

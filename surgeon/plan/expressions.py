@@ -57,6 +57,7 @@ class Add:
 class Uniform:
     """Numbers of mean 0, uniform, with `ratio` times the standard deviation of `like`, in its dtype.
 
+    Where `like` is constant, as what a silent layer writes, `fallback` takes the place of its standard deviation.
     `stream` names the tensor's own random stream under `seed`, so that a draw depends neither on the order of
     execution nor on what else the plan draws.
     """
@@ -66,6 +67,7 @@ class Uniform:
     ratio: float
     seed: int
     stream: str
+    fallback: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,18 +4,25 @@ Sources: LLaMA-Pro (arXiv:2401.02415) for identity blocks, here for families wit
 G_stack (arXiv:2405.15319) for stacking; SOLAR (arXiv:2312.15166); Inheritune (arXiv:2404.08634) for a donor's layers.
 """
 
+import re
 from collections.abc import Sequence
 from dataclasses import replace
 
 from surgeon.anatomy.anatomy import Anatomy
 from surgeon.anatomy.axes import axes_of
+from surgeon.checkpoint.spec import CheckpointSpec
 from surgeon.errors import PlanError
 from surgeon.plan.expressions import Add, Affine, Constant, Expr, Read, substitute
-from surgeon.plan.plan import Plan
+from surgeon.plan.plan import Plan, changed_keys
 from surgeon.transforms.layers import keep_layers
 
 METHODS = ("identity", "stack", "interleave", "solar", "interpolate")
 APPROXIMATE = "approximate: the new layers change what the model computes; it has to be trained on"
+# Config keys that change nothing about what trained layers compute.
+_INCIDENTAL = re.compile(
+    r"_name_or_path|architectures|(torch_)?dtype|transformers_version|use_cache|pretraining_tp"
+    r"|.*_token_ids?|.*(drop|dropout|pdrop)|init.*|.*initializer.*"
+)
 
 
 def deepen(anatomy: Anatomy, layers: int, *, method: str = "identity", at: Sequence[int] | None = None) -> Plan:
@@ -132,21 +139,39 @@ def _averaged(anatomy: Anatomy, plan: Plan, order: Sequence[int], layer: int, re
 def donate(anatomy: Anatomy, donor: Anatomy, layers: int, prefix: str) -> Plan:
     """Return the plan that appends the donor's layers from this model's depth on, up to `layers` in all.
 
-    The donor's tensors are read under `prefix` + their name. Raises PlanError when the two are not of one shape.
+    The donor's tensors are read under `prefix` + their name. Raises PlanError when it is not of the same make.
     """
+    depth = anatomy.depth
+    if layers < depth:
+        raise PlanError(f"cannot grow {depth} layers to {layers}", hint="To cut layers: surgeon truncate.")
     if donor.depth < layers:
         raise PlanError(f"the donor has {donor.depth} layers, not {layers}", hint="Ask for fewer, or another donor.")
-    plan = keep_layers(donor, range(layers))
-    tensors: dict[str, Expr] = {}
-    for name, expr in plan.tensors.items():
-        place = donor.stacks[0].locate(name)
-        mine = name if place is None else anatomy.stacks[0].name(*place)
-        own = place is None or place[0] < anatomy.depth
-        spec = (anatomy if own else donor).spec.tensors.get(mine if own else name)
-        if spec is None or spec != donor.spec.tensors[name]:
+    as_deep = keep_layers(donor, range(depth)).result(donor.spec)
+    _check_alike(anatomy.spec, as_deep)
+    deeper = keep_layers(donor, range(layers))
+    config = dict(anatomy.spec.config)
+    config |= {key: value for key, value in deeper.config.items() if value != as_deep.config.get(key)}
+    tensors: dict[str, Expr] = {name: Read(name) for name in anatomy.spec.tensors}
+    for name, expr in deeper.tensors.items():
+        if name not in tensors:
+            tensors[name] = substitute(expr, lambda read: Read(prefix + read))
+    layer_map = (*range(depth), *[None] * (layers - depth))
+    return Plan(config, tensors, layer_map, notes=(APPROXIMATE,) if layers > depth else ())
+
+
+def _check_alike(mine: CheckpointSpec, theirs: CheckpointSpec) -> None:
+    """Refuse a donor whose tensors differ in name, shape or dtype, or whose config says that they compute otherwise.
+
+    A key that only one config has may be the other's under an older name, and is let pass.
+    """
+    wrong = [name for name in {**mine.tensors, **theirs.tensors} if mine.tensors.get(name) != theirs.tensors.get(name)]
+    if wrong:
+        raise PlanError(
+            f"the donor differs from the model in {wrong[0]!r}", hint="A donor must have the same sizes and dtype."
+        )
+    for key, (value, other) in changed_keys(mine.config, theirs.config).items():
+        if value is not None and other is not None and not _INCIDENTAL.fullmatch(key.rpartition(".")[2]):
             raise PlanError(
-                f"the donor differs from the model in {name!r}", hint="A donor must have the same sizes and dtype."
+                f"the donor's config.json says {key} = {other!r}, the model's {value!r}",
+                hint="A donor's layers compute what they did only under its own config.",
             )
-        tensors[mine] = Read(mine) if own else substitute(expr, lambda read: Read(prefix + read))
-    kept = tuple(range(anatomy.depth)) + (None,) * (layers - anatomy.depth)
-    return Plan(plan.config, tensors, kept, notes=(APPROXIMATE,))

@@ -1,4 +1,4 @@
-"""Grow a model in depth and in width: one plan out of deepen and widen."""
+"""Grow a model in depth, in width and in experts: one plan out of deepen, widen and to_experts."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -8,6 +8,7 @@ from surgeon.errors import PlanError
 from surgeon.plan.plan import Plan, identity
 from surgeon.transforms.axis_maps import grown_size
 from surgeon.transforms.deepen import deepen
+from surgeon.transforms.experts import to_experts
 from surgeon.transforms.layers import resolve_depth
 from surgeon.transforms.widen import widen
 from surgeon.transforms.widths import plan_widths
@@ -28,17 +29,22 @@ def grow(
     head_dim: Size = None,
     width_method: str = "auto",
     noise: float = 0.5,
+    experts: int | None = None,
+    experts_per_token: int = 2,
     seed: int = 0,
 ) -> Plan:
     """Return the plan of the larger model. A size is a number or "2x"; what is not given stays, or follows.
 
-    Heads follow a hidden size where the family derives one from the other, and key-value heads follow heads.
+    Heads follow a hidden size where the family derives one from the other, and key-value heads follow heads. With
+    `experts`, the MLPs of the larger model become that many experts each.
 
     Raises PlanError when the family's code cannot express the result.
     """
     plan = identity(anatomy.spec, depth=anatomy.depth)
+    if layers is None and at is not None:
+        raise PlanError("places for new layers are given, but no number of layers", hint="Add --layers, such as 2x.")
     if layers is not None:
-        plan = plan.then(deepen(anatomy, _depth(layers, anatomy.depth), method=depth_method, at=at))
+        plan = plan.then(deepen(anatomy, grown_depth(layers, anatomy.depth), method=depth_method, at=at))
     deeper = read_anatomy(plan.result(anatomy.spec))
     asked = {
         "hidden": hidden_size,
@@ -49,10 +55,15 @@ def grow(
     }
     if any(size is not None for size in asked.values()):
         plan = plan.then(_wider(deeper, asked, width_method, noise, seed))
-    elif layers is None:
+    elif layers is None and experts is None:
         raise PlanError(
-            "nothing to grow", hint="Give --layers, --hidden-size, --intermediate-size or --attention-heads."
+            "nothing to grow", hint="Give --layers, --hidden-size, --intermediate-size, --attention-heads or --experts."
         )
+    if experts is not None:
+        wider = read_anatomy(plan.result(anatomy.spec))
+        plan = plan.then(to_experts(wider, experts, per_token=experts_per_token, seed=seed))
+    elif experts_per_token != 2:
+        raise PlanError("experts per token are given, but no experts", hint="Add --experts, such as --experts 8.")
     options = {"layers": layers, "depth_method": depth_method, "at": None if at is None else list(at)} | {
         "hidden_size": hidden_size,
         "intermediate_size": intermediate_size,
@@ -61,19 +72,25 @@ def grow(
         "head_dim": head_dim,
         "width_method": width_method,
         "noise": noise,
+        "experts": experts,
+        "experts_per_token": None if experts is None else experts_per_token,
         "seed": seed,
     }
     return replace(plan, steps=({"grow": {key: value for key, value in options.items() if value is not None}},))
 
 
-def _depth(layers: int | str, depth: int) -> int:
+def grown_depth(layers: int | str, depth: int) -> int:
+    """Return a number of layers: `layers` itself, or "2x" or "150%" of `depth`."""
     text = str(layers)
     return grown_size(text, depth, "layers") if text.endswith("x") else resolve_depth(text, depth)
 
 
 def _wider(anatomy: Anatomy, asked: dict[str, Size], method: str, noise: float, seed: int) -> Plan:
-    if not 0 <= noise < 100:
-        raise PlanError(f"noise {noise} is no ratio to the weights", hint="Write 0.5, or 0 for none.")
+    if not 0 <= noise <= 1:
+        raise PlanError(
+            f"noise {noise} is not from 0 to 1: above, the rounding that tells copies apart grows from layer to layer",
+            hint="Write 0.5, or 0 for none.",
+        )
     family = anatomy.require_family()
     old = anatomy.sizes
     new = {axis: old[axis] if size is None else grown_size(size, old[axis], axis) for axis, size in asked.items()}

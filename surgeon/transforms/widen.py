@@ -15,6 +15,7 @@ from surgeon.plan.plan import Plan
 from surgeon.transforms.widths import Widths
 
 RESIDUAL = frozenset({"hidden", "embed"})  # "embed" has a map only where it is the residual stream itself
+ADVANCED = "approximate: rows that would repeat others come from the next layer"
 QUIET, LOUD = 0.0, 1.0  # the factors that tell, in Places, how a new position (-1) is written
 
 
@@ -22,8 +23,9 @@ def widen(anatomy: Anatomy, widths: Widths, *, noise: float = 0.5, advanced: boo
     """Return the plan of a model with these widths that computes what this one computes.
 
     `noise` is the standard deviation, relative to the weights that it is added to, of what breaks the symmetry of
-    copies and fills the weights that read new quiet positions; any value keeps the function. With `advanced`, rows
-    that would repeat a layer's own come from the next layer instead (bert2BERT's AKI), which does not.
+    copies and fills the weights that read new quiet positions; any value keeps the function, but above 1 rounding
+    grows from layer to layer. With `advanced`, rows that would repeat a layer's own come from the next layer instead
+    (bert2BERT's AKI), which does not.
     """
     grower = _Grower(anatomy, widths, noise, seed)
     tensors = {name: grower.tensor(name) for name in anatomy.spec.tensors}
@@ -31,7 +33,8 @@ def widen(anatomy: Anatomy, widths: Widths, *, noise: float = 0.5, advanced: boo
         tensors = {name: grower.advanced(name) for name in tensors}
     config = {**anatomy.spec.config, **widths.config}
     axes = {axis: found.index for axis, found in widths.maps.items()}
-    return Plan(config, tensors, tuple(range(anatomy.depth)), notes=widths.notes, axes=axes)
+    notes = (*widths.notes, ADVANCED) if advanced and not widths.notes else widths.notes
+    return Plan(config, tensors, tuple(range(anatomy.depth)), notes=notes, axes=axes)
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,7 +53,7 @@ class _Grower:
             return self._final_norm(name, row, Read(name))
         if row.kind in ("gain", "shift"):
             return self._norm(name, row)
-        write, read = _dims(row)
+        write, read = dims(row)
         expr: Expr = Read(name)
         additions: list[Expr] = []
         new_shape = shape(row.axes, {**self.anatomy.sizes, **self.widths.sizes})
@@ -72,7 +75,7 @@ class _Grower:
         """Return tensor `name` with the rows that repeat others taken from the next layer."""
         row, _ = self.anatomy.row(name)
         place = self.anatomy.stacks[0].locate(name)
-        write, _ = _dims(row)
+        write, _ = dims(row)
         own = self.tensor(name)
         if place is None or write is None or place[0] + 1 == self.anatomy.depth:
             return own
@@ -130,7 +133,7 @@ class _Grower:
                     index[first] = index[last] = i
                     scale[first], scale[last] = 1.0 / written.scale[first], -1.0 / written.scale[last]
             old_shape = (*new_shape[:dim], max(copies) + 1, *new_shape[dim + 1 :])
-            drawn = Uniform(old_shape, Read(name), self.noise / most, self.seed, f"{name}/copy {k}")
+            drawn = self._drawn(name, old_shape, self.noise / most, f"copy {k}")
             additions.append(Gather(drawn, dim, tuple(index), tuple(scale)))
         return additions
 
@@ -141,8 +144,12 @@ class _Grower:
         index = [-1] * new_shape[dim]
         for k, j in enumerate(where):
             index[j] = k
-        drawn = Uniform(block, Read(name), ratio, self.seed, f"{name}/{what}")
+        drawn = self._drawn(name, block, ratio, what)
         return Gather(drawn, dim, tuple(index), (1.0,) * len(index))
+
+    def _drawn(self, name: str, new_shape: tuple[int, ...], ratio: float, what: str) -> Expr:
+        fresh = float(self.anatomy.spec.config.get(self.anatomy.require_family().init_std) or 0.02)
+        return Uniform(new_shape, Read(name), ratio, self.seed, f"{name}/{what}", fallback=fresh)
 
     def _norm(self, name: str, row: Row) -> Expr:
         """Return a norm's gain or shift. A gain follows its position; a shift is written like the axis itself."""
@@ -185,7 +192,7 @@ def _cached_places(grower: _Grower, dim: Dim, side: str) -> Places:
     return places(dim, grower.anatomy.sizes, lambda axis, block: grower.map_of(axis, block, side))
 
 
-def _dims(row: Row) -> tuple[int | None, int | None]:
+def dims(row: Row) -> tuple[int | None, int | None]:
     """Return which dimension of a tensor writes an axis, and which reads one."""
     last = len(row.axes) - 1
     match row.kind:

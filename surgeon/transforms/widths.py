@@ -15,7 +15,7 @@ from surgeon.transforms.axis_maps import AxisMap, append, isometric_pad, rotary_
 
 METHODS = ("auto", "clone", "pad", "zero-pad", "uneven", "advanced")
 # Rope types whose frequencies in a head n times as wide contain the old ones, pair i at n * i.
-_EXTENSIBLE_ROPE = frozenset({"default", "linear", "dynamic", "llama3"})
+_EXTENSIBLE_ROPE = frozenset({"default", "linear", "llama3"})
 
 
 @dataclass(frozen=True)
@@ -100,10 +100,15 @@ def plan_widths(
 
 def _check_shape(anatomy: Anatomy, *, hidden: int, heads: int, kv_heads: int, head_dim: int) -> None:
     family = anatomy.require_family()
+    if "kv_heads" not in family.sizes and kv_heads != heads:
+        raise PlanError(
+            f"every head of {anatomy.model_type} has its own keys and values: {heads} heads cannot share {kv_heads}",
+            hint="Leave out --key-value-heads; they follow the heads.",
+        )
     if heads % kv_heads:
         raise PlanError(
             f"{heads} attention heads cannot share {kv_heads} key-value heads",
-            hint=f"Attention heads must be a multiple of key-value heads: {kv_heads * max(1, heads // kv_heads)}.",
+            hint=f"Attention heads must be a multiple of key-value heads: {-(-heads // kv_heads) * kv_heads}.",
         )
     if "head_dim" not in family.sizes and hidden != heads * head_dim:
         legal = f"--hidden-size {heads * head_dim}" if hidden == anatomy.sizes["hidden"] else f"{head_dim} a head"
@@ -181,7 +186,14 @@ def _add_head_dim(maps: dict[str, AxisMap], anatomy: Anatomy, new: int) -> tuple
                 f"rope type {wrong[0]!r} derives its frequencies from the whole head, so a wider one changes them",
                 hint="Grow the number of heads instead.",
             )
-        found = rotary_places(old, int(old * _rotary_share(config)), new // old, family.rotary)
+        times, share = new // old, _rotary_share(config)
+        turning = int(old * share)
+        if int(new * share) != times * turning:
+            raise PlanError(
+                f"of {old} dims {turning} turn, of {new} dims {int(new * share)} would: other frequencies",
+                hint="Grow the number of heads instead.",
+            )
+        found = rotary_places(old, turning, times, family.rotary)
     else:
         found = (*range(old), *[-1] * (new - old))
     if config.get("scale_attn_weights") is False:

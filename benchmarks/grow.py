@@ -1,0 +1,160 @@
+"""Time and peak memory of `surgeon grow` beside `cp` of its own output.
+
+    python benchmarks/grow.py [--rounds 5] [--dtype float32]
+
+Generates a Llama-shaped checkpoint (12 layers, hidden size 1024; 0.8 GB in float32) in a temporary directory of
+--directory, then takes in turns, for each way to grow it: `cp` of the result followed by `sync` of the copy, and
+`surgeon grow` (noise on, no verification). Every figure is of a whole process, start-up included.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from surgeon.checkpoint.spec import TensorSpec
+from surgeon.checkpoint.writer import Piece, write_safetensors
+
+HIDDEN, FFN, HEADS, KV_HEADS, HEAD_DIM, LAYERS, VOCAB = 1024, 2816, 16, 8, 64, 12, 32000
+STORED = {"float32": "F32", "bfloat16": "BF16"}
+WAYS = {
+    "clone: everything 2x": ["--hidden-size", "2x", "--intermediate-size", "2x", "--attention-heads", "2x"],
+    "pad: hidden size 1024 to 1920": [
+        *("--hidden-size", "1920", "--intermediate-size", "5280"),
+        *("--attention-heads", "30", "--key-value-heads", "15"),
+    ],
+    "identity: 12 to 36 layers": ["--layers", "3x"],
+}
+
+
+class Figure(NamedTuple):
+    """What one process took: wall and CPU seconds, peak memory in MB."""
+
+    seconds: float
+    cpu: float
+    memory: float
+
+
+def shapes() -> dict[str, tuple[int, ...]]:
+    """Return the tensors of the checkpoint, in the order of their names as safetensors writes them."""
+    layer = {
+        "input_layernorm.weight": (HIDDEN,),
+        "mlp.down_proj.weight": (HIDDEN, FFN),
+        "mlp.gate_proj.weight": (FFN, HIDDEN),
+        "mlp.up_proj.weight": (FFN, HIDDEN),
+        "post_attention_layernorm.weight": (HIDDEN,),
+        "self_attn.k_proj.weight": (KV_HEADS * HEAD_DIM, HIDDEN),
+        "self_attn.o_proj.weight": (HIDDEN, HEADS * HEAD_DIM),
+        "self_attn.q_proj.weight": (HEADS * HEAD_DIM, HIDDEN),
+        "self_attn.v_proj.weight": (KV_HEADS * HEAD_DIM, HIDDEN),
+    }
+    found = {f"model.layers.{i}.{name}": shape for i in range(LAYERS) for name, shape in layer.items()}
+    found |= {"model.norm.weight": (HIDDEN,), "model.embed_tokens.weight": (VOCAB, HIDDEN)}
+    found["lm_head.weight"] = (VOCAB, HIDDEN)
+    return dict(sorted(found.items()))
+
+
+def generate(directory: Path, dtype: str) -> None:
+    """Write the checkpoint: a million normal numbers again and again, in tensors of the true shapes."""
+    import torch
+
+    drawn = torch.randn(1 << 20, generator=torch.Generator().manual_seed(0)) * 0.02
+    noise = drawn.to(getattr(torch, dtype)).view(torch.uint8).numpy().data
+
+    def content(nbytes: int) -> Iterator[memoryview]:
+        for start in range(0, nbytes, len(noise)):
+            yield noise[: min(len(noise), nbytes - start)]
+
+    specs = {name: TensorSpec(STORED[dtype], shape) for name, shape in shapes().items()}
+    pieces = [Piece(name, spec, lambda size=spec.nbytes: content(size)) for name, spec in specs.items()]
+    directory.mkdir()
+    write_safetensors(directory / "model.safetensors", pieces)
+    config = {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "hidden_size": HIDDEN,
+        "intermediate_size": FFN,
+        "num_attention_heads": HEADS,
+        "num_key_value_heads": KV_HEADS,
+        "head_dim": HEAD_DIM,
+        "num_hidden_layers": LAYERS,
+        "vocab_size": VOCAB,
+        "rms_norm_eps": 1e-05,
+        "tie_word_embeddings": False,
+        "dtype": dtype,
+    }
+    (directory / "config.json").write_text(json.dumps(config))
+
+
+def measure(command: list[str]) -> Figure:
+    """Return what a process took, with those that it waits for."""
+    began = time.perf_counter()
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    _, status, usage = os.wait4(process.pid, 0)
+    seconds = time.perf_counter() - began
+    process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode:
+        sys.exit(f"{command} failed with exit code {process.returncode}")
+    return Figure(seconds, usage.ru_utime + usage.ru_stime, usage.ru_maxrss / 1000)
+
+
+def main() -> None:
+    """Run the rounds of each way and print the medians."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--dtype", choices=STORED, default="float32", help="of the checkpoint and of the result")
+    parser.add_argument("--directory", type=Path, default=Path.cwd(), help="where to work; its disk is measured")
+    options = parser.parse_args()
+    work = Path(tempfile.mkdtemp(prefix="surgeon-benchmark-", dir=options.directory))
+    try:
+        generate(work / "source", options.dtype)
+        read = (work / "source" / "model.safetensors").stat().st_size
+        print(f"{read / 1e9:.2f} GB read in {options.dtype}, {options.rounds} rounds in turns, medians (from, to)\n")
+        print("| | written | cp + sync | surgeon grow | to cp + sync | CPU | peak memory |")
+        print("| --- | --- | --- | --- | --- | --- | --- |")
+        for name, sizes in WAYS.items():
+            print(row(name, work, sizes, options.rounds), flush=True)
+    finally:
+        shutil.rmtree(work)
+
+
+def row(name: str, work: Path, sizes: list[str], rounds: int) -> str:
+    """Return the row of one way to grow: medians, and the median of the ratios of each round."""
+    source, out, copy, yardstick = work / "source", work / "out", work / "copy", work / "yardstick"
+    surgeon = [sys.executable, "-m", "surgeon", "grow", str(source), *sizes, "-o", str(out), "--no-verify", "--quiet"]
+    measure(surgeon)  # warms the page cache for both
+    (out / "model.safetensors").rename(yardstick)
+    shutil.rmtree(out)
+    copies, grown = [], []
+    for _ in range(rounds):
+        subprocess.run(["sync"], check=True)
+        copies.append(measure(["sh", "-c", f"cp {yardstick} {copy} && sync {copy}"]))
+        copy.unlink()
+        subprocess.run(["sync"], check=True)
+        grown.append(measure(surgeon))
+        shutil.rmtree(out)
+    size = yardstick.stat().st_size
+    yardstick.unlink()
+    ratio = statistics.median(own.seconds / cp.seconds for own, cp in zip(grown, copies, strict=True))
+    cpu, memory = statistics.median(figure.cpu for figure in grown), max(figure.memory for figure in grown)
+    return (
+        f"| {name} | {size / 1e9:.2f} GB | {_spread(copies)} | {_spread(grown)} | {ratio:.2f} "
+        f"| {cpu:.1f} s | {memory:.0f} MB |"
+    )
+
+
+def _spread(figures: list[Figure]) -> str:
+    seconds = [figure.seconds for figure in figures]
+    return f"{statistics.median(seconds):.2f} s ({min(seconds):.2f} to {max(seconds):.2f})"
+
+
+if __name__ == "__main__":
+    main()

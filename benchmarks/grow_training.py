@@ -1,0 +1,356 @@
+"""Does a grown model learn faster than one that starts from nothing? A toy answer on a CPU, with a plot.
+
+    python benchmarks/grow_training.py [--seeds 2] [--quick]
+
+Trains a small byte-level Llama on the sources of the Python standard library, grows it with `surgeon.grow` in every
+way, and trains each result, the small model itself, and models of the large shapes that start from random weights, on
+the same text. Nothing is downloaded. Two processes of one thread each run at a time. Writes the losses as JSON into
+--directory, the plot as docs/images/grow-training.png, and prints the table.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import sysconfig
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+ROOT = Path(__file__).resolve().parent.parent
+PLOT = ROOT / "docs" / "images" / "grow-training.png"
+BATCH, LENGTH = 16, 96
+CORPUS_BYTES, HELD_OUT_BYTES, HELD_OUT_WINDOWS = 12_000_000, 1_000_000, 96
+WARM_UP, DECAY = 50, 0.2  # steps, and the last share of them in which the learning rate falls to zero
+SMALL = {"hidden_size": 64, "intermediate_size": 176, "num_attention_heads": 4, "num_key_value_heads": 2}
+WIDE = {"hidden_size": 128, "intermediate_size": 352, "attention_heads": 8, "key_value_heads": 4}
+LAYERS = 3
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where a run starts: how the small model is grown ({}: not at all), or None for random weights.
+
+    `like` is the shape of the random model that it is compared with.
+    """
+
+    label: str
+    grow: dict[str, Any] | None
+    like: str
+    learning_rate: float = 1e-3
+
+
+STARTS = {
+    "clone": Start("clone, no noise", {**WIDE, "width_method": "clone", "noise": 0.0}, "wide"),
+    "clone-noise": Start("clone + noise", {**WIDE, "width_method": "clone"}, "wide"),
+    "pad": Start("pad", {**WIDE, "width_method": "pad"}, "wide"),
+    "zero-pad": Start("zero-pad", {**WIDE, "width_method": "zero-pad"}, "wide"),
+    "small-on": Start("small, trained on", {}, "wide"),
+    "random-wide": Start("random, wide", None, "wide", 2e-3),
+    "identity": Start("identity depth", {"layers": 6}, "deep"),
+    "stack": Start("stack", {"layers": 6, "depth_method": "stack"}, "deep"),
+    "random-deep": Start("random, deep", None, "deep", 2e-3),
+}
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """Steps of training, and how often the loss is measured."""
+
+    small: int = 1500
+    grown: int = 500
+    random: int = 2000
+    measure: int = 25
+
+
+QUICK = Lengths(small=30, grown=10, random=20, measure=5)
+
+
+def corpus() -> "tuple[Tensor, Tensor]":
+    """Return the bytes to train on, and windows of held-out ones, (windows, LENGTH + 1)."""
+    import torch
+
+    library = Path(sysconfig.get_path("stdlib"))
+    left_out = {"test", "tests", "idle_test", "site-packages", "dist-packages"}
+    text = bytearray()
+    for path in sorted(library.rglob("*.py")):
+        if left_out.isdisjoint(path.relative_to(library).parts) and len(text) < CORPUS_BYTES:
+            text += path.read_bytes()
+    data = torch.frombuffer(text[:CORPUS_BYTES], dtype=torch.uint8).long()
+    held_out = data[-HELD_OUT_BYTES:]
+    starts = torch.linspace(0, HELD_OUT_BYTES - LENGTH - 1, HELD_OUT_WINDOWS).long()
+    return data[:-HELD_OUT_BYTES], torch.stack([held_out[i : i + LENGTH + 1] for i in starts.tolist()])
+
+
+def batches(data: "Tensor", seed: int) -> "Iterator[Tensor]":
+    """Yield random windows of the text, (BATCH, LENGTH + 1)."""
+    import torch
+
+    generator = torch.Generator().manual_seed(seed)
+    while True:
+        starts = torch.randint(len(data) - LENGTH - 1, (BATCH,), generator=generator)
+        yield torch.stack([data[i : i + LENGTH + 1] for i in starts.tolist()])
+
+
+def train(model: Any, steps: int, *, learning_rate: float, seed: int, measure: int) -> list[list[float]]:
+    """Return [tokens, held-out loss in nats per byte] from before the first step on; the model is trained in place."""
+    import torch
+
+    data, held_out = corpus()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, betas=(0.9, 0.95), weight_decay=0.1)
+    curve = [[0, loss_of(model, held_out)]]
+    for step, batch in zip(range(1, steps + 1), batches(data, seed), strict=False):
+        scale = min(step / WARM_UP, (steps - step + 1) / (DECAY * steps), 1.0)
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate * scale
+        loss = next_byte_loss(model, batch)
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        if step % measure == 0 or step == steps:
+            curve.append([step * BATCH * LENGTH, loss_of(model, held_out)])
+    return curve
+
+
+def next_byte_loss(model: Any, windows: "Tensor") -> "Tensor":
+    """Return the mean loss of each next byte, in nats."""
+    import torch
+
+    logits = model(input_ids=windows[:, :-1], use_cache=False).logits
+    return torch.nn.functional.cross_entropy(logits.flatten(0, 1), windows[:, 1:].flatten())
+
+
+def loss_of(model: Any, windows: "Tensor") -> float:
+    """Return the held-out loss."""
+    import torch
+
+    with torch.no_grad():
+        return next_byte_loss(model, windows).item()
+
+
+def fresh(shape: str, seed: int) -> Any:
+    """Return a model with random weights: "small", "wide" or "deep"."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(seed)
+    sizes = dict(SMALL)
+    if shape == "wide":
+        sizes = {key: 2 * size for key, size in SMALL.items()}
+    return LlamaForCausalLM(
+        LlamaConfig(
+            **sizes,
+            num_hidden_layers=2 * LAYERS if shape == "deep" else LAYERS,
+            vocab_size=256,
+            max_position_embeddings=LENGTH,
+            tie_word_embeddings=False,
+            bos_token_id=None,
+            eos_token_id=None,
+        )
+    )
+
+
+def run(name: str, seed: int, directory: Path, lengths: Lengths) -> None:
+    """Carry out one run and write its curve: the small model, a grown one, or one from random weights."""
+    import torch
+    from transformers import LlamaForCausalLM
+    from transformers.utils import logging
+
+    import surgeon
+
+    torch.set_num_threads(1)
+    logging.disable_progress_bar()
+    began = time.perf_counter()
+    small = directory / "small"
+    steps, rate = lengths.small, 2e-3
+    if name == "small":
+        model = fresh("small", 0)
+    else:
+        start = STARTS[name]
+        rate = start.learning_rate
+        steps = lengths.random if start.grow is None else lengths.grown
+        if start.grow is None:
+            model = fresh(start.like, seed)
+        else:
+            grown = directory / f"{name}-{seed}" if start.grow else small
+            if start.grow:
+                surgeon.grow(small, seed=seed, **start.grow).save(grown, overwrite=True)
+            model = LlamaForCausalLM.from_pretrained(grown, dtype=torch.float32)
+    curve = train(model, steps, learning_rate=rate, seed=1000 + seed, measure=lengths.measure)
+    if name == "small":
+        model.save_pretrained(small)
+    record = {
+        "run": name,
+        "seed": seed,
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "learning_rate": rate,
+        "curve": curve,
+        "seconds": round(time.perf_counter() - began, 1),
+    }
+    (directory / f"{name}-{seed}.json").write_text(json.dumps(record))
+
+
+def run_all(directory: Path, seeds: int, *, quick: bool) -> None:
+    """Carry out every run, each in a process of its own, two at a time; first the small model."""
+    base = [sys.executable, __file__, "--directory", str(directory), *(["--quick"] if quick else [])]
+    subprocess.run([*base, "--run", "small"], check=True)
+    long_first = sorted(STARTS, key=lambda name: STARTS[name].grow is not None)
+    waiting = [[*base, "--run", name, "--seed", str(seed)] for seed in range(seeds) for name in long_first]
+    running: list[subprocess.Popen[bytes]] = []
+    while waiting or running:
+        while waiting and len(running) < 2:
+            running.append(subprocess.Popen(waiting.pop(0)))
+        for process in list(running):
+            if process.poll() is not None:
+                running.remove(process)
+                if process.returncode:
+                    sys.exit(f"{process.args} failed with exit code {process.returncode}")
+        time.sleep(0.2)
+
+
+def tokens_to_reach(curve: list[list[float]], loss: float) -> float | None:
+    """Return the tokens after which a curve first is at or below `loss`, between two measurements linearly."""
+    for (before, high), (after, low) in pairwise(curve):
+        if high <= loss:
+            return before
+        if low <= loss:
+            return before + (high - loss) / (high - low) * (after - before)
+    return None
+
+
+def mean_curve(records: list[dict[str, Any]]) -> list[list[float]]:
+    """Return the mean over seeds of curves that are measured at the same tokens."""
+    points = zip(*(record["curve"] for record in records), strict=True)
+    return [[group[0][0], sum(loss for _, loss in group) / len(group)] for group in points]
+
+
+def gather(directory: Path, seeds: int) -> dict[str, Any]:
+    """Return what was measured: the curves, and for each grown model how much sooner it is where random starts get."""
+    runs = {
+        name: [json.loads((directory / f"{name}-{seed}.json").read_text()) for seed in range(seeds)] for name in STARTS
+    }
+    small = json.loads((directory / "small-0.json").read_text())
+    curves = {name: mean_curve(records) for name, records in runs.items()}
+    spent = small["parameters"] * small["curve"][-1][0]
+    rows = {}
+    for name, start in STARTS.items():
+        parameters = runs[name][0]["parameters"]
+        curve, random = curves[name], curves[f"random-{start.like}"]
+        tokens, final = curve[-1]
+        row: dict[str, Any] = {
+            "parameters": parameters,
+            "start": curve[0][1],
+            "tokens": tokens,
+            "final": final,
+            "finals": [record["curve"][-1][1] for record in runs[name]],
+        }
+        if start.grow is not None:
+            needed = tokens_to_reach(random, final)
+            same = next((loss for at, loss in random if at >= tokens), random[-1][1])
+            row["random_at_same_tokens"] = same
+            row["random_needs"] = needed
+            row["ratio"] = needed / tokens if needed else None
+            row["ratio_with_pretraining"] = needed * parameters / (tokens * parameters + spent) if needed else None
+        rows[name] = row
+    return {"small": small, "curves": curves, "rows": rows, "seeds": seeds}
+
+
+def table(found: dict[str, Any]) -> str:
+    """Return the figures as a table in Markdown."""
+    small = found["small"]
+    tokens, loss = small["curve"][-1]
+    lines = [
+        f"Small model: {small['parameters']:,} parameters, {tokens / 1e6:.2f} M tokens, loss {loss:.3f}.",
+        f"Means of {found['seeds']} seeds; in brackets each.",
+        "",
+        "| start | parameters | loss before | tokens | loss after | random, as many | random needs | ratio | in all |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for name, row in found["rows"].items():
+        finals = ", ".join(f"{final:.3f}" for final in row["finals"])
+        cells = [STARTS[name].label, f"{row['parameters']:,}", f"{row['start']:.3f}", f"{row['tokens'] / 1e6:.2f} M"]
+        cells.append(f"{row['final']:.3f} ({finals})")
+        if STARTS[name].grow is None:
+            cells += ["", "", "1", ""]
+        else:
+            longest = found["curves"][f"random-{STARTS[name].like}"][-1][0]
+            needs, ratio, total = row["random_needs"], row["ratio"], row["ratio_with_pretraining"]
+            cells.append(f"{row['random_at_same_tokens']:.3f}")
+            cells.append(f"{needs / 1e6:.2f} M" if needs else f"> {longest / 1e6:.2f} M")
+            cells.append(f"{ratio:.1f}x" if ratio else f"> {longest / row['tokens']:.1f}x")
+            cells.append(f"{total:.1f}x" if total else "")
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def plot(found: dict[str, Any], path: Path) -> None:
+    """Draw the curves: one panel for the wide models, one for the deep."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, panels = plt.subplots(1, 2, figsize=(10, 4.2), sharey=True, layout="constrained")
+    colors = ["#4c72b0", "#dd8452", "#55a868", "#8172b3"]
+    for panel, like in zip(panels, ("wide", "deep"), strict=True):
+        names = [name for name, start in STARTS.items() if start.like == like]
+        picked = iter(colors)
+        ends = []
+        for name in names:
+            is_random = STARTS[name].grow is None
+            curve = [(tokens / 1e6, loss) for tokens, loss in found["curves"][name]]
+            color = "#555555" if is_random else next(picked)
+            panel.plot(*zip(*curve, strict=True), color=color, lw=1.8, ls="--" if is_random else "-")
+            ends.append((curve[-1], STARTS[name].label.split(",")[0] if is_random else STARTS[name].label, color))
+        small = found["small"]["curve"][-1][1]
+        panel.axhline(small, color="#bbbbbb", lw=0.8, zorder=0)
+        low, high = min(end[0][1] for end in ends) - 0.05, 2.1
+        panel.set(title=f"{like}: {found['rows'][names[0]]['parameters']:,} parameters", ylim=(low, high))
+        panel.set_xlabel("tokens of the large model (millions)")
+        panel.spines[["top", "right"]].set_visible(False)
+        panel.annotate(
+            "small model", (panel.get_xlim()[1], small), ha="right", va="bottom", color="#888888", fontsize=8
+        )
+        place = None
+        for (x, y), label, color in sorted(ends, key=lambda end: -end[0][1]):
+            place = y if place is None else min(y, place - 0.035)
+            panel.annotate(label, (x, y), xytext=(x + 0.05, place), color=color, fontsize=9, va="center")
+    panels[0].set_ylabel("validation loss (nats/byte)")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110)
+
+
+def main() -> None:
+    """Carry out the runs that are asked for, and report."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, default=2)
+    parser.add_argument("--quick", action="store_true", help="a few steps of each run: does it work at all?")
+    parser.add_argument("--directory", type=Path, default=Path("grow-training"), help="where checkpoints and curves go")
+    parser.add_argument("--plot", type=Path, default=PLOT)
+    parser.add_argument("--report", action="store_true", help="only tables and plot, from curves that are there")
+    parser.add_argument("--run", help=argparse.SUPPRESS)
+    parser.add_argument("--seed", type=int, default=0, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    options.directory.mkdir(parents=True, exist_ok=True)
+    lengths = QUICK if options.quick else Lengths()
+    if options.run:
+        run(options.run, options.seed, options.directory, lengths)
+        return
+    seeds = 1 if options.quick else options.seeds
+    if not options.report:
+        run_all(options.directory, seeds, quick=options.quick)
+    found = gather(options.directory, seeds)
+    (options.directory / "results.json").write_text(json.dumps(found, indent=1))
+    print(table(found))
+    plot(found, options.directory / "quick.png" if options.quick else options.plot)
+
+
+if __name__ == "__main__":
+    main()

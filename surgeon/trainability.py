@@ -1,0 +1,268 @@
+"""Whether what a growth added can learn: no new weight without gradient, no copies that stay copies forever.
+
+Judged from the weights as they are stored and from one gradient. The tables of the families say which slices of which
+tensors belong to a position of an axis; no family is named here.
+"""
+
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from statistics import median
+from typing import TYPE_CHECKING, Any
+from zlib import crc32
+
+from surgeon.anatomy.anatomy import Anatomy
+from surgeon.anatomy.axes import Dim, Places, axes_of, places
+from surgeon.checkpoint.source import Source
+from surgeon.transforms.widen import dims
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+LOUD = 100.0  # times its neighbours' gradient: a new layer of a model with norms on its branches can have 600
+BLOCK = 1 << 22  # numbers hashed at a time: bounds the memory of a hash to 64 MB
+# One axis under two names: the embedding's where it is the residual stream; queries' dims, which the keys' dims meet.
+_ONE_AXIS = ({"hidden", "embed"}, {"q_dim", "k_dim"})
+_MET_IN_PRODUCT = frozenset({"q_dim", "k_dim"})  # positions differ by their rotary frequency, whatever they hold
+
+
+@dataclass(frozen=True, slots=True)
+class AxisHealth:
+    """How many positions of an axis are new or copies (in all layers), and how many of them cannot become different.
+
+    `dead` ones get no gradient at all while nothing is written to them: no step ever changes that. `symmetric` ones
+    are copies beyond the first whose weights equal the first's in every tensor, so that every gradient does too.
+    """
+
+    added: int
+    dead: int
+    symmetric: int
+
+
+@dataclass(frozen=True)
+class Trainability:
+    """What keeps the new weights of a model from learning: nothing, where it `is_sound`.
+
+    `dead_layers` are new layers in which no parameter has a gradient; `loud_layers` says how many times the gradient
+    of its neighbours a new layer has, where that is more than 100 times. `noise` is what was put beside copies.
+    """
+
+    axes: Mapping[str, AxisHealth]
+    dead_layers: tuple[int, ...] = ()
+    loud_layers: Mapping[int, float] = field(default_factory=dict)
+    noise: float = 0.0
+
+    @property
+    def is_sound(self) -> bool:
+        """Whether everything that was added can learn."""
+        return not self.dead_layers and not any(axis.dead or axis.symmetric for axis in self.axes.values())
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return this as `--json` prints it."""
+        return {
+            "axes": {
+                name: {"added": axis.added, "dead": axis.dead, "symmetric": axis.symmetric}
+                for name, axis in self.axes.items()
+            },
+            "dead_layers": list(self.dead_layers),
+            "loud_layers": {str(layer): round(ratio, 1) for layer, ratio in self.loud_layers.items()},
+        }
+
+    def rows(self) -> list[tuple[str, str]]:
+        """Return this for people: one line, or one for each thing to know."""
+        lines: list[tuple[str, str]] = []
+        for name, axis in self.axes.items():
+            if axis.dead:
+                lines.append(
+                    ("warning", f"{name}: {axis.dead} of {axis.added} new positions are dead: no gradient, ever")
+                )
+            if axis.symmetric:
+                lines.append(("warning", f"{name}: {axis.symmetric} copies equal their original, and will forever"))
+        if lines and not self.noise:
+            lines.append(("hint", "set new weights apart with --noise 0.5"))
+        lines += [
+            ("warning", f"layer {layer} is dead: none of its weights has a gradient") for layer in self.dead_layers
+        ]
+        loud = [f"{layer} ({ratio:.0f}x)" for layer, ratio in self.loud_layers.items()]
+        if loud:
+            lines.append(("warning", f"new layers with over {LOUD:.0f}x their neighbours' gradient: {', '.join(loud)}"))
+        return [*([("trainable", "no dead weights, no symmetric copies")] if self.is_sound else []), *lines]
+
+
+def trainability(
+    source: Source,
+    anatomy: Anatomy,
+    gradients: "Mapping[str, Tensor]",
+    *,
+    axes: Mapping[str, Sequence[int]],
+    layer_map: Sequence[int | None],
+    noise: float = 0.0,
+) -> Trainability:
+    """Return how what was added to the checkpoint `source` can learn.
+
+    `gradients` are those of a loss, by the names of the stored tensors (a tensor without one is tied to another);
+    `axes` and `layer_map` are those of the plan: which positions and layers are new, and which are copies.
+    """
+    from surgeon.plan.arithmetic import read
+
+    fresh = {layer for layer, origin in enumerate(layer_map) if origin is None}
+    tallies = _tallies(anatomy, axes)
+    for name, stored in source.tensors.items():
+        mine = [tally for tally in tallies if tally.holds(anatomy, name)]
+        if mine:
+            weights = read(stored, source.fetch(stored.file))
+            for tally in mine:
+                tally.add(anatomy, name, weights, gradients.get(name))
+    dead, loud = _layers(anatomy, gradients, fresh)
+    return Trainability({tally.name: tally.health(fresh) for tally in tallies if tally.layers}, dead, loud, noise)
+
+
+def _layers(
+    anatomy: Anatomy, gradients: "Mapping[str, Tensor]", fresh: set[int]
+) -> tuple[tuple[int, ...], dict[int, float]]:
+    """Return the new layers without gradient, and those with far more than their nearest old neighbours."""
+    squares: Counter[int] = Counter()
+    for name, gradient in gradients.items():
+        for stack in anatomy.stacks:
+            if place := stack.locate(name):
+                squares[place[0]] += gradient.double().square().sum().item()  # type: ignore[assignment]
+    old = [layer for layer in range(anatomy.depth) if layer not in fresh]
+    loud: dict[int, float] = {}
+    for layer in sorted(fresh):
+        before, after = [i for i in old if i < layer][-1:], [i for i in old if i > layer][:1]
+        near = median(math.sqrt(squares[i]) for i in before + after) if old else 0.0
+        if near and math.sqrt(squares[layer]) > LOUD * near:
+            loud[layer] = math.sqrt(squares[layer]) / near
+    return tuple(layer for layer in sorted(fresh) if not squares[layer]), loud
+
+
+# --- one axis ---------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class _Positions:
+    """What is known of each position of an axis: sums of |gradient| and of |what writes it|, and a hash of it all."""
+
+    gradient: "Tensor"
+    written: "Tensor"
+    hash: "Tensor"
+
+
+@dataclass
+class _Tally:
+    """An axis, and what its positions hold: in each layer where the axis lives inside layers, else in all (None)."""
+
+    name: str
+    names: frozenset[str]
+    index: tuple[int, ...]
+    inside_layers: bool
+    layers: dict[int | None, _Positions] = field(default_factory=dict)
+    _known: "dict[Dim, tuple[Tensor, Tensor]]" = field(default_factory=dict)
+
+    def holds(self, anatomy: Anatomy, name: str) -> bool:
+        """Return whether a tensor has the axis."""
+        row, part = anatomy.row(name)
+        return part != "buffer" and any(axes_of(dim) & self.names for dim in row.axes)
+
+    def add(self, anatomy: Anatomy, name: str, weights: "Tensor", gradient: "Tensor | None") -> None:
+        """Add a tensor that has the axis."""
+        import torch
+
+        row, _ = anatomy.row(name)
+        place = anatomy.stacks[0].locate(name) if self.inside_layers else None
+        size = len(self.index)
+        found = self.layers.setdefault(
+            place[0] if place else None,
+            _Positions(torch.zeros(size), torch.zeros(size), torch.zeros(size, dtype=torch.int64)),
+        )
+        write, _ = dims(row)
+        for dim, axes in enumerate(row.axes):
+            if not axes_of(axes) & self.names:
+                continue
+            where, order = self._where(axes, anatomy.sizes)
+            kept = where >= 0
+            inside = name if place is None else place[1]
+            hashes = _hashes(_rows(weights, dim), inside + str(dim)) * order
+            found.hash.index_add_(0, where[kept], hashes[kept])
+            if dim == write and row.kind != "gain":
+                found.written.index_add_(0, where[kept], _largest(weights, dim)[kept])
+            if gradient is not None:
+                found.gradient.index_add_(0, where[kept], _largest(gradient, dim)[kept])
+
+    def _where(self, axes: Dim, sizes: Mapping[str, int]) -> "tuple[Tensor, Tensor]":
+        """Return, for each position of a dimension, its position on this axis (-1: none), and a factor for its hash.
+
+        The factor tells a position's slices apart: the dims of a head, or the query and the key of a head.
+        """
+        import torch
+
+        if axes not in self._known:
+            numbered = Places(tuple(range(len(self.index))), tuple(float(j + 2) for j in range(len(self.index))))
+            found = places(axes, sizes, lambda axis, block: numbered if axis in self.names else None)
+            where = [int(scale) - 2 if scale > 1 else -1 for scale in found.scale]  # other axes scale by 1
+            seen: Counter[int] = Counter()
+            order = []
+            for j in where:
+                order.append(crc32(b"%d" % seen[j]) * 2 + 1)
+                seen[j] += 1
+            self._known[axes] = torch.tensor(where), torch.tensor(order)
+        return self._known[axes]
+
+    def health(self, fresh: set[int]) -> AxisHealth:
+        """Return the counts over all layers. New layers wake as a whole, so in them nothing counts as dead."""
+        import torch
+
+        copies = Counter(self.index)
+        index = torch.tensor(self.index)
+        added = torch.tensor([i < 0 or copies[i] > 1 for i in self.index])
+        num_dead = num_symmetric = 0
+        for layer, found in self.layers.items():
+            dead = added & (found.gradient == 0) & (found.written == 0)
+            if layer not in fresh:
+                num_dead += int(dead.sum())
+            if not self.names & _MET_IN_PRODUCT:
+                judged = added & ~dead
+                held = torch.stack([index[judged], found.hash[judged]], dim=1)
+                num_symmetric += len(held) - len(held.unique(dim=0))  # type: ignore[no-untyped-call]
+        return AxisHealth(int(added.sum()) * len(self.layers), num_dead, num_symmetric)
+
+
+def _tallies(anatomy: Anatomy, axes: Mapping[str, Sequence[int]]) -> list[_Tally]:
+    """Return one tally for each axis that was widened and that the checkpoint's tensors still have."""
+    tallies: list[_Tally] = []
+    for axis, index in axes.items():
+        names = next((group & axes.keys() for group in _ONE_AXIS if axis in group), {axis})
+        if any(tally.names == names for tally in tallies) or anatomy.sizes.get(axis) != len(index):
+            continue
+        outside = (name for name in anatomy.spec.tensors if not anatomy.stacks[0].locate(name))
+        shared = any(axes_of(dim) & names for name in outside for dim in anatomy.row(name)[0].axes)
+        tallies.append(_Tally(axis, frozenset(names), tuple(index), inside_layers=not shared))
+    return tallies
+
+
+def _rows(value: "Tensor", dim: int) -> "Tensor":
+    """Return a tensor as a matrix with one row for each position along `dim`."""
+    return value.movedim(dim, 0).reshape(value.shape[dim], -1)
+
+
+def _largest(value: "Tensor", dim: int) -> "Tensor":
+    return _rows(value, dim).abs().amax(1).float()
+
+
+def _hashes(rows: "Tensor", stream: str) -> "Tensor":
+    """Return an int64 for each row: equal for rows that are equal bit for bit, and by chance once in 2**63.
+
+    A sum of the bits times random odd numbers, modulo 2**64: the same in whatever order it is added up.
+    """
+    import torch
+
+    kinds = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+    generator = torch.Generator().manual_seed(crc32(stream.encode()))
+    step = max(1, BLOCK // max(1, len(rows)))
+    total = torch.zeros(len(rows), dtype=torch.int64)
+    for block in rows.split(step, dim=1):  # type: ignore[no-untyped-call]
+        bits = (block + 0.0).contiguous().view(kinds[block.element_size()]).long()  # + 0.0: -0.0 is 0.0
+        odd = torch.randint(-(2**62), 2**62, (bits.shape[1],), generator=generator) * 2 + 1
+        total += (bits * odd).sum(1)
+    return total
