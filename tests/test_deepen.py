@@ -11,6 +11,8 @@ import surgeon
 from surgeon.anatomy.families import FAMILIES
 from surgeon.errors import PlanError
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 SPECIAL = ("opt-post-norm", "t5", "t5-gated", "bart", "bert", "roberta")
 TABLED = [name for name in toys.TOYS if name.partition("-")[0] in FAMILIES and name not in SPECIAL]
 # A norm stands on the branch, whose gain of zero silences it: what is added is 0 times something, in another order.

@@ -12,6 +12,8 @@ import surgeon
 from surgeon.errors import PlanError
 from surgeon.verbs import open_model
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 # Everything at once, in sizes that the families allow: MLPs of 52 to 71, 6 layers to 8.
 EVERYTHING = {
     "llama": ["--hidden-size", 72, "--attention-heads", 12, "--head-dim", "2x", "--intermediate-size", 71],

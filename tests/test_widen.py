@@ -31,6 +31,8 @@ from surgeon.transforms.widen import widen
 from surgeon.transforms.widths import plan_widths
 from surgeon.verbs import open_model
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 # Families whose heads are a choice of their own; 8 heads of 10 dims, 2 key-value heads, MLPs of 52.
 FREE = (
     *("llama", "llama-tied", "llama-biases", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "phi3"),

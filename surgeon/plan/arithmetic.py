@@ -13,9 +13,7 @@ are made of elementwise additions, whose order is written here.
 import hashlib
 import math
 from bisect import bisect_right
-from collections import deque
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
@@ -31,10 +29,8 @@ from surgeon.errors import CheckpointError
 from surgeon.plan.expressions import Add, Affine, Cast, Constant, Expr, Gather, Normal, Read, Rounded, Uniform, infer
 
 TORCH_DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
-BLOCK = 1 << 17  # numbers in a block. Sums are made block by block, so another size may change their last bit
+BLOCK = 1 << 18  # numbers in a block. Sums are made block by block, so another size may change their last bit
 DRAW = 1 << 22  # normal numbers drawn at a time: bounds the memory of a draw in float64 to 32 MB
-MOST_WORKERS = 4  # threads that make blocks; more would wait for the interpreter
-MOST_AHEAD = 1 << 24  # numbers made ahead of the writer, where a row alone is larger than a block
 SHORT = 16  # positions: where runs are shorter on average, a Gather goes by index
 
 Rows = Callable[[int, int], Tensor]  # rows [start, stop) of a tensor, not to be written to
@@ -88,15 +84,14 @@ class Arithmetic:
         return torch.cat([torch.empty(0, dtype=TORCH_DTYPES[spec.dtype]), *self._blocks(expr)]).view(spec.shape)
 
     def _blocks(self, expr: Expr) -> Iterator[Tensor]:
-        """Yield the numbers of `expr`, flat, while the blocks that follow are made on other cores."""
+        """Yield the numbers of the tensor that `expr` makes, flat."""
         dtype = TORCH_DTYPES[infer(expr, self._specs).dtype]
         threads = torch.get_num_threads()
-        torch.set_num_threads(1)  # a block is too small to share: threads would wait for each other
+        torch.set_num_threads(1)  # a block is too small to share: threads would spend their time waiting
         try:
             rows = self._rows(expr.source if isinstance(expr, Cast | Rounded) else expr)
-            yield from _ahead(
-                lambda start, stop: rows(start, stop).to(dtype).flatten().contiguous(), self._shape(expr), threads
-            )
+            for start, stop in _ranges(self._shape(expr)):
+                yield rows(start, stop).to(dtype).flatten().contiguous()
         finally:
             torch.set_num_threads(threads)
 
@@ -295,24 +290,6 @@ def _ranges(shape: tuple[int, ...]) -> Iterator[tuple[int, int]]:
     """Return the ranges of rows that are made at a time."""
     step = max(1, BLOCK // max(1, math.prod(shape[1:])))
     return ((start, min(start + step, shape[0])) for start in range(0, shape[0], step))
-
-
-def _ahead(make: Rows, shape: tuple[int, ...], workers: int) -> Iterator[Tensor]:
-    """Yield what `make` makes of each range of rows, in order; up to `workers` threads work ahead of the caller."""
-    ranges = list(_ranges(shape))
-    if len(ranges) <= 1:
-        yield from (make(start, stop) for start, stop in ranges)
-        return
-    block = ranges[0][1] * math.prod(shape[1:])
-    workers = max(1, min(workers, MOST_WORKERS, MOST_AHEAD // max(1, block)))
-    waiting: deque[Future[Tensor]] = deque()
-    with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        for start, stop in ranges:
-            waiting.append(pool.submit(make, start, stop))
-            if len(waiting) > workers:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
 
 
 @lru_cache(maxsize=64)

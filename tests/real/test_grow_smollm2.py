@@ -45,22 +45,24 @@ def grown(smollm2, tmp_path_factory):
     return out, int(done.stderr.split()[-1]) * 1024
 
 
-def losses(directory: Path) -> torch.Tensor:
-    """Return the loss of each next token of TEXT, in rows of 256 tokens, computed in float32."""
+def predictions(directory: Path) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the loss and the likeliest of each next token of TEXT, in rows of 256 tokens, computed in float32."""
     model, report = toys.load(directory, dtype=torch.float32)
     assert not any(report.values())
     tokens = AutoTokenizer.from_pretrained(directory)(TEXT, return_tensors="pt").input_ids[0]
     rows = tokens[:1024].view(4, 256)
     with torch.no_grad():
         logits = torch.cat([model(row[None]).logits[:, :-1] for row in rows])
-    return torch.nn.functional.cross_entropy(logits.transpose(1, 2), rows[:, 1:], reduction="none")
+    losses = torch.nn.functional.cross_entropy(logits.transpose(1, 2), rows[:, 1:], reduction="none")
+    return losses, logits.argmax(-1)
 
 
 def test_the_grown_model_predicts_every_token_as_before(smollm2, grown):
-    before, after = losses(smollm2), losses(grown[0])
+    (before, likeliest), (after, likeliest_after) = predictions(smollm2), predictions(grown[0])
 
     assert before.numel() == 4 * 255
     assert f"{after.mean().exp():.4g}" == f"{before.mean().exp():.4g}"  # perplexity, to four digits
+    assert torch.equal(likeliest_after, likeliest)
     assert (after - before).abs().max() < 1e-3  # float32 rounding over 36 layers of logits of order 30
 
 
