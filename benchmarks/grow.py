@@ -2,7 +2,7 @@
 
     python benchmarks/grow.py [--rounds 5] [--dtype float32]
 
-Generates a Llama-shaped checkpoint (12 layers, hidden size 1024; 0.8 GB in float32) in a temporary directory of
+Generates a Llama-shaped checkpoint (16 layers, hidden size 1024; 1 GB in float32) in a temporary directory of
 --directory, then takes in turns, for each way to grow it: `cp` of the result followed by `sync` of the copy, and
 `surgeon grow` (noise on, no verification). Every figure is of a whole process, start-up included.
 """
@@ -23,7 +23,7 @@ from typing import NamedTuple
 from surgeon.checkpoint.spec import TensorSpec
 from surgeon.checkpoint.writer import Piece, write_safetensors
 
-HIDDEN, FFN, HEADS, KV_HEADS, HEAD_DIM, LAYERS, VOCAB = 1024, 2816, 16, 8, 64, 12, 32000
+HIDDEN, FFN, HEADS, KV_HEADS, HEAD_DIM, LAYERS, VOCAB = 1024, 2816, 16, 8, 64, 16, 32000
 STORED = {"float32": "F32", "bfloat16": "BF16"}
 WAYS = {
     "clone: everything 2x": ["--hidden-size", "2x", "--intermediate-size", "2x", "--attention-heads", "2x"],
@@ -31,7 +31,7 @@ WAYS = {
         *("--hidden-size", "1920", "--intermediate-size", "5280"),
         *("--attention-heads", "30", "--key-value-heads", "15"),
     ],
-    "identity: 12 to 36 layers": ["--layers", "3x"],
+    "identity: 16 to 48 layers": ["--layers", "3x"],
 }
 
 
@@ -118,6 +118,8 @@ def main() -> None:
         generate(work / "source", options.dtype)
         read = (work / "source" / "model.safetensors").stat().st_size
         print(f"{read / 1e9:.2f} GB read in {options.dtype}, {options.rounds} rounds in turns, medians (from, to)\n")
+        torch = [measure([sys.executable, "-c", "import torch"]).seconds for _ in range(options.rounds + 1)][1:]
+        print(f"Of each `surgeon grow`, the import of torch alone takes {statistics.median(torch):.2f} s.\n")
         print("| | written | cp + sync | surgeon grow | to cp + sync | CPU | peak memory |")
         print("| --- | --- | --- | --- | --- | --- | --- |")
         for name, sizes in WAYS.items():

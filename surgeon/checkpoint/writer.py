@@ -1,8 +1,8 @@
 """Write a safetensors file in one pass: its header first, then every tensor straight to its place.
 
 Bytes that only move are copied by the kernel from file to file. Measured on ext4, what makes that as fast as `cp` is
-to allocate first, to merge neighbours into long runs, and to give the runs the same offset modulo the page size in
-both files; the header's padding does the last.
+to allocate first, to merge neighbours into long runs, to give the runs the same offset modulo the page size in both
+files (the header's padding does that), and not to let all the writing wait for the sync at the end.
 """
 
 import errno
@@ -60,7 +60,7 @@ def write_safetensors(path: Path, pieces: Sequence[Piece], *, progress: Progress
     size = len(header) + sum(piece.spec.nbytes for piece in pieces)
     target = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
     try:
-        os.posix_fallocate(target, 0, size)
+        _allocate(target, size)
         os.pwrite(target, header, 0)
         for run in runs:
             copy_range(run.extent, target, len(header) + run.target, report)
@@ -103,11 +103,29 @@ def copy_range(extent: Extent, target: int, offset: int, report: Progress) -> No
                 raise CheckpointError(
                     f"{extent.path} became shorter while it was read: it ends at byte {position}", hint=CHANGED_HINT
                 )
+            _start_writeback(target, offset, done)
             position += done
             offset += done
             report(done)
     finally:
         os.close(source)
+
+
+def _allocate(target: int, size: int) -> None:
+    """Give an open file its size, and its blocks where the system can: a full disk is then known at once."""
+    if hasattr(os, "posix_fallocate"):
+        os.posix_fallocate(target, 0, size)
+    else:
+        os.ftruncate(target, size)
+
+
+def _start_writeback(target: int, offset: int, count: int) -> None:
+    """Let the kernel begin to write these bytes to the disk, so that the sync at the end finds little left to do.
+
+    That is what the advice does on Linux for pages that are dirty; they stay in memory until they are written.
+    """
+    if hasattr(os, "posix_fadvise"):
+        os.posix_fadvise(target, offset, count, os.POSIX_FADV_DONTNEED)
 
 
 def _copy_file_range(source: int, target: int, count: int, position: int, offset: int) -> int:
@@ -121,6 +139,7 @@ def _read_write(source: int, target: int, count: int, position: int, offset: int
 def _write_all(target: int, piece: Piece, offset: int, report: Progress) -> None:
     assert not isinstance(piece.content, Extent)
     end = offset + piece.spec.nbytes
+    waiting = offset  # what lies between here and `offset` is not on its way to the disk yet
     for chunk in piece.content():
         view = memoryview(chunk)
         view = view.cast("B") if view.nbytes else memoryview(b"")  # nothing cannot be cast
@@ -128,6 +147,9 @@ def _write_all(target: int, piece: Piece, offset: int, report: Progress) -> None
             done = os.pwrite(target, view[:STEP], offset)
             offset, view = offset + done, view[done:]
             report(done)
+            if offset - waiting >= STEP:
+                _start_writeback(target, waiting, offset - waiting)
+                waiting = offset
     assert offset == end, f"{piece.name} was planned {piece.spec.nbytes} bytes long, made {offset - end:+d}"
 
 
