@@ -31,6 +31,7 @@ WARM_UP, DECAY = 50, 0.2  # steps, and the last share of them in which the learn
 SMALL = {"hidden_size": 64, "intermediate_size": 176, "num_attention_heads": 4, "num_key_value_heads": 2}
 WIDE = {"hidden_size": 128, "intermediate_size": 352, "attention_heads": 8, "key_value_heads": 4}
 LAYERS = 3
+COLORS = ("#4c72b0", "#937860", "#dd8452", "#55a868", "#8172b3")
 
 
 @dataclass(frozen=True)
@@ -257,7 +258,8 @@ def gather(directory: Path, seeds: int) -> dict[str, Any]:
             row["random_at_same_tokens"] = same
             row["random_needs"] = needed
             row["ratio"] = needed / tokens if needed else None
-            row["ratio_with_pretraining"] = needed * parameters / (tokens * parameters + spent) if needed else None
+            whole = runs[f"random-{start.like}"][0]["parameters"]
+            row["ratio_with_pretraining"] = needed * whole / (tokens * parameters + spent) if needed else None
         rows[name] = row
     return {"small": small, "curves": curves, "rows": rows, "seeds": seeds}
 
@@ -297,34 +299,35 @@ def plot(found: dict[str, Any], path: Path) -> None:
     mpl.use("Agg")
     from matplotlib import pyplot as plt
 
-    figure, panels = plt.subplots(1, 2, figsize=(10, 4.2), sharey=True, layout="constrained")
-    colors = ["#4c72b0", "#dd8452", "#55a868", "#8172b3"]
+    figure, panels = plt.subplots(1, 2, figsize=(10, 4.6), sharey=True, layout="constrained")
+    curves = {name: [(tokens / 1e6, loss) for tokens, loss in curve] for name, curve in found["curves"].items()}
+    small = found["small"]["curve"][-1][1]
+    low = min(loss for curve in curves.values() for _, loss in curve)
     for panel, like in zip(panels, ("wide", "deep"), strict=True):
-        names = [name for name, start in STARTS.items() if start.like == like]
-        picked = iter(colors)
-        ends = []
-        for name in names:
-            is_random = STARTS[name].grow is None
-            curve = [(tokens / 1e6, loss) for tokens, loss in found["curves"][name]]
-            color = "#555555" if is_random else next(picked)
-            panel.plot(*zip(*curve, strict=True), color=color, lw=1.8, ls="--" if is_random else "-")
-            ends.append((curve[-1], STARTS[name].label.split(",")[0] if is_random else STARTS[name].label, color))
-        small = found["small"]["curve"][-1][1]
+        random = curves[f"random-{like}"]
+        grown = sorted(
+            (name for name in STARTS if STARTS[name].like == like and STARTS[name].grow is not None),
+            key=lambda name: -curves[name][-1][1],
+        )
         panel.axhline(small, color="#bbbbbb", lw=0.8, zorder=0)
-        low, high = min(end[0][1] for end in ends) - 0.05, 2.1
-        panel.set(title=f"{like}: {found['rows'][names[0]]['parameters']:,} parameters", ylim=(low, high))
+        panel.annotate("small model", (0.62 * random[-1][0], small), va="top", color="#888888", fontsize=8)
+        panel.plot(*zip(*random, strict=True), color="#555555", lw=1.8, ls="--")
+        middle = random[len(random) // 3]
+        panel.annotate("random weights", middle, xytext=(6, 6), textcoords="offset points", color="#555555", fontsize=9)
+        for place, (name, color) in enumerate(zip(grown, COLORS, strict=False)):
+            panel.plot(*zip(*curves[name], strict=True), color=color, lw=1.6)
+            x, y = curves[name][-1]
+            at = (x + 0.06 * random[-1][0], min(small, curves[grown[0]][-1][1] + 0.02) - 0.042 * place)
+            line = {"arrowstyle": "-", "color": color, "lw": 0.6, "shrinkA": 2, "shrinkB": 0, "relpos": (0, 0.5)}
+            label = STARTS[name].label
+            panel.annotate(label, (x, y), xytext=at, color=color, fontsize=9, va="center", arrowprops=line)
+        panel.set(title=f"{like}: {found['rows'][f'random-{like}']['parameters']:,} parameters", ylim=(low - 0.12, 2.0))
         panel.set_xlabel("tokens of the large model (millions)")
         panel.spines[["top", "right"]].set_visible(False)
-        panel.annotate(
-            "small model", (panel.get_xlim()[1], small), ha="right", va="bottom", color="#888888", fontsize=8
-        )
-        place = None
-        for (x, y), label, color in sorted(ends, key=lambda end: -end[0][1]):
-            place = y if place is None else min(y, place - 0.035)
-            panel.annotate(label, (x, y), xytext=(x + 0.05, place), color=color, fontsize=9, va="center")
     panels[0].set_ylabel("validation loss (nats/byte)")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
+    plt.close(figure)
 
 
 def main() -> None:
