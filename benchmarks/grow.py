@@ -2,7 +2,7 @@
 
     python benchmarks/grow.py [--rounds 5] [--dtype float32]
 
-Generates a Llama-shaped checkpoint (16 layers, hidden size 1024; 1 GB in float32) in a temporary directory of
+Generates a Llama-shaped checkpoint (hidden size 1024; with 36 layers 2 GB in float32) in a temporary directory of
 --directory, then takes in turns, for each way to grow it: `cp` of the result followed by `sync` of the copy, and
 `surgeon grow` (noise on, no verification). Every figure is of a whole process, start-up included.
 """
@@ -23,7 +23,7 @@ from typing import NamedTuple
 from surgeon.checkpoint.spec import TensorSpec
 from surgeon.checkpoint.writer import Piece, write_safetensors
 
-HIDDEN, FFN, HEADS, KV_HEADS, HEAD_DIM, LAYERS, VOCAB = 1024, 2816, 16, 8, 64, 16, 32000
+HIDDEN, FFN, HEADS, KV_HEADS, HEAD_DIM, VOCAB = 1024, 2816, 16, 8, 64, 32000
 STORED = {"float32": "F32", "bfloat16": "BF16"}
 WAYS = {
     "clone: everything 2x": ["--hidden-size", "2x", "--intermediate-size", "2x", "--attention-heads", "2x"],
@@ -31,7 +31,7 @@ WAYS = {
         *("--hidden-size", "1920", "--intermediate-size", "5280"),
         *("--attention-heads", "30", "--key-value-heads", "15"),
     ],
-    "identity: 16 to 48 layers": ["--layers", "3x"],
+    "identity: three times as deep": ["--layers", "3x"],
 }
 
 
@@ -43,7 +43,7 @@ class Figure(NamedTuple):
     memory: float
 
 
-def shapes() -> dict[str, tuple[int, ...]]:
+def shapes(num_layers: int) -> dict[str, tuple[int, ...]]:
     """Return the tensors of the checkpoint, in the order of their names as safetensors writes them."""
     layer = {
         "input_layernorm.weight": (HIDDEN,),
@@ -56,13 +56,13 @@ def shapes() -> dict[str, tuple[int, ...]]:
         "self_attn.q_proj.weight": (HEADS * HEAD_DIM, HIDDEN),
         "self_attn.v_proj.weight": (KV_HEADS * HEAD_DIM, HIDDEN),
     }
-    found = {f"model.layers.{i}.{name}": shape for i in range(LAYERS) for name, shape in layer.items()}
+    found = {f"model.layers.{i}.{name}": shape for i in range(num_layers) for name, shape in layer.items()}
     found |= {"model.norm.weight": (HIDDEN,), "model.embed_tokens.weight": (VOCAB, HIDDEN)}
     found["lm_head.weight"] = (VOCAB, HIDDEN)
     return dict(sorted(found.items()))
 
 
-def generate(directory: Path, dtype: str) -> None:
+def generate(directory: Path, dtype: str, num_layers: int) -> None:
     """Write the checkpoint: a million normal numbers again and again, in tensors of the true shapes."""
     import torch
 
@@ -73,7 +73,7 @@ def generate(directory: Path, dtype: str) -> None:
         for start in range(0, nbytes, len(noise)):
             yield noise[: min(len(noise), nbytes - start)]
 
-    specs = {name: TensorSpec(STORED[dtype], shape) for name, shape in shapes().items()}
+    specs = {name: TensorSpec(STORED[dtype], shape) for name, shape in shapes(num_layers).items()}
     pieces = [Piece(name, spec, lambda size=spec.nbytes: content(size)) for name, spec in specs.items()]
     directory.mkdir()
     write_safetensors(directory / "model.safetensors", pieces)
@@ -85,7 +85,7 @@ def generate(directory: Path, dtype: str) -> None:
         "num_attention_heads": HEADS,
         "num_key_value_heads": KV_HEADS,
         "head_dim": HEAD_DIM,
-        "num_hidden_layers": LAYERS,
+        "num_hidden_layers": num_layers,
         "vocab_size": VOCAB,
         "rms_norm_eps": 1e-05,
         "tie_word_embeddings": False,
@@ -110,12 +110,13 @@ def main() -> None:
     """Run the rounds of each way and print the medians."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--layers", type=int, default=16, help="of the checkpoint that is grown")
     parser.add_argument("--dtype", choices=STORED, default="float32", help="of the checkpoint and of the result")
     parser.add_argument("--directory", type=Path, default=Path.cwd(), help="where to work; its disk is measured")
     options = parser.parse_args()
     work = Path(tempfile.mkdtemp(prefix="surgeon-benchmark-", dir=options.directory))
     try:
-        generate(work / "source", options.dtype)
+        generate(work / "source", options.dtype, options.layers)
         read = (work / "source" / "model.safetensors").stat().st_size
         print(f"{read / 1e9:.2f} GB read in {options.dtype}, {options.rounds} rounds in turns, medians (from, to)\n")
         torch = [measure([sys.executable, "-c", "import torch"]).seconds for _ in range(options.rounds + 1)][1:]
@@ -132,6 +133,7 @@ def row(name: str, work: Path, sizes: list[str], rounds: int) -> str:
     """Return the row of one way to grow: medians, and the median of the ratios of each round."""
     source, out, copy, yardstick = work / "source", work / "out", work / "copy", work / "yardstick"
     surgeon = [sys.executable, "-m", "surgeon", "grow", str(source), *sizes, "-o", str(out), "--no-verify", "--quiet"]
+    surgeon += ["--max-shard-size", "100GB"]  # one file, as cp has
     measure(surgeon)  # warms the page cache for both
     (out / "model.safetensors").rename(yardstick)
     shutil.rmtree(out)
