@@ -4,7 +4,7 @@ Everything is computed in float32 or wider and rounded to the expression's dtype
 step ends inside it, so that a fused plan makes the same bytes as its steps one by one.
 
 An expression becomes a function of a range of rows, and a tensor is made block by block: a block stays in the cache
-on its way through all operations, and memory holds a few blocks, whatever the size of the tensor.
+on its way through all operations, and what is held in memory is the tensors that are read, never the one that is made.
 
 The same bytes on every machine, whatever its vector units and threads: what is random comes from integers, and sums
 are made of elementwise additions, whose order is written here.
@@ -71,6 +71,7 @@ class Arithmetic:
         self._tensors = tensors
         self._paths = paths
         self._specs = _Specs(tensors)
+        self._read: dict[str, Tensor] = {}
 
     def make(self, expr: Expr) -> Iterator[memoryview]:
         """Yield the bytes of the tensor that `expr` makes, block by block."""
@@ -98,9 +99,8 @@ class Arithmetic:
         """Return what makes rows of `expr` in float32, or in float64 where that is what it is made of."""
         match expr:
             case Read(name):
-                stored = self._tensors[name]
-                path = self._paths[stored.file]
-                return lambda start, stop: _at_least_float32(read(stored, path, start, stop))
+                stored = self._stored(name)
+                return lambda start, stop: _at_least_float32(stored[start:stop])
             case Gather():
                 return self._gather(expr)
             case Affine(source, factor, offset):
@@ -201,18 +201,19 @@ class Arithmetic:
         along = [-1 if k == dim else 1 for k in range(len(self._shape(expr)))]
         dtype = self._wide_dtype(expr)
         index, scale = torch.tensor(expr.index), torch.tensor(expr.scale, dtype=dtype).view(along)
-        is_new, wanted = (index < 0).view(along), index.clamp(min=0)
-
-        if dim == 0:
-            whole = source(0, self._shape(expr.source)[0])
-            value = new(whole)
-            return lambda start, stop: torch.where(
-                is_new[start:stop], value, whole.index_select(0, wanted[start:stop]).mul_(scale[start:stop])
-            )
+        is_new = (index < 0).view(along)
 
         def rows(start: int, stop: int) -> Tensor:
-            block = source(start, stop)
-            return torch.where(is_new, new(block), block.index_select(dim, wanted).mul_(scale))
+            if dim:
+                value = source(start, stop)
+                made = value.index_select(dim, index.clamp(min=0)).mul_(scale)
+                return torch.where(is_new, new(value), made)
+            wanted = index[start:stop]
+            old = wanted[wanted >= 0]
+            low = int(old.min()) if len(old) else 0
+            value = source(low, int(old.max()) + 1 if len(old) else 1)
+            made = value.index_select(0, (wanted - low).clamp(min=0)).mul_(scale[start:stop])
+            return torch.where(is_new[start:stop], new(value), made)
 
         return rows
 
@@ -261,6 +262,12 @@ class Arithmetic:
 
         return rows
 
+    def _stored(self, name: str) -> Tensor:
+        if name not in self._read:
+            stored = self._tensors[name]
+            self._read[name] = read(stored, self._paths[stored.file]).view(stored.spec.shape or (1,))
+        return self._read[name]
+
     def _shape(self, expr: Expr) -> tuple[int, ...]:
         return infer(expr, self._specs).shape or (1,)
 
@@ -268,17 +275,15 @@ class Arithmetic:
         return torch.float64 if infer(expr, self._specs).dtype == "F64" else torch.float32
 
 
-def read(stored: StoredTensor, path: Path, start: int, stop: int) -> Tensor:
-    """Return rows [start, stop) of a stored tensor of a floating dtype; a scalar is one row."""
-    shape = stored.spec.shape or (1,)
-    row = (stored.end - stored.start) // max(1, shape[0])
-    data = torch.empty((stop - start) * row, dtype=torch.uint8)
+def read(stored: StoredTensor, path: Path) -> Tensor:
+    """Return a stored tensor of a floating dtype."""
+    data = torch.empty(stored.end - stored.start, dtype=torch.uint8)
     with path.open("rb") as file:
-        file.seek(stored.start + start * row)
+        file.seek(stored.start)
         count = file.readinto(data.numpy().data)
     if count != len(data):
         raise CheckpointError(f"{path} has become shorter while it was read", hint=DOWNLOAD_HINT)
-    return data.view(TORCH_DTYPES[stored.spec.dtype]).view(stop - start, *shape[1:])
+    return data.view(TORCH_DTYPES[stored.spec.dtype]).view(stored.spec.shape)
 
 
 def _ranges(shape: tuple[int, ...]) -> Iterator[tuple[int, int]]:
