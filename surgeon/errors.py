@@ -2,7 +2,9 @@
 
 SurgeonError
 ├── CheckpointError   a source that is missing, damaged or not a checkpoint
+├── DataError         data that is missing, damaged, or in none of the forms that surgeon reads
 ├── HubError          the Hub could not be reached, or has no such thing
+├── MeasureError      a model that cannot be run on text here, or a text that is none
 ├── PlanError         a surgery that the model's code cannot express, or that contradicts itself
 ├── OutputError       the result cannot be written: it exists, the disk is full, no permission
 └── VerificationError what was written does not compute what it should, or cannot be loaded to see
@@ -23,12 +25,20 @@ class CheckpointError(SurgeonError):
     """The source is missing, damaged, or not a checkpoint."""
 
 
+class DataError(SurgeonError):
+    """The data is missing, damaged, or in none of the forms that surgeon reads."""
+
+
 class HubError(SurgeonError):
     """The Hub could not be reached, or does not have (or does not show) what was asked for."""
 
 
 class PlanError(SurgeonError):
     """The surgery is refused: this model's code cannot express its result, or the request contradicts itself."""
+
+
+class MeasureError(SurgeonError):
+    """The model cannot be measured: its code cannot run here, or what it was given to read is no text."""
 
 
 class OutputError(SurgeonError):

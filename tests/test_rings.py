@@ -5,7 +5,19 @@ import sys
 
 import pytest
 
-HEAVY = ("torch", "transformers", "numpy", "huggingface_hub", "safetensors", "accelerate", "rich", "yaml", "gguf")
+HEAVY = (
+    "torch",
+    "transformers",
+    "numpy",
+    "huggingface_hub",
+    "safetensors",
+    "accelerate",
+    "rich",
+    "yaml",
+    "gguf",
+    "datasets",
+    "pyarrow",
+)
 
 
 def modules_after(code: str) -> set[str]:

@@ -1,0 +1,192 @@
+"""The documents of one --data argument: a file, a directory of files, or a dataset on the Hub.
+
+Everything but a .txt and a .json array is read record by record, so a file may be larger than memory.
+"""
+
+import codecs
+import gzip
+import json
+import os
+import re
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from importlib import import_module
+from itertools import chain
+from pathlib import Path
+from types import ModuleType
+from typing import IO, Any
+
+from surgeon.data.records import FORMS_HINT, Document, document, fields_of
+from surgeon.errors import DataError
+
+KINDS = ".txt, .jsonl, .json (each also .gz) and .parquet"
+PARQUET_ROWS = 256  # decoded at a time
+_HUB_SPEC = re.compile(r"(?P<id>[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95})(:(?P<config>[^:]*)(:(?P<split>.+))?)?")
+
+
+def documents(spec: str) -> Iterator[Document]:
+    """Return the documents of a file, of a directory's files in the order of their names, or of a Hub dataset.
+
+    A Hub dataset is written ORG/NAME[:CONFIG[:SPLIT]], its split being "train" if it is not named. A path that exists
+    wins over such a name. Raises DataError: at once for a path that is none or of no kind that can be read; for what is
+    wrong inside, when it is reached; for a Hub dataset, when its first document is asked for.
+    """
+    path = Path(spec)
+    with suppress(RuntimeError):  # ~someone who has no home here
+        path = path.expanduser()
+    if os.path.isdir(path):  # noqa: PTH112  # Path.is_dir raises for a name that is too long
+        return chain.from_iterable(map(_file_documents, _files(path)))
+    if os.path.exists(path):  # noqa: PTH110  # the same
+        _reader(path)
+        return _file_documents(path)
+    named = _HUB_SPEC.fullmatch(spec)
+    if named is None or _reader_or_none(path):
+        hint = "Name a file or directory that exists, or a dataset on the Hub: ORG/NAME[:CONFIG[:SPLIT]]."
+        raise DataError(f"no such file or directory: {spec}", hint=hint)
+    if os.path.exists(named["id"]):  # noqa: PTH110  # datasets would read it
+        hint = f"Leave out CONFIG and SPLIT: {named['id']}"
+        raise DataError(f"{named['id']} is a local path; CONFIG and SPLIT are for a dataset on the Hub", hint=hint)
+    from surgeon.data.hub_dataset import hub_documents
+
+    rows = hub_documents(spec, named["id"], config=named["config"] or None, split=named["split"] or "train")
+    return _at_least_one(rows, spec)
+
+
+def needed(module: str, purpose: str) -> ModuleType:
+    """Return a module of the extra `data`. Raises DataError when it is not installed."""
+    try:
+        return import_module(module)
+    except ImportError as error:
+        package = module.partition(".")[0]
+        raise DataError(f"{package} is needed to read {purpose}", hint='pip install "surgeon[data]"') from error
+
+
+def _files(directory: Path) -> list[Path]:
+    """Return the files of a directory that can be read, sorted. Raises DataError when there are none."""
+    try:
+        inside = sorted(path for path in directory.iterdir() if not path.name.startswith("."))
+    except OSError as error:
+        raise DataError(f"cannot read {directory}: {error.strerror}", hint=f"Look: ls -ld {directory}") from error
+    files = [path for path in inside if path.is_file() and _reader_or_none(path)]
+    if not files:
+        raise DataError(f"{directory} has no file of data", hint=f"surgeon reads {KINDS}, not in directories below it.")
+    return files
+
+
+def _file_documents(path: Path) -> Iterator[Document]:
+    return _at_least_one(_reader(path)(path), str(path))
+
+
+def _at_least_one(rows: Iterator[Document], name: str) -> Iterator[Document]:
+    """Yield the documents. Raises DataError when there are none."""
+    first = next(rows, None)
+    if first is None:
+        raise DataError(f"0 documents in {name}", hint=FORMS_HINT)
+    yield first
+    yield from rows
+
+
+def _reader(path: Path) -> Callable[[Path], Iterator[Document]]:
+    """Return the function that reads files of this kind. Raises DataError when there is none."""
+    reader = _reader_or_none(path)
+    if reader is None:
+        raise DataError(f"{path} is of no kind that surgeon reads", hint=f"Name it by what it is: {KINDS}.")
+    return reader
+
+
+def _reader_or_none(path: Path) -> Callable[[Path], Iterator[Document]] | None:
+    name = path.name.lower()
+    suffix = Path(name.removesuffix(".gz")).suffix
+    return None if name.endswith(".parquet.gz") else _READERS.get(suffix)
+
+
+def _text(path: Path) -> Iterator[Document]:
+    """Yield the one document of a text file: nothing of it is changed but a BOM taken off."""
+    with _opened(path) as file:
+        raw = file.read()
+    yield Document(str(path), (_decoded(raw, path).removeprefix("\ufeff"),))
+
+
+def _lines(path: Path) -> Iterator[Document]:
+    """Yield the records of a file with one on each line that is not empty."""
+    offset = 0
+    with _opened(path) as file:
+        for number, raw in enumerate(file, start=1):  # split at b"\n" only: U+2028 may stand inside a string
+            line = _decoded(raw, path, offset=offset)
+            offset += len(raw)
+            line = (line.removeprefix("\ufeff") if number == 1 else line).rstrip("\r\n")
+            if line.strip(" \t\r"):
+                yield document(_parsed(line, path, number), f"{path}:{number}")
+
+
+def _array_or_lines(path: Path) -> Iterator[Document]:
+    """Yield the records of a JSON array, which is read whole, or of a file with one record on each line."""
+    with _opened(path) as file:
+        begun = (line.lstrip(codecs.BOM_UTF8 + b" \t\r\n") for line in file)
+        first = next(filter(None, begun), b"")
+    if not first.startswith(b"["):
+        yield from _lines(path)
+        return
+    with _opened(path) as file:
+        text = _decoded(file.read(), path).removeprefix("\ufeff")
+    for index, record in enumerate(_parsed(text, path)):
+        yield document(record, f"{path}[{index}]")
+
+
+def _parquet(path: Path) -> Iterator[Document]:
+    """Yield the rows of a parquet file, of which only the columns with the text are read."""
+    parquet, library = needed("pyarrow.parquet", str(path)), needed("pyarrow", str(path))
+    index = 0
+    try:
+        with parquet.ParquetFile(path) as file:
+            columns = fields_of(file.schema_arrow.names, str(path))
+            for batch in file.iter_batches(batch_size=PARQUET_ROWS, columns=columns):
+                for record in batch.to_pylist():
+                    yield document(record, f"{path}[{index}]")
+                    index += 1
+    except (library.ArrowException, OSError, UnicodeDecodeError) as error:
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise DataError(f"cannot read {path}: {reason}", hint="Fetch or write the file again.") from error
+
+
+_READERS: dict[str, Callable[[Path], Iterator[Document]]] = {
+    ".txt": _text,
+    ".jsonl": _lines,
+    ".json": _array_or_lines,
+    ".parquet": _parquet,
+}
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[IO[bytes]]:
+    """Yield a file to read from, unpacked if it is a .gz. Raises DataError for what goes wrong in the block."""
+    opener: Callable[..., IO[bytes]] = gzip.open if path.suffix.lower() == ".gz" else open  # type: ignore[assignment]
+    try:
+        with opener(path, "rb") as file:
+            yield file
+    except (OSError, EOFError, zlib.error) as error:
+        reason = (isinstance(error, OSError) and error.strerror) or error
+        raise DataError(f"cannot read {path}: {reason}", hint=f"Look at it: ls -l {path}") from error
+
+
+def _decoded(raw: bytes, path: Path, *, offset: int = 0) -> str:
+    """Return the bytes that stand `offset` bytes into the file as text. Raises DataError when they are not UTF-8."""
+    try:
+        return raw.decode()
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"{path} is not UTF-8: {error.reason} at byte {offset + error.start}",
+            hint=f"Convert it, if you know its encoding: iconv -f ENCODING -t UTF-8 {path}",
+        ) from error
+
+
+def _parsed(text: str, path: Path, line: int = 1) -> Any:
+    """Return the JSON that begins on `line` of the file. Raises DataError with the place where it stops being some."""
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        place = f"{path}:{line + error.lineno - 1}:{error.colno}"
+        raise DataError(f"{place}: {error.msg}", hint='Write one record per line: {"text": "..."}') from error
+    except (ValueError, RecursionError) as error:  # ValueError: a number of thousands of digits
+        raise DataError(f"{path}:{line}: {error}", hint="Take the record out.") from error

@@ -1,0 +1,144 @@
+"""Rows of tokens, cut from documents in order: what scores, diagnosis and perplexity are computed on."""
+
+import hashlib
+import json
+from array import array
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from surgeon.data.documents import documents
+from surgeon.data.records import Document, checked_text
+from surgeon.errors import DataError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import PreTrainedTokenizerBase
+
+BETWEEN_TEXTS = b"\xff"  # a byte that UTF-8 never has
+
+
+@dataclass(frozen=True, eq=False)
+class Rows:
+    """Token ids, int64, shape (rows, length), and what they were read from.
+
+    `digest` is SHA-256 over the row length and the ids, each as an int64 in little endian: equal for equal rows only.
+    `source` has {"data": argument, "sha256": of its texts} for every argument that was read. The texts are hashed in
+    UTF-8 with a byte FF between two, a chat as JSON with sorted keys; of a text file it is what sha256sum says, unless
+    it has a BOM. Only the documents that were needed are read and hashed.
+    """
+
+    tokens: "Tensor"
+    digest: str
+    source: tuple[dict[str, str], ...]
+
+    @property
+    def num_tokens(self) -> int:
+        return self.tokens.numel()
+
+
+def read_rows(
+    specs: Sequence[str], tokenizer: "PreTrainedTokenizerBase", *, samples: int, sequence_length: int
+) -> Rows:
+    """Return the first `samples` rows of `sequence_length` tokens, or as many as there are.
+
+    Each text is tokenised whole and without special tokens, documents are joined by the end-of-text token, and a rest
+    shorter than a row is dropped; text that does not fill one row is one shorter row.
+    Raises DataError when there is nothing to read, or fewer than 2 tokens, or documents and no token to join them.
+    """
+    import torch
+
+    assert not isinstance(specs, str)
+    if samples < 1:
+        raise DataError(f"{samples} samples were asked for; 1 is the least", hint="Set --samples to 1 or more.")
+    if sequence_length < 2:
+        raise DataError(
+            f"rows of {sequence_length} tokens were asked for; 2 are the least, one to see and one to predict",
+            hint="Set --sequence-length to 2 or more.",
+        )
+    ids, source = _read_tokens(specs, tokenizer, samples * sequence_length)
+    if len(ids) < 2:
+        found = f"{len(ids)} token" + ("" if len(ids) == 1 else "s")
+        raise DataError(
+            f"{found} in {', '.join(specs) or 'no data'}; a row has 2 at least", hint="Give more text with --data."
+        )
+    length = min(sequence_length, len(ids))
+    num_rows = min(samples, len(ids) // length)
+    tokens = torch.frombuffer(ids, dtype=torch.int64)[: num_rows * length].reshape(num_rows, length).clone()
+    return Rows(tokens, digest(tokens), source)
+
+
+def digest(tokens: "Tensor") -> str:
+    """Return the SHA-256 of rows of tokens, shape (rows, length): 64 hex digits."""
+    length = tokens.shape[1].to_bytes(8, "little")
+    return hashlib.sha256(length + tokens.numpy().astype("<i8").tobytes()).hexdigest()
+
+
+def text_of(document: Document, tokenizer: "PreTrainedTokenizerBase") -> str:
+    """Return a document's text: its parts joined by newlines, or its chat as the tokenizer's template writes it.
+
+    Raises DataError when the tokenizer has no template, or one that refuses the chat.
+    """
+    if not document.messages:
+        return "\n".join(document.parts)
+    from jinja2 import TemplateError
+
+    if tokenizer.chat_template is None:
+        hint = "Use a model that has one (an instruct or chat model), or data with text."
+        raise DataError(f"{document.where} is a chat, and the tokenizer has no chat template", hint=hint)
+    try:
+        text = tokenizer.apply_chat_template([dict(message) for message in document.messages], tokenize=False)
+    except (TemplateError, TypeError, ValueError, KeyError) as error:
+        hint = "Templates often want roles to alternate: user, assistant, user ..."
+        raise DataError(f"the chat template refuses {document.where}: {error}", hint=hint) from error
+    return checked_text(text, f"{document.where}, written by the chat template,")
+
+
+def _read_tokens(
+    specs: Sequence[str], tokenizer: "PreTrainedTokenizerBase", wanted: int
+) -> "tuple[array[int], tuple[dict[str, str], ...]]":
+    """Return at least `wanted` tokens, if there are as many, and what was read for them."""
+    streams = [documents(spec) for spec in specs]  # a name that is wrong is an error, whether or not it is reached
+    ids = array("q")
+    source: list[dict[str, str]] = []
+    num_documents = 0
+    for spec, stream in zip(specs, streams, strict=True):
+        if len(ids) >= wanted:
+            break
+        sha256 = hashlib.sha256()
+        for index, document in enumerate(_while_needed(stream, ids, wanted)):
+            if num_documents:
+                ids.append(_end_of_text(tokenizer, document))
+            num_documents += 1
+            sha256.update((BETWEEN_TEXTS if index else b"") + _content(document))
+            ids.extend(_tokenised(text_of(document, tokenizer), tokenizer))
+        source.append({"data": spec, "sha256": sha256.hexdigest()})
+    return ids, tuple(source)
+
+
+def _while_needed(stream: Iterator[Document], ids: "array[int]", wanted: int) -> Iterator[Document]:
+    """Yield documents as long as there are fewer ids than wanted."""
+    while len(ids) < wanted and (document := next(stream, None)) is not None:
+        yield document
+
+
+def _tokenised(text: str, tokenizer: "PreTrainedTokenizerBase") -> list[int]:
+    """Return the ids of a whole text. A prefix would do for few rows, but none is known to have the same tokens."""
+    quiet = {"verbose": False}  # about more tokens than the model can see at once
+    parts = {"return_attention_mask": False, "return_token_type_ids": False}
+    ids: list[int] = tokenizer(text, add_special_tokens=False, **quiet, **parts)["input_ids"]
+    return ids
+
+
+def _end_of_text(tokenizer: "PreTrainedTokenizerBase", document: Document) -> int:
+    if tokenizer.eos_token_id is None:
+        raise DataError(
+            f"{document.where} is a second document, and the tokenizer has no end-of-text token to put before it",
+            hint="Put all text into one .txt, or set eos_token in tokenizer_config.json.",
+        )
+    return int(tokenizer.eos_token_id)
+
+
+def _content(document: Document) -> bytes:
+    """Return what is hashed of a document."""
+    return (json.dumps(document.messages, sort_keys=True) if document.messages else "\n".join(document.parts)).encode()
