@@ -5,10 +5,10 @@ GPT-NeoX stores, head by head, its query, key and value: "(kv_heads (group q_dim
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
-from itertools import product
+from itertools import accumulate, product
 from math import prod
 from typing import Protocol
 
@@ -114,6 +114,35 @@ def _multiply(parts: list[Places], lengths: list[int]) -> Places:
         index.append(flat)
         scale.append(factor)
     return Places(tuple(index), tuple(scale))
+
+
+Keep = Callable[[str, int, Mapping[str, int]], bool]  # axis, position on it, positions on the axes around it
+
+
+def survivors(
+    dim: Dim, sizes: Mapping[str, int], keep: Keep, outer: Mapping[str, int] | None = None
+) -> tuple[int, ...]:
+    """Return the positions of `dim`, ascending, of which `keep` keeps every coordinate.
+
+    `keep` is asked of an axis's position together with those on the axes that come before it in a product, so that
+    what is kept of "group" may differ from one of "kv_heads" to the next.
+    """
+    around = outer or {}
+    match dim:
+        case Axis(name):
+            positions = range(dim.size(sizes))
+            return tuple(positions if name.isdigit() else (i for i in positions if keep(name, i, around)))
+        case Sum(blocks):
+            ends = accumulate((block.size(sizes) for block in blocks), initial=0)
+            parts = (survivors(block, sizes, keep, around) for block in blocks)
+            return tuple(start + i for start, part in zip(ends, parts, strict=False) for i in part)
+        case Product(factors):
+            first, rest = factors[0], factors[1] if len(factors) == 2 else Product(factors[1:])
+            found, length = list[int](), rest.size(sizes)
+            for i in survivors(first, sizes, keep, around):
+                inner = {**around, first.name: i} if isinstance(first, Axis) else around
+                found += [i * length + j for j in survivors(rest, sizes, keep, inner)]
+            return tuple(found)
 
 
 @cache

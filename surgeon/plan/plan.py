@@ -22,7 +22,8 @@ class Plan:
 
     `layer_map[i]` is the source layer of result layer i, None for a new one. `steps` is what was asked, one
     {verb: options} after the other; `notes` is what a user should hear of it. `axes` holds, for each axis that was
-    widened, the source position of each position of the result, -1 for a new one.
+    widened or cut, the source position of each position of the result, -1 for a new one. An axis of which each layer
+    keeps other positions is not in it; what a later step says of such an axis counts from that step.
     """
 
     config: Mapping[str, Any]

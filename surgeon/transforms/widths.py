@@ -15,7 +15,7 @@ from surgeon.transforms.axis_maps import AxisMap, append, isometric_pad, rotary_
 
 METHODS = ("auto", "clone", "pad", "zero-pad", "uneven", "advanced")
 # Rope types whose frequencies in a head n times as wide contain the old ones, pair i at n * i.
-_EXTENSIBLE_ROPE = frozenset({"default", "linear", "llama3"})
+EXTENSIBLE_ROPE = frozenset({"default", "linear", "llama3"})
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ def plan_widths(
     if method not in METHODS:
         raise PlanError(f"unknown width method {method!r}", hint=f"One of: {', '.join(METHODS)}.")
     old = anatomy.sizes
-    _check_shape(anatomy, hidden=hidden, heads=heads, kv_heads=kv_heads, head_dim=head_dim)
+    check_shape(anatomy, hidden=hidden, heads=heads, kv_heads=kv_heads, head_dim=head_dim)
     maps: dict[str, AxisMap] = {}
     if ffn != old["ffn"] and not any(
         "ffn" in axes_of(dim) for name in anatomy.spec.tensors for dim in anatomy.row(name)[0].axes
@@ -90,7 +90,7 @@ def plan_widths(
     return Widths(
         maps=maps,
         sizes=sizes,
-        config=_config(anatomy, sizes),
+        config=sizes_in_config(anatomy, sizes),
         splits_groups=splits,
         query_gain=query_gain,
         notes=notes,
@@ -98,8 +98,10 @@ def plan_widths(
     )
 
 
-def _check_shape(anatomy: Anatomy, *, hidden: int, heads: int, kv_heads: int, head_dim: int) -> None:
-    family = anatomy.require_family()
+def check_shape(anatomy: Anatomy, *, hidden: int, heads: int, kv_heads: int, head_dim: int) -> None:
+    """Raises PlanError, with sizes that fit, where the family's code cannot express a model of these."""
+    family, old = anatomy.require_family(), anatomy.sizes
+    shrinks = hidden < old["hidden"] or heads < old["heads"] or head_dim < old["head_dim"]
     if "kv_heads" not in family.sizes and kv_heads != heads:
         raise PlanError(
             f"every head of {anatomy.model_type} has its own keys and values: {heads} heads cannot share {kv_heads}",
@@ -111,15 +113,18 @@ def _check_shape(anatomy: Anatomy, *, hidden: int, heads: int, kv_heads: int, he
             hint=f"Attention heads must be a multiple of key-value heads: {-(-heads // kv_heads) * kv_heads}.",
         )
     if "head_dim" not in family.sizes and hidden != heads * head_dim:
-        legal = f"--hidden-size {heads * head_dim}" if hidden == anatomy.sizes["hidden"] else f"{head_dim} a head"
+        count = max(1, hidden // head_dim) if shrinks and hidden != old["hidden"] else heads
+        fitting = f"--hidden-size {count * head_dim} with {count} heads"
+        legal = fitting if shrinks or hidden == old["hidden"] else f"{head_dim} a head"
         raise PlanError(
             f"{anatomy.model_type} derives a head's size from hidden / heads: {hidden} is not {heads} x {head_dim}",
             hint=f"Sizes that fit: hidden = heads x head size, such as {legal}.",
         )
     if family.hidden_divisible and hidden % heads:
+        near = max(1, hidden // heads if shrinks else -(-hidden // heads)) * heads
         raise PlanError(
             f"{anatomy.model_type} wants a hidden size that its heads divide: {hidden} is no multiple of {heads}",
-            hint=f"Near: --hidden-size {-(-hidden // heads) * heads}.",
+            hint=f"Near: --hidden-size {near}.",
         )
 
 
@@ -181,12 +186,12 @@ def _add_head_dim(maps: dict[str, AxisMap], anatomy: Anatomy, new: int) -> tuple
                 f"a rotary head of {old} dims cannot grow to {new}: other multiples have other frequencies",
                 hint=f"Use --head-dim {2 * old}.",
             )
-        if wrong := sorted(_rope_types(config) - _EXTENSIBLE_ROPE):
+        if wrong := sorted(rope_types(config) - EXTENSIBLE_ROPE):
             raise PlanError(
                 f"rope type {wrong[0]!r} derives its frequencies from the whole head, so a wider one changes them",
                 hint="Grow the number of heads instead.",
             )
-        times, share = new // old, _rotary_share(config)
+        times, share = new // old, rotary_share(config)
         turning = int(old * share)
         if int(new * share) != times * turning:
             raise PlanError(
@@ -265,22 +270,19 @@ def _has_final_norm(anatomy: Anatomy) -> bool:
     return any(anatomy.row(name)[0].kind == "gain" for name in outside)
 
 
-def _config(anatomy: Anatomy, sizes: Mapping[str, int]) -> dict[str, Any]:
+def sizes_in_config(anatomy: Anatomy, sizes: Mapping[str, int]) -> dict[str, Any]:
     """Return the config keys that hold the new sizes; a size that the code would derive otherwise is written out."""
-    family, config = anatomy.require_family(), anatomy.spec.config
+    config = anatomy.spec.config
     changes: dict[str, Any] = {}
-    for axis, keys in family.sizes.items():
-        if axis not in sizes or not sizes[axis]:
+    for axis, keys in anatomy.require_family().sizes.items():
+        if not sizes.get(axis):
             continue
-        key = next((key for key in keys if config.get(key) is not None), None)
-        if key is not None and sizes[axis] != config[key]:
-            changes[key] = sizes[axis]
-        elif key is None:
-            changes[keys[0]] = sizes[axis]
+        said = [key for key in keys if config.get(key) is not None] or keys[:1]
+        changes |= {key: sizes[axis] for key in said if config.get(key) != sizes[axis]}
     return changes
 
 
-def _rope_types(config: Mapping[str, Any]) -> set[str]:
+def rope_types(config: Mapping[str, Any]) -> set[str]:
     """Return the rope types in a config, old or new, one for each kind of layer."""
     found = [config.get("rope_parameters"), config.get("rope_scaling")]
     found += [value for group in found if isinstance(group, Mapping) for value in group.values()]
@@ -288,7 +290,7 @@ def _rope_types(config: Mapping[str, Any]) -> set[str]:
     return {str(group[key]) for group in groups for key in ("rope_type", "type") if group.get(key)}
 
 
-def _rotary_share(config: Mapping[str, Any]) -> float:
+def rotary_share(config: Mapping[str, Any]) -> float:
     """Return the share of a head's dims that turn."""
     rope = config.get("rope_parameters")
     for group, key in ((rope, "partial_rotary_factor"), (config, "partial_rotary_factor"), (config, "rotary_pct")):

@@ -1,0 +1,297 @@
+"""Make a model narrower: what is kept of each axis is gathered out of every tensor that has the axis.
+
+Kept weights stay what they are, bit for bit; only the count of what a norm averages over is made good. A norm divides
+by the root of a mean square, so where it sees fewer positions its gain is multiplied by sqrt(old / new), and for fewer
+channels the config's epsilon by old / new. The cut is then exact where the removed positions held zero; for layer norms,
+which subtract a mean, where they held the mean and had no shift. And where the removed were like the kept, what the
+next map sums up keeps its variance.
+
+One epsilon serves all norms of a model: those over heads see another one when channels go, and the same when heads do,
+which changes the last digits, or more where queries are as small as its root.
+"""
+
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from itertools import pairwise
+from typing import Any
+
+from surgeon.anatomy.anatomy import Anatomy
+from surgeon.anatomy.axes import Dim, Keep, axes_of, survivors
+from surgeon.anatomy.families import Row
+from surgeon.errors import PlanError
+from surgeon.plan.expressions import Affine, Expr, Gather, Read
+from surgeon.plan.plan import Plan
+from surgeon.transforms.experts import UNEVEN
+from surgeon.transforms.uniform import check_head_dim
+from surgeon.transforms.widths import check_shape, sizes_in_config
+
+NORMS = "approximate: norms over fewer positions are scaled as if the removed had held {}"
+HEAD_DIM = "approximate: attention logits are divided by the root of the head's size, which is smaller now"
+SHARES = "approximate: the weights of a token's experts are shares among all experts, which are fewer now"
+
+EPSILON_KEYS = ("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon")
+HEAD_DIMS = ("q_dim", "k_dim", "v_dim")
+PER_TOKEN_KEYS = ("num_experts_per_tok", "experts_per_token")  # the config keys that say how many experts a token takes
+WORDS = {"ffn": "MLP neurons", "kv_heads": "key-value heads", "group": "heads", "experts": "experts"}
+_EXPERT = re.compile(r"(?<=\.experts\.)\d+(?=\.)")
+
+Positions = tuple[int, ...]
+# From a layer (None: outside of all) and a dimension to the positions that are left of it, and a factor for each: 1.
+_Cut = Callable[[int | None, Dim], tuple[Positions, tuple[float, ...]]]
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What survives of each axis, in the source's numbering, ascending. An axis that is None stays whole.
+
+    Where experts have the MLP's own size, `ffn` says which neurons all experts of a layer keep. `heads` lists, for each
+    key-value head that survives, which of the query heads that share it (0 to group - 1) stay. All layers keep as
+    many; `hidden` and `head_dim` are the same everywhere.
+    """
+
+    hidden: Positions | None = None
+    ffn: Mapping[int, Positions] | None = None
+    heads: Mapping[int, tuple[Positions, ...]] | None = None
+    kv_heads: Mapping[int, Positions] | None = None
+    experts: Mapping[int, Positions] | None = None
+    head_dim: Positions | None = None
+
+
+def narrow(anatomy: Anatomy, kept: Kept) -> Plan:
+    """Return the plan of the model that has only what is `kept`.
+
+    Raises PlanError where `kept` does not fit this model, or the family's code cannot express the result.
+    """
+    anatomy.require_family()
+    _check(anatomy, kept)
+    sizes = _sizes(anatomy, kept)
+    check_shape(anatomy, **{axis: sizes[axis] for axis in ("hidden", "heads", "kv_heads", "head_dim")})
+    _check_projections(anatomy, sizes)
+    cut = _cuts(anatomy, kept)
+    tensors: dict[str, Expr] = {}
+    for name in anatomy.spec.tensors:
+        made = _renamed(anatomy, kept, name)
+        if made is not None:
+            tensors[made] = _narrowed(anatomy, name, sizes, cut)
+    shown = ("hidden", "ffn", "heads", "kv_heads", "head_dim", "experts")
+    return Plan(
+        config={**anatomy.spec.config, **sizes_in_config(anatomy, sizes), **_epsilon(anatomy, sizes)},
+        tensors=tensors,
+        layer_map=tuple(range(anatomy.depth)),
+        steps=({"narrow": {axis: sizes[axis] for axis in shown if sizes.get(axis) != anatomy.sizes.get(axis)}},),
+        notes=_notes(anatomy, sizes),
+        axes=_everywhere(anatomy, kept),  # what layers choose for themselves has no one map
+    )
+
+
+def _epsilon(anatomy: Anatomy, sizes: Mapping[str, int]) -> dict[str, float]:
+    """Return the config's epsilon for norms over fewer channels, whose mean square is old / new of what it was."""
+    ratio, config = anatomy.sizes["hidden"] / sizes["hidden"], anatomy.spec.config
+    return {key: config[key] * ratio for key in EPSILON_KEYS if isinstance(config.get(key), float) and ratio != 1}
+
+
+def layers_with(anatomy: Anatomy, axis: str) -> frozenset[int]:
+    """Return the layers that have an axis: where some have experts, only the others have "ffn"."""
+    places = ((anatomy.stacks[0].locate(name), anatomy.row(name)[0]) for name in anatomy.spec.tensors)
+    return frozenset(place[0] for place, row in places if place and any(axis in axes_of(dim) for dim in row.axes))
+
+
+def _sizes(anatomy: Anatomy, kept: Kept) -> dict[str, int]:
+    """Return the size of every axis of the result."""
+    sizes = dict(anatomy.sizes)
+    for axis, chosen in _by_layer(kept).items():
+        first = next(iter(chosen.values()))
+        sizes[axis] = len(first[0]) if axis == "group" else len(first)
+    sizes["heads"] = sizes["kv_heads"] * sizes["group"]
+    sizes |= {axis: len(found) for axis, found in _everywhere(anatomy, kept).items()}
+    return sizes | {"head_dim": sizes["q_dim"]}
+
+
+def _everywhere(anatomy: Anatomy, kept: Kept) -> dict[str, Positions]:
+    """Return what is kept of the axes that are the same in all layers."""
+    found = dict.fromkeys(HEAD_DIMS, kept.head_dim) | {"hidden": kept.hidden}
+    if anatomy.sizes.get("embed") == anatomy.sizes["hidden"]:
+        found["embed"] = kept.hidden
+    return {axis: positions for axis, positions in found.items() if positions is not None}
+
+
+def _by_layer(kept: Kept) -> dict[str, Mapping[int, Any]]:
+    """Return what is kept of the axes whose layers choose for themselves; of "group" for each key-value head."""
+    chosen = {"ffn": kept.ffn, "kv_heads": kept.kv_heads, "group": kept.heads, "experts": kept.experts}
+    return {axis: found for axis, found in chosen.items() if found is not None}
+
+
+# --- tensors ----------------------------------------------------------------------------------------------------
+
+
+def _renamed(anatomy: Anatomy, kept: Kept, name: str) -> str | None:
+    """Return what a tensor is called in the result: experts are renumbered. None for one of a dropped expert."""
+    place, expert = anatomy.stacks[0].locate(name), _EXPERT.search(name)
+    if kept.experts is None or place is None or expert is None:
+        return name
+    left = kept.experts[place[0]]
+    if int(expert.group()) not in left:
+        return None
+    return _EXPERT.sub(str(left.index(int(expert.group()))), name)
+
+
+def _cuts(anatomy: Anatomy, kept: Kept) -> _Cut:
+    """Return what tells what is left of a dimension; each is found once."""
+    chosen, everywhere, sizes = _by_layer(kept), _everywhere(anatomy, kept), anatomy.sizes
+
+    def keep_in(layer: int | None) -> Keep:
+        here = {axis: found[layer] for axis, found in chosen.items() if layer is not None and layer in found}
+        groups = here.get("kv_heads", range(sizes["kv_heads"]))
+        heads = {group: frozenset(found) for group, found in zip(groups, here.pop("group", ()), strict=False)}
+        sets = {axis: frozenset(found) for axis, found in (everywhere | here).items()}
+
+        def keep(axis: str, position: int, outer: Mapping[str, int]) -> bool:
+            if axis == "group" and heads:
+                return position in heads[outer["kv_heads"]]
+            return axis not in sets or position in sets[axis]
+
+        return keep
+
+    @cache
+    def cut(layer: int | None, dim: Dim) -> tuple[Positions, tuple[float, ...]]:
+        index = survivors(dim, sizes, keep_in(layer))
+        return index, (1.0,) * len(index)
+
+    return lambda layer, dim: cut(layer if axes_of(dim) & chosen.keys() else None, dim)
+
+
+def _narrowed(anatomy: Anatomy, name: str, sizes: Mapping[str, int], cut: _Cut) -> Expr:
+    """Return tensor `name` with what is left of each of its dimensions."""
+    row, part = anatomy.row(name)
+    expr: Expr = Read(name)
+    if part == "buffer":
+        return expr
+    place = anatomy.stacks[0].locate(name)
+    for dim, axes in enumerate(row.axes):
+        if axes.size(sizes) < axes.size(anatomy.sizes):
+            expr = Gather(expr, dim, *cut(place[0] if place else None, axes))
+    factor = _factor(anatomy, row, sizes, is_final=place is None)
+    if factor == 1.0:
+        return expr
+    # Where the code adds 1 to a stored gain, the sum is what has to grow.
+    offset = 1.0 - anatomy.require_family().init_gain if row.kind == "gain" else 0.0
+    return Affine(expr, factor, (factor - 1.0) * offset)
+
+
+def _factor(anatomy: Anatomy, row: Row, sizes: Mapping[str, int], *, is_final: bool) -> float:
+    """Return what a tensor is multiplied with beside the cut.
+
+    Where the code multiplies embeddings by sqrt(hidden), they make good that hidden is less; a head that is tied to
+    them must not notice, which the final norm sees to.
+    """
+    old = anatomy.sizes
+    scaled = math.sqrt(old["hidden"] / sizes["hidden"]) if anatomy.require_family().scales_embedding else 1.0
+    if row.kind == "embedding":
+        return scaled
+    if row.kind not in ("gain", "shift"):
+        return 1.0
+    factor = math.sqrt(row.axes[-1].size(old) / row.axes[-1].size(sizes)) if row.kind == "gain" else 1.0
+    tied = is_final and not any(anatomy.row(name)[0].kind == "head" for name in anatomy.spec.tensors)
+    return factor / scaled if tied else factor
+
+
+def _notes(anatomy: Anatomy, sizes: Mapping[str, int]) -> tuple[str, ...]:
+    """Return what to say of a cut beyond that what is gone is missed."""
+    family, config, old = anatomy.require_family(), anatomy.spec.config, anatomy.sizes
+    rows = {name: anatomy.row(name)[0] for name in anatomy.spec.tensors}
+    notes = []
+    if any(row.kind == "gain" and row.axes[-1].size(sizes) < row.axes[-1].size(old) for row in rows.values()):
+        notes.append(NORMS.format("the mean" if family.norm_kind == "layer" else "zero"))
+    divided = not family.fixed_query_scale and config.get("scale_attn_weights") is not False
+    if divided and sizes["head_dim"] < old["head_dim"]:
+        notes.append(HEAD_DIM)
+    if sizes.get("experts") != old.get("experts") and config.get("norm_topk_prob") is False:
+        notes.append(SHARES)
+    inside = {axis for name, row in rows.items() if ".experts." in name for dim in row.axes for axis in axes_of(dim)}
+    uneven = [sizes[axis] for axis in sorted(inside - {"experts"}) if sizes[axis] < old[axis] and sizes[axis] % 8]
+    return (*notes, UNEVEN.format(uneven[0])) if uneven else tuple(notes)
+
+
+# --- refusals ---------------------------------------------------------------------------------------------------
+
+
+def _check(anatomy: Anatomy, kept: Kept) -> None:
+    """Raises PlanError unless `kept` says of every layer with an axis what stays of it, and of all as much."""
+    sizes = anatomy.sizes
+    if kept.hidden is not None:
+        _check_positions("channels of the hidden state", kept.hidden, sizes["hidden"])
+    if kept.head_dim is not None:
+        _check_positions("dims of a head", kept.head_dim, sizes["head_dim"])
+        check_head_dim(anatomy, kept.head_dim)
+    for axis, chosen in _by_layer(kept).items():
+        _check_layers(anatomy, axis, chosen)
+        sets = {f"layer {layer}": found for layer, found in chosen.items()}
+        if axis == "group":
+            for layer, found in chosen.items():
+                groups = sizes["kv_heads"] if kept.kv_heads is None else len(kept.kv_heads[layer])
+                if len(found) != groups:
+                    raise PlanError(
+                        f"layer {layer} keeps {groups} key-value heads, but lists heads for {len(found)}",
+                        hint="One list of heads for each key-value head that is kept.",
+                    )
+            sets = {f"layer {layer}, group {k}": found[k] for layer, found in chosen.items() for k in range(len(found))}
+        for place, found in sets.items():
+            _check_positions(f"{WORDS[axis]} of {place}", found, sizes[axis])
+        counts = sorted({len(found) for found in sets.values()})
+        if len(counts) > 1:
+            raise PlanError(
+                f"some layers would keep {counts[0]} {WORDS[axis]}, others {counts[-1]}",
+                hint="The config has one number for all: keep as many everywhere.",
+            )
+    if kept.experts is not None:
+        _check_per_token(anatomy, len(next(iter(kept.experts.values()))))
+
+
+def _check_positions(what: str, found: Sequence[int], size: int) -> None:
+    if not found:
+        raise PlanError(f"no {what} would be left", hint="Keep at least one.")
+    if wrong := [i for i in found if not 0 <= i < size]:
+        raise PlanError(f"{what}: {wrong[0]} does not exist", hint=f"There are {size}: 0 to {size - 1}.")
+    if any(j <= i for i, j in pairwise(found)):
+        raise PlanError(f"{what} are not in ascending order", hint="List each once, the lowest first.")
+
+
+def _check_layers(anatomy: Anatomy, axis: str, chosen: Mapping[int, object]) -> None:
+    """Raises PlanError unless `chosen` has an entry for each of the layers that have an axis, and for no other."""
+    having = layers_with(anatomy, axis)
+    if not having:
+        hint = "The size of experts cannot be cut; keep fewer of them." if axis == "ffn" else "Cut another axis."
+        raise PlanError(f"no layer of this {anatomy.model_type} has {WORDS[axis]} to choose from", hint=hint)
+    if odd := sorted(chosen.keys() ^ having):
+        what = "is not listed" if odd[0] in having else f"has no {WORDS[axis]}, or does not exist"
+        raise PlanError(
+            f"{WORDS[axis]} to keep: layer {odd[0]} {what}", hint=f"Layers that have them: {sorted(having)}."
+        )
+
+
+def _check_per_token(anatomy: Anatomy, left: int) -> None:
+    """Raises PlanError where a token takes more experts than are left."""
+    config = anatomy.spec.config
+    per_token = [config[key] for key in PER_TOKEN_KEYS if type(config.get(key)) is int]
+    if not per_token:
+        raise PlanError(
+            "config.json does not say how many experts a token takes", hint=f"Write it as {PER_TOKEN_KEYS[0]}."
+        )
+    if max(per_token) > left:
+        raise PlanError(
+            f"a token takes {max(per_token)} experts, and {left} would be left", hint=f"Keep {max(per_token)} or more."
+        )
+
+
+def _check_projections(anatomy: Anatomy, sizes: Mapping[str, int]) -> None:
+    """Raises PlanError where two sizes become equal that must differ for a tensor to exist."""
+    for name in anatomy.spec.tensors:
+        left, differs, right = (anatomy.row(name)[0].when or "").partition(" != ")
+        if differs and sizes[left] == sizes[right]:
+            raise PlanError(
+                f"with {left} and {right} both {sizes[left]}, {anatomy.model_type} has no {name!r}",
+                hint=f"Keep more or fewer of {right} than {sizes[left]}.",
+            )
