@@ -47,6 +47,7 @@ WEIGHT_SUFFIXES = frozenset(
 WEIGHT_INDEXES = (".safetensors.index.json", ".bin.index.json", ".h5.index.json", ".msgpack.index.json")
 CARD = "README.md"
 RECEIPT = "surgeon.json"
+SCORES = "scores.json"  # what a cut was decided by; it says nothing of a model that was made from the result
 MISMATCH_HINT = "The files do not belong together; fetch the whole checkpoint again."
 
 
@@ -250,7 +251,7 @@ def is_companion(relative: str) -> bool:
         return False
     if len(path.parts) > 1 and re.fullmatch(r"runs|checkpoint-\d+", path.parts[0]):
         return False
-    if relative in (CONFIG, RECEIPT) or relative.endswith(WEIGHT_INDEXES):
+    if relative in (CONFIG, RECEIPT, SCORES) or relative.endswith(WEIGHT_INDEXES):
         return False
     return path.suffix.lower() not in WEIGHT_SUFFIXES
 

@@ -1,0 +1,65 @@
+"""Where to compute, and in which precision."""
+
+import os
+from typing import TYPE_CHECKING
+
+from surgeon.checkpoint.source import Source
+from surgeon.errors import MeasureError
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+DEVICES = ("auto", "cpu", "cuda", "mps")
+
+
+def resolve_device(device: str) -> str:
+    """Return the device that `device` names; "auto" is CUDA, then MPS, then the CPU.
+
+    Raises MeasureError for one that is not here.
+    """
+    import torch
+
+    cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
+    if device == "auto":
+        return "cuda" if cuda else "mps" if mps else "cpu"
+    kind, _, number = device.partition(":")
+    if kind not in DEVICES or (number and not number.isdigit()):
+        raise MeasureError(f"unknown device {device!r}", hint=f"One of: {', '.join(DEVICES)}, cuda:1.")
+    here = {"cpu": True, "cuda": cuda and int(number or 0) < torch.cuda.device_count(), "mps": mps}
+    if not here[kind]:
+        raise MeasureError(f"there is no device {device!r} here", hint="Use --device auto, or cpu.")
+    return device
+
+
+def compute_dtype(source: Source, device: str) -> "torch.dtype":
+    """Return the dtype to compute in: float32, but on a GPU the 16 bits in which the weights are stored."""
+    import torch
+
+    stored = {item.spec.dtype for item in source.tensors.values()}
+    if device.startswith("cuda") and stored <= {"BF16", "F16"}:
+        return torch.bfloat16 if "BF16" in stored else torch.float16
+    return torch.float32
+
+
+def wide(numbers: "Tensor") -> "Tensor":
+    """Return numbers in float64: where they are, or on the CPU when their device has none (MPS)."""
+    return (numbers.cpu() if numbers.device.type == "mps" else numbers).double()
+
+
+def available_memory(device: str) -> int:
+    """Return how many bytes are free on a device; on the CPU what the system and this process's limits leave."""
+    import torch
+
+    if device.startswith("cuda"):
+        return int(torch.cuda.mem_get_info(device)[0])
+    import psutil
+
+    free = int(psutil.virtual_memory().available)
+    if os.name == "posix":
+        import resource
+
+        limits = [resource.getrlimit(kind)[0] for kind in (resource.RLIMIT_AS, resource.RLIMIT_DATA)]
+        used = psutil.Process().memory_info().vms
+        free = min([free, *(max(0, limit - used) for limit in limits if limit != resource.RLIM_INFINITY)])
+    return free

@@ -1,0 +1,119 @@
+"""The magnitude of weights: of whole layers, and of each neuron, head, channel and expert.
+
+Source: the Mag score of Kim et al. 2024 (Shortened LLaMA, arXiv:2402.02834), Σ |w|. It reads no text.
+"""
+
+from collections.abc import Iterator, Mapping
+
+import torch  # noqa: TID253
+from torch import Tensor  # noqa: TID253
+
+from surgeon.anatomy.anatomy import Anatomy, read_anatomy
+from surgeon.anatomy.axes import Dim, Places, axes_of, places
+from surgeon.checkpoint.source import Source, spec_of
+from surgeon.errors import MeasureError
+from surgeon.plan.arithmetic import TORCH_DTYPES, read
+from surgeon.plan.execute import ranges_by_file
+
+
+def layer_magnitudes(source: Source) -> list[float]:
+    """Return the sum of the absolute values of each layer's weights; of an encoder-decoder, of layer i in both stacks.
+
+    Raises MeasureError for a quantized checkpoint, whose numbers are none until they are scaled.
+    """
+    anatomy = read_anatomy(spec_of(source))
+    sums = [0.0] * anatomy.depth
+    for name, tensor in _tensors(source):
+        if anatomy.family and anatomy.row(name)[1] == "buffer":  # old GPT-2 files carry their causal masks
+            continue
+        place = next(filter(None, (stack.locate(name) for stack in anatomy.stacks)), None)
+        if place and place[0] < anatomy.depth:  # stacks of two depths are cut by no list of layers
+            sums[place[0]] += float(tensor.abs().sum(dtype=torch.float64))
+    return sums
+
+
+def width_magnitudes(source: Source) -> dict[str, Tensor]:
+    """Return Σ |w| over all weights that belong to a position of an axis.
+
+    "hidden" has shape (D,), of the whole model; "ffn" (L, F), "heads" (L, kv_heads, group), "kv_heads" (L, kv_heads)
+    and "experts" (L, E) are of each layer, zero where a layer has none of the axis.
+
+    Raises PlanError when the model type has no table.
+    """
+    anatomy = read_anatomy(spec_of(source))
+    anatomy.require_family()
+    sizes = anatomy.sizes
+    shapes = {"ffn": (anatomy.depth, sizes["ffn"]), "hidden": (1, sizes["hidden"])}
+    shapes["heads"] = (anatomy.depth, sizes["kv_heads"] * sizes["group"])
+    shapes["kv_heads"] = (anatomy.depth, sizes["kv_heads"])
+    if "experts" in sizes:
+        shapes["experts"] = (anatomy.depth, sizes["experts"])
+    sums = {axis: torch.zeros(shape, dtype=torch.float64) for axis, shape in shapes.items()}
+    for name, tensor in _tensors(source):
+        _add(sums, anatomy, name, tensor)
+    found = {axis: total for axis, total in sums.items() if bool(total.any())}
+    found["hidden"] = found["hidden"][0]
+    found["heads"] = found["heads"].view(anatomy.depth, sizes["kv_heads"], sizes["group"])
+    return found
+
+
+def _add(sums: Mapping[str, Tensor], anatomy: Anatomy, name: str, tensor: Tensor) -> None:
+    row, part = anatomy.row(name)
+    place = anatomy.stacks[0].locate(name)
+    if part == "buffer":
+        return
+    expert = _expert_number(name) if "experts" in sums else None
+    for number, dim in enumerate(row.axes):
+        others = [other for other in range(tensor.ndim) if other != number]
+        weights = tensor.abs().sum(others, dtype=torch.float64) if others else tensor.abs().double()
+        for axis, total in sums.items():
+            if axis != "hidden" and place is None:
+                continue
+            labels = _labels(dim, anatomy.sizes, axis)
+            if labels is not None:
+                known = labels >= 0
+                total[0 if axis == "hidden" or place is None else place[0]].index_add_(0, labels[known], weights[known])
+    if expert is not None and place is not None:
+        sums["experts"][place[0], expert] += tensor.abs().sum(dtype=torch.float64)
+
+
+def _labels(dim: Dim, sizes: Mapping[str, int], axis: str) -> Tensor | None:
+    """Return which position of `axis` each position of a dimension belongs to, -1 for none; None without the axis."""
+    present = axes_of(dim)
+    if axis == "heads":
+        if "group" not in present:
+            return None
+        keys, members = _labels(dim, sizes, "kv_heads"), _labels(dim, sizes, "group")
+        assert keys is not None
+        assert members is not None
+        return torch.where(members < 0, -1, keys * sizes["group"] + members)
+    if axis not in present:
+        return None
+
+    wanted, size = axis, sizes[axis]
+
+    def mark(axis: str, block: frozenset[str]) -> Places | None:
+        if axis != wanted:
+            return None
+        return Places(tuple(range(size)), tuple(float(i + 2) for i in range(size)))
+
+    return torch.tensor([int(scale) - 2 if scale > 1 else -1 for scale in places(dim, sizes, mark).scale])
+
+
+def _expert_number(name: str) -> int | None:
+    words = name.split(".")
+    after = next((words[i + 1] for i, word in enumerate(words[:-1]) if word == "experts"), "")
+    return int(after) if after.isdigit() else None
+
+
+def _tensors(source: Source) -> Iterator[tuple[str, Tensor]]:
+    """Yield the floating tensors of a source, one at a time, in the order of its files."""
+    if source.config.get("quantization_config") is not None:
+        raise MeasureError(
+            f"{source.label} is quantized; scores are taken from weights as they were trained",
+            hint="Score the unquantized checkpoint, then cut this one: --scores-from scores.json.",
+        )
+    stored = {name: item for name, item in source.tensors.items() if item.spec.dtype in TORCH_DTYPES}
+    paths = {file: source.fetch(file, spans) for file, spans in ranges_by_file(stored, stored).items()}
+    for name, item in sorted(stored.items(), key=lambda pair: (pair[1].file, pair[1].start)):
+        yield name, read(item, paths[item.file])

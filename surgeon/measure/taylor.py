@@ -1,0 +1,69 @@
+"""The Taylor estimate of what a layer's removal costs: Σ |w · g| over its weights.
+
+Source: Kim et al. 2024 (Shortened LLaMA, arXiv:2402.02834): the first order of the change of the loss when weights
+become zero, with gradients summed over the calibration text before the absolute value is taken.
+"""
+
+import torch  # noqa: TID253
+from torch import Tensor  # noqa: TID253
+
+from surgeon.measure.device import wide
+from surgeon.measure.removal import Progress, targets_of
+from surgeon.measure.streaming import HEAD_TOKENS, Batch, StreamedModel
+
+
+def taylor(model: StreamedModel, tokens: Tensor, *, progress: Progress | None = None) -> list[float]:
+    """Return Σ |w · ∂loss/∂w| of each layer, over all its weights; the loss is the mean over the next tokens.
+
+    Runs forward and then backward through the layers, each of which is read twice. In memory are the states before
+    every layer, one layer and its gradients.
+    """
+    batches = model.embed(tokens)
+    inputs: list[list[Tensor]] = [[batch.hidden for batch in batches]]
+    with torch.no_grad():
+        for index in range(model.depth):
+            with model.layer(index) as apply:
+                inputs.append([apply(batch, state) for batch, state in zip(batches, inputs[-1], strict=True)])
+                if progress:
+                    progress(tokens.numel())
+    gradients = _gradients_of_loss(model, batches, inputs.pop())
+    scores = [0.0] * model.depth
+    for index in reversed(range(model.depth)):
+        with model.layer(index) as apply:
+            parameters = [p for p in model.module(index).parameters() if p.is_floating_point()]
+            for parameter in parameters:
+                parameter.requires_grad_(True)
+            states = inputs.pop()
+            for number, batch in enumerate(batches):
+                state = states[number].detach().requires_grad_(True)
+                torch.autograd.backward(apply(batch, state), gradients[number])
+                assert state.grad is not None, "every layer passes its input on"
+                gradients[number] = state.grad
+            scores[index] = sum(
+                float(wide((p.detach() * p.grad).abs()).sum()) for p in parameters if p.grad is not None
+            )
+            for parameter in parameters:
+                parameter.grad = None
+                parameter.requires_grad_(False)
+            if progress:
+                progress(2 * tokens.numel())
+    return scores
+
+
+def _gradients_of_loss(model: StreamedModel, batches: list[Batch], states: list[Tensor]) -> list[Tensor]:
+    """Return the gradient of the mean loss with respect to the final states of each batch."""
+    count = sum(int(targets_of(batch)[1].sum()) for batch in batches)
+    gradients = []
+    with model.head() as head:
+        for batch, state in zip(batches, states, strict=True):
+            following, counted = targets_of(batch)
+            leaf = state.detach().requires_grad_(True)
+            flat, targets = leaf[:, :-1][counted], following[counted]
+            size = min(HEAD_TOKENS, batch.tokens.shape[1])
+            for at in range(0, len(flat), size):
+                logits = head(flat[at : at + size]).float()
+                loss = torch.nn.functional.cross_entropy(logits, targets[at : at + size], reduction="sum") / count
+                torch.autograd.backward(loss, retain_graph=at + size < len(flat))
+            assert leaf.grad is not None, "rows have at least two tokens"
+            gradients.append(leaf.grad)
+    return gradients
