@@ -13,8 +13,17 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from surgeon.conversion import convert
-    from surgeon.errors import CheckpointError, HubError, OutputError, PlanError, SurgeonError, VerificationError
+    from surgeon.errors import (
+        CheckpointError,
+        DataError,
+        HubError,
+        OutputError,
+        PlanError,
+        SurgeonError,
+        VerificationError,
+    )
     from surgeon.inspection import Inspection, inspect
+    from surgeon.pruning import Pruning, prune
     from surgeon.surgery import Summary, Surgery
     from surgeon.verbs import grow, open_model, truncate
     from surgeon.verification import Verification, verify
@@ -25,13 +34,17 @@ _HOMES = {
     "Inspection": "surgeon.inspection",
     "grow": "surgeon.verbs",
     "open_model": "surgeon.verbs",
+    "prune": "surgeon.pruning",
+    "Pruning": "surgeon.pruning",
     "Summary": "surgeon.surgery",
     "Surgery": "surgeon.surgery",
     "truncate": "surgeon.verbs",
     "Verification": "surgeon.verification",
     "verify": "surgeon.verification",
     "CheckpointError": "surgeon.errors",
+    "DataError": "surgeon.errors",
     "HubError": "surgeon.errors",
+    "MeasureError": "surgeon.errors",
     "OutputError": "surgeon.errors",
     "PlanError": "surgeon.errors",
     "SurgeonError": "surgeon.errors",
@@ -40,10 +53,13 @@ _HOMES = {
 
 __all__ = [
     "CheckpointError",
+    "DataError",
     "HubError",
     "Inspection",
+    "MeasureError",
     "OutputError",
     "PlanError",
+    "Pruning",
     "Summary",
     "SurgeonError",
     "Surgery",
@@ -53,6 +69,7 @@ __all__ = [
     "grow",
     "inspect",
     "open_model",
+    "prune",
     "truncate",
     "verify",
 ]

@@ -2,8 +2,8 @@
 
 import os
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +63,7 @@ class Summary:
     def to_text(self, *, done: bool = False, found: Sequence[tuple[str, str]] = ()) -> str:
         """Return the summary for people: before and after, where it is, and, when `done`, what to run next.
 
-        `found` are rows about the result itself: what a verification says.
+        `found` are rows about the result itself: what a verification says, or what decided it.
         """
         before, after = self.parameters
         lines = [
@@ -79,6 +79,7 @@ class Summary:
         lines += [("note", note) for note in self.notes]
         if not done:
             lines += [
+                *found,
                 ("peak memory", f"about {text.size(self.peak_memory)}"),
                 ("output", f"{self.output} (not written)"),
             ]
@@ -92,10 +93,11 @@ class Summary:
 
 @dataclass(frozen=True)
 class Surgery:
-    """A source and the plan for it. Nothing is read but headers until `save`."""
+    """A source and the plan for it. Nothing is read but headers until `save`, which writes `attachments` too."""
 
     source: Source
     plan: Plan
+    attachments: Mapping[str, bytes] = field(default_factory=dict, repr=False)  # file name: content
 
     @property
     def spec(self) -> CheckpointSpec:
@@ -113,7 +115,8 @@ class Surgery:
         label = Path(self.source.label)
         base = label.name or label.resolve().name or "model"
         verbs = [next(iter(step)) for step in self.plan.steps]
-        done = [f"{verb}-{len(self.plan.layer_map)}L" if verb in ("truncate", "grow") else verb for verb in verbs]
+        counted = ("truncate", "grow", "prune")
+        done = [f"{verb}-{len(self.plan.layer_map)}L" if verb in counted else verb for verb in verbs]
         return "-".join([base, *done])
 
     def summary(
@@ -168,7 +171,7 @@ class Surgery:
             )
             page = self._card(plan, summary, command=command, card=card)
             output.copy_files(stage, companions)
-            output.write_files(stage, {CARD: page.encode(), RECEIPT: receipt.to_bytes(record)})
+            output.write_files(stage, {CARD: page.encode(), RECEIPT: receipt.to_bytes(record), **self.attachments})
             output.write_files(stage, {CONFIG: receipt.to_bytes(plan.config)})  # last: now it is a checkpoint
         return replace(summary, seconds=time.perf_counter() - began)
 

@@ -11,6 +11,16 @@ import typer
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="A checkpoint directory, or a Hub id (gpt2-large).")]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hub model.")]
 Seed = Annotated[int, typer.Option(help="Everything random derives from it; same seed, same bytes.")]
+Data = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="DATA",
+        help="Text to measure on: .txt, .jsonl, .parquet or a Hub dataset. Default: the model writes one.",
+    ),
+]
+Samples = Annotated[int, typer.Option(metavar="N", help="How many rows of the text.")]
+SequenceLength = Annotated[int, typer.Option(metavar="T", help="Tokens of a row.")]
+Device = Annotated[str, typer.Option(help="What computes: auto (CUDA, then MPS, then the CPU), cpu, cuda, mps.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output and nothing else.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Full tracebacks.")]
 

@@ -1,7 +1,8 @@
-"""A progress bar over bytes, on a terminal, for what takes more than a second."""
+"""Progress bars over bytes and over tokens, on a terminal, for what takes more than a second."""
 
 import sys
 import time
+from collections.abc import Callable
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
@@ -46,3 +47,39 @@ class ByteProgress:
         progress.start()
         self._bar = (progress, progress.add_task("", total=self._total, completed=self._done))
         return self._bar
+
+
+def token_meter(*, quiet: bool) -> Callable[[str, int], Callable[[int], None] | None]:
+    """Return what begins a bar for each piece of work, counted in tokens times layers; None where nothing is shown."""
+
+    def begin(what: str, total: int) -> Callable[[int], None] | None:
+        if quiet or not sys.stderr.isatty():
+            return None
+        from rich.console import Console
+        from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TaskProgressColumn(),
+            TextColumn("{task.fields[rate]}"),
+            TimeRemainingColumn(),
+        )
+        bar = Progress(*columns, console=Console(stderr=True), transient=True)
+        task = bar.add_task(what, total=total, rate="")
+        began, done = time.monotonic(), 0
+
+        def count(number: int) -> None:
+            nonlocal done
+            done += number
+            seconds = time.monotonic() - began
+            if seconds < PATIENCE:
+                return
+            bar.start()
+            bar.update(task, completed=done, rate=f"{done / seconds:,.0f} tokens x layers / s")
+            if done >= total:
+                bar.stop()
+
+        return count
+
+    return begin

@@ -2,7 +2,10 @@
 
 import shlex
 import sys
+from pathlib import Path
+from typing import Any, Protocol
 
+from surgeon.checkpoint.output import check_target
 from surgeon.cli.display import emit, emit_json, log
 from surgeon.cli.options import Writing
 from surgeon.cli.progress import ByteProgress
@@ -11,14 +14,32 @@ from surgeon.surgery import Surgery
 VERIFIED_BELOW = 1_000_000_000  # parameters; a larger result is verified on request, for it takes a while
 
 
-def run(surgery: Surgery, options: Writing, *, verify: bool | None = False) -> None:
+class Report(Protocol):
+    """What a command says beside the summary: rows for people, and entries for JSON."""
+
+    def preview(self) -> tuple[list[tuple[str, str]], dict[str, Any]]:
+        """Return what is known before anything is written."""
+
+    def after(self, output: Path) -> tuple[list[tuple[str, str]], dict[str, Any]]:
+        """Return what is known once the result is there."""
+
+
+def check(surgery: Surgery, options: Writing) -> None:
+    """Raise what writing would raise before it begins: an output that exists, options that make no sense."""
+    surgery.summary(options.output, dtype=options.dtype, max_shard_size=options.max_shard_size)
+    target = options.output or Path(surgery.name)
+    check_target(target, overwrite=options.overwrite, source=surgery.source.origin)
+
+
+def run(surgery: Surgery, options: Writing, *, verify: bool | None = False, report: Report | None = None) -> None:
     """Carry a surgery out as the options say, and print what came of it.
 
     With `verify` the result is loaded and compared with its source before it is pushed; None: where it is small.
     """
     preview = surgery.summary(options.output, dtype=options.dtype, max_shard_size=options.max_shard_size)
+    rows, entries = report.preview() if report else ([], {})
     if options.dry_run:
-        emit_json(preview.to_dict()) if options.json else emit(preview.to_text())
+        emit_json(preview.to_dict() | entries) if options.json else emit(preview.to_text(found=rows))
         return
     for note in () if options.quiet else preview.notes[len(surgery.plan.notes) :]:
         log(f"note: {note}")  # what the dtype will cost is worth a Ctrl-C before it is paid
@@ -38,14 +59,19 @@ def run(surgery: Surgery, options: Writing, *, verify: bool | None = False) -> N
 
         source, revision = loadable(surgery.source)
         verification = compare(source, summary.output, revision=revision)
-    url = None
+    if verification:
+        rows += verification.rows()
+        entries["verification"] = verification.to_dict()
+    if report:
+        more = report.after(summary.output)
+        rows, entries = rows + more[0], entries | more[1]
     if options.push_to_hub is not None:
         from surgeon.checkpoint.push import push
 
         url = push(summary.output, options.push_to_hub, private=options.private)
         log(f"uploaded to {url}")
+        entries["url"] = url
     if options.json:
-        verified = {"verification": verification.to_dict()} if verification else {}
-        emit_json(summary.to_dict() | verified | ({"url": url} if url else {}))
+        emit_json(summary.to_dict() | entries)
     else:
-        emit(summary.to_text(done=True, found=verification.rows() if verification else ()))
+        emit(summary.to_text(done=True, found=rows))

@@ -2,7 +2,7 @@
 
 Kept weights stay what they are, bit for bit; only the count of what a norm averages over is made good. A norm divides
 by the root of a mean square, so where it sees fewer positions its gain is multiplied by sqrt(old / new), and for fewer
-channels the config's epsilon by old / new. The cut is then exact where the removed positions held zero; for layer norms,
+channels the config's epsilon by old / new. The cut is then exact where the removed positions held zero; of layer norms,
 which subtract a mean, where they held the mean and had no shift. And where the removed were like the kept, what the
 next map sums up keeps its variance.
 

@@ -1,0 +1,166 @@
+"""What scoring costs beside a plain forward pass, and whether it does with a quarter of the weights' memory.
+
+    python benchmarks/prune.py MODEL [--rounds 5]           time: in turns, in one process
+    python benchmarks/prune.py --memory [--directory DIR]   memory: a process that may use a quarter of the weights
+
+Time: 32 rows of 256 random tokens. The plain pass is the base model (no head) as transformers loads it in float32,
+already in memory, on the same batches; scoring reads every layer's weights from the file and takes angular distances
+of all block sizes, block influence and relative magnitude of every layer, in one pass.
+
+Memory: generates a Llama-shaped bfloat16 checkpoint of 8.8 GB (72 layers of 2,048), then scores it in a process whose
+address space (RLIMIT_AS: everything that it maps, not only what is resident) is limited to 2.2 GB.
+"""
+
+import argparse
+import json
+import resource
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROWS, LENGTH = 32, 256
+CONFIG = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "num_hidden_layers": 72,
+    "hidden_size": 2048,
+    "intermediate_size": 8192,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "vocab_size": 8192,
+    "max_position_embeddings": 2048,
+    "tie_word_embeddings": True,
+    "dtype": "bfloat16",
+}
+SHARE = 4  # how many times the memory limit the weights are
+
+
+def compare(model: str, rounds: int) -> None:
+    """Print the seconds of a plain pass and of scoring, taken in turns."""
+    import torch
+    from transformers import AutoModel
+
+    from surgeon.checkpoint.open import open_source
+    from surgeon.measure.score import score_states
+    from surgeon.measure.streaming import BATCH_TOKENS, StreamedModel
+
+    plain = AutoModel.from_pretrained(model, dtype=torch.float32).eval()
+    vocabulary = plain.config.vocab_size
+    tokens = torch.randint(3, vocabulary, (ROWS, LENGTH), generator=torch.Generator().manual_seed(0))
+    size = BATCH_TOKENS // LENGTH
+
+    def forward() -> None:
+        with torch.no_grad():
+            for at in range(0, ROWS, size):
+                plain(input_ids=tokens[at : at + size], use_cache=False)
+
+    def scored() -> None:
+        score_states(StreamedModel(open_source(model)), tokens)
+
+    seconds: dict[str, list[float]] = {"plain forward": [], "scoring": []}
+    for number in range(rounds + 1):
+        for name, work in (("plain forward", forward), ("scoring", scored)):
+            began = time.perf_counter()
+            work()
+            if number:  # the first round warms up
+                seconds[name].append(time.perf_counter() - began)
+    ratios = [ours / theirs for theirs, ours in zip(seconds["plain forward"], seconds["scoring"], strict=True)]
+    print(f"{ROWS} x {LENGTH} tokens, {rounds} rounds in turns, medians (minimum to maximum)")
+    for name, taken in seconds.items():
+        print(f"{name}: {statistics.median(taken):.2f} s ({min(taken):.2f} to {max(taken):.2f})")
+    print(f"scoring / plain: {statistics.median(ratios):.3f} ({min(ratios):.3f} to {max(ratios):.3f})")
+
+
+def generate(directory: Path) -> int:
+    """Write the checkpoint and return the bytes of its weights."""
+    import torch
+
+    from surgeon.checkpoint.spec import TensorSpec
+    from surgeon.checkpoint.writer import Piece, write_safetensors
+
+    hidden, ffn, keys = CONFIG["hidden_size"], CONFIG["intermediate_size"], 8 * 64
+    layer = {
+        "input_layernorm.weight": (hidden,),
+        "mlp.down_proj.weight": (hidden, ffn),
+        "mlp.gate_proj.weight": (ffn, hidden),
+        "mlp.up_proj.weight": (ffn, hidden),
+        "post_attention_layernorm.weight": (hidden,),
+        "self_attn.k_proj.weight": (keys, hidden),
+        "self_attn.o_proj.weight": (hidden, hidden),
+        "self_attn.q_proj.weight": (hidden, hidden),
+        "self_attn.v_proj.weight": (keys, hidden),
+    }
+    shapes = {
+        f"model.layers.{i}.{name}": shape for i in range(CONFIG["num_hidden_layers"]) for name, shape in layer.items()
+    }
+    shapes |= {"model.embed_tokens.weight": (CONFIG["vocab_size"], hidden), "model.norm.weight": (hidden,)}
+    noise = (0.02 * torch.randn(1 << 20, generator=torch.Generator().manual_seed(0))).bfloat16()
+    block = memoryview(noise.view(torch.uint8).numpy())
+
+    def content(nbytes: int) -> object:
+        for start in range(0, nbytes, len(block)):
+            yield block[: min(len(block), nbytes - start)]
+
+    specs = {name: TensorSpec("BF16", shape) for name, shape in shapes.items()}
+    directory.mkdir()
+    pieces = [Piece(name, spec, lambda size=spec.nbytes: content(size)) for name, spec in specs.items()]
+    write_safetensors(directory / "model.safetensors", pieces)
+    (directory / "config.json").write_text(json.dumps(CONFIG))
+    return sum(spec.nbytes for spec in specs.values())
+
+
+def limited(directory: Path) -> None:
+    """Score the checkpoint in this process, and print its peak."""
+    import torch
+
+    from surgeon.checkpoint.open import open_source
+    from surgeon.measure.score import score_states
+    from surgeon.measure.streaming import StreamedModel
+
+    tokens = torch.randint(3, CONFIG["vocab_size"], (4, 64), generator=torch.Generator().manual_seed(0))
+    layers, _, _ = score_states(StreamedModel(open_source(directory)), tokens)
+    assert all(0 <= value <= 2 for value in layers["block-influence"])
+    print(f"peak resident memory: {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1000:.0f} MB")
+
+
+def run_limited(directory: Path) -> None:
+    """Generate, then score in a process with a quarter of the memory."""
+    work = Path(tempfile.mkdtemp(prefix="surgeon-benchmark-", dir=directory))
+    try:
+        nbytes = generate(work / "model")
+        limit = nbytes // SHARE
+        print(f"weights {nbytes / 1e9:.2f} GB, address space limited to {limit / 1e9:.2f} GB", flush=True)
+        began = time.perf_counter()
+        subprocess.run(
+            [sys.executable, __file__, "--limited", str(work / "model")],
+            check=True,
+            preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_AS, (limit, limit)),
+        )
+        print(f"scored in {time.perf_counter() - began:.0f} s")
+    finally:
+        shutil.rmtree(work)
+
+
+def main() -> None:
+    """Run what is asked for."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", nargs="?")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--memory", action="store_true")
+    parser.add_argument("--directory", type=Path, default=Path.cwd())
+    parser.add_argument("--limited", type=Path, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.limited:
+        limited(options.limited)
+    elif options.memory:
+        run_limited(options.directory)
+    else:
+        compare(options.model, options.rounds)
+
+
+if __name__ == "__main__":
+    main()
