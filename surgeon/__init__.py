@@ -22,6 +22,8 @@ if TYPE_CHECKING:
         SurgeonError,
         VerificationError,
     )
+    from surgeon.evals.harness import TaskEvaluation, evaluate_tasks
+    from surgeon.evaluation import Evaluation, evaluate
     from surgeon.inspection import Inspection, inspect
     from surgeon.pruning import Pruning, prune
     from surgeon.surgery import Summary, Surgery
@@ -30,6 +32,10 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "convert": "surgeon.conversion",
+    "evaluate": "surgeon.evaluation",
+    "Evaluation": "surgeon.evaluation",
+    "evaluate_tasks": "surgeon.evals.harness",
+    "TaskEvaluation": "surgeon.evals.harness",
     "inspect": "surgeon.inspection",
     "Inspection": "surgeon.inspection",
     "grow": "surgeon.verbs",
@@ -54,6 +60,7 @@ _HOMES = {
 __all__ = [
     "CheckpointError",
     "DataError",
+    "Evaluation",
     "HubError",
     "Inspection",
     "MeasureError",
@@ -63,9 +70,12 @@ __all__ = [
     "Summary",
     "SurgeonError",
     "Surgery",
+    "TaskEvaluation",
     "Verification",
     "VerificationError",
     "convert",
+    "evaluate",
+    "evaluate_tasks",
     "grow",
     "inspect",
     "open_model",

@@ -60,6 +60,12 @@ class Request:
         """How many layers can go."""
         return max(0, min(self.anatomy.depth - sum(self.guard), self.anatomy.depth - 1))
 
+    def most_chosen(self, scores: Scores | None) -> int:
+        """Return how many layers the scores can choose: a greedy order ends somewhere."""
+        if not self.greedy or scores is None or scores.greedy is None:
+            return self.most_removable
+        return min(self.most_removable, len(scores.greedy["order"]))
+
     def needs(self, *, removes: bool, narrows: bool) -> tuple[set[str], set[str]]:
         """Return the scores of layers and the criteria of widths that have to be measured."""
         wanted = {self.name} if removes and METHODS[self.name].measured else set()

@@ -32,8 +32,8 @@ HEAVY = "more than a quarter of the layers goes: expect a broken model until it 
 class Pruning(Surgery):
     """A surgery that scores decided.
 
-    `choice` is None where no layer goes or none was chosen yet, `text` where none was read. `removable[n]` are the
-    layers that go when n do.
+    `choice` is None where no layer goes or none was chosen yet, `text` where none was read. removable(n) says which
+    layers go when n do, of which `most_removable` is the most.
     """
 
     score: str
@@ -41,15 +41,16 @@ class Pruning(Surgery):
     choice: Choice | None
     text: "Calibration | None"
     removable: Callable[[int], Choice]
+    most_removable: int
     device: str
 
     def evaluate(self, result: str | os.PathLike[str], *, meter: "Meter | None" = None) -> tuple[float, float] | None:
         """Return the perplexity of the source and of the written result on the text, None where none was read."""
+        if self.text is None:
+            return None
         from surgeon.measure.removal import perplexities
         from surgeon.measure.score import perplexity
 
-        if self.text is None:
-            return None
         scored_on = None if self.scores is None or self.scores.data is None else self.scores.data.get("sha256")
         if self.scores is not None and self.scores.loss is not None and scored_on == self.text.origin["sha256"]:
             before = perplexities([self.scores.loss])[0]
@@ -60,14 +61,16 @@ class Pruning(Surgery):
     def curve(self, most: int | None = None, *, meter: "Meter | None" = None) -> list[float] | None:
         """Return the perplexity with 0, 1, 2 ... `most` layers removed as the scores say, None without a text.
 
-        All in one streamed pass over the source; `most` is half its depth by default. What is cut in width stays.
+        All in one streamed pass over the source; `most` is half its depth by default, or what the scores say of. Widths
+        are those of the source.
         """
-        from surgeon.measure.score import removal_curve
-
         if self.text is None:
             return None
-        depth = read_anatomy(spec_of(self.source)).depth
-        choices = [self.removable(count).dropped for count in range((depth // 2 if most is None else most) + 1)]
+        from surgeon.measure.score import removal_curve
+
+        half = read_anatomy(spec_of(self.source)).depth // 2
+        last = min(half if most is None else most, self.most_removable)
+        choices = [self.removable(count).dropped for count in range(last + 1)]
         return removal_curve(self.source, self.text.tokens, choices, device=self.device, meter=meter)
 
 
@@ -161,12 +164,7 @@ def prune(
     pick = removable if known else request.any_choice
     if count is None:
         choices = [pick(number).dropped for number in range(request.most_removable + 1)]
-        count = resolve_count(
-            anatomy,
-            choices,
-            parameters=budget.parameters,
-            nbytes=budget.nbytes,
-        )
+        count = resolve_count(anatomy, choices, parameters=budget.parameters, nbytes=budget.nbytes)
     choice = pick(count)
     plan = plan_prune(
         anatomy,
@@ -188,6 +186,7 @@ def prune(
         choice=choice if known and count else None,
         text=measured.text,
         removable=removable,
+        most_removable=request.most_chosen(scores),
         device=measured.device,
     )
 

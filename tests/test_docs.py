@@ -14,7 +14,7 @@ import surgeon
 from surgeon.anatomy.families import FAMILIES
 
 ROOT = Path(__file__).parent.parent
-COMMANDS = ("inspect", "truncate", "grow", "prune", "convert")
+COMMANDS = ("inspect", "truncate", "grow", "prune", "evaluate", "convert")
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 

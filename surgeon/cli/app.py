@@ -73,9 +73,10 @@ def _show(error: SurgeonError) -> None:
 
 
 def _register() -> None:
-    from surgeon.cli import convert, grow, inspect, prune, truncate
+    from surgeon.cli import convert, evaluate, grow, inspect, prune, truncate
 
-    for command in (inspect.inspect, truncate.truncate, grow.grow, prune.prune, convert.convert):
+    commands = (inspect.inspect, truncate.truncate, grow.grow, prune.prune, evaluate.evaluate, convert.convert)
+    for command in commands:
         app.command(no_args_is_help=True, epilog=EXAMPLES[command.__name__])(command)
 
 
@@ -84,6 +85,7 @@ EXAMPLES = {
     "truncate": "Example: surgeon truncate gpt2-large --layers 6 -o gpt2-large-6",
     "grow": "Example: surgeon grow gpt2 --layers 16 --hidden-size 2x -o gpt2-grown",
     "prune": "Example: surgeon prune gpt2-large --score angular --layers 27 --data text.txt -o gpt2-27",
+    "evaluate": "Example: surgeon evaluate gpt2-27 --data text.txt --baseline gpt2-large",
     "convert": "Example: surgeon convert model.Q8_0.gguf -o model --dtype bfloat16",
 }
 _register()

@@ -1,5 +1,6 @@
 """Progress bars over bytes and over tokens, on a terminal, for what takes more than a second."""
 
+import atexit
 import sys
 import time
 from collections.abc import Callable
@@ -49,11 +50,17 @@ class ByteProgress:
         return self._bar
 
 
-def token_meter(*, quiet: bool) -> Callable[[str, int], Callable[[int], None] | None]:
-    """Return what begins a bar for each piece of work, counted in tokens times layers; None where nothing is shown."""
+class TokenMeter:
+    """Shows a bar with tokens a second for each piece of work in turn; nothing where there is no terminal."""
 
-    def begin(what: str, total: int) -> Callable[[int], None] | None:
-        if quiet or not sys.stderr.isatty():
+    def __init__(self, *, quiet: bool) -> None:
+        self._silent = quiet or not sys.stderr.isatty()
+        self._bar: Progress | None = None
+
+    def __call__(self, what: str, tokens: int, layers: int) -> Callable[[int], None] | None:
+        """Begin work on so many tokens, each through so many layers, and return what counts their product."""
+        self.stop()
+        if self._silent:
             return None
         from rich.console import Console
         from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
@@ -65,21 +72,25 @@ def token_meter(*, quiet: bool) -> Callable[[str, int], Callable[[int], None] | 
             TextColumn("{task.fields[rate]}"),
             TimeRemainingColumn(),
         )
-        bar = Progress(*columns, console=Console(stderr=True), transient=True)
-        task = bar.add_task(what, total=total, rate="")
+        bar = self._bar = Progress(*columns, console=Console(stderr=True), transient=True)
+        atexit.register(bar.stop)  # whatever ends the work, the terminal gets its cursor back
+        task = bar.add_task(what, total=tokens * layers, rate="")
         began, done = time.monotonic(), 0
 
         def count(number: int) -> None:
             nonlocal done
             done += number
             seconds = time.monotonic() - began
-            if seconds < PATIENCE:
-                return
-            bar.start()
-            bar.update(task, completed=done, rate=f"{done / seconds:,.0f} tokens x layers / s")
-            if done >= total:
-                bar.stop()
+            if seconds >= PATIENCE and bar is self._bar:
+                bar.start()
+                bar.update(task, completed=done, rate=f"{done / layers / seconds:,.0f} tokens/s")
+            if done >= tokens * layers:
+                self.stop()
 
         return count
 
-    return begin
+    def stop(self) -> None:
+        """Take the bar away."""
+        if self._bar:
+            self._bar.stop()
+            self._bar = None

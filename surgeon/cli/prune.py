@@ -79,7 +79,7 @@ def prune(
     """Remove the layers, neurons, heads and experts that matter least."""
     import surgeon
     from surgeon.cli import write
-    from surgeon.cli.progress import token_meter
+    from surgeon.cli.progress import TokenMeter
     from surgeon.cli.prune_report import PruneReport, check_plot
 
     if tokens not in ("last", "all"):
@@ -89,7 +89,7 @@ def prune(
         raise typer.BadParameter(f"{protect!r} is not two numbers such as 1,1", param_hint="--protect")
     if plot is not None:
         check_plot(plot)
-    meter = token_meter(quiet=writing.quiet)
+    meter = TokenMeter(quiet=writing.quiet)
     plan = partial(
         surgeon.prune,
         model,

@@ -21,8 +21,9 @@ from surgeon.measure.scores import Scores
 from surgeon.measure.streaming import Batch, StreamedModel
 from surgeon.measure.taylor import taylor
 
-# Is told what work begins, and of how many tokens times layers it is; returns what counts them.
-Meter = Callable[[str, int], Progress | None]
+# Is told what work begins, how many tokens it takes and through how many layers each goes; returns what counts their
+# product. For people that is a bar, with tokens a second.
+Meter = Callable[[str, int, int], Progress | None]
 
 
 class Observer(Protocol):
@@ -186,19 +187,20 @@ def score(
             all_tokens=all_tokens,
             widths="activation" in widths,
             evaluate=evaluate,
-            progress=meter("scoring", tokens.numel() * model.depth),
+            progress=meter("scoring", tokens.numel(), model.depth),
         )
         found |= {"activation": activations} if activations else {}
         if "perplexity" in wanted and rounds is None:
-            work = tokens.numel() * (model.depth * (model.depth + 1) // 2 - 1)
-            layers["perplexity"] = one_by_one(model, tokens, progress=meter("removing each layer", work))
+            steps = model.depth * (model.depth + 1) // 2 - 1
+            progress = meter("removing each layer", tokens.numel(), steps)
+            layers["perplexity"] = one_by_one(model, tokens, progress=progress)
         if rounds is not None:
-            work = tokens.numel() * rounds * model.depth * (model.depth + 1) // 2
-            progress = meter("removing layers greedily", work)
+            steps = rounds * model.depth * (model.depth + 1) // 2
+            progress = meter("removing layers greedily", tokens.numel(), steps)
             removed, after = greedy(model, tokens, rounds, protect=protect, progress=progress)
             order = {"order": removed, "perplexity": after, "protect": list(protect)}
         if "taylor" in wanted:
-            layers["taylor"] = taylor(model, tokens, progress=meter("gradients", 3 * tokens.numel() * model.depth))
+            layers["taylor"] = taylor(model, tokens, progress=meter("gradients", tokens.numel(), 3 * model.depth))
     if "magnitude" in wanted:
         layers["magnitude"] = layer_magnitudes(source)
     if "magnitude" in widths:
@@ -236,8 +238,8 @@ def removal_curve(
 ) -> list[float]:
     """Return the perplexity of a model without each of these sets of layers, all in one streamed pass."""
     model = _streamed(source, device, compute_dtype(source, device), resident=False)
-    work = tokens.numel() * sum(model.depth - len(dropped) for dropped in removed)
-    progress = (meter or _no_meter)("perplexity", work)
+    steps = sum(model.depth - len(dropped) for dropped in removed)
+    progress = (meter or _no_meter)("perplexity", tokens.numel(), steps)
     return perplexities(losses_without(model, tokens, [frozenset(dropped) for dropped in removed], progress=progress))
 
 
@@ -248,5 +250,5 @@ def _streamed(source: Source, device: str, dtype: torch.dtype, *, resident: bool
     return StreamedModel(source, device=device, dtype=dtype, resident=fits)
 
 
-def _no_meter(what: str, total: int) -> Progress | None:
+def _no_meter(what: str, tokens: int, layers: int) -> Progress | None:
     return None

@@ -1,0 +1,158 @@
+"""Answers that a model writes greedily, in batches, as transformers' `generate` writes them."""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+from surgeon.anatomy.config import text_config
+from surgeon.checkpoint.source import Source, spec_of
+from surgeon.errors import MeasureError
+from surgeon.evals.perplexity import HARNESS_HINT, PROBE, check_causal
+from surgeon.measure.device import available_memory, compute_dtype
+from surgeon.plan.plan import identity
+from surgeon.reload import hushed
+from surgeon.verification import loadable
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+POSITION_KEYS = ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len")
+PADDING = {4: 1e-3, 2: 5e-2}  # by bytes of the dtype: what padding may move a logit by, of the largest; rounding does
+
+
+def positions_of(source: Source) -> int | None:
+    """Return how many tokens the model can see, None where its config does not say."""
+    text = text_config(source.config)
+    return next((text[key] for key in POSITION_KEYS if type(text.get(key)) is int), None)
+
+
+def load_whole(source: Source, device: str) -> Any:
+    """Return a model of transformers with all its weights in memory, ready to write greedily.
+
+    Raises MeasureError where it does not fit, cannot be loaded, or lacks weights.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM, GenerationConfig
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    dtype = compute_dtype(source, device)
+    needed = sum(dtype.itemsize * item.spec.num_parameters for item in source.tensors.values())
+    if needed > available_memory(device):
+        raise MeasureError(
+            f"{source.label} takes {needed / 1e9:.1f} GB to write answers, more than there is",
+            hint="Perplexity and choices stream: --metric perplexity, or choice.",
+        )
+    known = str(source.config.get("model_type"))
+    if known not in CONFIG_MAPPING:
+        raise MeasureError(f"transformers has no model type {known!r} of its own", hint=HARNESS_HINT)
+    name, revision = loadable(source)
+    safe = identity(spec_of(source), depth=0).config  # without keys that choose the code that runs it
+    try:
+        with hushed():
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                name,
+                revision=revision,
+                config=CONFIG_MAPPING[known].from_dict(dict(safe)),
+                dtype=dtype,
+                trust_remote_code=False,
+                output_loading_info=True,
+            )
+    except (OSError, ValueError, KeyError, TypeError, ImportError, RuntimeError) as error:
+        said = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise MeasureError(f"transformers cannot load {source.label}: {said}", hint=HARNESS_HINT) from error
+    model, report = loaded
+    if lost := sorted(map(str, report["missing_keys"])):
+        raise MeasureError(
+            f"{source.label} has no weights for {lost[0]!r}, which transformers would draw at random",
+            hint="Answers need a model with a language model head; surgeon inspect shows what is there.",
+        )
+    stops = _ids(model.generation_config.eos_token_id) | _ids(text_config(source.config).get("eos_token_id"))
+    # A new one: that of the checkpoint may sample, or penalise what was said.
+    model.generation_config = GenerationConfig(do_sample=False, eos_token_id=sorted(stops) or None)  # type: ignore[no-untyped-call]
+    model = model.to(device).eval()
+    with torch.no_grad():
+        check_causal(model(torch.tensor(PROBE, device=device)).logits, source.label)
+    return model
+
+
+def answer(
+    model: Any,
+    tokenizer: "PreTrainedTokenizerBase",
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int,
+    batch_size: int,
+    progress: Callable[[int], None] | None = None,
+) -> tuple[list[str], bool]:
+    """Return what a model writes behind each prompt (token ids), greedily, up to an end-of-text token, as text; and
+    whether prompts of different lengths went into one batch.
+
+    Prompts are padded on the left where that is seen not to change what the model computes; where it does (a model
+    that counts positions from the left, say) a batch holds prompts of one length only. `progress` is told how many
+    tokens were written, of `max_new_tokens` a prompt.
+    """
+    import torch
+
+    stops = _ids(model.generation_config.eos_token_id) | _ids(tokenizer.eos_token_id)
+    pad = min(_ids(tokenizer.pad_token_id) or stops or {0})
+    options = {"max_new_tokens": max_new_tokens, "pad_token_id": pad, "eos_token_id": sorted(stops) or None}
+    order = sorted(range(len(prompts)), key=lambda index: -len(prompts[index]))  # the longest first: memory is known
+    answers = [""] * len(prompts)
+    with torch.no_grad(), hushed():
+        mixed = batch_size > 1 and _may_be_padded(model, [prompts[index] for index in order[:batch_size]], pad)
+        for batch in _batches(order, [len(prompt) for prompt in prompts], batch_size, mixed=mixed):
+            ids, mask = _left_padded([prompts[index] for index in batch], pad)
+            written = model.generate(ids.to(model.device), attention_mask=mask.to(model.device), **options)
+            for index, row in zip(batch, written[:, ids.shape[1] :].tolist(), strict=True):
+                end = next((place for place, token in enumerate(row) if token in stops), len(row))
+                answers[index] = str(tokenizer.decode(row[:end], skip_special_tokens=True))
+            if progress:
+                progress(len(batch) * max_new_tokens)
+    return answers, mixed
+
+
+def _may_be_padded(model: Any, prompts: Sequence[Sequence[int]], pad: int) -> bool:
+    """Return whether the shortest of these prompts is continued alike alone and padded to the longest: two tokens, the
+    second of which is computed from the cache. The same length needs no padding, and is no reason to try.
+    """
+    import torch
+
+    short = min(prompts, key=len)
+    if len(short) == len(prompts[0]):
+        return True
+    found = []
+    for batch in ([short], [prompts[0], short]):
+        ids, mask = _left_padded(batch, pad)
+        options = {"max_new_tokens": 2, "min_new_tokens": 2, "pad_token_id": pad, "return_dict_in_generate": True}
+        output = model.generate(
+            ids.to(model.device), attention_mask=mask.to(model.device), output_logits=True, **options
+        )
+        found.append(torch.stack([logits[-1].float() for logits in output.logits]))
+    alone, padded = found
+    return bool((alone - padded).abs().max() <= PADDING[model.dtype.itemsize] * alone.abs().max())
+
+
+def _batches(order: Sequence[int], lengths: Sequence[int], size: int, *, mixed: bool) -> Iterator[list[int]]:
+    """Yield the prompts in batches; without `mixed` those of a batch have one length."""
+    batch: list[int] = []
+    for index in order:
+        if batch and (len(batch) == size or not (mixed or lengths[index] == lengths[batch[0]])):
+            yield batch
+            batch = []
+        batch.append(index)
+    if batch:
+        yield batch
+
+
+def _left_padded(prompts: Sequence[Sequence[int]], pad: int) -> Any:
+    """Return token ids and which of them are real, shape (B, T) each."""
+    import torch
+
+    width = max(map(len, prompts))
+    ids = torch.tensor([[pad] * (width - len(prompt)) + list(prompt) for prompt in prompts])
+    mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts])
+    return ids, mask
+
+
+def _ids(value: object) -> set[int]:
+    """Return the token ids that a config gives as a number, a list or null."""
+    return set(value) if isinstance(value, list) else {value} if isinstance(value, int) else set()
