@@ -10,6 +10,15 @@ from surgeon.errors import OutputError, PlanError
 if TYPE_CHECKING:
     from surgeon.pruning import Pruning
 
+NOTHING = "{} has nothing to draw"
+NOTHING_HINT = "Leave out --plot, or add --curve with --data."
+
+
+def has_picture(surgery: "Pruning") -> bool:
+    """Return whether a pruning has something to draw beside a curve."""
+    scored = surgery.scores is not None and surgery.score in surgery.scores.layers
+    return scored or _greedy_curve(surgery) is not None
+
 
 def require_matplotlib() -> None:
     """Raises PlanError where matplotlib is not installed."""
@@ -33,7 +42,7 @@ def plot_pruning(surgery: "Pruning", path: Path, *, curve: Sequence[float] | Non
         curve = _greedy_curve(surgery)
     num_panels = (values is not None) + (curve is not None)
     if not num_panels:
-        raise PlanError(f"{surgery.score} has nothing to draw", hint="Leave out --plot, or add --curve with --data.")
+        raise PlanError(NOTHING.format(surgery.score), hint=NOTHING_HINT)
     figure = Figure(figsize=(6.4 * num_panels, 4.6), layout="constrained")
     panels = list(figure.subplots(1, num_panels, squeeze=False)[0])
     if values is not None:

@@ -122,6 +122,12 @@ class Request:
         if not self.greedy and self.name not in found:
             have = ", ".join(found) or "none"
             raise PlanError(f"there are no {self.name} scores (there are: {have})", hint="Leave out --scores-from.")
+        taken = "last" if scores is None else scores.options.get("tokens", "last")
+        asked = "all" if self.all_tokens else "last"
+        if self.name == "angular" and taken != asked:
+            raise PlanError(
+                f"the scores were taken with --tokens {taken}, not {asked}", hint="Say so, or leave out --scores-from."
+            )
 
     def choose(self, count: int, scores: Scores | None) -> Choice:
         """Return which `count` layers go."""

@@ -14,6 +14,7 @@ from surgeon.measure.scores import Scores, check_model, read_scores
 from surgeon.prune_request import Budget, Request, count_removed, sizes_like
 from surgeon.surgery import Surgery
 from surgeon.transforms.choose import Choice, choose_layers
+from surgeon.transforms.choose_widths import check_criterion
 from surgeon.transforms.prune import prune as plan_prune
 from surgeon.transforms.prune import pruned_sizes, resolve_count
 from surgeon.verbs import open_model
@@ -32,7 +33,7 @@ HEAVY = "more than a quarter of the layers goes: expect a broken model until it 
 class Pruning(Surgery):
     """A surgery that scores decided.
 
-    `choice` is None where no layer goes or none was chosen yet, `text` where none was read. removable(n) says which
+    `choice` is None where none was chosen yet, `text` where none was read. removable(n) says which
     layers go when n do, of which `most_removable` is the most.
     """
 
@@ -140,8 +141,10 @@ def prune(
     if count:
         choose_layers("last", count, anatomy.depth, protect=request.guard)  # refuses what no score could choose
     if sizes is not None:  # whatever is chosen, the result has these sizes: refuse them before an hour of scoring
+        check_criterion(anatomy, sizes, request.criterion)
         plan_prune(anatomy, sizes=sizes, criterion="uniform")
-    wanted, widths = request.needs(removes=count != 0, narrows=sizes is not None)
+    narrows = sizes is not None and any(size != anatomy.sizes[axis] for axis, size in sizes.items())
+    wanted, widths = request.needs(removes=count != 0, narrows=narrows)
 
     measured = _Measured(None, None, device)
     if scores_from is not None:
@@ -163,7 +166,7 @@ def prune(
 
     pick = removable if known else request.any_choice
     if count is None:
-        choices = [pick(number).dropped for number in range(request.most_removable + 1)]
+        choices = [pick(number).dropped for number in range(request.most_chosen(scores) + 1)]
         count = resolve_count(anatomy, choices, parameters=budget.parameters, nbytes=budget.nbytes)
     choice = pick(count)
     plan = plan_prune(
@@ -183,7 +186,7 @@ def prune(
         attachments={**begun.attachments, **({} if scores is None else {SCORES: scores.to_bytes()})},
         score=score,
         scores=scores,
-        choice=choice if known and count else None,
+        choice=choice if known or not count else None,
         text=measured.text,
         removable=removable,
         most_removable=request.most_chosen(scores),
@@ -223,8 +226,11 @@ def _measure(
     """Return the text, and the scores unless they are there already."""
     from surgeon.measure.calibration import read_calibration, sample_calibration
     from surgeon.measure.device import resolve_device
+    from surgeon.measure.streaming import check_runs
 
     device = resolve_device(before.device)
+    if asked.data or request.reads_text(wanted, widths):
+        check_runs(source)
     shape = {"samples": asked.samples, "sequence_length": asked.sequence_length}
     text: Calibration | None = None
     if asked.data:

@@ -281,6 +281,26 @@ def test_a_greedy_removal_cuts_what_its_order_says(speaking, text, tmp_path):
         surgeon.prune(speaking("llama"), score="perplexity", greedy=True, layers=3, scores_from=tmp_path / "cut")
 
 
+def test_a_greedy_order_spares_what_is_protected_or_is_refused(toy, tmp_path):
+    greedy = {"order": [1, 4, 2], "perplexity": [20.0, 30.0, 40.0], "protect": [1, 1]}
+    scores = record(toy("llama"), tmp_path / "scores.json", greedy=greedy)
+    options = {"score": "perplexity", "greedy": True, "layers": 5, "scores_from": scores}
+
+    assert surgeon.prune(toy("llama"), **options).choice.dropped == (1,)
+    with pytest.raises(PlanError):
+        surgeon.prune(toy("llama"), protect=(2, 1), **options)
+
+
+def test_a_greedy_order_serves_a_budget_that_fewer_layers_fit(toy, tmp_path):
+    greedy = {"order": [1, 4], "perplexity": [20.0, 30.0], "protect": [1, 1]}
+    scores = record(toy("llama"), tmp_path / "scores.json", greedy=greedy)
+    five = surgeon.prune(toy("llama"), score="last", layers=5).spec.num_parameters
+
+    surgery = surgeon.prune(toy("llama"), score="perplexity", greedy=True, target_parameters=five, scores_from=scores)
+
+    assert surgery.choice.dropped == (1,)
+
+
 def test_all_tokens_and_the_last_are_different_distances(speaking, text):
     last, every = (
         surgeon.prune(speaking("llama"), layers=4, data=[text], all_tokens=all_tokens, **TEXT).scores
@@ -345,11 +365,14 @@ def test_the_same_seed_writes_the_same_bytes(score, speaking, text, tmp_path):
 
 
 def test_another_seed_draws_other_layers_and_other_neurons(toy):
-    def maps(seed):
-        return surgeon.prune(toy("llama"), score="random", layers=3, intermediate_size=40, seed=seed)
+    def layers(seed):
+        return surgeon.prune(toy("llama"), score="random", layers=3, seed=seed).choice.dropped
 
-    assert maps(0).choice.dropped != maps(1).choice.dropped
-    assert maps(0).plan.tensors != maps(1).plan.tensors
+    def tensors(seed):
+        return surgeon.prune(toy("llama"), score="random", intermediate_size=40, seed=seed).plan.tensors
+
+    assert layers(0) == layers(0) != layers(1)
+    assert tensors(0) == tensors(0) != tensors(1)
 
 
 # --- scores.json ----------------------------------------------------------------------------------------------------
@@ -608,7 +631,7 @@ def test_a_width_alone_leaves_all_layers(toy, tmp_path):
     surgery = surgeon.prune(toy("llama"), score="magnitude", intermediate_size=40)
     surgery.save(tmp_path / "cut")
 
-    assert surgery.choice is None
+    assert surgery.choice.dropped == ()
     assert surgery.text is None
     assert surgery.plan.layer_map == tuple(range(6))
     before, after = weights(toy("llama")), weights(tmp_path / "cut")
@@ -713,7 +736,7 @@ def test_a_budget_that_holds_the_whole_model_removes_nothing(toy):
     surgery = surgeon.prune(toy("llama"), score="last", target_memory="1GB")
 
     assert surgery.plan.layer_map == tuple(range(6))
-    assert surgery.choice is None
+    assert surgery.choice.dropped == ()
 
 
 @pytest.mark.parametrize("budget", [{"target_parameters": 1000}, {"target_memory": 1000}, {"target_parameters": 0}])
@@ -845,6 +868,18 @@ def test_what_a_family_cannot_express_is_refused_without_reading_a_weight(name, 
     with pytest.raises(PlanError) as caught:
         surgeon.prune(toy(name), data=[str(tmp_path / "none.txt")], **options)
     assert message in str(caught.value)
+
+
+def test_what_a_criterion_cannot_choose_is_refused_before_a_text_is_looked_for(small, toy, tmp_path):
+    nowhere = [str(tmp_path / "none.txt")]
+    toys.build("llama", tmp_path / "big", head_dim=20)
+
+    with pytest.raises(PlanError, match="heads keep their size of 20"):
+        surgeon.prune(tmp_path / "big", like=small, data=nowhere)
+    with pytest.raises(PlanError, match="the neurons of experts have no activation scores") as caught:
+        surgeon.prune(toy("mixtral"), intermediate_size=40, data=nowhere)
+    assert "--score magnitude" in caught.value.hint
+    assert surgeon.prune(toy("mixtral"), score="magnitude", intermediate_size=40).anatomy.sizes["ffn"] == 40
 
 
 @pytest.mark.parametrize(("layers", "heavy"), [(6, False), (5, False), (4, True), (2, True)])

@@ -5,6 +5,9 @@ import sys
 
 import pytest
 
+from surgeon.checkpoint.open import open_source
+from surgeon.measure.scores import Scores
+
 HEAVY = (
     "torch",
     "transformers",
@@ -12,6 +15,7 @@ HEAVY = (
     "huggingface_hub",
     "safetensors",
     "accelerate",
+    "matplotlib",
     "rich",
     "yaml",
     "gguf",
@@ -42,7 +46,8 @@ def test_importing_surgeon_imports_nothing_heavy():
 
 
 @pytest.mark.parametrize(
-    "arguments", [["--help"], ["truncate", "--help"], ["inspect", "--help"], ["convert", "--help"]]
+    "arguments",
+    [["--help"], ["truncate", "--help"], ["inspect", "--help"], ["convert", "--help"], ["prune", "--help"]],
 )
 def test_help_imports_nothing_heavy(arguments):
     assert modules_after(command(*arguments)) == set()
@@ -53,10 +58,24 @@ def test_planning_and_inspecting_import_nothing_heavy(toy):
     assert modules_after(command("truncate", toy("llama"), "--layers", 2, "--dry-run", "--inherit", "mlp")) == set()
     assert modules_after(command("truncate", toy("llama"), "--layers", 2, "--dry-run", "--dtype", "bfloat16")) == set()
     assert modules_after(command("inspect", toy("llama"), "--against", toy("llama-tied"))) == set()
+    assert modules_after(command("prune", toy("llama"), "--layers", 4, "--hidden-size", 40, "--dry-run")) == set()
 
 
 def test_moving_bytes_imports_only_yaml_for_the_card(toy, tmp_path):
     assert modules_after(command("truncate", toy("llama"), "--layers", 2, "-o", tmp_path / "cut")) == {"yaml"}
+
+
+@pytest.mark.parametrize("options", [("--score", "last"), ("--score", "angular", "--scores-from", "{record}")])
+def test_cutting_layers_by_what_is_known_moves_bytes_only(options, toy, tmp_path):
+    matrix = [[None if end <= start else 0.5 for end in range(7)] for start in range(6)]
+    model = open_source(toy("llama")).provenance()
+    scores = Scores(model=model, depth=6, data=None, tokens=0, seed=0, layers={"angular": matrix})
+    (tmp_path / "scores.json").write_bytes(scores.to_bytes())
+    options = [option.format(record=tmp_path / "scores.json") for option in options]
+    arguments = ["prune", toy("llama"), "--layers", 4, *options, "-o", tmp_path / "cut"]
+
+    assert modules_after(command(*arguments, "--dry-run")) == set()
+    assert modules_after(command(*arguments)) == {"yaml"}
 
 
 def test_arithmetic_adds_torch_and_not_transformers(toy, tmp_path):

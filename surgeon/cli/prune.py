@@ -121,4 +121,7 @@ def prune(
     if not writing.dry_run:
         write.check(surgery, writing)  # before what may take an hour
         surgery = plan()
-    write.run(surgery, writing, report=PruneReport(surgery, evaluate=evaluate, curve=curve, plot=plot, meter=meter))
+    report = PruneReport(surgery, evaluate=evaluate, curve=curve, plot=plot, meter=meter)
+    if not writing.dry_run:
+        report.check()
+    write.run(surgery, writing, report=report)

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from surgeon import text
 from surgeon.errors import OutputError, PlanError
+from surgeon.plots import NOTHING, NOTHING_HINT, has_picture
 from surgeon.pruning import Pruning
 
 if TYPE_CHECKING:
@@ -35,6 +36,13 @@ class PruneReport:
     plot: Path | None
     meter: "Meter"
 
+    def check(self) -> None:
+        """Refuse a curve or a picture that there is nothing for, before anything is written."""
+        if self.curve and self.surgery.text is None:
+            raise PlanError("a curve is measured on a text, and none was read", hint="Give one: --data FILE.")
+        if self.plot is not None and not self.curve and not has_picture(self.surgery):
+            raise PlanError(NOTHING.format(self.surgery.score), hint=NOTHING_HINT)
+
     def preview(self) -> tuple[list[tuple[str, str]], dict[str, Any]]:
         """Return rows for people, and entries for JSON, that are known before anything is written."""
         surgery, choice = self.surgery, self.surgery.choice
@@ -47,7 +55,7 @@ class PruneReport:
             "next_value": None if choice is None else choice.next_score,
         }
         rows: list[tuple[str, str]] = []
-        if choice is not None:
+        if choice is not None and choice.dropped:
             rows.append(
                 ("dropped", f"layers {text.layers(choice.dropped)}  (by {surgery.score}{_value(choice.score)})")
             )

@@ -49,13 +49,7 @@ def read_rows(
     import torch
 
     assert not isinstance(specs, str)
-    if samples < 1:
-        raise DataError(f"{samples} samples were asked for; 1 is the least", hint="Set --samples to 1 or more.")
-    if sequence_length < 2:
-        raise DataError(
-            f"rows of {sequence_length} tokens were asked for; 2 are the least, one to see and one to predict",
-            hint="Set --sequence-length to 2 or more.",
-        )
+    check_shape(samples, sequence_length)
     ids, source = _read_tokens(specs, tokenizer, samples * sequence_length)
     if len(ids) < 2:
         found = f"{len(ids)} token" + ("" if len(ids) == 1 else "s")
@@ -66,6 +60,17 @@ def read_rows(
     num_rows = min(samples, len(ids) // length)
     tokens = torch.frombuffer(ids, dtype=torch.int64)[: num_rows * length].reshape(num_rows, length).clone()
     return Rows(tokens, digest(tokens), source)
+
+
+def check_shape(samples: int, sequence_length: int) -> None:
+    """Raises DataError for rows that no text has."""
+    if samples < 1:
+        raise DataError(f"{samples} samples were asked for; 1 is the least", hint="Set --samples to 1 or more.")
+    if sequence_length < 2:
+        raise DataError(
+            f"rows of {sequence_length} tokens were asked for; 2 are the least, one to see and one to predict",
+            hint="Set --sequence-length to 2 or more.",
+        )
 
 
 def digest(tokens: "Tensor") -> str:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from surgeon.checkpoint.source import Source
-from surgeon.data.rows import digest, read_rows
+from surgeon.data.rows import check_shape, digest, read_rows
 from surgeon.data.tokenizer import load_tokenizer
 from surgeon.errors import MeasureError
 from surgeon.measure.device import available_memory
@@ -46,6 +46,7 @@ def sample_calibration(source: Source, *, samples: int, sequence_length: int, de
     import torch
     from transformers import AutoModelForCausalLM
 
+    check_shape(samples, sequence_length)
     name, revision = loadable(source)
     _check_length(source, sequence_length)
     needed = sum(4 * item.spec.num_parameters for item in source.tensors.values())

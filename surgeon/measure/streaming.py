@@ -48,6 +48,30 @@ class Batch:
         return states.flatten(0, 1) if self.real is None else states[self.real]
 
 
+def check_runs(source: Source) -> None:
+    """Raises MeasureError for a model whose layers cannot be run one by one on a text. Reads nothing but the config."""
+    if source.config.get("is_encoder_decoder"):
+        raise MeasureError(
+            f"{source.label} has an encoder and a decoder; layers are scored in a model with one stack",
+            hint="Scores that read no text work: --score random, last or magnitude.",
+        )
+    if source.config.get("quantization_config") is not None:
+        raise MeasureError(
+            f"{source.label} is quantized; scores are taken from weights as they were trained",
+            hint="Prune the unquantized checkpoint, then quantize the result.",
+        )
+    if any(str(name).endswith("ForMaskedLM") for name in source.config.get("architectures") or ()):
+        raise MeasureError(
+            f"{source.label} reads both ways, and scores are of models that predict the next token",
+            hint="Scores that read no text work: --score random, last or magnitude.",
+        )
+    if text_config(source.config).get("num_kv_shared_layers"):
+        raise MeasureError(
+            f"late layers of {source.label} use the keys and values of early ones, so none of them runs alone",
+            hint="Scores that read no text work: --score random, last or magnitude.",
+        )
+
+
 class StreamedModel:
     """A checkpoint that computes from its files. `resident` keeps a layer's weights once they are read."""
 
@@ -56,26 +80,7 @@ class StreamedModel:
     ) -> None:
         spec = spec_of(source)
         anatomy = read_anatomy(spec)
-        if spec.config.get("is_encoder_decoder"):
-            raise MeasureError(
-                f"{source.label} has an encoder and a decoder; layers are scored in a model with one stack",
-                hint="Scores that read no text work: --score random, last or magnitude.",
-            )
-        if spec.config.get("quantization_config") is not None:
-            raise MeasureError(
-                f"{source.label} is quantized; scores are taken from weights as they were trained",
-                hint="Score the unquantized checkpoint, then cut this one: --scores-from scores.json.",
-            )
-        if any(str(name).endswith("ForMaskedLM") for name in spec.config.get("architectures") or ()):
-            raise MeasureError(
-                f"{source.label} reads both ways, and scores are of models that predict the next token",
-                hint="Scores that read no text work: --score random, last or magnitude.",
-            )
-        if text_config(spec.config).get("num_kv_shared_layers"):
-            raise MeasureError(
-                f"late layers of {source.label} use the keys and values of early ones, so none of them runs alone",
-                hint="Scores that read no text work: --score random, last or magnitude.",
-            )
+        check_runs(source)
         self.anatomy, self.depth = anatomy, anatomy.depth
         self.device, self._resident = torch.device(device), resident
         self._stored = {name: item for name, item in source.tensors.items() if item.spec.dtype in TORCH_DTYPES}
