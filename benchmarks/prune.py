@@ -39,8 +39,8 @@ CONFIG = {
 SHARE = 4  # how many times the memory limit the weights are
 
 
-def compare(model: str, rounds: int) -> None:
-    """Print the seconds of a plain pass and of scoring, taken in turns."""
+def compare(model: str, rounds: int, threads: int) -> None:
+    """Print the seconds of a plain pass and of scoring, taken in turns: wall and CPU."""
     import torch
     from transformers import AutoModel
 
@@ -48,6 +48,7 @@ def compare(model: str, rounds: int) -> None:
     from surgeon.measure.score import score_states
     from surgeon.measure.streaming import BATCH_TOKENS, StreamedModel
 
+    torch.set_num_threads(threads)
     plain = AutoModel.from_pretrained(model, dtype=torch.float32).eval()
     vocabulary = plain.config.vocab_size
     tokens = torch.randint(3, vocabulary, (ROWS, LENGTH), generator=torch.Generator().manual_seed(0))
@@ -61,18 +62,20 @@ def compare(model: str, rounds: int) -> None:
     def scored() -> None:
         score_states(StreamedModel(open_source(model)), tokens)
 
-    seconds: dict[str, list[float]] = {"plain forward": [], "scoring": []}
+    seconds: dict[str, list[tuple[float, float]]] = {"plain forward": [], "scoring": []}
     for number in range(rounds + 1):
         for name, work in (("plain forward", forward), ("scoring", scored)):
-            began = time.perf_counter()
+            began = time.perf_counter(), time.process_time()
             work()
             if number:  # the first round warms up
-                seconds[name].append(time.perf_counter() - began)
-    ratios = [ours / theirs for theirs, ours in zip(seconds["plain forward"], seconds["scoring"], strict=True)]
-    print(f"{ROWS} x {LENGTH} tokens, {rounds} rounds in turns, medians (minimum to maximum)")
-    for name, taken in seconds.items():
-        print(f"{name}: {statistics.median(taken):.2f} s ({min(taken):.2f} to {max(taken):.2f})")
-    print(f"scoring / plain: {statistics.median(ratios):.3f} ({min(ratios):.3f} to {max(ratios):.3f})")
+                seconds[name].append((time.perf_counter() - began[0], time.process_time() - began[1]))
+    print(f"{ROWS} x {LENGTH} tokens, {threads} threads, {rounds} rounds in turns, medians (minimum to maximum)")
+    for place, what in enumerate(("wall", "CPU")):
+        taken = {name: [pair[place] for pair in pairs] for name, pairs in seconds.items()}
+        for name, own in taken.items():
+            print(f"{what}, {name}: {statistics.median(own):.2f} s ({min(own):.2f} to {max(own):.2f})")
+        ratios = [ours / theirs for theirs, ours in zip(taken["plain forward"], taken["scoring"], strict=True)]
+        print(f"{what}, scoring / plain: {statistics.median(ratios):.3f} ({min(ratios):.3f} to {max(ratios):.3f})")
 
 
 def generate(directory: Path) -> int:
@@ -150,6 +153,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", nargs="?")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=1, help="with one, CPU time means something on a busy machine")
     parser.add_argument("--memory", action="store_true")
     parser.add_argument("--directory", type=Path, default=Path.cwd())
     parser.add_argument("--limited", type=Path, help=argparse.SUPPRESS)
@@ -159,7 +163,7 @@ def main() -> None:
     elif options.memory:
         run_limited(options.directory)
     else:
-        compare(options.model, options.rounds)
+        compare(options.model, options.rounds, options.threads)
 
 
 if __name__ == "__main__":
