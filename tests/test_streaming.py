@@ -289,7 +289,7 @@ def test_a_quantized_checkpoint_is_refused(tmp_path):
 
     with pytest.raises(MeasureError, match="is quantized") as caught:
         stream(directory)
-    assert "--scores-from" in caught.value.hint
+    assert "unquantized checkpoint" in caught.value.hint
 
 
 def test_layers_that_use_the_keys_of_others_are_refused(tmp_path):
