@@ -102,7 +102,7 @@ def test_an_expert_that_no_token_reached_has_no_importance(toy):
 def test_every_token_is_counted_at_each_of_its_experts(toy):
     routing, streamed = Routing(6, 7), stream(toy("mixtral"))
 
-    observe(streamed, tokens(3), [routing])
+    observe(streamed, tokens(3), watchers=[routing])
 
     assert routing._count.sum(-1).tolist() == [3 * 12 * 3] * 6
 

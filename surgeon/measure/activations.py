@@ -48,18 +48,9 @@ class Activations:
             for handle in handles:
                 handle.remove()
 
-    def begin(self, batch: Batch) -> None:
-        """Nothing is counted in front of the layers."""
-
-    def see(self, layer: int, batch: Batch, before: Tensor, after: Tensor) -> None:
-        """Nothing is counted between the layers."""
-
     def enter(self, batch: Batch) -> None:
         """Say which batch goes through the layer now."""
         self._batch = batch
-
-    def end_group(self) -> None:
-        """Nothing waits for the end of a group."""
 
     def result(self) -> dict[str, Tensor]:
         """Return "hidden" (D,), "ffn" (L, F), "heads" (L, kv_heads, group), "kv_heads" (L, kv_heads).

@@ -6,7 +6,7 @@ arXiv:2402.02834), one layer at a time; SLEB (arXiv:2402.09025), greedily, round
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
 
 import torch  # noqa: TID253
@@ -51,9 +51,7 @@ def losses_without(
                 for variants, states in paths:
                     sums = [loss_sum(head, batch, state) for batch, state in zip(batches, states, strict=True)]
                     totals[variants] += sum(total for total, _ in sums)
-    if not count:
-        raise MeasureError("a text of one token predicts nothing", hint="Give --data with more text.")
-    return [float(total) / count for total in totals]
+    return [mean_loss(float(total), count) for total in totals]
 
 
 def _through(
@@ -92,16 +90,30 @@ def targets_of(batch: Batch) -> tuple[Tensor, Tensor]:
     return following, batch.real[:, 1:] & batch.real[:, :-1]
 
 
-def loss_sum(head: Callable[[Tensor], Tensor], batch: Batch, states: Tensor) -> tuple[float, int]:
-    """Return the sum of a batch's next-token losses, in nats, and of how many tokens it is."""
+def losses_of(head: Callable[[Tensor], Tensor], batch: Batch, states: Tensor) -> Iterator[tuple[Tensor, int]]:
+    """Yield the sum of next-token losses, in nats, of a few of a batch's tokens at a time, and how many they are."""
     following, counted = targets_of(batch)
     flat, targets = states[:, :-1][counted], following[counted]
     size = min(HEAD_TOKENS, batch.tokens.shape[1])  # no more than the model has positions for
-    total = 0.0
     for at in range(0, len(flat), size):
-        logits = head(flat[at : at + size]).float()
-        total += float(torch.nn.functional.cross_entropy(logits, targets[at : at + size], reduction="sum"))
-    return total, len(targets)
+        logits, wanted = head(flat[at : at + size]).float(), targets[at : at + size]
+        yield torch.nn.functional.cross_entropy(logits, wanted, reduction="sum"), len(wanted)
+
+
+def loss_sum(head: Callable[[Tensor], Tensor], batch: Batch, states: Tensor) -> tuple[float, int]:
+    """Return the sum of a batch's next-token losses, in nats, and of how many tokens it is."""
+    total, count = 0.0, 0
+    for loss, number in losses_of(head, batch, states):
+        total += float(loss)
+        count += number
+    return total, count
+
+
+def mean_loss(total: float, count: int) -> float:
+    """Return the mean loss of a next token. Raises MeasureError when there is none."""
+    if not count:
+        raise MeasureError("a text of one token predicts nothing", hint="Give --data with more text.")
+    return total / count
 
 
 def perplexities(losses: Sequence[float]) -> list[float]:

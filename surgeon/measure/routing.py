@@ -50,18 +50,9 @@ class Routing:
         finally:
             del experts.forward
 
-    def begin(self, batch: Batch) -> None:
-        """Nothing is counted in front of the layers."""
-
-    def see(self, layer: int, batch: Batch, before: Tensor, after: Tensor) -> None:
-        """Nothing is counted between the layers."""
-
     def enter(self, batch: Batch) -> None:
         """Say which batch goes through the layer now."""
         self._batch = batch
-
-    def end_group(self) -> None:
-        """Nothing waits for the end of a group."""
 
     def result(self) -> dict[str, Tensor]:
         """Return "experts", shape (L, E): 0 for an expert that no token reached."""

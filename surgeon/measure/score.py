@@ -1,7 +1,7 @@
 """Score a model on a text: one streamed pass for all scores that can share it, one more for each that cannot."""
 
 from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any, Protocol
 
 import torch  # noqa: TID253
@@ -9,13 +9,21 @@ from torch import Tensor, nn  # noqa: TID253
 
 from surgeon.anatomy.anatomy import read_anatomy
 from surgeon.checkpoint.source import Source, spec_of
-from surgeon.errors import MeasureError
 from surgeon.measure.activations import Activations
 from surgeon.measure.angular import Angular
 from surgeon.measure.device import available_memory, compute_dtype
 from surgeon.measure.influence import Influence
 from surgeon.measure.magnitude import layer_magnitudes, width_magnitudes
-from surgeon.measure.removal import Progress, greedy, groups, loss_sum, losses_without, one_by_one, perplexities
+from surgeon.measure.removal import (
+    Progress,
+    greedy,
+    groups,
+    loss_sum,
+    losses_without,
+    mean_loss,
+    one_by_one,
+    perplexities,
+)
 from surgeon.measure.routing import Routing
 from surgeon.measure.scores import Scores
 from surgeon.measure.streaming import Batch, StreamedModel
@@ -39,20 +47,33 @@ class Observer(Protocol):
         """Know that a group of rows is through."""
 
 
+class Watcher(Protocol):
+    """What looks on inside a layer."""
+
+    def watch(self, layer: int, module: nn.Module) -> AbstractContextManager[None]:
+        """Return a context in which what happens inside a layer is seen."""
+
+    def enter(self, batch: Batch) -> None:
+        """Know which batch goes through the layer now."""
+
+    def result(self) -> dict[str, Tensor]:
+        """Return the importance of positions, by axis."""
+
+
 def observe(
     model: StreamedModel,
     tokens: Tensor,
-    observers: Sequence[Observer],
+    observers: Sequence[Observer] = (),
     *,
+    watchers: Sequence[Watcher] = (),
     real: Tensor | None = None,
     held: int = 2,
     progress: Progress | None = None,
 ) -> None:
-    """Run the rows, shape (R, T), through all layers under the eyes of `observers`.
+    """Run the rows, shape (R, T), through all layers under the eyes of `observers` and, inside them, of `watchers`.
 
     `held` says how many states of each token are in memory at once, those that observers keep included.
     """
-    watchers = [observer for observer in observers if isinstance(observer, Activations | Routing)]
     with torch.no_grad():
         for start, stop in groups(len(tokens), tokens.shape[1] * model.hidden_size * 4 * held):
             batches = model.embed(tokens[start:stop], None if real is None else real[start:stop])
@@ -75,7 +96,7 @@ def observe(
 
 
 @contextmanager
-def _watched(watchers: Sequence[Activations | Routing], layer: int, module: nn.Module) -> Iterator[None]:
+def _watched(watchers: Sequence[Watcher], layer: int, module: nn.Module) -> Iterator[None]:
     with ExitStack() as stack:
         for watcher in watchers:
             stack.enter_context(watcher.watch(layer, module))
@@ -99,15 +120,15 @@ def score_states(
     depth = model.depth
     angular, influence = Angular(depth, all_tokens=all_tokens), Influence(depth)
     observers: list[Observer] = [angular, influence]
-    watchers: list[Activations | Routing] = []
+    watchers: list[Watcher] = []
     if widths:
         watchers.append(Activations(model.anatomy))
         if "experts" in model.anatomy.sizes:
             watchers.append(Routing(depth, model.anatomy.sizes["experts"]))
     loss = FinalLoss(model) if evaluate else None
-    observers += [*watchers, *([loss] if loss else [])]
+    observers += [loss] if loss else []
     held = depth + 3 if all_tokens else 2
-    observe(model, tokens, observers, real=real, held=held, progress=progress)
+    observe(model, tokens, observers, watchers=watchers, real=real, held=held, progress=progress)
     layers: dict[str, list[Any]] = {
         "angular": angular.result(),
         "block-influence": influence.block_influence(),
@@ -145,9 +166,7 @@ class FinalLoss:
 
     def result(self) -> float:
         """Return the mean loss of a next token, in nats."""
-        if not self._count:
-            raise MeasureError("a text of one token predicts nothing", hint="Give --data with more text.")
-        return self._sum / self._count
+        return mean_loss(self._sum, self._count)
 
 
 def score(

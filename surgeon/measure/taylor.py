@@ -8,8 +8,8 @@ import torch  # noqa: TID253
 from torch import Tensor  # noqa: TID253
 
 from surgeon.measure.device import wide
-from surgeon.measure.removal import Progress, targets_of
-from surgeon.measure.streaming import HEAD_TOKENS, Batch, StreamedModel
+from surgeon.measure.removal import Progress, losses_of, targets_of
+from surgeon.measure.streaming import Batch, StreamedModel
 
 
 def taylor(model: StreamedModel, tokens: Tensor, *, progress: Progress | None = None) -> list[float]:
@@ -56,14 +56,9 @@ def _gradients_of_loss(model: StreamedModel, batches: list[Batch], states: list[
     gradients = []
     with model.head() as head:
         for batch, state in zip(batches, states, strict=True):
-            following, counted = targets_of(batch)
             leaf = state.detach().requires_grad_(True)
-            flat, targets = leaf[:, :-1][counted], following[counted]
-            size = min(HEAD_TOKENS, batch.tokens.shape[1])
-            for at in range(0, len(flat), size):
-                logits = head(flat[at : at + size]).float()
-                loss = torch.nn.functional.cross_entropy(logits, targets[at : at + size], reduction="sum") / count
-                torch.autograd.backward(loss, retain_graph=at + size < len(flat))
+            for loss, _ in losses_of(head, batch, leaf):
+                torch.autograd.backward(loss / count, retain_graph=True)  # what they share: which states count
             assert leaf.grad is not None, "rows have at least two tokens"
             gradients.append(leaf.grad)
     return gradients
