@@ -17,7 +17,7 @@ from surgeon.errors import CheckpointError, PlanError
 
 Part = Literal["embedding", "attention", "mlp", "norm", "buffer"]
 
-_EXPERT = re.compile(r"\.experts\.\d+\.")
+EXPERT_NUMBER = re.compile(r"(?<=\.experts\.)\d+(?=\.)")  # of a tensor that only one expert has, in its name
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ def read_anatomy(spec: CheckpointSpec) -> Anatomy:
 
 def _find_row(family: Family, stack: Stack, name: str) -> tuple[Row, Part] | None:
     if place := stack.locate(name):
-        inside = _EXPERT.sub(".experts.{}.", place[1])
+        inside = EXPERT_NUMBER.sub("{}", place[1])
         tables: list[tuple[Part, Rows]] = [("attention", family.attention), ("norm", family.norm)]
         tables += [("mlp", rows) for rows in family.mlp]
     else:

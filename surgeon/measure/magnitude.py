@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 import torch  # noqa: TID253
 from torch import Tensor  # noqa: TID253
 
-from surgeon.anatomy.anatomy import Anatomy, read_anatomy
+from surgeon.anatomy.anatomy import EXPERT_NUMBER, Anatomy, read_anatomy
 from surgeon.anatomy.axes import Dim, Places, axes_of, places
 from surgeon.checkpoint.source import Source, spec_of
 from surgeon.errors import MeasureError
@@ -62,7 +62,7 @@ def _add(sums: Mapping[str, Tensor], anatomy: Anatomy, name: str, tensor: Tensor
     place = anatomy.stacks[0].locate(name)
     if part == "buffer":
         return
-    expert = _expert_number(name) if "experts" in sums else None
+    expert = EXPERT_NUMBER.search(name) if "experts" in sums else None
     for number, dim in enumerate(row.axes):
         others = [other for other in range(tensor.ndim) if other != number]
         weights = tensor.abs().sum(others, dtype=torch.float64) if others else tensor.abs().double()
@@ -74,7 +74,7 @@ def _add(sums: Mapping[str, Tensor], anatomy: Anatomy, name: str, tensor: Tensor
                 known = labels >= 0
                 total[0 if axis == "hidden" or place is None else place[0]].index_add_(0, labels[known], weights[known])
     if expert is not None and place is not None:
-        sums["experts"][place[0], expert] += tensor.abs().sum(dtype=torch.float64)
+        sums["experts"][place[0], int(expert.group())] += tensor.abs().sum(dtype=torch.float64)
 
 
 def _labels(dim: Dim, sizes: Mapping[str, int], axis: str) -> Tensor | None:
@@ -98,12 +98,6 @@ def _labels(dim: Dim, sizes: Mapping[str, int], axis: str) -> Tensor | None:
         return Places(tuple(range(size)), tuple(float(i + 2) for i in range(size)))
 
     return torch.tensor([int(scale) - 2 if scale > 1 else -1 for scale in places(dim, sizes, mark).scale])
-
-
-def _expert_number(name: str) -> int | None:
-    words = name.split(".")
-    after = next((words[i + 1] for i, word in enumerate(words[:-1]) if word == "experts"), "")
-    return int(after) if after.isdigit() else None
 
 
 def _tensors(source: Source) -> Iterator[tuple[str, Tensor]]:

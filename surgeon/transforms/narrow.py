@@ -11,14 +11,13 @@ which changes the last digits, or more where queries are as small as its root.
 """
 
 import math
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from itertools import pairwise
 from typing import Any
 
-from surgeon.anatomy.anatomy import Anatomy
+from surgeon.anatomy.anatomy import EXPERT_NUMBER, Anatomy
 from surgeon.anatomy.axes import Dim, Keep, axes_of, survivors
 from surgeon.anatomy.families import Row
 from surgeon.errors import PlanError
@@ -36,7 +35,6 @@ EPSILON_KEYS = ("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon")
 HEAD_DIMS = ("q_dim", "k_dim", "v_dim")
 PER_TOKEN_KEYS = ("num_experts_per_tok", "experts_per_token")  # the config keys that say how many experts a token takes
 WORDS = {"ffn": "MLP neurons", "kv_heads": "key-value heads", "group": "heads", "experts": "experts"}
-_EXPERT = re.compile(r"(?<=\.experts\.)\d+(?=\.)")
 
 Positions = tuple[int, ...]
 # From a layer (None: outside of all) and a dimension to the positions that are left of it, and a factor for each: 1.
@@ -129,13 +127,13 @@ def _by_layer(kept: Kept) -> dict[str, Mapping[int, Any]]:
 
 def _renamed(anatomy: Anatomy, kept: Kept, name: str) -> str | None:
     """Return what a tensor is called in the result: experts are renumbered. None for one of a dropped expert."""
-    place, expert = anatomy.stacks[0].locate(name), _EXPERT.search(name)
+    place, expert = anatomy.stacks[0].locate(name), EXPERT_NUMBER.search(name)
     if kept.experts is None or place is None or expert is None:
         return name
     left = kept.experts[place[0]]
     if int(expert.group()) not in left:
         return None
-    return _EXPERT.sub(str(left.index(int(expert.group()))), name)
+    return EXPERT_NUMBER.sub(str(left.index(int(expert.group()))), name)
 
 
 def _cuts(anatomy: Anatomy, kept: Kept) -> _Cut:
