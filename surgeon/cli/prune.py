@@ -92,7 +92,7 @@ def prune(
     meter = TokenMeter(quiet=writing.quiet)
     plan = partial(
         surgeon.prune,
-        model,
+        surgeon.open_model(model, revision=revision),
         score=score,
         layers=layers,
         target_parameters=target_parameters,
@@ -114,7 +114,6 @@ def prune(
         evaluate=evaluate,
         device=device,
         seed=seed,
-        revision=revision,
         meter=meter,
     )
     surgery = plan(measure=False)
