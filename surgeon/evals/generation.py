@@ -4,13 +4,12 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from surgeon.anatomy.config import text_config
-from surgeon.checkpoint.source import Source, spec_of
+from surgeon.checkpoint.source import Source
 from surgeon.errors import MeasureError
 from surgeon.evals.perplexity import HARNESS_HINT, PROBE, check_causal
 from surgeon.measure.device import available_memory, compute_dtype
-from surgeon.plan.plan import identity
+from surgeon.measure.loading import load_model
 from surgeon.reload import hushed
-from surgeon.verification import loadable
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -31,8 +30,7 @@ def load_whole(source: Source, device: str) -> Any:
     Raises MeasureError where it does not fit, cannot be loaded, or lacks weights.
     """
     import torch
-    from transformers import AutoModelForCausalLM, GenerationConfig
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+    from transformers import GenerationConfig
 
     dtype = compute_dtype(source, device)
     needed = sum(dtype.itemsize * item.spec.num_parameters for item in source.tensors.values())
@@ -41,34 +39,11 @@ def load_whole(source: Source, device: str) -> Any:
             f"{source.label} takes {needed / 1e9:.1f} GB to write answers, more than there is",
             hint="Perplexity and choices stream: --metric perplexity, or choice.",
         )
-    known = str(source.config.get("model_type"))
-    if known not in CONFIG_MAPPING:
-        raise MeasureError(f"transformers has no model type {known!r} of its own", hint=HARNESS_HINT)
-    name, revision = loadable(source)
-    safe = identity(spec_of(source), depth=0).config  # without keys that choose the code that runs it
-    try:
-        with hushed():
-            loaded: Any = AutoModelForCausalLM.from_pretrained(
-                name,
-                revision=revision,
-                config=CONFIG_MAPPING[known].from_dict(dict(safe)),
-                dtype=dtype,
-                trust_remote_code=False,
-                output_loading_info=True,
-            )
-    except (OSError, ValueError, KeyError, TypeError, ImportError, RuntimeError) as error:
-        said = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise MeasureError(f"transformers cannot load {source.label}: {said}", hint=HARNESS_HINT) from error
-    model, report = loaded
-    if lost := sorted(map(str, report["missing_keys"])):
-        raise MeasureError(
-            f"{source.label} has no weights for {lost[0]!r}, which transformers would draw at random",
-            hint="Answers need a model with a language model head; surgeon inspect shows what is there.",
-        )
+    model = load_model(source, dtype=dtype, hint=HARNESS_HINT)
     stops = _ids(model.generation_config.eos_token_id) | _ids(text_config(source.config).get("eos_token_id"))
     # A new one: that of the checkpoint may sample, or penalise what was said.
     model.generation_config = GenerationConfig(do_sample=False, eos_token_id=sorted(stops) or None)  # type: ignore[no-untyped-call]
-    model = model.to(device).eval()
+    model = model.to(device)
     with torch.no_grad():
         check_causal(model(torch.tensor(PROBE, device=device)).logits, source.label)
     return model
