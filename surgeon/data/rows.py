@@ -2,10 +2,13 @@
 
 import hashlib
 import json
+import signal
+import threading
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from surgeon.data.documents import documents
 from surgeon.data.records import Document, checked_text
@@ -16,6 +19,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 BETWEEN_TEXTS = b"\xff"  # a byte that UTF-8 never has
+TEMPLATE_SECONDS = 5  # for one chat, of which templates write some thousand in a second
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,19 +88,92 @@ def text_of(document: Document, tokenizer: "PreTrainedTokenizerBase") -> str:
 
     Raises DataError when the tokenizer has no template, or one that refuses the chat.
     """
-    if not document.messages:
-        return "\n".join(document.parts)
+    if document.messages:
+        return templated(document.messages, tokenizer, document.where)
+    return "\n".join(document.parts)
+
+
+def templated(
+    messages: Sequence[Mapping[str, Any]], tokenizer: "PreTrainedTokenizerBase", where: str, *, answer: bool = False
+) -> str:
+    """Return a chat as the tokenizer's template writes it, with `answer` up to where the assistant begins one.
+
+    Raises DataError where there is no template, or one that refuses the chat or does not come to an end with it.
+    """
+    if tokenizer.chat_template is None:
+        what, other = ("is to be", "prompts without --chat") if answer else ("is", "data with text")
+        hint = f"Use a model that has one (an instruct or chat model), or {other}."
+        raise DataError(f"{where} {what} a chat, and the tokenizer has no chat template", hint=hint)
+    chat = [dict(message) for message in messages]
+    with rendering(where):
+        text = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=answer)
+    return checked_text(text, f"{where}, written by the chat template,")
+
+
+@contextmanager
+def rendering(where: str) -> Iterator[None]:
+    """Turn what a chat template raises in this block into one DataError, and stop one that takes too long.
+
+    A template is a program of the checkpoint's author, in a sandbox that bounds neither its time nor its memory.
+    """
     from jinja2 import TemplateError
 
-    if tokenizer.chat_template is None:
-        hint = "Use a model that has one (an instruct or chat model), or data with text."
-        raise DataError(f"{document.where} is a chat, and the tokenizer has no chat template", hint=hint)
+    refusals = (TemplateError, TypeError, ValueError, LookupError, ArithmeticError, AttributeError, RecursionError)
     try:
-        text = tokenizer.apply_chat_template([dict(message) for message in document.messages], tokenize=False)
-    except (TemplateError, TypeError, ValueError, KeyError) as error:
+        with _time_limit(TEMPLATE_SECONDS):
+            yield
+    except (TimeoutError, MemoryError) as error:
+        what = f"takes over {TEMPLATE_SECONDS} seconds" if isinstance(error, TimeoutError) else "takes all memory"
+        hint = "Look at chat_template.jinja or tokenizer_config.json: it may loop for ever."
+        raise DataError(f"the chat template {what} on {where}", hint=hint) from error
+    except refusals as error:
+        said = next(iter(str(error).splitlines()), type(error).__name__)
         hint = "Templates often want roles to alternate: user, assistant, user ..."
-        raise DataError(f"the chat template refuses {document.where}: {error}", hint=hint) from error
-    return checked_text(text, f"{document.where}, written by the chat template,")
+        raise DataError(f"the chat template refuses {where}: {said}", hint=hint) from error
+
+
+@contextmanager
+def _time_limit(seconds: float) -> Iterator[None]:
+    """Raise TimeoutError in this block after some seconds of it; only in a main thread, which alone hears signals."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(*_: object) -> None:
+        raise TimeoutError
+
+    handler = signal.signal(signal.SIGALRM, stop)
+    rest, interval = signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, handler)
+        if rest:  # another's alarm goes on; the little time that passed here is given to it
+            signal.setitimer(signal.ITIMER_REAL, rest, interval)
+
+
+def encode(text: str, tokenizer: "PreTrainedTokenizerBase") -> list[int]:
+    """Return the ids of a whole text, without special tokens but those that it writes out.
+
+    A prefix of it would do for few tokens, but none is known to have the same ones.
+    """
+    quiet = {"verbose": False}  # about more tokens than the model can see at once
+    parts = {"return_attention_mask": False, "return_token_type_ids": False}
+    ids: list[int] = tokenizer(text, add_special_tokens=False, **quiet, **parts)["input_ids"]
+    return ids
+
+
+def begin_of_text(tokenizer: "PreTrainedTokenizerBase") -> list[int]:
+    """Return the token that the tokenizer puts in front of a text, if it does."""
+    empty = tokenizer("")["input_ids"]
+    bos = tokenizer.bos_token_id
+    return [int(bos)] if bos is not None and empty[:1] == [bos] else []
+
+
+def content(document: Document) -> bytes:
+    """Return what is hashed of a document; BETWEEN_TEXTS stands between two."""
+    return (json.dumps(document.messages, sort_keys=True) if document.messages else "\n".join(document.parts)).encode()
 
 
 def _read_tokens(
@@ -115,8 +192,8 @@ def _read_tokens(
             if num_documents:
                 ids.append(_end_of_text(tokenizer, document))
             num_documents += 1
-            sha256.update((BETWEEN_TEXTS if index else b"") + _content(document))
-            ids.extend(_tokenised(text_of(document, tokenizer), tokenizer))
+            sha256.update((BETWEEN_TEXTS if index else b"") + content(document))
+            ids.extend(encode(text_of(document, tokenizer), tokenizer))
         source.append({"data": spec, "sha256": sha256.hexdigest()})
     return ids, tuple(source)
 
@@ -127,14 +204,6 @@ def _while_needed(stream: Iterator[Document], ids: "array[int]", wanted: int) ->
         yield document
 
 
-def _tokenised(text: str, tokenizer: "PreTrainedTokenizerBase") -> list[int]:
-    """Return the ids of a whole text. A prefix would do for few rows, but none is known to have the same tokens."""
-    quiet = {"verbose": False}  # about more tokens than the model can see at once
-    parts = {"return_attention_mask": False, "return_token_type_ids": False}
-    ids: list[int] = tokenizer(text, add_special_tokens=False, **quiet, **parts)["input_ids"]
-    return ids
-
-
 def _end_of_text(tokenizer: "PreTrainedTokenizerBase", document: Document) -> int:
     if tokenizer.eos_token_id is None:
         raise DataError(
@@ -142,8 +211,3 @@ def _end_of_text(tokenizer: "PreTrainedTokenizerBase", document: Document) -> in
             hint="Put all text into one .txt, or set eos_token in tokenizer_config.json.",
         )
     return int(tokenizer.eos_token_id)
-
-
-def _content(document: Document) -> bytes:
-    """Return what is hashed of a document."""
-    return (json.dumps(document.messages, sort_keys=True) if document.messages else "\n".join(document.parts)).encode()

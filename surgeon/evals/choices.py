@@ -11,9 +11,9 @@ import torch  # noqa: TID253
 from torch import Tensor  # noqa: TID253
 
 from surgeon.data.records import checked_text
+from surgeon.data.rows import begin_of_text, encode
 from surgeon.errors import DataError
 from surgeon.evals.perplexity import Piece, row_losses
-from surgeon.evals.prompts import begin_of_text, encode
 from surgeon.measure.removal import Progress
 from surgeon.measure.streaming import BATCH_TOKENS, StreamedModel
 

@@ -1,12 +1,13 @@
 """Records with an answer, as prompts: what the model is given, and what it should say."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain, islice
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from surgeon.data.documents import documents
-from surgeon.data.records import Document, checked_text
+from surgeon.data.records import Document
+from surgeon.data.rows import begin_of_text, encode, templated
 from surgeon.errors import DataError
 
 if TYPE_CHECKING:
@@ -44,19 +45,6 @@ def read_prompts(
     return found
 
 
-def begin_of_text(tokenizer: "PreTrainedTokenizerBase") -> list[int]:
-    """Return the token that the tokenizer puts in front of a text, if it does."""
-    empty = tokenizer("")["input_ids"]
-    bos = tokenizer.bos_token_id
-    return [int(bos)] if bos is not None and empty[:1] == [bos] else []
-
-
-def encode(text: str, tokenizer: "PreTrainedTokenizerBase") -> list[int]:
-    """Return the ids of a text, without special tokens but those that it writes out."""
-    ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-    return ids
-
-
 def _prompt(document: Document, tokenizer: "PreTrainedTokenizerBase", begin: list[int], chat: bool) -> Prompt:
     if document.messages:
         *before, last = document.messages
@@ -74,23 +62,7 @@ def _prompt(document: Document, tokenizer: "PreTrainedTokenizerBase", begin: lis
         reference = document.parts[-1]
         before = [{"role": "user", "content": "\n".join(document.parts[:-1])}] if chat else []
     if before:
-        text, ids = _templated(before, tokenizer, document.where), []
+        text, ids = templated(before, tokenizer, document.where, answer=True), []
     else:
         text, ids = "".join(f"{part}\n" for part in document.parts[:-1]), list(begin)
     return Prompt(document.where, text, (*ids, *encode(text, tokenizer)), reference)
-
-
-def _templated(messages: Sequence[Mapping[str, Any]], tokenizer: "PreTrainedTokenizerBase", where: str) -> str:
-    """Return a chat up to where the assistant begins. Raises DataError where there is no template, or it refuses."""
-    from jinja2 import TemplateError
-
-    if tokenizer.chat_template is None:
-        hint = "Use a model that has one (an instruct or chat model), or prompts without --chat."
-        raise DataError(f"{where} is to be a chat, and the tokenizer has no chat template", hint=hint)
-    chat = [dict(message) for message in messages]
-    try:
-        text = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
-    except (TemplateError, TypeError, ValueError, KeyError) as error:
-        hint = "Templates often want roles to alternate: user, assistant, user ..."
-        raise DataError(f"the chat template refuses {where}: {error}", hint=hint) from error
-    return checked_text(text, f"{where}, written by the chat template,")
