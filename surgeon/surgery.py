@@ -109,6 +109,12 @@ class Surgery:
         """The anatomy of the result: what the next step of a chain is planned from."""
         return read_anatomy(self.spec)
 
+    def companion(self, file: str) -> bytes | None:
+        """Return a file that goes with the weights, as the result will hold it; None where there is none."""
+        if file in self.attachments:
+            return self.attachments[file]
+        return self.source.fetch(file).read_bytes() if file in self.source.companions else None
+
     @property
     def name(self) -> str:
         """The result's name where the user gives none: the source's, and what was done."""

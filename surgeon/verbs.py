@@ -9,12 +9,17 @@ from surgeon.checkpoint.joined import DONOR, JoinedSource
 from surgeon.checkpoint.open import open_source
 from surgeon.checkpoint.source import spec_of
 from surgeon.errors import PlanError
+from surgeon.gist import KEY as GIST
+from surgeon.gist import GistTokens, names, read_gist
+from surgeon.gist.architecture import refusal
+from surgeon.gist.tokenizer import add_to_tokenizer, suppress
 from surgeon.plan.expressions import Read
 from surgeon.plan.plan import identity
 from surgeon.surgery import Surgery
 from surgeon.transforms.deepen import donate
 from surgeon.transforms.grow import grow as plan_grow
 from surgeon.transforms.grow import grown_depth
+from surgeon.transforms.tokens import add_tokens
 from surgeon.transforms.truncate import truncate as plan_truncate
 
 
@@ -109,4 +114,41 @@ def grow(
     offered = {DONOR + name: Read(DONOR + name) for name in given.tensors}
     passed = replace(begun.plan, tensors={**begun.plan.tensors, **offered})
     step = {"grow": {"layers": layers, "donor": os.fspath(donor)}}
-    return Surgery(JoinedSource(begun.source, given), passed.then(replace(plan, steps=(step,))))
+    return replace(begun, source=JoinedSource(begun.source, given), plan=passed.then(replace(plan, steps=(step,))))
+
+
+def add_gist(
+    model: "str | os.PathLike[str] | Surgery",
+    *,
+    tokens: int = 1,
+    distinct: bool = False,
+    revision: str | None = None,
+) -> Surgery:
+    """Return the surgery that gives `model` gist tokens, for gists of `tokens` tokens each. Nothing is trained.
+
+    One token is added, which a gist repeats; with `distinct` one for each place. Its rows are the means of all rows.
+    Tokenizer, config and generation config learn of it. (`surgeon.gist` is the package with the rest about gists.)
+
+    Raises PlanError when the architecture lets a prompt past a mask, when the model has gist tokens already, or when
+    it has no tokenizer.json.
+
+        surgeon.add_gist("HuggingFaceTB/SmolLM2-135M", tokens=4).save("SmolLM2-gist")
+    """
+    begun = open_model(model, revision=revision)
+    anatomy, config = begun.anatomy, begun.spec.config
+    if tokens < 1:
+        raise PlanError(f"a gist cannot have {tokens} tokens", hint="--tokens is 1 or more.")
+    if (there := read_gist(config)) is not None:
+        raise PlanError(
+            f"the model has gist tokens already: {', '.join(there.tokens)}",
+            hint="One gist token serves gists of any length; for others, begin with the model without.",
+        )
+    if (reason := refusal(config, anatomy.depth)) is not None:
+        raise PlanError(reason, hint="surgeon gist --check MODEL says which models can be gisted.")
+    ids, edited = add_to_tokenizer(begun.companion, names(tokens, distinct=distinct))
+    gist = GistTokens(tuple(ids), tokens, distinct)
+    plan = add_tokens(anatomy, ids)
+    step = {"gist": {"tokens": tokens, "distinct": distinct, "token_ids": list(ids)}}
+    plan = replace(plan, config={**plan.config, GIST: gist.to_config()}, steps=(step,))
+    attachments = {**begun.attachments, **edited, **suppress(begun.companion, ids, config)}
+    return replace(begun, plan=begun.plan.then(plan), attachments=attachments)

@@ -1,0 +1,67 @@
+"""Whether the layers of a model allow gist tokens, as far as its config.json tells: nothing is loaded.
+
+A gist works where a later token sees earlier ones through attention alone. A layer with a recurrent state, a
+convolution or a summary carries the prompt past the mask; chunked attention moves its chunks when the prompt is gone.
+"""
+
+from collections.abc import Mapping, Sequence
+from itertools import groupby
+from typing import Any
+
+from surgeon.anatomy.config import layer_kinds, text_config
+
+ALLOWED = frozenset({"full_attention", "sliding_attention", "attention", "global", "local"})  # the last two: GPT-Neo
+ENCODER_DECODERS = frozenset({"t5", "mt5"})  # relative positions, and an encoder that takes a mask of its own
+WHY = {
+    "chunked_attention": "its chunks would lie elsewhere once the prompt is gone",
+    "linear_attention": "the prompt would leak through their state",
+    "conv": "the prompt would leak through their convolution",
+    "hybrid": "the prompt would leak through their state",
+    "hybrid_sliding": "the prompt would leak through their state",
+    "mamba": "the prompt would leak through their state",
+    "recurrent": "the prompt would leak through their state",
+}
+OTHERWISE = "they are neither full nor sliding attention, and what else they carry past a mask is not known"
+# Config keys of layers that hold a state, where the config does not say which layers those are.
+STATES = (
+    "state_size", "ssm_state_size", "mamba_d_state", "mamba_state_dim", "linear_key_head_dim", "attention_hidden_size",
+    "lru_width", "conv_L_cache",
+)  # fmt: skip
+NO_MASK = {
+    "bloom": "it builds ALiBi from a mask of the padding, and takes no other",
+    "falcon": "with ALiBi it takes a mask of the padding, and no other",
+}
+
+
+def refusal(config: Mapping[str, Any], depth: int) -> str | None:
+    """Return why a model cannot have gist tokens, None where its config speaks of nothing that forbids them."""
+    text = text_config(config)
+    name = str(text.get("model_type") or config.get("model_type"))
+    if config.get("is_encoder_decoder") and name not in ENCODER_DECODERS:
+        return f"{name} is an encoder-decoder, of which only {' and '.join(sorted(ENCODER_DECODERS))} are supported"
+    if any("MaskedLM" in str(architecture) for architecture in config.get("architectures") or ()):
+        return f"{name} reads in both directions; gist tokens need a model that generates"
+    if name in NO_MASK and (name == "bloom" or text.get("alibi")):
+        return f"{name} cannot be gisted: {NO_MASK[name]}"
+    if (kinds := layer_kinds(text, depth)) is not None:
+        return _of_kinds(kinds, name)
+    if text.get("attention_chunk_size"):
+        return f"{name} has chunked attention: {WHY['chunked_attention']}"
+    if key := next((key for key in STATES if text.get(key) is not None), None):
+        return f"layers of {name} have a state ({key} = {text[key]!r}), and the prompt would leak through it"
+    return None
+
+
+def _of_kinds(kinds: Sequence[str], name: str) -> str | None:
+    wrong = [(i, kind) for i, kind in enumerate(kinds) if kind not in ALLOWED]
+    if not wrong:
+        return None
+    kind = wrong[0][1]
+    layers = _ranges([i for i, found in wrong if found == kind])
+    return f"layers {layers} of {name} are {kind}: {WHY.get(kind, OTHERWISE)}"
+
+
+def _ranges(numbers: Sequence[int]) -> str:
+    """Return "0-2, 4-6" for numbers in ascending order."""
+    runs = [[i for _, i in run] for _, run in groupby(enumerate(numbers), key=lambda pair: pair[1] - pair[0])]
+    return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)

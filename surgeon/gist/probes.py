@@ -1,0 +1,200 @@
+"""What a gist mask and a cached gist change in a model, measured on one row of random tokens.
+
+The row is a prompt, a gist and an input. A leak is found by giving the row another prompt while the states of the gist
+are held, behind every layer, at what they were with the first: what the input still notices came past the gist.
+"""
+
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch  # noqa: TID253
+from torch import Tensor, nn  # noqa: TID253
+from transformers import DynamicCache  # noqa: TID253
+from transformers.modeling_outputs import BaseModelOutput  # noqa: TID253
+
+from surgeon.gist.encoder import encode
+from surgeon.gist.masks import AFTER, GIST, PROMPT, Condition, cross_mask, encoder_mask, gist_masks
+
+PROMPT_TOKENS, GIST_TOKENS, INPUT_TOKENS = 20, 2, 12
+HELD = slice(PROMPT_TOKENS, PROMPT_TOKENS + GIST_TOKENS)
+BEHIND = slice(PROMPT_TOKENS + GIST_TOKENS, None)
+# What models call a table of positions: of learned ones, or of angles that begin at position 0.
+POSITION_TABLES = frozenset({"wpe", "embed_positions", "position_embeddings", "position_embedding"})
+
+
+@dataclass(frozen=True, slots=True)
+class Differences:
+    """Largest differences of the input's logits, relative to the largest logit; Support says of what.
+
+    `caching` is what an ordinary cache of keys and values changes, which is rounding.
+    """
+
+    leak: float
+    control: float
+    cached: float
+    rebased: float | None
+    caching: float
+
+
+@dataclass(frozen=True, slots=True)
+class _Row:
+    """A row of prompt, gist and input, shape (1, S), the same with another prompt, and the phases of both."""
+
+    ids: Tensor
+    other: Tensor
+    phases: Tensor
+
+
+def probe_decoder(model: Any) -> Differences:
+    """Return what is measured of a decoder. Raises what its code raises where it takes no such mask."""
+    row = _draw(model)
+
+    def run(ids: Tensor, condition: Condition) -> Tensor:
+        masks = gist_masks(model.config, row.phases, condition=condition, dtype=model.dtype)
+        return _logits(model, ids, attention_mask=masks, use_cache=False, **_positions(model, 0, ids.shape[1]))
+
+    def leak(condition: Condition) -> float:
+        return _leak(_layers(model), row, lambda ids: run(ids, condition)[:, BEHIND])
+
+    masked, plain = (run(row.ids, condition)[:, BEHIND] for condition in ("gist", "positive"))
+    rebased = None
+    if not _has_position_table(model):
+        rebased = _difference(masked, _cached(model, row.ids, keep=GIST_TOKENS, shift=PROMPT_TOKENS))
+    return Differences(
+        leak=leak("gist"),
+        control=leak("positive"),
+        cached=_difference(masked, _cached(model, row.ids, keep=GIST_TOKENS)),
+        rebased=rebased,
+        caching=_difference(plain, _cached(model, row.ids, keep=PROMPT_TOKENS + GIST_TOKENS)),
+    )
+
+
+def probe_encoder(model: Any) -> Differences:
+    """Return what is measured of an encoder-decoder with T5's code; its relative positions need no moving."""
+    row = _draw(model)
+    target = row.ids[:, BEHIND]
+
+    def run(ids: Tensor, condition: Condition) -> Tensor:
+        mask = encoder_mask(model.config, row.phases, condition=condition, dtype=model.dtype)
+        return decode(encode(model, ids, mask=mask), cross_mask(row.phases, condition=condition))
+
+    def decode(states: Tensor, seen: Tensor) -> Tensor:
+        encoded = BaseModelOutput(last_hidden_state=states)
+        return _logits(model, None, encoder_outputs=encoded, attention_mask=seen, decoder_input_ids=target)
+
+    def cached() -> Tensor:
+        cache = DynamicCache()
+        before = encode(model, row.ids[:, : BEHIND.start], cache=cache)
+        behind = encode(model, row.ids[:, BEHIND], cache=gist_slice(cache, None, GIST_TOKENS))
+        states = torch.cat([before[:, HELD], behind], 1)
+        return decode(states, torch.ones_like(states[..., 0], dtype=torch.long))
+
+    def leak(condition: Condition) -> float:
+        # In an encoder the gist's states are read by the decoder too: they are held there as everywhere.
+        return _leak(list(model.encoder.block), row, lambda ids: run(ids, condition))
+
+    # Without a gist mask an encoder cannot be cached at all, so that there is no ordinary caching to compare with.
+    difference = _difference(run(row.ids, "gist"), cached())
+    return Differences(leak("gist"), leak("positive"), cached=difference, rebased=difference, caching=0.0)
+
+
+def gist_slice(cache: Any, config: Any, num_tokens: int) -> DynamicCache:
+    """Return a new cache that holds only the last `num_tokens` places of each layer of `cache`.
+
+    With the model's `config`, sliding layers get a layer of their kind; an encoder has none.
+    """
+    kept = DynamicCache() if config is None else DynamicCache(config=config)
+    for i, layer in enumerate(cache.layers):
+        if getattr(layer, "keys", None) is not None:
+            kept.update(layer.keys[..., -num_tokens:, :].clone(), layer.values[..., -num_tokens:, :].clone(), i)
+    return kept
+
+
+def _cached(model: Any, ids: Tensor, *, keep: int, shift: int = 0) -> Tensor:
+    """Return the input's logits where all that is cached is the last `keep` places before it.
+
+    Positions begin at -`shift`: with the length of the prompt the gist comes to lie at position 0.
+    """
+    before, length = BEHIND.start, ids.shape[1]
+    cache = DynamicCache(config=model.config)
+    _logits(model, ids[:, :before], past_key_values=cache, use_cache=True, **_positions(model, -shift, before))
+    kept = cache if keep == before else gist_slice(cache, model.config, keep)
+    positions = _positions(model, before - shift, length - before)
+    return _logits(model, ids[:, before:], past_key_values=kept, use_cache=True, **positions)
+
+
+def _positions(model: Any, first: int, count: int) -> dict[str, Tensor]:
+    """Return the argument that numbers `count` tokens from `first`, where a model takes one."""
+    if "position_ids" not in inspect.signature(model.forward).parameters:
+        return {}
+    return {"position_ids": torch.arange(first, first + count, device=model.device)[None]}
+
+
+def _has_position_table(model: nn.Module) -> bool:
+    """Return whether a model looks positions up: it has none below 0, and others than those it was trained on."""
+    members = [name for name, _ in (*model.named_modules(), *model.named_buffers(), *model.named_parameters())]
+    return any(name.rpartition(".")[2] in POSITION_TABLES for name in members)
+
+
+def _leak(layers: Sequence[nn.Module], row: _Row, run: Callable[[Tensor], Tensor]) -> float:
+    """Return what another prompt changes in what `run` makes of a row, while the gist's states are held."""
+    states: list[Tensor] = []
+    with _hooked(layers, lambda i, hidden: states.append(hidden[:, HELD].clone())):
+        first = run(row.ids)
+
+    def hold(i: int, hidden: Tensor) -> None:
+        hidden[:, HELD] = states[i]
+
+    with _hooked(layers, hold):
+        return _difference(first, run(row.other))
+
+
+@contextmanager
+def _hooked(layers: Sequence[nn.Module], act: Callable[[int, Tensor], None]) -> Iterator[None]:
+    """Let `act` see, and change in place, the hidden states behind each layer, given with the layer's number."""
+
+    def hook(i: int) -> Callable[..., Any]:
+        def after(_: nn.Module, __: Any, output: Any) -> Any:
+            hidden = (output[0] if isinstance(output, tuple) else output).clone()
+            act(i, hidden)
+            return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
+
+        return after
+
+    handles = [layer.register_forward_hook(hook(i)) for i, layer in enumerate(layers)]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _layers(model: Any) -> list[nn.Module]:
+    """Return the layers of a decoder: the first list of modules, from the outside, that is as long as it is deep."""
+    depth = model.config.get_text_config(decoder=True).num_hidden_layers
+    found = (module for module in model.modules() if isinstance(module, nn.ModuleList) and len(module) == depth)
+    return list(next(found, []))
+
+
+def _draw(model: Any) -> _Row:
+    vocabulary = model.config.get_text_config(decoder=True).vocab_size
+    random = torch.Generator().manual_seed(0)
+    ids = torch.randint(vocabulary, (1, PROMPT_TOKENS + GIST_TOKENS + INPUT_TOKENS), generator=random)
+    ids[:, HELD] = vocabulary - 1  # any token will do: what makes it a gist is the mask
+    other = ids.clone()
+    other[:, :PROMPT_TOKENS] = (ids[:, :PROMPT_TOKENS] + 1 + vocabulary // 3) % vocabulary
+    phases = torch.tensor([[PROMPT] * PROMPT_TOKENS + [GIST] * GIST_TOKENS + [AFTER] * INPUT_TOKENS])
+    return _Row(ids.to(model.device), other.to(model.device), phases.to(model.device))
+
+
+def _logits(model: Any, ids: Tensor | None, **arguments: Any) -> Tensor:
+    logits: Tensor = model(input_ids=ids, **arguments).logits
+    return logits.float() if logits.dtype.itemsize < 4 else logits
+
+
+def _difference(one: Tensor, other: Tensor) -> float:
+    """Return the largest difference, relative to the largest number."""
+    return float((one - other).abs().max() / one.abs().max())

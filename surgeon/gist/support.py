@@ -1,0 +1,104 @@
+"""Whether a loaded model can be gisted, measured: does the prompt leak past the mask, does a cached gist replace it."""
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch  # noqa: TID253
+from transformers import PreTrainedConfig  # noqa: TID253
+
+from surgeon import text
+from surgeon.anatomy.anatomy import read_anatomy
+from surgeon.checkpoint.open import open_source
+from surgeon.checkpoint.source import spec_of
+from surgeon.errors import PlanError
+from surgeon.gist.architecture import refusal
+from surgeon.gist.probes import Differences, probe_decoder, probe_encoder
+from surgeon.measure.device import resolve_device
+from surgeon.measure.loading import load_model
+
+ROUNDING = 16  # machine epsilons: experts that get other tokens beside ours sum ours in another order
+EXACT = 1e-5  # of the largest logit, in float32: docs/gist.md has what models show, 1e-7 to 4e-6
+FLOOR = 4  # times what ordinary caching of keys and values changes: in 16 bits that is the measure
+LOAD_HINT = "A model is measured by running it; for one newer than this transformers: pip install -U transformers"
+# What models raise on a mask of four dimensions, or one for each kind of layer, that their code does not expect.
+_FAILURES = (ValueError, RuntimeError, TypeError, AttributeError, KeyError, IndexError)
+
+
+@dataclass(frozen=True, slots=True)
+class Support:
+    """Whether a model can be gisted, and what was measured; all differences are relative to the largest logit.
+
+    `leak` is what other prompts change behind a gist whose states are held, `control` the same without the mask.
+    `cache_difference` is between a gist's keys and values in a cache and the masked pass over everything,
+    `rebased_difference` the same with the gist moved to position 0; None where positions are learned.
+    None everywhere where only the config was looked at, or the code cannot be run.
+    """
+
+    supported: bool
+    reason: str | None = None
+    leak: float | None = None
+    control: float | None = None
+    cache_difference: float | None = None
+    rebased_difference: float | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return this as `--json` prints it."""
+        return asdict(self)
+
+    def to_text(self) -> str:
+        """Return this for people."""
+        measured = {
+            "leak": self.leak,
+            "without the mask": self.control,
+            "cached gist": self.cache_difference,
+            "moved to position 0": self.rebased_difference,
+        }
+        rows = [("gist tokens", "supported" if self.supported else f"not supported: {self.reason}")]
+        rows += [(name, f"{value:.1e} of the largest logit") for name, value in measured.items() if value is not None]
+        return text.rows(rows)
+
+
+def check_support(model: Any) -> Support:
+    """Return whether `model`, or one with that config, can be gisted.
+
+    A config is judged by the kinds of its layers; a model is run, on a few dozen tokens, in the dtype that it has.
+    """
+    config = model if isinstance(model, PreTrainedConfig) else model.config
+    depth = int(getattr(config.get_text_config(decoder=True), "num_hidden_layers", 0) or 0)
+    if (reason := refusal(config.to_dict(), depth)) is not None:
+        return Support(supported=False, reason=reason)
+    if model is config:
+        return Support(supported=True)
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            measured = probe_encoder(model) if config.is_encoder_decoder else probe_decoder(model)
+    except (PlanError, *_FAILURES) as error:
+        said = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        return Support(supported=False, reason=f"{config.model_type} fails with a gist mask: {said}")
+    finally:
+        model.train(was_training)
+    return _judged(measured, model.dtype)
+
+
+def check_checkpoint(name: str, *, revision: str | None = None, device: str = "cpu") -> Support:
+    """Return whether a checkpoint can be gisted. Loads it in float32, unless its config alone forbids gists.
+
+    Raises CheckpointError for what is no checkpoint, MeasureError where transformers cannot load it.
+    """
+    place = resolve_device(device)
+    source = open_source(name, revision=revision)
+    if (reason := refusal(source.config, read_anatomy(spec_of(source)).depth)) is not None:
+        return Support(supported=False, reason=reason)
+    return check_support(load_model(source, dtype=torch.float32, hint=LOAD_HINT).to(place))
+
+
+def _judged(found: Differences, dtype: torch.dtype) -> Support:
+    allowed = max(EXACT, FLOOR * found.caching)
+    reason = None
+    if not found.leak <= ROUNDING * torch.finfo(dtype).eps:  # "not": NaN is no small number
+        reason = f"the prompt leaks past the mask: it changes what follows by {found.leak:.1e} of the largest logit"
+    elif not found.cached <= allowed:
+        reason = f"a cached gist changes what follows by {found.cached:.1e} of the largest logit, not {allowed:.0e}"
+    return Support(reason is None, reason, found.leak, found.control, found.cached, found.rebased)

@@ -1,0 +1,181 @@
+"""Edits of the files that go with the weights: the tokenizer learns a special token, generation never emits it.
+
+The files are edited as JSON, without transformers. What decides is tokenizer.json: the other files only list the token
+where they list such tokens at all.
+"""
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from surgeon.errors import CheckpointError, PlanError
+
+TOKENIZER = "tokenizer.json"
+TOKENIZER_CONFIG = "tokenizer_config.json"
+SPECIAL_TOKENS = "special_tokens_map.json"  # written by transformers before 5, read by all
+ADDED_TOKENS = "added_tokens.json"
+GENERATION = "generation_config.json"
+
+# Where a checkpoint has no generation_config.json, transformers finds these in config.json. Once there is one, it looks
+# nowhere else, so it has to hold them.
+GENERATION_KEYS = (
+    "bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id", "forced_bos_token_id",
+    "forced_eos_token_id", "max_length", "min_length", "do_sample", "num_beams", "early_stopping", "temperature",
+    "top_k", "top_p", "typical_p", "repetition_penalty", "length_penalty", "no_repeat_ngram_size",
+    "encoder_no_repeat_ngram_size", "bad_words_ids", "num_return_sequences", "suppress_tokens", "begin_suppress_tokens",
+)  # fmt: skip
+
+NAMED_TOKENS = frozenset(f"{name}_token" for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask"))
+_HOW_ADDED = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+_FETCH_HINT = "Fetch the tokenizer's files again."
+
+Files = Callable[[str], bytes | None]  # from a file's name to its content, None where there is no such file
+
+
+def add_to_tokenizer(files: Files, tokens: Sequence[str]) -> tuple[list[int], dict[str, bytes]]:
+    """Return the ids that new special tokens get, and the files that say so.
+
+    Raises PlanError without a tokenizer.json or where it has a token of that name, CheckpointError where it is damaged.
+    """
+    content = files(TOKENIZER)
+    if content is None:
+        raise PlanError(
+            f"the model has no {TOKENIZER}, the one form of tokenizers that tokens are added to",
+            hint="transformers writes one: AutoTokenizer.from_pretrained(MODEL).save_pretrained(MODEL)",
+        )
+    tokenizer = _parsed(TOKENIZER, content)
+    known = _vocabulary(tokenizer)
+    if taken := next((token for token in tokens if token in known), None):
+        raise PlanError(
+            f"the tokenizer has a token {taken} already, and config.json says nothing of gist tokens",
+            hint="Take the model without it; what that token was trained for is not known here.",
+        )
+    _check_whole(files, known)
+    first = _next_id(tokenizer, known)
+    ids = list(range(first, first + len(tokens)))
+    new = dict(zip(tokens, ids, strict=True))
+    entries = [{"id": i, "content": token, **_HOW_ADDED} for token, i in new.items()]
+    tokenizer["added_tokens"] = [*(tokenizer.get("added_tokens") or []), *entries]
+    edited = {TOKENIZER: _written(TOKENIZER, tokenizer)}
+    edits = {TOKENIZER_CONFIG: _in_config, SPECIAL_TOKENS: _in_map, ADDED_TOKENS: _in_added}
+    for file, edit in edits.items():
+        if (content := files(file)) is not None:
+            edited[file] = _written(file, edit(_parsed(file, content), new))
+    return ids, edited
+
+
+def suppress(files: Files, ids: Sequence[int], config: Mapping[str, Any]) -> dict[str, bytes]:
+    """Return the generation_config.json with which a model never emits the tokens `ids`.
+
+    `config` is config.json, whose word counts where there is no such file yet.
+    """
+    content = files(GENERATION)
+    if content is None:
+        generation = {key: config[key] for key in GENERATION_KEYS if config.get(key) is not None}
+    else:
+        generation = _parsed(GENERATION, content)
+    generation.pop("_from_model_config", None)  # transformers 4 then goes by config.json, and forgets what stands here
+    before = generation.get("suppress_tokens") or []
+    if not isinstance(before, list):
+        raise CheckpointError(
+            f"{GENERATION} says suppress_tokens = {before!r}, not a list",
+            hint="Remove the key, or fetch the file again.",
+        )
+    generation["suppress_tokens"] = [*before, *(i for i in ids if i not in before)]
+    return {GENERATION: _written(GENERATION, generation)}
+
+
+def _vocabulary(tokenizer: Mapping[str, Any]) -> dict[str, int]:
+    """Return the id of every token of a tokenizer.json, those that were added included."""
+    added = tokenizer.get("added_tokens") or []
+    if not isinstance(added, list) or not all(isinstance(item, dict) for item in added):
+        raise CheckpointError(f"the added_tokens of {TOKENIZER} are no list of tokens", hint=_FETCH_HINT)
+    known = _model_vocabulary(tokenizer) | {item.get("content"): item.get("id") for item in added}
+    if not all(isinstance(token, str) and type(i) is int and i >= 0 for token, i in known.items()):
+        raise CheckpointError(f"{TOKENIZER} has a token without a text or a number", hint=_FETCH_HINT)
+    return known
+
+
+def _model_vocabulary(tokenizer: Mapping[str, Any]) -> dict[Any, Any]:
+    model = tokenizer.get("model")
+    vocabulary = model.get("vocab") if isinstance(model, dict) else None
+    if isinstance(vocabulary, dict):
+        return dict(vocabulary)
+    if isinstance(vocabulary, list) and all(isinstance(piece, list) and piece for piece in vocabulary):
+        return {piece[0]: i for i, piece in enumerate(vocabulary)}  # Unigram: [text, score]
+    raise CheckpointError(f"{TOKENIZER} has no vocabulary", hint=_FETCH_HINT)
+
+
+def _check_whole(files: Files, known: Mapping[str, int]) -> None:
+    """Raises PlanError where another file names a token that tokenizer.json lacks.
+
+    transformers adds it when it loads the tokenizer, with the very id that a new token would take.
+    """
+    content = files(TOKENIZER_CONFIG)
+    config = {} if content is None else _parsed(TOKENIZER_CONFIG, content)
+    extra = config.get("extra_special_tokens") or []
+    decoder = config.get("added_tokens_decoder")
+    named = [value for key, value in config.items() if key in NAMED_TOKENS]
+    named += list(extra.values() if isinstance(extra, dict) else extra)
+    named += config.get("additional_special_tokens") or []
+    named += list(decoder.values()) if isinstance(decoder, dict) else []
+    texts = [item.get("content") if isinstance(item, dict) else item for item in named]
+    if lost := next((text for text in texts if isinstance(text, str) and text not in known), None):
+        raise PlanError(
+            f"{TOKENIZER_CONFIG} names a token {lost!r} that {TOKENIZER} does not have",
+            hint="transformers mends it: AutoTokenizer.from_pretrained(MODEL).save_pretrained(MODEL)",
+        )
+
+
+def _next_id(tokenizer: Mapping[str, Any], known: Mapping[str, int]) -> int:
+    """Return the id that the tokenizers library gives to the next token: it counts tokens, and looks at added ids.
+
+    Raises PlanError where that is not the first free one: the ids have a gap, and what fills it would be a surprise.
+    """
+    added = [item["id"] for item in tokenizer.get("added_tokens") or []]
+    following = max(len(_model_vocabulary(tokenizer)), max(added, default=-1) + 1)
+    if following != max(known.values(), default=-1) + 1:
+        raise PlanError(
+            f"the tokenizer would number a new token {following}, but has ids up to {max(known.values())}",
+            hint="Its ids have gaps; save it anew with transformers, which closes none but says which.",
+        )
+    return following
+
+
+def _in_config(config: dict[str, Any], new: Mapping[str, int]) -> dict[str, Any]:
+    """Return tokenizer_config.json with the tokens among the special ones, in the words of whoever wrote the file."""
+    if isinstance(decoder := config.get("added_tokens_decoder"), dict):
+        entries = {str(i): {"content": token, **_HOW_ADDED} for token, i in new.items()}
+        config = {**config, "added_tokens_decoder": {**decoder, **entries}}
+    extra = config.get("extra_special_tokens")
+    if isinstance(extra, dict) and extra:  # transformers from 4.46: by name
+        return {**config, "extra_special_tokens": extra | {f"gist_token_{i}": token for token, i in new.items()}}
+    if isinstance(extra, list) and extra:  # transformers 5
+        return {**config, "extra_special_tokens": [*extra, *new]}
+    return _in_map(config, new)  # all versions read this one; 5 writes its own when it saves
+
+
+def _in_map(config: dict[str, Any], new: Mapping[str, int]) -> dict[str, Any]:
+    return {**config, "additional_special_tokens": [*(config.get("additional_special_tokens") or []), *new]}
+
+
+def _in_added(added: dict[str, Any], new: Mapping[str, int]) -> dict[str, Any]:
+    return {**added, **new}
+
+
+def _parsed(file: str, content: bytes) -> dict[str, Any]:
+    try:
+        parsed = json.loads(content)
+    except (ValueError, RecursionError) as error:  # ValueError: no JSON, or no UTF-8
+        raise CheckpointError(f"{file} is not JSON: {error}", hint=_FETCH_HINT) from error
+    if not isinstance(parsed, dict):
+        raise CheckpointError(f"{file} holds a {type(parsed).__name__}, not an object", hint=_FETCH_HINT)
+    return parsed
+
+
+def _written(file: str, content: Mapping[str, Any]) -> bytes:
+    """Return JSON as tokenizers and transformers write it. Raises CheckpointError for half of a character."""
+    try:
+        return (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode()
+    except UnicodeEncodeError as error:
+        raise CheckpointError(f"{file} holds half of a character: {error.reason}", hint=_FETCH_HINT) from error
