@@ -1,0 +1,1 @@
+"""Training: data as rows of tokens, losses whose logits never exist whole, and runs that can be killed."""
