@@ -1,0 +1,202 @@
+"""What a model is trained for, put into its forward pass: that returns the loss, and logits never exist whole.
+
+The forward pass of the instance is replaced, and not wrapped, because whatever trains models (DDP, FSDP, DeepSpeed,
+PEFT) calls that one, with its hooks around it. Hooks around the head fire too: the loss is computed within its call.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from types import MethodType
+from typing import Any
+
+import torch  # noqa: TID253
+from torch import Tensor, nn  # noqa: TID253
+
+from surgeon.errors import PlanError
+from surgeon.train.halves import Halves, keeps_documents_apart, stands_in
+from surgeon.train.losses import Direction, chunk_rows, chunked, hidden_loss, linear_cross_entropy, wide
+from surgeon.train.teacher import Teacher
+
+__all__ = ["Objective", "attach_loss", "detach_loss", "keeps_documents_apart"]
+
+IGNORED = -100  # the label of what is not trained
+
+
+@dataclass(frozen=True)
+class Objective:
+    """What is minimised: (1 - kd_weight) · cross-entropy + kd_weight · divergence + hidden_weight · states' error.
+
+    `layer_map` says which layer of the teacher each layer is compared with, None for none; the error of the states is
+    the mean over the layers that are compared. Without a map a teacher of the same depth is compared layer by layer.
+    """
+
+    kd_weight: float = 0.0
+    temperature: float = 1.0
+    direction: Direction = "forward"
+    hidden_weight: float = 0.0
+    layer_map: tuple[int | None, ...] | None = None
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.kd_weight <= 1:
+            raise PlanError(f"the teacher's weight is {self.kd_weight}", hint="It is between 0 and 1.")
+        if not self.temperature > 0:
+            raise PlanError(f"the temperature is {self.temperature}", hint="It is above 0; 1 is neutral, 2 is softer.")
+        if not self.hidden_weight >= 0:
+            raise PlanError(f"the weight of hidden states is {self.hidden_weight}", hint="It is 0 or more.")
+        if self.direction not in ("forward", "reverse"):
+            raise PlanError(f"there is no direction {self.direction!r}", hint="It is forward or reverse.")
+
+
+@dataclass(frozen=True, eq=False)
+class _Attached:
+    """What a model with a loss carries. `pairs` are the layers to compare: mine, and the teacher's."""
+
+    halves: Halves
+    objective: Objective
+    teacher: Teacher | None
+    pairs: Sequence[tuple[int, int]]
+
+
+def attach_loss(model: Any, objective: Objective, teacher: Teacher | None = None) -> None:
+    """Make `model(input_ids=..., labels=..., position_ids=..., num_items=..., token_index=...)` return its loss.
+
+    `labels` are shifted already, -100 where nothing is trained. What comes back is a dict: `loss`, the sum over trained
+    tokens divided by `num_items` (None: by how many they are), and without gradients the sums `cross_entropy`, `kl` and
+    `hidden`, as far as they exist, and `num_tokens`. Without labels the model answers as it always did.
+    Raises PlanError where model, teacher and objective do not fit each other.
+    """
+    detach_loss(model)
+    halves = Halves(model)
+    pairs = _check(halves, objective, teacher)
+    model._surgeon_loss = _Attached(halves, objective, teacher, pairs)
+    model.forward = MethodType(_forward, model)  # a bound method, which a deep copy of the model binds to the copy
+
+
+def detach_loss(model: Any) -> None:
+    """Give a model its own forward pass back."""
+    if "_surgeon_loss" in model.__dict__:
+        del model._surgeon_loss, model.forward
+
+
+def _check(halves: Halves, objective: Objective, teacher: Teacher | None) -> list[tuple[int, int]]:
+    """Return which layers are compared. Raises PlanError where the teacher does not fit."""
+    if teacher is None:
+        if objective.kd_weight or objective.hidden_weight:
+            raise PlanError("there is no teacher to learn from", hint="Name one with --teacher MODEL.")
+        return []
+    if objective.kd_weight:
+        if teacher.vocab != halves.vocab:
+            raise PlanError(
+                f"the teacher gives logits of {teacher.vocab} tokens, the model of {halves.vocab}",
+                hint="Distil from a model with the same tokenizer and the same number of rows in its head.",
+            )
+        teacher.check(objective.temperature)
+    if not objective.hidden_weight:
+        return []
+    if teacher.hidden_size != halves.hidden_size:
+        found = "none" if teacher.hidden_size is None else f"states of width {teacher.hidden_size}"
+        raise PlanError(
+            f"hidden states are compared in one width: the model has {halves.hidden_size}, its teacher {found}",
+            hint="Leave out --hidden-weight.",
+        )
+    layer_map = objective.layer_map
+    if layer_map is None and teacher.depth == halves.depth:
+        layer_map = tuple(range(halves.depth))
+    if layer_map is None or len(layer_map) != halves.depth:
+        said = "there is none" if layer_map is None else f"it has {len(layer_map)} entries"
+        raise PlanError(
+            f"a layer map must name a teacher's layer for each of {halves.depth} layers, and {said}",
+            hint="A checkpoint that surgeon cut has one in its surgeon.json.",
+        )
+    pairs = [(mine, theirs) for mine, theirs in enumerate(layer_map) if theirs is not None]
+    if missing := [theirs for _, theirs in pairs if not 0 <= theirs < teacher.depth]:
+        raise PlanError(
+            f"the layer map names layers {missing} of a teacher with {teacher.depth}",
+            hint="The teacher must be the model that the map counts from.",
+        )
+    if not pairs:
+        raise PlanError("the layer map leads to no layer of the teacher", hint="Leave out --hidden-weight.")
+    return pairs
+
+
+def _forward(
+    model: Any,
+    input_ids: Tensor,
+    labels: Tensor | None = None,
+    position_ids: Tensor | None = None,
+    num_items: Tensor | float | None = None,
+    token_index: Tensor | None = None,
+    **options: Any,
+) -> Any:
+    attached: _Attached = model._surgeon_loss
+    halves, objective, teacher = attached.halves, attached.objective, attached.teacher
+    options = {name: value for name, value in options.items() if value is not None}  # wrappers name what they lack
+    if labels is None:
+        return halves.own_forward(input_ids=input_ids, position_ids=position_ids, **options)
+    chosen = labels != IGNORED
+    with halves.watched([mine for mine, _ in attached.pairs]) as layers:
+        hidden = halves.states(input_ids, position_ids, **options)
+    states, targets = hidden[chosen], labels[chosen]
+    answers: tuple[Tensor, ...] = ()
+    if teacher is not None and (objective.kd_weight or attached.pairs):
+        wanted = [theirs for _, theirs in attached.pairs]
+        answers, theirs = teacher.see(input_ids, position_ids, token_index, chosen, layers=wanted)
+    loss, parts = _head_loss(attached, states, targets, answers)
+    if attached.pairs:
+        errors = [hidden_loss(layers[mine][chosen], theirs[other]) for mine, other in attached.pairs]
+        error = torch.stack(errors).sum() / len(errors)
+        loss, parts["hidden"] = loss + objective.hidden_weight * error, error.detach()
+    count = torch.tensor(len(targets), device=loss.device)
+    return {"loss": loss / (count.clamp(min=1) if num_items is None else num_items), **parts, "num_tokens": count}
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]  # it takes gradients by itself
+def _head_loss(
+    attached: _Attached, states: Tensor, targets: Tensor, answers: tuple[Tensor, ...]
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Return the loss behind the head, a sum over tokens, and its parts without gradients."""
+    halves, objective, teacher = attached.halves, attached.objective, attached.teacher
+    head = halves.linear_head
+    chunk = chunk_rows(halves.vocab)
+    if head is not None and not objective.kd_weight:
+
+        def whole(hidden: Tensor) -> Tensor:
+            return linear_cross_entropy(hidden, head.weight, targets, bias=head.bias, chunk=chunk)
+
+        loss = _within(head, whole, states)
+        return loss, {"cross_entropy": loss.detach()}
+
+    def of_chunk(
+        logits_of: Callable[[Tensor], Tensor], hidden: Tensor, labels: Tensor, *seen: Tensor
+    ) -> tuple[Tensor, ...]:
+        logits = logits_of(hidden)
+        logits = logits.to(wide(logits.dtype))
+        entropy = nn.functional.cross_entropy(logits, labels, reduction="sum")
+        if not objective.kd_weight:
+            return entropy, entropy
+        assert teacher is not None
+        divergence = teacher.divergence(logits, *seen, temperature=objective.temperature, direction=objective.direction)
+        loss = (1 - objective.kd_weight) * entropy + objective.kd_weight * divergence
+        return loss, entropy, divergence
+
+    if head is None:
+        parameters = halves.head_parameters()
+        sums = chunked(lambda *args: of_chunk(halves.logits, *args), states, parameters, targets, *answers, chunk=chunk)
+    else:
+
+        def in_chunks(hidden: Tensor) -> tuple[Tensor, ...]:
+            weights = [head.weight] if head.bias is None else [head.weight, head.bias]
+
+            def logits_of(rows: Tensor) -> Tensor:
+                return nn.functional.linear(rows, head.weight, head.bias)
+
+            return chunked(lambda *args: of_chunk(logits_of, *args), hidden, weights, targets, *answers, chunk=chunk)
+
+        sums = _within(head, in_chunks, states)
+    return sums[0], dict(zip(("cross_entropy", "kl"), sums[1:], strict=False))
+
+
+def _within(head: nn.Module, function: Callable[[Tensor], Any], states: Tensor) -> Any:
+    """Return a function of the states, called as the head is: what gathers its weights from other devices does so."""
+    with stands_in(head, function):
+        return head(states)

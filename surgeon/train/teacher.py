@@ -1,0 +1,255 @@
+"""What a teacher says of each token: a model that runs beside the student, or its likeliest tokens kept on disk."""
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np  # noqa: TID253
+import torch  # noqa: TID253
+from torch import Tensor  # noqa: TID253
+
+from surgeon.checkpoint.output import check_space, staged
+from surgeon.errors import DataError, PlanError
+from surgeon.train.halves import Halves
+from surgeon.train.losses import Direction, chunk_rows, kl, top_k_kl, wide
+
+if TYPE_CHECKING:
+    from surgeon.train.store import TokenStore
+
+BATCH_TOKENS = 4096  # that go through a teacher at once while its answers are kept
+HEADER, IDS, LOG_PROBS, PLACES = "teacher.json", "ids.u32", "log_probs.f32", "places.i64"
+HINT = "Remove the directory; the answers are then asked for again."
+
+
+class Teacher(Protocol):
+    """What a loss needs of a teacher. `hidden_size` is None for one whose states are not known."""
+
+    vocab: int
+    hidden_size: int | None
+    depth: int
+
+    def check(self, temperature: float) -> None:
+        """Raises PlanError where the teacher cannot answer at this temperature."""
+
+    def see(
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor | None,
+        token_index: Tensor | None,
+        chosen: Tensor,
+        *,
+        layers: Sequence[int],
+    ) -> tuple[tuple[Tensor, ...], dict[int, Tensor]]:
+        """Return what it knows of the N tokens `chosen`, N rows each, and its states behind `layers`, (N, D)."""
+
+    def divergence(self, logits: Tensor, *seen: Tensor, temperature: float, direction: Direction) -> Tensor:
+        """Return the divergence of the student's logits, (n, V), from n rows of what it knows, summed, times T²."""
+
+
+class OnlineTeacher:
+    """A model that runs beside the student, in evaluation mode and without gradients.
+
+    It may be of another family, depth and width. Its logits exist for a chunk of tokens at a time, as the student's do.
+    """
+
+    def __init__(self, model: Any) -> None:
+        self._halves = Halves(model.eval().requires_grad_(False))
+        self.vocab = self._halves.vocab
+        self.hidden_size: int | None = self._halves.hidden_size
+        self.depth = self._halves.depth
+
+    def check(self, temperature: float) -> None:
+        """Return; a model answers at every temperature."""
+
+    @torch.no_grad()
+    def see(
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor | None,
+        token_index: Tensor | None,
+        chosen: Tensor,
+        *,
+        layers: Sequence[int],
+    ) -> tuple[tuple[Tensor, ...], dict[int, Tensor]]:
+        """Return the states of the tokens in front of the teacher's head, and those behind `layers`."""
+        with self._halves.watched(layers) as seen:
+            hidden = self._halves.states(input_ids, position_ids)
+        return (hidden[chosen],), {layer: states[chosen] for layer, states in seen.items()}
+
+    @property
+    def device(self) -> torch.device:
+        """Where the teacher computes."""
+        return self._halves.device
+
+    @torch.no_grad()
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Return the teacher's logits, (n, V), of states in front of its head, (n, D)."""
+        return self._halves.logits(hidden)
+
+    def divergence(self, logits: Tensor, *seen: Tensor, temperature: float, direction: Direction) -> Tensor:
+        """Return the divergence from the teacher's distribution over the whole vocabulary."""
+        return kl(logits, self.logits(*seen), temperature=temperature, direction=direction)
+
+
+class CachedTeacher:
+    """A teacher's likeliest tokens, read from what `cache_top_k` wrote, by where in the store a token lies."""
+
+    hidden_size: int | None = None
+    depth = 0
+
+    def __init__(self, directory: Path) -> None:
+        header = _read_header(directory)
+        self._directory = directory
+        self.k, self.temperature, self.vocab = int(header["k"]), float(header["temperature"]), int(header["vocab"])
+        rows, tokens = int(header["num_trained"]), int(header["num_tokens"])
+        self.store = str(header["store"])
+        self._ids = self._mapped(IDS, np.uint32, (rows, self.k))
+        self._log_probs = self._mapped(LOG_PROBS, np.float32, (rows, self.k))
+        self._places = self._mapped(PLACES, np.int64, (tokens,))
+
+    def _mapped(self, name: str, dtype: Any, shape: tuple[int, ...]) -> Any:
+        path = self._directory / name
+        size = path.stat().st_size if path.is_file() else 0
+        wanted = int(np.prod(shape)) * np.dtype(dtype).itemsize
+        if size != wanted:
+            raise DataError(f"{path} has {size} bytes and should have {wanted}", hint=HINT)
+        return np.memmap(path, dtype, "r", shape=shape) if wanted else np.empty(shape, dtype)
+
+    def check(self, temperature: float) -> None:
+        """Raises PlanError where the answers were taken at another temperature."""
+        if temperature != self.temperature:
+            raise PlanError(
+                f"{self._directory} holds a teacher's answers at temperature {self.temperature:g}, not {temperature:g}",
+                hint=HINT,
+            )
+
+    def see(
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor | None,
+        token_index: Tensor | None,
+        chosen: Tensor,
+        *,
+        layers: Sequence[int],
+    ) -> tuple[tuple[Tensor, ...], dict[int, Tensor]]:
+        """Return the likeliest ids of the tokens, int64, and their log-probabilities, both (N, k).
+
+        Raises DataError for a token that the teacher was not asked about.
+        """
+        assert token_index is not None, "a cache is read by where in the store tokens lie"
+        index = token_index[chosen].cpu().numpy()
+        known = (index >= 0) & (index < len(self._places))
+        places = np.where(known, self._places[np.where(known, index, 0)], -1) if len(self._places) else index * 0 - 1
+        if (places < 0).any():
+            missing = int(index[places < 0][0])
+            raise DataError(f"{self._directory} holds no answer for token {missing} of the data", hint=HINT)
+        ids = torch.from_numpy(self._ids[places].astype(np.int64))
+        log_probs = torch.from_numpy(np.asarray(self._log_probs[places]))
+        return (ids.to(input_ids.device), log_probs.to(input_ids.device)), {}
+
+    def divergence(self, logits: Tensor, *seen: Tensor, temperature: float, direction: Direction) -> Tensor:
+        """Return the divergence from the teacher's likeliest tokens, all others in one bucket."""
+        return top_k_kl(logits, *seen, temperature=temperature, direction=direction)
+
+
+@dataclass(frozen=True, eq=False)
+class _Batch:
+    """Pieces of the store as rows, (B, S), each filled up at its right."""
+
+    ids: Tensor
+    positions: Tensor
+    chosen: Tensor
+    index: Tensor
+
+
+@torch.no_grad()
+def cache_top_k(
+    teacher: OnlineTeacher,
+    store: "TokenStore",
+    directory: Path,
+    k: int,
+    *,
+    temperature: float = 1.0,
+    progress: Callable[[int], object] | None = None,
+) -> None:
+    """Write a teacher's k largest log-probabilities at a temperature, for each token of a store that is trained.
+
+    The directory appears whole or not at all, and replaces an older one. A token takes 8 · k bytes: ids in uint32, and
+    float32, because in float16 rounding (2^-11 of each) is more than what the tail of a confident teacher sums to.
+    `progress` is told how many tokens are through. A document is asked about alone: what it is packed with later does
+    not matter to a teacher that sees one document at a time.
+    Raises OutputError when the disk is full.
+    """
+    k = min(k, teacher.vocab)
+    if k < 1:
+        raise PlanError(f"a teacher's {k} likeliest tokens cannot be kept", hint="64 are many, 1 is the least.")
+    places = np.full(store.num_tokens, -1, np.int64)
+    size = store.num_trained * k * 8 + places.nbytes
+    count = 0
+    check_space(directory, size)
+    with staged(directory, overwrite=True) as stage:
+        with (stage / IDS).open("wb") as ids_file, (stage / LOG_PROBS).open("wb") as log_probs_file:
+            for batch in _batches(store):
+                rows = batch.index[batch.chosen].numpy()
+                places[rows] = np.arange(count, count + len(rows))
+                count += len(rows)
+                for ids, log_probs in _top_k(teacher, batch, k, temperature):
+                    ids_file.write(ids.cpu().numpy().astype(np.uint32).tobytes())
+                    log_probs_file.write(log_probs.cpu().numpy().astype(np.float32).tobytes())
+                if progress:
+                    progress(int((batch.index >= 0).sum()))
+        places.tofile(stage / PLACES)
+        header = {
+            "k": k,
+            "temperature": temperature,
+            "vocab": teacher.vocab,
+            "store": store.digest,
+            "num_tokens": store.num_tokens,
+            "num_trained": count,
+        }
+        (stage / HEADER).write_text(json.dumps(header, indent=2) + "\n")
+
+
+def _top_k(teacher: OnlineTeacher, batch: _Batch, k: int, temperature: float) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield the ids and log-probabilities of the trained tokens of a batch, in order, a chunk at a time."""
+    ids, positions, chosen = (each.to(teacher.device) for each in (batch.ids, batch.positions, batch.chosen))
+    (hidden,), _ = teacher.see(ids, positions, None, chosen, layers=())
+    for states in torch.split(hidden, chunk_rows(teacher.vocab)):
+        logits = teacher.logits(states)
+        log_probs = torch.log_softmax(logits.to(wide(logits.dtype)) / temperature, -1)
+        values, found = log_probs.topk(k)
+        yield found, values
+
+
+def _batches(store: "TokenStore") -> Iterator[_Batch]:
+    """Yield all pieces that have something to train, those of like length together, BATCH_TOKENS at a time or one."""
+    waiting: list[int] = []
+    for number in np.argsort(store.lengths, kind="stable").tolist():
+        if waiting and (len(waiting) + 1) * int(store.lengths[number]) > BATCH_TOKENS:
+            yield _batch(store, waiting)
+            waiting = []
+        waiting.append(number)
+    if waiting:
+        yield _batch(store, waiting)
+
+
+def _batch(store: "TokenStore", numbers: Sequence[int]) -> _Batch:
+    pieces = [store.piece(number) for number in numbers]
+    shape = (len(pieces), max(len(ids) for ids, _, _ in pieces))
+    all_ids, labels, index = np.zeros(shape, np.int64), np.full(shape, -100, np.int64), np.full(shape, -1, np.int64)
+    for row, (ids, targets, start) in enumerate(pieces):
+        all_ids[row, : len(ids)], labels[row, : len(ids)] = ids, targets
+        index[row, : len(ids)] = np.arange(start, start + len(ids))
+    positions = torch.arange(shape[1]).expand(shape)  # no token sees the padding behind it
+    return _Batch(torch.from_numpy(all_ids), positions, torch.from_numpy(labels != -100), torch.from_numpy(index))
+
+
+def _read_header(directory: Path) -> dict[str, Any]:
+    path = directory / HEADER
+    try:
+        header: dict[str, Any] = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise DataError(f"{directory} holds no answers of a teacher that are complete", hint=HINT) from error
+    return header
