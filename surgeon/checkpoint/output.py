@@ -30,7 +30,7 @@ def check_target(target: Path, *, overwrite: bool, source: Path | None = None) -
         taken = target.is_symlink() or (target.exists() and not target.is_dir())
         empty = not target.is_dir() or not any(target.iterdir())
     except OSError as error:  # a name that is too long, or a directory that must not be read
-        raise _as_output_error(error, target) from error
+        raise as_output_error(error, target) from error
     if taken:
         raise OutputError(f"{target} exists and is not a directory", hint="Choose another place with -o.")
     if source is not None and target.resolve() in (source.resolve(), *source.resolve().parents):
@@ -71,10 +71,10 @@ def staged(target: Path, *, overwrite: bool) -> Iterator[Path]:
         _remove_leftovers(target)
         lock = _make_locked(stage)
         yield stage
-        _sync_tree(stage)
-        _publish(stage, target, overwrite=overwrite)
+        sync_tree(stage)
+        publish(stage, target, overwrite=overwrite)
     except OSError as error:
-        raise _as_output_error(error, target) from error
+        raise as_output_error(error, target) from error
     finally:
         shutil.rmtree(stage, ignore_errors=True)
         if lock is not None:
@@ -113,7 +113,7 @@ def _make_locked(stage: Path) -> int:
         os.close(lock)
 
 
-def _publish(stage: Path, target: Path, *, overwrite: bool) -> None:
+def publish(stage: Path, target: Path, *, overwrite: bool) -> None:
     if target.exists() and any(target.iterdir()):
         if not overwrite:
             raise OutputError(f"{target} appeared while its new content was written", hint="Choose another -o.")
@@ -130,7 +130,7 @@ def _publish(stage: Path, target: Path, *, overwrite: bool) -> None:
     _sync(target.parent)
 
 
-def _sync_tree(directory: Path) -> None:
+def sync_tree(directory: Path) -> None:
     """Sync every file and directory below, files that were synced when written included: that costs nothing."""
     for path in directory.rglob("*"):
         _sync(path)
@@ -173,7 +173,7 @@ def _existing_parent(path: Path) -> Path:
     return path
 
 
-def _as_output_error(error: OSError, target: Path) -> OutputError:
+def as_output_error(error: OSError, target: Path) -> OutputError:
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return OutputError(f"the disk of {target} is full", hint="Free some space, or choose another disk with -o.")
     where = error.filename or target

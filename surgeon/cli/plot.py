@@ -1,0 +1,48 @@
+"""`surgeon plot`."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from surgeon.cli import options
+
+
+def plot(
+    runs: Annotated[
+        list[Path], typer.Argument(metavar="RUN...", help="Directories of runs (OUT.run), or their metrics.jsonl.")
+    ],
+    output: Annotated[
+        Path, typer.Option("--output", "-o", metavar="FILE", help="The picture: .png, .svg or .pdf.")
+    ] = Path("loss.png"),
+    x: Annotated[str, typer.Option(metavar="AXIS", help="Losses against steps or tokens.")] = "steps",
+    json: options.Json = False,
+    debug: options.Debug = False,
+) -> None:
+    """Draw the losses of one or more training runs."""
+    from surgeon.cli.display import emit, emit_json
+    from surgeon.train.curves import AXES, plot_runs
+    from surgeon.train.metrics import numbers, read_metrics
+
+    if x not in AXES:
+        raise typer.BadParameter(f"{x!r} is none of {', '.join(AXES)}", param_hint="--x")
+    plot_runs(runs, output, x=x)
+    if not json:
+        emit(f"{output}")
+        return
+    found = []
+    for run in runs:
+        records = read_metrics(run)
+        losses, evaluations = numbers(records, "loss"), numbers(records, "eval_loss")
+        best = min(zip(evaluations[1], evaluations[0], strict=True), default=(None, None))
+        found.append(
+            {
+                "run": str(run),
+                "steps": records[-1]["step"],
+                "train_loss": losses[1][-1] if losses[1] else None,
+                "eval_loss": evaluations[1][-1] if evaluations[1] else None,
+                "best_eval_loss": best[0],
+                "best_step": best[1],
+            }
+        )
+    emit_json({"output": str(output), "runs": found})

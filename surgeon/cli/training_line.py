@@ -1,0 +1,150 @@
+"""The line under which a model trains: on a terminal one that changes, elsewhere a plain one now and then."""
+
+import atexit
+import sys
+import time
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, TextIO
+
+from surgeon import text
+from surgeon.text import printable
+from surgeon.train.metrics import EvalReport, StepReport
+from surgeon.train.speed import duration
+
+if TYPE_CHECKING:
+    from rich.live import Live
+    from rich.text import Text
+
+PATIENCE = 30.0  # seconds between plain lines
+REFRESH = 0.1  # seconds between changes of the line on a terminal
+SMOOTHING = 0.9  # of the loss before, in the loss that is shown
+BAR = 8  # columns, on a narrow terminal fewer
+
+
+class TrainingLine:
+    """Shows steps, losses and speed on standard error, or on `stream`; with `quiet` nothing at all."""
+
+    def __init__(
+        self, *, quiet: bool, stream: TextIO | None = None, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._stream = sys.stderr if stream is None else stream
+        self._quiet, self._clock = quiet, clock
+        self._total = self._done = 0
+        self._smooth = Smoothed(SMOOTHING)
+        self._validation: float | None = None
+        self._best: float | None = None
+        self._live: Live | None = None
+        self._last: StepReport | None = None
+        self._shown = clock()
+
+    def begin(self, total_steps: int, *, done: int = 0) -> None:
+        """Show that there are so many steps, `done` of them before."""
+        self._total, self._done, self._shown = total_steps, done, self._clock()
+        if self._quiet or not self._stream.isatty():
+            return
+        from rich.console import Console
+        from rich.live import Live
+
+        console = Console(file=self._stream)
+        self._live = Live(self._line(), console=console, auto_refresh=False, transient=True, redirect_stdout=False)
+        self._live.start()
+        atexit.register(self.end)  # whatever ends the work, the terminal gets its cursor back
+
+    def step(self, report: StepReport) -> None:
+        """Show a step, if it is time to."""
+        self._last, self._done = report, report.step
+        self._smooth.add(report.loss)
+        now = self._clock()
+        if self._live is not None:
+            if now - self._shown >= REFRESH or report.step == self._total:
+                self._shown = now
+                self._live.update(self._line(), refresh=True)
+        elif now - self._shown >= PATIENCE:
+            self._shown = now
+            self._print(" ".join(self._pieces()))
+
+    def evaluated(self, report: EvalReport) -> None:
+        """Say what an evaluation found."""
+        words = [f"step {report.step:,}:"]
+        if report.validation is not None:
+            is_best = self._best is None or report.validation < self._best
+            self._best = report.validation if is_best else self._best
+            self._validation = report.validation
+            words += [f"validation {report.validation:.4f}" + (" (best)" if is_best else "")]
+        if report.probe is not None:
+            words += [f"trained text {report.probe:.4f}"]
+        if self._live is None and self._last is not None:
+            words += self._pieces()[1:]
+            self._shown = self._clock()
+        self._print("  ".join(words))
+
+    def note(self, text: str) -> None:
+        """Say a sentence above the line."""
+        self._print(f"note: {printable(text)}")
+
+    def end(self) -> None:
+        """Take the line away."""
+        if self._live is not None:
+            self._live.stop()
+            self._live = None
+            atexit.unregister(self.end)
+
+    def _print(self, line: str) -> None:
+        if self._quiet:
+            return
+        if self._live is not None:
+            self._live.console.print(line, markup=False, highlight=False, soft_wrap=True)
+        else:
+            self._stream.write(line + "\n")
+            self._stream.flush()
+
+    def _line(self) -> "Text":
+        """Return the line: a bar, and as many pieces, the first ones first, as the terminal has room for."""
+        from rich.text import Text
+
+        columns = 80 if self._live is None else self._live.console.width
+        bar = min(BAR, columns // 8)
+        filled = round(bar * self._done / self._total) if self._total else 0
+        line = Text("━" * filled, style="green", no_wrap=True, overflow="ellipsis")
+        line.append("━" * (bar - filled), style="dim")
+        for piece in self._pieces():
+            if line.cell_len + 2 + len(piece) > columns:
+                break
+            line.append(f"  {piece}", style="default")
+        return line
+
+    def _pieces(self) -> Sequence[str]:
+        """Return what is known, the most wanted first."""
+        pieces = [f"{self._done:,}/{self._total:,}"]
+        report = self._last
+        if report is None:
+            return pieces
+        pieces += [f"loss {self._smooth.value:.3f}"]
+        if report.seconds_left is not None:
+            pieces += [f"{duration(report.seconds_left)} left"]
+        if report.tokens_per_second is not None:
+            pieces += [f"{report.tokens_per_second:,.0f} tokens/s"]
+        if report.mfu is not None:
+            pieces += [f"MFU {report.mfu:.0%}"]
+        if self._validation is not None and self._live is not None:  # elsewhere it has a line of its own
+            pieces += [f"validation {self._validation:.3f}"]
+        if report.memory is not None:
+            pieces += [text.size(report.memory)]
+        return [*pieces, f"lr {report.learning_rate:.2g}"]
+
+
+class Smoothed:
+    """A mean in which each number counts `factor` times as much as the next one."""
+
+    def __init__(self, factor: float) -> None:
+        self._factor, self._sum, self._weight = factor, 0.0, 0.0
+
+    def add(self, number: float) -> None:
+        """Count one more."""
+        self._sum = self._factor * self._sum + number
+        self._weight = self._factor * self._weight + 1.0
+
+    @property
+    def value(self) -> float:
+        """The mean of what was added."""
+        return self._sum / self._weight

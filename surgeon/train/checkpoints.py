@@ -1,0 +1,341 @@
+"""Checkpoints of a run: each appears at once and whole, its manifest confirms it, and the newest whole one counts.
+
+A checkpoint is filled under a hidden name, gets MANIFEST.json last, and is synced and renamed, so that a killed run
+leaves whole checkpoints and hidden leftovers, which the next one removes. A manifest finds damage; it is no signature:
+whoever can write into the directory can write a manifest too, so pickles are still to be read with weights_only.
+"""
+
+import fcntl
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable, Collection, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path, PurePosixPath
+from typing import NoReturn
+
+from surgeon.anatomy.anatomy import read_anatomy
+from surgeon.checkpoint.header import Entry, read_header
+from surgeon.checkpoint.output import as_output_error, publish, sync_tree
+from surgeon.checkpoint.source import CONFIG, INDEX, WEIGHTS, LocalSource, spec_of
+from surgeon.errors import CheckpointError, OutputError
+
+MANIFEST = "MANIFEST.json"
+VERSION = 1
+NAME = re.compile(r"checkpoint-(0|[1-9]\d*)")
+LEFTOVER = re.compile(r"\.checkpoint-\d+\.(partial|surgeon-old-\d+)")
+THREADS = min(8, os.cpu_count() or 1)  # hashing lets go of the interpreter's lock
+CHUNK = 1 << 24  # bytes read at a time when looking for what is not finite
+
+# What a resume needs, and the names under which one process, DDP, FSDP or DeepSpeed save it. Trainer goes on without
+# an optimizer, a schedule or a random state, and then trains something else than the run that was interrupted.
+_SHARDS = r"global_step\d+/.+"  # DeepSpeed's own directory
+REQUIRED: Mapping[str, tuple[str, ...]] = {
+    "trainer_state.json": (r"trainer_state\.json",),
+    "optimizer.pt": (r"optimizer\.(pt|bin)", r"optimizer_\d+/.+", _SHARDS),
+    "scheduler.pt": (r"scheduler\.pt", _SHARDS),
+    "rng_state.pth": (r"rng_state\.pth", r"rng_state_0\.pth"),
+    "weights (model.safetensors or adapter_model.safetensors)": (
+        r"(adapter_)?model(-\d+-of-\d+)?\.safetensors",
+        r"pytorch_model_fsdp(_\d+/.+|\.bin)",
+        _SHARDS,
+    ),
+}
+_RANK = re.compile(r"rng_state_(\d+)\.pth")
+_BITS_OF_INFINITY = {"BF16": 0x7F80, "F16": 0x7C00}  # all ones in the exponent: infinite or not a number
+
+
+class DamagedCheckpointError(CheckpointError):
+    """A run's checkpoint is not what its manifest says, lacks something, or holds weights that are no numbers."""
+
+
+@contextmanager
+def held(run_dir: Path) -> Iterator[None]:
+    """Make a run directory and keep other runs out of it. Raises OutputError when one is in it or it cannot be made."""
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        handle = os.open(run_dir, os.O_RDONLY)
+    except OSError as error:
+        hint = "Choose another place with --run-dir."
+        raise OutputError(f"cannot write {error.filename or run_dir}: {error.strerror}", hint=hint) from error
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise OutputError(f"another run writes into {run_dir}", hint="Wait for it, or choose --run-dir.") from error
+        yield
+    finally:
+        os.close(handle)
+
+
+def stage_path(run_dir: Path, step: int) -> Path:
+    """Return the hidden directory in which checkpoint `step` is written, as `checkpoint-<step>`, by all processes."""
+    return run_dir / f".checkpoint-{step}.partial"
+
+
+def begin(run_dir: Path, step: int) -> Path:
+    """Make the stage of checkpoint `step` and return it, after removing what killed runs left.
+
+    For one process alone: others that save with it wait, then fill `checkpoint-<step>` in `stage_path` too.
+    Raises OutputError when it cannot be made.
+    """
+    stage = stage_path(run_dir, step)
+    try:
+        sweep(run_dir)
+        (stage / _name(step)).mkdir(parents=True)
+    except OSError as error:
+        raise as_output_error(error, run_dir / _name(step)) from error
+    return stage
+
+
+def commit(run_dir: Path, step: int) -> Path:
+    """Give a stage that all processes have filled its manifest, sync it, and make it the checkpoint that is returned.
+
+    Raises OutputError when the disk is full or refuses, DamagedCheckpointError where something lacks; then, and if
+    it is interrupted, there is no new checkpoint, and an older one of this step is still there.
+    """
+    stage, target = stage_path(run_dir, step), run_dir / _name(step)
+    made = stage / _name(step)
+    try:
+        _write_manifest(made, step)
+        sync_tree(made)
+        publish(made, target, overwrite=True)
+    except OSError as error:
+        raise as_output_error(error, target) from error
+    finally:
+        abandon(run_dir, step)
+    return target
+
+
+def abandon(run_dir: Path, step: int) -> None:
+    """Remove a stage, if there is one."""
+    shutil.rmtree(stage_path(run_dir, step), ignore_errors=True)
+
+
+@contextmanager
+def staged_checkpoint(run_dir: Path, step: int) -> Iterator[Path]:
+    """Yield an empty directory to fill; on success it becomes checkpoint `step`, else nothing is left of it.
+
+    Raises OutputError when the disk is full or refuses.
+    """
+    stage = begin(run_dir, step)
+    try:
+        with explained(run_dir):
+            yield stage / _name(step)
+        commit(run_dir, step)
+    finally:
+        abandon(run_dir, step)
+
+
+@contextmanager
+def explained(run_dir: Path) -> Iterator[None]:
+    """Turn what is raised where a checkpoint cannot be written into an OutputError that says where and why."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except OSError as error:
+        raise as_output_error(error, run_dir) from error
+    except (RuntimeError, SafetensorError) as error:
+        text = str(error)
+        # torch tells a full disk only by its zip writer's position; safetensors passes on what the system said
+        if "inline_container" not in text and "PytorchStreamWriter" not in text and "os error" not in text:
+            raise
+        free = shutil.disk_usage(run_dir).free
+        raise OutputError(
+            f"a checkpoint could not be written to {run_dir}, where {free / 1e9:.2f} GB are free",
+            hint="Free some space, or keep fewer checkpoints with --keep-checkpoints.",
+        ) from error
+
+
+def checkpoints(run_dir: Path) -> list[Path]:
+    """Return the checkpoint directories of a run, oldest first; whether they are whole is another question."""
+    if not run_dir.is_dir():
+        return []
+    return sorted((path for path in run_dir.iterdir() if NAME.fullmatch(path.name) and path.is_dir()), key=step_of)
+
+
+def step_of(directory: Path) -> int:
+    """Return the step that a checkpoint's name says."""
+    match = NAME.fullmatch(directory.name)
+    assert match is not None, f"{directory} is no checkpoint's name"
+    return int(match[1])
+
+
+def newest(run_dir: Path, warn: Callable[[str], None]) -> Path | None:
+    """Return the newest checkpoint that verifies, None where there is none; `warn` is told of each that does not."""
+    for directory in reversed(checkpoints(run_dir)):
+        try:
+            check(directory)
+        except DamagedCheckpointError as error:
+            warn(f"{error}; an older checkpoint is looked for")
+        else:
+            return directory
+    return None
+
+
+def rotate(run_dir: Path, keep: int, protect: Collection[int] = ()) -> list[int]:
+    """Remove all but the `keep` newest checkpoints and those of the steps in `protect`; return the steps removed.
+
+    Each is hidden by a rename first: a kill in between leaves no half of one under its name.
+    """
+    assert keep > 0, "a run keeps its newest checkpoint"
+    old = [path for path in checkpoints(run_dir)[:-keep] if step_of(path) not in protect]
+    for path in old:
+        hidden = run_dir / f".{path.name}.surgeon-old-{os.getpid()}"
+        try:
+            shutil.rmtree(hidden, ignore_errors=True)
+            path.rename(hidden)
+        except OSError as error:
+            hint = f"Look at it: ls -ld {path}"
+            raise OutputError(f"cannot remove {path}: {error.strerror}", hint=hint) from error
+        shutil.rmtree(hidden, ignore_errors=True)
+    return [step_of(path) for path in old]
+
+
+def sweep(run_dir: Path) -> None:
+    """Remove the hidden leftovers of killed runs. Only the process that has the run directory to itself may do so."""
+    leftovers = [path for path in run_dir.iterdir() if LEFTOVER.fullmatch(path.name)] if run_dir.is_dir() else []
+    for path in leftovers:
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def check(directory: Path) -> None:
+    """Confirm that a checkpoint is whole, byte for byte, complete, and of finite weights.
+
+    Raises DamagedCheckpointError naming the file at fault. Nothing is unpickled. Every byte is read and hashed, those
+    of weights read twice.
+    """
+    files = _read_manifest(directory)
+    found = _files(directory)
+    for name in files:
+        if name not in found:
+            _refuse(directory, f"lacks {name}, which its manifest names")
+    for name in found:
+        if name not in files:
+            _refuse(directory, f"has a file {name} that its manifest does not name")
+    _check_complete(directory, files)
+    for name, (size, _) in files.items():
+        if (real := (directory / name).stat().st_size) != size:
+            what = "is truncated" if real < size else "is too long"
+            _refuse(directory, f"is damaged: {name} {what}, {real} bytes instead of {size}")
+    with ThreadPoolExecutor(THREADS) as pool:
+        for name, digest in zip(files, pool.map(lambda name: _sha256(directory / name), files), strict=True):
+            if digest != files[name][1]:
+                _refuse(directory, f"is damaged: {name} is not what was written (its sha256 differs)")
+    _check_weights(directory, found)
+
+
+def _name(step: int) -> str:
+    return f"checkpoint-{step}"
+
+
+def _write_manifest(directory: Path, step: int) -> None:
+    """Write the manifest of a directory that is complete."""
+    names = _files(directory)
+    _check_complete(directory, names)
+    with ThreadPoolExecutor(THREADS) as pool:
+        digests = list(pool.map(lambda name: _sha256(directory / name), names))
+    files = {
+        name: {"bytes": (directory / name).stat().st_size, "sha256": digest}
+        for name, digest in zip(names, digests, strict=True)
+    }
+    text = json.dumps({"version": VERSION, "step": step, "files": files}, indent=1)
+    (directory / MANIFEST).write_text(text + "\n")
+
+
+def _read_manifest(directory: Path) -> dict[str, tuple[int, str]]:
+    """Return size and sha256 of every file that a manifest names."""
+    if not directory.is_dir():
+        _refuse(directory, "is no directory")
+    try:
+        manifest = json.loads((directory / MANIFEST).read_text())
+    except FileNotFoundError:
+        empty = not any(directory.iterdir())
+        _refuse(directory, "is empty" if empty else f"has no {MANIFEST}: it was not written whole, or not by surgeon")
+    except (OSError, ValueError) as error:
+        _refuse(directory, f"has a {MANIFEST} that cannot be read: {error}")
+    try:
+        if manifest["version"] != VERSION:
+            _refuse(directory, f"has a {MANIFEST} of version {manifest['version']}, not {VERSION}")
+        if manifest["step"] != step_of(directory):
+            _refuse(directory, f"says in its {MANIFEST} that it is the checkpoint of step {manifest['step']}")
+        files = {str(name): (int(item["bytes"]), str(item["sha256"])) for name, item in manifest["files"].items()}
+    except (KeyError, TypeError, ValueError, AttributeError):
+        _refuse(directory, f"has a {MANIFEST} of another form")
+    for name in files:  # names are only ever looked up inside the directory
+        if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
+            _refuse(directory, f"has a {MANIFEST} that names {name!r}, outside of it")
+    return files
+
+
+def _files(directory: Path) -> list[str]:
+    """Return all files below a directory by their relative POSIX names, without the manifest and hidden ones."""
+    paths = (path.relative_to(directory) for path in directory.rglob("*") if not path.is_dir())
+    visible = (path.as_posix() for path in paths if not any(part.startswith(".") for part in path.parts))
+    return sorted(name for name in visible if name != MANIFEST)  # hidden: what file systems and desktops leave
+
+
+def _check_complete(directory: Path, names: Collection[str]) -> None:
+    for what, patterns in REQUIRED.items():
+        if not any(re.fullmatch(pattern, name) for pattern in patterns for name in names):
+            _refuse(directory, f"has no {what}; a run cannot go on from it exactly")
+    ranks = {int(match[1]) for name in names if (match := _RANK.fullmatch(name))}
+    if missing := set(range(max(ranks, default=-1) + 1)) - ranks:
+        _refuse(directory, f"has no rng_state_{min(missing)}.pth, the random state of one of its processes")
+
+
+def _check_weights(directory: Path, names: Collection[str]) -> None:
+    """Refuse weights that are not all there, as far as headers and the family's table can tell, or not finite."""
+    weights = [name for name in names if name.endswith(".safetensors") and "/" not in name]
+    try:
+        if WEIGHTS in names or INDEX in names:
+            source = LocalSource(directory, str(directory))
+            assert source.tensors
+            if CONFIG in names:
+                read_anatomy(spec_of(source))
+        headers = {name: read_header(directory / name) for name in weights}
+    except CheckpointError as error:
+        raise DamagedCheckpointError(f"{directory} is damaged: {error}", hint=_HINT) from error
+    for file, entries in headers.items():
+        if (tensor := _first_nonfinite(directory / file, entries)) is not None:
+            _refuse(directory, f"holds numbers that are not finite in {tensor!r} of {file}")
+
+
+def _first_nonfinite(path: Path, entries: Mapping[str, Entry]) -> str | None:
+    """Return the first tensor with a value that is infinite or no number, None where there is none."""
+    with path.open("rb") as file:
+        for name, entry in entries.items():
+            file.seek(entry.start)
+            left = entry.end - entry.start
+            while left:
+                raw = file.read(min(CHUNK, left))
+                left -= len(raw)
+                if not _is_finite(raw, entry.spec.dtype):
+                    return name
+    return None
+
+
+def _is_finite(raw: bytes, dtype: str) -> bool:
+    """Return whether all numbers are finite; integers are, and 8-bit floats are no training run's weights."""
+    import numpy as np
+
+    if bits := _BITS_OF_INFINITY.get(dtype):
+        return int((np.frombuffer(raw, np.uint16) & np.uint16(bits)).max()) < bits
+    kind = {"F32": np.float32, "F64": np.float64}.get(dtype)
+    return kind is None or bool(np.isfinite(np.frombuffer(raw, kind)).all())
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+_HINT = "Resume from an older one, or start again: nothing of it can be trusted."
+
+
+def _refuse(directory: Path, what: str) -> NoReturn:
+    raise DamagedCheckpointError(f"{directory} {what}", hint=_HINT)
