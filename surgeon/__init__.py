@@ -20,14 +20,17 @@ if TYPE_CHECKING:
         OutputError,
         PlanError,
         SurgeonError,
+        TrainingError,
         VerificationError,
     )
     from surgeon.evals.harness import TaskEvaluation, evaluate_tasks
     from surgeon.evaluation import Evaluation, evaluate
+    from surgeon.finetuning import estimate_finetune, finetune
     from surgeon.inspection import Inspection, inspect
     from surgeon.pruning import Pruning, prune
     from surgeon.surgery import Summary, Surgery
-    from surgeon.verbs import grow, open_model, truncate
+    from surgeon.train.training import Training
+    from surgeon.verbs import add_gist, grow, open_model, truncate
     from surgeon.verification import Verification, verify
 
 _HOMES = {
@@ -36,14 +39,18 @@ _HOMES = {
     "Evaluation": "surgeon.evaluation",
     "evaluate_tasks": "surgeon.evals.harness",
     "TaskEvaluation": "surgeon.evals.harness",
+    "estimate_finetune": "surgeon.finetuning",
+    "finetune": "surgeon.finetuning",
     "inspect": "surgeon.inspection",
     "Inspection": "surgeon.inspection",
+    "add_gist": "surgeon.verbs",
     "grow": "surgeon.verbs",
     "open_model": "surgeon.verbs",
     "prune": "surgeon.pruning",
     "Pruning": "surgeon.pruning",
     "Summary": "surgeon.surgery",
     "Surgery": "surgeon.surgery",
+    "Training": "surgeon.train.training",
     "truncate": "surgeon.verbs",
     "Verification": "surgeon.verification",
     "verify": "surgeon.verification",
@@ -54,6 +61,7 @@ _HOMES = {
     "OutputError": "surgeon.errors",
     "PlanError": "surgeon.errors",
     "SurgeonError": "surgeon.errors",
+    "TrainingError": "surgeon.errors",
     "VerificationError": "surgeon.errors",
 }
 
@@ -71,11 +79,16 @@ __all__ = [
     "SurgeonError",
     "Surgery",
     "TaskEvaluation",
+    "Training",
+    "TrainingError",
     "Verification",
     "VerificationError",
+    "add_gist",
     "convert",
+    "estimate_finetune",
     "evaluate",
     "evaluate_tasks",
+    "finetune",
     "grow",
     "inspect",
     "open_model",

@@ -5,6 +5,7 @@ SurgeonError
 ├── DataError         data that is missing, damaged, or in none of the forms that surgeon reads
 ├── HubError          the Hub could not be reached, or has no such thing
 ├── MeasureError      a model that cannot be run on text here, or a text that is none
+├── TrainingError     a run that cannot go on: it diverged, or the memory is full
 ├── PlanError         a surgery that the model's code cannot express, or that contradicts itself
 ├── OutputError       the result cannot be written: it exists, the disk is full, no permission
 └── VerificationError what was written does not compute what it should, or cannot be loaded to see
@@ -43,6 +44,10 @@ class MeasureError(SurgeonError):
 
 class OutputError(SurgeonError):
     """The result cannot be written."""
+
+
+class TrainingError(SurgeonError):
+    """The run cannot go on: its loss is no number any more, or the memory is full."""
 
 
 class VerificationError(SurgeonError):

@@ -14,7 +14,9 @@ import surgeon
 from surgeon.anatomy.families import FAMILIES
 
 ROOT = Path(__file__).parent.parent
-COMMANDS = ("inspect", "truncate", "grow", "prune", "evaluate", "convert")
+COMMANDS = (
+    "inspect", "truncate", "grow", "prune", "gist", "finetune", "plot", "evaluate", "convert",
+)  # fmt: skip
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 

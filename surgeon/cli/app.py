@@ -73,10 +73,21 @@ def _show(error: SurgeonError) -> None:
 
 
 def _register() -> None:
-    from surgeon.cli import convert, evaluate, grow, inspect, prune, truncate
+    from surgeon.cli import (
+        convert,
+        evaluate,
+        finetune,
+        gist,
+        grow,
+        inspect,
+        plot,
+        prune,
+        truncate,
+    )
 
-    commands = (inspect.inspect, truncate.truncate, grow.grow, prune.prune, evaluate.evaluate, convert.convert)
-    for command in commands:
+    shape = (inspect.inspect, truncate.truncate, grow.grow, prune.prune, gist.gist)
+    learn = (finetune.finetune, plot.plot, evaluate.evaluate)
+    for command in (*shape, *learn, convert.convert):
         app.command(no_args_is_help=True, epilog=EXAMPLES[command.__name__])(command)
 
 
@@ -85,6 +96,9 @@ EXAMPLES = {
     "truncate": "Example: surgeon truncate gpt2-large --layers 6 -o gpt2-large-6",
     "grow": "Example: surgeon grow gpt2 --layers 16 --hidden-size 2x -o gpt2-grown",
     "prune": "Example: surgeon prune gpt2-large --score angular --layers 27 --data text.txt -o gpt2-27",
+    "gist": "Example: surgeon gist gpt2 --tokens 4 -o gpt2-gist",
+    "finetune": "Example: surgeon finetune gpt2-27 --data text.txt --teacher gpt2-large --max-steps 300 -o healed",
+    "plot": "Example: surgeon plot healed.run other.run -o loss.png",
     "evaluate": "Example: surgeon evaluate gpt2-27 --data text.txt --baseline gpt2-large",
     "convert": "Example: surgeon convert model.Q8_0.gguf -o model --dtype bfloat16",
 }

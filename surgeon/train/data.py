@@ -1,0 +1,156 @@
+"""The rows of a run: what is trained, what is held out, and what of the trained is looked at again as a probe."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np  # noqa: TID253
+from numpy.typing import NDArray  # noqa: TID253
+
+from surgeon.errors import DataError
+from surgeon.train.packing import one_per_row, pack, repeat, split
+from surgeon.train.rows import Collator, RowDataset
+from surgeon.train.settings import Settings
+from surgeon.train.store import TokenStore, open_store
+from surgeon.train.tokenise import prepare
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+TRAINED, HELD_OUT = "data", "eval"  # directories of the two stores, in the run's
+
+
+@dataclass(frozen=True, eq=False)
+class RunData:
+    """The rows that are trained, and those that are evaluated by name: "validation" where there are any, and "probe".
+
+    `stores` are the tokens of --data, and of --eval-data where it is given. `packed` says whether a row may hold
+    several documents; `notes` is what a user should hear.
+    """
+
+    rows: RowDataset
+    held_out: Mapping[str, RowDataset]
+    collate: Collator
+    stores: tuple[TokenStore, ...]
+    packed: bool
+    notes: tuple[str, ...]
+
+    def describe(self, batch: Mapping[str, Any]) -> str:
+        """Return which documents a batch of trained rows holds, for people."""
+        store = self.stores[0]
+        index = batch["token_index"]
+        pieces = np.searchsorted(store.offsets, np.unique(index[index >= 0].cpu().numpy()), side="right") - 1
+        found: dict[str, list[str]] = {}
+        for piece in np.unique(pieces).tolist():
+            source = int(store.piece_sources[piece])
+            first = sum(before.num_documents for before in store.sources[:source])
+            numbers = found.setdefault(store.sources[source].data, [])
+            number = str(int(store.documents[piece]) - first + 1)
+            if number not in numbers:
+                numbers.append(number)
+        return "; ".join(f"document {_some(numbers)} of {data}" for data, numbers in found.items())
+
+    def provenance(self) -> list[dict[str, Any]]:
+        """Return what was read, for the receipt: each argument, the SHA-256 of its texts, and the tokens it gave."""
+        return [
+            {
+                "data": source.data,
+                "sha256": source.sha256,
+                "documents": source.num_documents,
+                "tokens": source.num_tokens,
+            }
+            for store in self.stores
+            for source in store.sources
+        ]
+
+
+def read_data(
+    specs: Sequence[str],
+    settings: Settings,
+    tokenizer: "PreTrainedTokenizerBase",
+    *,
+    directory: Path,
+    sequence_length: int,
+    packed: bool,
+    flatten: bool,
+    max_rows: int | None,
+    is_first: bool,
+    wait: Callable[[], None],
+    progress: Callable[[int], None] | None = None,
+) -> RunData:
+    """Return the rows of a run, tokenised in `directory` by its first process while the others `wait`.
+
+    With `max_rows` a run of fixed length reads no more than it needs. Raises DataError, OutputError.
+    """
+    limit = None if max_rows is None else max_rows * sequence_length
+    asked = {TRAINED: (tuple(specs), limit)} | ({HELD_OUT: (settings.eval_data, None)} if settings.eval_data else {})
+    stores = []
+    for name, (data, most) in asked.items():
+        if not is_first:
+            wait()
+            stores.append(open_store(directory / name))
+            continue
+        store = prepare(
+            data,
+            tokenizer,
+            directory=directory / name,
+            sequence_length=sequence_length,
+            train_on=settings.train_on,
+            max_tokens=most,
+            progress=progress,
+        )
+        stores.append(store)
+        wait()
+    return assemble(tuple(stores), settings, tokenizer, sequence_length=sequence_length, packed=packed, flatten=flatten)
+
+
+def assemble(
+    stores: tuple[TokenStore, ...],
+    settings: Settings,
+    tokenizer: "PreTrainedTokenizerBase",
+    *,
+    sequence_length: int,
+    packed: bool,
+    flatten: bool,
+) -> RunData:
+    """Return the rows that stores make under these settings. Decides, reads no token."""
+    store, notes = stores[0], []
+    fraction = settings.eval_fraction if len(stores) == 1 else 0.0
+    kept, held = split(store.documents, fraction, seed=settings.seed)
+    passes = settings.weights(len(store.sources))
+    seen = repeat(store.piece_sources[kept], passes, seed=settings.seed)
+    if not len(seen):
+        raise DataError("no piece of the data is left to train", hint="Raise --data-weights, or give more data.")
+
+    def rows(source: TokenStore, pieces: NDArray[np.int64]) -> RowDataset:
+        lengths = source.lengths[pieces]
+        made = pack(lengths, sequence_length, seed=settings.seed) if packed else one_per_row(lengths)
+        return RowDataset(source, made.of(pieces))
+
+    trained = rows(store, kept[seen])
+    held_out = {}
+    if len(stores) == 2:
+        held_out["validation"] = rows(stores[1], np.arange(stores[1].num_pieces))
+    elif len(held):
+        held_out["validation"] = rows(store, held)
+    else:
+        notes.append("nothing is held out, so overfitting will not show; give --eval-data")
+    held_out["probe"] = trained
+    some = {name: _first_rows(found, settings) for name, found in held_out.items()}
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
+    if store.num_cut or store.num_dropped:
+        notes.append(
+            f"{store.num_cut} records were cut at {sequence_length} tokens, {store.num_dropped} had nothing to train"
+        )
+    return RunData(trained, some, Collator(int(pad), flatten=flatten, with_index=True), stores, packed, tuple(notes))
+
+
+def _first_rows(rows: RowDataset, settings: Settings) -> RowDataset:
+    """Return at most `eval_rows` rows, drawn once."""
+    chosen = np.random.default_rng(settings.seed).permutation(len(rows))[: settings.eval_rows]
+    return rows.chosen(np.sort(chosen))
+
+
+def _some(numbers: Sequence[str]) -> str:
+    return ", ".join(numbers[:5]) + (f" and {len(numbers) - 5} more" if len(numbers) > 5 else "")

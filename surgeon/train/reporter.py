@@ -1,0 +1,124 @@
+"""What happens in a run, told to everyone: metrics.jsonl, status.json, the guard, and whoever watches."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from surgeon.errors import SurgeonError
+from surgeon.train.guard import Guard
+from surgeon.train.launch import is_first
+from surgeon.train.metrics import EvalReport, MetricsLog, State, StepReport, Watcher, read_metrics, write_status
+from surgeon.train.speed import Meter
+from surgeon.train.trainer import Evaluated
+
+NOTHING_LOGGED = frozenset({"loss", "learning_rate", "grad_norm", "tokens", "epoch"})  # under these names elsewhere
+
+
+class Reporter:
+    """Tells the first process's steps and evaluations. Other processes have one too; it tells nothing.
+
+    `losses` are the cross-entropies of this process's steps and `evaluations` all evaluations of the run, those before
+    a resume included.
+    """
+
+    def __init__(self, run_dir: Path, watcher: Watcher | None) -> None:
+        self.run_dir, self.watcher = run_dir, watcher if is_first() else None
+        self.losses: list[float] = []
+        self.evaluations: list[Evaluated] = []
+        self.notes: list[str] = []
+        self._guard, self._step, self._tokens = Guard(), 0, 0  # tokens of the whole run
+        self._log: MetricsLog | None = None
+        self._meter: Meter | None = None
+
+    def status(self, state: State, **facts: Any) -> None:
+        """Say in status.json what the run does."""
+        if is_first():
+            write_status(self.run_dir, state, step=self._step, **facts)
+
+    def note(self, text: str) -> None:
+        """Say a sentence, once."""
+        if text not in self.notes:
+            self.notes.append(text)
+            if self.watcher is not None:
+                self.watcher.note(text)
+
+    def begin(self, *, steps: int, step: int, tokens: int, meter: Meter) -> None:
+        """Know that steps begin, after `step` ones of a run that is resumed: what was told of later ones is dropped."""
+        self._step, self._tokens, self._meter = step, tokens, meter
+        if is_first():
+            self._log = MetricsLog(self.run_dir)
+            self._log.resume_at(step)
+            for record in read_metrics(self.run_dir):
+                if "eval_loss" in record or "probe_loss" in record:
+                    found = Evaluated(record["step"], record.get("eval_loss"), record.get("probe_loss"))
+                    self.evaluations.append(found)
+            self._guard = Guard.resumed(read_metrics(self.run_dir))
+        self.status("running")
+        if self.watcher is not None:
+            self.watcher.begin(steps, done=step)
+
+    def step(self, logs: dict[str, float]) -> None:
+        """Tell a step: what the trainer logs of it."""
+        assert self._meter is not None
+        self._step, self._tokens = int(logs["step"]), int(logs["tokens"])
+        pace = self._meter.step(self._step, self._tokens)
+        self.losses.append(logs["cross_entropy"])
+        report = StepReport(
+            step=self._step,
+            tokens=self._tokens,
+            loss=logs["loss"],
+            learning_rate=logs["learning_rate"],
+            grad_norm=logs.get("grad_norm"),
+            tokens_per_second=pace.tokens_per_second,
+            mfu=pace.mfu,
+            memory=pace.memory,
+            seconds_left=pace.seconds_left,
+        )
+        if self._log is not None:
+            parts = {name: value for name, value in logs.items() if name not in NOTHING_LOGGED}
+            self._log.write(report.to_record() | parts)
+        if self.watcher is not None:
+            self.watcher.step(report)
+
+    def evaluated(self, found: Evaluated) -> None:
+        """Tell an evaluation, and what the guard thinks of it."""
+        self.evaluations.append(found)
+        report = EvalReport(step=found.step, tokens=self._tokens, validation=found.validation, probe=found.probe)
+        if self._log is not None:
+            self._log.write(report.to_record())
+        if self.watcher is not None:
+            self.watcher.evaluated(report)
+        for warning in self._guard.observe(found.step, found.probe, found.validation):
+            self.note(warning)
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Return a context whose time is not that of steps."""
+        assert self._meter is not None
+        with self._meter.paused():
+            yield
+
+    @property
+    def tokens_per_second(self) -> float | None:
+        """How fast the steps of this process were, on all devices together."""
+        return None if self._meter is None else self._meter.average
+
+    def end(self) -> None:
+        """Know that no step follows."""
+        if self.watcher is not None:
+            self.watcher.end()
+        if self._log is not None:
+            self._log.close()
+            self._log = None
+
+    def failed(self, error: BaseException) -> None:
+        """Say how the run ended, where it did not end well."""
+        self.end()
+        code = error.code if isinstance(error, SystemExit) else 130 if isinstance(error, KeyboardInterrupt) else 1
+        hint = error.hint if isinstance(error, SurgeonError) else None
+        self.status("failed", exit_code=code, error=str(error) or type(error).__name__, hint=hint)
+
+    def validations(self) -> Sequence[float]:
+        """Return the validation losses so far."""
+        return [found.validation for found in self.evaluations if found.validation is not None]

@@ -1,0 +1,177 @@
+"""What a training run is told: every option of `surgeon finetune`, with its default, its help and its limits."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
+
+from surgeon.errors import PlanError
+
+SCHEDULES = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup"}  # ours: transformers'
+PRECISIONS = ("auto", "bf16", "float32", "pure-bf16")
+TRAINED = ("all", "new", "cut")
+TRAIN_ON = ("completion", "all")
+LORA_TARGETS = ("all", "attention", "ffn")
+PACKING = ("auto", "on", "off")
+KL_DIRECTIONS = ("forward", "reverse")
+TRACKERS = ("tensorboard", "wandb", "trackio")
+FULL_LR, LORA_LR = 2e-5, 2e-4  # where none is given; a cut model may want another: --lr auto looks
+
+
+def _option(text: str, default: Any, *, metavar: str | None = None, rerun: bool = False) -> Any:
+    """Return a field; with `rerun` a resumed run may be given another value, for it decides no number of the result."""
+    return field(default=default, metadata={"help": text, "metavar": metavar, "rerun": rerun})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """The options of a run, checked alone and together. Their help texts are those of `surgeon finetune --help`."""
+
+    # data
+    data_weights: str | None = _option("Passes over each --data in an epoch, in their order: 1,0.5", None, metavar="W")
+    sequence_length: int | None = _option("Tokens of a row. Default: 1024, or what the model sees.", None, metavar="T")
+    packing: str = _option("Put several documents into a row, kept apart: auto, on, off.", "auto", metavar="WHEN")
+    train_on: str = _option("What of records with an answer is trained: completion or all.", "completion", metavar="M")
+    eval_data: tuple[str, ...] = _option("Held-out data. Repeatable. Default: a part of --data.", (), metavar="DATA")
+    eval_fraction: float = _option("Without --eval-data: the part of the documents held out.", 0.01, metavar="F")
+    eval_rows: int = _option("At most so many rows are evaluated, and as many of the trained ones.", 64, metavar="N")
+    # length and rate
+    max_steps: int | None = _option("Optimiser steps.", None, metavar="N")
+    epochs: float | None = _option("Passes over the data. Default: 1, where no steps are given.", None, metavar="E")
+    batch_size: int = _option("Rows that a device computes at once.", 8, metavar="N")
+    gradient_accumulation: int = _option("Batches that one step sums up.", 1, metavar="N")
+    lr: str = _option(f"Peak rate, or auto: two short runs. Default: {FULL_LR:g}; LoRA {LORA_LR:g}.", "", metavar="LR")
+    warmup: float = _option("Steps until the peak; below 1 a part of all steps.", 0.03, metavar="N")
+    schedule: str = _option("After the warm-up: cosine, linear or constant.", "cosine", metavar="NAME")
+    optim: str = _option("Any optimiser of transformers' Trainer.", "adamw_torch_fused", metavar="NAME")
+    weight_decay: float = _option("On matrices, not on norms and biases.", 0.0, metavar="W")
+    max_grad_norm: float = _option("Longer gradients are scaled down to it; 0: never.", 1.0, metavar="G")
+    # what is trained
+    train: str = _option(
+        "all; new (layers and tokens that surgery made); cut (layers beside a cut).", "all", metavar="P"
+    )
+    freeze: str | None = _option("What stays: embeddings, head, layers=0-11, comma-separated.", None, metavar="PARTS")
+    lora: int | None = _option("Train low-rank adapters of this rank instead; merged at the end.", None, metavar="R")
+    lora_alpha: float | None = _option("Scale of the adapters is alpha / rank. Default: 2 x rank.", None, metavar="A")
+    lora_dropout: float = _option("Dropout in front of the adapters.", 0.0, metavar="P")
+    lora_targets: str = _option("Where adapters go: all, attention or ffn.", "all", metavar="PART")
+    keep_adapter: bool = _option("Write the adapter alone, as PEFT does.", False)
+    qlora: bool = _option("Hold the base model in 4 bits (bitsandbytes); goes with --lora.", False)
+    # distillation
+    teacher: str | None = _option("Distil from this model: a directory or Hub id.", None, metavar="MODEL")
+    kd_weight: float = _option("Loss = (1 - w) cross-entropy + w KL.", 0.5, metavar="W")
+    temperature: float = _option("Both distributions are softened by it; KL is multiplied by T².", 1.0, metavar="T")
+    kl: str = _option("forward: KL(teacher, student); reverse: KL(student, teacher).", "forward", metavar="WAY")
+    hidden_weight: float = _option("Weight of the distance of hidden states, layer by layer map.", 0.0, metavar="W")
+    teacher_top_k: int | None = _option("Run the teacher once, keep its K likeliest tokens on disk.", None, metavar="K")
+    # numbers
+    precision: str = _option("bf16 (float32 weights, bf16 products), float32, pure-bf16.", "auto", metavar="P")
+    activation_checkpointing: bool = _option("Compute activations twice, store few.", False)
+    compile: bool = _option("torch.compile the layers.", False)
+    attention: str | None = _option("transformers' attn_implementation: sdpa, eager ...", None, metavar="NAME")
+    seed: int = _option("Everything random derives from it.", 0, metavar="N")
+    deterministic: bool = _option("Only deterministic kernels on a GPU; slower.", False)
+    # how often
+    eval_every: int | None = _option("Steps between evaluations. Default: a tenth of the run.", None, metavar="N")
+    save_every: int | None = _option("Steps between checkpoints; 0: none. Default: --eval-every.", None, metavar="N")
+    keep_checkpoints: int = _option("How many are kept, the best one beside.", 2, metavar="N", rerun=True)
+    keep_best: bool = _option("The result is the step with the lowest validation loss, not the last.", False)
+    patience: int | None = _option("Stop after so many evaluations without a better one.", None, metavar="N")
+    workers: int = _option("Processes that fetch rows.", 0, metavar="N", rerun=True)
+    track: tuple[str, ...] = _option("Also log to tensorboard, wandb or trackio.", (), metavar="TOOL", rerun=True)
+
+    def __post_init__(self) -> None:
+        """Raises PlanError for a value that makes no sense, alone or beside another."""
+        words = {"schedule": tuple(SCHEDULES), "precision": PRECISIONS, "train": TRAINED, "train_on": TRAIN_ON}
+        words |= {"lora_targets": LORA_TARGETS, "packing": PACKING, "kl": KL_DIRECTIONS}
+        for name, known in words.items():
+            if getattr(self, name) not in known:
+                raise PlanError(f"unknown {_flag(name)} {getattr(self, name)!r}", hint=f"One of: {', '.join(known)}.")
+        if wrong := next((tool for tool in self.track if tool not in TRACKERS), None):
+            raise PlanError(f"unknown --track {wrong!r}", hint=f"One of: {', '.join(TRACKERS)}.")
+        self._check_numbers()
+        self._check_pairs()
+        self.learning_rate()
+        self.weights(None)
+
+    def learning_rate(self) -> float | None:
+        """Return the peak learning rate, None where it is to be looked for. Raises PlanError for no number."""
+        if self.lr == "auto":
+            return None
+        if not self.lr:
+            return LORA_LR if self.lora else FULL_LR
+        try:
+            rate = float(self.lr)
+        except ValueError as error:
+            raise PlanError(f"--lr {self.lr!r} is no number", hint="Such as --lr 1e-4, or --lr auto.") from error
+        if not 0 < rate < 100:
+            raise PlanError(f"--lr is {rate:g}; a rate is above 0", hint="Such as --lr 1e-4, or --lr auto.")
+        return rate
+
+    def weights(self, count: int | None) -> tuple[float, ...]:
+        """Return how often each of `count` data arguments is seen in an epoch; None: as many as are written."""
+        hint = "As many numbers as there are --data, such as --data-weights 1,0.5"
+        if self.data_weights is None:
+            return (1.0,) * (count or 0)
+        try:
+            found = tuple(float(word) for word in self.data_weights.split(","))
+        except ValueError as error:
+            raise PlanError(f"--data-weights {self.data_weights!r} is no list of numbers", hint=hint) from error
+        if any(not 0 <= weight <= 1000 for weight in found) or not any(found):
+            raise PlanError(f"--data-weights {self.data_weights!r}: a weight is from 0 to 1000", hint=hint)
+        if count is not None and len(found) != count:
+            raise PlanError(f"--data-weights has {len(found)} numbers for {count} --data", hint=hint)
+        return found
+
+    def deciding(self) -> dict[str, Any]:
+        """Return the settings that decide numbers of the result: a run is resumed only with the same ones."""
+        return {name: value for name, value in self.to_dict().items() if name not in _RERUN}
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the settings as JSON holds them."""
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
+
+    def _check_numbers(self) -> None:
+        least: Mapping[str, float] = {
+            "sequence_length": 2, "eval_rows": 1, "max_steps": 1, "batch_size": 1, "gradient_accumulation": 1,
+            "lora": 1, "teacher_top_k": 1, "eval_every": 1, "save_every": 0, "keep_checkpoints": 1, "patience": 1,
+            "workers": 0, "warmup": 0, "weight_decay": 0, "max_grad_norm": 0, "hidden_weight": 0,
+        }  # fmt: skip
+        for name, lowest in least.items():
+            value = getattr(self, name)
+            if value is not None and not value >= lowest:
+                raise PlanError(f"{_flag(name)} is {value:g}; {lowest:g} is the least", hint=_floor_hint(name, lowest))
+        above_zero = {"epochs": self.epochs, "temperature": self.temperature, "lora_alpha": self.lora_alpha}
+        for name, value in above_zero.items():
+            if value is not None and not value > 0:
+                raise PlanError(f"{_flag(name)} is {value:g}; it must be above 0", hint=f"Such as {_flag(name)} 1.")
+        for name, top in {"eval_fraction": 0.5, "kd_weight": 1.0, "lora_dropout": 0.9}.items():
+            if not 0 <= getattr(self, name) <= top:
+                raise PlanError(f"{_flag(name)} is {getattr(self, name):g}; it lies between 0 and {top:g}")
+
+    def _check_pairs(self) -> None:
+        if self.max_steps is not None and self.epochs is not None:
+            raise PlanError("--max-steps and --epochs both say how long to train", hint="Give one of them.")
+        needs = {"keep_adapter": "lora", "qlora": "lora", "lora_alpha": "lora"}
+        needs |= {"teacher_top_k": "teacher", "hidden_weight": "teacher"}
+        for name, other in needs.items():
+            if getattr(self, name) and not getattr(self, other):
+                raise PlanError(f"{_flag(name)} says nothing without {_flag(other)}", hint=f"Add {_flag(other)}.")
+        if self.lora and (self.train != "all" or self.freeze):
+            raise PlanError("--lora trains adapters alone; nothing else is to be frozen", hint="Leave out --train.")
+        if self.train == "new" and self.weight_decay:
+            raise PlanError("weight decay would change the rows of old tokens too", hint="Leave out --weight-decay.")
+        if self.hidden_weight and self.teacher_top_k:
+            raise PlanError("hidden states are not kept on disk", hint="Leave out --teacher-top-k or --hidden-weight.")
+        if (self.keep_best or self.patience) and not self.eval_data and not self.eval_fraction:
+            raise PlanError("the best step is found on held-out data", hint="Give --eval-data or --eval-fraction.")
+
+
+def _flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
+
+
+def _floor_hint(name: str, lowest: float) -> str:
+    return f"Set {_flag(name)} to {lowest:g} or more."
+
+
+_RERUN = frozenset(item.name for item in fields(Settings) if item.metadata["rerun"])

@@ -1,0 +1,81 @@
+"""Runs that are killed: a process that loads everything once, and forks a run again and again to kill it with SIGKILL.
+
+    python tests/killed.py MODEL DATA DIRECTORY KILLS
+
+Prints one JSON object: how many runs were killed, how many of them while a checkpoint was being written, how often a
+run came to its end all the same, and the SHA-256 of the weights of each of those and of a run that nobody killed.
+"""
+
+import hashlib
+import json
+import os
+import random
+import signal
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+import surgeon
+import surgeon.train.runner  # with all that it imports, so that a fork begins at once
+
+OPTIONS = {"max_steps": 24, "batch_size": 2, "sequence_length": 32, "save_every": 1, "eval_every": 8, "lr": "1e-2"}
+OPTIONS |= {"gradient_accumulation": 2, "eval_rows": 2}
+
+
+def run(model: str, data: str, output: Path) -> None:
+    surgeon.finetune(model, data=[data], output=output, resume=True, **OPTIONS)
+
+
+def forked(model: str, data: str, output: Path, seconds: float | None) -> tuple[bool, bool]:
+    """Return whether a run was killed after so many seconds, and whether it was writing a checkpoint then."""
+    child = os.fork()
+    if child == 0:
+        sys.stdout = sys.stderr = open(f"{output}.log", "a")  # noqa: SIM115, PTH123
+        try:
+            run(model, data, output)
+        except surgeon.SurgeonError as error:
+            print(error, flush=True)
+            os._exit(1)
+        os._exit(0)
+    if seconds is None:
+        assert os.waitpid(child, 0)[1] == 0, Path(f"{output}.log").read_text()
+        return False, False
+    time.sleep(seconds)
+    os.kill(child, signal.SIGKILL)
+    status = os.waitpid(child, 0)[1]
+    if not os.WIFSIGNALED(status):
+        assert status == 0, Path(f"{output}.log").read_text()
+        return False, False
+    stages = list(Path(f"{output}.run").glob(".checkpoint-*.partial"))
+    return True, bool(stages)
+
+
+def digest(output: Path) -> str:
+    return hashlib.sha256((output / "model.safetensors").read_bytes()).hexdigest()
+
+
+def main(model: str, data: str, directory: Path, kills: int) -> dict[str, object]:
+    chance = random.Random(0)
+    began = time.monotonic()
+    forked(model, data, directory / "whole", None)
+    whole = time.monotonic() - began
+    killed = saving = lives = 0
+    digests: list[str] = []
+    output = directory / "run-0"
+    while killed < kills or not digests:
+        seconds = None if killed >= kills else chance.uniform(0.05, 0.4) * whole
+        was_killed, was_saving = forked(model, data, output, seconds)
+        lives += 1
+        if (output / "config.json").is_file():  # it had come to its end, whether or not it was killed since
+            digests.append(digest(output))
+            output = directory / f"run-{lives}"
+        else:
+            killed, saving = killed + was_killed, saving + was_saving
+    return {"killed": killed, "saving": saving, "whole": digest(directory / "whole"), "digests": digests}
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    print(json.dumps(main(sys.argv[1], sys.argv[2], Path(sys.argv[3]), int(sys.argv[4]))))
