@@ -12,6 +12,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from surgeon.compressing import Compression, compress
     from surgeon.conversion import convert
     from surgeon.errors import (
         CheckpointError,
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from surgeon.evals.harness import TaskEvaluation, evaluate_tasks
     from surgeon.evaluation import Evaluation, evaluate
     from surgeon.finetuning import estimate_finetune, finetune
+    from surgeon.generating import Generation, generate
     from surgeon.inspection import Inspection, inspect
     from surgeon.pruning import Pruning, prune
     from surgeon.surgery import Summary, Surgery
@@ -34,6 +36,8 @@ if TYPE_CHECKING:
     from surgeon.verification import Verification, verify
 
 _HOMES = {
+    "compress": "surgeon.compressing",
+    "Compression": "surgeon.compressing",
     "convert": "surgeon.conversion",
     "evaluate": "surgeon.evaluation",
     "Evaluation": "surgeon.evaluation",
@@ -41,6 +45,8 @@ _HOMES = {
     "TaskEvaluation": "surgeon.evals.harness",
     "estimate_finetune": "surgeon.finetuning",
     "finetune": "surgeon.finetuning",
+    "generate": "surgeon.generating",
+    "Generation": "surgeon.generating",
     "inspect": "surgeon.inspection",
     "Inspection": "surgeon.inspection",
     "add_gist": "surgeon.verbs",
@@ -67,8 +73,10 @@ _HOMES = {
 
 __all__ = [
     "CheckpointError",
+    "Compression",
     "DataError",
     "Evaluation",
+    "Generation",
     "HubError",
     "Inspection",
     "MeasureError",
@@ -84,11 +92,13 @@ __all__ = [
     "Verification",
     "VerificationError",
     "add_gist",
+    "compress",
     "convert",
     "estimate_finetune",
     "evaluate",
     "evaluate_tasks",
     "finetune",
+    "generate",
     "grow",
     "inspect",
     "open_model",

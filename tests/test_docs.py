@@ -15,7 +15,7 @@ from surgeon.anatomy.families import FAMILIES
 
 ROOT = Path(__file__).parent.parent
 COMMANDS = (
-    "inspect", "truncate", "grow", "prune", "gist", "finetune", "plot", "evaluate", "convert",
+    "inspect", "truncate", "grow", "prune", "gist", "finetune", "plot", "evaluate", "compress", "generate", "convert",
 )  # fmt: skip
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 

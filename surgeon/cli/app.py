@@ -74,9 +74,11 @@ def _show(error: SurgeonError) -> None:
 
 def _register() -> None:
     from surgeon.cli import (
+        compress,
         convert,
         evaluate,
         finetune,
+        generate,
         gist,
         grow,
         inspect,
@@ -86,7 +88,7 @@ def _register() -> None:
     )
 
     shape = (inspect.inspect, truncate.truncate, grow.grow, prune.prune, gist.gist)
-    learn = (finetune.finetune, plot.plot, evaluate.evaluate)
+    learn = (finetune.finetune, plot.plot, evaluate.evaluate, compress.compress, generate.generate)
     for command in (*shape, *learn, convert.convert):
         app.command(no_args_is_help=True, epilog=EXAMPLES[command.__name__])(command)
 
@@ -100,6 +102,8 @@ EXAMPLES = {
     "finetune": "Example: surgeon finetune gpt2-27 --data text.txt --teacher gpt2-large --max-steps 300 -o healed",
     "plot": "Example: surgeon plot healed.run other.run -o loss.png",
     "evaluate": "Example: surgeon evaluate gpt2-27 --data text.txt --baseline gpt2-large",
+    "compress": "Example: surgeon compress gpt2-gist --prompt-file system.txt -o bot",
+    "generate": "Example: surgeon generate gpt2-gist 'Hello' --gist bot --max-new-tokens 64",
     "convert": "Example: surgeon convert model.Q8_0.gguf -o model --dtype bfloat16",
 }
 _register()

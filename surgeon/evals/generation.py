@@ -5,15 +5,14 @@ from typing import TYPE_CHECKING, Any
 
 from surgeon.anatomy.config import text_config
 from surgeon.checkpoint.source import Source
-from surgeon.errors import MeasureError
 from surgeon.evals.perplexity import HARNESS_HINT, PROBE, check_causal
-from surgeon.measure.device import available_memory, compute_dtype
-from surgeon.measure.loading import load_model
+from surgeon.measure.whole import load_on
 from surgeon.reload import hushed
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+STREAMED = "Perplexity and choices stream: --metric perplexity, or choice."
 POSITION_KEYS = ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len")
 PADDING = {4: 1e-3, 2: 5e-2}  # by bytes of the dtype: what padding may move a logit by, of the largest; rounding does
 
@@ -32,18 +31,10 @@ def load_whole(source: Source, device: str) -> Any:
     import torch
     from transformers import GenerationConfig
 
-    dtype = compute_dtype(source, device)
-    needed = sum(dtype.itemsize * item.spec.num_parameters for item in source.tensors.values())
-    if needed > available_memory(device):
-        raise MeasureError(
-            f"{source.label} takes {needed / 1e9:.1f} GB to write answers, more than there is",
-            hint="Perplexity and choices stream: --metric perplexity, or choice.",
-        )
-    model = load_model(source, dtype=dtype, hint=HARNESS_HINT)
+    model = load_on(source, device, hint=HARNESS_HINT, smaller=STREAMED)
     stops = _ids(model.generation_config.eos_token_id) | _ids(text_config(source.config).get("eos_token_id"))
     # A new one: that of the checkpoint may sample, or penalise what was said.
     model.generation_config = GenerationConfig(do_sample=False, eos_token_id=sorted(stops) or None)  # type: ignore[no-untyped-call]
-    model = model.to(device)
     with torch.no_grad():
         check_causal(model(torch.tensor(PROBE, device=device)).logits, source.label)
     return model

@@ -1,0 +1,169 @@
+"""A prompt to the states of its gist, and the proof that they replace it in this model.
+
+The proof is the masked pass that the model is trained with, over prompt, gist and some text: the same text behind the
+cached gist alone must get the same logits. Where the positions allow it the prompt is run at negative positions, so
+that the gist comes to lie at 0 and nobody has to know how long the prompt was; that is measured too, and dropped where
+it is not the same (a rotation that changes with the length, a table of positions).
+"""
+
+import inspect
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch  # noqa: TID253
+from torch import Tensor  # noqa: TID253
+from transformers import DynamicCache  # noqa: TID253
+from transformers.modeling_outputs import BaseModelOutput  # noqa: TID253
+
+from surgeon.anatomy.config import text_config
+from surgeon.errors import DataError, VerificationError
+from surgeon.evals.generation import POSITION_KEYS
+from surgeon.gist.encoder import encode
+from surgeon.gist.masks import cross_mask, encoder_mask, gist_masks, gist_phases
+from surgeon.gist.probes import _difference, _has_position_table, _logits, _positions
+from surgeon.gist.states import GistStates, states_of
+from surgeon.gist.support import EXACT, FLOOR
+
+PROBE_TOKENS = 12  # of text behind the gist
+
+
+@dataclass(frozen=True, slots=True)
+class SelfCheck:
+    """How far the cached gist is from the masked pass: largest difference of a logit, relative to the largest logit.
+
+    `rebased` is of the gist at position 0, None where it was not tried. `difference` is of what is kept, `allowed` what
+    it may be.
+    """
+
+    difference: float
+    offset: float
+    rebased: float | None
+    allowed: float
+
+
+def compress_ids(model: Any, ids: Sequence[int], num_tokens: int) -> tuple[GistStates, SelfCheck]:
+    """Return the states of the gist that ends `ids`, in the model's dtype, and how they were checked.
+
+    Raises DataError for more tokens than the model can see, VerificationError where the gist does not replace its
+    prompt to 1e-5 of the largest logit, or to a few times what rounding changes in this model if that is more.
+    """
+    num_probes = PROBE_TOKENS
+    if (limit := position_limit(model)) is not None:
+        num_probes = min(PROBE_TOKENS, limit - len(ids))
+        if num_probes < 1:
+            raise DataError(
+                f"prompt and gist have {len(ids)} tokens, and the model sees {limit} with what follows",
+                hint="Shorten the prompt.",
+            )
+    # The prompt's own words: random tokens throw a trained model off so far that rounding alone moves its logits.
+    probe = torch.tensor([(list(ids[:-num_tokens]) * num_probes)[-num_probes:]], device=model.device)
+    row = torch.tensor([list(ids)], device=model.device)
+    with torch.no_grad():
+        compress = _compress_encoder if model.config.is_encoder_decoder else _compress_decoder
+        states, check = compress(model, row, probe, num_tokens)
+    if not check.difference <= check.allowed:  # "not": NaN is no small number
+        raise VerificationError(
+            f"the cached gist changes what follows by {check.difference:.1e} of the largest logit, "
+            f"not {check.allowed:.0e} at most",
+            hint="surgeon gist --check MODEL measures whether the architecture can be gisted.",
+        )
+    return states, check
+
+
+def continued(model: Any, states: GistStates, text: Tensor) -> Tensor:
+    """Return the logits of a text, shape (1, T), behind a cached gist."""
+    arguments = _positions(model, states.offset + states.num_tokens, text.shape[1])
+    return _logits(model, text, past_key_values=states.cache(model.config), use_cache=True, **arguments)
+
+
+def encoded_behind(model: Any, states: GistStates, text: Tensor) -> Tensor:
+    """Return an encoder's states of a gist and the text behind it, shape (1, K + T, hidden)."""
+    assert states.encoded is not None, "states of an encoder have its output"
+    return torch.cat([states.encoded, encode(model, text, cache=states.cache())], 1)
+
+
+def position_limit(model: Any) -> int | None:
+    """Return how many positions a model was made for, None where its config does not say, or they are relative."""
+    text = text_config(model.config.to_dict())
+    if model.config.is_encoder_decoder:
+        return None
+    return next((text[key] for key in POSITION_KEYS if type(text.get(key)) is int), None)
+
+
+def _compress_decoder(model: Any, row: Tensor, probe: Tensor, num_tokens: int) -> tuple[GistStates, SelfCheck]:
+    whole = torch.cat([row, probe], 1)
+    masks = gist_masks(model.config, gist_phases(whole, row[0, -num_tokens:].tolist()), dtype=model.dtype)
+    masked = _tail(model, whole, probe.shape[1], attention_mask=masks)
+    num_prompt = row.shape[1] - num_tokens
+    takes_positions = bool(_positions(model, 0, 1))
+    # A model that takes no positions counts from its cache: behind a gist it goes on from there, as if moved.
+    kept = _gist_of(model, row, num_tokens, first=0, offset=num_prompt if takes_positions else 0)
+    offset = _difference(masked, continued(model, kept, probe))
+    allowed = max(EXACT, FLOOR * _rounding(model, row, probe=probe, masks=masks, masked=masked))
+    rebased = None
+    if takes_positions and not _has_position_table(model):
+        moved = _gist_of(model, row, num_tokens, first=-num_prompt, offset=0)
+        rebased = _difference(masked, continued(model, moved, probe))
+        if rebased <= allowed:
+            return moved, SelfCheck(rebased, offset, rebased, allowed)
+    return kept, SelfCheck(offset, offset, rebased, allowed)
+
+
+def _compress_encoder(model: Any, row: Tensor, probe: Tensor, num_tokens: int) -> tuple[GistStates, SelfCheck]:
+    whole = torch.cat([row, probe], 1)
+    phases = gist_phases(whole, row[0, -num_tokens:].tolist())
+    mask = encoder_mask(model.config, phases, dtype=model.dtype)
+
+    def decode(states: Tensor, seen: Tensor) -> Tensor:
+        encoded = BaseModelOutput(last_hidden_state=states)
+        return _logits(model, None, encoder_outputs=encoded, attention_mask=seen, decoder_input_ids=probe)
+
+    masked = decode(encode(model, whole, mask=mask), cross_mask(phases))
+    cache = DynamicCache()
+    encoded = encode(model, row, cache=cache)[:, -num_tokens:]
+    # Relative positions count from the cache's length: the gist is where it was.
+    states = states_of(cache, num_tokens, offset=0, encoded=encoded.clone())
+    found = encoded_behind(model, states, probe)
+    difference = _difference(masked, decode(found, torch.ones_like(found[..., 0], dtype=torch.long)))
+    # An encoder looks ahead, so there is no ordinary caching to compare with: in 16 bits a few roundings.
+    allowed = max(EXACT, FLOOR * torch.finfo(model.dtype).eps)
+    return states, SelfCheck(difference, difference, difference, allowed)
+
+
+def _gist_of(model: Any, row: Tensor, num_tokens: int, *, first: int, offset: int) -> GistStates:
+    """Return the last `num_tokens` states of a row that is run at positions from `first`."""
+    cache = DynamicCache()  # one that forgets nothing: a gist may be longer than a sliding window
+    _tail(model, row, 1, first=first, past_key_values=cache, use_cache=True)
+    return states_of(cache, num_tokens, offset=offset)
+
+
+def _tail(model: Any, ids: Tensor, count: int, *, first: int = 0, **arguments: Any) -> Tensor:
+    """Return the last `count` logits of a row, computing no others where the model can leave them out."""
+    if "logits_to_keep" in inspect.signature(model.forward).parameters:
+        arguments["logits_to_keep"] = count
+    logits = _logits(model, ids, **({"use_cache": False} | arguments), **_positions(model, first, ids.shape[1]))
+    return logits[:, -count:]
+
+
+def _rounding(model: Any, row: Tensor, *, probe: Tensor, masks: Any, masked: Tensor) -> float:
+    """Return what rounding changes in a text behind a gist: in 16 bits what ordinary caching of all of it does.
+
+    In float32, where caching says little of a text that must do without the prompt: what becomes of one rounding of
+    the embeddings, up to 1e-4 of the largest logit in SmolLM2-135M, whose tokens lean on the first.
+    """
+    whole, count = torch.cat([row, probe], 1), probe.shape[1]
+    if model.dtype.itemsize < 4:
+        everything = _gist_of(model, row, row.shape[1], first=0, offset=0)
+        return _difference(_tail(model, whole, count), continued(model, everything, probe))
+    random = torch.Generator().manual_seed(0)
+
+    def nudge(_: Any, __: Any, embedded: Tensor) -> Tensor:
+        shares = torch.rand(embedded.shape, generator=random).to(embedded) * 2 - 1
+        return embedded * (1 + torch.finfo(embedded.dtype).eps * shares)
+
+    handle = model.get_input_embeddings().register_forward_hook(nudge)
+    try:
+        return _difference(masked, _tail(model, whole, count, attention_mask=masks))
+    finally:
+        handle.remove()

@@ -1,0 +1,204 @@
+"""A compressed prompt in the place of its text, for transformers' `generate`: batched, with beams, with sampling.
+
+What goes wrong in silence when it is done by hand is done here: a cache grows when it is used, so each call gets its
+own; `generate` wants placeholders and a mask for what is cached; a batch is padded in front of the gist, never between
+it and the text, where it would push the gist out of a sliding window; a model must not write gist tokens.
+"""
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch  # noqa: TID253
+from torch import Tensor  # noqa: TID253
+from transformers import DynamicCache  # noqa: TID253
+from transformers.modeling_outputs import BaseModelOutput  # noqa: TID253
+
+from surgeon.checkpoint.open import open_source
+from surgeon.checkpoint.source import Source, fingerprint
+from surgeon.errors import CheckpointError, DataError, SurgeonError
+from surgeon.gist.compress import encoded_behind, position_limit
+from surgeon.gist.probes import _logits, _positions
+from surgeon.gist.saved import read
+from surgeon.gist.states import GistStates
+from surgeon.reload import hushed
+
+NAME_IT = "surgeon.gist.load(directory, model, checkpoint=DIR) names what the model was loaded from."
+
+
+def load(
+    directory: str | os.PathLike[str], model: Any, *, checkpoint: str | os.PathLike[str] | Source | None = None
+) -> "GistPrompt":
+    r"""Return the compressed prompt in `directory`, ready to be read by `model`, on its device and in its dtype.
+
+    `checkpoint` is where the model's weights come from; by default where transformers loaded them from. A model that
+    was changed in memory since is not noticed.
+    Raises CheckpointError for a damaged file, and for another model than the one that compressed the prompt: its
+    states would be read as fluent nonsense.
+
+        model = AutoModelForCausalLM.from_pretrained("SmolLM2-gist")
+        prompt = surgeon.gist.load("gists/bot", model)
+        prompt.generate(tokenizer("\nInput: ...", return_tensors="pt").input_ids, max_new_tokens=64)
+    """
+    place = Path(directory)
+    saved = read(place)
+    check_model(saved.about, _source_of(model) if checkpoint is None else _opened(checkpoint), place)
+    states = saved.states.to(model.device, model.dtype)
+    return GistPrompt(model, states, tuple(saved.about["token_ids"]), saved.about)
+
+
+@dataclass(frozen=True, eq=False)
+class GistPrompt:
+    """A compressed prompt and the model that reads it. `ids` are the gist's tokens, `about` is its gist.json."""
+
+    model: Any
+    states: GistStates
+    ids: tuple[int, ...]
+    about: Mapping[str, Any]
+
+    def generate(self, input_ids: Tensor, attention_mask: Tensor | None = None, **options: Any) -> Tensor:
+        """Return what the model writes behind the prompt and each text, shape (B * sequences, new tokens).
+
+        `options` are those of transformers' `generate`. Raises DataError where there are not enough positions.
+        """
+        wanted = options.get("max_new_tokens")
+        limit = position_limit(self.model)
+        if wanted is not None and limit is not None:
+            needed = self.states.offset + len(self.ids) + input_ids.shape[1] + wanted
+            if needed > limit and self.states.offset:
+                raise DataError(
+                    f"the text would end at position {needed}, and the model has {limit}",
+                    hint="Write less (--max-new-tokens), or shorten the text.",
+                )
+        copies = {key: options.pop(key) for key in ("num_beams", "num_return_sequences") if key in options}
+        given = self.generate_kwargs(input_ids, attention_mask, **copies)
+        given["suppress_tokens"] = sorted({*given["suppress_tokens"], *(options.pop("suppress_tokens", None) or [])})
+        with torch.no_grad(), hushed():
+            written: Tensor = self.model.generate(**given, **options)
+        return written[:, 1 if "encoder_outputs" in given else given["input_ids"].shape[1] :]
+
+    def generate_kwargs(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        *,
+        num_beams: int | None = None,
+        num_return_sequences: int | None = None,
+    ) -> dict[str, Any]:
+        """Return the arguments of one call of transformers' `generate`, in which the gist stands before each text.
+
+        Texts, shape (B, T), are those that follow the gist, without a begin-of-text token; `attention_mask` is 0 where
+        there is padding, on either side. Beams and sequences are asked for here, because the cache has to hold as many
+        rows. What comes back begins with placeholders for the gist, but for an encoder-decoder's.
+
+        Raises DataError for a text without a token, or with a gist token.
+        """
+        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        rows = [ids[seen.bool()].to(self.model.device) for ids, seen in zip(input_ids, mask, strict=True)]
+        self._check(rows)
+        config = self.model.generation_config
+        found = {
+            "num_beams": num_beams or config.num_beams or 1,
+            "num_return_sequences": num_return_sequences or config.num_return_sequences or 1,
+        }
+        suppressed = sorted({*(config.suppress_tokens or []), *self.ids})
+        # A config may say that nothing is cached; `generate` then reads all tokens again and adds them to the gist's.
+        given = {**found, "use_cache": True, "suppress_tokens": suppressed}
+        if self.states.encoded is not None:
+            return given | self._encoded(rows)
+        return given | self._cached(rows, max(found.values()))
+
+    def _cached(self, rows: Sequence[Tensor], copies: int) -> dict[str, Any]:
+        """Return texts behind placeholders, padded in front of them, with a cache for all but their last token.
+
+        Texts of one length need no padding: there the cache holds the gist alone, and `generate` reads the texts.
+        """
+        before = torch.tensor(self.ids, device=self.model.device)
+        longest = max(map(len, rows))
+        ids = torch.zeros(len(rows), len(before) + longest, dtype=torch.long, device=self.model.device)
+        mask = torch.zeros_like(ids)
+        for i, row in enumerate(rows):
+            ids[i, -len(row) - len(before) :] = torch.cat([before, row])
+            mask[i, -len(row) - len(before) :] = 1
+        if all(len(row) == longest for row in rows):
+            cache = self.states.cache(self.model.config, rows=len(rows))
+        else:
+            cache = self._read(rows, ids.shape[1] - 1)
+        if copies > 1:
+            cache.batch_repeat_interleave(copies)
+        found: dict[str, Any] = {"input_ids": ids, "attention_mask": mask, "past_key_values": cache}
+        if self.states.offset:
+            found["position_ids"] = (mask.cumsum(-1) - 1).clamp(min=0) + self.states.offset
+        return found
+
+    def _read(self, rows: Sequence[Tensor], length: int) -> DynamicCache:
+        """Return a cache of gist and text but its last token, each row read alone and then padded on the left."""
+        caches = []
+        with torch.no_grad():
+            for row in rows:
+                cache = self.states.cache()  # one that forgets nothing: what a padded one forgets is counted anew
+                if len(row) > 1:
+                    first = self.states.offset + len(self.ids)
+                    arguments = _positions(self.model, first, len(row) - 1)
+                    _logits(self.model, row[None, :-1], past_key_values=cache, use_cache=True, **arguments)
+                caches.append(cache)
+        stacked = DynamicCache(config=self.model.config)
+        for i in range(len(self.states.layers)):
+            keys, values = ([getattr(cache.layers[i], kind) for cache in caches] for kind in ("keys", "values"))
+            stacked.update(_stacked(keys, length), _stacked(values, length), i)
+        return stacked
+
+    def _encoded(self, rows: Sequence[Tensor]) -> dict[str, Any]:
+        """Return what an encoder makes of the texts behind the gist, padded on the right."""
+        with torch.no_grad():
+            found = [encoded_behind(self.model, self.states, row[None])[0] for row in rows]
+        states = torch.nn.utils.rnn.pad_sequence(found, batch_first=True)
+        lengths = torch.tensor([len(row) for row in found], device=states.device)
+        mask = (torch.arange(states.shape[1], device=states.device) < lengths[:, None]).long()
+        return {"encoder_outputs": BaseModelOutput(last_hidden_state=states), "attention_mask": mask}
+
+    def _check(self, rows: Sequence[Tensor]) -> None:
+        for i, row in enumerate(rows):
+            if not len(row):
+                raise DataError(f"text {i} has no token to go on from", hint="Give a text of one token or more.")
+            if set(row.tolist()) & set(self.ids):
+                raise DataError(f"text {i} has a gist token", hint="The gist is put before it; leave it out.")
+
+
+def _stacked(rows: Sequence[Tensor], length: int) -> Tensor:
+    """Return keys or values, each (1, heads, T, dim), as (B, heads, length, dim) with zeros in front of short ones."""
+    padded = [torch.nn.functional.pad(row, (0, 0, length - row.shape[2], 0)) for row in rows]
+    return torch.cat(padded)
+
+
+def check_model(about: Mapping[str, Any], source: Source, place: Path) -> None:
+    """Raises CheckpointError where `source` is not the checkpoint that compressed the prompt in `place`."""
+    made_by = about.get("model")
+    if not isinstance(made_by, Mapping) or "fingerprint" not in made_by:
+        raise CheckpointError(f"{place} does not say which model compressed it", hint="Compress the prompt again.")
+    if fingerprint(source) != made_by["fingerprint"]:
+        known = made_by.get("path") or made_by.get("id")
+        raise CheckpointError(
+            f"{place} was compressed by another model ({known}), not by {source.label}",
+            hint="A compressed prompt is read by the very weights that compressed it; compress it again.",
+        )
+
+
+def _source_of(model: Any) -> Source:
+    """Return the checkpoint that transformers loaded a model from. Raises CheckpointError where it cannot be told."""
+    name = getattr(model, "name_or_path", "")
+    if not name:
+        raise CheckpointError("the model does not say which checkpoint it was loaded from", hint=NAME_IT)
+    revision = None if Path(name).exists() else getattr(model.config, "_commit_hash", None)
+    return _opened(name, revision)
+
+
+def _opened(checkpoint: str | os.PathLike[str] | Source, revision: str | None = None) -> Source:
+    if not isinstance(checkpoint, str | os.PathLike):
+        return checkpoint
+    try:
+        return open_source(checkpoint, revision=revision)
+    except SurgeonError as error:
+        raise CheckpointError(f"cannot tell which model this is: {error}", hint=NAME_IT) from error

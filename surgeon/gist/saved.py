@@ -1,0 +1,146 @@
+"""A compressed prompt on the disk: gist.json, which says what it is, and one file of tensors.
+
+Where positions start at 0 and all layers have keys and values of one shape the tensors are a CARTRIDGE adapter, as PEFT
+writes it: `PeftModel.from_pretrained(model, directory)` then needs nothing of surgeon. Else they are gist.safetensors.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch  # noqa: TID253
+from safetensors import SafetensorError  # noqa: TID253
+from safetensors.torch import load, save  # noqa: TID253
+from torch import Tensor  # noqa: TID253
+
+from surgeon.checkpoint.receipt import to_bytes
+from surgeon.errors import CheckpointError
+from surgeon.gist.states import GistStates
+
+FORMAT = 1
+ABOUT = "gist.json"
+ADAPTER, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
+TENSORS = "gist.safetensors"
+EMBEDDINGS = "prompt_embeddings"  # what PEFT calls its tensor: (K, layers * 2 * kv_heads * head_dim)
+AGAIN = "Compress the prompt again: surgeon compress MODEL --prompt ..."
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Saved:
+    """A compressed prompt as it was read: what gist.json says, and the states."""
+
+    about: Mapping[str, Any]
+    states: GistStates
+
+
+def storage_of(states: GistStates) -> str:
+    """Return in which file states are kept: the adapter where PEFT can load them, else our own."""
+    return ADAPTER if states.offset == 0 and states.encoded is None and states.is_uniform else TENSORS
+
+
+def files_of(states: GistStates, about: Mapping[str, Any], *, base: str) -> dict[str, bytes]:
+    """Return the files of a compressed prompt by name, gist.json last. `base` names the model to PEFT."""
+    file = storage_of(states)
+    if file == ADAPTER:
+        files = {ADAPTER_CONFIG: to_bytes(_adapter_config(states, base)), ADAPTER: save({EMBEDDINGS: _packed(states)})}
+    else:
+        files = {TENSORS: save(_named(states))}
+    digest = hashlib.sha256(files[file]).hexdigest()
+    tensors = {"file": file, "sha256": digest, "layers": len(states.layers)}
+    about = {"format": FORMAT, **about, "num_tokens": states.num_tokens, "position_offset": states.offset}
+    return {**files, ABOUT: to_bytes({**about, "tensors": tensors})}
+
+
+def read(directory: Path) -> Saved:
+    """Return the compressed prompt in a directory.
+
+    Raises CheckpointError where there is none, where it is damaged, or where a later surgeon wrote it.
+    """
+    about = _about(directory)
+    try:
+        file, digest, depth = (about["tensors"][key] for key in ("file", "sha256", "layers"))
+        count, offset, ids = about["num_tokens"], about["position_offset"], about["token_ids"]
+    except (KeyError, TypeError) as error:
+        raise CheckpointError(f"{directory / ABOUT} lacks {error}", hint=AGAIN) from error
+    if file not in (ADAPTER, TENSORS) or type(count) is not int or type(offset) is not int or offset < 0:
+        raise CheckpointError(f"{directory / ABOUT} makes no sense", hint=AGAIN)
+    path = directory / file
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise CheckpointError(f"cannot read {path}: {error.strerror}", hint=AGAIN) from error
+    if hashlib.sha256(content).hexdigest() != digest:
+        raise CheckpointError(f"{path} is damaged: its SHA-256 is not what {ABOUT} says", hint=AGAIN)
+    try:
+        tensors = load(content)
+        states = _unpacked(directory, tensors, depth) if file == ADAPTER else _read_named(tensors, depth, offset)
+    except (SafetensorError, KeyError, TypeError, RuntimeError) as error:
+        raise CheckpointError(f"{path} does not hold the states of a gist: {error}", hint=AGAIN) from error
+    if not states.layers or {layer[0].shape[2] for layer in states.layers} != {count} or len(ids) != count:
+        found = states.num_tokens if states.layers else 0
+        raise CheckpointError(f"{path} has a gist of {found} tokens, {ABOUT} says {count}", hint=AGAIN)
+    return Saved(about, states)
+
+
+def _about(directory: Path) -> dict[str, Any]:
+    path = directory / ABOUT
+    try:
+        about = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        hint = "A compressed prompt is a directory that surgeon compress wrote."
+        raise CheckpointError(f"there is no compressed prompt in {directory}: no {ABOUT}", hint=hint) from error
+    except ValueError as error:
+        raise CheckpointError(f"{path} is not JSON: {error}", hint=AGAIN) from error
+    if not isinstance(about, dict) or about.get("format") != FORMAT:
+        found = about.get("format") if isinstance(about, dict) else about
+        raise CheckpointError(f"{path} has the format {found!r}, not {FORMAT}", hint="pip install -U surgeon")
+    return about
+
+
+def _adapter_config(states: GistStates, base: str) -> dict[str, Any]:
+    _, heads, num_tokens, head_dim = states.layers[0][0].shape
+    return {
+        "base_model_name_or_path": base,
+        "inference_mode": True,
+        "num_attention_heads": heads,  # of keys and values, as PEFT counts them here
+        "num_frozen_tokens": 0,
+        "num_layers": len(states.layers),
+        "num_transformer_submodules": 1,
+        "num_virtual_tokens": num_tokens,
+        "peft_type": "CARTRIDGE",
+        "revision": None,
+        "task_type": "CAUSAL_LM",
+        "token_dim": heads * head_dim,
+    }
+
+
+def _packed(states: GistStates) -> Tensor:
+    """Return keys and values as PEFT keeps them: for each token, layer after layer, its key and its value."""
+    pairs = torch.stack([tensor[0].transpose(0, 1) for layer in states.layers for tensor in layer], 1)
+    return pairs.reshape(states.num_tokens, -1).cpu().contiguous()
+
+
+def _unpacked(directory: Path, tensors: Mapping[str, Tensor], depth: int) -> GistStates:
+    try:
+        config = json.loads((directory / ADAPTER_CONFIG).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"cannot read {directory / ADAPTER_CONFIG}", hint=AGAIN) from error
+    heads, width = config["num_attention_heads"], config["token_dim"]
+    packed = tensors[EMBEDDINGS]
+    pairs = packed.view(packed.shape[0], depth, 2, heads, width // heads).permute(1, 2, 3, 0, 4).contiguous()
+    return GistStates([(pair[0][None], pair[1][None]) for pair in pairs], offset=0)
+
+
+def _named(states: GistStates) -> dict[str, Tensor]:
+    named = {} if states.encoded is None else {"encoded": states.encoded}
+    for i, (key, value) in enumerate(states.layers):
+        named |= {f"layers.{i}.key": key, f"layers.{i}.value": value}
+    return {name: tensor.cpu().contiguous() for name, tensor in named.items()}
+
+
+def _read_named(tensors: Mapping[str, Tensor], depth: int, offset: int) -> GistStates:
+    layers = [(tensors[f"layers.{i}.key"], tensors[f"layers.{i}.value"]) for i in range(depth)]
+    return GistStates(layers, offset, tensors.get("encoded"))

@@ -1,0 +1,63 @@
+"""What a prompt is compressed into: keys and values of each layer at the gist, and of an encoder its output too."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch  # noqa: TID253
+from torch import Tensor  # noqa: TID253
+from transformers import DynamicCache  # noqa: TID253
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class GistStates:
+    """Keys and values of each layer, shape (1, kv_heads, K, head_dim); `encoded` is (1, K, hidden) of an encoder.
+
+    `offset` is the position of the first gist token: 0, or the length of the prompt where it could not be moved.
+    """
+
+    layers: Sequence[tuple[Tensor, Tensor]]
+    offset: int
+    encoded: Tensor | None = None
+
+    @property
+    def num_tokens(self) -> int:
+        return self.layers[0][0].shape[2]
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of keys and values (and of an encoder's output), counted in the tensors."""
+        tensors = [tensor for layer in self.layers for tensor in layer] + (
+            [] if self.encoded is None else [self.encoded]
+        )
+        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+    @property
+    def is_uniform(self) -> bool:
+        """Whether keys and values have one shape in all layers."""
+        return len({tensor.shape for layer in self.layers for tensor in layer}) == 1
+
+    def to(self, device: Any, dtype: torch.dtype) -> "GistStates":
+        """Return the states elsewhere, or in another dtype."""
+        moved = [(key.to(device, dtype), value.to(device, dtype)) for key, value in self.layers]
+        encoded = None if self.encoded is None else self.encoded.to(device, dtype)
+        return GistStates(moved, self.offset, encoded)
+
+    def cache(self, config: Any = None, *, rows: int = 1) -> DynamicCache:
+        """Return a new cache that holds the gist, `rows` times. A forward pass grows it, so each needs its own.
+
+        With the model's `config` sliding layers get a layer of their kind, which forgets; without, none forgets.
+        """
+        cache = DynamicCache() if config is None else DynamicCache(config=config)
+        for i, (key, value) in enumerate(self.layers):
+            cache.update(key.repeat(rows, 1, 1, 1), value.repeat(rows, 1, 1, 1), i)
+        return cache
+
+
+def states_of(cache: Any, num_tokens: int, *, offset: int, encoded: Tensor | None = None) -> GistStates:
+    """Return the states at the last `num_tokens` places of a cache that forgets nothing."""
+    layers = [
+        (layer.keys[..., -num_tokens:, :].clone(), layer.values[..., -num_tokens:, :].clone()) for layer in cache.layers
+    ]
+    assert all(key.shape[2] == num_tokens for key, _ in layers), "a sliding layer has forgotten a part of the gist"
+    return GistStates(layers, offset, encoded)
