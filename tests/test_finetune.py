@@ -147,6 +147,20 @@ def test_only_the_layers_beside_a_cut_are_trained_on_request(talker: Path, text:
     assert any("norm" in name and ".layers." not in name for name in changed)
 
 
+def test_only_the_rows_of_new_tokens_are_trained_on_request(talker: Path, text: str, tmp_path: Path) -> None:
+    surgeon.add_gist(talker, tokens=1).save(tmp_path / "gist")
+    data = talkers.jsonl(tmp_path / "data.jsonl", *({"text": f"the cat <GIST> sat {i}"} for i in range(40)))
+    surgeon.finetune(tmp_path / "gist", data=[data], output=tmp_path / "out", train="new", **SHORT)
+
+    before, after = (
+        AutoModelForCausalLM.from_pretrained(path).state_dict() for path in (tmp_path / "gist", tmp_path / "out")
+    )
+    for name in changed_tensors(tmp_path / "gist", tmp_path / "out"):
+        rows = (before[name] != after[name]).any(1).nonzero()[:, 0].tolist()
+        assert rows == surgeon.open_model(tmp_path / "out").spec.config["gist"]["token_ids"], name
+    assert "model.embed_tokens.weight" in changed_tensors(tmp_path / "gist", tmp_path / "out")
+
+
 def test_a_model_without_a_receipt_has_nothing_new(talker: Path, text: str, tmp_path: Path) -> None:
     with pytest.raises(surgeon.PlanError, match=r"surgeon\.json has none"):
         surgeon.finetune(talker, data=[text], output=tmp_path / "out", train="new", **SHORT)

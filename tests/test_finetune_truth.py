@@ -1,8 +1,8 @@
 """A source whose entropy is known is learned to that entropy: nothing of the loop, the loss or the data is off.
 
-The task is a small question formation: a statement of three free words, and behind it the question that follows from it.
-"my duck near our newt will swim . will my duck near our newt swim ?" has the entropy of its free words; the question has
-none. A loss that counted prompts, padding, or the neighbour's document would miss it, on one side or on the other.
+The task is a small question formation: a statement of three free words, and the question that follows from it. "my duck
+will swim . will my duck swim ?" has the entropy of its free words; the question has none. A loss that counted prompts,
+padding, or the neighbour's document would miss it, on one side or on the other.
 """
 
 import json

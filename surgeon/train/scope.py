@@ -81,6 +81,26 @@ def choose(model: Any, anatomy: Anatomy, *, layers: frozenset[int] | None, freez
     return sum(int(parameter.numel()) for parameter in named.values() if parameter.requires_grad)
 
 
+def train_rows(model: Any, tokens: Sequence[int]) -> int:
+    """Make the rows of these tokens trainable, in input embedding and head, and return how many numbers they have.
+
+    The other rows have a gradient of 0, with which an optimiser leaves them alone as long as it decays no weights.
+    """
+    count = 0
+    seen: set[int] = set()
+    for module in (model.get_input_embeddings(), model.get_output_embeddings()):
+        weight = None if module is None else module.weight
+        if weight is None or id(weight) in seen:
+            continue
+        seen.add(id(weight))
+        keep = weight.detach().new_zeros(len(weight), 1)
+        keep[list(tokens)] = 1
+        weight.requires_grad_(True)
+        weight.register_hook(lambda gradient, keep=keep: gradient * keep.to(gradient.device))
+        count += len(tokens) * int(weight.shape[1])
+    return count
+
+
 def chosen(anatomy: Anatomy, names: Sequence[str], *, layers: frozenset[int] | None, ends: bool) -> frozenset[str]:
     """Return which parameters are trained: all, or those of `layers` and with `ends` what stands behind the last."""
     if layers is None:
