@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from surgeon.evaluation import Evaluation, evaluate
     from surgeon.finetuning import estimate_finetune, finetune
     from surgeon.generating import Generation, generate
+    from surgeon.gist.evaluation import GistEvaluation, evaluate_gist
     from surgeon.inspection import Inspection, inspect
     from surgeon.pruning import Pruning, prune
     from surgeon.surgery import Summary, Surgery
@@ -41,6 +42,8 @@ _HOMES = {
     "convert": "surgeon.conversion",
     "evaluate": "surgeon.evaluation",
     "Evaluation": "surgeon.evaluation",
+    "evaluate_gist": "surgeon.gist.evaluation",
+    "GistEvaluation": "surgeon.gist.evaluation",
     "evaluate_tasks": "surgeon.evals.harness",
     "TaskEvaluation": "surgeon.evals.harness",
     "estimate_finetune": "surgeon.finetuning",
@@ -77,6 +80,7 @@ __all__ = [
     "DataError",
     "Evaluation",
     "Generation",
+    "GistEvaluation",
     "HubError",
     "Inspection",
     "MeasureError",
@@ -96,6 +100,7 @@ __all__ = [
     "convert",
     "estimate_finetune",
     "evaluate",
+    "evaluate_gist",
     "evaluate_tasks",
     "finetune",
     "generate",

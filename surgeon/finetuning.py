@@ -10,7 +10,7 @@ from surgeon.anatomy.anatomy import read_anatomy
 from surgeon.checkpoint import output as outputs
 from surgeon.checkpoint.open import open_source
 from surgeon.checkpoint.source import Source, spec_of
-from surgeon.errors import MeasureError, PlanError
+from surgeon.errors import MeasureError, OutputError, PlanError
 from surgeon.surgery import parse_size
 from surgeon.train.settings import Settings
 from surgeon.train.training import Training
@@ -55,6 +55,7 @@ def finetune(
         raise PlanError(f"unknown dtype {dtype!r}", hint="One of: keep, float32, bfloat16, float16.")
     parse_size(max_shard_size)
     place = Path(run_dir or f"{target}.run")
+    _check_places(target, place)
     runner = Runner(source, tuple(data), settings, run_dir=place, device=device, watcher=watcher)
     with runner.held(resume=resume):
         found = runner.train()
@@ -70,16 +71,41 @@ def estimate_finetune(
     data: Sequence[str],
     device: str = "auto",
     revision: str | None = None,
+    num_processes: int | None = None,
     **options: Any,
 ) -> "Estimate":
-    """Return what `finetune` with these options would do: steps, tokens, memory, time. Trains and keeps nothing."""
+    """Return what `finetune` with these options would do: steps, tokens, memory, time. Trains and keeps nothing.
+
+    `num_processes` are those that would train; None: as many as a launcher has started.
+    """
     from surgeon.measure.device import resolve_device
     from surgeon.train.inputs import Inputs
+    from surgeon.train.launch import processes
 
     settings, source = Settings(**options), opened(model, revision)
-    inputs = Inputs(source, tuple(data), settings, resolve_device(device), lambda note: None, lambda: None)
+    inputs = Inputs(
+        source,
+        tuple(data),
+        settings,
+        resolve_device(device),
+        lambda note: None,
+        lambda: None,
+        num_processes=num_processes or processes(),
+    )
     with tempfile.TemporaryDirectory() as directory:
         return inputs.estimate(Path(directory))
+
+
+def _check_places(target: Path, run_dir: Path) -> None:
+    """Refuse places that would fail only at the end, after hours of training."""
+    if target.resolve() in (run_dir.resolve(), *run_dir.resolve().parents):
+        raise OutputError(
+            f"the run's directory {run_dir} lies in the output {target}, which must be empty until the end",
+            hint="Leave out --run-dir, or choose a place beside the output.",
+        )
+    parent = next(place for place in target.resolve().parents if place.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
+        raise OutputError(f"cannot write into {parent}, where {target} is to be", hint="Choose another place with -o.")
 
 
 def opened(model: str | os.PathLike[str], revision: str | None) -> Source:

@@ -4,6 +4,7 @@
 
 Prints one JSON object: how many runs were killed, how many of them while a checkpoint was being written, how often a
 run came to its end all the same, and the SHA-256 of the weights of each of those and of a run that nobody killed.
+The last run is resumed until it ends, so that every kill lies before some end.
 """
 
 import hashlib
@@ -20,7 +21,7 @@ import torch
 import surgeon
 import surgeon.train.runner  # with all that it imports, so that a fork begins at once
 
-OPTIONS = {"max_steps": 24, "batch_size": 2, "sequence_length": 32, "save_every": 1, "eval_every": 8, "lr": "1e-2"}
+OPTIONS = {"max_steps": 16, "batch_size": 2, "sequence_length": 32, "save_every": 1, "eval_every": 8, "lr": "1e-2"}
 OPTIONS |= {"gradient_accumulation": 2, "eval_rows": 2}
 
 
@@ -64,13 +65,14 @@ def main(model: str, data: str, directory: Path, kills: int) -> dict[str, object
     killed = saving = lives = 0
     digests: list[str] = []
     output = directory / "run-0"
-    while killed < kills or not digests:
+    while killed < kills or not (output / "config.json").is_file():
         seconds = None if killed >= kills else chance.uniform(0.05, 0.4) * whole
         was_killed, was_saving = forked(model, data, output, seconds)
         lives += 1
         if (output / "config.json").is_file():  # it had come to its end, whether or not it was killed since
             digests.append(digest(output))
-            output = directory / f"run-{lives}"
+            if killed < kills:
+                output = directory / f"run-{lives}"
         else:
             killed, saving = killed + was_killed, saving + was_saving
     return {"killed": killed, "saving": saving, "whole": digest(directory / "whole"), "digests": digests}

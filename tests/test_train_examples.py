@@ -122,7 +122,7 @@ def test_a_long_text_has_the_tokens_that_it_has_as_a_whole(text, length):
 def test_a_long_text_is_cut_and_tokenised_in_parts(make, monkeypatch):
     tokenizer, text = make(), "a cat sat on a mat\nand a rat: " * 40
     monkeypatch.setattr(module, "LONG", 100)
-    parts = module._Tokenise(tokenizer).parts(text)
+    parts = module.Tokenise(tokenizer).parts(text)
     assert len(parts) > 8
     assert "".join(parts) == text
     assert list(example(Document("a.txt", (text,)), tokenizer).ids)[:-1] == [

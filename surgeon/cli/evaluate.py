@@ -56,6 +56,15 @@ def evaluate(
     task_dir: Annotated[
         Path | None, typer.Option(metavar="DIR", help="With --tasks: a directory with task files of your own.")
     ] = None,
+    gist: Annotated[
+        bool,
+        typer.Option(
+            "--gist", help="Score records with the whole prompt, its gist, and no prompt: loss, ROUGE-L, exact match."
+        ),
+    ] = False,
+    gist_tokens: Annotated[
+        int | None, typer.Option(metavar="K", help="With --gist: tokens of a gist. Default: the model's own number.")
+    ] = None,
     device: options.Device = "auto",
     revision: options.Revision = None,
     markdown: Annotated[bool, typer.Option("--markdown", help="Print a block for a model card.")] = False,
@@ -68,6 +77,7 @@ def evaluate(
     from surgeon.cli.display import emit, emit_json
     from surgeon.cli.progress import TokenMeter
     from surgeon.evaluation import METRICS
+    from surgeon.gist.evaluation import GistEvaluation, evaluate_gist
 
     if metric not in METRICS:
         raise typer.BadParameter(f"{metric!r} is none of {', '.join(METRICS)}", param_hint="--metric")
@@ -77,7 +87,9 @@ def evaluate(
         raise typer.BadParameter("nothing to evaluate on: give --data or --tasks", param_hint="--data")
     if tasks is None and task_dir is not None:
         raise typer.BadParameter("goes with --tasks", param_hint="--task-dir")
-    found: surgeon.Evaluation | surgeon.TaskEvaluation
+    if gist_tokens is not None and not gist:
+        raise typer.BadParameter("goes with --gist", param_hint="--gist-tokens")
+    found: surgeon.Evaluation | surgeon.TaskEvaluation | GistEvaluation
     if tasks is not None:
         foreign = {
             "--data": data,
@@ -87,6 +99,7 @@ def evaluate(
             "--max-new-tokens": max_new_tokens,
             "--extract": extract,
             "--predictions": predictions,
+            "--gist": gist,
         }
         if wrong := next((name for name, value in foreign.items() if value), None):
             raise typer.BadParameter("does not go with --tasks", param_hint=wrong)
@@ -102,6 +115,29 @@ def evaluate(
             device=device,
             revision=revision,
             quiet=quiet,
+        )
+    elif gist:
+        foreign = {
+            "--metric": metric != "perplexity",
+            "--baseline": baseline,
+            "--sequence-length": sequence_length,
+            "--stride": stride,
+            "--extract": extract,
+            "--chat": chat,
+        }
+        if wrong := next((name for name, value in foreign.items() if value), None):
+            raise typer.BadParameter("does not go with --gist", param_hint=wrong)
+        found = evaluate_gist(
+            model,
+            data=data or (),
+            tokens=gist_tokens,
+            samples=samples,
+            max_new_tokens=max_new_tokens,
+            batch_size=batch_size,
+            predictions=predictions,
+            device=device,
+            revision=revision,
+            meter=TokenMeter(quiet=quiet),
         )
     else:
         found = surgeon.evaluate(

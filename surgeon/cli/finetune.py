@@ -95,33 +95,39 @@ def finetune(
 ) -> None:
     """Train a model on data: heal a cut, train what grew, distil from a teacher."""
     import surgeon
-    from surgeon.cli.display import emit, emit_json, log
+    from surgeon.cli.display import emit, emit_json, log, results_alone
     from surgeon.cli.training_line import TrainingLine
-    from surgeon.train.launch import is_first, is_launched, relaunch
+    from surgeon.train.launch import is_first, is_launched, relaunch, second_to_the_first
 
     if num_processes < 1:
         raise typer.BadParameter("at least 1", param_hint="--num-processes")
     if dry_run:
-        found = surgeon.estimate_finetune(model, data=data, device=device, revision=revision, **settings)
+        many = num_processes if num_processes > 1 else None
+        with results_alone():
+            found = surgeon.estimate_finetune(
+                model, data=data, device=device, revision=revision, num_processes=many, **settings
+            )
         emit_json(found.to_dict()) if json else emit(found.to_text())
         return
     if num_processes > 1 and not is_launched():
+        Settings(**settings)  # said once, and at once
         sys.exit(relaunch(sys.argv[1:], processes=num_processes))
-    trained = surgeon.finetune(
-        model,
-        data=data,
-        output=output,
-        run_dir=run_dir,
-        resume=resume,
-        overwrite=overwrite,
-        dtype=dtype,
-        max_shard_size=max_shard_size,
-        device=device,
-        revision=revision,
-        watcher=TrainingLine(quiet=quiet),
-        command=shlex.join(["surgeon", *sys.argv[1:]]),
-        **settings,
-    )
+    with second_to_the_first(), results_alone():
+        trained = surgeon.finetune(
+            model,
+            data=data,
+            output=output,
+            run_dir=run_dir,
+            resume=resume,
+            overwrite=overwrite,
+            dtype=dtype,
+            max_shard_size=max_shard_size,
+            device=device,
+            revision=revision,
+            watcher=TrainingLine(quiet=quiet),
+            command=shlex.join(["surgeon", *sys.argv[1:]]),
+            **settings,
+        )
     if not is_first():
         return
     if trained.output is None:

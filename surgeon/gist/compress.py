@@ -21,7 +21,7 @@ from surgeon.errors import DataError, VerificationError
 from surgeon.evals.generation import POSITION_KEYS
 from surgeon.gist.encoder import encode
 from surgeon.gist.masks import cross_mask, encoder_mask, gist_masks, gist_phases
-from surgeon.gist.probes import _difference, _has_position_table, _logits, _positions
+from surgeon.gist.probes import has_position_table, logits_of, positions_from, relative_difference
 from surgeon.gist.states import GistStates, states_of
 from surgeon.gist.support import EXACT, FLOOR
 
@@ -73,8 +73,8 @@ def compress_ids(model: Any, ids: Sequence[int], num_tokens: int) -> tuple[GistS
 
 def continued(model: Any, states: GistStates, text: Tensor) -> Tensor:
     """Return the logits of a text, shape (1, T), behind a cached gist."""
-    arguments = _positions(model, states.offset + states.num_tokens, text.shape[1])
-    return _logits(model, text, past_key_values=states.cache(model.config), use_cache=True, **arguments)
+    arguments = positions_from(model, states.offset + states.num_tokens, text.shape[1])
+    return logits_of(model, text, past_key_values=states.cache(model.config), use_cache=True, **arguments)
 
 
 def encoded_behind(model: Any, states: GistStates, text: Tensor) -> Tensor:
@@ -96,15 +96,15 @@ def _compress_decoder(model: Any, row: Tensor, probe: Tensor, num_tokens: int) -
     masks = gist_masks(model.config, gist_phases(whole, row[0, -num_tokens:].tolist()), dtype=model.dtype)
     masked = _tail(model, whole, probe.shape[1], attention_mask=masks)
     num_prompt = row.shape[1] - num_tokens
-    takes_positions = bool(_positions(model, 0, 1))
+    takes_positions = bool(positions_from(model, 0, 1))
     # A model that takes no positions counts from its cache: behind a gist it goes on from there, as if moved.
     kept = _gist_of(model, row, num_tokens, first=0, offset=num_prompt if takes_positions else 0)
-    offset = _difference(masked, continued(model, kept, probe))
+    offset = relative_difference(masked, continued(model, kept, probe))
     allowed = max(EXACT, FLOOR * _rounding(model, row, probe=probe, masks=masks, masked=masked))
     rebased = None
-    if takes_positions and not _has_position_table(model):
+    if takes_positions and not has_position_table(model):
         moved = _gist_of(model, row, num_tokens, first=-num_prompt, offset=0)
-        rebased = _difference(masked, continued(model, moved, probe))
+        rebased = relative_difference(masked, continued(model, moved, probe))
         if rebased <= allowed:
             return moved, SelfCheck(rebased, offset, rebased, allowed)
     return kept, SelfCheck(offset, offset, rebased, allowed)
@@ -117,7 +117,7 @@ def _compress_encoder(model: Any, row: Tensor, probe: Tensor, num_tokens: int) -
 
     def decode(states: Tensor, seen: Tensor) -> Tensor:
         encoded = BaseModelOutput(last_hidden_state=states)
-        return _logits(model, None, encoder_outputs=encoded, attention_mask=seen, decoder_input_ids=probe)
+        return logits_of(model, None, encoder_outputs=encoded, attention_mask=seen, decoder_input_ids=probe)
 
     masked = decode(encode(model, whole, mask=mask), cross_mask(phases))
     cache = DynamicCache()
@@ -125,7 +125,7 @@ def _compress_encoder(model: Any, row: Tensor, probe: Tensor, num_tokens: int) -
     # Relative positions count from the cache's length: the gist is where it was.
     states = states_of(cache, num_tokens, offset=0, encoded=encoded.clone())
     found = encoded_behind(model, states, probe)
-    difference = _difference(masked, decode(found, torch.ones_like(found[..., 0], dtype=torch.long)))
+    difference = relative_difference(masked, decode(found, torch.ones_like(found[..., 0], dtype=torch.long)))
     # An encoder looks ahead, so there is no ordinary caching to compare with: in 16 bits a few roundings.
     allowed = max(EXACT, FLOOR * torch.finfo(model.dtype).eps)
     return states, SelfCheck(difference, difference, difference, allowed)
@@ -142,7 +142,7 @@ def _tail(model: Any, ids: Tensor, count: int, *, first: int = 0, **arguments: A
     """Return the last `count` logits of a row, computing no others where the model can leave them out."""
     if "logits_to_keep" in inspect.signature(model.forward).parameters:
         arguments["logits_to_keep"] = count
-    logits = _logits(model, ids, **({"use_cache": False} | arguments), **_positions(model, first, ids.shape[1]))
+    logits = logits_of(model, ids, **({"use_cache": False} | arguments), **positions_from(model, first, ids.shape[1]))
     return logits[:, -count:]
 
 
@@ -155,7 +155,7 @@ def _rounding(model: Any, row: Tensor, *, probe: Tensor, masks: Any, masked: Ten
     whole, count = torch.cat([row, probe], 1), probe.shape[1]
     if model.dtype.itemsize < 4:
         everything = _gist_of(model, row, row.shape[1], first=0, offset=0)
-        return _difference(_tail(model, whole, count), continued(model, everything, probe))
+        return relative_difference(_tail(model, whole, count), continued(model, everything, probe))
     random = torch.Generator().manual_seed(0)
 
     def nudge(_: Any, __: Any, embedded: Tensor) -> Tensor:
@@ -164,6 +164,6 @@ def _rounding(model: Any, row: Tensor, *, probe: Tensor, masks: Any, masked: Ten
 
     handle = model.get_input_embeddings().register_forward_hook(nudge)
     try:
-        return _difference(masked, _tail(model, whole, count, attention_mask=masks))
+        return relative_difference(masked, _tail(model, whole, count, attention_mask=masks))
     finally:
         handle.remove()

@@ -28,7 +28,7 @@ from transformers.modeling_outputs import BaseModelOutput  # noqa: TID253
 from surgeon import text
 from surgeon.gist.compress import encoded_behind, position_limit
 from surgeon.gist.encoder import encode
-from surgeon.gist.probes import _logits, _positions
+from surgeon.gist.probes import logits_of, positions_from
 from surgeon.gist.states import GistStates, states_of
 
 INPUT_TOKENS, NEW_TOKENS, ROUNDS, WARM_UP = 32, 8, 5, 1
@@ -210,9 +210,9 @@ def _begin(model: Any, before: GistStates | None, ids: Tensor) -> tuple[Tensor, 
 
     def step(tokens: Tensor) -> Tensor:
         nonlocal place
-        arguments = _positions(model, place, tokens.shape[1])
+        arguments = positions_from(model, place, tokens.shape[1])
         place += tokens.shape[1]
-        return _logits(model, tokens, past_key_values=cache, use_cache=True, **arguments)[:, -1:]
+        return logits_of(model, tokens, past_key_values=cache, use_cache=True, **arguments)[:, -1:]
 
     return step(ids), step
 
@@ -224,7 +224,7 @@ def _begin_decoding(model: Any, before: GistStates | None, ids: Tensor) -> tuple
     def step(tokens: Tensor) -> Tensor:
         encoded = BaseModelOutput(last_hidden_state=states)
         options = {"encoder_outputs": encoded, "past_key_values": cache, "use_cache": True}
-        return _logits(model, None, decoder_input_ids=tokens, **options)[:, -1:]
+        return logits_of(model, None, decoder_input_ids=tokens, **options)[:, -1:]
 
     return step(torch.full_like(ids[:, :1], getattr(model.config, "decoder_start_token_id", None) or 0)), step
 
@@ -235,7 +235,7 @@ def _states(model: Any, ids: Tensor) -> GistStates:
     if model.config.is_encoder_decoder:
         encoded = encode(model, ids, cache=cache)
         return states_of(cache, ids.shape[1], offset=0, encoded=encoded)
-    _logits(model, ids, past_key_values=cache, use_cache=True, **_positions(model, 0, ids.shape[1]))
+    logits_of(model, ids, past_key_values=cache, use_cache=True, **positions_from(model, 0, ids.shape[1]))
     return states_of(cache, ids.shape[1], offset=0)
 
 

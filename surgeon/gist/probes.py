@@ -54,21 +54,21 @@ def probe_decoder(model: Any) -> Differences:
 
     def run(ids: Tensor, condition: Condition) -> Tensor:
         masks = gist_masks(model.config, row.phases, condition=condition, dtype=model.dtype)
-        return _logits(model, ids, attention_mask=masks, use_cache=False, **_positions(model, 0, ids.shape[1]))
+        return logits_of(model, ids, attention_mask=masks, use_cache=False, **positions_from(model, 0, ids.shape[1]))
 
     def leak(condition: Condition) -> float:
         return _leak(_layers(model), row, lambda ids: run(ids, condition)[:, BEHIND])
 
     masked, plain = (run(row.ids, condition)[:, BEHIND] for condition in ("gist", "positive"))
     rebased = None
-    if not _has_position_table(model):
-        rebased = _difference(masked, _cached(model, row.ids, keep=GIST_TOKENS, shift=PROMPT_TOKENS))
+    if not has_position_table(model):
+        rebased = relative_difference(masked, _cached(model, row.ids, keep=GIST_TOKENS, shift=PROMPT_TOKENS))
     return Differences(
         leak=leak("gist"),
         control=leak("positive"),
-        cached=_difference(masked, _cached(model, row.ids, keep=GIST_TOKENS)),
+        cached=relative_difference(masked, _cached(model, row.ids, keep=GIST_TOKENS)),
         rebased=rebased,
-        caching=_difference(plain, _cached(model, row.ids, keep=PROMPT_TOKENS + GIST_TOKENS)),
+        caching=relative_difference(plain, _cached(model, row.ids, keep=PROMPT_TOKENS + GIST_TOKENS)),
     )
 
 
@@ -83,7 +83,7 @@ def probe_encoder(model: Any) -> Differences:
 
     def decode(states: Tensor, seen: Tensor) -> Tensor:
         encoded = BaseModelOutput(last_hidden_state=states)
-        return _logits(model, None, encoder_outputs=encoded, attention_mask=seen, decoder_input_ids=target)
+        return logits_of(model, None, encoder_outputs=encoded, attention_mask=seen, decoder_input_ids=target)
 
     def cached() -> Tensor:
         cache = DynamicCache()
@@ -97,7 +97,7 @@ def probe_encoder(model: Any) -> Differences:
         return _leak(list(model.encoder.block), row, lambda ids: run(ids, condition))
 
     # Without a gist mask an encoder cannot be cached at all, so that there is no ordinary caching to compare with.
-    difference = _difference(run(row.ids, "gist"), cached())
+    difference = relative_difference(run(row.ids, "gist"), cached())
     return Differences(leak("gist"), leak("positive"), cached=difference, rebased=difference, caching=0.0)
 
 
@@ -120,20 +120,20 @@ def _cached(model: Any, ids: Tensor, *, keep: int, shift: int = 0) -> Tensor:
     """
     before, length = BEHIND.start, ids.shape[1]
     cache = DynamicCache(config=model.config)
-    _logits(model, ids[:, :before], past_key_values=cache, use_cache=True, **_positions(model, -shift, before))
+    logits_of(model, ids[:, :before], past_key_values=cache, use_cache=True, **positions_from(model, -shift, before))
     kept = cache if keep == before else gist_slice(cache, model.config, keep)
-    positions = _positions(model, before - shift, length - before)
-    return _logits(model, ids[:, before:], past_key_values=kept, use_cache=True, **positions)
+    positions = positions_from(model, before - shift, length - before)
+    return logits_of(model, ids[:, before:], past_key_values=kept, use_cache=True, **positions)
 
 
-def _positions(model: Any, first: int, count: int) -> dict[str, Tensor]:
+def positions_from(model: Any, first: int, count: int) -> dict[str, Tensor]:
     """Return the argument that numbers `count` tokens from `first`, where a model takes one."""
     if "position_ids" not in inspect.signature(model.forward).parameters:
         return {}
     return {"position_ids": torch.arange(first, first + count, device=model.device)[None]}
 
 
-def _has_position_table(model: nn.Module) -> bool:
+def has_position_table(model: nn.Module) -> bool:
     """Return whether a model looks positions up: it has none below 0, and others than those it was trained on."""
     members = [name for name, _ in (*model.named_modules(), *model.named_buffers(), *model.named_parameters())]
     return any(name.rpartition(".")[2] in POSITION_TABLES for name in members)
@@ -149,7 +149,7 @@ def _leak(layers: Sequence[nn.Module], row: _Row, run: Callable[[Tensor], Tensor
         hidden[:, HELD] = states[i]
 
     with _hooked(layers, hold):
-        return _difference(first, run(row.other))
+        return relative_difference(first, run(row.other))
 
 
 @contextmanager
@@ -190,11 +190,11 @@ def _draw(model: Any) -> _Row:
     return _Row(ids.to(model.device), other.to(model.device), phases.to(model.device))
 
 
-def _logits(model: Any, ids: Tensor | None, **arguments: Any) -> Tensor:
+def logits_of(model: Any, ids: Tensor | None, **arguments: Any) -> Tensor:
     logits: Tensor = model(input_ids=ids, **arguments).logits
     return logits.float() if logits.dtype.itemsize < 4 else logits
 
 
-def _difference(one: Tensor, other: Tensor) -> float:
+def relative_difference(one: Tensor, other: Tensor) -> float:
     """Return the largest difference, relative to the largest number."""
     return float((one - other).abs().max() / one.abs().max())

@@ -20,7 +20,7 @@ from surgeon.checkpoint.open import open_source
 from surgeon.checkpoint.source import Source, fingerprint
 from surgeon.errors import CheckpointError, DataError, SurgeonError
 from surgeon.gist.compress import encoded_behind, position_limit
-from surgeon.gist.probes import _logits, _positions
+from surgeon.gist.probes import logits_of, positions_from
 from surgeon.gist.saved import read
 from surgeon.gist.states import GistStates
 from surgeon.reload import hushed
@@ -141,8 +141,8 @@ class GistPrompt:
                 cache = self.states.cache()  # one that forgets nothing: what a padded one forgets is counted anew
                 if len(row) > 1:
                     first = self.states.offset + len(self.ids)
-                    arguments = _positions(self.model, first, len(row) - 1)
-                    _logits(self.model, row[None, :-1], past_key_values=cache, use_cache=True, **arguments)
+                    arguments = positions_from(self.model, first, len(row) - 1)
+                    logits_of(self.model, row[None, :-1], past_key_values=cache, use_cache=True, **arguments)
                 caches.append(cache)
         stacked = DynamicCache(config=self.model.config)
         for i in range(len(self.states.layers)):

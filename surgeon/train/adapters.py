@@ -1,5 +1,6 @@
 """Low-rank adapters by PEFT: where they go, and how they become part of the weights again."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,8 +13,8 @@ if TYPE_CHECKING:
 _PARTS = {"attention": "attention", "ffn": "mlp"}  # our word: the part of the family's table
 
 
-def add_adapters(model: Any, anatomy: Anatomy, settings: "Settings") -> Any:
-    """Return the model with adapters on the linear maps of its layers; only they are trained.
+def add_adapters(model: Any, anatomy: Anatomy, settings: "Settings", *, tokens: Sequence[int] = ()) -> Any:
+    """Return the model with adapters on its layers' linear maps, and on the rows of `tokens`; only they are trained.
 
     Raises PlanError where PEFT is missing, or there is no such map.
     """
@@ -29,6 +30,7 @@ def add_adapters(model: Any, anatomy: Anatomy, settings: "Settings") -> Any:
         lora_alpha=settings.lora_alpha or 2 * settings.lora,  # type: ignore[arg-type]  # a scale may be any number
         lora_dropout=settings.lora_dropout,
         target_modules=targets,
+        trainable_token_indices=list(tokens) or None,
     )
     adapted = peft.get_peft_model(model, config)
     for parameter in adapted.parameters():

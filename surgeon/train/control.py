@@ -1,7 +1,9 @@
 """What ends a run, or asks for a checkpoint: its last step, patience that runs out, SIGTERM."""
 
+import os
 import signal
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -9,9 +11,11 @@ from typing import Any
 import torch  # noqa: TID253
 from transformers import TrainerCallback  # noqa: TID253
 
+ECHO = 5.0  # seconds; launchers pass a SIGTERM on that the whole group of processes got already
+
 
 class Stop:
-    """Whether the run was asked to stop. The first SIGTERM asks; a second one ends the process at once."""
+    """Whether the run was asked to stop. The first SIGTERM asks; one that is no echo of it ends the process."""
 
     def __init__(self) -> None:
         self.asked = False
@@ -25,9 +29,14 @@ def stops_at_sigterm(stop: Stop) -> Iterator[None]:
         return
     before = signal.getsignal(signal.SIGTERM)
 
+    first: list[float] = []
+
     def ask(signum: int, frame: Any) -> None:
         stop.asked = True
-        signal.signal(signal.SIGTERM, before)
+        first.append(time.monotonic())
+        if first[-1] - first[0] > ECHO:
+            signal.signal(signal.SIGTERM, before)
+            os.kill(os.getpid(), signal.SIGTERM)
 
     signal.signal(signal.SIGTERM, ask)
     try:

@@ -9,6 +9,7 @@ import numpy as np  # noqa: TID253
 from numpy.typing import NDArray  # noqa: TID253
 
 from surgeon.errors import DataError
+from surgeon.train.gist_data import Gists
 from surgeon.train.packing import one_per_row, pack, repeat, split
 from surgeon.train.rows import Collator, RowDataset
 from surgeon.train.settings import Settings
@@ -75,6 +76,7 @@ def read_data(
     packed: bool,
     flatten: bool,
     max_rows: int | None,
+    gists: Gists | None = None,
     is_first: bool,
     wait: Callable[[], None],
     progress: Callable[[int], None] | None = None,
@@ -98,6 +100,7 @@ def read_data(
             sequence_length=sequence_length,
             train_on=settings.train_on,
             max_tokens=most,
+            gists=gists,
             progress=progress,
         )
         stores.append(store)

@@ -35,14 +35,16 @@ class Example:
     before.
 
     A text may be cut into pieces where it is long, for each goes on where the last one ends; nothing else may.
+    `is_cut`: something was taken out already.
     """
 
     ids: "array[int]"
     trained: bytearray
     is_text: bool = True
+    is_cut: bool = False
 
 
-class _Segment(NamedTuple):
+class Segment(NamedTuple):
     text: str
     trained: bool
 
@@ -66,39 +68,42 @@ def examples(
     and for a tokenizer without an end-of-text token or without a template that is needed.
     """
     assert train_on in (COMPLETION, ALL), train_on
-    tokenise = _Tokenise(tokenizer)
-    cuts = [_chat(document, tokenizer) if document.messages else _fields(document, tokenise) for document in documents]
+    tokenise = Tokenise(tokenizer)
+    cuts = [
+        chat_segments(document, tokenizer) if document.messages else _fields(document, tokenise)
+        for document in documents
+    ]
     tokens = tokenise([(part.text, bool(index)) for cut in cuts for index, part in enumerate(cut)])
     begin = begin_of_text(tokenizer)
     found = []
     for document, cut in zip(documents, cuts, strict=True):
         made = Example(array("I"), bytearray(), len(document.parts) == 1)
-        _extend(made, begin if document.parts else [], train_on == ALL)  # a template writes its own
+        extend(made, begin if document.parts else [], train_on == ALL)  # a template writes its own
         for part in cut:
-            _extend(made, next(tokens), part.trained or train_on == ALL)
+            extend(made, next(tokens), part.trained or train_on == ALL)
         if made.is_text and len(made.ids) == len(begin):
             made = Example(array("I"), bytearray())
         else:
-            _extend(made, _end_of_text(tokenizer, document), True)
+            extend(made, end_of_text(tokenizer, document), True)
         made.trained[:1] = bytes(len(made.trained[:1]))
         found.append(made)
     return found
 
 
-def _extend(example: Example, ids: Sequence[int], is_trained: bool) -> None:
+def extend(example: Example, ids: Sequence[int], is_trained: bool) -> None:
     example.ids.extend(ids)
     example.trained.extend(bytes([is_trained]) * len(ids))
 
 
-def _fields(document: Document, tokenise: "_Tokenise") -> list[_Segment]:
+def _fields(document: Document, tokenise: "Tokenise") -> list[Segment]:
     """Return a text, in parts where it is long, or a prompt and its answer."""
     *prompt, last = document.parts
     if not prompt:
-        return [_Segment(part, True) for part in tokenise.parts(last)]
-    return [_Segment("".join(f"{part}\n" for part in prompt), False), _Segment(last, True)]
+        return [Segment(part, True) for part in tokenise.parts(last)]
+    return [Segment("".join(f"{part}\n" for part in prompt), False), Segment(last, True)]
 
 
-def _end_of_text(tokenizer: "PreTrainedTokenizerBase", document: Document) -> list[int]:
+def end_of_text(tokenizer: "PreTrainedTokenizerBase", document: Document) -> list[int]:
     """Return the token behind a document's last field; behind a chat stands what its template writes."""
     if document.messages:
         return []
@@ -113,7 +118,7 @@ def _end_of_text(tokenizer: "PreTrainedTokenizerBase", document: Document) -> li
 # --- chats ------------------------------------------------------------------------------------------------------------
 
 
-def _chat(document: Document, tokenizer: "PreTrainedTokenizerBase") -> list[_Segment]:
+def chat_segments(document: Document, tokenizer: "PreTrainedTokenizerBase") -> list[Segment]:
     """Return a chat as the template writes it, cut where the assistant begins and where it has ended.
 
     By the template's own `{% generation %}` marks where it has some; else by what it writes of the messages up to each
@@ -128,9 +133,9 @@ def _chat(document: Document, tokenizer: "PreTrainedTokenizerBase") -> list[_Seg
         )
     found, at = [], 0
     for start, end in spans:
-        found += [_Segment(text[at:start], False), _Segment(text[start:end], True)]
+        found += [Segment(text[at:start], False), Segment(text[start:end], True)]
         at = end
-    return [segment for segment in (*found, _Segment(text[at:], False)) if segment.text]
+    return [segment for segment in (*found, Segment(text[at:], False)) if segment.text]
 
 
 def _marked(document: Document, tokenizer: "PreTrainedTokenizerBase") -> tuple[str, list[tuple[int, int]]]:
@@ -196,7 +201,7 @@ def _turn(text: str, tokenizer: "PreTrainedTokenizerBase") -> str:
 # --- tokens -----------------------------------------------------------------------------------------------------------
 
 
-class _Tokenise:
+class Tokenise:
     """Makes tokens of texts that begin a document and of texts that go on.
 
     Some tokenizers (SentencePiece's) put a space before whatever they are given. What goes on is therefore given to

@@ -70,7 +70,7 @@ class Halves:
         """Return the states in front of the head, shape (B, S, D). Positions go to a decoder that takes them."""
         if position_ids is not None and "position_ids" in self._names:
             options["position_ids"] = position_ids
-        found: Tensor = self.decoder(input_ids=input_ids, use_cache=False, **options)[0]
+        found: Tensor = self.decoder(input_ids=input_ids, **{"use_cache": False, **options})[0]
         return found
 
     def logits(self, hidden: Tensor) -> Tensor:

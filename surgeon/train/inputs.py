@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,11 +19,13 @@ from surgeon.train import scope
 from surgeon.train.data import RunData, read_data
 from surgeon.train.estimate import Estimate, Workload, estimate, matmul_throughput
 from surgeon.train.export import receipt_of
+from surgeon.train.gist_teacher import WithoutGist
+from surgeon.train.gist_view import TWO_PASS, gist_tokens, gists_of, implementation
 from surgeon.train.launch import is_first, processes
 from surgeon.train.objective import keeps_documents_apart
 from surgeon.train.run import LOAD_HINT, precision_of
 from surgeon.train.settings import Settings
-from surgeon.train.teacher import CachedTeacher, OnlineTeacher, cache_top_k
+from surgeon.train.teacher import CachedTeacher, OnlineTeacher, Teacher, cache_top_k
 from surgeon.verification import loadable
 
 if TYPE_CHECKING:
@@ -43,6 +45,7 @@ class Inputs:
     device: str
     note: Callable[[str], None]
     wait: Callable[[], None]  # for the other processes, if there are any
+    num_processes: int = field(default_factory=processes)
 
     @property
     def precision(self) -> "Precision":
@@ -62,14 +65,15 @@ class Inputs:
     @property
     def rows_a_step(self) -> int:
         """How many rows one step of the optimiser has, on all devices together."""
-        return self.settings.batch_size * self.settings.gradient_accumulation * processes()
+        return self.settings.batch_size * self.settings.gradient_accumulation * self.num_processes
 
     def teacher_model(self) -> Any | None:
         """Return the teacher, on the device and in the precision of products; None without one."""
-        if self.settings.teacher is None:
+        if self.settings.teacher is None and not self.settings.gist_distill:
             return None
         dtype = torch.float32 if self.precision == "float32" else torch.bfloat16
-        return load_model(open_source(self.settings.teacher), dtype=dtype, hint=LOAD_HINT).to(self.device)
+        source = self.source if self.settings.teacher is None else open_source(self.settings.teacher)
+        return load_model(source, dtype=dtype, hint=LOAD_HINT).to(self.device)
 
     def data(self, directory: Path, model: Any | None, teacher: Any | None) -> RunData:
         """Return the rows of the run, tokenised in `directory`.
@@ -84,7 +88,8 @@ class Inputs:
             directory=directory,
             sequence_length=self.row_length,
             packed=self._packs(model, teacher),
-            flatten=model is not None and "flash" in str(model.config._attn_implementation),
+            flatten=model is not None and "flash" in _attention(model) and self._gist_passes(model) != TWO_PASS,
+            gists=gists_of(self.source, settings),
             max_rows=None if settings.max_steps is None else settings.max_steps * self.rows_a_step,
             is_first=is_first(),
             wait=self.wait,
@@ -105,11 +110,13 @@ class Inputs:
         epoch = math.ceil(len(data.rows) / self.rows_a_step)
         return max(1, math.ceil(epoch * (self.settings.epochs or 1)))
 
-    def teacher(self, model: Any | None, data: RunData, run_dir: Path) -> OnlineTeacher | CachedTeacher | None:
+    def teacher(self, model: Any | None, data: RunData, run_dir: Path) -> Teacher | None:
         """Return what answers as the teacher does: the model itself, or what it said once of every trained token."""
         if model is None:
             return None
         online = OnlineTeacher(model)
+        if self.settings.gist_distill:
+            return WithoutGist(online, gist_tokens(self.source).ids)
         if self.settings.teacher_top_k is None:
             return online
         directory, store = run_dir / TEACHER, data.stores[0]
@@ -130,7 +137,7 @@ class Inputs:
             document_tokens=store.num_tokens / store.num_pieces if data.packed else None,
             batch_size=settings.batch_size,
             gradient_accumulation=settings.gradient_accumulation,
-            processes=processes(),
+            processes=self.num_processes,
             optim=settings.optim,
             trained=None if settings.lora else self._trained(),
             lora=settings.lora,
@@ -152,9 +159,15 @@ class Inputs:
         chosen = scope.chosen(anatomy, list(tensors), layers=layers, ends=self.settings.train == "cut")
         return sum(tensors[name].num_parameters for name in chosen - still)
 
+    def _gist_passes(self, model: Any | None) -> str | None:
+        """Return how gists are trained, "mask" or "two-pass"; None where they are not."""
+        if not self.settings.gist:
+            return None
+        return implementation(self.settings, "sdpa" if model is None else _attention(model))
+
     def _packs(self, *models: Any | None) -> bool:
         """Return whether documents share rows. Raises PlanError where they must and would see each other."""
-        if self.settings.packing == "off":
+        if self.settings.packing == "off" or self._gist_passes(models[0] if models else None) == TWO_PASS:
             return False
         apart = all(keeps_documents_apart(model) for model in models if model is not None)
         if not apart and self.settings.packing == "on":
@@ -165,3 +178,7 @@ class Inputs:
         if not apart:
             self.note("one document a row: this model cannot keep several apart")
         return apart
+
+
+def _attention(model: Any) -> str:
+    return str(model.config._attn_implementation)

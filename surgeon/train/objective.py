@@ -16,6 +16,7 @@ from surgeon.errors import PlanError
 from surgeon.train.halves import Halves, keeps_documents_apart, stands_in
 from surgeon.train.losses import Direction, chunk_rows, chunked, hidden_loss, linear_cross_entropy, wide
 from surgeon.train.teacher import Teacher
+from surgeon.train.view import Causal, View
 
 __all__ = ["Objective", "attach_loss", "detach_loss", "keeps_documents_apart"]
 
@@ -54,21 +55,23 @@ class _Attached:
     halves: Halves
     objective: Objective
     teacher: Teacher | None
+    view: View
     pairs: Sequence[tuple[int, int]]
 
 
-def attach_loss(model: Any, objective: Objective, teacher: Teacher | None = None) -> None:
+def attach_loss(model: Any, objective: Objective, teacher: Teacher | None = None, *, view: View | None = None) -> None:
     """Make `model(input_ids=..., labels=..., position_ids=..., num_items=..., token_index=...)` return its loss.
 
     `labels` are shifted already, -100 where nothing is trained. What comes back is a dict: `loss`, the sum over trained
     tokens divided by `num_items` (None: by how many they are), and without gradients the sums `cross_entropy`, `kl` and
-    `hidden`, as far as they exist, and `num_tokens`. Without labels the model answers as it always did.
+    `hidden`, as far as they exist, and `num_tokens`. Without labels the model answers as it always did. The `view` says
+    what each token sees of the others, by default those of its document before it.
     Raises PlanError where model, teacher and objective do not fit each other.
     """
     detach_loss(model)
     halves = Halves(model)
     pairs = _check(halves, objective, teacher)
-    model._surgeon_loss = _Attached(halves, objective, teacher, pairs)
+    model._surgeon_loss = _Attached(halves, objective, teacher, view or Causal(), pairs)
     model.forward = MethodType(_forward, model)  # a bound method, which a deep copy of the model binds to the copy
 
 
@@ -135,13 +138,14 @@ def _forward(
         return halves.own_forward(input_ids=input_ids, position_ids=position_ids, **options)
     chosen = labels != IGNORED
     with halves.watched([mine for mine, _ in attached.pairs]) as layers:
-        hidden = halves.states(input_ids, position_ids, **options)
+        hidden = attached.view.states(halves, input_ids, position_ids, **options)
     states, targets = hidden[chosen], labels[chosen]
     answers: tuple[Tensor, ...] = ()
     if teacher is not None and (objective.kd_weight or attached.pairs):
         wanted = [theirs for _, theirs in attached.pairs]
         answers, theirs = teacher.see(input_ids, position_ids, token_index, chosen, layers=wanted)
-    loss, parts = _head_loss(attached, states, targets, answers)
+    with attached.view.reading(halves.model):
+        loss, parts = _head_loss(attached, states, targets, answers)
     if attached.pairs:
         errors = [hidden_loss(layers[mine][chosen], theirs[other]) for mine, other in attached.pairs]
         error = torch.stack(errors).sum() / len(errors)

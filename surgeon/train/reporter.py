@@ -92,6 +92,11 @@ class Reporter:
         for warning in self._guard.observe(found.step, found.probe, found.validation):
             self.note(warning)
 
+    @property
+    def last_step(self) -> int:
+        """How many steps of the run are done."""
+        return self._step
+
     @contextmanager
     def paused(self) -> Iterator[None]:
         """Return a context whose time is not that of steps."""

@@ -3,7 +3,7 @@
 import math
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch  # noqa: TID253
 from transformers import TrainingArguments, set_seed  # noqa: TID253
+from transformers.training_args import OptimizerNames  # noqa: TID253
 
 from surgeon.anatomy.anatomy import read_anatomy
 from surgeon.checkpoint.source import Source, spec_of
@@ -22,6 +23,7 @@ from surgeon.train import adapters, checkpoints, scope
 from surgeon.train.control import Control, Stop
 from surgeon.train.data import RunData
 from surgeon.train.export import receipt_of
+from surgeon.train.gist_view import gist_tokens, view_of
 from surgeon.train.objective import Objective, attach_loss
 from surgeon.train.reporter import Reporter
 from surgeon.train.settings import SCHEDULES, Settings
@@ -80,7 +82,7 @@ def trained_model(model: Any, source: Source, settings: Settings, objective: Obj
     """Return the model with its loss attached and with what is trained set: parts of it, or adapters around it."""
     anatomy = read_anatomy(spec_of(source))
     set_seed(settings.seed)  # adapters are drawn
-    attach_loss(model, objective, teacher)
+    attach_loss(model, objective, teacher, view=view_of(model, source, settings))
     if settings.activation_checkpointing:
         enable = getattr(model, "activation_checkpointing_enable", None)
         if enable is not None:
@@ -92,7 +94,8 @@ def trained_model(model: Any, source: Source, settings: Settings, objective: Obj
     if settings.lora is not None:
         if settings.activation_checkpointing:
             model.enable_input_require_grads()
-        return adapters.add_adapters(model, anatomy, settings)
+        rows = gist_tokens(source).ids if settings.gist else ()
+        return adapters.add_adapters(model, anatomy, settings, tokens=rows)
     receipt = receipt_of(source)
     layers = None if settings.train == "all" else scope.trained_layers(settings.train, receipt, anatomy.depth)
     count = scope.choose(model, anatomy, layers=layers, freeze=settings.freeze, ends=settings.train == "cut")
@@ -149,6 +152,27 @@ def arguments(
     return made
 
 
+def check_names(settings: Settings) -> None:
+    """Raise PlanError for an optimiser or a tracker that there is not here."""
+    known = [item.value for item in OptimizerNames]
+    if settings.optim not in known:
+        raise PlanError(f"unknown --optim {settings.optim!r}", hint=f"One of: {', '.join(known)}.")
+    if missing := next((tool for tool in settings.track if find_spec(tool) is None), None):
+        raise PlanError(f"{missing} is needed for --track {missing}", hint=f"pip install {missing}")
+
+
+def _check_optimizer(trainer: SurgeonTrainer, settings: Settings) -> None:
+    """Raise PlanError for an optimiser whose package is missing, or that wants more than its name."""
+    model: Any = trainer.model
+    try:
+        trainer.get_optimizer_cls_and_kwargs(trainer.args, model)
+    except (ImportError, ValueError, RuntimeError) as error:
+        said = str(error).strip().splitlines()[0]
+        raise PlanError(
+            f"--optim {settings.optim} cannot be used: {said}", hint="Leave it out for fused AdamW."
+        ) from error
+
+
 def cadence(settings: Settings, steps: int) -> tuple[int, int]:
     """Return how many steps lie between evaluations, and between checkpoints (0: none are written)."""
     every = settings.eval_every or max(1, math.ceil(steps / 10))
@@ -175,7 +199,7 @@ def train(
 ) -> tuple[SurgeonTrainer, Outcome]:
     """Train, and return the trainer with the model in it and what came of it.
 
-    Raises TrainingError for a run that diverges or does not fit into memory, OutputError for a full disk.
+    Raises TrainingError for a run that diverges, OutputError for a full disk.
     """
     resumed = resume_from is not None
     trainer = SurgeonTrainer(
@@ -188,9 +212,10 @@ def train(
         keep=settings.keep_checkpoints,
         keep_best=settings.keep_best,
     )
+    _check_optimizer(trainer, settings)
     control = Control(stop, trainer, patience=settings.patience, history=reporter.validations())
     trainer.add_callback(control)
-    with hushed(), _memory_explained(settings, trainer):
+    with hushed():
         if resume_from is not None and (checkpoints.step_of(resume_from) >= steps or control.is_over):
             trainer.take(resume_from)  # it was over, and only the result was not written
         else:
@@ -225,7 +250,7 @@ def loss_after(model: Any, data: RunData, settings: Settings, *, lr: float, step
             evaluated=found.append,
         )
         try:
-            with hushed(), _memory_explained(settings, trainer):
+            with hushed():
                 trainer.train()
         except DivergedError:
             return math.inf
@@ -235,22 +260,21 @@ def loss_after(model: Any, data: RunData, settings: Settings, *, lr: float, step
 
 
 @contextmanager
-def _memory_explained(settings: Settings, trainer: SurgeonTrainer) -> Iterator[None]:
-    """Turn a memory that is full into an error that says what to lower."""
+def memory_explained(settings: Settings, step: Callable[[], int]) -> Iterator[None]:
+    """Turn a memory that is full into an error that says what to lower. `step` is how many steps were done."""
     try:
         yield
     except (torch.OutOfMemoryError, MemoryError) as error:
-        raise _out_of_memory(settings, trainer) from error
+        raise _out_of_memory(settings, step()) from error
     except RuntimeError as error:
         if "not enough memory" not in str(error) and "can't allocate memory" not in str(error):  # the CPU's allocator
             raise
-        raise _out_of_memory(settings, trainer) from error
+        raise _out_of_memory(settings, step()) from error
 
 
-def _out_of_memory(settings: Settings, trainer: SurgeonTrainer) -> TrainingError:
-    step = trainer.state.global_step + 1
+def _out_of_memory(settings: Settings, step: int) -> TrainingError:
     return TrainingError(
-        f"the memory is full at step {step}, with {settings.batch_size} rows a batch", hint=MEMORY_HINT
+        f"the memory is full after step {step}, with {settings.batch_size} rows a batch", hint=MEMORY_HINT
     )
 
 
@@ -271,7 +295,7 @@ def objective_of(settings: Settings, source: Source) -> Objective:
     """Return what is trained for, with the layer map of the surgery's receipt where hidden states are compared."""
     known = (receipt_of(source) or {}).get("layer_map") if settings.hidden_weight else None
     return Objective(
-        kd_weight=settings.kd_weight if settings.teacher else 0.0,
+        kd_weight=settings.kd_weight if settings.teacher else settings.gist_distill,
         temperature=settings.temperature,
         direction="forward" if settings.kl == "forward" else "reverse",
         hidden_weight=settings.hidden_weight,

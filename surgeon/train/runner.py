@@ -12,7 +12,7 @@ import torch  # noqa: TID253
 
 from surgeon.anatomy.anatomy import read_anatomy
 from surgeon.checkpoint.source import Source, spec_of
-from surgeon.errors import SurgeonError
+from surgeon.errors import DataError, SurgeonError, TrainingError
 from surgeon.measure.device import resolve_device
 from surgeon.measure.loading import load_model
 from surgeon.plots import require_matplotlib
@@ -24,7 +24,7 @@ from surgeon.train.data import HELD_OUT, TRAINED, RunData
 from surgeon.train.directory import claim, read_json, write_json
 from surgeon.train.export import trained_surgery, write_adapter
 from surgeon.train.inputs import TEACHER, Inputs
-from surgeon.train.launch import is_first, is_launched, processes
+from surgeon.train.launch import is_first, is_launched, is_loss, processes
 from surgeon.train.reporter import Reporter
 from surgeon.train.settings import FULL_LR, LORA_LR, Settings
 from surgeon.train.speed import Meter, flops_per_token, peak_flops, peak_memory
@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 
 PLOT = "loss.png"
 RATE = "lr.json"  # what --lr auto found
+DATA = "data.json"  # what was read: a resume reads the same
 WEIGHTS = ".weights"  # trained weights on their way to the output
 PROBE_STEPS = 50  # of each of the two runs of --lr auto, or a tenth of the run
 FACTOR = 10.0  # between their rates
@@ -59,6 +60,7 @@ class Runner:
         self.stop = Stop()
         self.inputs = Inputs(source, specs, settings, self.device, self._note, self.wait)
         settings.weights(len(specs))
+        run.check_names(settings)
 
     # --- the run's directory ----------------------------------------------------------------------------------
 
@@ -71,18 +73,32 @@ class Runner:
         with ExitStack() as stack:
             if is_first():
                 stack.enter_context(checkpoints.held(self.run_dir))
-                model, settings = self.source.provenance(), self.settings.deciding()
+                model = self.source.provenance()
+                settings = self.settings.deciding() | {"num_processes": processes()}  # their rows make the step
                 claim(self.run_dir, resume=resume, model=model, data=self.specs, settings=settings)
             self.reporter = Reporter(self.run_dir, self.watcher)
-            self.wait()
-            try:
+            stack.push(self._ended)
+            with run.memory_explained(self.settings, lambda: self.reporter.last_step), self._losses_explained():
+                self.wait()
                 yield
-            except (SurgeonError, KeyboardInterrupt, SystemExit) as error:
-                self.reporter.failed(error)
+
+    def _ended(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        """Say how the run ended, where it did not end well, and remove what was on its way to the output."""
+        if error is not None:
+            self.reporter.failed(error)
+        if is_first():
+            shutil.rmtree(self.run_dir / WEIGHTS, ignore_errors=True)
+
+    @contextmanager
+    def _losses_explained(self) -> Iterator[None]:
+        """Turn what torch raises when another process has ended into an error that says so."""
+        try:
+            yield
+        except RuntimeError as error:
+            if not is_loss(error):
                 raise
-            finally:
-                if is_first():
-                    shutil.rmtree(self.run_dir / WEIGHTS, ignore_errors=True)
+            hint = "Its own error says why; the same command with --resume continues from the newest checkpoint."
+            raise TrainingError("another process of the run has ended", hint=hint) from error
 
     def _note(self, text: str) -> None:
         self.reporter.note(text)
@@ -92,7 +108,8 @@ class Runner:
         if is_launched():
             from accelerate import PartialState
 
-            PartialState(cpu=self.device == "cpu").wait_for_everyone()
+            uses_cpu = self.device == "cpu" and not run.is_launched_by_plugin()  # as run.arguments says later
+            PartialState(cpu=uses_cpu).wait_for_everyone()
 
     # --- training ---------------------------------------------------------------------------------------------
 
@@ -105,6 +122,7 @@ class Runner:
         data = self.inputs.data(self.run_dir, model, teacher_model)
         for note in (*data.notes, *self._warnings()):
             self.reporter.note(note)
+        self._check_data(data, resumed=resume_from is not None)
         steps = self.inputs.steps(data)
         teacher = self.inputs.teacher(teacher_model, data, self.run_dir)
         self.rate = self.settings.learning_rate() or self._found_rate(data, steps, teacher)
@@ -126,8 +144,21 @@ class Runner:
                 stop=self.stop,
             )
         self.reporter.end()
-        self.provenance = data.provenance()
         return outcome
+
+    def _check_data(self, data: RunData, *, resumed: bool) -> None:
+        """Note what a run reads, or refuse to go on with other texts than those it began with."""
+        self.provenance, file = data.provenance(), self.run_dir / DATA
+        if is_first() and not resumed:
+            write_json(file, {"data": self.provenance})
+        self.wait()
+        began = read_json(file)["data"] if file.exists() else self.provenance
+        if began != self.provenance:
+            changed = [now["data"] for was, now in zip(began, self.provenance, strict=False) if was != now]
+            raise DataError(
+                f"{(changed or self.specs)[0]} is not what it was when the run in {self.run_dir} began",
+                hint="Bring the old texts back, or begin anew with another --run-dir.",
+            )
 
     def _meter(self, model: Any, data: RunData, steps: int, *, done: int, tokens: int) -> Meter:
         """Return what measures the pace: with the operations of a token, and the devices' peak where it is known."""

@@ -1,5 +1,6 @@
 """What a training run is told: every option of `surgeon finetune`, with its default, its help and its limits."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
@@ -13,6 +14,9 @@ TRAIN_ON = ("completion", "all")
 LORA_TARGETS = ("all", "attention", "ffn")
 PACKING = ("auto", "on", "off")
 KL_DIRECTIONS = ("forward", "reverse")
+GIST_CONTROLS = ("none", "positive", "negative")
+GIST_READERS = ("same", "frozen")
+GIST_IMPLS = ("auto", "mask", "two-pass")
 TRACKERS = ("tensorboard", "wandb", "trackio")
 FULL_LR, LORA_LR = 2e-5, 2e-4  # where none is given; a cut model may want another: --lr auto looks
 
@@ -63,6 +67,25 @@ class Settings:
     kl: str = _option("forward: KL(teacher, student); reverse: KL(student, teacher).", "forward", metavar="WAY")
     hidden_weight: float = _option("Weight of the distance of hidden states, layer by layer map.", 0.0, metavar="W")
     teacher_top_k: int | None = _option("Run the teacher once, keep its K likeliest tokens on disk.", None, metavar="K")
+    # gist tokens
+    gist: bool = _option("Train to compress prompts into the gist tokens that `surgeon gist` added.", False)
+    gist_control: str = _option(
+        "The paper's bounds: positive sees the prompt too, negative neither prompt nor gist; or none.",
+        "none",
+        metavar="NAME",
+    )
+    gist_random_tokens: str | None = _option(
+        "Draw the tokens of each record's gist from these: 1,2,4,8. Default: the model's number.", None, metavar="K,K"
+    )
+    gist_reader: str = _option(
+        "frozen: adapters compress the prompt, the untouched model reads the gist; or same.", "same", metavar="WHO"
+    )
+    gist_distill: float = _option(
+        "Loss = (1 - w) cross-entropy + w KL to the untrained model, which sees the prompt.", 0.0, metavar="W"
+    )
+    gist_impl: str = _option(
+        "mask, two-pass (prompt, then the rest on its gist's cache), or auto.", "auto", metavar="I"
+    )
     # numbers
     precision: str = _option("bf16 (float32 weights, bf16 products), float32, pure-bf16.", "auto", metavar="P")
     activation_checkpointing: bool = _option("Compute activations twice, store few.", False)
@@ -83,6 +106,7 @@ class Settings:
         """Raises PlanError for a value that makes no sense, alone or beside another."""
         words = {"schedule": tuple(SCHEDULES), "precision": PRECISIONS, "train": TRAINED, "train_on": TRAIN_ON}
         words |= {"lora_targets": LORA_TARGETS, "packing": PACKING, "kl": KL_DIRECTIONS}
+        words |= {"gist_control": GIST_CONTROLS, "gist_reader": GIST_READERS, "gist_impl": GIST_IMPLS}
         for name, known in words.items():
             if getattr(self, name) not in known:
                 raise PlanError(f"unknown {_flag(name)} {getattr(self, name)!r}", hint=f"One of: {', '.join(known)}.")
@@ -90,8 +114,10 @@ class Settings:
             raise PlanError(f"unknown --track {wrong!r}", hint=f"One of: {', '.join(TRACKERS)}.")
         self._check_numbers()
         self._check_pairs()
+        self._check_gist()
         self.learning_rate()
         self.weights(None)
+        self.gist_counts()
 
     def learning_rate(self) -> float | None:
         """Return the peak learning rate, None where it is to be looked for. Raises PlanError for no number."""
@@ -122,6 +148,16 @@ class Settings:
             raise PlanError(f"--data-weights has {len(found)} numbers for {count} --data", hint=hint)
         return found
 
+    def gist_counts(self) -> tuple[int, ...] | None:
+        """Return the numbers of gist tokens to draw from; None for the checkpoint's own."""
+        if self.gist_random_tokens is None:
+            return None
+        words = [word.strip() for word in self.gist_random_tokens.split(",")]
+        if not all(word.isdecimal() and int(word) > 0 for word in words):
+            hint = "Such as --gist-random-tokens 1,2,4,8"
+            raise PlanError(f"--gist-random-tokens {self.gist_random_tokens!r} is no list of numbers", hint=hint)
+        return tuple(int(word) for word in words)
+
     def deciding(self) -> dict[str, Any]:
         """Return the settings that decide numbers of the result: a run is resumed only with the same ones."""
         return {name: value for name, value in self.to_dict().items() if name not in _RERUN}
@@ -138,13 +174,15 @@ class Settings:
         }  # fmt: skip
         for name, lowest in least.items():
             value = getattr(self, name)
-            if value is not None and not value >= lowest:
+            if value is not None and not lowest <= value < math.inf:
                 raise PlanError(f"{_flag(name)} is {value:g}; {lowest:g} is the least", hint=_floor_hint(name, lowest))
         above_zero = {"epochs": self.epochs, "temperature": self.temperature, "lora_alpha": self.lora_alpha}
         for name, value in above_zero.items():
-            if value is not None and not value > 0:
-                raise PlanError(f"{_flag(name)} is {value:g}; it must be above 0", hint=f"Such as {_flag(name)} 1.")
-        for name, top in {"eval_fraction": 0.5, "kd_weight": 1.0, "lora_dropout": 0.9}.items():
+            if value is not None and not 0 < value < math.inf:
+                raise PlanError(
+                    f"{_flag(name)} is {value:g}; it must be above 0, and finite", hint=f"Such as {_flag(name)} 1."
+                )
+        for name, top in {"eval_fraction": 0.5, "kd_weight": 1.0, "lora_dropout": 0.9, "gist_distill": 1.0}.items():
             if not 0 <= getattr(self, name) <= top:
                 raise PlanError(f"{_flag(name)} is {getattr(self, name):g}; it lies between 0 and {top:g}")
 
@@ -164,6 +202,35 @@ class Settings:
             raise PlanError("hidden states are not kept on disk", hint="Leave out --teacher-top-k or --hidden-weight.")
         if (self.keep_best or self.patience) and not self.eval_data and not self.eval_fraction:
             raise PlanError("the best step is found on held-out data", hint="Give --eval-data or --eval-fraction.")
+
+    def _check_gist(self) -> None:
+        words = {"gist_control": "none", "gist_reader": "same", "gist_impl": "auto"}
+        given = [name for name, neutral in words.items() if getattr(self, name) != neutral]
+        given += [name for name in ("gist_random_tokens", "gist_distill") if getattr(self, name)]
+        if given and not self.gist:
+            raise PlanError(f"{_flag(given[0])} says nothing without --gist", hint="Add --gist.")
+        if not self.gist:
+            return
+        if self.train_on == "all":
+            raise PlanError(
+                "--gist trains answers: a model must not learn to write gists", hint="Leave out --train-on."
+            )
+        if self.teacher:
+            hint = "--gist-distill W learns from the model itself, which sees the whole prompt."
+            raise PlanError("--teacher does not go with --gist", hint=hint)
+        if self.gist_reader == "frozen":
+            if not (self.lora and self.keep_adapter):
+                hint = "Add --lora 16 --keep-adapter."
+                raise PlanError("a frozen reader is the model without the adapters that compress", hint=hint)
+            if self.gist_impl == "mask":
+                hint = "Leave out --gist-impl."
+                raise PlanError("a frozen reader reads in a pass of its own, and --gist-impl mask has one", hint=hint)
+        if self.gist_impl == "two-pass" or self.gist_reader == "frozen":
+            if self.activation_checkpointing:
+                hint = "Leave out --activation-checkpointing."
+                raise PlanError("activation checkpointing empties the cache that a gist of two passes is in", hint=hint)
+            if self.packing == "on":
+                raise PlanError("in two passes each row holds one document", hint="Leave out --packing.")
 
 
 def _flag(name: str) -> str:

@@ -45,6 +45,7 @@ class Request:
     sequence_length: int
     train_on: str
     max_tokens: int | None = None
+    gists: str | None = None  # which tokens, how many, drawn how
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from surgeon.data.records import Document
 from surgeon.data.rows import BETWEEN_TEXTS, check_shape, content
 from surgeon.errors import DataError, OutputError
 from surgeon.train.examples import COMPLETION, Example, examples
+from surgeon.train.gist_data import Gists, gist_examples
 from surgeon.train.store import (
     ARRAYS,
     FORMAT,
@@ -46,6 +47,7 @@ def prepare(
     sequence_length: int,
     train_on: str = COMPLETION,
     max_tokens: int | None = None,
+    gists: Gists | None = None,
     progress: Progress | None = None,
 ) -> TokenStore:
     """Return the store of some data in `directory`: the one that is there if it matches and is whole, else a new one.
@@ -53,14 +55,22 @@ def prepare(
     Every document is read, and so checked, but with `max_tokens`, which the data share in equal parts: of each no more
     documents are read than reach its part, and what one leaves goes to those behind it. A text longer than a row is cut
     into pieces; a prompt with its answer, or a chat, loses what goes beyond a row, and is dropped when nothing that is
-    trained is left. Memory is that of a batch of documents, and of one .txt, however large the data.
+    trained is left. With `gists` each record has a gist behind its prompt. Memory is that of a batch of documents, and
+    of one .txt, however large the data.
     Raises DataError for data that cannot be read or have nothing to train, OutputError when the disk is full or
     refuses; nothing that looks like a store is left then. One process may do this at a time.
     """
     assert not isinstance(specs, str)
     check_shape(1, sequence_length)
     streams = [documents(spec) for spec in specs]  # a name that is wrong is an error before anything is touched
-    request = Request(tuple(specs), fingerprint(tokenizer), sequence_length, train_on, max_tokens)
+    request = Request(
+        tuple(specs),
+        fingerprint(tokenizer),
+        sequence_length,
+        train_on,
+        max_tokens,
+        None if gists is None else gists.told,
+    )
     if (store := _reusable(directory, request)) is not None:
         return store
     with _writing(directory) as writer:
@@ -70,7 +80,7 @@ def prepare(
             done = sum(source.num_tokens for source in sources)
             limit = None if max_tokens is None else -(-(max_tokens - done) // (len(specs) - number))
             first = sum(source.num_documents for source in sources)
-            reader = _Reader(tokenizer, writer, number, sequence_length, train_on, first)
+            reader = _Reader(tokenizer, writer, number, sequence_length, train_on, first, gists)
             reader.read(stream, limit, progress)
             sources.append(reader.counts(spec, files))
         if not sum(source.num_trained for source in sources):
@@ -176,6 +186,7 @@ class _Reader:
     sequence_length: int
     train_on: str
     first: int  # how many documents were read before
+    gists: Gists | None
     sha256: Any = field(default_factory=hashlib.sha256)
     num_documents: int = 0
     num_pieces: int = 0
@@ -190,7 +201,7 @@ class _Reader:
             return
         for batch in _batches(stream):
             before = self.num_tokens
-            for document, example in zip(batch, examples(batch, self.tokenizer, train_on=self.train_on), strict=True):
+            for document, example in zip(batch, self._examples(batch), strict=True):
                 self.sha256.update((BETWEEN_TEXTS if self.num_documents else b"") + content(document))
                 self._add(example)
                 if limit is not None and self.num_tokens >= limit:
@@ -199,6 +210,12 @@ class _Reader:
                 progress(self.num_tokens - before)
             if limit is not None and self.num_tokens >= limit:
                 return
+
+    def _examples(self, batch: Sequence[Document]) -> list[Example]:
+        if self.gists is None:
+            return examples(batch, self.tokenizer, train_on=self.train_on)
+        first = self.first + self.num_documents
+        return gist_examples(batch, self.tokenizer, self.gists, first=first, length=self.sequence_length)
 
     def counts(self, spec: str, files: tuple[tuple[str, int, int, int], ...]) -> SourceCounts:
         counted = {name: value for name, value in vars(self).items() if name.startswith("num_")}
@@ -210,7 +227,7 @@ class _Reader:
         self.num_documents += 1
         size = self.sequence_length
         is_cut = not example.is_text and len(example.ids) > size
-        if is_cut:
+        if is_cut:  # a record with a gist is cut already
             example = Example(example.ids[:size], example.trained[:size], is_text=False)
         num_trained = sum(example.trained)
         if not num_trained:
@@ -221,7 +238,7 @@ class _Reader:
         self.num_pieces += len(lengths)
         self.num_tokens += len(example.ids)
         self.num_trained += num_trained
-        self.num_cut += is_cut
+        self.num_cut += is_cut or example.is_cut
 
 
 def piece_lengths(num_tokens: int, sequence_length: int) -> list[int]:

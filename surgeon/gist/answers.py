@@ -1,0 +1,142 @@
+"""What a model makes of records in each of their forms: how likely it finds the answers, and what it writes itself."""
+
+import inspect
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch  # noqa: TID253
+from torch import Tensor, nn  # noqa: TID253
+from transformers import DynamicCache  # noqa: TID253
+
+from surgeon.evals.generation import answer
+from surgeon.gist.forms import GIST, Record
+from surgeon.reload import hushed
+from surgeon.train.gist_view import Masked, last_places
+from surgeon.train.halves import Halves
+from surgeon.train.view import Causal, View
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Progress = Callable[[int], None]
+
+
+@torch.no_grad()
+def answer_losses(
+    model: Any, records: Sequence[Record], form: str, *, batch_size: int, progress: Progress | None = None
+) -> list[float]:
+    """Return the cross-entropy of each record's answer in a form, in nats, summed over its tokens.
+
+    A gist is read behind its mask, as in training. `progress` is told how many tokens are through.
+    """
+    halves = Halves(model)
+    losses = [0.0] * len(records)
+    order = sorted(range(len(records)), key=lambda index: -len(records[index].asked(form)))
+    for start in range(0, len(order), batch_size):
+        chosen = order[start : start + batch_size]
+        rows = [(*records[index].asked(form), *records[index].answer) for index in chosen]
+        ids, mask = right_padded(rows, model.device)
+        # Padding is a document of its own, which nothing in front of it sees.
+        positions = torch.where(mask.bool(), mask.cumsum(1) - 1, (1 - mask).cumsum(1) - 1)
+        view: View = Masked(records[chosen[0]].gist) if form == GIST else Causal()
+        states = view.states(halves, ids, positions)
+        for row, index in enumerate(chosen):
+            length, count = len(rows[row]), len(records[index].answer)
+            logits = halves.logits(states[row, length - 1 - count : length - 1]).float()
+            losses[index] = float(
+                nn.functional.cross_entropy(logits, ids[row, length - count : length], reduction="sum")
+            )
+        if progress:
+            progress(sum(map(len, rows)))
+    return losses
+
+
+def answers(
+    model: Any,
+    tokenizer: "PreTrainedTokenizerBase",
+    records: Sequence[Record],
+    form: str,
+    *,
+    max_new_tokens: int,
+    batch_size: int,
+    progress: Progress | None = None,
+) -> list[str]:
+    """Return what a model writes greedily behind each record in a form, as text, up to an end-of-text token.
+
+    Of a prompt with its gist only the gist's keys and values are kept: what is written knows no more of the prompt.
+    """
+    options = {"max_new_tokens": max_new_tokens, "batch_size": batch_size, "progress": progress}
+    if form != GIST:
+        written, _ = answer(model, tokenizer, [record.asked(form) for record in records], **options)  # type: ignore[arg-type]
+        return written
+    stops = _as_set(model.generation_config.eos_token_id) | _as_set(tokenizer.eos_token_id)
+    pad = min(_as_set(tokenizer.pad_token_id) or stops or {0})
+    order = sorted(range(len(records)), key=lambda index: -len(records[index].asked(form)))
+    found = [""] * len(records)
+    for start in range(0, len(order), batch_size):
+        chosen = order[start : start + batch_size]
+        rows = _written(
+            model,
+            [records[index] for index in chosen],
+            max_new_tokens=max_new_tokens,
+            pad_token_id=pad,
+            eos_token_id=sorted(stops) or None,
+        )
+        for index, row in zip(chosen, rows, strict=True):
+            end = next((place for place, token in enumerate(row) if token in stops), len(row))
+            found[index] = str(tokenizer.decode(row[:end], skip_special_tokens=True))
+        if progress:
+            progress(len(chosen) * max_new_tokens)
+    return found
+
+
+@torch.no_grad()
+def _written(model: Any, records: Sequence[Record], **options: Any) -> list[list[int]]:
+    """Return the tokens that a model writes behind the cached gists of some records."""
+    device, count = model.device, len(records[0].gist)
+    ids, mask = right_padded([(*record.begin, *record.prompt, *record.gist) for record in records], device)
+    cache = DynamicCache()  # one that forgets nothing: masks alone say what a sliding layer sees
+    first = mask.sum(1)
+    _read(model, ids, mask, cache, torch.zeros_like(first))
+    gists, seen = last_places(cache, ends=first, counts=torch.full_like(first, count))
+    text, behind = right_padded([record.behind for record in records], device)
+    lengths = behind.sum(1)
+    # All but the last token of each text, which `generate` begins with.
+    behind = behind * (torch.arange(text.shape[1], device=device) < lengths[:, None] - 1)
+    if text.shape[1] > 1:
+        _read(model, text[:, :-1], torch.cat([seen, behind[:, :-1]], 1), gists, first)
+    # Padding goes in front of the gists: between them and the text a sliding window would count it.
+    past, seen = last_places(gists, ends=count + lengths - 1, counts=count + lengths - 1)
+    final = text.gather(1, lengths[:, None] - 1)
+    mask = torch.cat([seen, torch.ones_like(final)], 1)
+    if _takes_positions(model):
+        options["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0) + (first - count)[:, None]
+    with hushed():
+        ids = torch.cat([torch.zeros_like(seen), final], 1)
+        written = model.generate(ids, attention_mask=mask, past_key_values=past, **options)
+    found: list[list[int]] = written[:, ids.shape[1] :].tolist()
+    return found
+
+
+def _read(model: Any, ids: Tensor, mask: Tensor, cache: DynamicCache, first: Tensor) -> None:
+    """Let a model read tokens, of each row from a position on, into a cache. The mask is of the cache and of them."""
+    positions = {"position_ids": first[:, None] + torch.arange(ids.shape[1], device=ids.device)}
+    arguments = positions if _takes_positions(model) else {}
+    model.get_decoder()(input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=True, **arguments)
+
+
+def right_padded(rows: Sequence[Sequence[int]], device: Any) -> tuple[Tensor, Tensor]:
+    """Return token ids and which of them are real, shape (B, T) each."""
+    width = max(map(len, rows))
+    ids = torch.tensor([[*row, *[0] * (width - len(row))] for row in rows], device=device)
+    lengths = torch.tensor([len(row) for row in rows], device=device)
+    return ids, (torch.arange(width, device=device) < lengths[:, None]).long()
+
+
+def _takes_positions(model: Any) -> bool:
+    return "position_ids" in inspect.signature(model.get_decoder().forward).parameters
+
+
+def _as_set(value: object) -> set[int]:
+    """Return the token ids that a config gives as a number, a list or null."""
+    return set(value) if isinstance(value, list) else {value} if isinstance(value, int) else set()
