@@ -2,11 +2,11 @@
 
     python benchmarks/finetune.py [--rounds 3] [--rows 4] [--length 512] [--precision bf16]
 
-Each trains a Llama of random weights (vocabulary 32,768) in a process of its own, in turns, one thread each, on the same
-full rows of random tokens, AdamW at the same rate. Speed is tokens per second of CPU time over the steps behind the first
-two, so that other work on the machine counts little. Memory is the peak of resident memory over what was resident before
-the model was made, beside what must be there: weights, gradients and two states in float32, and the activations, counted
-in the tensors that autograd keeps of the layers. TRL is left out where it is not installed.
+Each trains a Llama of random weights (vocabulary 32,768) in a process of its own, in turns, one thread each, on the
+same full rows of random tokens, AdamW at the same rate. Speed is tokens per second of CPU time over the steps behind the
+first two, so that other work on the machine counts little. Memory is the peak of resident memory over what was resident
+before the model was made, beside what must be there: weights, gradients and two states in float32, and the activations,
+counted in the tensors that autograd keeps of the layers. TRL is left out where it is not installed.
 """
 
 import argparse
@@ -18,6 +18,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 KINDS = ("surgeon", "accelerate", "trl")
 WARM = 2
@@ -94,20 +95,17 @@ def train_surgeon(options, clock):
             ids = tokens[index]
             return Row(ids, np.arange(len(ids)), np.append(ids[1:], -100), np.arange(len(ids)))
 
-    class Data:
-        collate = Collator(0, with_index=True)
-        held_out = {}
-
-        def describe(self, batch):
-            return "random tokens"
-
     class Step(TrainerCallback):
         def on_step_end(self, *args, **kwargs):
             clock.step()
 
     tokens = rows_of(options).numpy()
-    data = Data()
-    data.rows = Rows(None, one_per_row([options.length] * len(tokens)))
+    data = SimpleNamespace(
+        rows=Rows(None, one_per_row([options.length] * len(tokens))),
+        collate=Collator(0, with_index=True),
+        held_out={},
+        describe=lambda batch: "random tokens",
+    )
     model = model_of(options)
     attach_loss(model, Objective())
     settings = Settings(batch_size=options.rows, precision=options.precision, save_every=0, lr="1e-4")
@@ -142,9 +140,9 @@ def train_accelerate(options, clock):
 
 def train_trl(options, clock):
     from datasets import Dataset
+    from tokenizers import Tokenizer, models
     from transformers import TrainerCallback
     from transformers.tokenization_utils_fast import PreTrainedTokenizerFast
-    from tokenizers import Tokenizer, models
     from trl import SFTConfig, SFTTrainer
 
     class Step(TrainerCallback):
@@ -238,7 +236,8 @@ def main():
     for kind, runs in found.items():
         if runs:
             speeds = [run["tokens_per_second"] for run in runs]
-            pairs = [ours["tokens_per_second"] / theirs["tokens_per_second"] for ours, theirs in zip(found["surgeon"], runs)]
+            ours = [run["tokens_per_second"] for run in found["surgeon"]]
+            pairs = [one / other for one, other in zip(ours, speeds, strict=False)]  # a run may have failed
             memory = statistics.median(run["memory"] for run in runs)
             print(
                 f"{kind}: {statistics.median(speeds):,.0f} tokens a CPU second; surgeon is "
