@@ -3,7 +3,7 @@
     python benchmarks/finetune.py [--rounds 3] [--rows 4] [--length 512] [--precision bf16]
 
 Each trains a Llama of random weights (vocabulary 32,768) in a process of its own, in turns, one thread each, on the
-same full rows of random tokens, AdamW at the same rate. Speed is tokens per second of CPU time over the steps behind the
+same rows of random tokens, AdamW at the same rate. Speed is tokens per second of CPU time over the steps behind the
 first two, so that other work on the machine counts little. Memory is the peak of resident memory over what was resident
 before the model was made, beside what must be there: weights, gradients and two states in float32, and the activations,
 counted in the tensors that autograd keeps of the layers. TRL is left out where it is not installed.
