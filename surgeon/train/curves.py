@@ -29,7 +29,7 @@ def plot_runs(runs: Sequence[Path], path: Path, *, x: str = "steps") -> Path:
     from matplotlib.ticker import MaxNLocator
 
     assert x in AXES, f"{x} is no axis"
-    records = {name: read_metrics(run) for name, run in zip(names(runs), runs, strict=True)}
+    records = {name: comparable(read_metrics(run)) for name, run in zip(names(runs), runs, strict=True)}
     for run, found in zip(runs, records.values(), strict=True):
         if not any(_finite(found, key, x)[0] for key in SERIES.values()):
             raise PlanError(f"{run} has no losses to draw", hint="The run ended, or was asked, before its first step.")
@@ -55,6 +55,11 @@ def plot_runs(runs: Sequence[Path], path: Path, *, x: str = "steps") -> Path:
             f"cannot write {path}: {error}", hint="Name a file that ends in .png, .svg or .pdf."
         ) from error
     return path
+
+
+def comparable(records: Sequence[Record]) -> list[Record]:
+    """Return the records with the cross-entropy as the loss, whatever else a run was trained for: a divergence, say."""
+    return [{**record, "loss": record["cross_entropy"]} if "cross_entropy" in record else record for record in records]
 
 
 def names(runs: Sequence[Path]) -> list[str]:
@@ -93,7 +98,7 @@ def _draw(axes: Any, records: Sequence[Record], *, x: str, colour: str, label: s
     axes.plot(*_finite(records, "probe_loss", x), "o:", zorder=3, markerfacecolor="white", **dot)
 
 
-def _legend(axes: Any, records: dict[str, list[dict[str, Any]]]) -> None:
+def _legend(axes: Any, records: dict[str, list[Record]]) -> None:
     """Say which colour is which run, and which kind of line is which loss."""
     from matplotlib.lines import Line2D
 
