@@ -197,7 +197,7 @@ def test_the_receipt_says_what_was_asked_and_which_row_is_new(talker, tmp_path):
     surgeon.add_gist(talker("llama"), tokens=4).save(tmp_path / "gist")
 
     receipt = json.loads((tmp_path / "gist/surgeon.json").read_text())
-    assert receipt["steps"] == [{"gist": {"tokens": 4, "distinct": False}}]
+    assert receipt["steps"] == [{"gist": {"tokens": 4, "distinct": False, "token_ids": [KNOWN]}}]
     assert receipt["axis_maps"] == {"vocab": [[0, KNOWN], [-1, 1]]}
     assert config_of(tmp_path / "gist")["gist"] == {
         "version": 1, "token": "<GIST>", "token_ids": [KNOWN], "num_tokens": 4
