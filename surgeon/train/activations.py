@@ -14,7 +14,7 @@ from surgeon.anatomy.config import text_config
 from surgeon.train.speed import EXPERTS_PER_TOKEN, HEADS, HIDDEN, WINDOWS, first_of
 
 Precision = Literal["bf16", "float32", "pure-bf16"]
-LOGITS = 1 << 25  # of a chunk, as train/losses.py cuts them: 128 MiB in float32
+LOGITS = 1 << 24  # of a chunk, as train/losses.py cuts them: 64 MiB in float32
 # What an MLP without a gate keeps of each channel: what goes into the activation, what inside of it, what comes out. A
 # gated one keeps four: gate, activation, up, and their product.
 KEPT_BY_ACTIVATION = {"relu": 1, "gelu_new": 5, "gelu_fast": 5}
