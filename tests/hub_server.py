@@ -246,12 +246,12 @@ class _Handler(BaseHTTPRequestHandler):
         for name, value in (headers or {}).items():
             self.send_header(name, value)
         self.send_header("Content-Length", str(len(raw)))
-        self.end_headers()
         part = b"" if self.command == "HEAD" else raw
         if RESOLVE.fullmatch(self.path):
             part = part[: self.hub.hang_up_after][: self.hub.stall_after]
-        if record:  # before the client can see the end of the answer
+        if record:  # before the client can see the end of the answer, which to HEAD is that of the headers
             self.hub.requests.append(Request(self.command, unquote(urlsplit(self.path).path), len(part)))
+        self.end_headers()
         self.wfile.write(part)
         if self.command != "HEAD" and len(part) < len(raw):
             self.close_connection = True
