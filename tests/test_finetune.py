@@ -305,6 +305,9 @@ def test_nothing_is_left_of_a_run_whose_data_are_bad(talker: Path, tmp_path: Pat
     assert not (tmp_path / "out").exists()
     assert not list((tmp_path / "out.run").glob("data/store.json"))
 
+    data = talkers.written(tmp_path / "data.jsonl", '{"text": "good"}\n{"text": "better"}\n' * 9)
+    assert surgeon.finetune(talker, data=[data], output=tmp_path / "out", **SHORT).steps == 4  # and it is no run
+
 
 def changed_tensors(before: Path, after: Path) -> set[str]:
     """Return the names of the stored tensors that differ."""

@@ -7,8 +7,11 @@ from typing import Any
 
 from surgeon.checkpoint.receipt import to_bytes
 from surgeon.errors import OutputError, PlanError
+from surgeon.train.metrics import METRICS
 
 REQUEST = "run.json"
+RATE = "lr.json"  # what --lr auto found
+DATA = "data.json"  # what was read: a resume reads the same
 
 
 def claim(
@@ -16,6 +19,7 @@ def claim(
 ) -> None:
     """Note in an empty directory what is asked, or check that it is what the run that is there was asked.
 
+    A run that failed before its first step, for want of data, say, was none: what is asked now takes its place.
     Raises OutputError for a directory that holds a run without `resume`, or something else; PlanError for another run.
     """
     asked = {"model": dict(model), "data": list(data), "settings": dict(settings)}
@@ -23,6 +27,11 @@ def claim(
     if not file.exists():
         if any(not path.name.startswith(".") for path in run_dir.iterdir()):
             raise OutputError(f"{run_dir} is not empty, and holds no run", hint="Choose another place with --run-dir.")
+        write_json(file, asked)
+        return
+    if not (run_dir / METRICS).exists():
+        for name in (RATE, DATA):
+            (run_dir / name).unlink(missing_ok=True)
         write_json(file, asked)
         return
     if not resume:

@@ -21,7 +21,7 @@ from surgeon.train import adapters, checkpoints, run
 from surgeon.train.control import Stop, stops_at_sigterm
 from surgeon.train.curves import plot_runs
 from surgeon.train.data import HELD_OUT, TRAINED, RunData
-from surgeon.train.directory import claim, read_json, write_json
+from surgeon.train.directory import DATA, RATE, claim, read_json, write_json
 from surgeon.train.export import trained_surgery, write_adapter
 from surgeon.train.inputs import TEACHER, Inputs
 from surgeon.train.launch import is_first, is_launched, is_loss, processes
@@ -34,8 +34,6 @@ if TYPE_CHECKING:
     from surgeon.train.metrics import Watcher
 
 PLOT = "loss.png"
-RATE = "lr.json"  # what --lr auto found
-DATA = "data.json"  # what was read: a resume reads the same
 WEIGHTS = ".weights"  # trained weights on their way to the output
 PROBE_STEPS = 50  # of each of the two runs of --lr auto, or a tenth of the run
 FACTOR = 10.0  # between their rates
