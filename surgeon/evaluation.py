@@ -166,8 +166,8 @@ def evaluate(
     }
     _check(metric, data, given | {"samples": samples})
     pattern = None if extract is None else _compiled(extract)
-    target = None if predictions is None else _checked_target(Path(predictions))
-    sources = [_opened(model, revision)] + ([] if baseline is None else [_opened(baseline, None)])
+    target = None if predictions is None else checked_target(Path(predictions))
+    sources = [opened(model, revision)] + ([] if baseline is None else [opened(baseline, None)])
 
     from surgeon.evals import runs
     from surgeon.measure.device import resolve_device
@@ -191,7 +191,7 @@ def evaluate(
             chat=chat,
         )
     if target is not None:
-        _write(found.predictions, target)
+        write_records(found.predictions, target)
     other = found.scored[1] if baseline is not None else None
     seconds = monotonic() - began
     return Evaluation(metric, found.scored[0], other, found.setup, found.notes, found.predictions, seconds)
@@ -228,7 +228,7 @@ def _compiled(pattern: str) -> re.Pattern[str]:
         raise PlanError(f"--extract is no regular expression: {error}", hint=hint) from error
 
 
-def _opened(model: str | os.PathLike[str], revision: str | None) -> Source:
+def opened(model: str | os.PathLike[str], revision: str | None) -> Source:
     source = open_source(model, revision=revision)
     read_anatomy(spec_of(source))  # a checkpoint that is not whole is refused before any text is read
     if source.config.get("is_encoder_decoder"):
@@ -239,7 +239,7 @@ def _opened(model: str | os.PathLike[str], revision: str | None) -> Source:
     return source
 
 
-def _checked_target(path: Path) -> Path:
+def checked_target(path: Path) -> Path:
     """Refuse a file that could not be written, before an hour of generating."""
     with suppress(RuntimeError):  # ~someone who has no home here
         path = path.expanduser()
@@ -252,7 +252,7 @@ def _checked_target(path: Path) -> Path:
     return path
 
 
-def _write(predictions: Sequence[Mapping[str, Any]], target: Path) -> None:
+def write_records(predictions: Sequence[Mapping[str, Any]], target: Path) -> None:
     """Write records to a .jsonl, whole or not at all."""
     staged = target.with_name(f".{target.name}.{os.getpid()}")
     lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in predictions)

@@ -29,7 +29,6 @@ from surgeon.train.losses import kl
 from surgeon.train.metrics import read_metrics
 from surgeon.train.objective import Objective, attach_loss, detach_loss
 from surgeon.train.settings import Settings
-from surgeon.train.teacher import OnlineTeacher
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -203,7 +202,7 @@ def test_without_its_gist_a_record_is_as_if_it_had_none():
 @pytest.mark.parametrize("arrange", [lambda batch: batch, packed], ids=["rows", "packed"])
 def test_distilling_compares_with_the_model_that_sees_the_prompt_and_no_gist(toy, arrange):
     model, batch = load64(toy("llama")), arrange(rows())
-    teacher = WithoutGist(OnlineTeacher(load64(toy("llama"))), (G,))
+    teacher = WithoutGist(load64(toy("llama")), (G,))
     attach_loss(model, Objective(kd_weight=1.0), teacher, view=Masked((G,)))
     divergence = float(model(**batch)["kl"])
     detach_loss(model)

@@ -6,33 +6,17 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from surgeon.checkpoint.derived import DerivedSource
 from surgeon.checkpoint.source import Source, StoredTensor
 
 DONOR = "donor:"  # no tensor of a model has a colon in its name
 
 
 @dataclass(frozen=True)
-class JoinedSource:
+class JoinedSource(DerivedSource):
     """`base`, and beside it the tensors of `donor`, whose names and files begin with "donor:"."""
 
-    base: Source
     donor: Source
-
-    @property
-    def label(self) -> str:
-        return self.base.label
-
-    @property
-    def origin(self) -> Path | None:
-        return self.base.origin
-
-    @property
-    def config(self) -> Mapping[str, Any]:
-        return self.base.config
-
-    @property
-    def companions(self) -> Sequence[str]:
-        return self.base.companions
 
     @cached_property
     def tensors(self) -> Mapping[str, StoredTensor]:
@@ -45,4 +29,4 @@ class JoinedSource:
         return self.base.fetch(file, ranges)
 
     def provenance(self) -> dict[str, Any]:
-        return self.base.provenance() | {"donor": self.donor.provenance()}
+        return super().provenance() | {"donor": self.donor.provenance()}

@@ -4,35 +4,18 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
-from surgeon.checkpoint.source import LocalSource, Source, StoredTensor
+from surgeon.checkpoint.derived import DerivedSource
+from surgeon.checkpoint.source import LocalSource, StoredTensor
 
 WEIGHTS = "trained:"  # no file of a model has a colon in its name
 
 
 @dataclass(frozen=True)
-class TrainedSource:
+class TrainedSource(DerivedSource):
     """`base` with the tensors of `weights`, whose files begin with "trained:"."""
 
-    base: Source
     weights: LocalSource
-
-    @property
-    def label(self) -> str:
-        return self.base.label
-
-    @property
-    def origin(self) -> Path | None:
-        return self.base.origin
-
-    @property
-    def config(self) -> Mapping[str, Any]:
-        return self.base.config
-
-    @property
-    def companions(self) -> Sequence[str]:
-        return self.base.companions
 
     @cached_property
     def tensors(self) -> Mapping[str, StoredTensor]:
@@ -45,6 +28,3 @@ class TrainedSource:
         if file.startswith(WEIGHTS):
             return self.weights.fetch(file.removeprefix(WEIGHTS), ranges)
         return self.base.fetch(file, ranges)
-
-    def provenance(self) -> dict[str, Any]:
-        return self.base.provenance()

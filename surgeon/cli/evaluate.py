@@ -1,5 +1,6 @@
 """`surgeon evaluate`."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated
 
@@ -77,7 +78,6 @@ def evaluate(
     from surgeon.cli.display import emit, emit_json
     from surgeon.cli.progress import TokenMeter
     from surgeon.evaluation import METRICS
-    from surgeon.gist.evaluation import GistEvaluation, evaluate_gist
 
     if metric not in METRICS:
         raise typer.BadParameter(f"{metric!r} is none of {', '.join(METRICS)}", param_hint="--metric")
@@ -89,7 +89,7 @@ def evaluate(
         raise typer.BadParameter("goes with --tasks", param_hint="--task-dir")
     if gist_tokens is not None and not gist:
         raise typer.BadParameter("goes with --gist", param_hint="--gist-tokens")
-    found: surgeon.Evaluation | surgeon.TaskEvaluation | GistEvaluation
+    found: surgeon.Evaluation | surgeon.TaskEvaluation | surgeon.GistEvaluation
     if tasks is not None:
         foreign = {
             "--data": data,
@@ -101,8 +101,7 @@ def evaluate(
             "--predictions": predictions,
             "--gist": gist,
         }
-        if wrong := next((name for name, value in foreign.items() if value), None):
-            raise typer.BadParameter("does not go with --tasks", param_hint=wrong)
+        _refuse(foreign, beside="--tasks")
         names = [name.strip() for name in tasks.split(",") if name.strip()]
         found = surgeon.evaluate_tasks(
             model,
@@ -125,9 +124,8 @@ def evaluate(
             "--extract": extract,
             "--chat": chat,
         }
-        if wrong := next((name for name, value in foreign.items() if value), None):
-            raise typer.BadParameter("does not go with --gist", param_hint=wrong)
-        found = evaluate_gist(
+        _refuse(foreign, beside="--gist")
+        found = surgeon.evaluate_gist(
             model,
             data=data or (),
             tokens=gist_tokens,
@@ -158,3 +156,9 @@ def evaluate(
             meter=TokenMeter(quiet=quiet),
         )
     emit_json(found.to_dict()) if json else emit(found.to_markdown() if markdown else found.to_text())
+
+
+def _refuse(foreign: Mapping[str, object], *, beside: str) -> None:
+    """Raise typer's usage error, naming the option, for the first that was given and says nothing beside another."""
+    if wrong := next((name for name, value in foreign.items() if value), None):
+        raise typer.BadParameter(f"does not go with {beside}", param_hint=wrong)

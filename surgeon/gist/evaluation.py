@@ -15,7 +15,7 @@ from surgeon.errors import DataError, PlanError
 from surgeon.evals.compare import Difference, Estimate, estimate, paired
 from surgeon.evals.stream import digest
 from surgeon.evals.table import cell, markdown, plus_minus, short
-from surgeon.evaluation import BATCH_SIZE, MAX_NEW_TOKENS, _checked_target, _opened, _write
+from surgeon.evaluation import BATCH_SIZE, MAX_NEW_TOKENS, checked_target, opened, write_records
 from surgeon.gist import GistTokens, read_gist
 
 if TYPE_CHECKING:
@@ -154,8 +154,8 @@ def evaluate_gist(
         raise PlanError(f"{wrong} is {least[wrong]}; 1 is the least", hint=f"Set {wrong} to 1 or more.")
     if not data:
         raise DataError("there is no data to evaluate on", hint="Give records: --data FILE.")
-    target = None if predictions is None else _checked_target(Path(predictions))
-    source = _opened(model, revision)
+    target = None if predictions is None else checked_target(Path(predictions))
+    source = opened(model, revision)
     gist = read_gist(source.config)
     if gist is None:
         raise PlanError(
@@ -171,7 +171,7 @@ def evaluate_gist(
     records = read_forms(data, bench.tokenizers[0], gist, num_tokens=count, samples=samples)
     outcomes, told = _measured(bench, records, gist, max_new_tokens=most, batch_size=size)
     if target is not None:
-        _write(told, target)
+        write_records(told, target)
     return GistEvaluation(
         model=source.label,
         outcomes=outcomes,

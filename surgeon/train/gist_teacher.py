@@ -1,23 +1,20 @@
 """A teacher that is given a record without its gist: it sees the prompt itself, as the uncompressed model does."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch  # noqa: TID253
 from torch import Tensor  # noqa: TID253
 
-from surgeon.train.losses import Direction
 from surgeon.train.teacher import OnlineTeacher
 
 
-class WithoutGist:
+class WithoutGist(OnlineTeacher):
     """An online teacher from whom gist tokens, of which it may know nothing, are taken away. `ids` are theirs."""
 
-    def __init__(self, teacher: OnlineTeacher, ids: tuple[int, ...]) -> None:
-        self._teacher, self._ids = teacher, ids
-        self.vocab, self.hidden_size, self.depth = teacher.vocab, teacher.hidden_size, teacher.depth
-
-    def check(self, temperature: float) -> None:
-        """Return; a model answers at every temperature."""
+    def __init__(self, model: Any, ids: tuple[int, ...]) -> None:
+        super().__init__(model)
+        self._ids = ids
 
     def see(
         self,
@@ -31,11 +28,7 @@ class WithoutGist:
         """Return the teacher's states of the tokens `chosen`, none of them a gist's, (N, D), and behind `layers`."""
         assert position_ids is not None, "positions tell documents apart"
         ids, positions, order = without_gist(input_ids, position_ids, self._ids)
-        return self._teacher.see(ids, positions, None, chosen.gather(1, order), layers=layers)
-
-    def divergence(self, logits: Tensor, *seen: Tensor, temperature: float, direction: Direction) -> Tensor:
-        """Return the divergence from the teacher's distribution over the whole vocabulary."""
-        return self._teacher.divergence(logits, *seen, temperature=temperature, direction=direction)
+        return super().see(ids, positions, None, chosen.gather(1, order), layers=layers)
 
 
 def without_gist(input_ids: Tensor, position_ids: Tensor, ids: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:

@@ -114,9 +114,9 @@ class Inputs:
         """Return what answers as the teacher does: the model itself, or what it said once of every trained token."""
         if model is None:
             return None
-        online = OnlineTeacher(model)
         if self.settings.gist_distill:
-            return WithoutGist(online, gist_tokens(self.source).ids)
+            return WithoutGist(model, gist_tokens(self.source).ids)
+        online = OnlineTeacher(model)
         if self.settings.teacher_top_k is None:
             return online
         directory, store = run_dir / TEACHER, data.stores[0]
