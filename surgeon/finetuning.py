@@ -48,7 +48,7 @@ def finetune(
     from surgeon.train.runner import Runner
 
     settings = Settings(**options)
-    source = opened(model, revision)
+    source = opened(model, revision, gist=settings.gist)
     target = Path(output or default_output(source))
     outputs.check_target(target, overwrite=overwrite, source=source.origin)
     if dtype not in ("keep", "float32", "bfloat16", "float16"):
@@ -82,7 +82,8 @@ def estimate_finetune(
     from surgeon.train.inputs import Inputs
     from surgeon.train.launch import processes
 
-    settings, source = Settings(**options), opened(model, revision)
+    settings = Settings(**options)
+    source = opened(model, revision, gist=settings.gist)
     inputs = Inputs(
         source,
         tuple(data),
@@ -108,14 +109,14 @@ def _check_places(target: Path, run_dir: Path) -> None:
         raise OutputError(f"cannot write into {parent}, where {target} is to be", hint="Choose another place with -o.")
 
 
-def opened(model: str | os.PathLike[str], revision: str | None) -> Source:
+def opened(model: str | os.PathLike[str], revision: str | None, *, gist: bool = False) -> Source:
     """Return the model to train. Raises MeasureError for one that cannot be, CheckpointError for a damaged one."""
     source = open_source(model, revision=revision)
     read_anatomy(spec_of(source))
-    if source.config.get("is_encoder_decoder"):
+    if source.config.get("is_encoder_decoder") and not gist:
         raise MeasureError(
-            f"{source.label} has an encoder and a decoder; finetune trains models with one stack of layers",
-            hint="Train it with a script of transformers.",
+            f"{source.label} has an encoder and a decoder; such models are trained with gists only",
+            hint="Add --gist, or train it with a script of transformers.",
         )
     if source.config.get("quantization_config") is not None:
         raise MeasureError(

@@ -21,9 +21,10 @@ from surgeon.errors import DataError, PlanError
 from surgeon.gist import GistTokens
 from surgeon.gist.evaluation import evaluate_gist
 from surgeon.gist.layout import CHAT, TEXT, prompt_tokens, text_tokens
+from surgeon.train.gist_choice import implementation
 from surgeon.train.gist_data import Gists, gist_examples
 from surgeon.train.gist_teacher import WithoutGist, without_gist
-from surgeon.train.gist_view import FIRST_SEEN, Masked, TwoPass, implementation
+from surgeon.train.gist_view import FIRST_SEEN, Masked, TwoPass
 from surgeon.train.halves import Halves
 from surgeon.train.losses import kl
 from surgeon.train.metrics import read_metrics
@@ -214,7 +215,7 @@ def test_distilling_compares_with_the_model_that_sees_the_prompt_and_no_gist(toy
         view, positions = Masked((G,)), torch.arange(line.shape[1])[None]
         with torch.no_grad():
             halves = Halves(model)
-            student = halves.logits(view.states(halves, line, positions)[0, prompt + gist : -1])
+            student = halves.logits(view.states(halves, line, positions, line != G)[0, prompt + gist : -1])
             full = model(plain).logits[0, prompt:-1]
         expected += float(kl(student, full, temperature=1.0, direction="forward"))
     assert divergence == pytest.approx(expected, rel=1e-9)  # sums of float64 in another order, some parts float32
@@ -435,21 +436,21 @@ def test_with_a_frozen_reader_the_reader_is_the_untouched_model(data: str, tmp_p
     base = AutoModelForCausalLM.from_pretrained(tmp_path / "gist")
     ids, batch = tuple(base.config.gist["token_ids"]), rows()
     batch["input_ids"][batch["input_ids"] == G] = ids[0]
-    positions = batch["position_ids"]
+    positions, chosen = batch["position_ids"], batch["labels"] != -100
     before = {name: value.clone() for name, value in base.state_dict().items()}
 
     def read(model: Any) -> Tensor:
         """Return the logits behind gists of which nothing is seen: what is left is the reader."""
         halves, view = Halves(model), TwoPass(ids, "negative", frozen=True)
         with torch.no_grad():
-            states = view.states(halves, batch["input_ids"], positions)
+            states = view.states(halves, batch["input_ids"], positions, chosen)
             with view.reading(model):
                 return halves.logits(states.flatten(0, 1))
 
     alone = read(base)
     model = peft.PeftModel.from_pretrained(base, tmp_path / "out", is_trainable=True)
     assert torch.equal(read(base), alone)
-    positive = Masked(ids, "positive").states(Halves(base), batch["input_ids"], positions)
+    positive = Masked(ids, "positive").states(Halves(base), batch["input_ids"], positions, chosen)
     assert not torch.allclose(Halves(base).logits(positive.flatten(0, 1)), alone, atol=1e-3)
 
     attach_loss(base, Objective(), view=TwoPass(ids, frozen=True))

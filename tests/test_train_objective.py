@@ -156,8 +156,8 @@ def test_a_frozen_head_gets_no_gradient(toy, name):
     assert_close(before, gradients(model), 1e-11)  # sums of float64 in another order
 
 
-def test_an_encoder_is_refused(toy):
-    with pytest.raises(PlanError, match="not a decoder"):
+def test_an_encoder_is_refused_by_a_view_that_has_none(toy):
+    with pytest.raises(PlanError, match="has an encoder and a decoder"):
         attach_loss(toys.load(toy("t5"))[0], Objective())
 
 

@@ -1,6 +1,6 @@
 """Answers that a model writes greedily, in batches, as transformers' `generate` writes them."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from surgeon.anatomy.config import text_config
@@ -19,7 +19,14 @@ PADDING = {4: 1e-3, 2: 5e-2}  # by bytes of the dtype: what padding may move a l
 
 def positions_of(source: Source) -> int | None:
     """Return how many tokens the model can see, None where its config does not say."""
-    text = text_config(source.config)
+    return positions_in(source.config)
+
+
+def positions_in(config: Mapping[str, Any]) -> int | None:
+    """Return how many tokens a model with this config can see; None where it does not say, or they are relative."""
+    text = text_config(config)
+    if "relative_attention_num_buckets" in text:  # T5's n_positions is how long its texts were, and no limit
+        return None
     return next((text[key] for key in POSITION_KEYS if type(text.get(key)) is int), None)
 
 
@@ -33,10 +40,15 @@ def load_whole(source: Source, device: str) -> Any:
 
     model = load_on(source, device, hint=HARNESS_HINT, smaller=STREAMED)
     stops = _ids(model.generation_config.eos_token_id) | _ids(text_config(source.config).get("eos_token_id"))
+    start = getattr(model.config, "decoder_start_token_id", None)
     # A new one: that of the checkpoint may sample, or penalise what was said.
-    model.generation_config = GenerationConfig(do_sample=False, eos_token_id=sorted(stops) or None)  # type: ignore[no-untyped-call]
+    model.generation_config = GenerationConfig(  # type: ignore[no-untyped-call]
+        do_sample=False, eos_token_id=sorted(stops) or None, decoder_start_token_id=start
+    )
+    probe = torch.tensor(PROBE, device=device)
+    read = {"decoder_input_ids": probe} if model.config.is_encoder_decoder else {}
     with torch.no_grad():
-        check_causal(model(torch.tensor(PROBE, device=device)).logits, source.label)
+        check_causal(model(probe[:1].expand_as(probe) if read else probe, **read).logits, source.label)
     return model
 
 

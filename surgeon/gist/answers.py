@@ -9,8 +9,12 @@ from torch import Tensor, nn  # noqa: TID253
 from transformers import DynamicCache  # noqa: TID253
 
 from surgeon.evals.generation import answer
+from surgeon.gist.compress import encoded_behind
+from surgeon.gist.encoder import encode, written_from
 from surgeon.gist.forms import GIST, Record
+from surgeon.gist.states import states_of
 from surgeon.reload import hushed
+from surgeon.train.encoder_view import EncoderDecoder
 from surgeon.train.gist_view import Masked, last_places
 from surgeon.train.halves import Halves
 from surgeon.train.view import Causal, View
@@ -38,17 +42,26 @@ def answer_losses(
         ids, mask = right_padded(rows, model.device)
         # Padding is a document of its own, which nothing in front of it sees.
         positions = torch.where(mask.bool(), mask.cumsum(1) - 1, (1 - mask).cumsum(1) - 1)
-        view: View = Masked(records[chosen[0]].gist) if form == GIST else Causal()
-        states = view.states(halves, ids, positions)
+        ends = [(len(row), len(records[index].answer)) for row, index in zip(rows, chosen, strict=True)]
+        wanted = torch.zeros_like(ids, dtype=torch.bool)
+        for row, (length, count) in enumerate(ends):
+            wanted[row, length - 1 - count : length - 1] = True
+        states = _view(model, records[chosen[0]], form).states(halves, ids, positions, wanted)
         for row, index in enumerate(chosen):
-            length, count = len(rows[row]), len(records[index].answer)
-            logits = halves.logits(states[row, length - 1 - count : length - 1]).float()
+            length, count = ends[row]
+            logits = halves.logits(states[row, wanted[row]]).float()
             losses[index] = float(
                 nn.functional.cross_entropy(logits, ids[row, length - count : length], reduction="sum")
             )
         if progress:
             progress(sum(map(len, rows)))
     return losses
+
+
+def _view(model: Any, record: Record, form: str) -> View:
+    if model.config.is_encoder_decoder:
+        return EncoderDecoder(record.gist)
+    return Masked(record.gist) if form == GIST else Causal()
 
 
 def answers(
@@ -66,7 +79,8 @@ def answers(
     Of a prompt with its gist only the gist's keys and values are kept: what is written knows no more of the prompt.
     """
     options = {"max_new_tokens": max_new_tokens, "batch_size": batch_size, "progress": progress}
-    if form != GIST:
+    has_encoder = bool(model.config.is_encoder_decoder)
+    if form != GIST and not has_encoder:
         written, _ = answer(model, tokenizer, [record.asked(form) for record in records], **options)  # type: ignore[arg-type]
         return written
     stops = _as_set(model.generation_config.eos_token_id) | _as_set(tokenizer.eos_token_id)
@@ -75,18 +89,35 @@ def answers(
     found = [""] * len(records)
     for start in range(0, len(order), batch_size):
         chosen = order[start : start + batch_size]
-        rows = _written(
-            model,
-            [records[index] for index in chosen],
-            max_new_tokens=max_new_tokens,
-            pad_token_id=pad,
-            eos_token_id=sorted(stops) or None,
-        )
+        asked = [records[index] for index in chosen]
+        how = {"max_new_tokens": max_new_tokens, "pad_token_id": pad, "eos_token_id": sorted(stops) or None}
+        rows = _encoded_and_written(model, asked, form, **how) if has_encoder else _written(model, asked, **how)
         for index, row in zip(chosen, rows, strict=True):
             end = next((place for place, token in enumerate(row) if token in stops), len(row))
             found[index] = str(tokenizer.decode(row[:end], skip_special_tokens=True))
         if progress:
             progress(len(chosen) * max_new_tokens)
+    return found
+
+
+@torch.no_grad()
+def _encoded_and_written(model: Any, records: Sequence[Record], form: str, **options: Any) -> list[list[int]]:
+    """Return the tokens that a decoder writes from what the encoder makes of some records, each read alone."""
+    states = []
+    for record in records:
+        asked, prompt, behind = (
+            torch.tensor([ids], device=model.device)
+            for ids in (record.asked(form), record.prompt + record.gist, record.behind)
+        )
+        if form != GIST:
+            states.append(encode(model, asked)[0])
+            continue
+        cache, count = DynamicCache(), len(record.gist)
+        encoded = encode(model, prompt, cache=cache)[:, -count:]
+        states.append(encoded_behind(model, states_of(cache, count, offset=0, encoded=encoded), behind)[0])
+    with hushed():
+        written = model.generate(**written_from(states), **options)
+    found: list[list[int]] = written[:, 1:].tolist()
     return found
 
 

@@ -16,9 +16,8 @@ from torch import Tensor  # noqa: TID253
 from transformers import DynamicCache  # noqa: TID253
 from transformers.modeling_outputs import BaseModelOutput  # noqa: TID253
 
-from surgeon.anatomy.config import text_config
 from surgeon.errors import DataError, VerificationError
-from surgeon.evals.generation import POSITION_KEYS
+from surgeon.evals.generation import positions_in
 from surgeon.gist.encoder import encode
 from surgeon.gist.masks import cross_mask, encoder_mask, gist_masks, gist_phases
 from surgeon.gist.probes import has_position_table, logits_of, positions_from, relative_difference
@@ -85,10 +84,7 @@ def encoded_behind(model: Any, states: GistStates, text: Tensor) -> Tensor:
 
 def position_limit(model: Any) -> int | None:
     """Return how many positions a model was made for, None where its config does not say, or they are relative."""
-    text = text_config(model.config.to_dict())
-    if model.config.is_encoder_decoder:
-        return None
-    return next((text[key] for key in POSITION_KEYS if type(text.get(key)) is int), None)
+    return positions_in(model.config.to_dict())
 
 
 def _compress_decoder(model: Any, row: Tensor, probe: Tensor, num_tokens: int) -> tuple[GistStates, SelfCheck]:

@@ -1,8 +1,11 @@
 """The encoder of T5 with a cache: its stack would throw one away, its blocks take one."""
 
+from collections.abc import Sequence
 from typing import Any
 
+import torch  # noqa: TID253
 from torch import Tensor  # noqa: TID253
+from transformers.modeling_outputs import BaseModelOutput  # noqa: TID253
 
 
 def encode(model: Any, input_ids: Tensor, *, mask: Tensor | None = None, cache: Any = None) -> Tensor:
@@ -17,3 +20,11 @@ def encode(model: Any, input_ids: Tensor, *, mask: Tensor | None = None, cache: 
         hidden, bias, *_ = block(hidden, mask, bias, past_key_values=cache)
     states: Tensor = stack.dropout(stack.final_layer_norm(hidden))
     return states
+
+
+def written_from(states: Sequence[Tensor]) -> dict[str, Any]:
+    """Return what `generate` takes for texts whose states in the encoder are these, (T, hidden) each."""
+    padded = torch.nn.utils.rnn.pad_sequence(list(states), batch_first=True)
+    lengths = torch.tensor([len(each) for each in states], device=padded.device)
+    mask = (torch.arange(padded.shape[1], device=padded.device) < lengths[:, None]).long()
+    return {"encoder_outputs": BaseModelOutput(last_hidden_state=padded), "attention_mask": mask}

@@ -49,14 +49,15 @@ def read_forms(
     *,
     num_tokens: int,
     samples: int | None,
+    encoder: bool = False,
 ) -> list[Record]:
     """Return the first `samples` records, all with None, each with a gist of `num_tokens` tokens.
 
-    Of a chat the last answer is the one that is asked for. Raises DataError for a record without a prompt or an answer,
-    and PlanError for a gist that the model cannot have.
+    Of a chat the last answer is the one that is asked for. With `encoder` all in front of it is read by one.
+    Raises DataError for a record without a prompt or an answer, and PlanError for a gist that the model cannot have.
     """
     streams = [documents(spec) for spec in specs]  # a name that is wrong is an error, whether or not it is reached
-    gists = Gists(gist, (num_tokens,))
+    gists = Gists(gist, (num_tokens,), encoder=encoder)
     return [_record(document, tokenizer, gists) for document in islice(chain(*streams), samples)]
 
 
@@ -72,7 +73,7 @@ def _record(document: Document, tokenizer: "PreTrainedTokenizerBase", gists: Gis
     ids = tuple(example.ids)
     (count,) = gists.counts
     place = ids.index(gists.tokens.ids[0])
-    begin = () if document.messages else tuple(begin_of_text(tokenizer))
+    begin = () if document.messages or gists.encoder else tuple(begin_of_text(tokenizer))
     reference = document.messages[-1]["content"] if document.messages else document.parts[-1]
     return Record(
         where=document.where,

@@ -14,12 +14,12 @@ from typing import Any
 import torch  # noqa: TID253
 from torch import Tensor  # noqa: TID253
 from transformers import DynamicCache  # noqa: TID253
-from transformers.modeling_outputs import BaseModelOutput  # noqa: TID253
 
 from surgeon.checkpoint.open import open_source
 from surgeon.checkpoint.source import Source, fingerprint
 from surgeon.errors import CheckpointError, DataError, SurgeonError
 from surgeon.gist.compress import encoded_behind, position_limit
+from surgeon.gist.encoder import written_from
 from surgeon.gist.probes import logits_of, positions_from
 from surgeon.gist.saved import read
 from surgeon.gist.states import GistStates
@@ -151,13 +151,9 @@ class GistPrompt:
         return stacked
 
     def _encoded(self, rows: Sequence[Tensor]) -> dict[str, Any]:
-        """Return what an encoder makes of the texts behind the gist, padded on the right."""
+        """Return what an encoder makes of the texts behind the gist."""
         with torch.no_grad():
-            found = [encoded_behind(self.model, self.states, row[None])[0] for row in rows]
-        states = torch.nn.utils.rnn.pad_sequence(found, batch_first=True)
-        lengths = torch.tensor([len(row) for row in found], device=states.device)
-        mask = (torch.arange(states.shape[1], device=states.device) < lengths[:, None]).long()
-        return {"encoder_outputs": BaseModelOutput(last_hidden_state=states), "attention_mask": mask}
+            return written_from([encoded_behind(self.model, self.states, row[None])[0] for row in rows])
 
     def _check(self, rows: Sequence[Tensor]) -> None:
         for i, row in enumerate(rows):

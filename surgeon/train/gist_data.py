@@ -30,11 +30,15 @@ FORMS_HINT = (
 
 @dataclass(frozen=True, slots=True)
 class Gists:
-    """Which gist tokens records get, and how many: one of `counts`, drawn by `seed` and the record's number."""
+    """Which gist tokens records get, and how many: one of `counts`, drawn by `seed` and the record's number.
+
+    With `encoder` all up to the answer is read by one, and ends with the end-of-text token.
+    """
 
     tokens: GistTokens
     counts: tuple[int, ...]
     seed: int = 0
+    encoder: bool = False
 
     def __post_init__(self) -> None:
         """Raises PlanError for a number of tokens that a gist of this model cannot have."""
@@ -44,7 +48,7 @@ class Gists:
     @property
     def told(self) -> str:
         """What decides the tokens of a record: equal for equal gists only."""
-        return f"{self.tokens.ids} {self.counts} {self.seed if len(self.counts) > 1 else 0}"
+        return f"{self.tokens.ids} {self.counts} {self.seed if len(self.counts) > 1 else 0} {self.encoder}"
 
     def count(self, number: int) -> int:
         """Return how many gist tokens the record with this number has. The same in every epoch and after a resume."""
@@ -95,12 +99,13 @@ def gist_examples(
     numbers = [gists.count(first + index) for index in range(len(documents))]
     split = [sides(document, tokenizer) for document in documents]
     tokens = _tokens(split, numbers, tokenizer, gists.tokens)
-    begin = begin_of_text(tokenizer)
+    begin = [] if gists.encoder else begin_of_text(tokenizer)
     found = []
     for document, side, count in zip(documents, split, numbers, strict=True):
         prompt, text = next(tokens), next(tokens)
         example = Example(array("I"), bytearray(), is_text=False)
         extend(example, text, False)
+        extend(example, end_of_text(tokenizer, document) if gists.encoder else [], False)
         for segment in side.rest:
             extend(example, next(tokens), segment.trained)
         extend(example, end_of_text(tokenizer, document), True)

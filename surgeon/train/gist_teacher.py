@@ -7,13 +7,14 @@ import torch  # noqa: TID253
 from torch import Tensor  # noqa: TID253
 
 from surgeon.train.teacher import OnlineTeacher
+from surgeon.train.view import View
 
 
 class WithoutGist(OnlineTeacher):
     """An online teacher from whom gist tokens, of which it may know nothing, are taken away. `ids` are theirs."""
 
-    def __init__(self, model: Any, ids: tuple[int, ...]) -> None:
-        super().__init__(model)
+    def __init__(self, model: Any, ids: tuple[int, ...], *, view: View | None = None) -> None:
+        super().__init__(model, view=view)
         self._ids = ids
 
     def see(

@@ -8,34 +8,16 @@ on in the first pass alone. Both are the same function of the weights.
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch  # noqa: TID253
 from torch import Tensor  # noqa: TID253
 from transformers import DynamicCache  # noqa: TID253
 
-from surgeon.anatomy.anatomy import read_anatomy
-from surgeon.checkpoint.source import Source, spec_of
-from surgeon.errors import DataError, PlanError
-from surgeon.gist import GistTokens, read_gist
-from surgeon.gist.architecture import refusal
-from surgeon.gist.masks import (
-    AFTER,
-    GIST,
-    IMPLEMENTATIONS,
-    PROMPT,
-    Condition,
-    document_numbers,
-    gist_masks,
-    gist_phases,
-)
-from surgeon.gist.support import check_support
-from surgeon.train.gist_data import Gists
+from surgeon.errors import DataError
+from surgeon.gist.masks import AFTER, GIST, PROMPT, Condition, document_numbers, gist_masks, gist_phases
 from surgeon.train.halves import Halves
-from surgeon.train.settings import Settings
-from surgeon.train.view import Causal, View
 
-MASK, TWO_PASS = "mask", "two-pass"
 FIRST_SEEN = {"positive": PROMPT, "gist": GIST, "negative": AFTER}  # by condition: the first phase that AFTER sees
 
 
@@ -43,10 +25,13 @@ FIRST_SEEN = {"positive": PROMPT, "gist": GIST, "negative": AFTER}  # by conditi
 class Masked:
     """One pass over whole rows, which may hold several documents. `ids` are those of gist tokens."""
 
+    has_encoder: ClassVar[bool] = False
     ids: tuple[int, ...]
     condition: Condition = "gist"
 
-    def states(self, halves: Halves, input_ids: Tensor, position_ids: Tensor | None, **options: Any) -> Tensor:
+    def states(
+        self, halves: Halves, input_ids: Tensor, position_ids: Tensor | None, chosen: Tensor, **options: Any
+    ) -> Tensor:
         """Return the states of a batch, shape (B, S, D)."""
         assert position_ids is not None, "positions tell documents apart"
         documents = document_numbers(position_ids)
@@ -71,11 +56,14 @@ class TwoPass:
     With `frozen` the second pass, and the head, are the model without its adapters.
     """
 
+    has_encoder: ClassVar[bool] = False
     ids: tuple[int, ...]
     condition: Condition = "gist"
     frozen: bool = False
 
-    def states(self, halves: Halves, input_ids: Tensor, position_ids: Tensor | None, **options: Any) -> Tensor:
+    def states(
+        self, halves: Halves, input_ids: Tensor, position_ids: Tensor | None, chosen: Tensor, **options: Any
+    ) -> Tensor:
         """Return the states of a batch, shape (B, S, D); they are zeros in front of what follows a gist."""
         assert position_ids is not None, "positions tell padding from a document"
         documents = document_numbers(position_ids)
@@ -85,7 +73,7 @@ class TwoPass:
         if not after.any(-1).all():
             missing = int((~after.any(-1)).nonzero()[0])
             raise DataError(f"row {missing} has nothing behind a gist", hint="Each row is a record with its gist.")
-        before, behind = _Side(input_ids, position_ids, is_ours & ~after), _Side(input_ids, position_ids, after)
+        before, behind = Side(input_ids, position_ids, is_ours & ~after), Side(input_ids, position_ids, after)
         cache = DynamicCache()  # one that forgets nothing: masks alone say what a sliding layer sees
         first = halves.states(before.ids, before.positions, attention_mask=before.mask, **_caching(cache), **options)
         is_seen = is_ours & ~after & (phases >= FIRST_SEEN[self.condition])
@@ -104,7 +92,7 @@ class TwoPass:
         return without_adapters(model) if self.frozen else nullcontext()
 
 
-class _Side:
+class Side:
     """The chosen tokens of each row moved to its left: `ids`, `positions` and `mask`, shape (B, T); 0 for padding."""
 
     def __init__(self, input_ids: Tensor, position_ids: Tensor, chosen: Tensor) -> None:
@@ -152,64 +140,3 @@ def without_adapters(model: Any) -> Iterator[None]:
     finally:
         for module in adapted:
             module.enable_adapters(True)
-
-
-# --- which of them ------------------------------------------------------------------------------------------------
-
-
-def gist_tokens(source: Source) -> GistTokens:
-    """Return the gist tokens of a checkpoint. Raises PlanError where it has none."""
-    found = read_gist(source.config)
-    if found is None:
-        raise PlanError(
-            f"{source.label} has no gist tokens to train", hint=f"surgeon gist {source.label} --tokens 4 adds them."
-        )
-    return found
-
-
-def gists_of(source: Source, settings: Settings) -> Gists | None:
-    """Return the gists that records get in a run; None without --gist. Raises PlanError for a model without any."""
-    if not settings.gist:
-        return None
-    tokens = gist_tokens(source)
-    if (reason := refusal(source.config, read_anatomy(spec_of(source)).depth)) is not None:
-        raise _refused(source, reason)
-    return Gists(tokens, settings.gist_counts() or (tokens.num_tokens,), settings.seed)
-
-
-def implementation(settings: Settings, attention: str) -> str:
-    """Return "mask" or "two-pass": what is asked for, or what is possible with this attention.
-
-    Raises PlanError where neither is.
-    """
-    takes_masks = attention in IMPLEMENTATIONS
-    if settings.gist_impl == MASK and not takes_masks:
-        raise PlanError(f"{attention} attention takes no gist mask", hint="Use --gist-impl two-pass.")
-    if settings.gist_impl == MASK or (settings.gist_impl == "auto" and takes_masks and settings.gist_reader == "same"):
-        return MASK
-    if settings.activation_checkpointing:
-        raise PlanError(
-            f"with {attention} attention a gist is trained in two passes, and activation checkpointing empties the "
-            "cache between them",
-            hint="Use --attention sdpa, or leave out --activation-checkpointing.",
-        )
-    return TWO_PASS
-
-
-def view_of(model: Any, source: Source, settings: Settings) -> View:
-    """Return how the tokens of a run see each other. Raises PlanError for a model that cannot be gisted."""
-    if not settings.gist:
-        return Causal()
-    ids, attention = gist_tokens(source).ids, str(model.config._attn_implementation)
-    if attention in IMPLEMENTATIONS and (support := check_support(model)).reason is not None:
-        raise _refused(source, support.reason)
-    conditions: dict[str, Condition] = {"none": "gist", "positive": "positive", "negative": "negative"}
-    condition = conditions[settings.gist_control]
-    if implementation(settings, attention) == MASK:
-        return Masked(ids, condition)
-    return TwoPass(ids, condition, frozen=settings.gist_reader == "frozen")
-
-
-def _refused(source: Source, reason: str) -> PlanError:
-    hint = "surgeon gist --check MODEL measures whether a model can be gisted; docs/gist.md lists those that can."
-    return PlanError(f"{source.label} cannot be trained with gists: {reason}", hint=hint)

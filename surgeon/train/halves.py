@@ -26,10 +26,13 @@ PROBE_LENGTHS = (5, 7)  # of the two documents that are packed
 
 
 class Halves:
-    """A causal model of transformers, as its decoder and its head. Raises PlanError for one that is not the two."""
+    """A model of transformers that writes, as its decoder and its head. Raises PlanError for one that is not the two.
+
+    Of an encoder-decoder the decoder is given what it sees of the encoder, as options of `states`.
+    """
 
     def __init__(self, model: Any) -> None:
-        if model.config.is_encoder_decoder or model.get_output_embeddings() is None:
+        if model.get_output_embeddings() is None:
             raise PlanError(
                 f"{type(model).__name__} is not a decoder with a language model head, and no other can be trained",
                 hint="Models that write from left to right can be (GPT, Llama ...).",
@@ -77,8 +80,17 @@ class Halves:
         """Return the logits of states, (N, D) to (N, V), as the model itself computes them; differentiable."""
         dummy = torch.zeros((1, len(hidden)), dtype=torch.long, device=hidden.device)
         with stands_in(self.decoder, lambda *args, **kwargs: self._output(last_hidden_state=hidden[None])):
-            logits: Tensor = self.own_forward(input_ids=dummy, use_cache=False).logits
+            logits: Tensor = self._written(dummy).logits
         return logits[0]
+
+    def _written(self, ids: Tensor) -> Any:
+        """Run the model's own forward pass on what its decoder reads; an encoder has said nothing, which is a zero."""
+        if not self.model.config.is_encoder_decoder:
+            return self.own_forward(input_ids=ids, use_cache=False)
+        return self.own_forward(encoder_outputs=(self._silence(),), decoder_input_ids=ids, use_cache=False)
+
+    def _silence(self) -> Tensor:
+        return torch.zeros((1, 1, self.hidden_size), dtype=self.model.dtype, device=self.device)
 
     @property
     def linear_head(self) -> nn.Linear | None:
@@ -92,7 +104,8 @@ class Halves:
         """Return the parameters that logits may depend on once the states are given, those to be trained."""
         head = self.model.get_output_embeddings()
         mine = {id(parameter): parameter for parameter in head.parameters()}
-        inside = {id(parameter) for parameter in self.decoder.parameters()}
+        stacks = [self.decoder] + ([self.model.get_encoder()] if self.model.config.is_encoder_decoder else [])
+        inside = {id(parameter) for stack in stacks for parameter in stack.parameters()}
         mine |= {id(p): p for p in self.model.parameters() if id(p) not in inside}
         return [parameter for parameter in mine.values() if parameter.requires_grad]
 
@@ -121,10 +134,11 @@ class Halves:
         head = self.model.get_output_embeddings()
         device = head.weight.device
         tokens = torch.arange(4, device=device)[None]
+        seen = {"encoder_hidden_states": self._silence()} if self.model.config.is_encoder_decoder else {}
         with _evaluated(self.model), torch.autocast(device.type, enabled=False):
-            output = self.decoder(input_ids=tokens, use_cache=False)
+            output = self.decoder(input_ids=tokens, use_cache=False, **seen)
             self._output, states = type(output), output[0]
-            whole = self.own_forward(input_ids=tokens, use_cache=False).logits[0]
+            whole = self._written(tokens).logits[0]
             if not _equal(self.logits(states[0]), whole):
                 raise PlanError(
                     f"the logits of {type(self.model).__name__} do not follow from what its decoder returns",

@@ -17,15 +17,17 @@ from surgeon.evals.generation import positions_of
 from surgeon.measure.loading import load_model
 from surgeon.train import scope
 from surgeon.train.data import RunData, read_data
+from surgeon.train.encoder_view import EncoderDecoder
 from surgeon.train.estimate import Estimate, Workload, estimate, matmul_throughput
 from surgeon.train.export import receipt_of
+from surgeon.train.gist_choice import TWO_PASS, gist_tokens, gists_of, implementation
 from surgeon.train.gist_teacher import WithoutGist
-from surgeon.train.gist_view import TWO_PASS, gist_tokens, gists_of, implementation
 from surgeon.train.launch import is_first, processes
 from surgeon.train.objective import keeps_documents_apart
 from surgeon.train.run import LOAD_HINT, precision_of
 from surgeon.train.settings import Settings
 from surgeon.train.teacher import CachedTeacher, OnlineTeacher, Teacher, cache_top_k
+from surgeon.train.view import Causal
 from surgeon.verification import loadable
 
 if TYPE_CHECKING:
@@ -115,7 +117,8 @@ class Inputs:
         if model is None:
             return None
         if self.settings.gist_distill:
-            return WithoutGist(model, gist_tokens(self.source).ids)
+            ids = gist_tokens(self.source).ids
+            return WithoutGist(model, ids, view=EncoderDecoder(ids) if self._has_encoder else Causal())
         online = OnlineTeacher(model)
         if self.settings.teacher_top_k is None:
             return online
@@ -159,15 +162,21 @@ class Inputs:
         chosen = scope.chosen(anatomy, list(tensors), layers=layers, ends=self.settings.train == "cut")
         return sum(tensors[name].num_parameters for name in chosen - still)
 
+    @property
+    def _has_encoder(self) -> bool:
+        return bool(self.source.config.get("is_encoder_decoder"))
+
     def _gist_passes(self, model: Any | None) -> str | None:
         """Return how gists are trained, "mask" or "two-pass"; None where they are not."""
         if not self.settings.gist:
             return None
-        return implementation(self.settings, "sdpa" if model is None else _attention(model))
+        attention = "sdpa" if model is None else _attention(model)
+        return implementation(self.settings, attention, encoder=self._has_encoder)
 
     def _packs(self, *models: Any | None) -> bool:
         """Return whether documents share rows. Raises PlanError where they must and would see each other."""
-        if self.settings.packing == "off" or self._gist_passes(models[0] if models else None) == TWO_PASS:
+        is_two_pass = self._gist_passes(models[0] if models else None) == TWO_PASS
+        if self.settings.packing == "off" or is_two_pass or self._has_encoder:
             return False
         apart = all(keeps_documents_apart(model) for model in models if model is not None)
         if not apart and self.settings.packing == "on":

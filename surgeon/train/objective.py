@@ -16,7 +16,7 @@ from surgeon.errors import PlanError
 from surgeon.train.halves import Halves, keeps_documents_apart, stands_in
 from surgeon.train.losses import Direction, chunk_rows, chunked, hidden_loss, linear_cross_entropy, wide
 from surgeon.train.teacher import Teacher
-from surgeon.train.view import Causal, View
+from surgeon.train.view import Causal, View, check_view
 
 __all__ = ["Objective", "attach_loss", "detach_loss", "keeps_documents_apart"]
 
@@ -69,9 +69,10 @@ def attach_loss(model: Any, objective: Objective, teacher: Teacher | None = None
     Raises PlanError where model, teacher and objective do not fit each other.
     """
     detach_loss(model)
-    halves = Halves(model)
+    halves, view = Halves(model), view or Causal()
+    check_view(view, halves)
     pairs = _check(halves, objective, teacher)
-    model._surgeon_loss = _Attached(halves, objective, teacher, view or Causal(), pairs)
+    model._surgeon_loss = _Attached(halves, objective, teacher, view, pairs)
     model.forward = MethodType(_forward, model)  # a bound method, which a deep copy of the model binds to the copy
 
 
@@ -135,10 +136,11 @@ def _forward(
     halves, objective, teacher = attached.halves, attached.objective, attached.teacher
     options = {name: value for name, value in options.items() if value is not None}  # wrappers name what they lack
     if labels is None:
-        return halves.own_forward(input_ids=input_ids, position_ids=position_ids, **options)
+        placed = {} if position_ids is None else {"position_ids": position_ids}
+        return halves.own_forward(input_ids=input_ids, **placed, **options)
     chosen = labels != IGNORED
     with halves.watched([mine for mine, _ in attached.pairs]) as layers:
-        hidden = attached.view.states(halves, input_ids, position_ids, **options)
+        hidden = attached.view.states(halves, input_ids, position_ids, chosen, **options)
     states, targets = hidden[chosen], labels[chosen]
     answers: tuple[Tensor, ...] = ()
     if teacher is not None and (objective.kd_weight or attached.pairs):

@@ -23,7 +23,7 @@ from surgeon.train import adapters, checkpoints, scope
 from surgeon.train.control import Control, Stop
 from surgeon.train.data import RunData
 from surgeon.train.export import receipt_of
-from surgeon.train.gist_view import gist_tokens, view_of
+from surgeon.train.gist_choice import gist_tokens, view_of
 from surgeon.train.objective import Objective, attach_loss
 from surgeon.train.reporter import Reporter
 from surgeon.train.settings import SCHEDULES, Settings

@@ -14,6 +14,7 @@ from surgeon.checkpoint.output import check_space, staged
 from surgeon.errors import DataError, PlanError
 from surgeon.train.halves import Halves
 from surgeon.train.losses import Direction, chunk_rows, kl, top_k_kl, wide
+from surgeon.train.view import Causal, View, check_view
 
 if TYPE_CHECKING:
     from surgeon.train.store import TokenStore
@@ -52,10 +53,13 @@ class OnlineTeacher:
     """A model that runs beside the student, in evaluation mode and without gradients.
 
     It may be of another family, depth and width. Its logits exist for a chunk of tokens at a time, as the student's do.
+    `view` is what its tokens see of each other, by default those of their document before them.
     """
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, *, view: View | None = None) -> None:
+        self._view = view or Causal()
         self._halves = Halves(model.eval().requires_grad_(False))
+        check_view(self._view, self._halves)
         self.vocab = self._halves.vocab
         self.hidden_size: int | None = self._halves.hidden_size
         self.depth = self._halves.depth
@@ -75,7 +79,7 @@ class OnlineTeacher:
     ) -> tuple[tuple[Tensor, ...], dict[int, Tensor]]:
         """Return the states of the tokens in front of the teacher's head, and those behind `layers`."""
         with self._halves.watched(layers) as seen:
-            hidden = self._halves.states(input_ids, position_ids)
+            hidden = self._view.states(self._halves, input_ids, position_ids, chosen)
         return (hidden[chosen],), {layer: states[chosen] for layer, states in seen.items()}
 
     @property
