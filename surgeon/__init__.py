@@ -25,6 +25,8 @@ if TYPE_CHECKING:
         VerificationError,
     )
     from surgeon.evals.harness import TaskEvaluation, evaluate_tasks
+    from surgeon.evals.judge import judge_answers
+    from surgeon.evals.verdicts import Judgement
     from surgeon.evaluation import Evaluation, evaluate
     from surgeon.finetuning import estimate_finetune, finetune
     from surgeon.generating import Generation, generate
@@ -50,6 +52,8 @@ _HOMES = {
     "finetune": "surgeon.finetuning",
     "generate": "surgeon.generating",
     "Generation": "surgeon.generating",
+    "judge_answers": "surgeon.evals.judge",
+    "Judgement": "surgeon.evals.verdicts",
     "inspect": "surgeon.inspection",
     "Inspection": "surgeon.inspection",
     "add_gist": "surgeon.verbs",
@@ -83,6 +87,7 @@ __all__ = [
     "GistEvaluation",
     "HubError",
     "Inspection",
+    "Judgement",
     "MeasureError",
     "OutputError",
     "PlanError",
@@ -106,6 +111,7 @@ __all__ = [
     "generate",
     "grow",
     "inspect",
+    "judge_answers",
     "open_model",
     "prune",
     "truncate",

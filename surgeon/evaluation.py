@@ -18,6 +18,7 @@ from surgeon.checkpoint.source import Source, spec_of
 from surgeon.errors import DataError, MeasureError, OutputError, PlanError
 from surgeon.evals.compare import Difference, Scored, recovery
 from surgeon.evals.table import cell, markdown, plus_minus, short
+from surgeon.evals.verdicts import Judgement, card_sentences
 
 if TYPE_CHECKING:
     from surgeon.evals.runs import Run
@@ -35,6 +36,7 @@ _GOES_WITH = {
     "chat": ("exact-match", "rouge-l"),
     "extract": ("exact-match",),
     "predictions": ("exact-match", "rouge-l", "choice"),
+    "judge": ("exact-match", "rouge-l"),
 }
 
 
@@ -43,7 +45,8 @@ class Evaluation:
     """What a model scored on data, and, with a baseline, beside it.
 
     `scored.figures` are, with their standard errors: for perplexity "perplexity", "loss" (nats a token) and
-    "bits_per_byte"; for the others "exact_match", "rouge_l", or "accuracy" and "accuracy_normalised", all 0 to 1.
+    "bits_per_byte"; for the others "exact_match", "rouge_l", or "accuracy" and "accuracy_normalised", all 0 to 1,
+    and with a judge "win_rate" against the baseline, `judgement` being what it said.
     `differences` are paired, this model's less the baseline's. `setup` says what makes the figures reproducible.
     `predictions` has a record for each prompt: prompt, reference, prediction, score.
     """
@@ -55,6 +58,7 @@ class Evaluation:
     notes: tuple[str, ...]
     predictions: tuple[Mapping[str, Any], ...]
     seconds: float
+    judgement: Judgement | None = None
 
     @property
     def recovery(self) -> float | None:
@@ -83,6 +87,8 @@ class Evaluation:
                 for name, found in self.differences.items()
             }
             result["recovery"] = self.recovery
+        if self.judgement is not None:
+            result["judge"] = {"model": self.judgement.judge, **self.judgement.to_dict()}
         return result | {"notes": list(self.notes), "seconds": round(self.seconds, 3)}
 
     def to_text(self) -> str:
@@ -90,14 +96,19 @@ class Evaluation:
         rows = [("model", self.scored.model)] + ([] if self.baseline is None else [("baseline", self.baseline.model)])
         rows += [("data", self._told())]
         rows += [] if self.recovery is None else [("recovery", f"{self.recovery:.2f} %")]
-        rows += [("note", note) for note in self.notes]
+        if self.judgement is not None:
+            rows += [("judge", self.judgement.judge), ("verdicts", self.judgement.told())]
+        notes = (*self.notes, *(() if self.judgement is None else self.judgement.notes))
+        rows += [("note", note) for note in notes]
         return f"{text.table(*self._table('', 'model', 'baseline'))}\n\n{text.rows(rows)}"
 
     def to_markdown(self) -> str:
         """Return the evaluation as a block for a model card."""
         names = [short(scored.model) for scored in (self.scored, self.baseline) if scored is not None]
         recovered = "" if self.recovery is None else f" Recovery: {self.recovery:.2f} %."
-        return f"{markdown(*self._table('', *names))}\n\nMeasured with `surgeon evaluate` on {self._told()}.{recovered}"
+        judged = "" if self.judgement is None else card_sentences({" against ".join(names): self.judgement})
+        told = f"Measured with `surgeon evaluate` on {self._told()}.{recovered}{judged}"
+        return f"{markdown(*self._table('', *names))}\n\n{told}"
 
     def _table(self, *header: str) -> tuple[list[str], list[list[str]]]:
         header = header[:2] if self.baseline is None else (*header, "difference", "z")
@@ -138,6 +149,7 @@ def evaluate(
     extract: str | None = None,
     chat: bool = False,
     predictions: str | os.PathLike[str] | None = None,
+    judge: str | os.PathLike[str] | None = None,
     device: str = "auto",
     revision: str | None = None,
     meter: "Meter | None" = None,
@@ -147,7 +159,8 @@ def evaluate(
     `metric` is "perplexity" of the first `samples` (64) rows of `sequence_length` (512) tokens, or with a `stride` of
     windows over as many tokens; "exact-match" or "rouge-l" of greedy answers of up to `max_new_tokens` (256); or
     "choice". Of records all are taken, or the first `samples`. `extract` is a regular expression whose last match is
-    compared, `chat` puts prompts into the tokenizer's chat template, `predictions` is a .jsonl to write.
+    compared, `chat` puts prompts into the tokenizer's chat template, `predictions` is a .jsonl to write. `judge` is a
+    model that compares each answer with the baseline's, once both are written: `surgeon.judge_answers`.
 
     Raises DataError for data that cannot be read or has no answers, MeasureError for a model that cannot be evaluated
     and for a baseline that sees other tokens, PlanError for options that contradict each other, OutputError.
@@ -163,16 +176,23 @@ def evaluate(
         "extract": extract,
         "chat": chat or None,
         "predictions": predictions,
+        "judge": judge,
     }
     _check(metric, data, given | {"samples": samples})
+    if judge is not None and baseline is None:
+        hint = "Name the model whose answers these are compared with: --baseline ORIGINAL."
+        raise PlanError("a judge compares two models' answers, and there is one model", hint=hint)
     pattern = None if extract is None else _compiled(extract)
     target = None if predictions is None else checked_target(Path(predictions))
     sources = [opened(model, revision)] + ([] if baseline is None else [opened(baseline, None)])
 
     from surgeon.evals import runs
+    from surgeon.evals.judge import seated
     from surgeon.measure.device import resolve_device
 
     bench = runs.Bench(sources, resolve_device(device), meter or (lambda what, tokens, layers: None))
+    bound = max_new_tokens or MAX_NEW_TOKENS
+    judging = None if judge is None else seated(judge, data, bench.device, samples=samples, max_new_tokens=bound)
     found: Run
     if metric == "perplexity":
         rows = {"samples": samples or SAMPLES, "sequence_length": sequence_length or SEQUENCE_LENGTH}
@@ -185,16 +205,22 @@ def evaluate(
             data,
             metric=metric,
             samples=samples,
-            max_new_tokens=max_new_tokens or MAX_NEW_TOKENS,
+            max_new_tokens=bound,
             batch_size=batch_size or BATCH_SIZE,
             extract=pattern,
             chat=chat,
         )
     if target is not None:
         write_records(found.predictions, target)
+    if judging is not None:  # by now the models are gone, and what they wrote is on disk
+        found = runs.judge_run(found, *judging, bench, batch_size=batch_size or BATCH_SIZE)
+        if target is not None:
+            write_records(found.predictions, target)
     other = found.scored[1] if baseline is not None else None
     seconds = monotonic() - began
-    return Evaluation(metric, found.scored[0], other, found.setup, found.notes, found.predictions, seconds)
+    return Evaluation(
+        metric, found.scored[0], other, found.setup, found.notes, found.predictions, seconds, found.judgement
+    )
 
 
 def _check(metric: str, data: Sequence[str], given: Mapping[str, Any]) -> None:
@@ -228,10 +254,11 @@ def _compiled(pattern: str) -> re.Pattern[str]:
         raise PlanError(f"--extract is no regular expression: {error}", hint=hint) from error
 
 
-def opened(model: str | os.PathLike[str], revision: str | None) -> Source:
+def opened(model: str | os.PathLike[str], revision: str | None, *, encoder: bool = False) -> Source:
+    """Return a model to evaluate. Raises MeasureError for one with an encoder, unless that is allowed for."""
     source = open_source(model, revision=revision)
     read_anatomy(spec_of(source))  # a checkpoint that is not whole is refused before any text is read
-    if source.config.get("is_encoder_decoder"):
+    if source.config.get("is_encoder_decoder") and not encoder:
         raise MeasureError(
             f"{source.label} has an encoder and a decoder; what is evaluated here has one stack of layers",
             hint="Evaluate it with a script of transformers.",

@@ -16,9 +16,10 @@ from surgeon.evals.generation import load_whole
 from surgeon.evals.metrics import rouge_l
 from surgeon.gist import GistTokens, read_gist
 from surgeon.gist.answers import answer_losses, answers
+from surgeon.gist.encoder import encode
 from surgeon.gist.evaluation import GistEvaluation, evaluate_gist
 from surgeon.gist.forms import FORMS, FULL, GIST, NONE, Record, read_forms
-from surgeon.gist.masks import gist_masks, gist_phases
+from surgeon.gist.masks import cross_mask, encoder_mask, gist_masks, gist_phases
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -57,7 +58,8 @@ def ready(path: Path, data: str) -> tuple[Any, Any, list[Record], GistTokens]:
     assert gist is not None
     model = load_whole(surgeon.open_model(path).source, "cpu")
     model.generation_config.suppress_tokens = list(gist.ids)
-    return model, tokenizer, read_forms([data], tokenizer, gist, num_tokens=2, samples=None), gist
+    encoder = model.config.is_encoder_decoder
+    return model, tokenizer, read_forms([data], tokenizer, gist, num_tokens=2, samples=None, encoder=encoder), gist
 
 
 def masked_logits(model: Any, ids: list[int], gist: GistTokens) -> torch.Tensor:
@@ -138,6 +140,58 @@ def test_the_whole_prompt_is_answered_as_evaluate_answers_it(gisted, data):
         alone = model.generate(torch.tensor([record.asked(FULL)]), max_new_tokens=6)[0, len(record.asked(FULL)) :]
         assert written == tokenizer.decode(alone, skip_special_tokens=True)
     assert whole != none
+
+
+# --- an encoder-decoder -----------------------------------------------------------------------------------------------
+
+
+def decoded(model: Any, record: Record, gist: GistTokens, form: str, written: list[int]) -> torch.Tensor:
+    """Return the logits of what a decoder has written, (1 + T, V), the record in one masked encoder pass."""
+    row = torch.tensor([record.asked(form)])
+    phases = gist_phases(row, gist.ids)
+    states = encode(model, row, mask=encoder_mask(model.config, phases))
+    begun = torch.tensor([[model.config.decoder_start_token_id, *written]])
+    with torch.no_grad():
+        logits: torch.Tensor = model(
+            encoder_outputs=(states,), attention_mask=cross_mask(phases), decoder_input_ids=begun
+        ).logits[0]
+    return logits
+
+
+def test_forms_of_an_encoder_end_with_the_end_of_text(gisted, data):
+    _, tokenizer, records, _ = ready(gisted("t5"), data)
+    assert tokenizer.decode(list(records[0].asked(FULL))) == "The cat sat on the mat\nand the rat\n<end>"
+    assert tokenizer.decode(list(records[0].asked(NONE))) == "\nand the rat\n<end>"
+    assert tokenizer.decode(list(records[0].answer)) == "sat on the cat<end>"
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_an_encoder_decoder_is_scored_and_writes_as_behind_its_masks(gisted, data, form):
+    model, tokenizer, records, gist = ready(gisted("t5"), data)
+    losses = answer_losses(model, records, form, batch_size=3)
+    found = answers(model, tokenizer, records, form, max_new_tokens=6, batch_size=3)
+    for record, loss, said in zip(records, losses, found, strict=True):
+        *told, _ = record.answer
+        logits = decoded(model, record, gist, form, told)
+        expected = torch.nn.functional.cross_entropy(logits, torch.tensor(record.answer), reduction="sum")
+        assert loss == pytest.approx(float(expected), rel=1e-5)  # float32, padded
+        new: list[int] = []
+        while len(new) < 6:
+            logits = decoded(model, record, gist, form, new)[-1]
+            logits[list(gist.ids)] = -math.inf
+            new.append(int(logits.argmax()))
+            if new[-1] == tokenizer.eos_token_id:
+                new.pop()
+                break
+        assert said == tokenizer.decode(new, skip_special_tokens=True)
+
+
+def test_an_encoder_decoder_is_evaluated(gisted, data):
+    found = evaluate_gist(gisted("t5"), data=[data], max_new_tokens=4)
+    assert len(found.predictions) == len(RECORDS)
+    assert (
+        found.figure("loss", "gist").value != found.figure("loss", "full").value != found.figure("loss", "none").value
+    )
 
 
 # --- figures ----------------------------------------------------------------------------------------------------------

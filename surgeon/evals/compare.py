@@ -6,7 +6,7 @@ Source: Miller 2024 (Adding Error Bars to Evals, arXiv:2411.00640), sections 2.1
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +87,11 @@ class Scored:
     counts: Mapping[str, int]
     outcomes: Mapping[str, tuple[float, ...]]
     sizes: tuple[int, ...] | None = None
+
+    def with_outcome(self, name: str, scores: tuple[float, ...]) -> "Scored":
+        """Return this with one more score of every record."""
+        figures, outcomes = {**self.figures, name: estimate(scores)}, {**self.outcomes, name: scores}
+        return replace(self, figures=figures, outcomes=outcomes)
 
     def against(self, other: "Scored") -> dict[str, Difference]:
         """Return the paired difference of every outcome from another model's on the same rows or records."""

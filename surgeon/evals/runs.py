@@ -3,7 +3,7 @@
 import math
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import accumulate, pairwise
 from typing import TYPE_CHECKING, Any
@@ -21,6 +21,7 @@ from surgeon.evals.metrics import exact_match, extracted, rouge_l
 from surgeon.evals.perplexity import pieces_of, row_losses, streamed, windows
 from surgeon.evals.prompts import Prompt, read_prompts
 from surgeon.evals.stream import check_same_tokens, digest, read_stream
+from surgeon.evals.verdicts import WIN_RATE, Judgement
 from surgeon.measure.device import compute_dtype
 from surgeon.measure.removal import Progress
 from surgeon.verification import loadable
@@ -28,6 +29,7 @@ from surgeon.verification import loadable
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from surgeon.evals.judge import Case, Judge
     from surgeon.measure.score import Meter
 
 ONE_ROW = "one row only: a standard error takes two"
@@ -42,6 +44,7 @@ class Run:
     setup: dict[str, Any]
     notes: tuple[str, ...] = ()
     predictions: tuple[dict[str, Any], ...] = ()
+    judgement: Judgement | None = None
 
 
 @dataclass(frozen=True)
@@ -168,6 +171,16 @@ def run_answers(
     pattern = None if extract is None else extract.pattern
     options = {"max_new_tokens": max_new_tokens, "batch_size": batch_size, "extract": pattern, "chat": chat}
     return Run(tuple(scored), bench.setup(data, found_ids) | options, tuple(notes), tuple(predictions))
+
+
+def judge_run(run: Run, judge: "Judge", cases: "Sequence[Case]", bench: Bench, *, batch_size: int) -> Run:
+    """Return a run of answers with how often those of either model win, and what the judge said of each record."""
+    answers, others = ([entry[f"{prefix}prediction"] for entry in run.predictions] for prefix in ("", "baseline_"))
+    found = judge.compare(cases, answers, others, batch_size=batch_size, meter=bench.meter)
+    sides = (found.scores, tuple(1 - score for score in found.scores))
+    scored = tuple(one.with_outcome(WIN_RATE, scores) for one, scores in zip(run.scored, sides, strict=True))
+    told = (entry | verdict.to_dict() for entry, verdict in zip(run.predictions, found.verdicts, strict=True))
+    return replace(run, scored=scored, predictions=tuple(told), judgement=found)
 
 
 def run_choice(bench: Bench, data: Sequence[str], *, samples: int | None) -> Run:

@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from time import monotonic
@@ -15,10 +15,12 @@ from surgeon.errors import DataError, PlanError
 from surgeon.evals.compare import Difference, Estimate, estimate, paired
 from surgeon.evals.stream import digest
 from surgeon.evals.table import cell, markdown, plus_minus, short
+from surgeon.evals.verdicts import WIN_RATE, Judgement, card_sentences
 from surgeon.evaluation import BATCH_SIZE, MAX_NEW_TOKENS, checked_target, opened, write_records
 from surgeon.gist import GistTokens, read_gist
 
 if TYPE_CHECKING:
+    from surgeon.evals.judge import Case, Judge
     from surgeon.evals.runs import Bench
     from surgeon.gist.forms import Record
     from surgeon.measure.removal import Progress
@@ -26,14 +28,16 @@ if TYPE_CHECKING:
 
 LOSS, ROUGE, EXACT = "loss", "rouge_l", "exact_match"
 FORMS = ("full", "gist", "none")
-HEADER = ("", "full prompt", "gist", "no prompt", "gist - none", "recovery")
+HEADINGS = dict(zip(FORMS, ("full prompt", "gist", "no prompt"), strict=True))
+HEADER = ("", *HEADINGS.values(), "gist - none", "recovery")
 
 
 @dataclass(frozen=True)
 class GistEvaluation:
     """What a model scored on records in their forms "full", "gist" and "none", by measure and form, record by record.
 
-    Measures are "loss", summed over the `sizes` tokens of each answer, "rouge_l" and "exact_match", both 0 to 1.
+    Measures are "loss", summed over the `sizes` tokens of each answer, "rouge_l" and "exact_match", both 0 to 1, and
+    with a judge "win_rate" against the full prompt's answers; `judgements` has what it said of "gist" and "none".
     """
 
     model: str
@@ -44,6 +48,7 @@ class GistEvaluation:
     setup: Mapping[str, Any]
     predictions: tuple[Mapping[str, Any], ...]
     seconds: float
+    judgements: Mapping[str, Judgement] = field(default_factory=dict)
 
     def figure(self, measure: str, form: str) -> Estimate:
         """Return the mean of a measure in a form, with its standard error; of the loss in nats a token."""
@@ -90,6 +95,7 @@ class GistEvaluation:
                 measure: None if found is None else {"value": found.value, "error": found.error}
                 for measure, found in recovered.items()
             },
+            **self._judged(),
             **self.setup,
             "seconds": round(self.seconds, 3),
         }
@@ -97,11 +103,22 @@ class GistEvaluation:
     def to_text(self) -> str:
         """Return the evaluation for people."""
         rows = [("model", self.model), ("data", self._told())]
+        rows += [("judge", self.judgements["gist"].judge)] if self.judgements else []
+        rows += [(HEADINGS[form], one.told()) for form, one in self.judgements.items()]
+        rows += [("note", f"{HEADINGS[form]}: {note}") for form, one in self.judgements.items() for note in one.notes]
         return f"{text.table(list(HEADER), self._lines())}\n\n{text.rows(rows)}"
 
     def to_markdown(self) -> str:
         """Return the evaluation as a block for a model card."""
-        return f"{markdown(HEADER, self._lines())}\n\nMeasured with `surgeon evaluate --gist` on {self._told()}."
+        judged = card_sentences({f"{HEADINGS[form]} against full prompt": one for form, one in self.judgements.items()})
+        told = f"Measured with `surgeon evaluate --gist` on {self._told()}.{judged}"
+        return f"{markdown(HEADER, self._lines())}\n\n{told}"
+
+    def _judged(self) -> dict[str, Any]:
+        if not self.judgements:
+            return {}
+        model = self.judgements["gist"].judge
+        return {"judge": {"model": model, **{form: one.to_dict() for form, one in self.judgements.items()}}}
 
     def _lines(self) -> list[list[str]]:
         lines = []
@@ -135,6 +152,7 @@ def evaluate_gist(
     max_new_tokens: int | None = None,
     batch_size: int | None = None,
     predictions: str | os.PathLike[str] | None = None,
+    judge: str | os.PathLike[str] | None = None,
     device: str = "auto",
     revision: str | None = None,
     meter: "Meter | None" = None,
@@ -144,6 +162,7 @@ def evaluate_gist(
     Gists have `tokens` tokens, by default as many as the checkpoint says. The loss is of the records' answers, read
     behind a mask as in training; ROUGE-L and exact match are of greedy answers of up to `max_new_tokens` (256), written
     behind the cached gist alone. `samples` is how many records are taken (all), `predictions` a .jsonl to write.
+    `judge` is a model that compares the gist's answers, and those without a prompt, with those of the full prompt.
 
     Raises PlanError for a model without gist tokens, DataError for records without a prompt or an answer, MeasureError
     for a model that cannot be evaluated, OutputError.
@@ -155,23 +174,33 @@ def evaluate_gist(
     if not data:
         raise DataError("there is no data to evaluate on", hint="Give records: --data FILE.")
     target = None if predictions is None else checked_target(Path(predictions))
-    source = opened(model, revision)
+    source = opened(model, revision, encoder=True)
     gist = read_gist(source.config)
     if gist is None:
         raise PlanError(
             f"{source.label} has no gist tokens", hint=f"surgeon gist {source.label} --tokens 4 adds them to a model."
         )
 
+    from surgeon.evals.judge import seated
     from surgeon.evals.runs import Bench
     from surgeon.gist.forms import read_forms
     from surgeon.measure.device import resolve_device
 
     count, most, size = tokens or gist.num_tokens, max_new_tokens or MAX_NEW_TOKENS, batch_size or BATCH_SIZE
     bench = Bench([source], resolve_device(device), meter or (lambda what, tokens, layers: None))
-    records = read_forms(data, bench.tokenizers[0], gist, num_tokens=count, samples=samples)
+    has_encoder = bool(source.config.get("is_encoder_decoder"))
+    records = read_forms(data, bench.tokenizers[0], gist, num_tokens=count, samples=samples, encoder=has_encoder)
+    judging = None if judge is None else seated(judge, data, bench.device, samples=samples, max_new_tokens=most)
     outcomes, told = _measured(bench, records, gist, max_new_tokens=most, batch_size=size)
     if target is not None:
         write_records(told, target)
+    judgements: dict[str, Judgement] = {}
+    if judging is not None:  # by now the model is gone, and what it wrote is on disk
+        judgements = _judgements(*judging, told, bench, batch_size=size)
+        even = {FORMS[0]: (0.5,) * len(records)}
+        outcomes[WIN_RATE] = even | {form: found.scores for form, found in judgements.items()}
+        if target is not None:
+            write_records(told, target)
     return GistEvaluation(
         model=source.label,
         outcomes=outcomes,
@@ -182,7 +211,22 @@ def evaluate_gist(
         | {"max_new_tokens": most, "batch_size": size},
         predictions=tuple(told),
         seconds=monotonic() - began,
+        judgements=judgements,
     )
+
+
+def _judgements(
+    judge: "Judge", cases: "Sequence[Case]", told: list[dict[str, Any]], bench: "Bench", *, batch_size: int
+) -> dict[str, Judgement]:
+    """Return what a judge says of each form's answers against the full prompt's, and tell it of every record."""
+    full, *others = FORMS
+    found = {}
+    for form in others:
+        answers = [[entry[one] for entry in told] for one in (form, full)]
+        found[form] = judge.compare(cases, *answers, batch_size=batch_size, meter=bench.meter)
+        for entry, verdict in zip(told, found[form].verdicts, strict=True):
+            entry |= {f"{form}_{name}": value for name, value in verdict.to_dict().items()}
+    return found
 
 
 def _measured(
@@ -208,7 +252,7 @@ def _measured(
     told: list[dict[str, Any]] = [
         {"prompt": tokenizer.decode(list(record.asked("full"))), "reference": record.reference} for record in records
     ]
-    for form, name in zip(FORMS, HEADER[1:], strict=False):
+    for form, name in HEADINGS.items():
         work = sum(len(record.asked(form)) + len(record.answer) + max_new_tokens for record in records)
         counted = bench.meter(name, work, depth)
         progress = None if counted is None else partial(_count, counted, depth)
