@@ -27,9 +27,11 @@ STATES = (
     "state_size", "ssm_state_size", "mamba_d_state", "mamba_state_dim", "linear_key_head_dim", "attention_hidden_size",
     "lru_width", "conv_L_cache",
 )  # fmt: skip
+# ALiBi that is counted from the first token and rounded there is another bias once the prompt is gone: it is relative
+# only as far as it is exact. MPT's is, in float32.
 NO_MASK = {
-    "bloom": "it builds ALiBi from a mask of the padding, and takes no other",
-    "falcon": "with ALiBi it takes a mask of the padding, and no other",
+    "bloom": "it builds ALiBi from a mask of the padding, and takes no other; in 16 bits it changes without the prompt",
+    "falcon": "with ALiBi it takes a mask of the padding, and no other; in bfloat16 that changes without the prompt",
 }
 
 
