@@ -3,7 +3,7 @@
 import hashlib
 import os
 from collections.abc import Mapping
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from time import monotonic
@@ -18,6 +18,7 @@ from surgeon.checkpoint.source import CONFIG, Source, fingerprint, spec_of
 from surgeon.errors import OutputError, PlanError
 from surgeon.gist import GistTokens, read_gist
 from surgeon.gist.architecture import refusal
+from surgeon.gist.compressor import Compressor
 
 if TYPE_CHECKING:
     from surgeon.gist.cost import CostTable
@@ -73,6 +74,7 @@ def compress(
     chat: bool = False,
     keep_text: bool = False,
     bench: bool = False,
+    adapter: str | os.PathLike[str] | None = None,
     device: str = "auto",
     revision: str | None = None,
 ) -> Compression:
@@ -80,11 +82,12 @@ def compress(
 
     `tokens` is the length of the gist, by default the checkpoint's. With `chat` the prompt is the system turn of the
     tokenizer's chat template. `keep_text` keeps the prompt in gist.json, which else holds its SHA-256. `bench` measures
-    what a call costs with nothing cached, the whole prompt, and the gist.
+    what a call costs with nothing cached, the whole prompt, and the gist. `adapter` is a directory of adapters that
+    were trained to compress for a frozen reader: the gist is theirs, and the model without them reads it.
 
-    Raises PlanError for a model without gist tokens, or that cannot have any; DataError for a prompt that is empty or
-    too long; MeasureError for a model that cannot be run; VerificationError where the gist does not replace the prompt;
-    OutputError.
+    Raises PlanError for a model without gist tokens, or that cannot have any, and for other adapters; DataError for a
+    prompt that is empty or too long; MeasureError for a model that cannot be run; VerificationError where the gist does
+    not replace the prompt; OutputError.
 
         surgeon.compress("SmolLM2-gist", "You are a helpful bot.", output="bot")
     """
@@ -92,6 +95,9 @@ def compress(
     source = open_source(model, revision=revision)
     gist = _checked(source)
     count = len(gist.ids_of(tokens))
+    compressor = None if adapter is None else Compressor(Path(adapter))
+    if compressor is not None:
+        compressor.check(source)
     target = Path(f"{Path(source.label).name}-compress-{count}T" if output is None else output)
     _check_target(target, overwrite=overwrite, source=source)
 
@@ -108,6 +114,8 @@ def compress(
     tokenizer = load_tokenizer(*loadable(source))
     ids = prompt_tokens(prompt, gist, tokenizer, num_tokens=count, layout=layout, encoder=encoder)
     loaded = load_on(source, place)
+    if compressor is not None:
+        compressor.attach(loaded)
     states, check = compress_ids(loaded, ids, count)
     base = source.provenance()
     about = {
@@ -118,7 +126,7 @@ def compress(
         "prompt": _told(prompt, len(ids) - count, keep_text=keep_text),
         "check": asdict(check),
         "versions": versions(),
-    }
+    } | ({} if compressor is None else {"compressor": compressor.told()})
     files = saved.files_of(states, about, base=base.get("path") or base["id"])
     check_space(target, sum(map(len, files.values())))
     with staged(target, overwrite=overwrite) as stage:
@@ -127,8 +135,10 @@ def compress(
     cost = None
     if bench:
         from surgeon.gist.cost import measure
+        from surgeon.train.gist_view import without_adapters
 
-        cost = measure(loaded, ids, states)
+        with without_adapters(loaded) if compressor is not None else nullcontext():
+            cost = measure(loaded, ids, states)
     seconds = monotonic() - began
     return Compression(
         str(target),

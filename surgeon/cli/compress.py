@@ -22,6 +22,7 @@ def compress(
     bench: Annotated[
         bool, typer.Option("--bench", help="Measure a call with nothing cached, the whole prompt, and the gist.")
     ] = False,
+    adapter: options.Adapter = None,
     output: Annotated[
         Path | None,
         typer.Option("--output", "-o", metavar="DIR", help="Where the result goes. Default: MODEL-compress-KT."),
@@ -55,6 +56,7 @@ def compress(
         chat=chat,
         keep_text=keep_text,
         bench=bench,
+        adapter=adapter,
         device=device,
         revision=revision,
     )

@@ -99,6 +99,7 @@ def evaluate(
     task_dir: TaskDir = None,
     gist: Gist = False,
     gist_tokens: GistTokens = None,
+    adapter: options.Adapter = None,
     device: options.Device = "auto",
     revision: options.Revision = None,
     markdown: Markdown = False,
@@ -128,6 +129,7 @@ def evaluate(
         "task_dir": task_dir,
         "gist": gist,
         "gist_tokens": gist_tokens,
+        "adapter": adapter,
         "device": device,
         "revision": revision,
     }
@@ -147,8 +149,9 @@ def _check(given: Mapping[str, Any]) -> None:
         raise typer.BadParameter("nothing to evaluate on: give --data or --tasks", param_hint="--data")
     if given["tasks"] is None and given["task_dir"] is not None:
         raise typer.BadParameter("goes with --tasks", param_hint="--task-dir")
-    if given["gist_tokens"] is not None and not given["gist"]:
-        raise typer.BadParameter("goes with --gist", param_hint="--gist-tokens")
+    for name in ("gist_tokens", "adapter"):
+        if given[name] is not None and not given["gist"]:
+            raise typer.BadParameter("goes with --gist", param_hint=f"--{name.replace('_', '-')}")
     beside = "--tasks" if given["tasks"] is not None else "--gist" if given["gist"] else None
     for name in FOREIGN.get(beside or "", ()):
         if given[name] and (name, given[name]) != ("metric", "perplexity"):
@@ -173,7 +176,7 @@ def _evaluated(model: str, given: dict[str, Any], *, quiet: bool) -> "Evaluation
         return surgeon.evaluate_tasks(model, names, **chosen("baseline", "task_dir", "chat"), quiet=quiet)
     meter = TokenMeter(quiet=quiet)
     if given["gist"]:
-        asked = chosen("data", "max_new_tokens", "predictions", "judge")
+        asked = chosen("data", "max_new_tokens", "predictions", "judge", "adapter")
         return surgeon.evaluate_gist(model, tokens=given["gist_tokens"], **asked, meter=meter)
     asked = chosen(
         "data",

@@ -21,6 +21,10 @@ Data = Annotated[
 Samples = Annotated[int, typer.Option(metavar="N", help="How many rows of the text.")]
 SequenceLength = Annotated[int, typer.Option(metavar="T", help="Tokens of a row.")]
 Device = Annotated[str, typer.Option(help="What computes: auto (CUDA, then MPS, then the CPU), cpu, cuda, mps.")]
+Adapter = Annotated[
+    str | None,
+    typer.Option(metavar="DIR", help="Adapters trained for a frozen reader: they compress, the model reads."),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output and nothing else.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Full tracebacks.")]
 

@@ -2,6 +2,7 @@
 
 import inspect
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch  # noqa: TID253
@@ -15,7 +16,7 @@ from surgeon.gist.forms import GIST, Record
 from surgeon.gist.states import states_of
 from surgeon.reload import hushed
 from surgeon.train.encoder_view import EncoderDecoder
-from surgeon.train.gist_view import Masked, last_places
+from surgeon.train.gist_view import Masked, TwoPass, last_places, without_adapters
 from surgeon.train.halves import Halves
 from surgeon.train.view import Causal, View
 
@@ -27,14 +28,21 @@ Progress = Callable[[int], None]
 
 @torch.no_grad()
 def answer_losses(
-    model: Any, records: Sequence[Record], form: str, *, batch_size: int, progress: Progress | None = None
+    model: Any,
+    records: Sequence[Record],
+    form: str,
+    *,
+    batch_size: int,
+    frozen: bool = False,
+    progress: Progress | None = None,
 ) -> list[float]:
     """Return the cross-entropy of each record's answer in a form, in nats, summed over its tokens.
 
-    A gist is read behind its mask, as in training. `progress` is told how many tokens are through.
+    A gist is read as in training: behind its mask, or with a `frozen` reader by the model without the adapters that
+    compress, which have no part in the other forms. `progress` is told how many tokens are through.
     """
     halves = Halves(model)
-    losses = [0.0] * len(records)
+    losses, view = [0.0] * len(records), _view(model, records[0], form, frozen=frozen)
     order = sorted(range(len(records)), key=lambda index: -len(records[index].asked(form)))
     for start in range(0, len(order), batch_size):
         chosen = order[start : start + batch_size]
@@ -46,22 +54,30 @@ def answer_losses(
         wanted = torch.zeros_like(ids, dtype=torch.bool)
         for row, (length, count) in enumerate(ends):
             wanted[row, length - 1 - count : length - 1] = True
-        states = _view(model, records[chosen[0]], form).states(halves, ids, positions, wanted)
+        with _reader(model, frozen=frozen and form != GIST):
+            states = view.states(halves, ids, positions, wanted)
+            with view.reading(model):
+                logits = [halves.logits(states[row, wanted[row]]).float() for row in range(len(chosen))]
         for row, index in enumerate(chosen):
             length, count = ends[row]
-            logits = halves.logits(states[row, wanted[row]]).float()
-            losses[index] = float(
-                nn.functional.cross_entropy(logits, ids[row, length - count : length], reduction="sum")
-            )
+            answer = ids[row, length - count : length]
+            losses[index] = float(nn.functional.cross_entropy(logits[row], answer, reduction="sum"))
         if progress:
             progress(sum(map(len, rows)))
     return losses
 
 
-def _view(model: Any, record: Record, form: str) -> View:
+def _view(model: Any, record: Record, form: str, *, frozen: bool) -> View:
     if model.config.is_encoder_decoder:
         return EncoderDecoder(record.gist)
-    return Masked(record.gist) if form == GIST else Causal()
+    if form != GIST:
+        return Causal()
+    return TwoPass(record.gist, frozen=True) if frozen else Masked(record.gist)
+
+
+def _reader(model: Any, *, frozen: bool) -> AbstractContextManager[None]:
+    """Return a context in which a model reads: a frozen one without its adapters."""
+    return without_adapters(model) if frozen else nullcontext()
 
 
 def answers(
@@ -72,16 +88,19 @@ def answers(
     *,
     max_new_tokens: int,
     batch_size: int,
+    frozen: bool = False,
     progress: Progress | None = None,
 ) -> list[str]:
     """Return what a model writes greedily behind each record in a form, as text, up to an end-of-text token.
 
     Of a prompt with its gist only the gist's keys and values are kept: what is written knows no more of the prompt.
+    A `frozen` reader is the model without the adapters that compress.
     """
     options = {"max_new_tokens": max_new_tokens, "batch_size": batch_size, "progress": progress}
     has_encoder = bool(model.config.is_encoder_decoder)
     if form != GIST and not has_encoder:
-        written, _ = answer(model, tokenizer, [record.asked(form) for record in records], **options)  # type: ignore[arg-type]
+        with _reader(model, frozen=frozen):
+            written, _ = answer(model, tokenizer, [record.asked(form) for record in records], **options)  # type: ignore[arg-type]
         return written
     stops = _as_set(model.generation_config.eos_token_id) | _as_set(tokenizer.eos_token_id)
     pad = min(_as_set(tokenizer.pad_token_id) or stops or {0})
@@ -91,7 +110,11 @@ def answers(
         chosen = order[start : start + batch_size]
         asked = [records[index] for index in chosen]
         how = {"max_new_tokens": max_new_tokens, "pad_token_id": pad, "eos_token_id": sorted(stops) or None}
-        rows = _encoded_and_written(model, asked, form, **how) if has_encoder else _written(model, asked, **how)
+        rows = (
+            _encoded_and_written(model, asked, form, **how)
+            if has_encoder
+            else _written(model, asked, frozen=frozen, **how)
+        )
         for index, row in zip(chosen, rows, strict=True):
             end = next((place for place, token in enumerate(row) if token in stops), len(row))
             found[index] = str(tokenizer.decode(row[:end], skip_special_tokens=True))
@@ -122,7 +145,7 @@ def _encoded_and_written(model: Any, records: Sequence[Record], form: str, **opt
 
 
 @torch.no_grad()
-def _written(model: Any, records: Sequence[Record], **options: Any) -> list[list[int]]:
+def _written(model: Any, records: Sequence[Record], *, frozen: bool, **options: Any) -> list[list[int]]:
     """Return the tokens that a model writes behind the cached gists of some records."""
     device, count = model.device, len(records[0].gist)
     ids, mask = right_padded([(*record.begin, *record.prompt, *record.gist) for record in records], device)
@@ -130,6 +153,15 @@ def _written(model: Any, records: Sequence[Record], **options: Any) -> list[list
     first = mask.sum(1)
     _read(model, ids, mask, cache, torch.zeros_like(first))
     gists, seen = last_places(cache, ends=first, counts=torch.full_like(first, count))
+    with _reader(model, frozen=frozen):
+        return _written_behind(model, records, gists, seen, first, **options)
+
+
+def _written_behind(
+    model: Any, records: Sequence[Record], gists: DynamicCache, seen: Tensor, first: Tensor, **options: Any
+) -> list[list[int]]:
+    """Return what is written behind gists, whose places are `seen`, by a text whose positions begin at `first`."""
+    device, count = model.device, len(records[0].gist)
     text, behind = right_padded([record.behind for record in records], device)
     lengths = behind.sum(1)
     # All but the last token of each text, which `generate` begins with.

@@ -96,7 +96,8 @@ def _compress_decoder(model: Any, row: Tensor, probe: Tensor, num_tokens: int) -
     # A model that takes no positions counts from its cache: behind a gist it goes on from there, as if moved.
     kept = _gist_of(model, row, num_tokens, first=0, offset=num_prompt if takes_positions else 0)
     offset = relative_difference(masked, continued(model, kept, probe))
-    allowed = max(EXACT, FLOOR * _rounding(model, row, probe=probe, masks=masks, masked=masked))
+    rounding = _rounding(model, row, probe=probe, masks=masks, masked=masked)
+    allowed = max(EXACT, FLOOR * rounding, FLOOR * torch.finfo(model.dtype).eps)  # caching may happen to be exact
     rebased = None
     if takes_positions and not has_position_table(model):
         moved = _gist_of(model, row, num_tokens, first=-num_prompt, offset=0)

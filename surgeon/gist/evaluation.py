@@ -18,6 +18,7 @@ from surgeon.evals.table import cell, markdown, plus_minus, short
 from surgeon.evals.verdicts import WIN_RATE, Judgement, card_sentences
 from surgeon.evaluation import BATCH_SIZE, MAX_NEW_TOKENS, checked_target, opened, write_records
 from surgeon.gist import GistTokens, read_gist
+from surgeon.gist.compressor import Compressor
 
 if TYPE_CHECKING:
     from surgeon.evals.judge import Case, Judge
@@ -153,6 +154,7 @@ def evaluate_gist(
     batch_size: int | None = None,
     predictions: str | os.PathLike[str] | None = None,
     judge: str | os.PathLike[str] | None = None,
+    adapter: str | os.PathLike[str] | None = None,
     device: str = "auto",
     revision: str | None = None,
     meter: "Meter | None" = None,
@@ -163,9 +165,10 @@ def evaluate_gist(
     behind a mask as in training; ROUGE-L and exact match are of greedy answers of up to `max_new_tokens` (256), written
     behind the cached gist alone. `samples` is how many records are taken (all), `predictions` a .jsonl to write.
     `judge` is a model that compares the gist's answers, and those without a prompt, with those of the full prompt.
+    `adapter` is a directory of adapters that compress for this model, which reads without them and has the other forms.
 
-    Raises PlanError for a model without gist tokens, DataError for records without a prompt or an answer, MeasureError
-    for a model that cannot be evaluated, OutputError.
+    Raises PlanError for a model without gist tokens and for other adapters, DataError for records without a prompt or
+    an answer, MeasureError for a model that cannot be evaluated, OutputError.
     """
     began = monotonic()
     least = {"--samples": samples, "--max-new-tokens": max_new_tokens, "--batch-size": batch_size}
@@ -180,6 +183,9 @@ def evaluate_gist(
         raise PlanError(
             f"{source.label} has no gist tokens", hint=f"surgeon gist {source.label} --tokens 4 adds them to a model."
         )
+    compressor = None if adapter is None else Compressor(Path(adapter))
+    if compressor is not None:
+        compressor.check(source)
 
     from surgeon.evals.judge import seated
     from surgeon.evals.runs import Bench
@@ -191,7 +197,7 @@ def evaluate_gist(
     has_encoder = bool(source.config.get("is_encoder_decoder"))
     records = read_forms(data, bench.tokenizers[0], gist, num_tokens=count, samples=samples, encoder=has_encoder)
     judging = None if judge is None else seated(judge, data, bench.device, samples=samples, max_new_tokens=most)
-    outcomes, told = _measured(bench, records, gist, max_new_tokens=most, batch_size=size)
+    outcomes, told = _measured(bench, records, gist, compressor, max_new_tokens=most, batch_size=size)
     if target is not None:
         write_records(told, target)
     judgements: dict[str, Judgement] = {}
@@ -230,7 +236,13 @@ def _judgements(
 
 
 def _measured(
-    bench: "Bench", records: "Sequence[Record]", gist: GistTokens, *, max_new_tokens: int, batch_size: int
+    bench: "Bench",
+    records: "Sequence[Record]",
+    gist: GistTokens,
+    compressor: Compressor | None,
+    *,
+    max_new_tokens: int,
+    batch_size: int,
 ) -> tuple[dict[str, dict[str, tuple[float, ...]]], list[dict[str, Any]]]:
     """Return the outcomes of all records by measure and form, and of each what was asked, wanted and written."""
     from surgeon.evals.generation import load_whole
@@ -247,6 +259,9 @@ def _measured(
     if (support := check_support(model)).reason is not None:
         hint = "surgeon gist --check MODEL measures whether a model can be gisted."
         raise PlanError(f"{source.label} cannot read gists: {support.reason}", hint=hint)
+    if compressor is not None:
+        compressor.attach(model)
+    how: dict[str, Any] = {"batch_size": batch_size, "frozen": compressor is not None}
     depth = read_anatomy(spec_of(source)).depth
     outcomes: dict[str, dict[str, tuple[float, ...]]] = {LOSS: {}, ROUGE: {}, EXACT: {}}
     told: list[dict[str, Any]] = [
@@ -256,15 +271,15 @@ def _measured(
         work = sum(len(record.asked(form)) + len(record.answer) + max_new_tokens for record in records)
         counted = bench.meter(name, work, depth)
         progress = None if counted is None else partial(_count, counted, depth)
-        outcomes[LOSS][form] = tuple(answer_losses(model, records, form, batch_size=batch_size, progress=progress))
+        outcomes[LOSS][form] = tuple(answer_losses(model, records, form, progress=progress, **how))
         written = answers(
             model,
             tokenizer,
             records,
             form,
             max_new_tokens=max_new_tokens,
-            batch_size=batch_size,
             progress=progress,
+            **how,
         )
         pairs = list(zip(written, (record.reference for record in records), strict=True))
         outcomes[ROUGE][form] = tuple(rouge_l(*pair) for pair in pairs)

@@ -1,0 +1,69 @@
+"""Adapters that compress prompts for a model that reads their gists untouched: what --gist-reader frozen trains."""
+
+import hashlib
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from surgeon.checkpoint.receipt import read_receipt
+from surgeon.checkpoint.source import Source
+from surgeon.errors import CheckpointError, PlanError
+
+WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+HOW = "surgeon finetune MODEL --gist --gist-reader frozen --lora 16 --keep-adapter writes one."
+
+
+@dataclass(frozen=True)
+class Compressor:
+    """Adapters in a directory. They are on while a prompt and its gist are read, and off for what follows."""
+
+    directory: Path
+
+    def check(self, source: Source) -> None:
+        """Raises CheckpointError where there are no adapters, PlanError where they are for another model or reader."""
+        if missing := next((name for name in (CONFIG, WEIGHTS) if not (self.directory / name).is_file()), None):
+            raise CheckpointError(f"there is no adapter in {self.directory}: no {missing}", hint=HOW)
+        record = read_receipt(self.directory) or {}
+        if _settings(record).get("gist_reader") != "frozen":
+            raise PlanError(
+                f"{self.directory} does not say that it was trained with a frozen reader",
+                hint="Adapters that read too are merged: train without --keep-adapter, and compress with the result.",
+            )
+        trained_on = record.get("source")
+        keys = ("fingerprint", "id", "commit")
+        if isinstance(trained_on, Mapping):
+            mine = source.provenance()
+            if differs := next((key for key in keys if key in mine and mine[key] != trained_on.get(key)), None):
+                raise PlanError(
+                    f"{self.directory} was trained for another model than {source.label}: "
+                    f"its {differs} is {trained_on.get(differs)!r}",
+                    hint="Name the model with gist tokens that was trained.",
+                )
+
+    def attach(self, model: Any) -> None:
+        """Put the adapters into a model of transformers, on. Raises PlanError where PEFT is missing or refuses them."""
+        try:
+            from peft import PeftModel
+            from safetensors import SafetensorError
+        except ImportError as error:
+            raise PlanError("peft is needed for --adapter", hint='pip install "surgeon[train]"') from error
+        try:
+            PeftModel.from_pretrained(model, str(self.directory))  # in place; its wrapper is not needed
+        except (SafetensorError, ValueError, RuntimeError, KeyError, OSError) as error:
+            said = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise PlanError(f"PEFT cannot load {self.directory}: {said}", hint=HOW) from error
+
+    def told(self) -> dict[str, Any]:
+        """Return what a compressed prompt says of what compressed it."""
+        content = (self.directory / WEIGHTS).read_bytes()
+        return {"path": os.fspath(self.directory.resolve()), "sha256": hashlib.sha256(content).hexdigest()}
+
+
+def _settings(record: Mapping[str, Any]) -> Mapping[str, Any]:
+    steps = record.get("steps")
+    last = steps[-1] if isinstance(steps, list) and steps else {}
+    step = last.get("finetune") if isinstance(last, Mapping) else {}
+    found = step.get("settings") if isinstance(step, Mapping) else {}
+    return found if isinstance(found, Mapping) else {}
