@@ -1,22 +1,19 @@
 """The verb `evaluate`: what a model scores on data, with errors, and beside a baseline on the same tokens."""
 
-import json
 import math
 import os
 import re
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from time import monotonic
 from typing import TYPE_CHECKING, Any
 
 from surgeon import text
-from surgeon.anatomy.anatomy import read_anatomy
-from surgeon.checkpoint.open import open_source
-from surgeon.checkpoint.source import Source, spec_of
-from surgeon.errors import DataError, MeasureError, OutputError, PlanError
+from surgeon.errors import DataError, PlanError
 from surgeon.evals.compare import Difference, Scored, recovery
+from surgeon.evals.files import checked_target, opened, write_records
+from surgeon.evals.prompts import BATCH_SIZE, MAX_NEW_TOKENS
 from surgeon.evals.table import cell, markdown, plus_minus, short
 from surgeon.evals.verdicts import Judgement, card_sentences
 
@@ -26,7 +23,6 @@ if TYPE_CHECKING:
 
 METRICS = ("perplexity", "exact-match", "rouge-l", "choice")
 SAMPLES, SEQUENCE_LENGTH = 64, 512  # of a perplexity; of records all are taken
-MAX_NEW_TOKENS, BATCH_SIZE = 256, 8
 # Which metrics an option goes with.
 _GOES_WITH = {
     "sequence_length": ("perplexity",),
@@ -252,44 +248,6 @@ def _compiled(pattern: str) -> re.Pattern[str]:
     except re.error as error:
         hint = r"Write one with one group, such as '#### (-?[\d,]+)'"
         raise PlanError(f"--extract is no regular expression: {error}", hint=hint) from error
-
-
-def opened(model: str | os.PathLike[str], revision: str | None, *, encoder: bool = False) -> Source:
-    """Return a model to evaluate. Raises MeasureError for one with an encoder, unless that is allowed for."""
-    source = open_source(model, revision=revision)
-    read_anatomy(spec_of(source))  # a checkpoint that is not whole is refused before any text is read
-    if source.config.get("is_encoder_decoder") and not encoder:
-        raise MeasureError(
-            f"{source.label} has an encoder and a decoder; what is evaluated here has one stack of layers",
-            hint="Evaluate it with a script of transformers.",
-        )
-    return source
-
-
-def checked_target(path: Path) -> Path:
-    """Refuse a file that could not be written, before an hour of generating."""
-    with suppress(RuntimeError):  # ~someone who has no home here
-        path = path.expanduser()
-    if path.exists():
-        raise OutputError(f"{path} exists", hint="Remove it, or name another file with --predictions.")
-    if not path.parent.is_dir():
-        raise OutputError(f"no such directory: {path.parent}", hint=f"mkdir -p {path.parent}")
-    if not os.access(path.parent, os.W_OK):
-        raise OutputError(f"cannot write into {path.parent}", hint=f"Look: ls -ld {path.parent}")
-    return path
-
-
-def write_records(predictions: Sequence[Mapping[str, Any]], target: Path) -> None:
-    """Write records to a .jsonl, whole or not at all."""
-    staged = target.with_name(f".{target.name}.{os.getpid()}")
-    lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in predictions)
-    try:
-        staged.write_text(lines, encoding="utf-8")
-        staged.replace(target)
-    except OSError as error:
-        raise OutputError(f"cannot write {target}: {error.strerror}", hint="Is the disk full?  df -h") from error
-    finally:
-        staged.unlink(missing_ok=True)
 
 
 def _entries(scored: Scored) -> dict[str, Any]:

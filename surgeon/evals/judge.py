@@ -13,6 +13,7 @@ from surgeon.checkpoint.source import Source, spec_of
 from surgeon.data.documents import documents
 from surgeon.data.records import Document
 from surgeon.errors import DataError, MeasureError
+from surgeon.evals.files import opened
 from surgeon.evals.verdicts import FIRST, NEITHER, SECOND, Judgement, Verdict
 
 if TYPE_CHECKING:
@@ -239,8 +240,6 @@ def seated(
 
     Raises MeasureError where two answers of so many tokens may be more than it sees.
     """
-    from surgeon.evaluation import opened
-
     found, cases = Judge(opened(judge, None), device), read_cases(data, samples=samples)
     found.check(cases, max_new_tokens=max_new_tokens)
     return found, cases
@@ -266,7 +265,6 @@ def judge_answers(
 
         print(surgeon.judge_answers("Qwen3-4B", ["2 + 2?"], ["4"], ["5"]).to_text())
     """
-    from surgeon.evaluation import opened
     from surgeon.measure.device import resolve_device
 
     if not len(prompts) == len(answers) == len(others):

@@ -13,6 +13,7 @@ from surgeon.errors import DataError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+MAX_NEW_TOKENS, BATCH_SIZE = 256, 8  # of answers, where the user does not say
 ANSWER_HINT = (
     "A record has prompt and completion; or instruction and output; or question and answer; "
     "or messages that end with the assistant's."

@@ -13,10 +13,11 @@ from surgeon.anatomy.anatomy import read_anatomy
 from surgeon.checkpoint.source import spec_of
 from surgeon.errors import DataError, PlanError
 from surgeon.evals.compare import Difference, Estimate, estimate, paired
+from surgeon.evals.files import checked_target, opened, write_records
+from surgeon.evals.prompts import BATCH_SIZE, MAX_NEW_TOKENS
 from surgeon.evals.stream import digest
 from surgeon.evals.table import cell, markdown, plus_minus, short
 from surgeon.evals.verdicts import WIN_RATE, Judgement, card_sentences
-from surgeon.evaluation import BATCH_SIZE, MAX_NEW_TOKENS, checked_target, opened, write_records
 from surgeon.gist import GistTokens, read_gist
 from surgeon.gist.compressor import Compressor
 
