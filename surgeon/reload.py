@@ -1,5 +1,6 @@
 """Load checkpoints as anyone would load them, with transformers, and run them on the same random tokens."""
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -130,14 +131,19 @@ def _explained(load: Any, name: str, **options: Any) -> Any:
 
 @contextmanager
 def hushed() -> Iterator[None]:
-    """Keep transformers from printing bars and reports about loading; what is wrong with it becomes an error."""
+    """Keep transformers from printing bars and reports about loading; what is wrong with it becomes an error.
+
+    So does PEFT's use of names that transformers has replaced, which no user can do anything about.
+    """
     from transformers.utils import logging
 
     level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            yield
     finally:
         logging.set_verbosity(level)
         if bars:

@@ -73,6 +73,28 @@ def test_json_is_one_object_and_progress_goes_to_standard_error(run, talker, tex
     assert (status["state"], status["exit_code"], status["output"]) == ("done", 0, str(tmp_path / "out"))
 
 
+def test_what_to_run_next_is_what_the_result_can_do(run, talker, tmp_path):
+    import surgeon
+
+    pytest.importorskip("peft")
+    surgeon.add_gist(talker, tokens=1).save(tmp_path / "gist")
+    data = tmp_path / "data.jsonl"
+    data.write_text('{"instruction": "cat", "output": "sat"}\n' * 8)
+    frozen = ("--gist", "--gist-reader", "frozen", "--lora", 1, "--keep-adapter")
+    wanted = {
+        ("--gist",): "surgeon evaluate {} --gist --data RECORDS",
+        ("--lora", 1, "--keep-adapter"): None,
+        frozen: f"surgeon compress {tmp_path / 'gist'} --adapter {{}} --prompt TEXT",
+    }
+    for number, (options, expected) in enumerate(wanted.items()):
+        output = tmp_path / f"out{number}"
+        outcome = run("finetune", tmp_path / "gist", "--data", data, *SHORT, *options, "-o", output, "--quiet")
+        assert outcome.code == 0, outcome.err
+        assert outcome.err == ""
+        _, _, following = outcome.out.partition("next: ")
+        assert following.strip() == ("" if expected is None else expected.format(output))
+
+
 def test_the_summary_says_losses_the_place_and_what_to_run_next(run, talker, text, tmp_path):
     outcome = run("finetune", talker, "--data", text, *SHORT, "-o", tmp_path / "out", "--quiet")
 

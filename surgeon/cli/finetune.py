@@ -3,7 +3,7 @@
 import inspect
 import shlex
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Annotated, Any, get_type_hints
@@ -139,4 +139,18 @@ def finetune(
 
         entries["url"] = push(trained.output, push_to_hub, private=private)
         log(f"uploaded to {entries['url']}")
-    emit_json(entries) if json else emit(trained.to_text())
+    if json:
+        emit_json(entries)
+        return
+    emit(trained.to_text())
+    if (following := _next(model, str(trained.output), settings)) is not None:
+        emit(f"\nnext: {following}")
+
+
+def _next(model: str, output: str, settings: Mapping[str, Any]) -> str | None:
+    """Return the command that a user may want next; adapters that are not merged are for PEFT to load."""
+    if settings.get("gist_reader") == "frozen":
+        return f"surgeon compress {model} --adapter {output} --prompt TEXT"
+    if settings.get("keep_adapter"):
+        return None
+    return f"surgeon evaluate {output} " + ("--gist --data RECORDS" if settings.get("gist") else "--data TEXT")

@@ -47,10 +47,13 @@ class Compressor:
         try:
             from peft import PeftModel
             from safetensors import SafetensorError
+
+            from surgeon.reload import hushed
         except ImportError as error:
             raise PlanError("peft is needed for --adapter", hint='pip install "surgeon[train]"') from error
         try:
-            PeftModel.from_pretrained(model, str(self.directory))  # in place; its wrapper is not needed
+            with hushed():
+                PeftModel.from_pretrained(model, str(self.directory))  # in place; its wrapper is not needed
         except (SafetensorError, ValueError, RuntimeError, KeyError, OSError) as error:
             said = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise PlanError(f"PEFT cannot load {self.directory}: {said}", hint=HOW) from error

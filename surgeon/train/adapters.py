@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from surgeon.anatomy.anatomy import Anatomy
 from surgeon.errors import PlanError
+from surgeon.reload import hushed
 
 if TYPE_CHECKING:
     from surgeon.train.settings import Settings
@@ -32,7 +33,8 @@ def add_adapters(model: Any, anatomy: Anatomy, settings: "Settings", *, tokens: 
         target_modules=targets,
         trainable_token_indices=list(tokens) or None,
     )
-    adapted = peft.get_peft_model(model, config)
+    with hushed():
+        adapted = peft.get_peft_model(model, config)
     for parameter in adapted.parameters():
         if parameter.requires_grad:  # PEFT makes adapters of a 16-bit model in 16 bits, where small steps vanish
             parameter.data = parameter.data.float()

@@ -56,4 +56,4 @@ class Training:
         rows += [] if self.plot is None else [("plot", str(self.plot))]
         rows += [("note", note) for note in self.notes]
         rows += [("seconds", f"{self.seconds:.1f}"), ("output", str(self.output))]
-        return f"{text.rows(rows)}\n\nnext: surgeon evaluate {self.output} --data TEXT"
+        return text.rows(rows)
