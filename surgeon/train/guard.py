@@ -64,16 +64,22 @@ class Guard:
         )
 
     def _compare(self, step: int, probe: float, validation: float) -> dict[str, str]:
-        """Return warnings from both losses, against what they were at the start: trained text may be the easier one."""
+        """Return warnings from both losses, against what they were at the start: either text may be the easier one.
+
+        Held-out text must have come to cost more both beside the gap of the start and beside its ratio: where both
+        losses fall to a half, as they do while a model learns a new form, a gap halves too, and nothing is memorised.
+        """
         if self._first is None:
             self._first = probe, validation
-        first_gap = self._first[1] - self._first[0]
         gap = validation - probe
-        if gap - first_gap <= GAP:
+        grown = gap - (self._first[1] - self._first[0])
+        if self._first[0] > 0:
+            grown = min(grown, validation - probe * self._first[1] / self._first[0])
+        if grown <= GAP:
             return {}
         warnings = {
-            "gap": f"at step {step} held-out text costs {gap:.2f} nats more than trained text ({validation:.3f} and "
-            f"{probe:.3f}), {gap - first_gap:.2f} more than at the start: the model begins to memorise"
+            "gap": f"at step {step} held-out text costs {validation:.3f} nats, trained text {probe:.3f}: "
+            f"{grown:.2f} more than at the start; the model begins to memorise"
         }
         usual = min(1.0, self._first[0] / self._first[1]) if self._first[1] > 0 else 1.0
         if probe < COLLAPSE * usual * validation:
