@@ -19,6 +19,8 @@ from surgeon.gist.masks import cross_mask, encoder_mask, gist_phases
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
+REFUSED = ("bloom", "falcon-alibi", "lfm2", "bart", "bert", "roberta")  # test_gist_support.py says why
+EVERY = [name for name in toys.TOYS if name not in REFUSED and not name.startswith("t5")]
 DECODERS = ("llama", "gpt2", "qwen3", "gemma3_text", "mixtral", "mistral")
 SAMPLING = WRITE | {"do_sample": True, "temperature": 0.7, "top_k": 0}
 
@@ -49,14 +51,14 @@ def save(model, directory, source):
 # --- the same text as by the mask ---------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", DECODERS)
+@pytest.mark.parametrize("name", EVERY)
 def test_greedy_generation_equals_that_by_the_mask(name, model_of):
     model = model_of(name)
 
     assert torch.equal(prompt_of(model).generate(TEXTS, **WRITE), written_by_mask(model, TEXTS, **WRITE))
 
 
-@pytest.mark.parametrize("name", DECODERS)
+@pytest.mark.parametrize("name", EVERY)
 def test_beam_search_equals_that_by_the_mask(name, model_of):
     model, options = model_of(name), WRITE | {"num_beams": 3, "num_return_sequences": 2}
 
@@ -66,7 +68,7 @@ def test_beam_search_equals_that_by_the_mask(name, model_of):
     assert torch.equal(found, written_by_mask(model, TEXTS, **options))
 
 
-@pytest.mark.parametrize("name", DECODERS)
+@pytest.mark.parametrize("name", EVERY)
 def test_sampling_from_a_seed_equals_that_by_the_mask(name, model_of):
     model, options = model_of(name), SAMPLING | {"num_return_sequences": 3}
 
@@ -99,13 +101,15 @@ def test_an_encoder_writes_what_it_writes_by_the_mask(model_of):
     phases = gist_phases(ids, [GIST])
     with torch.no_grad():
         states = encode(model, ids, mask=encoder_mask(model.config, phases))
-    for options in (WRITE, WRITE | {"num_beams": 3}):
+    for options in (WRITE, WRITE | {"num_beams": 3}, SAMPLING):
+        torch.manual_seed(1)
         by_mask = model.generate(
             encoder_outputs=BaseModelOutput(last_hidden_state=states),
             attention_mask=cross_mask(phases),
             suppress_tokens=[GIST],
             **options,
         )
+        torch.manual_seed(1)
         assert torch.equal(prompt_of(model).generate(TEXTS, **options), by_mask[:, 1:])
 
 
