@@ -48,7 +48,7 @@ def implementation(settings: Settings, attention: str, *, encoder: bool = False)
     takes_masks = attention in IMPLEMENTATIONS
     if encoder and (settings.gist_reader == "frozen" or settings.gist_impl == TWO_PASS or not takes_masks):
         raise PlanError(
-            "an encoder-decoder is trained with gists behind a mask, by a model that is trained as a whole",
+            "an encoder-decoder is trained with gists behind a mask, in one pass, and reads them as it was trained",
             hint="Use --attention sdpa, without --gist-reader and --gist-impl.",
         )
     if settings.gist_impl == MASK and not takes_masks:
