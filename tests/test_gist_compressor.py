@@ -125,6 +125,14 @@ def test_adapters_of_another_model_are_refused(place, tmp_path):
         surgeon.compress(tmp_path / "other", PROMPT, output=tmp_path / "bot", adapter=place / "frozen")
 
 
+def test_adapters_that_were_trained_on_the_hubs_copy_serve_a_directory(place, tmp_path):
+    shutil.copytree(place / "frozen", tmp_path / "adapters")
+    receipt = json.loads((tmp_path / "adapters/surgeon.json").read_text())
+    receipt["source"] = {"id": "someone/model", "commit": "0" * 40}
+    (tmp_path / "adapters/surgeon.json").write_text(json.dumps(receipt))
+    assert compress(place, tmp_path / "bot", adapter=tmp_path / "adapters").states.num_tokens == 2
+
+
 def test_adapters_that_are_not_whole_are_refused(place, tmp_path):
     shutil.copytree(place / "frozen", tmp_path / "half")
     (tmp_path / "half/adapter_model.safetensors").write_bytes(b"\x10")

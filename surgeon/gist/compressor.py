@@ -31,16 +31,16 @@ class Compressor:
                 f"{self.directory} does not say that it was trained with a frozen reader",
                 hint="Adapters that read too are merged: train without --keep-adapter, and compress with the result.",
             )
-        trained_on = record.get("source")
-        keys = ("fingerprint", "id", "commit")
-        if isinstance(trained_on, Mapping):
-            mine = source.provenance()
-            if differs := next((key for key in keys if key in mine and mine[key] != trained_on.get(key)), None):
-                raise PlanError(
-                    f"{self.directory} was trained for another model than {source.label}: "
-                    f"its {differs} is {trained_on.get(differs)!r}",
-                    hint="Name the model with gist tokens that was trained.",
-                )
+        mine, theirs = source.provenance(), record.get("source")
+        theirs = theirs if isinstance(theirs, Mapping) else {}
+        # A directory and a repository have nothing in common that could differ; the user knows.
+        known = [key for key in ("fingerprint", "id", "commit") if key in mine and key in theirs]
+        if differs := next((key for key in known if mine[key] != theirs[key]), None):
+            raise PlanError(
+                f"{self.directory} was trained for another model than {source.label}: its {differs} is "
+                f"{theirs[differs]!r}",
+                hint="Name the model with gist tokens that was trained.",
+            )
 
     def attach(self, model: Any) -> None:
         """Put the adapters into a model of transformers, on. Raises PlanError where PEFT is missing or refuses them."""
