@@ -73,6 +73,17 @@ def run_dir(tmp_path):
 # --- writing ----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("umask", [0o022, 0o077, 0o002])
+def test_who_may_read_a_checkpoint_is_what_the_umask_says(umask, tmp_path):
+    """safetensors gives its files to their owner alone, and a colleague could not resume."""
+    before = os.umask(umask)
+    try:
+        made = save(tmp_path, 1, then=lambda directory: (directory / "model.safetensors").chmod(0o600))
+    finally:
+        os.umask(before)
+    assert {path.stat().st_mode & 0o777 for path in made.iterdir()} == {0o666 & ~umask}
+
+
 def test_a_checkpoint_is_what_was_filled_in_and_its_manifest(tmp_path):
     directory = save(tmp_path, 5)
 

@@ -13,7 +13,7 @@ import re
 import shutil
 from collections.abc import Callable, Collection, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
 from typing import NoReturn
 
@@ -245,6 +245,10 @@ def _write_manifest(directory: Path, step: int) -> None:
     }
     text = json.dumps({"version": VERSION, "step": step, "files": files}, indent=1)
     (directory / MANIFEST).write_text(text + "\n")
+    mode = (directory / MANIFEST).stat().st_mode & 0o777  # what the umask allows: safetensors lets the owner alone read
+    with suppress(OSError):  # of a file system that has no permissions
+        for name in names:
+            (directory / name).chmod(mode)
 
 
 def _read_manifest(directory: Path) -> dict[str, tuple[int, str]]:
