@@ -14,6 +14,7 @@ import random
 import signal
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -29,8 +30,23 @@ def run(model: str, data: str, output: Path) -> None:
     surgeon.finetune(model, data=[data], output=output, resume=True, **OPTIONS)
 
 
-def forked(model: str, data: str, output: Path, seconds: float | None) -> tuple[bool, bool]:
-    """Return whether a run was killed after so many seconds, and whether it was writing a checkpoint then."""
+def stages(output: Path) -> set[tuple[str, int]]:
+    """Return what there is of checkpoints that are being written, or were when a run was killed, and since when."""
+    found = set()
+    for path in Path(f"{output}.run").glob(".checkpoint-*.partial"):
+        with suppress(FileNotFoundError):  # it became a checkpoint
+            found.add((path.name, path.stat().st_mtime_ns))
+    return found
+
+
+def forked(
+    model: str, data: str, output: Path, seconds: float | None, *, delay: float | None = None
+) -> tuple[bool, bool]:
+    """Return whether a run was killed after so many seconds, and whether it was writing a checkpoint then.
+
+    With a `delay` it is killed so long after it next began to write one, within a second.
+    """
+    left = stages(output)
     child = os.fork()
     if child == 0:
         sys.stdout = sys.stderr = open(f"{output}.log", "a")  # noqa: SIM115, PTH123
@@ -44,13 +60,17 @@ def forked(model: str, data: str, output: Path, seconds: float | None) -> tuple[
         assert os.waitpid(child, 0)[1] == 0, Path(f"{output}.log").read_text()
         return False, False
     time.sleep(seconds)
+    if delay is not None:
+        before, until = stages(output), time.monotonic() + 1
+        while stages(output) <= before and time.monotonic() < until:
+            time.sleep(0.0002)
+        time.sleep(delay)
     os.kill(child, signal.SIGKILL)
     status = os.waitpid(child, 0)[1]
     if not os.WIFSIGNALED(status):
         assert status == 0, Path(f"{output}.log").read_text()
         return False, False
-    stages = list(Path(f"{output}.run").glob(".checkpoint-*.partial"))
-    return True, bool(stages)
+    return True, bool(stages(output) - left)
 
 
 def digest(output: Path) -> str:
@@ -67,7 +87,8 @@ def main(model: str, data: str, directory: Path, kills: int) -> dict[str, object
     output = directory / "run-0"
     while killed < kills or not (output / "config.json").is_file():
         seconds = None if killed >= kills else chance.uniform(0.05, 0.4) * whole
-        was_killed, was_saving = forked(model, data, output, seconds)
+        delay = None if seconds is None or killed % 2 else chance.uniform(0, 0.005)  # of some 20 ms that it takes
+        was_killed, was_saving = forked(model, data, output, seconds, delay=delay)
         lives += 1
         if (output / "config.json").is_file():  # it had come to its end, whether or not it was killed since
             digests.append(digest(output))
