@@ -1,6 +1,6 @@
 """Answers that a model writes greedily, in batches, as transformers' `generate` writes them."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from surgeon.anatomy.config import text_config
@@ -70,8 +70,7 @@ def answer(
     """
     import torch
 
-    stops = _ids(model.generation_config.eos_token_id) | _ids(tokenizer.eos_token_id)
-    pad = min(_ids(tokenizer.pad_token_id) or stops or {0})
+    stops, pad = ends(model, tokenizer)
     options = {"max_new_tokens": max_new_tokens, "pad_token_id": pad, "eos_token_id": sorted(stops) or None}
     order = sorted(range(len(prompts)), key=lambda index: -len(prompts[index]))  # the longest first: memory is known
     answers = [""] * len(prompts)
@@ -81,11 +80,22 @@ def answer(
             ids, mask = _left_padded([prompts[index] for index in batch], pad)
             written = model.generate(ids.to(model.device), attention_mask=mask.to(model.device), **options)
             for index, row in zip(batch, written[:, ids.shape[1] :].tolist(), strict=True):
-                end = next((place for place, token in enumerate(row) if token in stops), len(row))
-                answers[index] = str(tokenizer.decode(row[:end], skip_special_tokens=True))
+                answers[index] = told(row, stops, tokenizer)
             if progress:
                 progress(len(batch) * max_new_tokens)
     return answers, mixed
+
+
+def ends(model: Any, tokenizer: "PreTrainedTokenizerBase") -> tuple[set[int], int]:
+    """Return the tokens that end what a model writes, and the one that fills up a batch."""
+    stops = _ids(model.generation_config.eos_token_id) | _ids(tokenizer.eos_token_id)
+    return stops, min(_ids(tokenizer.pad_token_id) or stops or {0})
+
+
+def told(row: Sequence[int], stops: Container[int], tokenizer: "PreTrainedTokenizerBase") -> str:
+    """Return written tokens as text, up to the first that ends it."""
+    end = next((place for place, token in enumerate(row) if token in stops), len(row))
+    return str(tokenizer.decode(list(row[:end]), skip_special_tokens=True))
 
 
 def _may_be_padded(model: Any, prompts: Sequence[Sequence[int]], pad: int) -> bool:

@@ -9,11 +9,10 @@ import torch  # noqa: TID253
 from torch import Tensor, nn  # noqa: TID253
 from transformers import DynamicCache  # noqa: TID253
 
-from surgeon.evals.generation import answer
+from surgeon.evals.generation import answer, ends, told
 from surgeon.gist.compress import encoded_behind
-from surgeon.gist.encoder import encode, written_from
+from surgeon.gist.encoder import encode, last_states, written_from
 from surgeon.gist.forms import GIST, Record
-from surgeon.gist.states import states_of
 from surgeon.reload import hushed
 from surgeon.train.encoder_view import EncoderDecoder
 from surgeon.train.gist_view import Masked, TwoPass, last_places, without_adapters
@@ -102,8 +101,7 @@ def answers(
         with _reader(model, frozen=frozen):
             written, _ = answer(model, tokenizer, [record.asked(form) for record in records], **options)  # type: ignore[arg-type]
         return written
-    stops = _as_set(model.generation_config.eos_token_id) | _as_set(tokenizer.eos_token_id)
-    pad = min(_as_set(tokenizer.pad_token_id) or stops or {0})
+    stops, pad = ends(model, tokenizer)
     order = sorted(range(len(records)), key=lambda index: -len(records[index].asked(form)))
     found = [""] * len(records)
     for start in range(0, len(order), batch_size):
@@ -116,8 +114,7 @@ def answers(
             else _written(model, asked, frozen=frozen, **how)
         )
         for index, row in zip(chosen, rows, strict=True):
-            end = next((place for place, token in enumerate(row) if token in stops), len(row))
-            found[index] = str(tokenizer.decode(row[:end], skip_special_tokens=True))
+            found[index] = told(row, stops, tokenizer)
         if progress:
             progress(len(chosen) * max_new_tokens)
     return found
@@ -135,9 +132,7 @@ def _encoded_and_written(model: Any, records: Sequence[Record], form: str, **opt
         if form != GIST:
             states.append(encode(model, asked)[0])
             continue
-        cache, count = DynamicCache(), len(record.gist)
-        encoded = encode(model, prompt, cache=cache)[:, -count:]
-        states.append(encoded_behind(model, states_of(cache, count, offset=0, encoded=encoded), behind)[0])
+        states.append(encoded_behind(model, last_states(model, prompt, len(record.gist)), behind)[0])
     with hushed():
         written = model.generate(**written_from(states), **options)
     found: list[list[int]] = written[:, 1:].tolist()
@@ -198,8 +193,3 @@ def right_padded(rows: Sequence[Sequence[int]], device: Any) -> tuple[Tensor, Te
 
 def _takes_positions(model: Any) -> bool:
     return "position_ids" in inspect.signature(model.get_decoder().forward).parameters
-
-
-def _as_set(value: object) -> set[int]:
-    """Return the token ids that a config gives as a number, a list or null."""
-    return set(value) if isinstance(value, list) else {value} if isinstance(value, int) else set()

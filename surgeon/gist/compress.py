@@ -18,7 +18,7 @@ from transformers.modeling_outputs import BaseModelOutput  # noqa: TID253
 
 from surgeon.errors import DataError, VerificationError
 from surgeon.evals.generation import positions_in
-from surgeon.gist.encoder import encode
+from surgeon.gist.encoder import encode, last_states
 from surgeon.gist.masks import cross_mask, encoder_mask, gist_masks, gist_phases
 from surgeon.gist.probes import has_position_table, logits_of, positions_from, relative_difference
 from surgeon.gist.states import GistStates, states_of
@@ -117,10 +117,7 @@ def _compress_encoder(model: Any, row: Tensor, probe: Tensor, num_tokens: int) -
         return logits_of(model, None, encoder_outputs=encoded, attention_mask=seen, decoder_input_ids=probe)
 
     masked = decode(encode(model, whole, mask=mask), cross_mask(phases))
-    cache = DynamicCache()
-    encoded = encode(model, row, cache=cache)[:, -num_tokens:]
-    # Relative positions count from the cache's length: the gist is where it was.
-    states = states_of(cache, num_tokens, offset=0, encoded=encoded.clone())
+    states = last_states(model, row, num_tokens)
     found = encoded_behind(model, states, probe)
     difference = relative_difference(masked, decode(found, torch.ones_like(found[..., 0], dtype=torch.long)))
     # An encoder looks ahead, so there is no ordinary caching to compare with: in 16 bits a few roundings.

@@ -60,8 +60,9 @@ class Compressor:
 
     def told(self) -> dict[str, Any]:
         """Return what a compressed prompt says of what compressed it."""
-        content = (self.directory / WEIGHTS).read_bytes()
-        return {"path": os.fspath(self.directory.resolve()), "sha256": hashlib.sha256(content).hexdigest()}
+        with (self.directory / WEIGHTS).open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        return {"path": os.fspath(self.directory.resolve()), "sha256": digest}
 
 
 def _settings(record: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -27,7 +27,7 @@ from transformers.modeling_outputs import BaseModelOutput  # noqa: TID253
 
 from surgeon import text
 from surgeon.gist.compress import encoded_behind, position_limit
-from surgeon.gist.encoder import encode
+from surgeon.gist.encoder import encode, last_states
 from surgeon.gist.probes import logits_of, positions_from
 from surgeon.gist.states import GistStates, states_of
 
@@ -231,10 +231,9 @@ def _begin_decoding(model: Any, before: GistStates | None, ids: Tensor) -> tuple
 
 def _states(model: Any, ids: Tensor) -> GistStates:
     """Return the states of a whole text, as if it were a gist."""
-    cache = DynamicCache()
     if model.config.is_encoder_decoder:
-        encoded = encode(model, ids, cache=cache)
-        return states_of(cache, ids.shape[1], offset=0, encoded=encoded)
+        return last_states(model, ids, ids.shape[1])
+    cache = DynamicCache()
     logits_of(model, ids, past_key_values=cache, use_cache=True, **positions_from(model, 0, ids.shape[1]))
     return states_of(cache, ids.shape[1], offset=0)
 

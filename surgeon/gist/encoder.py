@@ -5,7 +5,10 @@ from typing import Any
 
 import torch  # noqa: TID253
 from torch import Tensor  # noqa: TID253
+from transformers import DynamicCache  # noqa: TID253
 from transformers.modeling_outputs import BaseModelOutput  # noqa: TID253
+
+from surgeon.gist.states import GistStates, states_of
 
 
 def encode(model: Any, input_ids: Tensor, *, mask: Tensor | None = None, cache: Any = None) -> Tensor:
@@ -20,6 +23,16 @@ def encode(model: Any, input_ids: Tensor, *, mask: Tensor | None = None, cache: 
         hidden, bias, *_ = block(hidden, mask, bias, past_key_values=cache)
     states: Tensor = stack.dropout(stack.final_layer_norm(hidden))
     return states
+
+
+def last_states(model: Any, input_ids: Tensor, num_tokens: int) -> GistStates:
+    """Return the encoder's states of the last tokens of a text, shape (1, S), with nothing behind it.
+
+    Relative positions count from the cache's length: there they are where they were.
+    """
+    cache = DynamicCache()
+    encoded = encode(model, input_ids, cache=cache)[:, -num_tokens:]
+    return states_of(cache, num_tokens, offset=0, encoded=encoded.clone())
 
 
 def written_from(states: Sequence[Tensor]) -> dict[str, Any]:

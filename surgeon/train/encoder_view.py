@@ -5,7 +5,6 @@ place the decoder sees the token that starts it, and from there on the answer. S
 of a decoder, token by token.
 """
 
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -15,10 +14,11 @@ from torch import Tensor  # noqa: TID253
 from surgeon.gist.masks import Condition, cross_mask, document_numbers, encoder_mask, gist_phases
 from surgeon.train.gist_view import Side
 from surgeon.train.halves import Halves
+from surgeon.train.view import View
 
 
 @dataclass(frozen=True)
-class EncoderDecoder:
+class EncoderDecoder(View):
     """The encoder reads up to the answer, the decoder writes it. `ids` are those of gist tokens.
 
     Of a prompt neither what follows its gist in the encoder sees anything, nor the decoder.
@@ -51,10 +51,6 @@ class EncoderDecoder:
         )
         whole = states.new_zeros((*input_ids.shape, states.shape[-1]))
         return whole.index_put(torch.where(is_written), states[written.mask.bool()])
-
-    def reading(self, model: Any) -> AbstractContextManager[None]:
-        """Return a context that changes nothing."""
-        return nullcontext()
 
     def _encoded(self, model: Any, read: Side) -> tuple[Tensor, Tensor]:
         """Return the encoder's states of each row, shape (B, T, D), and which of them the decoder sees, (B, T)."""

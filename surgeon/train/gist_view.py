@@ -8,7 +8,7 @@ on in the first pass alone. Both are the same function of the weights.
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch  # noqa: TID253
 from torch import Tensor  # noqa: TID253
@@ -17,15 +17,15 @@ from transformers import DynamicCache  # noqa: TID253
 from surgeon.errors import DataError
 from surgeon.gist.masks import AFTER, GIST, PROMPT, Condition, document_numbers, gist_masks, gist_phases
 from surgeon.train.halves import Halves
+from surgeon.train.view import View
 
 FIRST_SEEN = {"positive": PROMPT, "gist": GIST, "negative": AFTER}  # by condition: the first phase that AFTER sees
 
 
 @dataclass(frozen=True)
-class Masked:
+class Masked(View):
     """One pass over whole rows, which may hold several documents. `ids` are those of gist tokens."""
 
-    has_encoder: ClassVar[bool] = False
     ids: tuple[int, ...]
     condition: Condition = "gist"
 
@@ -44,19 +44,14 @@ class Masked:
         )
         return halves.states(input_ids, position_ids, attention_mask=masks, **options)
 
-    def reading(self, model: Any) -> AbstractContextManager[None]:
-        """Return a context that changes nothing."""
-        return nullcontext()
-
 
 @dataclass(frozen=True)
-class TwoPass:
+class TwoPass(View):
     """Prompt and gist in one pass, what follows in another; a row holds one document, and padding at its right.
 
     With `frozen` the second pass, and the head, are the model without its adapters.
     """
 
-    has_encoder: ClassVar[bool] = False
     ids: tuple[int, ...]
     condition: Condition = "gist"
     frozen: bool = False
