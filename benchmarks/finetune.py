@@ -84,10 +84,10 @@ def train_surgeon(options, clock):
     import numpy as np
     from transformers import TrainerCallback
 
-    from surgeon.train import run
+    from surgeon.train import loop as run
+    from surgeon.train.data import Collator, Row, RowDataset
     from surgeon.train.objective import Objective, attach_loss
     from surgeon.train.packing import one_per_row
-    from surgeon.train.rows import Collator, Row, RowDataset
     from surgeon.train.settings import Settings
     from surgeon.train.trainer import SurgeonTrainer
 

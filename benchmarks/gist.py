@@ -21,15 +21,14 @@ import torch
 from watching import Log
 
 import surgeon
-from surgeon.checkpoint.open import open_source
-from surgeon.data.tokenizer import load_tokenizer
+from surgeon.checkpoint.source import open_source
 from surgeon.evals.generation import load_whole
+from surgeon.evals.gist import EXACT, LOSS, ROUGE, GistEvaluation
+from surgeon.evals.gist_answers import answer_losses, answers
 from surgeon.evals.metrics import exact_match, rouge_l
-from surgeon.gist import read_gist
-from surgeon.gist.answers import answer_losses, answers
-from surgeon.gist.evaluation import EXACT, LOSS, ROUGE, GistEvaluation
-from surgeon.gist.forms import FULL, GIST, NONE, Record, read_forms
-from surgeon.verification import loadable
+from surgeon.gist.records import FULL, GIST, NONE, Record, read_forms
+from surgeon.gist.tokens import read_gist
+from surgeon.models.loading import load_tokenizer, loadable
 
 CONTROLS = {"gist": "none", "positive": "positive", "negative": "negative"}
 SEES = {"positive": FULL, "gist": GIST, "negative": NONE}  # what each was trained to be given

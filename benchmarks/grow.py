@@ -20,8 +20,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from surgeon.checkpoint.spec import TensorSpec
-from surgeon.checkpoint.writer import Piece, write_safetensors
+from surgeon.checkpoint.header import TensorSpec
+from surgeon.checkpoint.output import Piece, write_safetensors
 
 HIDDEN, FFN, HEADS, KV_HEADS, HEAD_DIM, VOCAB = 1024, 2816, 16, 8, 64, 32000
 STORED = {"float32": "F32", "bfloat16": "BF16"}

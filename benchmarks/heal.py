@@ -78,7 +78,7 @@ def main() -> None:
     print(against.to_text(), flush=True)
     figures = {"runs": {"plain": plain, "distilled": distilled}, "evaluations": rows, "command": sys.argv}
     (options.output / "heal.json").write_text(json.dumps(figures, indent=1, default=str) + "\n")
-    from surgeon.train.curves import plot_runs
+    from surgeon.plots.training import plot_runs
 
     plot_runs([options.output / "plain.run", options.output / "distilled.run"], options.output / "heal.png")
 

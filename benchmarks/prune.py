@@ -44,9 +44,9 @@ def compare(model: str, rounds: int, threads: int) -> None:
     import torch
     from transformers import AutoModel
 
-    from surgeon.checkpoint.open import open_source
-    from surgeon.measure.score import score_states
-    from surgeon.measure.streaming import BATCH_TOKENS, StreamedModel
+    from surgeon.checkpoint.source import open_source
+    from surgeon.measure.scoring import score_states
+    from surgeon.models.streaming import BATCH_TOKENS, StreamedModel
 
     torch.set_num_threads(threads)
     plain = AutoModel.from_pretrained(model, dtype=torch.float32).eval()
@@ -82,8 +82,8 @@ def generate(directory: Path) -> int:
     """Write the checkpoint and return the bytes of its weights."""
     import torch
 
-    from surgeon.checkpoint.spec import TensorSpec
-    from surgeon.checkpoint.writer import Piece, write_safetensors
+    from surgeon.checkpoint.header import TensorSpec
+    from surgeon.checkpoint.output import Piece, write_safetensors
 
     hidden, ffn, keys = CONFIG["hidden_size"], CONFIG["intermediate_size"], 8 * 64
     layer = {
@@ -120,9 +120,9 @@ def limited(directory: Path) -> None:
     """Score the checkpoint in this process, and print its peak."""
     import torch
 
-    from surgeon.checkpoint.open import open_source
-    from surgeon.measure.score import score_states
-    from surgeon.measure.streaming import StreamedModel
+    from surgeon.checkpoint.source import open_source
+    from surgeon.measure.scoring import score_states
+    from surgeon.models.streaming import StreamedModel
 
     tokens = torch.randint(3, CONFIG["vocab_size"], (4, 64), generator=torch.Generator().manual_seed(0))
     layers, _, _ = score_states(StreamedModel(open_source(directory)), tokens)

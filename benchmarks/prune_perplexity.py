@@ -20,9 +20,10 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import surgeon
-from surgeon.checkpoint.open import open_source
-from surgeon.measure.score import perplexity, removal_curve, score
-from surgeon.transforms.choose import GREEDY_PROTECT, METHODS, choose_layers
+from surgeon.checkpoint.source import open_source
+from surgeon.measure.scoring import perplexity, removal_curve, score
+from surgeon.transforms.choose import choose_layers
+from surgeon.transforms.scores import GREEDY_PROTECT, METHODS
 
 COUNTS = (4, 8, 12)
 CALIBRATION = (32, 256)

@@ -18,8 +18,8 @@ import tempfile
 import time
 from pathlib import Path
 
-from surgeon.checkpoint.spec import TensorSpec
-from surgeon.checkpoint.writer import Piece, write_safetensors
+from surgeon.checkpoint.header import TensorSpec
+from surgeon.checkpoint.output import Piece, write_safetensors
 
 CONFIG = {
     "architectures": ["GPT2LMHeadModel"],

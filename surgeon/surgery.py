@@ -10,15 +10,14 @@ from typing import Any
 from surgeon import text
 from surgeon.anatomy.anatomy import Anatomy, read_anatomy
 from surgeon.checkpoint import output, receipt
-from surgeon.checkpoint.card import model_card
-from surgeon.checkpoint.header import read_header
-from surgeon.checkpoint.joined import JoinedSource
-from surgeon.checkpoint.source import CARD, CONFIG, RECEIPT, LocalSource, Source, spec_of
-from surgeon.checkpoint.spec import CheckpointSpec
-from surgeon.checkpoint.writer import Progress
+from surgeon.checkpoint.derived import JoinedSource
+from surgeon.checkpoint.header import CheckpointSpec, read_header
+from surgeon.checkpoint.output import Progress
+from surgeon.checkpoint.receipt import model_card
+from surgeon.checkpoint.source import CARD, CONFIG, RECEIPT, LocalSource, Source, open_source, spec_of
 from surgeon.errors import OutputError, PlanError
 from surgeon.plan.execute import Shard, execute, lay_out, peak_memory
-from surgeon.plan.plan import Plan, changed_keys
+from surgeon.plan.plan import Plan, changed_keys, identity
 from surgeon.plan.rounding import dtype_cost
 
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
@@ -246,3 +245,12 @@ def _verify(directory: Path, shards: list[Shard]) -> None:
                 f"{shard.file} does not hold what was written to it; the disk may be failing",
                 hint="Write to another disk with -o.",
             )
+
+
+def open_model(model: "str | os.PathLike[str] | Surgery", *, revision: str | None = None) -> Surgery:
+    """Return the model as a surgery that changes nothing yet; one that is already a surgery is continued."""
+    if isinstance(model, Surgery):
+        return model
+    source = open_source(model, revision=revision)
+    anatomy = read_anatomy(spec_of(source))
+    return Surgery(source, identity(anatomy.spec, depth=anatomy.depth))

@@ -77,3 +77,16 @@ def runs(kinds: Sequence[str]) -> str:
         count = len(list(group))
         words.append(kind if count == 1 else f"{kind} x{count}")
     return ", ".join(words)
+
+
+def duration(seconds: float) -> str:
+    """Return a time as people say it: 45 s, 12 min, 3 h 20 min, 2 d 5 h."""
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    if minutes < 60:
+        return f"{minutes} min"
+    if minutes < 48 * 60:
+        return f"{minutes // 60} h {minutes % 60} min"
+    hours = round(seconds / 3600)
+    return f"{hours // 24} d {hours % 24} h"

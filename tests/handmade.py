@@ -6,9 +6,8 @@ from hashlib import shake_128
 from pathlib import Path
 from typing import Any
 
-from surgeon.checkpoint.header import format_header
+from surgeon.checkpoint.header import TensorSpec, format_header
 from surgeon.checkpoint.source import INDEX, WEIGHTS
-from surgeon.checkpoint.spec import TensorSpec
 
 CONFIG: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],

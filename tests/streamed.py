@@ -8,8 +8,8 @@ import toys
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from surgeon.checkpoint.open import open_source
-from surgeon.measure.streaming import StreamedModel
+from surgeon.checkpoint.source import open_source
+from surgeon.models.streaming import StreamedModel
 
 DECODERS = tuple(name for name in toys.TOYS if name.partition("-")[0] not in ("t5", "bart", "bert", "roberta"))
 

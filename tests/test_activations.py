@@ -5,9 +5,10 @@ import torch
 import toys
 from streamed import padded, plain, stream, tokens
 
-from surgeon.measure import score, streaming
+from surgeon.measure import scoring as score
 from surgeon.measure.activations import Activations
-from surgeon.measure.score import score_states
+from surgeon.measure.scoring import score_states
+from surgeon.models import streaming
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -7,10 +7,11 @@ import torch
 import toys
 from streamed import padded, plain, plain_states, stream, tokens
 
-from surgeon.measure import removal, score
-from surgeon.measure.angular import Angular, distances, last_tokens
-from surgeon.measure.score import observe, score_states
-from surgeon.measure.streaming import Batch
+from surgeon.measure import removal
+from surgeon.measure import scoring as score
+from surgeon.measure.residual import Angular, distances, last_tokens
+from surgeon.measure.scoring import observe, score_states
+from surgeon.models.streaming import Batch
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

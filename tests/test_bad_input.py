@@ -20,7 +20,7 @@ from handmade import (
 )
 
 import surgeon
-from surgeon.checkpoint.spec import TensorSpec
+from surgeon.checkpoint.header import TensorSpec
 
 Damage = Callable[[Path], object]
 WEIGHTS = "model.safetensors"

@@ -7,7 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from surgeon.errors import PlanError
-from surgeon.transforms.choose import METHODS, Choice, choose_layers
+from surgeon.transforms.choose import Choice, choose_layers
+from surgeon.transforms.scores import METHODS
 
 
 def matrix(depth, distance):

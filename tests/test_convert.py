@@ -17,7 +17,7 @@ import toys
 from safetensors.torch import load_file, save_file
 
 import surgeon
-from surgeon.checkpoint.torch_file import read_torch_file
+from surgeon.checkpoint.formats.torch_file import read_torch_file
 from surgeon.errors import CheckpointError, OutputError
 
 # Families whose modules and files have the same names, so that a state dict is a checkpoint.
@@ -563,7 +563,7 @@ def test_an_architecture_that_transformers_cannot_read_is_refused_by_name(tmp_pa
 
 def test_a_gguf_without_the_gguf_package_says_what_to_install(tmp_path, monkeypatch):
     (tmp_path / "model.gguf").write_bytes(b"GGUF")
-    monkeypatch.setattr("surgeon.checkpoint.gguf.find_spec", lambda _: None)
+    monkeypatch.setattr("surgeon.checkpoint.formats.gguf.find_spec", lambda _: None)
 
     with pytest.raises(CheckpointError) as caught:
         surgeon.convert(tmp_path / "model.gguf")

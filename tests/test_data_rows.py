@@ -14,8 +14,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from surgeon.data.rows import Rows, digest, read_rows
-from surgeon.data.tokenizer import load_tokenizer
 from surgeon.errors import DataError
+from surgeon.models.loading import load_tokenizer
 
 TEXT = "The cat sat on the mat, and the rat sat on the cat; é🌿 — that was that.\n" * 12
 TEMPLATE = "{% for message in messages %}<{{ message.role }}>{{ message.content }}{% endfor %}"

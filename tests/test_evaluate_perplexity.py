@@ -14,11 +14,11 @@ from tokenizers import normalizers
 from transformers import AutoModel
 
 import surgeon
-from surgeon.data.tokenizer import load_tokenizer
 from surgeon.errors import CheckpointError, DataError, MeasureError, PlanError
 from surgeon.evals import perplexity as streaming
 from surgeon.evals.perplexity import pieces_of, row_losses, windows
 from surgeon.evals.stream import token_bytes
+from surgeon.models.loading import load_tokenizer
 
 CLOSE = 1e-6  # relative: float32 through six layers, in batches of other shapes
 

@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 import surgeon
 from surgeon.anatomy.expert_forms import EXPERT_FORMS
 from surgeon.errors import PlanError
-from surgeon.verbs import open_model
+from surgeon.surgery import open_model
 
 # Qwen3-MoE has one kind of attention for all layers; the toy of Qwen3 has two.
 VARIANTS = {

@@ -13,9 +13,8 @@ import surgeon
 from surgeon.anatomy.anatomy import read_anatomy
 from surgeon.anatomy.axes import Places, parse, places, shape
 from surgeon.anatomy.families import FAMILIES
-from surgeon.checkpoint.open import open_source
-from surgeon.checkpoint.source import spec_of
-from surgeon.checkpoint.spec import TensorSpec
+from surgeon.checkpoint.header import TensorSpec
+from surgeon.checkpoint.source import open_source, spec_of
 from surgeon.errors import CheckpointError, PlanError
 
 TABLED = [name for name in toys.TOYS if name.partition("-")[0] in FAMILIES]

@@ -12,7 +12,7 @@ import toys
 from transformers import AutoModelForCausalLM
 
 import surgeon
-from surgeon.train.metrics import read_metrics, read_status
+from surgeon.train.run_dir import read_metrics, read_status
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -16,7 +16,7 @@ import pytest
 import talkers
 
 from surgeon.train.checkpoints import check, checkpoints
-from surgeon.train.metrics import read_metrics, read_status
+from surgeon.train.run_dir import read_metrics, read_status
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

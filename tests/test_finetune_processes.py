@@ -17,7 +17,7 @@ import toys
 from safetensors.torch import load_file
 
 from surgeon.train.checkpoints import check, checkpoints
-from surgeon.train.metrics import read_metrics, read_status
+from surgeon.train.run_dir import read_metrics, read_status
 
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "surgeon"]
 SURGEON = ["-m", "surgeon"]

@@ -49,7 +49,7 @@ def test_integers_cannot_be_drawn(toy):
     anatomy = surgery.anatomy
     from dataclasses import replace
 
-    from surgeon.checkpoint.spec import TensorSpec
+    from surgeon.checkpoint.header import TensorSpec
     from surgeon.transforms.fresh import fresh
 
     name = "model.layers.0.mlp.up_proj.weight"

@@ -9,8 +9,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
 
 import surgeon
-from surgeon.gist import read_gist
 from surgeon.gist.layout import prompt_tokens, text_tokens
+from surgeon.gist.tokens import read_gist
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 PROMPT, TEXT = "The cat sat on the mat.", "\nthat was"

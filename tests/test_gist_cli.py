@@ -7,7 +7,7 @@ import talkers
 import toys
 from transformers import AutoTokenizer
 
-from surgeon.gist import read_gist
+from surgeon.gist.tokens import read_gist
 
 
 @pytest.fixture(scope="module")

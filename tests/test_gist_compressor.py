@@ -11,13 +11,14 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import surgeon
-from surgeon.data.tokenizer import load_tokenizer
 from surgeon.errors import CheckpointError, PlanError
 from surgeon.evals.generation import load_whole
-from surgeon.gist import read_gist, saved
-from surgeon.gist.answers import answer_losses, answers
+from surgeon.evals.gist_answers import answer_losses, answers
+from surgeon.gist import saved
 from surgeon.gist.compressor import Compressor
-from surgeon.gist.forms import FULL, GIST, NONE, read_forms
+from surgeon.gist.records import FULL, GIST, NONE, read_forms
+from surgeon.gist.tokens import read_gist
+from surgeon.models.loading import load_tokenizer
 
 peft = pytest.importorskip("peft")
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -14,20 +14,20 @@ from transformers.modeling_outputs import BaseModelOutput
 
 import surgeon
 from surgeon.data.records import document
-from surgeon.data.tokenizer import load_tokenizer
 from surgeon.errors import MeasureError, PlanError
-from surgeon.gist import read_gist
 from surgeon.gist.compress import compress_ids, encoded_behind
-from surgeon.gist.encoder import encode
 from surgeon.gist.layout import TEXT, prompt_tokens, text_tokens
 from surgeon.gist.probes import gist_slice
-from surgeon.train.encoder_view import EncoderDecoder
-from surgeon.train.gist_data import Gists, gist_examples
-from surgeon.train.gist_teacher import WithoutGist
-from surgeon.train.halves import Halves
+from surgeon.gist.records import Gists, gist_examples
+from surgeon.gist.states import encode
+from surgeon.gist.tokens import read_gist
+from surgeon.gist.training import WithoutGist
+from surgeon.gist.views import EncoderDecoder
+from surgeon.models.loading import load_tokenizer
+from surgeon.models.split import Halves
 from surgeon.train.losses import kl
-from surgeon.train.metrics import read_metrics
 from surgeon.train.objective import Objective, attach_loss, detach_loss
+from surgeon.train.run_dir import read_metrics
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -17,9 +17,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, T5Config, T5ForCondition
 
 from surgeon.gist.compress import compress_ids, continued, encoded_behind
 from surgeon.gist.masks import Condition
-from surgeon.train.encoder_view import EncoderDecoder
-from surgeon.train.gist_view import Masked, TwoPass
-from surgeon.train.halves import Halves
+from surgeon.gist.views import EncoderDecoder, Masked, TwoPass
+from surgeon.models.split import Halves
 from surgeon.train.objective import IGNORED, Objective, attach_loss, detach_loss
 
 pytestmark = pytest.mark.usefixtures("one_thread")

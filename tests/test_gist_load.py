@@ -10,12 +10,11 @@ from gisted import GIST, NUM_TOKENS, PROMPT, TEXTS, WRITE, compressed, prompt_of
 from transformers.modeling_outputs import BaseModelOutput
 
 import surgeon.gist
-from surgeon.checkpoint.open import open_source
-from surgeon.checkpoint.source import fingerprint
+from surgeon.checkpoint.source import fingerprint, open_source
 from surgeon.errors import CheckpointError, DataError
 from surgeon.gist import saved
-from surgeon.gist.encoder import encode
 from surgeon.gist.masks import cross_mask, encoder_mask, gist_phases
+from surgeon.gist.states import encode
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -9,17 +9,8 @@ from transformers import masking_utils
 from transformers.masking_utils import create_masks_for_generate
 
 from surgeon.errors import DataError, PlanError
-from surgeon.gist.encoder import encode
-from surgeon.gist.masks import (
-    AFTER,
-    GIST,
-    PROMPT,
-    cross_mask,
-    document_numbers,
-    encoder_mask,
-    gist_masks,
-    gist_phases,
-)
+from surgeon.gist.masks import AFTER, GIST, PROMPT, cross_mask, document_numbers, encoder_mask, gist_masks, gist_phases
+from surgeon.gist.states import encode
 
 G = 130  # the id of the gist token
 ROW = [7, 8, 9, G, G, 4, 5]  # prompt 3, gist 2, input 2

@@ -15,10 +15,10 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast, T5Tokenizer
 import surgeon
 from surgeon.anatomy.anatomy import read_anatomy
 from surgeon.checkpoint.source import LocalSource, spec_of
+from surgeon.checkpoint.tokenizer_files import add_to_tokenizer, suppress
 from surgeon.errors import CheckpointError, PlanError
-from surgeon.gist import GistTokens, read_gist
-from surgeon.gist.tokenizer import add_to_tokenizer, suppress
-from surgeon.transforms.tokens import add_tokens, vocabulary_dims
+from surgeon.gist.tokens import GistTokens, read_gist
+from surgeon.transforms.vocabulary import add_tokens, vocabulary_dims
 
 KNOWN = 290  # tokens of the tokenizer of a talker
 

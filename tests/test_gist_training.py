@@ -18,17 +18,16 @@ import surgeon
 from surgeon.data.records import document
 from surgeon.data.rows import begin_of_text
 from surgeon.errors import DataError, PlanError
-from surgeon.gist import GistTokens
-from surgeon.gist.evaluation import evaluate_gist
+from surgeon.evals.gist import evaluate_gist
 from surgeon.gist.layout import CHAT, TEXT, prompt_tokens, text_tokens
-from surgeon.train.gist_choice import implementation
-from surgeon.train.gist_data import Gists, gist_examples
-from surgeon.train.gist_teacher import WithoutGist, without_gist
-from surgeon.train.gist_view import FIRST_SEEN, Masked, TwoPass
-from surgeon.train.halves import Halves
+from surgeon.gist.records import Gists, gist_examples
+from surgeon.gist.tokens import GistTokens
+from surgeon.gist.training import WithoutGist, implementation, without_gist
+from surgeon.gist.views import FIRST_SEEN, Masked, TwoPass
+from surgeon.models.split import Halves
 from surgeon.train.losses import kl
-from surgeon.train.metrics import read_metrics
 from surgeon.train.objective import Objective, attach_loss, detach_loss
+from surgeon.train.run_dir import read_metrics
 from surgeon.train.settings import Settings
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -236,7 +235,7 @@ def gisted(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def tokenizer(gisted: Path) -> Any:
-    from surgeon.data.tokenizer import load_tokenizer
+    from surgeon.models.loading import load_tokenizer
 
     return load_tokenizer(str(gisted))
 

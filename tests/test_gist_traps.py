@@ -29,14 +29,14 @@ from transformers import AutoTokenizer, DynamicCache
 import surgeon
 from surgeon.data.records import document
 from surgeon.errors import DataError, PlanError
-from surgeon.gist import GistTokens, compress
+from surgeon.gist import compress
 from surgeon.gist.compress import compress_ids, continued
-from surgeon.gist.encoder import encode
 from surgeon.gist.masks import cross_mask, encoder_mask, gist_masks, gist_phases
 from surgeon.gist.probes import relative_difference
-from surgeon.gist.states import GistStates
+from surgeon.gist.records import Gists, gist_examples
+from surgeon.gist.states import GistStates, encode
 from surgeon.gist.support import check_support
-from surgeon.train.gist_data import Gists, gist_examples
+from surgeon.gist.tokens import GistTokens
 from surgeon.train.settings import Settings
 
 pytestmark = pytest.mark.usefixtures("one_thread")

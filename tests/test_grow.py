@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 import surgeon
 from surgeon.errors import PlanError
-from surgeon.verbs import open_model
+from surgeon.surgery import open_model
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -12,8 +12,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from safetensors import SafetensorError, safe_open
 
-from surgeon.checkpoint.header import MAX_HEADER_BYTES, format_header, parse_header, read_header
-from surgeon.checkpoint.spec import DTYPE_BITS, TensorSpec
+from surgeon.checkpoint.header import DTYPE_BITS, MAX_HEADER_BYTES, TensorSpec, format_header, parse_header, read_header
 from surgeon.errors import CheckpointError
 
 A = '"a":{"dtype":"U8","shape":[2],"data_offsets":[0,2]}'

@@ -11,11 +11,9 @@ from pathlib import Path
 import pytest
 from hub_server import READ_ONLY_TOKEN, TOKEN, HubServer
 
-from surgeon.checkpoint.header import format_header
-from surgeon.checkpoint.hub import FIRST_REQUEST_BYTES, open_hub
-from surgeon.checkpoint.push import push
+from surgeon.checkpoint.header import TensorSpec, format_header
+from surgeon.checkpoint.hub import FIRST_REQUEST_BYTES, open_hub, push
 from surgeon.checkpoint.source import open_directory, spec_of
-from surgeon.checkpoint.spec import TensorSpec
 from surgeon.errors import CheckpointError, HubError
 
 # huggingface_hub uploads to LFS in a way that httpx2 is about to retire.

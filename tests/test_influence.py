@@ -7,9 +7,9 @@ import pytest
 import torch
 from streamed import padded, plain, plain_states, stream, tokens
 
-from surgeon.measure.influence import Influence
-from surgeon.measure.score import score_states
-from surgeon.measure.streaming import Batch
+from surgeon.measure.residual import Influence
+from surgeon.measure.scoring import score_states
+from surgeon.models.streaming import Batch
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -13,7 +13,7 @@ from streamed import plain
 from tokenizers import Regex, normalizers
 
 import surgeon
-from surgeon.checkpoint.open import open_source
+from surgeon.checkpoint.source import open_source
 from surgeon.errors import DataError, MeasureError, PlanError
 from surgeon.evals.judge import ASK, LABELS, Case, Judge, likelihoods, read_cases
 from surgeon.evals.verdicts import FIRST, LOSS, NEITHER, SECOND, TIE, WIN, Judgement, Verdict

@@ -7,9 +7,8 @@ from safetensors.torch import load_file
 
 import surgeon
 from surgeon.errors import PlanError
-from surgeon.surgery import Surgery
+from surgeon.surgery import Surgery, open_model
 from surgeon.transforms.layers import keep_layers, resolve_depth
-from surgeon.verbs import open_model
 
 # Layers that no list can drop: the first holds the position bias of all the others.
 NEEDS_FIRST = ("t5", "t5-gated")

@@ -7,7 +7,7 @@ import torch
 import toys
 from safetensors.torch import load_file, save_file
 
-from surgeon.checkpoint.open import open_source
+from surgeon.checkpoint.source import open_source
 from surgeon.errors import MeasureError, PlanError
 from surgeon.measure.magnitude import layer_magnitudes, width_magnitudes
 

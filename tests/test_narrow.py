@@ -15,13 +15,12 @@ from safetensors.torch import load_file, save_file
 import surgeon
 from surgeon.anatomy.axes import Axis, Sum, axes_of, parse, survivors
 from surgeon.errors import PlanError
-from surgeon.plan.expressions import Affine
-from surgeon.surgery import Surgery
+from surgeon.plan.plan import Affine
+from surgeon.surgery import Surgery, open_model
 from surgeon.transforms.layers import keep_layers
 from surgeon.transforms.narrow import Kept, layers_with, narrow
 from surgeon.transforms.uniform import uniform, uniform_head_dim
 from surgeon.transforms.widen import dims
-from surgeon.verbs import open_model
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

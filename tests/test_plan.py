@@ -8,30 +8,30 @@ import toys
 from safetensors.torch import load_file, save_file
 
 import surgeon
-from surgeon.checkpoint.header import read_header
-from surgeon.checkpoint.source import spec_of, stored
-from surgeon.checkpoint.spec import CheckpointSpec, TensorSpec
+from surgeon.checkpoint.header import CheckpointSpec, TensorSpec, read_header
+from surgeon.checkpoint.source import ranges_by_file, spec_of, stored
 from surgeon.errors import PlanError
 from surgeon.plan.arithmetic import Arithmetic
-from surgeon.plan.execute import peak_memory, ranges_by_file
-from surgeon.plan.expressions import (
+from surgeon.plan.execute import peak_memory
+from surgeon.plan.plan import (
     Add,
     Affine,
     Cast,
     Constant,
     Gather,
     Normal,
+    Plan,
     Read,
     Rounded,
     Uniform,
+    changed_keys,
     describe,
+    identity,
     infer,
     reads,
     substitute,
 )
-from surgeon.plan.plan import Plan, changed_keys, identity
-from surgeon.surgery import Surgery, parse_size
-from surgeon.verbs import open_model
+from surgeon.surgery import Surgery, open_model, parse_size
 
 SPEC = CheckpointSpec({"model_type": "toy"}, {"a": TensorSpec("BF16", (4, 6)), "ids": TensorSpec("I64", (3,))})
 

@@ -11,9 +11,9 @@ import matplotlib.image
 import numpy as np
 import pytest
 
-from surgeon import plots
 from surgeon.errors import OutputError, PlanError
-from surgeon.measure.scores import Scores
+from surgeon.measure.record import Scores
+from surgeon.plots import pruning as plots
 
 MATRIX = [[None if e <= s else 0.1 * (e - s) + 0.01 * s for e in range(5)] for s in range(4)]
 RED, BLUE = (1.0, 0.0, 0.0), (0.122, 0.467, 0.706)  # the dot of what went; tab:blue

@@ -17,15 +17,13 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 import surgeon
 from surgeon.anatomy.families import FAMILIES
-from surgeon.checkpoint.header import format_header
-from surgeon.checkpoint.open import open_source
-from surgeon.checkpoint.spec import TensorSpec
+from surgeon.checkpoint.header import TensorSpec, format_header
+from surgeon.checkpoint.source import open_source
 from surgeon.errors import DataError, MeasureError, PlanError
-from surgeon.measure.scores import Scores, read_scores
-from surgeon.transforms.choose import choose_layers
-from surgeon.transforms.choose_widths import CRITERIA
+from surgeon.measure.record import Scores, read_scores
+from surgeon.surgery import open_model
+from surgeon.transforms.choose import CRITERIA, choose_layers
 from surgeon.transforms.uniform import uniform
-from surgeon.verbs import open_model
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

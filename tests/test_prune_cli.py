@@ -20,8 +20,8 @@ from handmade import checkpoint, snapshot
 from test_prune import BY_HAND, GONE, bypassed, give_tokenizer, loaded, record, words
 
 import surgeon
-from surgeon.measure.scores import read_scores
-from surgeon.transforms.choose import METHODS
+from surgeon.measure.record import read_scores
+from surgeon.transforms.scores import METHODS
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

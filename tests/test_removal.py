@@ -11,11 +11,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from streamed import mean_loss, padded, plain, stream, tokens
 
-from surgeon.checkpoint.open import open_source
+from surgeon.checkpoint.source import open_source
 from surgeon.errors import MeasureError
-from surgeon.measure import removal, score
+from surgeon.measure import removal
+from surgeon.measure import scoring as score
 from surgeon.measure.removal import greedy, groups, losses_without, one_by_one, perplexities
-from surgeon.measure.score import perplexity, removal_curve, score_states
+from surgeon.measure.scoring import perplexity, removal_curve, score_states
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -5,8 +5,8 @@ import sys
 
 import pytest
 
-from surgeon.checkpoint.open import open_source
-from surgeon.measure.scores import Scores
+from surgeon.checkpoint.source import open_source
+from surgeon.measure.record import Scores
 
 HEAVY = (
     "torch",

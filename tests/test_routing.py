@@ -8,7 +8,7 @@ from streamed import padded, plain, stream, tokens
 from torch.nn.functional import silu, softmax
 
 from surgeon.measure.routing import Routing
-from surgeon.measure.score import observe, score_states
+from surgeon.measure.scoring import observe, score_states
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -8,10 +8,10 @@ import torch
 import toys
 from streamed import tokens
 
-from surgeon.checkpoint.open import open_source
+from surgeon.checkpoint.source import open_source
 from surgeon.errors import MeasureError
-from surgeon.measure.score import score
-from surgeon.measure.scores import Scores, check_model, read_scores
+from surgeon.measure.record import Scores, check_model, read_scores
+from surgeon.measure.scoring import score
 
 DEPTH = 3
 SCORES = Scores(

@@ -8,9 +8,8 @@ import handmade
 import pytest
 from handmade import checkpoint, edit_config, llama, read_index, safetensors, shard_name, write_index
 
-from surgeon.checkpoint.open import open_source
-from surgeon.checkpoint.source import fingerprint, is_companion, open_directory
-from surgeon.checkpoint.spec import TensorSpec
+from surgeon.checkpoint.header import TensorSpec
+from surgeon.checkpoint.source import fingerprint, is_companion, open_directory, open_source
 from surgeon.errors import CheckpointError
 
 FIRST = shard_name(1, 3)

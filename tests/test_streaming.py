@@ -12,7 +12,7 @@ from streamed import DECODERS, padded, plain, plain_states, real_parameters, str
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from surgeon.errors import CheckpointError, MeasureError
-from surgeon.measure import streaming
+from surgeon.models import streaming
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

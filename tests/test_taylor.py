@@ -4,8 +4,8 @@ import pytest
 import toys
 from streamed import mean_loss, plain, real_parameters, stream, tokens
 
-from surgeon.measure import streaming
 from surgeon.measure.taylor import taylor
+from surgeon.models import streaming
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

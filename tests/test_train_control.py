@@ -7,8 +7,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from surgeon.train import control
-from surgeon.train.control import Control, Stop, stops_at_sigterm
+from surgeon.train import trainer as control
+from surgeon.train.trainer import Control, Stop, stops_at_sigterm
 
 
 def evaluated(judge: Control, *losses: float) -> list[bool]:

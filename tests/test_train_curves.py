@@ -12,8 +12,8 @@ import typer
 
 from surgeon.cli.plot import plot
 from surgeon.errors import DataError, OutputError, PlanError
-from surgeon.train.curves import names, plot_runs, smoothed
-from surgeon.train.metrics import METRICS, EvalReport, MetricsLog
+from surgeon.plots.training import names, plot_runs, smoothed
+from surgeon.train.run_dir import METRICS, EvalReport, MetricsLog
 
 BLUE, ORANGE = (0.122, 0.467, 0.706), (1.0, 0.498, 0.055)  # the colours of the first run and the second
 

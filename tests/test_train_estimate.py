@@ -10,12 +10,12 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from surgeon.anatomy.anatomy import Anatomy, read_anatomy
-from surgeon.checkpoint.open import open_source
-from surgeon.checkpoint.source import spec_of
-from surgeon.train.activations import LOGITS, Batch, activation_bytes, loss_bytes
-from surgeon.train.estimate import Memory, Workload, estimate, lora_parameters, matmul_throughput, memory
+from surgeon.checkpoint.source import open_source, spec_of
+from surgeon.cost.estimate import Memory, Workload, estimate, lora_parameters, matmul_throughput, memory
+from surgeon.cost.flops import flops_per_token, multiplied_parameters
+from surgeon.cost.memory import LOGITS, Batch, activation_bytes, loss_bytes
+from surgeon.text import duration
 from surgeon.train.losses import chunk_rows
-from surgeon.train.speed import duration, flops_per_token, multiplied_parameters
 
 ROWS, TOKENS = 2, 48
 ALIKE = ("llama", "llama-tied", "gpt2", "gpt_neox", "opt", "gemma", "gemma2", "qwen2", "qwen3", "phi3", "olmo2")

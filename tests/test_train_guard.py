@@ -2,7 +2,7 @@
 
 import pytest
 
-from surgeon.train.guard import Guard
+from surgeon.train.reporter import Guard
 
 # What a small model did in 600 steps on 300 lines of question formation: it learned them by heart.
 MEMORISED = [(0, 4.6, 4.6), (100, 1.4, 1.5), (200, 1.0, 1.47), (400, 0.5, 1.89), (600, 0.3, 1.98)]

@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from surgeon.errors import DataError, OutputError
-from surgeon.train.metrics import (
+from surgeon.train.run_dir import (
     METRICS,
     EvalReport,
     MetricsLog,

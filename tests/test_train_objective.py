@@ -13,9 +13,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from surgeon.errors import PlanError
+from surgeon.models.split import Halves, keeps_documents_apart
 from surgeon.train import objective
-from surgeon.train.halves import Halves
-from surgeon.train.objective import Objective, attach_loss, detach_loss, keeps_documents_apart
+from surgeon.train.objective import Objective, attach_loss, detach_loss
 from surgeon.train.teacher import OnlineTeacher
 
 pytestmark = pytest.mark.usefixtures("one_thread", "exact64")

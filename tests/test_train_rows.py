@@ -9,8 +9,8 @@ import toys
 from talkers import TEXT, jsonl, tokenizer_of
 from torch.utils.data import DataLoader
 
+from surgeon.train.data import Collator, RowDataset
 from surgeon.train.packing import Packing, one_per_row, pack
-from surgeon.train.rows import Collator, RowDataset
 from surgeon.train.tokenise import prepare
 
 PAD = 0

@@ -6,9 +6,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM
 
 from surgeon.anatomy.anatomy import Anatomy, read_anatomy
-from surgeon.checkpoint.open import open_source
-from surgeon.checkpoint.source import spec_of
-from surgeon.train.speed import Meter, attention_flops, flops_per_token, multiplied_parameters, peak_flops, peak_memory
+from surgeon.checkpoint.source import open_source, spec_of
+from surgeon.cost.flops import attention_flops, flops_per_token, multiplied_parameters, peak_flops
+from surgeon.train.pace import Meter, peak_memory
 
 ROWS, TOKENS = 2, 12
 TABLED = ("gpt2", "gpt_neox", "opt", "opt-post-norm", "llama", "llama-tied", "llama-biases", "gemma", "olmo2")

@@ -12,10 +12,10 @@ from torch import Tensor
 
 from surgeon.errors import DataError, OutputError, PlanError
 from surgeon.train import teacher as module
+from surgeon.train.data import Collator, RowDataset
 from surgeon.train.losses import hidden_loss, kl
 from surgeon.train.objective import Objective, attach_loss
 from surgeon.train.packing import pack
-from surgeon.train.rows import Collator, RowDataset
 from surgeon.train.store import TokenStore
 from surgeon.train.teacher import CachedTeacher, OnlineTeacher, cache_top_k
 from surgeon.train.tokenise import prepare

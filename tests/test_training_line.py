@@ -6,7 +6,7 @@ import re
 import pytest
 
 from surgeon.cli.training_line import Smoothed, TrainingLine
-from surgeon.train.metrics import EvalReport, StepReport
+from surgeon.train.run_dir import EvalReport, StepReport
 
 
 class Terminal(io.StringIO):

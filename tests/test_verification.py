@@ -15,7 +15,7 @@ from test_rings import command, modules_after
 
 import surgeon
 from surgeon.errors import CheckpointError, VerificationError
-from surgeon.verification import SLACK, TOLERANCE, Verification
+from surgeon.verbs.verify import SLACK, TOLERANCE, Verification
 
 
 def grown(source: Path, out: Path, *, dtype: str = "keep", **sizes: Any) -> Verification:

@@ -25,11 +25,10 @@ from safetensors.torch import load_file
 import surgeon
 from surgeon.anatomy.axes import Places, axes_of, places
 from surgeon.errors import PlanError
-from surgeon.surgery import Surgery
+from surgeon.surgery import Surgery, open_model
 from surgeon.transforms.axis_maps import AxisMap
 from surgeon.transforms.widen import widen
 from surgeon.transforms.widths import plan_widths
-from surgeon.verbs import open_model
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

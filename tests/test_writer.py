@@ -15,10 +15,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 import surgeon
-from surgeon.checkpoint.header import read_header
+from surgeon.checkpoint.header import TensorSpec, read_header
+from surgeon.checkpoint.output import PAGE, Extent, Piece, write_safetensors
 from surgeon.checkpoint.source import open_directory, spec_of
-from surgeon.checkpoint.spec import TensorSpec
-from surgeon.checkpoint.writer import PAGE, Extent, Piece, write_safetensors
 from surgeon.errors import CheckpointError
 from surgeon.plan.execute import execute, lay_out
 from surgeon.plan.plan import Plan, identity

@@ -10,7 +10,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import product
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from surgeon.anatomy.layer_rules import (
     COUNT_KEYS,
@@ -24,7 +24,12 @@ from surgeon.anatomy.layer_rules import (
     UNCUTTABLE,
     Rule,
 )
+from surgeon.checkpoint.source import Source
 from surgeon.errors import CheckpointError, PlanError
+
+if TYPE_CHECKING:
+    pass
+
 
 # A key of a family without rules that looks as if it picked layers by stride; it holds only for an unmoved prefix.
 _SUSPECT = re.compile(
@@ -258,3 +263,36 @@ def declared_kinds(text: Mapping[str, Any], depth: int) -> list[tuple[object, ..
             said.append([i in value for i in range(depth)])
     said += [kinds_by(rule, text, depth) for rule in RULES.get(str(text.get("model_type")), ())]
     return [tuple(kinds[i] for kinds in said) for i in range(depth)]
+
+
+POSITION_KEYS = ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len")
+
+
+def positions_of(source: Source) -> int | None:
+    """Return how many tokens the model can see, None where its config does not say."""
+    return positions_in(source.config)
+
+
+def positions_in(config: Mapping[str, Any]) -> int | None:
+    """Return how many tokens a model with this config can see; None where it does not say, or they are relative."""
+    text = text_config(config)
+    if "relative_attention_num_buckets" in text:  # T5's n_positions is how long its texts were, and no limit
+        return None
+    return next((text[key] for key in POSITION_KEYS if type(text.get(key)) is int), None)
+
+
+def rope_types(config: Mapping[str, Any]) -> set[str]:
+    """Return the rope types in a config, old or new, one for each kind of layer."""
+    found = [config.get("rope_parameters"), config.get("rope_scaling")]
+    found += [value for group in found if isinstance(group, Mapping) for value in group.values()]
+    groups = [group for group in found if isinstance(group, Mapping)]
+    return {str(group[key]) for group in groups for key in ("rope_type", "type") if group.get(key)}
+
+
+def rotary_share(config: Mapping[str, Any]) -> float:
+    """Return the share of a head's dims that turn."""
+    rope = config.get("rope_parameters")
+    for group, key in ((rope, "partial_rotary_factor"), (config, "partial_rotary_factor"), (config, "rotary_pct")):
+        if isinstance(group, Mapping) and isinstance(group.get(key), (int, float)):
+            return float(group[key])
+    return 1.0

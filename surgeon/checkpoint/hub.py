@@ -17,7 +17,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, NoReturn
 
 from surgeon.checkpoint.header import Entry, header_length, parse_header, read_header
-from surgeon.checkpoint.hub_http import ask_bytes, explained, hush_progress
+from surgeon.checkpoint.hub_http import LOGIN, ask_bytes, explained, hush_progress
 from surgeon.checkpoint.source import (
     CONFIG,
     INDEX,
@@ -29,7 +29,7 @@ from surgeon.checkpoint.source import (
     read_index,
     stored,
 )
-from surgeon.errors import CheckpointError
+from surgeon.errors import CheckpointError, HubError
 
 FIRST_REQUEST_BYTES = 64 * 1024  # holds the header of most files; a longer one takes a second request
 NUM_CONNECTIONS = 8
@@ -198,3 +198,33 @@ def _checked(names: Sequence[str], repo_id: str) -> Sequence[str]:
                 hint="Do not use this checkpoint: an honest one has only files inside its directory.",
             )
     return names
+
+
+def push(directory: Path, repo_id: str, *, private: bool) -> str:
+    """Return the URL of the model repository to which every file of `directory` has been uploaded.
+
+    Creates the repository when there is none. A new one is private if `private`, else what its owner's settings say;
+    an existing one is never turned private or public, and one that is public is refused when `private` is asked for.
+    Raises HubError.
+    """
+    from huggingface_hub import HfApi, constants, get_token
+
+    if constants.HF_HUB_OFFLINE:
+        raise HubError(f"cannot upload to {repo_id}: HF_HUB_OFFLINE is set", hint="Unset HF_HUB_OFFLINE.")
+    if get_token() is None:
+        raise HubError(f"cannot upload to {repo_id} without a token", hint=f"{LOGIN} to a token that can write.")
+    hush_progress()
+    hub = HfApi()
+    with explained(f"the upload to {repo_id}", repo_id=repo_id):
+        url = hub.create_repo(repo_id, private=True if private else None, exist_ok=True)
+        is_public = private and not hub.model_info(url.repo_id).private
+    if is_public:  # exist_ok leaves the visibility of an existing repository as it is
+        raise HubError(
+            f"{url.repo_id} exists and is public; nothing was uploaded",
+            hint=f"Make it private first: hf repos settings {url.repo_id} --private, or push to another name.",
+        )
+    with explained(f"the upload to {repo_id}", repo_id=repo_id):
+        hub.upload_folder(
+            repo_id=url.repo_id, folder_path=directory, commit_message=f"Upload {directory.name} made with surgeon"
+        )
+    return str(url)

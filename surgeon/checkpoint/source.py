@@ -8,15 +8,19 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path, PurePosixPath
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
-from surgeon.checkpoint.header import DOWNLOAD_HINT, Entry, read_header
-from surgeon.checkpoint.spec import CheckpointSpec, TensorSpec
+from surgeon.checkpoint.header import DOWNLOAD_HINT, CheckpointSpec, Entry, TensorSpec, read_header
 from surgeon.errors import CheckpointError
+
+if TYPE_CHECKING:
+    pass
+
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -304,3 +308,38 @@ def _is_there(path: Path) -> bool:
 
 def _is_plain_name(name: str) -> bool:
     return bool(name) and name not in (".", "..") and not any(char in name for char in "/\\\0") and ":" not in name
+
+
+def ranges_by_file(tensors: Mapping[str, StoredTensor], names: Iterable[str]) -> dict[str, list[tuple[int, int]]]:
+    """Return, for each file, the byte ranges that hold the tensors `names`, merged where they touch."""
+    ranges: dict[str, list[tuple[int, int]]] = {}
+    for stored in sorted((tensors[name] for name in names), key=lambda stored: (stored.file, stored.start)):
+        found = ranges.setdefault(stored.file, [])
+        if found and found[-1][1] == stored.start:
+            found[-1] = (found[-1][0], stored.end)
+        else:
+            found.append((stored.start, stored.end))
+    return ranges
+
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}(/[A-Za-z0-9][\w.-]{0,95})?")  # a path may still have such a name
+
+
+def open_source(model: str | os.PathLike[str], *, revision: str | None = None) -> Source:
+    """Return the checkpoint that `model` names. `revision` is a branch, tag or commit on the Hub.
+
+    Raises CheckpointError for a path that holds none, HubError for an id that the Hub does not have.
+    """
+    text = os.fspath(model)
+    path = Path(text)
+    with suppress(RuntimeError):  # ~someone who has no home here
+        path = path.expanduser()
+    if not _HUB_ID.fullmatch(text) or path.exists():
+        if revision is not None:
+            raise CheckpointError(
+                f"{text} is a local path; a revision is for a model on the Hub", hint="Leave out --revision."
+            )
+        return open_directory(path, label=text)
+    from surgeon.checkpoint.hub import open_hub
+
+    return open_hub(text, revision=revision)

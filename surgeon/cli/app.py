@@ -73,19 +73,7 @@ def _show(error: SurgeonError) -> None:
 
 
 def _register() -> None:
-    from surgeon.cli import (
-        compress,
-        convert,
-        evaluate,
-        finetune,
-        generate,
-        gist,
-        grow,
-        inspect,
-        plot,
-        prune,
-        truncate,
-    )
+    from surgeon.cli import compress, convert, evaluate, finetune, generate, gist, grow, inspect, plot, prune, truncate
 
     shape = (inspect.inspect, truncate.truncate, grow.grow, prune.prune, gist.gist)
     learn = (finetune.finetune, plot.plot, evaluate.evaluate, compress.compress, generate.generate)

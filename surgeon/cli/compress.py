@@ -38,8 +38,7 @@ def compress(
 ) -> None:
     """Compress a prompt into the states of a few gist tokens, checked and saved."""
     import surgeon
-    from surgeon.cli.display import emit, emit_json, log
-    from surgeon.cli.text_file import read_text
+    from surgeon.cli.terminal import emit, emit_json, log, read_text
 
     if (prompt is None) == (prompt_file is None):
         raise typer.BadParameter("give one of --prompt and --prompt-file", param_hint="--prompt")

@@ -108,7 +108,7 @@ def evaluate(
     debug: options.Debug = False,
 ) -> None:
     """Measure perplexity, answers and choices, and what is left of a baseline."""
-    from surgeon.cli.display import emit, emit_json
+    from surgeon.cli.terminal import emit, emit_json
 
     if json and markdown:
         raise typer.BadParameter("goes without --json", param_hint="--markdown")
@@ -140,7 +140,7 @@ def evaluate(
 
 def _check(given: Mapping[str, Any]) -> None:
     """Raise typer's usage error, naming the option, for what does not go together."""
-    from surgeon.evaluation import METRICS
+    from surgeon.verbs.evaluate import METRICS
 
     metric = given["metric"]
     if metric not in METRICS:
@@ -166,7 +166,7 @@ def _check(given: Mapping[str, Any]) -> None:
 def _evaluated(model: str, given: dict[str, Any], *, quiet: bool) -> "Evaluation | TaskEvaluation | GistEvaluation":
     """Return what was asked for, given options that go together."""
     import surgeon
-    from surgeon.cli.progress import TokenMeter
+    from surgeon.cli.terminal import TokenMeter
 
     def chosen(*names: str) -> dict[str, Any]:
         return {name: given[name] for name in (*names, "samples", "batch_size", "device", "revision")}

@@ -95,7 +95,7 @@ def finetune(
 ) -> None:
     """Train a model on data: heal a cut, train what grew, distil from a teacher."""
     import surgeon
-    from surgeon.cli.display import emit, emit_json, log, results_alone
+    from surgeon.cli.terminal import emit, emit_json, log, results_alone
     from surgeon.cli.training_line import TrainingLine
     from surgeon.train.launch import is_first, is_launched, relaunch, second_to_the_first
 
@@ -135,7 +135,7 @@ def finetune(
         sys.exit(STOPPED)
     entries = trained.to_dict()
     if push_to_hub is not None:
-        from surgeon.checkpoint.push import push
+        from surgeon.checkpoint.hub import push
 
         entries["url"] = push(trained.output, push_to_hub, private=private)
         log(f"uploaded to {entries['url']}")

@@ -34,8 +34,7 @@ def generate(
 ) -> None:
     """Print what a model writes behind a text, and nothing else."""
     import surgeon
-    from surgeon.cli.display import emit, emit_json
-    from surgeon.cli.text_file import read_text
+    from surgeon.cli.terminal import emit, emit_json, read_text
 
     if (text is None) == (input_file is None):
         raise typer.BadParameter("give one of TEXT and --input-file", param_hint="TEXT")

@@ -34,7 +34,7 @@ def gist(
 
 def _check(model: str, *, revision: str | None, device: str, json: bool, quiet: bool) -> None:
     """Print whether a model can be gisted. Exits with 1 where it cannot."""
-    from surgeon.cli.display import emit, emit_json, log
+    from surgeon.cli.terminal import emit, emit_json, log
     from surgeon.gist.support import check_checkpoint
 
     if not quiet:

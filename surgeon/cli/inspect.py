@@ -17,7 +17,7 @@ def inspect(
 ) -> None:
     """Show what a checkpoint is: family, layers, sizes, parameters by part."""
     import surgeon
-    from surgeon.cli.display import emit, emit_json
+    from surgeon.cli.terminal import emit, emit_json
 
     inspection = surgeon.inspect(model, against=against, revision=revision)
     emit_json(inspection.to_dict(tensors=tensors)) if json else emit(inspection.to_text(tensors=tensors))

@@ -20,9 +20,9 @@ def plot(
     debug: options.Debug = False,
 ) -> None:
     """Draw the losses of one or more training runs."""
-    from surgeon.cli.display import emit, emit_json
-    from surgeon.train.curves import AXES, plot_runs
-    from surgeon.train.metrics import numbers, read_metrics
+    from surgeon.cli.terminal import emit, emit_json
+    from surgeon.plots.training import AXES, plot_runs
+    from surgeon.train.run_dir import numbers, read_metrics
 
     if x not in AXES:
         raise typer.BadParameter(f"{x!r} is none of {', '.join(AXES)}", param_hint="--x")

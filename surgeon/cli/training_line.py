@@ -7,9 +7,8 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, TextIO
 
 from surgeon import text
-from surgeon.text import printable
-from surgeon.train.metrics import EvalReport, StepReport
-from surgeon.train.speed import duration
+from surgeon.text import duration, printable
+from surgeon.train.run_dir import EvalReport, StepReport
 
 if TYPE_CHECKING:
     from rich.live import Live

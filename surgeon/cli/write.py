@@ -6,9 +6,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from surgeon.checkpoint.output import check_target
-from surgeon.cli.display import emit, emit_json, log
 from surgeon.cli.options import Writing
-from surgeon.cli.progress import ByteProgress
+from surgeon.cli.terminal import ByteProgress, emit, emit_json, log
 from surgeon.surgery import Surgery
 
 VERIFIED_BELOW = 1_000_000_000  # parameters; a larger result is verified on request, for it takes a while
@@ -54,8 +53,8 @@ def run(surgery: Surgery, options: Writing, *, verify: bool | None = False, repo
         )
     verification = None
     if verify or (verify is None and summary.parameters[1] < VERIFIED_BELOW):
-        from surgeon.verification import loadable
-        from surgeon.verification import verify as compare
+        from surgeon.models.loading import loadable
+        from surgeon.verbs.verify import verify as compare
 
         source, revision = loadable(surgery.source)
         verification = compare(source, summary.output, revision=revision)
@@ -66,7 +65,7 @@ def run(surgery: Surgery, options: Writing, *, verify: bool | None = False, repo
         more = report.after(summary.output)
         rows, entries = rows + more[0], entries | more[1]
     if options.push_to_hub is not None:
-        from surgeon.checkpoint.push import push
+        from surgeon.checkpoint.hub import push
 
         url = push(summary.output, options.push_to_hub, private=options.private)
         log(f"uploaded to {url}")

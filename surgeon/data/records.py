@@ -2,9 +2,13 @@
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from surgeon.errors import DataError
+
+if TYPE_CHECKING:
+    pass
+
 
 # A record is read in the first of these forms whose fields it has; a field in brackets may be absent, null or "".
 FORMS = (
@@ -100,3 +104,9 @@ def _messages(value: object, where: str) -> tuple[Mapping[str, Any], ...]:
 def _kind(value: object) -> str:
     """Return what JSON calls a value of this type."""
     return _JSON_NAMES.get(type(value), type(value).__name__)
+
+
+ANSWER_HINT = (
+    "A record has prompt and completion; or instruction and output; or question and answer; "
+    "or messages that end with the assistant's."
+)

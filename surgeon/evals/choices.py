@@ -7,15 +7,15 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch  # noqa: TID253
-from torch import Tensor  # noqa: TID253
+import torch
+from torch import Tensor
 
 from surgeon.data.records import checked_text
 from surgeon.data.rows import begin_of_text, encode
 from surgeon.errors import DataError
 from surgeon.evals.perplexity import Piece, row_losses
 from surgeon.measure.removal import Progress
-from surgeon.measure.streaming import BATCH_TOKENS, StreamedModel
+from surgeon.models.streaming import BATCH_TOKENS, StreamedModel
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

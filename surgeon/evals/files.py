@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from surgeon.anatomy.anatomy import read_anatomy
-from surgeon.checkpoint.open import open_source
-from surgeon.checkpoint.source import Source, spec_of
+from surgeon.checkpoint.source import Source, open_source, spec_of
 from surgeon.errors import MeasureError, OutputError
 
 

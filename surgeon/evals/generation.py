@@ -1,33 +1,18 @@
 """Answers that a model writes greedily, in batches, as transformers' `generate` writes them."""
 
-from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from surgeon.anatomy.config import text_config
 from surgeon.checkpoint.source import Source
 from surgeon.evals.perplexity import HARNESS_HINT, PROBE, check_causal
-from surgeon.measure.whole import load_on
-from surgeon.reload import hushed
+from surgeon.models.loading import hushed, load_on
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 STREAMED = "Perplexity and choices stream: --metric perplexity, or choice."
-POSITION_KEYS = ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len")
 PADDING = {4: 1e-3, 2: 5e-2}  # by bytes of the dtype: what padding may move a logit by, of the largest; rounding does
-
-
-def positions_of(source: Source) -> int | None:
-    """Return how many tokens the model can see, None where its config does not say."""
-    return positions_in(source.config)
-
-
-def positions_in(config: Mapping[str, Any]) -> int | None:
-    """Return how many tokens a model with this config can see; None where it does not say, or they are relative."""
-    text = text_config(config)
-    if "relative_attention_num_buckets" in text:  # T5's n_positions is how long its texts were, and no limit
-        return None
-    return next((text[key] for key in POSITION_KEYS if type(text.get(key)) is int), None)
 
 
 def load_whole(source: Source, device: str) -> Any:

@@ -15,8 +15,7 @@ from time import monotonic
 from typing import Any
 
 from surgeon import text
-from surgeon.checkpoint.open import open_source
-from surgeon.checkpoint.source import Source
+from surgeon.checkpoint.source import Source, open_source
 from surgeon.errors import MeasureError, PlanError
 from surgeon.evals.compare import Estimate, recovery
 from surgeon.evals.table import markdown, plus_minus, short

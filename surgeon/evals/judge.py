@@ -17,7 +17,7 @@ from surgeon.evals.files import opened
 from surgeon.evals.verdicts import FIRST, NEITHER, SECOND, Judgement, Verdict
 
 if TYPE_CHECKING:
-    from surgeon.measure.score import Meter
+    from surgeon.measure.scoring import Meter
 
 BATCH_SIZE = 8
 ASK = """Which of two answers to a prompt is better?
@@ -78,10 +78,9 @@ class Judge:
     """A causal model that compares answers. Its tokenizer is loaded when it is made, its weights when it is asked."""
 
     def __init__(self, source: Source, device: str) -> None:
+        from surgeon.anatomy.config import positions_of
         from surgeon.data.rows import begin_of_text
-        from surgeon.data.tokenizer import load_tokenizer
-        from surgeon.evals.generation import positions_of
-        from surgeon.verification import loadable
+        from surgeon.models.loading import load_tokenizer, loadable
 
         self.source, self.device = source, device
         self.tokenizer = load_tokenizer(*loadable(source))
@@ -207,7 +206,7 @@ def likelihoods(
     """
     import torch
 
-    from surgeon.reload import hushed
+    from surgeon.models.loading import hushed
 
     found = {}
     order = sorted(wanted, key=lambda row: (-len(row), row))  # the longest first: memory is known
@@ -265,7 +264,7 @@ def judge_answers(
 
         print(surgeon.judge_answers("Qwen3-4B", ["2 + 2?"], ["4"], ["5"]).to_text())
     """
-    from surgeon.measure.device import resolve_device
+    from surgeon.models.device import resolve_device
 
     if not len(prompts) == len(answers) == len(others):
         found = f"{len(prompts)} prompts, {len(answers)} answers and {len(others)} others"

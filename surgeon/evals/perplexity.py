@@ -3,14 +3,14 @@
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
-import torch  # noqa: TID253  (what measures imports torch; a command imports what measures where it is needed)
-from torch import Tensor, nn  # noqa: TID253
+import torch
+from torch import Tensor, nn
 
 from surgeon.checkpoint.source import Source
 from surgeon.errors import MeasureError
-from surgeon.measure.device import compute_dtype
 from surgeon.measure.removal import STATES_BYTES, Progress, groups
-from surgeon.measure.streaming import HEAD_TOKENS, Batch, StreamedModel
+from surgeon.models.device import compute_dtype
+from surgeon.models.streaming import HEAD_TOKENS, Batch, StreamedModel
 
 HARNESS_HINT = "lm-evaluation-harness may be able to run it: --tasks NAME."
 PROBE = ((0, 0, 0, 0), (0, 0, 0, 1))  # rows of tokens that differ in the last one

@@ -6,7 +6,7 @@ from itertools import chain, islice
 from typing import TYPE_CHECKING
 
 from surgeon.data.documents import documents
-from surgeon.data.records import Document
+from surgeon.data.records import ANSWER_HINT, Document
 from surgeon.data.rows import begin_of_text, encode, templated
 from surgeon.errors import DataError
 
@@ -14,10 +14,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 MAX_NEW_TOKENS, BATCH_SIZE = 256, 8  # of answers, where the user does not say
-ANSWER_HINT = (
-    "A record has prompt and completion; or instruction and output; or question and answer; "
-    "or messages that end with the assistant's."
-)
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,29 +8,29 @@ from functools import partial
 from itertools import accumulate, pairwise
 from typing import TYPE_CHECKING, Any
 
-import torch  # noqa: TID253
+import torch
 
 from surgeon.anatomy.anatomy import read_anatomy
+from surgeon.anatomy.config import positions_of
 from surgeon.checkpoint.source import Source, spec_of
-from surgeon.data.tokenizer import load_tokenizer
 from surgeon.errors import DataError, MeasureError
 from surgeon.evals.choices import log_likelihoods, options_of, picked, read_questions
 from surgeon.evals.compare import Scored, estimate, exponential
-from surgeon.evals.generation import answer, load_whole, positions_of
+from surgeon.evals.generation import answer, load_whole
 from surgeon.evals.metrics import exact_match, extracted, rouge_l
 from surgeon.evals.perplexity import pieces_of, row_losses, streamed, windows
 from surgeon.evals.prompts import Prompt, read_prompts
 from surgeon.evals.stream import check_same_tokens, digest, read_stream
 from surgeon.evals.verdicts import WIN_RATE, Judgement
-from surgeon.measure.device import compute_dtype
 from surgeon.measure.removal import Progress
-from surgeon.verification import loadable
+from surgeon.models.device import compute_dtype
+from surgeon.models.loading import load_tokenizer, loadable
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from surgeon.evals.judge import Case, Judge
-    from surgeon.measure.score import Meter
+    from surgeon.measure.scoring import Meter
 
 ONE_ROW = "one row only: a standard error takes two"
 NO_OFFSETS = "the tokenizer does not say where in the text its tokens are, so there are no bits per byte"

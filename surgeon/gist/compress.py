@@ -11,17 +11,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch  # noqa: TID253
-from torch import Tensor  # noqa: TID253
-from transformers import DynamicCache  # noqa: TID253
-from transformers.modeling_outputs import BaseModelOutput  # noqa: TID253
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+from transformers.modeling_outputs import BaseModelOutput
 
+from surgeon.anatomy.config import positions_in
 from surgeon.errors import DataError, VerificationError
-from surgeon.evals.generation import positions_in
-from surgeon.gist.encoder import encode, last_states
 from surgeon.gist.masks import cross_mask, encoder_mask, gist_masks, gist_phases
 from surgeon.gist.probes import has_position_table, logits_of, positions_from, relative_difference
-from surgeon.gist.states import GistStates, states_of
+from surgeon.gist.states import GistStates, encode, last_states, states_of
 from surgeon.gist.support import EXACT, FLOOR
 
 PROBE_TOKENS = 12  # of text behind the gist

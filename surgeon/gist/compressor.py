@@ -48,7 +48,7 @@ class Compressor:
             from peft import PeftModel
             from safetensors import SafetensorError
 
-            from surgeon.reload import hushed
+            from surgeon.models.loading import hushed
         except ImportError as error:
             raise PlanError("peft is needed for --adapter", hint='pip install "surgeon[train]"') from error
         try:

@@ -13,23 +13,22 @@ from dataclasses import asdict, dataclass
 from statistics import median
 from typing import Any
 
-import torch  # noqa: TID253
-from torch import Tensor  # noqa: TID253
-from torch.utils.flop_counter import FlopCounterMode  # noqa: TID253
-from transformers import (  # noqa: TID253
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import (
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
     DynamicCache,
     EncoderDecoderCache,
     PreTrainedConfig,
 )
-from transformers.modeling_outputs import BaseModelOutput  # noqa: TID253
+from transformers.modeling_outputs import BaseModelOutput
 
 from surgeon import text
 from surgeon.gist.compress import encoded_behind, position_limit
-from surgeon.gist.encoder import encode, last_states
 from surgeon.gist.probes import logits_of, positions_from
-from surgeon.gist.states import GistStates, states_of
+from surgeon.gist.states import GistStates, encode, last_states, states_of
 
 INPUT_TOKENS, NEW_TOKENS, ROUNDS, WARM_UP = 32, 8, 5, 1
 NOTHING, WHOLE, GIST = "nothing cached", "whole prompt cached", "gist cached"

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from surgeon.data.rows import begin_of_text, encode, templated
 from surgeon.errors import DataError
-from surgeon.gist import GistTokens
+from surgeon.gist.tokens import GistTokens
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -9,9 +9,9 @@ eager attention, one for all layers takes the window from sliding ones).
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, cast, get_args
 
-import torch  # noqa: TID253
-from torch import Tensor  # noqa: TID253
-from transformers.masking_utils import create_masks_for_generate  # noqa: TID253
+import torch
+from torch import Tensor
+from transformers.masking_utils import create_masks_for_generate
 
 from surgeon.errors import DataError, PlanError
 

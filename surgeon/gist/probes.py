@@ -10,13 +10,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-import torch  # noqa: TID253
-from torch import Tensor, nn  # noqa: TID253
-from transformers import DynamicCache  # noqa: TID253
-from transformers.modeling_outputs import BaseModelOutput  # noqa: TID253
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache
+from transformers.modeling_outputs import BaseModelOutput
 
-from surgeon.gist.encoder import encode
 from surgeon.gist.masks import AFTER, GIST, PROMPT, Condition, cross_mask, encoder_mask, gist_masks
+from surgeon.gist.states import encode
 
 PROMPT_TOKENS, GIST_TOKENS, INPUT_TOKENS = 20, 2, 12
 HELD = slice(PROMPT_TOKENS, PROMPT_TOKENS + GIST_TOKENS)

@@ -11,19 +11,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch  # noqa: TID253
-from torch import Tensor  # noqa: TID253
-from transformers import DynamicCache  # noqa: TID253
+import torch
+from torch import Tensor
+from transformers import DynamicCache
 
-from surgeon.checkpoint.open import open_source
-from surgeon.checkpoint.source import Source, fingerprint
+from surgeon.checkpoint.source import Source, fingerprint, open_source
 from surgeon.errors import CheckpointError, DataError, SurgeonError
 from surgeon.gist.compress import encoded_behind, position_limit
-from surgeon.gist.encoder import written_from
 from surgeon.gist.probes import logits_of, positions_from
 from surgeon.gist.saved import read
-from surgeon.gist.states import GistStates
-from surgeon.reload import hushed
+from surgeon.gist.states import GistStates, written_from
+from surgeon.models.loading import hushed
 
 NAME_IT = "surgeon.gist.load(directory, model, checkpoint=DIR) names what the model was loaded from."
 

@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch  # noqa: TID253
-from safetensors import SafetensorError  # noqa: TID253
-from safetensors.torch import load, save  # noqa: TID253
-from torch import Tensor  # noqa: TID253
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+from torch import Tensor
 
 from surgeon.checkpoint.receipt import to_bytes
 from surgeon.errors import CheckpointError

@@ -3,18 +3,17 @@
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import torch  # noqa: TID253
-from transformers import PreTrainedConfig  # noqa: TID253
+import torch
+from transformers import PreTrainedConfig
 
 from surgeon import text
 from surgeon.anatomy.anatomy import read_anatomy
-from surgeon.checkpoint.open import open_source
-from surgeon.checkpoint.source import spec_of
+from surgeon.checkpoint.source import open_source, spec_of
 from surgeon.errors import PlanError
 from surgeon.gist.architecture import refusal
 from surgeon.gist.probes import Differences, probe_decoder, probe_encoder
-from surgeon.measure.device import resolve_device
-from surgeon.measure.loading import load_model
+from surgeon.models.device import resolve_device
+from surgeon.models.loading import load_model
 
 ROUNDING = 16  # machine epsilons: experts that get other tokens beside ours sum ours in another order
 EXACT = 1e-5  # of the largest logit, in float32: docs/gist.md has what models show, 1e-7 to 4e-6

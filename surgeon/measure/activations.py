@@ -9,12 +9,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import torch  # noqa: TID253
-from torch import Tensor, nn  # noqa: TID253
+import torch
+from torch import Tensor, nn
 
 from surgeon.anatomy.anatomy import Anatomy
 from surgeon.anatomy.axes import axes_of
-from surgeon.measure.streaming import Batch
+from surgeon.models.streaming import Batch
 
 
 class Activations:

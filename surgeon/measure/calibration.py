@@ -6,11 +6,9 @@ from typing import TYPE_CHECKING, Any
 
 from surgeon.checkpoint.source import Source
 from surgeon.data.rows import check_shape, digest, read_rows
-from surgeon.data.tokenizer import load_tokenizer
 from surgeon.errors import MeasureError
-from surgeon.measure.device import available_memory
-from surgeon.reload import hushed
-from surgeon.verification import loadable
+from surgeon.models.device import available_memory
+from surgeon.models.loading import hushed, load_tokenizer, loadable
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -5,15 +5,14 @@ Source: the Mag score of Kim et al. 2024 (Shortened LLaMA, arXiv:2402.02834), Σ
 
 from collections.abc import Iterator, Mapping
 
-import torch  # noqa: TID253
-from torch import Tensor  # noqa: TID253
+import torch
+from torch import Tensor
 
 from surgeon.anatomy.anatomy import EXPERT_NUMBER, Anatomy, read_anatomy
 from surgeon.anatomy.axes import Dim, Places, axes_of, places
-from surgeon.checkpoint.source import Source, spec_of
+from surgeon.checkpoint.source import Source, ranges_by_file, spec_of
 from surgeon.errors import MeasureError
 from surgeon.plan.arithmetic import TORCH_DTYPES, read
-from surgeon.plan.execute import ranges_by_file
 
 
 def layer_magnitudes(source: Source) -> list[float]:

@@ -9,11 +9,11 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
 
-import torch  # noqa: TID253
-from torch import Tensor  # noqa: TID253
+import torch
+from torch import Tensor
 
 from surgeon.errors import MeasureError
-from surgeon.measure.streaming import HEAD_TOKENS, Batch, StreamedModel
+from surgeon.models.streaming import HEAD_TOKENS, Batch, StreamedModel
 
 STATES_BYTES = 2_000_000_000  # what the states of a group of rows may take in memory
 Progress = Callable[[int], None]  # is told how many more tokens went through how many layers, multiplied

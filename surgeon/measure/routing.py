@@ -9,11 +9,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import torch  # noqa: TID253
-from torch import Tensor, nn  # noqa: TID253
+import torch
+from torch import Tensor, nn
 
-from surgeon.measure.device import wide
-from surgeon.measure.streaming import Batch
+from surgeon.models.device import wide
+from surgeon.models.streaming import Batch
 
 
 class Routing:

@@ -4,12 +4,12 @@ Source: Kim et al. 2024 (Shortened LLaMA, arXiv:2402.02834): the first order of 
 become zero, with gradients summed over the calibration text before the absolute value is taken.
 """
 
-import torch  # noqa: TID253
-from torch import Tensor  # noqa: TID253
+import torch
+from torch import Tensor
 
-from surgeon.measure.device import wide
 from surgeon.measure.removal import Progress, losses_of, targets_of
-from surgeon.measure.streaming import Batch, StreamedModel
+from surgeon.models.device import wide
+from surgeon.models.streaming import Batch, StreamedModel
 
 
 def taylor(model: StreamedModel, tokens: Tensor, *, progress: Progress | None = None) -> list[float]:

@@ -18,15 +18,14 @@ from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np  # noqa: TID253  (this module is the ring that computes; it is imported where a plan needs it)
-import torch  # noqa: TID253
-from torch import Tensor  # noqa: TID253
+import numpy as np
+import torch
+from torch import Tensor
 
-from surgeon.checkpoint.header import DOWNLOAD_HINT
+from surgeon.checkpoint.header import DOWNLOAD_HINT, TensorSpec
 from surgeon.checkpoint.source import StoredTensor
-from surgeon.checkpoint.spec import TensorSpec
 from surgeon.errors import CheckpointError
-from surgeon.plan.expressions import Add, Affine, Cast, Constant, Expr, Gather, Normal, Read, Rounded, Uniform, infer
+from surgeon.plan.plan import Add, Affine, Cast, Constant, Expr, Gather, Normal, Read, Rounded, Uniform, infer
 
 TORCH_DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 BLOCK = 1 << 18  # numbers in a block. Sums are made block by block, so another size may change their last bit

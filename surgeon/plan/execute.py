@@ -8,11 +8,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from surgeon.checkpoint.source import INDEX, WEIGHTS, Source, StoredTensor, spec_of
-from surgeon.checkpoint.spec import DTYPE_BITS, CheckpointSpec, TensorSpec
-from surgeon.checkpoint.writer import Extent, Piece, Progress, write_safetensors
-from surgeon.plan.expressions import Expr, Read, reads
-from surgeon.plan.plan import Plan
+from surgeon.checkpoint.header import DTYPE_BITS, CheckpointSpec, TensorSpec
+from surgeon.checkpoint.output import Extent, Piece, Progress, write_safetensors
+from surgeon.checkpoint.source import INDEX, WEIGHTS, Source, StoredTensor, ranges_by_file, spec_of
+from surgeon.plan.plan import Expr, Plan, Read, reads
 
 # Measured peaks of a whole process that only moves bytes, and of one that has imported torch, in bytes.
 MOVING_MEMORY = 45_000_000
@@ -84,18 +83,6 @@ def execute(
         (directory / INDEX).write_text(text, encoding="utf-8")
         written += len(text.encode())
     return written
-
-
-def ranges_by_file(tensors: Mapping[str, StoredTensor], names: Iterable[str]) -> dict[str, list[tuple[int, int]]]:
-    """Return, for each file, the byte ranges that hold the tensors `names`, merged where they touch."""
-    ranges: dict[str, list[tuple[int, int]]] = {}
-    for stored in sorted((tensors[name] for name in names), key=lambda stored: (stored.file, stored.start)):
-        found = ranges.setdefault(stored.file, [])
-        if found and found[-1][1] == stored.start:
-            found[-1] = (found[-1][0], stored.end)
-        else:
-            found.append((stored.start, stored.end))
-    return ranges
 
 
 def peak_memory(plan: Plan, source: CheckpointSpec) -> int:

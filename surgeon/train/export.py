@@ -8,11 +8,10 @@ from typing import Any
 
 from surgeon.anatomy.anatomy import read_anatomy
 from surgeon.checkpoint import output, receipt
-from surgeon.checkpoint.card import model_card
+from surgeon.checkpoint.derived import TrainedSource
+from surgeon.checkpoint.receipt import model_card
 from surgeon.checkpoint.source import CARD, RECEIPT, LocalSource, Source, spec_of
-from surgeon.checkpoint.trained import TrainedSource
-from surgeon.plan.expressions import FLOAT_DTYPES, Cast
-from surgeon.plan.plan import STORED_DTYPES, identity
+from surgeon.plan.plan import FLOAT_DTYPES, STORED_DTYPES, Cast, identity
 from surgeon.surgery import Surgery, parse_size
 
 TOKENIZER_FILES = ("tokenizer", "special_tokens", "added_tokens", "vocab", "merges", "chat_template", "spiece")

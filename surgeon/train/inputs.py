@@ -6,32 +6,27 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch  # noqa: TID253
+import torch
 
 from surgeon.anatomy.anatomy import read_anatomy
-from surgeon.checkpoint.open import open_source
-from surgeon.checkpoint.source import Source, spec_of
-from surgeon.data.tokenizer import load_tokenizer
+from surgeon.anatomy.config import positions_of
+from surgeon.checkpoint.source import Source, open_source, spec_of
+from surgeon.cost.estimate import Estimate, Workload, estimate, matmul_throughput
 from surgeon.errors import PlanError
-from surgeon.evals.generation import positions_of
-from surgeon.measure.loading import load_model
-from surgeon.train import scope
+from surgeon.gist.training import TWO_PASS, WithoutGist, gist_tokens, gists_of, implementation
+from surgeon.gist.views import EncoderDecoder
+from surgeon.models.loading import load_model, load_tokenizer, loadable
+from surgeon.models.split import Causal, keeps_documents_apart
+from surgeon.train import parameters as scope
 from surgeon.train.data import RunData, read_data
-from surgeon.train.encoder_view import EncoderDecoder
-from surgeon.train.estimate import Estimate, Workload, estimate, matmul_throughput
 from surgeon.train.export import receipt_of
-from surgeon.train.gist_choice import TWO_PASS, gist_tokens, gists_of, implementation
-from surgeon.train.gist_teacher import WithoutGist
 from surgeon.train.launch import is_first, processes
-from surgeon.train.objective import keeps_documents_apart
-from surgeon.train.run import LOAD_HINT, precision_of
+from surgeon.train.loop import LOAD_HINT, precision_of
 from surgeon.train.settings import Settings
 from surgeon.train.teacher import CachedTeacher, OnlineTeacher, Teacher, cache_top_k
-from surgeon.train.view import Causal
-from surgeon.verification import loadable
 
 if TYPE_CHECKING:
-    from surgeon.train.activations import Precision
+    from surgeon.cost.memory import Precision
 
 TEACHER = "teacher"  # what it said, in the run's directory
 ROW = 1024  # tokens, where the user says nothing and the model sees as many

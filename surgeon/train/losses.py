@@ -7,8 +7,8 @@ twice; the backward pass only scales them. Every loss is a sum over tokens: what
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal
 
-import torch  # noqa: TID253  (this package is the ring that trains; it is imported where a command needs it)
-from torch import Tensor, nn  # noqa: TID253
+import torch
+from torch import Tensor, nn
 
 Direction = Literal["forward", "reverse"]
 

@@ -9,14 +9,13 @@ from dataclasses import dataclass
 from types import MethodType
 from typing import Any
 
-import torch  # noqa: TID253
-from torch import Tensor, nn  # noqa: TID253
+import torch
+from torch import Tensor, nn
 
 from surgeon.errors import PlanError
-from surgeon.train.halves import Halves, keeps_documents_apart, stands_in
+from surgeon.models.split import Causal, Halves, View, check_view, keeps_documents_apart, stands_in
 from surgeon.train.losses import Direction, chunk_rows, chunked, hidden_loss, linear_cross_entropy, wide
 from surgeon.train.teacher import Teacher
-from surgeon.train.view import Causal, View, check_view
 
 __all__ = ["Objective", "attach_loss", "detach_loss", "keeps_documents_apart"]
 

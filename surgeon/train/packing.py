@@ -6,8 +6,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-import numpy as np  # noqa: TID253
-from numpy.typing import ArrayLike, NDArray  # noqa: TID253
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
 
 from surgeon.errors import DataError
 

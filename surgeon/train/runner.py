@@ -8,30 +8,32 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch  # noqa: TID253
+import torch
 
 from surgeon.anatomy.anatomy import read_anatomy
 from surgeon.checkpoint.source import Source, spec_of
+from surgeon.cost.flops import flops_per_token, peak_flops
 from surgeon.errors import DataError, SurgeonError, TrainingError
-from surgeon.measure.device import resolve_device
-from surgeon.measure.loading import load_model
-from surgeon.plots import require_matplotlib
-from surgeon.reload import hushed
-from surgeon.train import adapters, checkpoints, run
-from surgeon.train.control import Stop, stops_at_sigterm
-from surgeon.train.curves import plot_runs
+from surgeon.models import adapters
+from surgeon.models.device import resolve_device
+from surgeon.models.loading import hushed, load_model
+from surgeon.plots.figure import require_matplotlib
+from surgeon.plots.training import plot_runs
+from surgeon.train import checkpoints
+from surgeon.train import loop as run
 from surgeon.train.data import HELD_OUT, TRAINED, RunData
-from surgeon.train.directory import DATA, RATE, claim, read_json, write_json
 from surgeon.train.export import trained_surgery, write_adapter
 from surgeon.train.inputs import TEACHER, Inputs
 from surgeon.train.launch import is_first, is_launched, is_loss, processes
+from surgeon.train.pace import Meter, peak_memory
 from surgeon.train.reporter import Reporter
+from surgeon.train.result import Training
+from surgeon.train.run_dir import DATA, RATE, claim, read_json, write_json
 from surgeon.train.settings import FULL_LR, LORA_LR, Settings
-from surgeon.train.speed import Meter, flops_per_token, peak_flops, peak_memory
-from surgeon.train.training import Training
+from surgeon.train.trainer import Stop, stops_at_sigterm
 
 if TYPE_CHECKING:
-    from surgeon.train.metrics import Watcher
+    from surgeon.train.run_dir import Watcher
 
 PLOT = "loss.png"
 WEIGHTS = ".weights"  # trained weights on their way to the output

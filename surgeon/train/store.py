@@ -14,8 +14,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np  # noqa: TID253  (what trains imports numpy; a command imports what trains where it is needed)
-from numpy.typing import NDArray  # noqa: TID253
+import numpy as np
+from numpy.typing import NDArray
 
 from surgeon.data.rows import begin_of_text
 from surgeon.errors import DataError

@@ -6,15 +6,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-import numpy as np  # noqa: TID253
-import torch  # noqa: TID253
-from torch import Tensor  # noqa: TID253
+import numpy as np
+import torch
+from torch import Tensor
 
 from surgeon.checkpoint.output import check_space, staged
 from surgeon.errors import DataError, PlanError
-from surgeon.train.halves import Halves
+from surgeon.models.split import Causal, Halves, View, check_view
 from surgeon.train.losses import Direction, chunk_rows, kl, top_k_kl, wide
-from surgeon.train.view import Causal, View, check_view
 
 if TYPE_CHECKING:
     from surgeon.train.store import TokenStore

@@ -10,14 +10,14 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
-import numpy as np  # noqa: TID253
+import numpy as np
 
 from surgeon.data.documents import documents
 from surgeon.data.records import Document
 from surgeon.data.rows import BETWEEN_TEXTS, check_shape, content
 from surgeon.errors import DataError, OutputError
+from surgeon.gist.records import Gists, gist_examples
 from surgeon.train.examples import COMPLETION, Example, examples
-from surgeon.train.gist_data import Gists, gist_examples
 from surgeon.train.store import (
     ARRAYS,
     FORMAT,

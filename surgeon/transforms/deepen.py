@@ -10,10 +10,9 @@ from dataclasses import replace
 
 from surgeon.anatomy.anatomy import Anatomy
 from surgeon.anatomy.axes import axes_of
-from surgeon.checkpoint.spec import CheckpointSpec
+from surgeon.checkpoint.header import CheckpointSpec
 from surgeon.errors import PlanError
-from surgeon.plan.expressions import Add, Affine, Constant, Expr, Read, substitute
-from surgeon.plan.plan import Plan, changed_keys
+from surgeon.plan.plan import Add, Affine, Constant, Expr, Plan, Read, changed_keys, substitute
 from surgeon.transforms.layers import keep_layers
 
 METHODS = ("identity", "stack", "interleave", "solar", "interpolate")

@@ -13,10 +13,9 @@ from surgeon.anatomy.axes import shape
 from surgeon.anatomy.config import layer_kinds
 from surgeon.anatomy.expert_forms import EXPERT_FORMS, ExpertForm
 from surgeon.anatomy.families import FAMILIES
-from surgeon.checkpoint.spec import CheckpointSpec, TensorSpec
+from surgeon.checkpoint.header import CheckpointSpec, TensorSpec
 from surgeon.errors import PlanError
-from surgeon.plan.expressions import Expr, Read
-from surgeon.plan.plan import Plan
+from surgeon.plan.plan import Expr, Plan, Read
 from surgeon.transforms.fresh import fresh
 
 MOST_EXPERTS = 1024  # twice what any model in use has

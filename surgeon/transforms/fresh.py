@@ -4,7 +4,7 @@ import math
 
 from surgeon.anatomy.anatomy import Anatomy
 from surgeon.errors import PlanError
-from surgeon.plan.expressions import FLOAT_DTYPES, Constant, Expr, Normal
+from surgeon.plan.plan import FLOAT_DTYPES, Constant, Expr, Normal
 
 
 def fresh(anatomy: Anatomy, name: str, *, seed: int, layers: int) -> Expr:

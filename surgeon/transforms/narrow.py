@@ -21,8 +21,7 @@ from surgeon.anatomy.anatomy import EXPERT_NUMBER, Anatomy
 from surgeon.anatomy.axes import Dim, Keep, axes_of, survivors
 from surgeon.anatomy.families import Row
 from surgeon.errors import PlanError
-from surgeon.plan.expressions import Affine, Expr, Gather, Read
-from surgeon.plan.plan import Plan
+from surgeon.plan.plan import Affine, Expr, Gather, Plan, Read
 from surgeon.transforms.experts import UNEVEN
 from surgeon.transforms.uniform import check_head_dim
 from surgeon.transforms.widths import check_shape, sizes_in_config

@@ -6,7 +6,7 @@ from typing import Any
 from surgeon.anatomy.anatomy import Anatomy, read_anatomy
 from surgeon.errors import PlanError
 from surgeon.plan.plan import Plan, identity
-from surgeon.transforms.choose_widths import choose_widths
+from surgeon.transforms.choose import choose_widths
 from surgeon.transforms.layers import keep_layers
 from surgeon.transforms.narrow import narrow
 

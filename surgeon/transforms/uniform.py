@@ -7,9 +7,10 @@ position those dims stay whose frequencies a smaller head has.
 from collections.abc import Iterator, Sequence
 
 from surgeon.anatomy.anatomy import Anatomy
+from surgeon.anatomy.config import rope_types, rotary_share
 from surgeon.errors import PlanError
 from surgeon.transforms.axis_maps import rotary_places
-from surgeon.transforms.widths import EXTENSIBLE_ROPE, rope_types, rotary_share
+from surgeon.transforms.widths import EXTENSIBLE_ROPE
 
 INSTEAD = "Cut the number of heads instead."
 

@@ -10,8 +10,7 @@ from functools import lru_cache
 from surgeon.anatomy.anatomy import Anatomy
 from surgeon.anatomy.axes import Dim, Places, axes_of, places, shape
 from surgeon.anatomy.families import Row
-from surgeon.plan.expressions import Add, Affine, Expr, Gather, Read, Uniform
-from surgeon.plan.plan import Plan
+from surgeon.plan.plan import Add, Affine, Expr, Gather, Plan, Read, Uniform
 from surgeon.transforms.widths import Widths
 
 RESIDUAL = frozenset({"hidden", "embed"})  # "embed" has a map only where it is the residual stream itself

@@ -10,6 +10,7 @@ from typing import Any
 
 from surgeon.anatomy.anatomy import Anatomy
 from surgeon.anatomy.axes import axes_of
+from surgeon.anatomy.config import rope_types, rotary_share
 from surgeon.errors import PlanError
 from surgeon.transforms.axis_maps import AxisMap, append, isometric_pad, rotary_places, tile, uneven, zero_pad
 
@@ -280,20 +281,3 @@ def sizes_in_config(anatomy: Anatomy, sizes: Mapping[str, int]) -> dict[str, Any
         said = [key for key in keys if config.get(key) is not None] or keys[:1]
         changes |= {key: sizes[axis] for key in said if config.get(key) != sizes[axis]}
     return changes
-
-
-def rope_types(config: Mapping[str, Any]) -> set[str]:
-    """Return the rope types in a config, old or new, one for each kind of layer."""
-    found = [config.get("rope_parameters"), config.get("rope_scaling")]
-    found += [value for group in found if isinstance(group, Mapping) for value in group.values()]
-    groups = [group for group in found if isinstance(group, Mapping)]
-    return {str(group[key]) for group in groups for key in ("rope_type", "type") if group.get(key)}
-
-
-def rotary_share(config: Mapping[str, Any]) -> float:
-    """Return the share of a head's dims that turn."""
-    rope = config.get("rope_parameters")
-    for group, key in ((rope, "partial_rotary_factor"), (config, "partial_rotary_factor"), (config, "rotary_pct")):
-        if isinstance(group, Mapping) and isinstance(group.get(key), (int, float)):
-            return float(group[key])
-    return 1.0

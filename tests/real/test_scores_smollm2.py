@@ -13,7 +13,7 @@ from streamed import plain, plain_states, stream
 from transformers import AutoTokenizer
 
 from surgeon.measure.removal import losses_without, perplexities
-from surgeon.measure.score import score_states
+from surgeon.measure.scoring import score_states
 
 pytestmark = [pytest.mark.real, pytest.mark.xdist_group("smollm2"), pytest.mark.timeout(900)]
 

@@ -1,0 +1,183 @@
+"""The file that `torch.save` writes, as the tensors in it and the bytes that each of them takes.
+
+In both of its formats (a zip without compression; before torch 1.6 a plain sequence) a file holds a pickle, which says
+what the tensors are, and their storages byte by byte as in memory. A tensor is then a range of the file, and can be
+copied without being loaded. Nothing is unpickled, and torch is not needed.
+"""
+
+import mmap
+import struct
+import zipfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from io import BytesIO
+from pathlib import Path
+from typing import IO, Any, NoReturn, cast
+
+from surgeon.checkpoint.formats.torch_pickle import Storage, Tensor, interpret, refuse_content
+from surgeon.checkpoint.header import DOWNLOAD_HINT, DTYPE_BITS, TensorSpec
+from surgeon.errors import CheckpointError
+
+MAX_PICKLE_BYTES = 100_000_000  # as for a safetensors header; a real one has 0.2 kB for each tensor
+LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
+LEGACY_PROTOCOL = 1001
+_LEGACY_START = b"\x80\x02\x8a\x0al\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19."  # the magic number, pickled
+_ZIP_START = b"PK\x03\x04"
+_LFS_START = b"version https://git-lfs"
+_LOCAL_HEADER = struct.Struct("<4s22xHH")  # of a zip entry: signature, ..., the length of its name, of its extras
+
+Place = Callable[[Storage], tuple[int, int]]  # the byte range of a storage; KeyError where the file has none
+
+
+@dataclass(frozen=True, slots=True)
+class View:
+    """A tensor in a file: its spec, its strides in elements, and the byte at which its first element lies."""
+
+    spec: TensorSpec
+    strides: tuple[int, ...]
+    start: int
+
+    @property
+    def is_contiguous(self) -> bool:
+        """Whether the tensor's bytes are one range of the file, in the order of its elements."""
+        expected = 1
+        for size, stride in zip(reversed(self.spec.shape), reversed(self.strides), strict=True):
+            if size != 1 and stride != expected:
+                return self.spec.num_parameters == 0
+            expected *= size
+        return True
+
+    @property
+    def end(self) -> int:
+        """The byte after the last element that the tensor touches."""
+        if self.spec.num_parameters == 0:
+            return self.start
+        last = sum((size - 1) * stride for size, stride in zip(self.spec.shape, self.strides, strict=True))
+        return self.start + (last + 1) * DTYPE_BITS[self.spec.dtype] // 8
+
+
+@dataclass(frozen=True, slots=True)
+class TorchFile:
+    """What a file holds: its tensors in the order of their dictionary, and the names of entries that are none."""
+
+    tensors: Mapping[str, View]
+    ignored: tuple[str, ...]
+
+
+def read_torch_file(path: Path) -> TorchFile:
+    """Return the tensors that a file written by `torch.save` holds. Reads the pickle, runs none of it.
+
+    Raises CheckpointError when the file is damaged, or holds more than a dictionary of tensors.
+    """
+    try:
+        with path.open("rb") as file:
+            if file.seek(0, 2) == 0:
+                _refuse(path.name, "is empty")
+            with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+                return _read(data, path.name)
+    except OSError as error:
+        raise CheckpointError(f"cannot read {path}: {error.strerror}", hint=f"Look at it: ls -l {path}") from error
+
+
+def _read(data: mmap.mmap, where: str) -> TorchFile:
+    if data[: len(_ZIP_START)] == _ZIP_START:
+        state, place = _read_zip(data, where)
+    elif data[: len(_LEGACY_START)] == _LEGACY_START:
+        state, place = _read_legacy(data, where)
+    elif data[: len(_LFS_START)] == _LFS_START:
+        raise CheckpointError(f"{where} is a Git LFS pointer, not the file itself", hint="git lfs pull")
+    else:
+        _refuse(where, "is not a file that torch.save wrote")
+    if not isinstance(state, dict):
+        refuse_content(where, f"a {type(state).__name__} in place of a dictionary of tensors")
+    tensors: dict[str, View] = {}
+    ignored = []
+    for name, value in state.items():
+        if isinstance(value, Tensor) and isinstance(name, str):
+            tensors[name] = _view(value, name, place, len(data), where)
+        elif value is None or isinstance(value, (int, float, str)):
+            ignored.append(str(name))
+        else:
+            refuse_content(where, f"a {type(value).__name__} under {name!r}")
+    return TorchFile(tensors, tuple(ignored))
+
+
+def _read_zip(data: mmap.mmap, where: str) -> tuple[Any, Place]:
+    """Return the dictionary in a zip file, and where its storages lie: each is an entry, stored as it is."""
+    try:
+        with zipfile.ZipFile(cast("IO[bytes]", data)) as archive:
+            entries = {entry.filename: entry for entry in archive.infolist()}
+    except (zipfile.BadZipFile, NotImplementedError, ValueError, struct.error) as error:
+        raise CheckpointError(
+            f"{where} is truncated or damaged: its zip directory is missing", hint=DOWNLOAD_HINT
+        ) from error
+
+    def place(name: str) -> tuple[int, int]:
+        return _place(data, entries[name], where)
+
+    pickles = [name for name in entries if name.count("/") == 1 and name.endswith("/data.pkl")]
+    if len(pickles) != 1:
+        _refuse(where, "is a zip file, but torch.save did not write it: it has no data.pkl")
+    root = pickles[0].removesuffix("data.pkl")
+    if f"{root}byteorder" in entries:
+        start, end = place(f"{root}byteorder")
+        if data[start : min(end, start + 10)] != b"little":
+            refuse_content(where, "numbers that are not little-endian")
+    start, end = place(pickles[0])
+    if end - start > MAX_PICKLE_BYTES:
+        _refuse(where, f"claims a pickle of {end - start} bytes; a dictionary of tensors has no use for that")
+    return interpret(BytesIO(data[start:end]), where), lambda storage: place(f"{root}data/{storage.key}")
+
+
+def _place(data: mmap.mmap, entry: zipfile.ZipInfo, where: str) -> tuple[int, int]:
+    """Return the byte range of a zip entry's content."""
+    if entry.compress_type != zipfile.ZIP_STORED or entry.flag_bits & 1:
+        _refuse(where, f"compresses {entry.filename!r}, which torch.save never does")
+    start = entry.header_offset + _LOCAL_HEADER.size
+    header = data[entry.header_offset : start]
+    if len(header) < _LOCAL_HEADER.size or not header.startswith(_ZIP_START):
+        _refuse(where, f"is damaged: {entry.filename!r} is not where the zip directory says")
+    _, name_length, extra_length = _LOCAL_HEADER.unpack(header)
+    start += name_length + extra_length
+    return start, start + entry.file_size
+
+
+def _read_legacy(data: mmap.mmap, where: str) -> tuple[Any, Place]:
+    """Return the dictionary in a file of before torch 1.6: five pickles, then for each storage its length and bytes."""
+    file = cast("IO[bytes]", data)
+    magic, protocol, system = (interpret(file, where) for _ in range(3))
+    if magic != LEGACY_MAGIC or protocol != LEGACY_PROTOCOL or not isinstance(system, dict):
+        _refuse(where, "is not a file that torch.save wrote")
+    if system.get("little_endian") is not True:
+        refuse_content(where, "numbers that are not little-endian")
+    storages: dict[str, Storage] = {}
+    state = interpret(file, where, storages)
+    keys = interpret(file, where)
+    if not isinstance(keys, list) or not all(isinstance(key, str) and key in storages for key in keys):
+        _refuse(where, "is damaged: its storages are not those of its tensors")
+    places: dict[str, tuple[int, int]] = {}
+    position = data.tell()
+    for key in keys:
+        length = int.from_bytes(data[position : position + 8], "little")
+        places[key] = position + 8, position + 8 + length * storages[key].itemsize
+        position = places[key][1]
+    return state, lambda storage: places[storage.key]
+
+
+def _view(tensor: Tensor, name: str, place: Place, file_size: int, where: str) -> View:
+    """Return where a tensor's elements lie, after checking that they lie in its storage, and that in the file."""
+    try:
+        start, end = place(tensor.storage)
+    except KeyError:
+        _refuse(where, f"is damaged: the numbers of {name!r} are missing")
+    if end > file_size:
+        _refuse(where, f"is truncated: {name!r} ends at byte {end}, the file at {file_size}")
+    first = start + tensor.offset * DTYPE_BITS[tensor.dtype] // 8
+    view = View(TensorSpec(tensor.dtype, tensor.shape), tensor.strides, first)
+    if view.end > end:
+        _refuse(where, f"is damaged: {name!r} reaches beyond its storage")
+    return view
+
+
+def _refuse(where: str, what: str) -> NoReturn:
+    raise CheckpointError(f"{where} {what}", hint=DOWNLOAD_HINT)

@@ -1,0 +1,230 @@
+"""What the pickle in a torch file says, found without unpickling it.
+
+A pickle is a program. This is an interpreter for it that has no instruction to call or import anything: it builds
+dictionaries, lists, tuples, numbers and strings, takes note of tensors, and refuses by name the first thing beyond what
+torch writes for a dictionary of tensors.
+"""
+
+import pickletools
+from collections.abc import Iterator, MutableMapping
+from dataclasses import dataclass
+from typing import IO, Any, NoReturn
+
+from surgeon.checkpoint.header import DOWNLOAD_HINT, DTYPE_BITS
+from surgeon.errors import CheckpointError
+
+# The classes of torch's typed storages, by what stands before "Storage", and its dtypes that have no such class.
+_STORAGES = {
+    "Double": "F64",
+    "Float": "F32",
+    "Half": "F16",
+    "BFloat16": "BF16",
+    "Long": "I64",
+    "Int": "I32",
+    "Short": "I16",
+    "Char": "I8",
+    "Byte": "U8",
+    "Bool": "BOOL",
+    "ComplexFloat": "C64",
+}
+_DTYPES = {
+    "uint16": "U16",
+    "uint32": "U32",
+    "uint64": "U64",
+    "float8_e4m3fn": "F8_E4M3",
+    "float8_e5m2": "F8_E5M2",
+    "float8_e4m3fnuz": "F8_E4M3FNUZ",
+    "float8_e5m2fnuz": "F8_E5M2FNUZ",
+    "float8_e8m0fnu": "F8_E8M0",
+}
+_CALLS = {
+    ("collections", "OrderedDict"),
+    ("torch._utils", "_rebuild_parameter"),
+    ("torch._utils", "_rebuild_tensor"),
+    ("torch._utils", "_rebuild_tensor_v2"),
+    ("torch._utils", "_rebuild_tensor_v3"),
+}
+
+_CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False}
+_EMPTY: dict[str, type] = {"EMPTY_DICT": dict, "EMPTY_LIST": list, "EMPTY_TUPLE": tuple}
+_LITERALS = {"BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT", "BINUNICODE", "SHORT_BINSTRING", "BINSTRING"}
+
+
+@dataclass(frozen=True, slots=True)
+class Storage:
+    """A block of numbers of one dtype (None: untyped bytes), which the file holds under `key`."""
+
+    dtype: str | None
+    key: str
+
+    @property
+    def itemsize(self) -> int:
+        return DTYPE_BITS[self.dtype or "U8"] // 8
+
+
+@dataclass(frozen=True, slots=True)
+class Tensor:
+    """A tensor's place in a storage; offset and strides count elements."""
+
+    storage: Storage
+    dtype: str
+    offset: int
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+
+
+def interpret(pickle: IO[bytes], where: str, storages: MutableMapping[str, Storage] | None = None) -> Any:
+    """Return what the next pickle of a file describes, and put every storage that it mentions into `storages`.
+
+    Raises CheckpointError when it is damaged, or asks for more than a tensor is made of.
+    """
+    machine = _Machine(where, {} if storages is None else storages)
+    try:
+        for opcode, argument, _ in pickletools.genops(pickle):
+            machine.step(opcode.name, argument)
+        return machine.stack.pop()
+    except (ValueError, LookupError, TypeError, AttributeError, OverflowError, MemoryError) as error:
+        # A damaged pickle ends early, lacks operands, or has others than its instructions expect.
+        raise CheckpointError(f"{where} is damaged: its pickle makes no sense", hint=DOWNLOAD_HINT) from error
+
+
+def refuse_content(where: str, what: str) -> NoReturn:
+    """Raise the error for a file that holds something other than plain tensors."""
+    raise CheckpointError(
+        f"{where} holds more than tensors: {what}",
+        hint="Nothing of it was run: a pickle can be a program, so only plain tensors are read. Ask for safetensors.",
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Global:
+    """A function, class or dtype that a pickle names. None is ever looked up."""
+
+    module: str
+    name: str
+
+
+class _Machine:
+    """The pickle machine: a stack, what it put aside at marks, and a memo."""
+
+    def __init__(self, where: str, storages: MutableMapping[str, Storage]) -> None:
+        self.where = where
+        self.storages = storages
+        self.stack: list[Any] = []
+        self.marked: list[list[Any]] = []
+        self.memo: dict[int, Any] = {}
+
+    def step(self, name: str, argument: Any) -> None:
+        if name in _LITERALS:
+            self.stack.append(argument)
+        elif name in _CONSTANTS:
+            self.stack.append(_CONSTANTS[name])
+        elif name in _EMPTY:
+            self.stack.append(_EMPTY[name]())
+        elif name == "MARK":
+            self.marked.append(self.stack)
+            self.stack = []
+        elif name in ("BINPUT", "LONG_BINPUT"):
+            self.memo[argument] = self.stack[-1]
+        elif name in ("BINGET", "LONG_BINGET"):
+            self.stack.append(self.memo[argument])
+        elif name == "GLOBAL":
+            self.stack.append(self._global(argument))
+        elif name == "BINPERSID":
+            self.stack.append(self._storage(self.stack.pop()))
+        elif name == "REDUCE":
+            arguments, function = self.stack.pop(), self.stack.pop()
+            self.stack.append(self._call(function, arguments))
+        elif name not in ("PROTO", "STOP"):
+            self._collect(name)
+
+    def _collect(self, name: str) -> None:
+        """Carry out an instruction that moves what is on the stack into a collection."""
+        match name:
+            case "TUPLE":
+                items = self._since_mark()
+                self.stack.append(tuple(items))
+            case "TUPLE1" | "TUPLE2" | "TUPLE3":
+                items = [self.stack.pop() for _ in range(int(name[-1]))]
+                self.stack.append(tuple(reversed(items)))
+            case "APPEND":
+                item = self.stack.pop()
+                self.stack[-1].append(item)
+            case "APPENDS":
+                items = self._since_mark()
+                self.stack[-1].extend(items)
+            case "SETITEM":
+                value, key = self.stack.pop(), self.stack.pop()
+                _set_items(self.stack[-1], [key, value])
+            case "SETITEMS":
+                items = self._since_mark()
+                _set_items(self.stack[-1], items)
+            case "BUILD":  # attributes of a dictionary: state_dict() hangs the versions of modules on it
+                self.stack.pop()
+            case _:
+                refuse_content(self.where, f"the pickle instruction {name}, which torch.save does not write")
+
+    def _since_mark(self) -> list[Any]:
+        items, self.stack = self.stack, self.marked.pop()
+        return items
+
+    def _global(self, argument: str) -> _Global:
+        module, _, name = argument.partition(" ")
+        is_storage = module in ("torch", "torch.cuda") and name.removesuffix("Storage") in _STORAGES
+        is_dtype = module == "torch" and name in _DTYPES
+        if is_storage or is_dtype or (module, name) == ("torch.storage", "UntypedStorage") or (module, name) in _CALLS:
+            return _Global(module, name)
+        refuse_content(self.where, repr(f"{module}.{name}"[:100]))
+
+    def _storage(self, identity: Any) -> Storage:
+        """Return the storage that a persistent id names: ("storage", its type, key, device, length[, None])."""
+        kind, typename, key, _, _, *view = identity
+        if kind != "storage" or not isinstance(typename, _Global) or not isinstance(key, str):
+            raise TypeError("not the id of a storage")
+        if any(part is not None for part in view):
+            refuse_content(self.where, "a view of a storage, as torch wrote before 0.4")
+        untyped = typename.name == "UntypedStorage"
+        storage = Storage(None if untyped else _STORAGES[typename.name.removesuffix("Storage")], key)
+        self.storages[key] = storage
+        return storage
+
+    def _call(self, function: Any, arguments: Any) -> Any:
+        """Return what a call describes, for the few that a dictionary of tensors needs."""
+        if not isinstance(function, _Global) or (function.module, function.name) not in _CALLS:
+            raise TypeError("not a call that makes a tensor")
+        match function.name:
+            case "OrderedDict":
+                made: dict[Any, Any] = {}
+                for pair in _pairs(arguments):
+                    _set_items(made, pair)
+                return made
+            case "_rebuild_parameter":
+                return arguments[0]
+            case "_rebuild_tensor_v3":
+                storage, offset, shape, strides, _, _, dtype, *marks = arguments
+                return self._tensor(storage, _DTYPES[dtype.name], offset, shape, strides, marks)
+            case _:
+                storage, offset, shape, strides, *rest = arguments
+                return self._tensor(storage, storage.dtype, offset, shape, strides, rest[2:])
+
+    def _tensor(self, storage: Any, dtype: Any, offset: Any, shape: Any, strides: Any, marks: list[Any]) -> Tensor:
+        if any(marks):  # conjugated or negated when read: its bytes are not its numbers
+            refuse_content(self.where, f"a tensor that is marked {sorted(marks[0])}")
+        if not isinstance(storage, Storage) or dtype is None or len(shape) != len(strides):
+            raise TypeError("not a tensor")
+        if not all(type(count) is int and 0 <= count < 2**63 for count in (offset, *shape, *strides)):
+            raise ValueError("not a tensor")
+        return Tensor(storage, dtype, offset, tuple(shape), tuple(strides))
+
+
+def _pairs(arguments: Any) -> Iterator[list[Any]]:
+    """Yield the items with which Python 2 wrote an OrderedDict: a list of [key, value]."""
+    for key, value in arguments[0] if arguments else ():
+        yield [key, value]
+
+
+def _set_items(target: Any, items: list[Any]) -> None:
+    """Put items, key and value by turns, into a dictionary. Keys are plain: nothing else is hashed."""
+    if not isinstance(target, dict) or not all(isinstance(key, (str, int)) for key in items[::2]):
+        raise TypeError("not a dictionary with plain keys")
+    target.update(zip(items[::2], items[1::2], strict=True))

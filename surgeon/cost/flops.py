@@ -1,0 +1,137 @@
+"""The floating-point operations that a token needs, and the peak of known devices.
+
+What is counted is what the model needs, not what is computed twice to save memory: so a share of the peak is the MFU
+(model FLOPs utilisation).
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from surgeon.anatomy.anatomy import Anatomy
+from surgeon.anatomy.config import layer_kinds, text_config
+
+# Dense bfloat16 operations a second with float32 sums, without sparsity, from the vendors' data sheets. A name that
+# is not here, or a slice of a device, has no known peak, and no MFU is shown.
+PEAKS: Mapping[str, float] = {
+    r"A100\b": 312e12,
+    r"A10$": 125e12,
+    r"A30$": 165e12,
+    r"A40$": 149.7e12,
+    r"H100 PCIe$": 756e12,
+    r"H100 NVL$": 835e12,
+    r"H100 80GB HBM3$": 989e12,
+    r"H200$": 989e12,
+    r"B200$": 2250e12,
+    r"L4$": 121e12,
+    r"L40$": 181e12,
+    r"L40S$": 362e12,
+    r"RTX 3090$": 71e12,
+    r"RTX 4090$": 165e12,
+    r"MI300X\b": 1307e12,
+}
+
+
+# The config keys of what no family's table has to name.
+HIDDEN = ("hidden_size", "n_embd", "d_model")
+
+
+HEADS = ("num_attention_heads", "n_head", "n_heads", "num_heads")
+
+
+WINDOWS = ("sliding_window", "window_size")
+
+
+EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")
+
+
+EXPERTS_PER_TOKEN = ("num_experts_per_tok", "num_experts_per_token", "moe_top_k", "top_k_experts")
+
+
+_LOOKUP = re.compile(
+    r"(^|[._])(embed_tokens|embed_positions|wte|wpe|word_embeddings|position_embeddings|shared)\.weight$"
+)
+
+
+_HEAD = re.compile(r"(^|\.)(lm_head|embed_out)\.weight$")
+
+
+def peak_flops(device_name: str) -> float | None:
+    """Return the dense bfloat16 peak of a device in operations a second, None where it is not known."""
+    if " MIG " in device_name:
+        return None
+    return next((peak for pattern, peak in PEAKS.items() if re.search(rf"\b{pattern}", device_name)), None)
+
+
+def multiplied_parameters(anatomy: Anatomy) -> int:
+    """Return how many parameters a token is multiplied with: no embedding that is only looked up, few experts of many.
+
+    A tied embedding counts once, as the head that it also is. Without a table, both are known by their usual names.
+    """
+    config, tensors = text_config(anatomy.spec.config), anatomy.spec.tensors
+    looked_up = [name for name in tensors if _is_lookup(anatomy, name)]
+    has_head = any(_is_head(anatomy, name) for name in tensors)
+    multiplied = [name for name in tensors if name not in looked_up and not _is_buffer(anatomy, name)]
+    multiplied += [name for name in looked_up if not has_head and tensors[name].shape[0] == config.get("vocab_size")]
+    return round(sum(tensors[name].num_parameters * _share(config, name, tensors[name].shape) for name in multiplied))
+
+
+def attention_flops(anatomy: Anatomy, sequence_length: int) -> float:
+    """Return the operations of one token's attention, forward, in all layers: scores and sums of values.
+
+    4 · heads · head_dim for every key that a token sees; in a causal row of T tokens that is T / 2 on average, in a
+    sliding window of W at most W. Layers without softmax attention count as 0.
+    """
+    config = text_config(anatomy.spec.config)
+    hidden = first_of(config, HIDDEN) or 0
+    heads = first_of(config, HEADS) or 0
+    width = heads * config["head_dim"] if isinstance(config.get("head_dim"), int) else hidden
+    window = first_of(config, WINDOWS)
+    usual = "sliding_attention" if window and config.get("use_sliding_window") is not False else "full_attention"
+    kinds = layer_kinds(config, anatomy.depth) or [usual] * anatomy.depth
+    full = sequence_length / 2
+    # the first W tokens of a row see half of W on average, the others all of it
+    slid = window - window * window / (2 * sequence_length) if window and window < sequence_length else full
+    keys = {"full_attention": full, "global": full, "sliding_attention": slid, "local": slid}
+    return sum(4 * width * keys.get(kind, 0.0) for kind in kinds)
+
+
+def flops_per_token(anatomy: Anatomy, sequence_length: int, *, trained: float = 1.0) -> float:
+    """Return the operations that training on one token needs: 6 N + 6 · layers · heads · head_dim · T.
+
+    N are the parameters that a token is multiplied with, two operations each forward, two for the gradient of what
+    goes in, and two for that of the weight itself, which only the `trained` part of them has. The attention term is
+    half of that in Chowdhery et al. 2022 (PaLM, arXiv:2204.02311, appendix B), which counts the keys that a causal
+    mask hides; 3 times `attention_flops`. T is a row's length, or a document's where rows are kept apart.
+    """
+    return (4 + 2 * trained) * multiplied_parameters(anatomy) + 3 * attention_flops(anatomy, sequence_length)
+
+
+def first_of(config: Mapping[str, Any], keys: Sequence[str]) -> int | None:
+    """Return the first of these keys' values that is a whole number, None where there is none."""
+    return next((config[key] for key in keys if type(config.get(key)) is int), None)
+
+
+def _is_lookup(anatomy: Anatomy, name: str) -> bool:
+    if anatomy.family is None:
+        return _LOOKUP.search(name) is not None
+    return anatomy.row(name)[0].kind == "embedding"
+
+
+def _is_head(anatomy: Anatomy, name: str) -> bool:
+    if anatomy.family is None:
+        return _HEAD.search(name) is not None
+    return anatomy.row(name)[0].kind == "head"
+
+
+def _is_buffer(anatomy: Anatomy, name: str) -> bool:
+    return anatomy.family is not None and anatomy.row(name)[0].kind == "buffer"
+
+
+def _share(config: Mapping[str, Any], name: str, shape: Sequence[int]) -> float:
+    """Return the part of a tensor that one token is multiplied with: 2/8 of eight experts, of most tensors all."""
+    experts, chosen = first_of(config, EXPERTS), first_of(config, EXPERTS_PER_TOKEN)
+    if not experts or not chosen:
+        return 1.0
+    is_stacked = len(shape) == 3 and shape[0] == experts
+    return min(1.0, chosen / experts) if is_stacked or ".experts." in name else 1.0

@@ -1,0 +1,194 @@
+"""What a model makes of records in each of their forms: how likely it finds the answers, and what it writes itself."""
+
+import inspect
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache
+
+from surgeon.evals.generation import answer, ends, told
+from surgeon.gist.compress import encoded_behind
+from surgeon.gist.records import GIST, Record
+from surgeon.gist.states import encode, last_states, written_from
+from surgeon.gist.views import EncoderDecoder, Masked, TwoPass, last_places
+from surgeon.models.adapters import without_adapters
+from surgeon.models.loading import hushed
+from surgeon.models.split import Causal, Halves, View
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Progress = Callable[[int], None]
+
+
+@torch.no_grad()
+def answer_losses(
+    model: Any,
+    records: Sequence[Record],
+    form: str,
+    *,
+    batch_size: int,
+    frozen: bool = False,
+    progress: Progress | None = None,
+) -> list[float]:
+    """Return the cross-entropy of each record's answer in a form, in nats, summed over its tokens.
+
+    A gist is read as in training: behind its mask, or with a `frozen` reader by the model without the adapters that
+    compress, which have no part in the other forms. `progress` is told how many tokens are through.
+    """
+    halves = Halves(model)
+    losses, view = [0.0] * len(records), _view(model, records[0], form, frozen=frozen)
+    order = sorted(range(len(records)), key=lambda index: -len(records[index].asked(form)))
+    for start in range(0, len(order), batch_size):
+        chosen = order[start : start + batch_size]
+        rows = [(*records[index].asked(form), *records[index].answer) for index in chosen]
+        ids, mask = right_padded(rows, model.device)
+        # Padding is a document of its own, which nothing in front of it sees.
+        positions = torch.where(mask.bool(), mask.cumsum(1) - 1, (1 - mask).cumsum(1) - 1)
+        ends = [(len(row), len(records[index].answer)) for row, index in zip(rows, chosen, strict=True)]
+        wanted = torch.zeros_like(ids, dtype=torch.bool)
+        for row, (length, count) in enumerate(ends):
+            wanted[row, length - 1 - count : length - 1] = True
+        with _reader(model, frozen=frozen and form != GIST):
+            states = view.states(halves, ids, positions, wanted)
+            with view.reading(model):
+                logits = [halves.logits(states[row, wanted[row]]).float() for row in range(len(chosen))]
+        for row, index in enumerate(chosen):
+            length, count = ends[row]
+            answer = ids[row, length - count : length]
+            losses[index] = float(nn.functional.cross_entropy(logits[row], answer, reduction="sum"))
+        if progress:
+            progress(sum(map(len, rows)))
+    return losses
+
+
+def _view(model: Any, record: Record, form: str, *, frozen: bool) -> View:
+    if model.config.is_encoder_decoder:
+        return EncoderDecoder(record.gist)
+    if form != GIST:
+        return Causal()
+    return TwoPass(record.gist, frozen=True) if frozen else Masked(record.gist)
+
+
+def _reader(model: Any, *, frozen: bool) -> AbstractContextManager[None]:
+    """Return a context in which a model reads: a frozen one without its adapters."""
+    return without_adapters(model) if frozen else nullcontext()
+
+
+def answers(
+    model: Any,
+    tokenizer: "PreTrainedTokenizerBase",
+    records: Sequence[Record],
+    form: str,
+    *,
+    max_new_tokens: int,
+    batch_size: int,
+    frozen: bool = False,
+    progress: Progress | None = None,
+) -> list[str]:
+    """Return what a model writes greedily behind each record in a form, as text, up to an end-of-text token.
+
+    Of a prompt with its gist only the gist's keys and values are kept: what is written knows no more of the prompt.
+    A `frozen` reader is the model without the adapters that compress.
+    """
+    options = {"max_new_tokens": max_new_tokens, "batch_size": batch_size, "progress": progress}
+    has_encoder = bool(model.config.is_encoder_decoder)
+    if form != GIST and not has_encoder:
+        with _reader(model, frozen=frozen):
+            written, _ = answer(model, tokenizer, [record.asked(form) for record in records], **options)  # type: ignore[arg-type]
+        return written
+    stops, pad = ends(model, tokenizer)
+    order = sorted(range(len(records)), key=lambda index: -len(records[index].asked(form)))
+    found = [""] * len(records)
+    for start in range(0, len(order), batch_size):
+        chosen = order[start : start + batch_size]
+        asked = [records[index] for index in chosen]
+        how = {"max_new_tokens": max_new_tokens, "pad_token_id": pad, "eos_token_id": sorted(stops) or None}
+        rows = (
+            _encoded_and_written(model, asked, form, **how)
+            if has_encoder
+            else _written(model, asked, frozen=frozen, **how)
+        )
+        for index, row in zip(chosen, rows, strict=True):
+            found[index] = told(row, stops, tokenizer)
+        if progress:
+            progress(len(chosen) * max_new_tokens)
+    return found
+
+
+@torch.no_grad()
+def _encoded_and_written(model: Any, records: Sequence[Record], form: str, **options: Any) -> list[list[int]]:
+    """Return the tokens that a decoder writes from what the encoder makes of some records, each read alone."""
+    states = []
+    for record in records:
+        asked, prompt, behind = (
+            torch.tensor([ids], device=model.device)
+            for ids in (record.asked(form), record.prompt + record.gist, record.behind)
+        )
+        if form != GIST:
+            states.append(encode(model, asked)[0])
+            continue
+        states.append(encoded_behind(model, last_states(model, prompt, len(record.gist)), behind)[0])
+    with hushed():
+        written = model.generate(**written_from(states), **options)
+    found: list[list[int]] = written[:, 1:].tolist()
+    return found
+
+
+@torch.no_grad()
+def _written(model: Any, records: Sequence[Record], *, frozen: bool, **options: Any) -> list[list[int]]:
+    """Return the tokens that a model writes behind the cached gists of some records."""
+    device, count = model.device, len(records[0].gist)
+    ids, mask = right_padded([(*record.begin, *record.prompt, *record.gist) for record in records], device)
+    cache = DynamicCache()  # one that forgets nothing: masks alone say what a sliding layer sees
+    first = mask.sum(1)
+    _read(model, ids, mask, cache, torch.zeros_like(first))
+    gists, seen = last_places(cache, ends=first, counts=torch.full_like(first, count))
+    with _reader(model, frozen=frozen):
+        return _written_behind(model, records, gists, seen, first, **options)
+
+
+def _written_behind(
+    model: Any, records: Sequence[Record], gists: DynamicCache, seen: Tensor, first: Tensor, **options: Any
+) -> list[list[int]]:
+    """Return what is written behind gists, whose places are `seen`, by a text whose positions begin at `first`."""
+    device, count = model.device, len(records[0].gist)
+    text, behind = right_padded([record.behind for record in records], device)
+    lengths = behind.sum(1)
+    # All but the last token of each text, which `generate` begins with.
+    behind = behind * (torch.arange(text.shape[1], device=device) < lengths[:, None] - 1)
+    if text.shape[1] > 1:
+        _read(model, text[:, :-1], torch.cat([seen, behind[:, :-1]], 1), gists, first)
+    # Padding goes in front of the gists: between them and the text a sliding window would count it.
+    past, seen = last_places(gists, ends=count + lengths - 1, counts=count + lengths - 1)
+    final = text.gather(1, lengths[:, None] - 1)
+    mask = torch.cat([seen, torch.ones_like(final)], 1)
+    if _takes_positions(model):
+        options["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0) + (first - count)[:, None]
+    with hushed():
+        ids = torch.cat([torch.zeros_like(seen), final], 1)
+        written = model.generate(ids, attention_mask=mask, past_key_values=past, **options)
+    found: list[list[int]] = written[:, ids.shape[1] :].tolist()
+    return found
+
+
+def _read(model: Any, ids: Tensor, mask: Tensor, cache: DynamicCache, first: Tensor) -> None:
+    """Let a model read tokens, of each row from a position on, into a cache. The mask is of the cache and of them."""
+    positions = {"position_ids": first[:, None] + torch.arange(ids.shape[1], device=ids.device)}
+    arguments = positions if _takes_positions(model) else {}
+    model.get_decoder()(input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=True, **arguments)
+
+
+def right_padded(rows: Sequence[Sequence[int]], device: Any) -> tuple[Tensor, Tensor]:
+    """Return token ids and which of them are real, shape (B, T) each."""
+    width = max(map(len, rows))
+    ids = torch.tensor([[*row, *[0] * (width - len(row))] for row in rows], device=device)
+    lengths = torch.tensor([len(row) for row in rows], device=device)
+    return ids, (torch.arange(width, device=device) < lengths[:, None]).long()
+
+
+def _takes_positions(model: Any) -> bool:
+    return "position_ids" in inspect.signature(model.get_decoder().forward).parameters

@@ -1,0 +1,248 @@
+"""Examples of gist training: a prompt, its gist, and what follows, in the tokens that compressing and writing have.
+
+The prompt that is compressed is the first field of a record (its instruction, prompt or question), or the system turn
+of a chat; the gist stands directly behind it. `surgeon compress` tokenises prompt and gist, `surgeon generate` what
+follows, each without the other: here every record is cut at the same place.
+"""
+
+from array import array
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import chain, islice
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+
+from surgeon.data.documents import documents
+from surgeon.data.records import ANSWER_HINT, Document
+from surgeon.data.rows import begin_of_text, encode, templated
+from surgeon.errors import DataError
+from surgeon.gist.tokens import GistTokens
+from surgeon.train.examples import Example, Segment, Tokenise, chat_segments, end_of_text, extend
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+FORMS_HINT = (
+    "A record has instruction and output; or prompt and completion; or question and answer; "
+    "or messages that begin with the system's."
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Gists:
+    """Which gist tokens records get, and how many: one of `counts`, drawn by `seed` and the record's number.
+
+    With `encoder` all up to the answer is read by one, and ends with the end-of-text token.
+    """
+
+    tokens: GistTokens
+    counts: tuple[int, ...]
+    seed: int = 0
+    encoder: bool = False
+
+    def __post_init__(self) -> None:
+        """Raises PlanError for a number of tokens that a gist of this model cannot have."""
+        for count in self.counts:
+            self.tokens.ids_of(count)
+
+    @property
+    def told(self) -> str:
+        """What decides the tokens of a record: equal for equal gists only."""
+        return f"{self.tokens.ids} {self.counts} {self.seed if len(self.counts) > 1 else 0} {self.encoder}"
+
+    def count(self, number: int) -> int:
+        """Return how many gist tokens the record with this number has. The same in every epoch and after a resume."""
+        if len(self.counts) == 1:
+            return self.counts[0]
+        return self.counts[int(np.random.default_rng((self.seed, number)).integers(len(self.counts)))]
+
+
+class Sides(NamedTuple):
+    """A record as text: what is compressed, what stands between its gist and the answer, and what comes then.
+
+    `rest` is the answer, or of a chat the answers and what stands between them. `is_chat`: its template writes the
+    tokens that begin and end a text.
+    """
+
+    prompt: str
+    text: str
+    rest: tuple[Segment, ...]
+    is_chat: bool
+
+
+def sides(document: Document, tokenizer: "PreTrainedTokenizerBase") -> Sides:
+    """Return a record in front of its gist and behind it.
+
+    Raises DataError for one without a prompt or an answer, and for a chat whose template does not write the system turn
+    by itself.
+    """
+    found = _sides_of_chat(document, tokenizer) if document.messages else _sides_of_fields(document)
+    what = "no prompt" if not found.prompt.strip() else "nothing between its prompt and the answer"
+    if not found.prompt.strip() or not found.text:
+        raise DataError(f"{document.where} has {what}; the gist stands there", hint=FORMS_HINT)
+    return found
+
+
+def gist_examples(
+    documents: Sequence[Document],
+    tokenizer: "PreTrainedTokenizerBase",
+    gists: Gists,
+    *,
+    first: int = 0,
+    length: int | None = None,
+) -> list[Example]:
+    """Return the example of each document, of which the first one has the number `first`; answers are trained.
+
+    One that is longer than `length` loses tokens of its prompt, from the left, and then of its answer: never its gist.
+    Raises DataError as `sides` does, and for a record that has gist tokens of its own.
+    """
+    numbers = [gists.count(first + index) for index in range(len(documents))]
+    split = [sides(document, tokenizer) for document in documents]
+    tokens = _tokens(split, numbers, tokenizer, gists.tokens)
+    begin = [] if gists.encoder else begin_of_text(tokenizer)
+    found = []
+    for document, side, count in zip(documents, split, numbers, strict=True):
+        prompt, text = next(tokens), next(tokens)
+        example = Example(array("I"), bytearray(), is_text=False)
+        extend(example, text, False)
+        extend(example, end_of_text(tokenizer, document) if gists.encoder else [], False)
+        for segment in side.rest:
+            extend(example, next(tokens), segment.trained)
+        extend(example, end_of_text(tokenizer, document), True)
+        gist = prompt[-count:]
+        if gist != gists.tokens.ids_of(count) or {*prompt[:-count], *example.ids} & {*gists.tokens.ids}:
+            name = gists.tokens.tokens[0]
+            hint = "Write records without gist tokens; they are put behind the prompt."
+            raise DataError(f"{document.where} contains {name}, or the tokenizer does not know it", hint=hint)
+        found.append(_whole([] if side.is_chat else begin, prompt[:-count], gist, example, length))
+    return found
+
+
+def _sides_of_fields(document: Document) -> Sides:
+    """Return the prompt that `surgeon evaluate` gives a model, its fields with a newline behind each, in two."""
+    if len(document.parts) < 2:
+        raise DataError(f"{document.where} is a text: there is no prompt to compress", hint=FORMS_HINT)
+    prompt, *between, answer = document.parts
+    return Sides(prompt, "\n" + "".join(f"{part}\n" for part in between), (Segment(answer, True),), False)
+
+
+def _sides_of_chat(document: Document, tokenizer: "PreTrainedTokenizerBase") -> Sides:
+    system = document.messages[0]
+    if system["role"] != "system":
+        raise DataError(
+            f"{document.where}: the first message is of {system['role']!r}, so there is no system turn to compress",
+            hint="Put the prompt that is to be compressed first, with the role 'system'.",
+        )
+    head = templated([system], tokenizer, document.where)
+    asked, *rest = chat_segments(document, tokenizer)
+    if asked.trained or not asked.text.startswith(head):
+        raise DataError(
+            f"{document.where}: the chat template does not write the system turn by itself, so no gist can stand "
+            "behind it",
+            hint="Write the record with instruction, input and output.",
+        )
+    prompt = head if system["content"].strip() else ""
+    return Sides(prompt, asked.text[len(head) :], tuple(rest), True)
+
+
+def _tokens(
+    split: Sequence[Sides], counts: Sequence[int], tokenizer: "PreTrainedTokenizerBase", gist: GistTokens
+) -> Iterator[list[int]]:
+    """Yield the ids of each record: of prompt and gist, of what follows it, and of each segment of the rest."""
+    lead = gist.tokens[-1]
+    lead_ids = encode(lead, tokenizer)
+    before = [side.prompt + gist.text(count) for side, count in zip(split, counts, strict=True)]
+    whole = [(text, False) for side, text in zip(split, before, strict=True) for text in (text, lead + side.text)]
+    tokenise = Tokenise(tokenizer)
+    ends, goes_on = tokenise(whole), tokenise([(part.text, True) for side in split for part in side.rest])
+    for side in split:
+        yield next(ends)
+        yield next(ends)[len(lead_ids) :]
+        yield from chain(next(goes_on) for _ in side.rest)
+
+
+def _whole(
+    begin: Sequence[int], prompt: Sequence[int], gist: Sequence[int], after: Example, length: int | None
+) -> Example:
+    """Return the example, cut to `length` tokens."""
+    excess = 0 if length is None else len(begin) + len(prompt) + len(gist) + len(after.ids) - length
+    lost = max(0, min(excess, len(prompt) - 1))  # one token stays: what follows is to be read behind some prompt
+    made = Example(array("I"), bytearray(), is_text=False, is_cut=excess > 0)
+    extend(made, [*begin, *prompt[lost:], *gist], False)
+    made.ids.extend(after.ids)
+    made.trained.extend(after.trained)
+    if length is not None:
+        del made.ids[length:], made.trained[length:]
+    return made
+
+
+FULL, GIST, NONE = "full", "gist", "none"
+FORMS = (FULL, GIST, NONE)
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """A record's tokens: the begin-of-text token if there is one, its prompt, its gist, what follows, and the answer.
+
+    All forms have the very same tokens, but for those that they leave out; `reference` is the answer as text.
+    """
+
+    where: str
+    begin: tuple[int, ...]
+    prompt: tuple[int, ...]
+    gist: tuple[int, ...]
+    behind: tuple[int, ...]
+    answer: tuple[int, ...]
+    reference: str
+
+    def asked(self, form: str) -> tuple[int, ...]:
+        """Return what the model is given to answer in a form."""
+        assert form in FORMS, form
+        before = {FULL: self.prompt, GIST: self.prompt + self.gist, NONE: ()}[form]
+        return (*self.begin, *before, *self.behind)
+
+
+def read_forms(
+    specs: Sequence[str],
+    tokenizer: "PreTrainedTokenizerBase",
+    gist: GistTokens,
+    *,
+    num_tokens: int,
+    samples: int | None,
+    encoder: bool = False,
+) -> list[Record]:
+    """Return the first `samples` records, all with None, each with a gist of `num_tokens` tokens.
+
+    Of a chat the last answer is the one that is asked for. With `encoder` all in front of it is read by one.
+    Raises DataError for a record without a prompt or an answer, and PlanError for a gist that the model cannot have.
+    """
+    streams = [documents(spec) for spec in specs]  # a name that is wrong is an error, whether or not it is reached
+    gists = Gists(gist, (num_tokens,), encoder=encoder)
+    return [_record(document, tokenizer, gists) for document in islice(chain(*streams), samples)]
+
+
+def _record(document: Document, tokenizer: "PreTrainedTokenizerBase", gists: Gists) -> Record:
+    if document.messages and document.messages[-1]["role"] != "assistant":
+        role = document.messages[-1]["role"]
+        raise DataError(
+            f"{document.where}: the last message is of {role!r}, so there is nothing to answer", hint=ANSWER_HINT
+        )
+    example = gist_examples([document], tokenizer, gists)[0]
+    end = example.trained.rfind(1) + 1  # a template may write something behind the answer
+    start = example.trained.rfind(0, 0, end) + 1
+    ids = tuple(example.ids)
+    (count,) = gists.counts
+    place = ids.index(gists.tokens.ids[0])
+    begin = () if document.messages or gists.encoder else tuple(begin_of_text(tokenizer))
+    reference = document.messages[-1]["content"] if document.messages else document.parts[-1]
+    return Record(
+        where=document.where,
+        begin=begin,
+        prompt=ids[len(begin) : place],
+        gist=ids[place : place + count],
+        behind=ids[place + count : start],
+        answer=ids[start:end],
+        reference=str(reference),
+    )

@@ -1,0 +1,99 @@
+"""The angular distance between the states before any two layers, for blocks of every size at once.
+
+Source: Gromov et al. 2024, arXiv:2403.17887: d(s, e) = arccos(cosine of x_s and x_e) / π, of the last token of a
+sample, averaged over samples. x_e of the last e is taken before the final norm, which would bend it.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from surgeon.models.device import wide
+from surgeon.models.streaming import Batch
+
+
+class Angular:
+    """Collects states and gives the matrix of their distances. With `all_tokens` every token counts, not the last."""
+
+    def __init__(self, depth: int, *, all_tokens: bool) -> None:
+        self._all_tokens = all_tokens
+        self._sum = torch.zeros(depth + 1, depth + 1, dtype=torch.float64)
+        self._count = 0
+        self._states: list[list[Tensor]] = [[] for _ in range(depth + 1)]
+
+    def begin(self, batch: Batch) -> None:
+        """Take in the states before the first layer."""
+        self._keep(0, batch, batch.hidden)
+
+    def see(self, layer: int, batch: Batch, before: Tensor, after: Tensor) -> None:
+        """Take in the states behind a layer, shape (B, T, D)."""
+        self._keep(layer + 1, batch, after)
+
+    def end_group(self) -> None:
+        """Fold what was collected into the sum, and let go of it."""
+        states = [torch.cat(parts) for parts in self._states]
+        step = (1 << 22) // (len(states) * states[0].shape[-1]) + 1  # rows whose states fit a cache
+        for at in range(0, len(states[0]), step):
+            self._sum += distances(torch.stack([state[at : at + step] for state in states], 1)).sum(0)
+        self._count += len(states[0])
+        self._states = [[] for _ in self._states]
+
+    def result(self) -> list[list[float | None]]:
+        """Return the matrix, entry [s][e] in units of π: s from 0 to depth - 1, e to depth, None where e <= s."""
+        mean = (self._sum / self._count).tolist()
+        return [[value if e > s else None for e, value in enumerate(row)] for s, row in enumerate(mean[:-1])]
+
+    def _keep(self, place: int, batch: Batch, states: Tensor) -> None:
+        chosen = batch.chosen(states) if self._all_tokens else last_tokens(batch, states)
+        self._states[place].append(chosen.clone())
+
+
+def last_tokens(batch: Batch, states: Tensor) -> Tensor:
+    """Return the states of each row's last token that is no padding, shape (B, D)."""
+    if batch.real is None:
+        return states[:, -1]
+    places = torch.arange(states.shape[1], device=states.device)
+    last = (batch.real * (places + 1)).argmax(-1)
+    return states[torch.arange(len(states), device=states.device), last]
+
+
+def distances(states: Tensor) -> Tensor:
+    """Return the distances of all pairs of states of each row, from (N, L + 1, D) to (N, L + 1, L + 1), in float64.
+
+    One Gram matrix a row gives them all. In float64, for the arc cosine of a number near 1 loses half its digits.
+    """
+    unit = torch.nn.functional.normalize(wide(states), dim=-1, eps=0.0)
+    return (unit @ unit.mT).clamp(-1.0, 1.0).arccos().cpu() / math.pi
+
+
+class Influence:
+    """Sums both scores of each layer over tokens."""
+
+    def __init__(self, depth: int) -> None:
+        self._cosine = torch.zeros(depth, dtype=torch.float64)
+        self._magnitude = torch.zeros(depth, dtype=torch.float64)
+        self._count = 0
+
+    def begin(self, batch: Batch) -> None:
+        """Count the batch's tokens."""
+        self._count += batch.hidden[..., 0].numel() if batch.real is None else int(batch.real.sum())
+
+    def see(self, layer: int, batch: Batch, before: Tensor, after: Tensor) -> None:
+        """Take in the states before and behind a layer, shape (B, T, D)."""
+        x, y = batch.chosen(before).float(), batch.chosen(after).float()
+        size = torch.linalg.vector_norm(y, dim=-1)
+        product = torch.linalg.vector_norm(x, dim=-1) * size
+        self._cosine[layer] += wide((x * y).sum(-1) / product).sum().cpu()
+        self._magnitude[layer] += wide(torch.linalg.vector_norm(y - x, dim=-1) / size).sum().cpu()
+
+    def end_group(self) -> None:
+        """Nothing waits for the end of a group."""
+
+    def block_influence(self) -> list[float]:
+        """Return 1 minus the mean cosine, a number a layer."""
+        return [1.0 - value for value in (self._cosine / self._count).tolist()]
+
+    def relative_magnitude(self) -> list[float]:
+        """Return the mean share of what a layer adds, a number a layer."""
+        return list((self._magnitude / self._count).tolist())

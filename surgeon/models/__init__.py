@@ -1,0 +1,1 @@
+"""A transformers model: loading it, running it layer by layer, and splitting it into decoder and head."""

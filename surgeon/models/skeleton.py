@@ -1,0 +1,162 @@
+"""A model of transformers without its parameters: built from the config, filled and emptied part by part."""
+
+import math
+import mmap
+from dataclasses import dataclass
+from io import FileIO
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import (
+    Tensor,
+    nn,
+)
+from torch.overrides import TorchFunctionMode
+
+from surgeon.checkpoint.header import DOWNLOAD_HINT
+from surgeon.checkpoint.source import Source, StoredTensor, spec_of
+from surgeon.errors import CheckpointError, MeasureError
+from surgeon.models.loading import hushed
+from surgeon.plan.arithmetic import TORCH_DTYPES
+from surgeon.plan.plan import identity
+
+
+@dataclass
+class Skeleton:
+    """A model of transformers whose parameters are nowhere yet."""
+
+    label: str
+    module: Any
+    dtype: torch.dtype
+    conversions: Any
+    takes_positions: bool
+
+    def to_device(self, device: torch.device) -> "Skeleton":
+        for module in self.module.modules():
+            for name, buffer in module._buffers.items():
+                if buffer is not None:
+                    module._buffers[name] = buffer.to(device)
+        return self
+
+
+def build_skeleton(source: Source, dtype: torch.dtype) -> Skeleton:
+    """Return the model that a source's config describes, with its buffers and without its parameters."""
+    import inspect
+
+    from accelerate import init_empty_weights
+    from transformers import AutoModelForCausalLM
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    known = str(source.config.get("model_type"))
+    if known not in CONFIG_MAPPING:
+        raise MeasureError(
+            f"transformers has no model type {known!r} of its own", hint="Scores need code that can run the model."
+        )
+    safe = identity(spec_of(source), depth=0).config  # without keys that choose the code that runs it
+    try:
+        with hushed(), _Nowhere(), init_empty_weights(include_buffers=False):
+            config = CONFIG_MAPPING[known].from_dict(dict(safe))
+            module: Any = AutoModelForCausalLM.from_config(config, dtype=dtype)  # type: ignore[no-untyped-call]
+    except (ValueError, TypeError, KeyError, ImportError) as error:
+        said = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise MeasureError(
+            f"transformers cannot build {source.label}: {said}", hint="Perplexity and scores need a language model."
+        ) from error
+    module.eval()
+    parameters = inspect.signature(module.base_model.forward).parameters
+    conversions = get_model_conversion_mapping(module)
+    return Skeleton(source.label, module, dtype, conversions, takes_positions="position_ids" in parameters)
+
+
+def layer_list(model: nn.Module, prefix: str, depth: int) -> nn.ModuleList:
+    """Return the model's list of layers: the one of that depth, by the name that the files use where it is unclear."""
+    found = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList) and len(module) == depth
+    }
+    path = prefix.rstrip(".")
+    named = [module for name, module in found.items() if name == path or name.endswith(f".{path}")]
+    assert named or found, f"transformers builds no list of {depth} layers"
+    return named[0] if named else next(iter(found.values()))
+
+
+def empty(module: nn.Module) -> None:
+    for child in module.modules():
+        empty_own(child)
+
+
+def empty_own(module: nn.Module) -> None:
+    """Let go of a module's own parameters: they are nowhere again."""
+    for name, parameter in module._parameters.items():
+        if parameter is not None and not parameter.is_meta:
+            module._parameters[name] = nn.Parameter(parameter.to("meta"), requires_grad=False)
+
+
+class _Nowhere(TorchFunctionMode):
+    """A context in which large empty tensors take no memory: what accelerate would allocate and then let go of.
+
+    Freed at once, but in such an order that the heap keeps a hole for each: gigabytes of addresses.
+    """
+
+    LARGE = 1 << 20  # numbers; no buffer that a model fills itself begins as so many empty ones
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        if func is torch.empty and isinstance(args[0] if args else None, tuple) and math.prod(args[0]) > self.LARGE:
+            kwargs["device"] = "meta"
+        return func(*args, **kwargs)
+
+
+# Not shared with child processes, which is what Python asks for by default, where the system makes a difference.
+_PRIVATE = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_PRIVATE") else {}
+BLOCK = 1 << 22  # bytes that are in memory in both precisions
+
+
+def read_as(stored: StoredTensor, path: Path, dtype: torch.dtype) -> Tensor:
+    """Return a stored tensor of a floating dtype as `dtype`.
+
+    Raises CheckpointError when the file has become shorter.
+    """
+    have = TORCH_DTYPES[stored.spec.dtype]
+    count = stored.spec.num_parameters
+    found = _own_memory(count * dtype.itemsize).view(dtype)
+    block = _own_memory(min(BLOCK, count * have.itemsize))
+    at = 0
+    with path.open("rb", buffering=0) as file:
+        file.seek(stored.start)
+        while at < count:
+            wanted = min(len(block), (count - at) * have.itemsize)
+            _fill(file, block[:wanted], path)
+            numbers = block[:wanted].view(have)
+            found[at : at + len(numbers)].copy_(numbers)
+            at += len(numbers)
+    return found.view(stored.spec.shape)
+
+
+def read_rows_as(stored: StoredTensor, path: Path, rows: list[int], dtype: torch.dtype) -> Tensor:
+    """Return some rows of a stored tensor of a floating dtype as `dtype`; the others are not read."""
+    size = (stored.end - stored.start) // stored.spec.shape[0]
+    block = torch.empty((len(rows), size), dtype=torch.uint8)
+    with path.open("rb", buffering=0) as file:
+        for place, row in enumerate(rows):
+            file.seek(stored.start + row * size)
+            _fill(file, block[place], path)
+    numbers = block.view(TORCH_DTYPES[stored.spec.dtype])
+    return numbers.view(len(rows), *stored.spec.shape[1:]).to(dtype)
+
+
+def _own_memory(nbytes: int) -> Tensor:
+    return torch.frombuffer(mmap.mmap(-1, max(1, nbytes), **_PRIVATE), dtype=torch.uint8)[:nbytes]
+
+
+def _fill(file: FileIO, block: Tensor, path: Path) -> None:
+    view = block.numpy().data
+    done = 0
+    while done < len(view):
+        count = file.readinto(view[done:])
+        if not count:
+            raise CheckpointError(f"{path} has become shorter while it was read", hint=DOWNLOAD_HINT)
+        done += count

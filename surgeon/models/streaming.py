@@ -1,0 +1,373 @@
+"""A forward pass that streams: layer by layer, with the weights of one layer in memory.
+
+Every batch goes through a layer before the next one is read, so that a model larger than memory runs from the disk.
+What is not a layer (embeddings, positions, masks, the final norm, the head) is the model's own forward pass around
+layers that stand still; nothing of it is written here, and so nothing of it is known of any family.
+"""
+
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from surgeon.anatomy.anatomy import read_anatomy
+from surgeon.anatomy.axes import axes_of
+from surgeon.anatomy.config import text_config
+from surgeon.checkpoint.source import Source, StoredTensor, ranges_by_file, spec_of
+from surgeon.errors import MeasureError
+from surgeon.models.loading import hushed
+from surgeon.models.skeleton import build_skeleton, empty, empty_own, layer_list, read_as, read_rows_as
+from surgeon.plan.arithmetic import TORCH_DTYPES
+
+
+@dataclass(frozen=True)
+class Call:
+    """What the model hands to one of its layers beside the hidden states: masks, positions."""
+
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+
+    @classmethod
+    def noted(cls, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> "tuple[Tensor, Call]":
+        """Return the hidden states of a call, and the rest of it."""
+        if args:
+            return args[0], cls((None, *args[1:]), kwargs)
+        return kwargs["hidden_states"], cls((), {key: value for key, value in kwargs.items() if key != "hidden_states"})
+
+    def with_hidden(self, hidden: Tensor) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Return the arguments of this call for other states, by position and by name."""
+        if self.args:
+            return (hidden, *self.args[1:]), dict(self.kwargs)
+        return (), {"hidden_states": hidden, **self.kwargs}
+
+
+def alike(one: object, other: object) -> bool:
+    """Return whether two calls hand over the same: tensors (some depend on the tokens), flags, and tuples of them."""
+    match one, other:
+        case Tensor(), Tensor():
+            return one.shape == other.shape and torch.equal(one, other)
+        case Call(), Call():
+            return alike(one.args, other.args) and alike(one.kwargs, other.kwargs)
+        case (tuple() | list(), tuple() | list()):
+            return len(one) == len(other) and all(map(alike, one, other))
+        case Mapping(), Mapping():
+            return one.keys() == other.keys() and all(alike(value, other[key]) for key, value in one.items())
+        case _:
+            return one is other or (type(one) is type(other) and isinstance(one, (int, float, str)) and one == other)
+
+
+class StandIn(Tensor):
+    """A tensor that is also the first of several outputs: some models take a layer's output, some its item 0."""
+
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]  # what is computed from it is a plain tensor
+
+    def __getitem__(self, key: Any) -> Tensor:
+        return self if isinstance(key, int) and key == 0 else super().__getitem__(key)
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter((self, None))
+
+
+HEAD_TOKENS = 512  # logits of so many tokens exist at once: 0.3 GB in float32 for a vocabulary of 150,000
+BATCH_TOKENS = 2048  # tokens that go through a layer at once; more make no matrix product faster on a CPU
+
+
+@dataclass
+class Batch:
+    """Rows on their way through the layers. `hidden`, shape (B, T, D), is the input of the next layer.
+
+    `real`, shape (B, T), is False for padding; None where there is none.
+    """
+
+    tokens: Tensor
+    real: Tensor | None
+    hidden: Tensor
+    calls: Sequence[Call]
+
+    def chosen(self, states: Tensor) -> Tensor:
+        """Return the states of the tokens that are no padding, shape (N, D)."""
+        return states.flatten(0, 1) if self.real is None else states[self.real]
+
+
+def check_runs(source: Source) -> None:
+    """Raises MeasureError for a model whose layers cannot be run one by one on a text. Reads nothing but the config."""
+    if source.config.get("is_encoder_decoder"):
+        raise MeasureError(
+            f"{source.label} has an encoder and a decoder; layers are scored in a model with one stack",
+            hint="Scores that read no text work: --score random, last or magnitude.",
+        )
+    if source.config.get("quantization_config") is not None:
+        raise MeasureError(
+            f"{source.label} is quantized; scores are taken from weights as they were trained",
+            hint="Prune the unquantized checkpoint, then quantize the result.",
+        )
+    if any(str(name).endswith("ForMaskedLM") for name in source.config.get("architectures") or ()):
+        raise MeasureError(
+            f"{source.label} reads both ways, and scores are of models that predict the next token",
+            hint="Scores that read no text work: --score random, last or magnitude.",
+        )
+    if text_config(source.config).get("num_kv_shared_layers"):
+        raise MeasureError(
+            f"late layers of {source.label} use the keys and values of early ones, so none of them runs alone",
+            hint="Scores that read no text work: --score random, last or magnitude.",
+        )
+
+
+class StreamedModel:
+    """A checkpoint that computes from its files. `resident` keeps a layer's weights once they are read."""
+
+    def __init__(
+        self, source: Source, *, device: str = "cpu", dtype: torch.dtype = torch.float32, resident: bool = False
+    ) -> None:
+        spec = spec_of(source)
+        anatomy = read_anatomy(spec)
+        check_runs(source)
+        self.anatomy, self.depth = anatomy, anatomy.depth
+        self.device, self._resident = torch.device(device), resident
+        self._stored = {name: item for name, item in source.tensors.items() if item.spec.dtype in TORCH_DTYPES}
+        self._paths = {file: source.fetch(file, spans) for file, spans in self._ranges(self._stored).items()}
+        self._model = build_skeleton(source, dtype).to_device(self.device)
+        self._layers = layer_list(self._model.module, anatomy.stacks[0].prefix, self.depth)
+        self._names: list[list[str]] = [[] for _ in range(self.depth)]
+        self._outer: list[str] = []
+        for name in self._stored:
+            place = anatomy.stacks[0].locate(name)
+            (self._names[place[0]] if place else self._outer).append(name)
+        self._calls: dict[Any, list[Call]] = {}
+        self._loaded: set[int] = set()
+
+    @property
+    def label(self) -> str:
+        """The checkpoint as the user named it."""
+        return self._model.label
+
+    @property
+    def hidden_size(self) -> int:
+        """The width of the residual stream."""
+        return int(self._model.module.config.get_text_config().hidden_size)
+
+    def module(self, layer: int) -> nn.Module:
+        """Return the module of a layer; its weights are there inside `layer`."""
+        return self._layers[layer]
+
+    def embed(self, tokens: Tensor, real: Tensor | None = None) -> list[Batch]:
+        """Return the rows, shape (R, T), as batches before the first layer. `real` is False for padding.
+
+        Padded rows are positioned by their real tokens, wherever the padding lies.
+        """
+        vocabulary = self._model.module.get_input_embeddings().weight.shape[0]
+        if int(tokens.max()) >= vocabulary:
+            raise MeasureError(
+                f"the text holds token {int(tokens.max())}, and {self.label} knows {vocabulary} tokens",
+                hint="The tokenizer is of another model; fetch the checkpoint again.",
+            )
+        rows = max(1, BATCH_TOKENS // tokens.shape[1])
+        with self._embedding(tokens):
+            return [
+                self._embedded(tokens[at : at + rows], None if real is None else real[at : at + rows])
+                for at in range(0, len(tokens), rows)
+            ]
+
+    @contextmanager
+    def layer(self, index: int) -> Iterator[Callable[[Batch, Tensor], Tensor]]:
+        """Return a context with a layer's weights in memory: a function from a batch and its states to the next."""
+        if index not in self._loaded:
+            self._load(self._names[index], self._layers[index], drop=False)
+            self._loaded.add(index)
+        if index + 1 < self.depth and index + 1 not in self._loaded:
+            self._read_ahead(self._names[index + 1])
+        module = self._layers[index]
+
+        def apply(batch: Batch, hidden: Tensor) -> Tensor:
+            args, kwargs = batch.calls[index].with_hidden(hidden)
+            output = module(*args, **kwargs)
+            found: Tensor = output[0] if isinstance(output, (tuple, list)) else output
+            return found
+
+        try:
+            yield apply
+        finally:
+            if not self._resident:
+                empty(module)
+                self._loaded.discard(index)
+
+    @contextmanager
+    def head(self) -> Iterator[Callable[[Tensor], Tensor]]:
+        """Return a context with a function from states behind the last layer, (..., D), to logits, (..., V)."""
+        model = self._model.module
+        if model.get_output_embeddings() is None:
+            raise MeasureError(f"{self.label} has no language model head", hint="Perplexity needs one.")
+
+        def apply(hidden: Tensor) -> Tensor:
+            flat = hidden.reshape(1, -1, hidden.shape[-1])
+            dummy = torch.zeros(flat.shape[:2], dtype=torch.long, device=self.device)
+            with self._standing({self.depth - 1: flat}):
+                logits: Tensor = model(input_ids=dummy, use_cache=False).logits
+            return logits.view(*hidden.shape[:-1], -1)
+
+        try:
+            self._load(self._outer, model, drop=True)
+            model.tie_weights()
+            self._check_present(model)
+            yield apply
+        finally:
+            self._empty_outer()
+
+    # --- around the layers ------------------------------------------------------------------------------------
+
+    @contextmanager
+    def _embedding(self, tokens: Tensor) -> Iterator[None]:
+        """Return a context with what lies in front of the layers: of the token embedding the rows that are needed."""
+        family = self.anatomy.family
+        heads = {name for name in self._outer if family and self.anatomy.row(name)[0].kind == "head"}
+        table = next((name for name in self._outer if family and self._is_token_embedding(name)), None)
+        names = [name for name in self._outer if name not in heads and name != table]
+        try:
+            self._load(names, self._model.module, drop=True)
+            with nullcontext() if table is None else self._needed_rows(table, _used(tokens)):
+                self._check_present(self._model.module.base_model)
+                yield
+        finally:
+            self._empty_outer()
+
+    def _is_token_embedding(self, name: str) -> bool:
+        row, _ = self.anatomy.row(name)
+        return row.kind == "embedding" and axes_of(row.axes[0]) == {"vocab"}
+
+    @contextmanager
+    def _needed_rows(self, name: str, used: Tensor) -> Iterator[None]:
+        """Return a context in which the token embedding holds the rows of the tokens `used`, ascending, only."""
+        module = self._model.module.get_input_embeddings()
+        whole, padding = module.weight, module.padding_idx
+        rows = read_rows_as(self._stored[name], self._paths[self._stored[name].file], used.tolist(), whole.dtype)
+        module._parameters["weight"] = nn.Parameter(rows.to(self.device), requires_grad=False)
+        module.padding_idx = None  # it would be another row's number; it matters to gradients only
+        places = used.to(self.device)
+        hook = module.register_forward_pre_hook(lambda _, args: (torch.searchsorted(places, args[0]), *args[1:]))
+        try:
+            yield
+        finally:
+            hook.remove()
+            module._parameters["weight"], module.padding_idx = whole, padding
+
+    def _embedded(self, tokens: Tensor, real: Tensor | None) -> Batch:
+        tokens = tokens.to(self.device)
+        padded = real is not None and not bool(real.all())
+        mask = real.to(self.device) if real is not None and padded else None
+        base = self._model.module.base_model
+        options: dict[str, Any] = {"use_cache": False}
+        if mask is not None:
+            options["attention_mask"] = mask.long()
+            if self._model.takes_positions:
+                options["position_ids"] = (mask.long().cumsum(-1) - 1).clamp(min=0)
+        seen: dict[int, tuple[Tensor, Call]] = {}
+        with self._standing({}, seen=seen), torch.no_grad():
+            base(input_ids=tokens, **options)
+        if seen[0][0].shape[:-1] != tokens.shape:
+            raise MeasureError(
+                f"the layers of {self.label} pass on states of shape {list(seen[0][0].shape)}, not one a token",
+                hint="Scores that read no text work: --score random, last or magnitude.",
+            )
+        calls = [seen[layer][1] for layer in range(self.depth)]
+        if mask is None:  # rows of one shape are mostly masked alike, so that one set of masks serves them all
+            known = self._calls.setdefault(tokens.shape, calls)
+            calls = [before if alike(before, call) else call for before, call in zip(known, calls, strict=True)]
+        return Batch(tokens, mask, seen[0][0], calls)
+
+    @contextmanager
+    def _standing(
+        self, given: Mapping[int, Tensor], *, seen: dict[int, tuple[Tensor, Call]] | None = None
+    ) -> Iterator[None]:
+        """Make every layer return what it is given, or `given` of it, without computing; note what was `seen`."""
+
+        def stand(index: int) -> Callable[..., Tensor]:
+            def forward(*args: Any, **kwargs: Any) -> Tensor:
+                hidden, call = Call.noted(args, kwargs)
+                if seen is not None:
+                    seen[index] = (hidden.as_subclass(Tensor), call)
+                return given.get(index, hidden).as_subclass(StandIn)
+
+            return forward
+
+        for index, layer in enumerate(self._layers):
+            layer.forward = stand(index)
+        try:
+            yield
+        finally:
+            for layer in self._layers:
+                del layer.forward
+
+    # --- weights ----------------------------------------------------------------------------------------------
+
+    def _ranges(self, names: Any) -> dict[str, list[tuple[int, int]]]:
+        return ranges_by_file(self._stored, names)
+
+    def _load(self, names: Sequence[str], inside: nn.Module, *, drop: bool) -> None:
+        """Fill parameters from the files, through transformers' own conversion of names and layouts."""
+        from transformers.core_model_loading import convert_and_load_state_dict_in_model
+        from transformers.modeling_utils import LoadStateDictConfig
+
+        dtype = self._model.dtype
+        stored = {name: _Unread(self._stored[name], self._paths[self._stored[name].file], dtype) for name in names}
+        config = LoadStateDictConfig(device_map={"": self.device}, weight_mapping=self._model.conversions)
+        with hushed():
+            report, _ = convert_and_load_state_dict_in_model(self._model.module, stored, config)
+        for kind in ("mismatched_keys", "error_msgs", "conversion_errors"):
+            if wrong := getattr(report, kind):
+                raise MeasureError(
+                    f"transformers cannot load {self.label}: {kind.replace('_', ' ')} {min(map(str, wrong))}",
+                    hint="surgeon inspect shows what the checkpoint holds.",
+                )
+        if not drop:
+            self._check_present(inside)
+
+    def _check_present(self, inside: nn.Module) -> None:
+        around = [] if any(inside is layer for layer in self._layers) else list(self._layers)
+        elsewhere = {id(parameter) for layer in around for parameter in layer.parameters()}
+        for name, parameter in inside.named_parameters():
+            if parameter.is_meta and id(parameter) not in elsewhere:
+                raise MeasureError(
+                    f"{self.label} has no weights for {name!r}, which transformers would draw at random",
+                    hint="surgeon inspect shows what the checkpoint holds.",
+                )
+
+    def _empty_outer(self) -> None:
+        inside = {id(module) for layer in self._layers for module in layer.modules()}
+        for module in self._model.module.modules():
+            if id(module) not in inside:
+                empty_own(module)
+
+    def _read_ahead(self, names: Sequence[str]) -> None:
+        """Ask the system to read the next layer from the disk while this one computes."""
+        if not hasattr(os, "posix_fadvise"):
+            return
+        for file, spans in self._ranges(names).items():
+            handle = os.open(self._paths[file], os.O_RDONLY)
+            try:
+                for start, end in spans:
+                    os.posix_fadvise(handle, start, end - start, os.POSIX_FADV_WILLNEED)
+            finally:
+                os.close(handle)
+
+
+@dataclass(frozen=True)
+class _Unread:
+    """A stored tensor that is read when transformers' loader slices it."""
+
+    stored: StoredTensor
+    path: Path
+    dtype: torch.dtype
+
+    def __getitem__(self, key: Any) -> Tensor:
+        return read_as(self.stored, self.path, self.dtype)[key]
+
+
+def _used(tokens: Tensor) -> Tensor:
+    """Return the ids that occur in a text, ascending."""
+    found: Tensor = tokens.unique()  # type: ignore[no-untyped-call]
+    return found

@@ -1,0 +1,103 @@
+"""Give a model rows for new tokens: each is the mean of all rows, in the embedding, the head and the head's bias.
+
+With the mean row and the mean bias the logit of a new token is the mean of all logits: it is neither likely nor
+excluded before it is trained. Where the vocabulary is padded, the new tokens take rows that no token has yet.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from surgeon.anatomy.anatomy import Anatomy
+from surgeon.anatomy.axes import axes_of
+from surgeon.anatomy.config import text_config
+from surgeon.errors import PlanError
+from surgeon.plan.plan import Expr, Gather, Plan, Read
+
+PADDED = "the vocabulary is padded: {} of the new tokens took rows that no token had, which were overwritten"
+TOKENIZER_HINT = "The tokenizer belongs to another model, or config.json does; fetch both again."
+
+
+def add_tokens(anatomy: Anatomy, ids: Sequence[int]) -> Plan:
+    """Return the plan of the model that has rows for the tokens `ids`, which follow each other.
+
+    Rows are appended where there are none yet, and the vocabulary size in the config follows; a row that is there
+    already, beyond the tokens of the tokenizer, is overwritten.
+
+    Raises PlanError when a row before `ids` is missing, or when it is not clear which tensors have rows for tokens.
+    """
+    dims = vocabulary_dims(anatomy)
+    size = _vocabulary_size(anatomy)
+    first, count = ids[0], len(ids)
+    assert list(ids) == list(range(first, first + count)), "a tokenizer numbers new tokens one after the other"
+    if first > size:
+        raise PlanError(f"the tokenizer has {first} tokens, the model rows for {size}", hint=TOKENIZER_HINT)
+    index = (*range(first), *[-1] * count, *range(first + count, size))
+    scale = (1.0,) * len(index)
+    tensors: dict[str, Expr] = {name: Read(name) for name in anatomy.spec.tensors}
+    tensors |= {name: Gather(Read(name), dim, index, scale, mean=1.0) for name, dim in dims.items()}
+    taken = min(count, size - first)
+    return Plan(
+        config=_with_vocabulary(anatomy.spec.config, size, len(index)),
+        tensors=tensors,
+        layer_map=tuple(range(anatomy.depth)),
+        steps=({"tokens": {"ids": list(ids)}},),
+        notes=(PADDED.format(taken),) if taken else (),
+        axes={"vocab": index},
+    )
+
+
+def vocabulary_dims(anatomy: Anatomy) -> dict[str, int]:
+    """Return the tensors with a position for each token, and the dim along which they have it.
+
+    A family's table says so. Without a table they are the tensors outside the layers that are as long as the
+    vocabulary. Raises PlanError where there is none, or where something else is as long.
+    """
+    if anatomy.family is not None:
+        found = {
+            name: dim
+            for name in anatomy.spec.tensors
+            for dim, axes in enumerate(anatomy.row(name)[0].axes)
+            if "vocab" in axes_of(axes)
+        }
+    else:
+        size = _vocabulary_size(anatomy)
+        found = {
+            name: tensor.shape.index(size)
+            for name, tensor in anatomy.spec.tensors.items()
+            if size in tensor.shape and not any(stack.locate(name) for stack in anatomy.stacks)
+        }
+        _check_telling(anatomy, found, size)
+    if not any(len(anatomy.spec.tensors[name].shape) == 2 for name in found):
+        raise PlanError("no tensor of this model has a row for each token", hint=TOKENIZER_HINT)
+    return found
+
+
+def _vocabulary_size(anatomy: Anatomy) -> int:
+    size = text_config(anatomy.spec.config).get("vocab_size")
+    if type(size) is not int or size < 1:
+        raise PlanError(f"config.json says vocab_size = {size!r}, so rows cannot be counted", hint=TOKENIZER_HINT)
+    return size
+
+
+def _check_telling(anatomy: Anatomy, found: Mapping[str, int], size: int) -> None:
+    """Raises PlanError where a length does not tell whether it counts tokens: positions or channels are as many."""
+    if "vocab_size_per_layer_input" in text_config(anatomy.spec.config):
+        raise PlanError(
+            f"{anatomy.model_type} has embeddings in every layer, with a vocabulary of their own",
+            hint="Tokens can be added to models with one input embedding.",
+        )
+    for name in found:
+        shape = anatomy.spec.tensors[name].shape
+        if shape.count(size) > 1 or "pos" in name or "wpe" in name:
+            raise PlanError(
+                f"{name!r} is {list(shape)} and the vocabulary {size}: which of it counts tokens is not known, for "
+                f"model type {anatomy.model_type!r} has no table of its tensors",
+                hint="Tokens can be added to model types with a table: docs/models.md lists them.",
+            )
+
+
+def _with_vocabulary(config: Mapping[str, Any], old: int, new: int) -> dict[str, Any]:
+    """Return the config with another vocabulary size, wherever it says the old one."""
+    edited = {**config, "vocab_size": new} if config.get("vocab_size") == old else dict(config)
+    text = text_config(config)
+    return edited if text is config else edited | {"text_config": {**text, "vocab_size": new}}

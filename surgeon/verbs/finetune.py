@@ -1,0 +1,131 @@
+"""The verb finetune: train a checkpoint on data, in a run directory that survives whatever happens to the process."""
+
+import os
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from surgeon.anatomy.anatomy import read_anatomy
+from surgeon.checkpoint import output as outputs
+from surgeon.checkpoint.source import Source, open_source, spec_of
+from surgeon.errors import MeasureError, OutputError, PlanError
+from surgeon.surgery import parse_size
+from surgeon.train.result import Training
+from surgeon.train.settings import Settings
+
+if TYPE_CHECKING:
+    from surgeon.cost.estimate import Estimate
+    from surgeon.train.run_dir import Watcher
+
+
+def finetune(
+    model: str | os.PathLike[str],
+    *,
+    data: Sequence[str],
+    output: str | os.PathLike[str] | None = None,
+    run_dir: str | os.PathLike[str] | None = None,
+    resume: bool = False,
+    overwrite: bool = False,
+    dtype: str = "keep",
+    max_shard_size: int | str = "5GB",
+    device: str = "auto",
+    revision: str | None = None,
+    watcher: "Watcher | None" = None,
+    command: str | None = None,
+    **options: Any,
+) -> Training:
+    """Train a checkpoint directory or Hub model on data, write the result to `output`, and return what came of it.
+
+    `options` are the fields of `surgeon.train.settings.Settings`, as `surgeon finetune --help` explains them. The run
+    keeps its checkpoints and metrics in `run_dir` ("OUTPUT.run"); with `resume` one that is there is continued.
+    Raises DataError, PlanError, MeasureError, OutputError before anything is trained, and TrainingError for a run that
+    diverges or does not fit into memory.
+
+        surgeon.finetune("SmolLM2-135M-24L", data=["wiki.txt"], output="healed", max_steps=300, teacher="SmolLM2-135M")
+    """
+    from surgeon.train.runner import Runner
+
+    settings = Settings(**options)
+    source = opened(model, revision, gist=settings.gist)
+    target = Path(output or default_output(source))
+    outputs.check_target(target, overwrite=overwrite, source=source.origin)
+    if dtype not in ("keep", "float32", "bfloat16", "float16"):
+        raise PlanError(f"unknown dtype {dtype!r}", hint="One of: keep, float32, bfloat16, float16.")
+    parse_size(max_shard_size)
+    place = Path(run_dir or f"{target}.run")
+    _check_places(target, place)
+    runner = Runner(source, tuple(data), settings, run_dir=place, device=device, watcher=watcher)
+    with runner.held(resume=resume):
+        found = runner.train()
+        if found.is_stopped:
+            return runner.told(found, None)
+        runner.write(found, target, dtype=dtype, max_shard_size=max_shard_size, overwrite=overwrite, command=command)
+        return runner.finished(found, target)
+
+
+def estimate_finetune(
+    model: str | os.PathLike[str],
+    *,
+    data: Sequence[str],
+    device: str = "auto",
+    revision: str | None = None,
+    num_processes: int | None = None,
+    **options: Any,
+) -> "Estimate":
+    """Return what `finetune` with these options would do: steps, tokens, memory, time. Trains and keeps nothing.
+
+    `num_processes` are those that would train; None: as many as a launcher has started.
+    """
+    from surgeon.models.device import resolve_device
+    from surgeon.train.inputs import Inputs
+    from surgeon.train.launch import processes
+
+    settings = Settings(**options)
+    source = opened(model, revision, gist=settings.gist)
+    inputs = Inputs(
+        source,
+        tuple(data),
+        settings,
+        resolve_device(device),
+        lambda note: None,
+        lambda: None,
+        num_processes=num_processes or processes(),
+    )
+    with tempfile.TemporaryDirectory() as directory:
+        return inputs.estimate(Path(directory))
+
+
+def _check_places(target: Path, run_dir: Path) -> None:
+    """Refuse places that would fail only at the end, after hours of training."""
+    if target.resolve() in (run_dir.resolve(), *run_dir.resolve().parents):
+        raise OutputError(
+            f"the run's directory {run_dir} lies in the output {target}, which must be empty until the end",
+            hint="Leave out --run-dir, or choose a place beside the output.",
+        )
+    parent = next(place for place in target.resolve().parents if place.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
+        raise OutputError(f"cannot write into {parent}, where {target} is to be", hint="Choose another place with -o.")
+
+
+def opened(model: str | os.PathLike[str], revision: str | None, *, gist: bool = False) -> Source:
+    """Return the model to train. Raises MeasureError for one that cannot be, CheckpointError for a damaged one."""
+    source = open_source(model, revision=revision)
+    read_anatomy(spec_of(source))
+    if source.config.get("is_encoder_decoder") and not gist:
+        raise MeasureError(
+            f"{source.label} has an encoder and a decoder; such models are trained with gists only",
+            hint="Add --gist, or train it with a script of transformers.",
+        )
+    if source.config.get("quantization_config") is not None:
+        raise MeasureError(
+            f"{source.label} is quantized; what is trained are weights as numbers",
+            hint="Train the unquantized checkpoint; --qlora quantizes it while it trains.",
+        )
+    return source
+
+
+def default_output(source: Source) -> str:
+    """Return the name of the result where the user gives none: the model's, and what was done."""
+    label = Path(source.label)
+    return f"{label.name or label.resolve().name or 'model'}-finetune"

@@ -1,0 +1,283 @@
+"""What a checkpoint is, in the words of its family; and how it differs from another."""
+
+import json
+import os
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from surgeon import text
+from surgeon.anatomy.anatomy import Anatomy, read_anatomy
+from surgeon.anatomy.config import layer_kinds
+from surgeon.checkpoint.receipt import read_receipt
+from surgeon.checkpoint.source import LocalSource, Source, StoredTensor, open_source, spec_of
+from surgeon.plan.plan import changed_keys
+
+CHUNK = 4 * 1024 * 1024
+
+
+@dataclass(frozen=True, slots=True)
+class Difference:
+    """How a checkpoint differs from `other`. Tensors are named as in the checkpoint itself.
+
+    `layer_map` says which layer of `other` each layer was held against; `axis_maps`, where this was made from the
+    other, how wider axes were made of its own, in runs of (first position there or -1, how many). `same` and
+    `changed` compare values; both are empty (and `compared` is false) unless both checkpoints lie on this machine.
+    """
+
+    other: str
+    layer_map: tuple[int | None, ...]
+    axis_maps: Mapping[str, list[list[int]]]
+    config: Mapping[str, tuple[Any, Any]]  # key: value in the other, value here
+    added: tuple[str, ...]  # tensors that the other has not
+    removed: tuple[str, ...]  # tensors of the other that are not here
+    reshaped: Mapping[str, tuple[str, str]]  # tensor: dtype and shape in the other, and here
+    compared: bool
+    same: tuple[str, ...]
+    changed: tuple[str, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the difference as `--json` prints it."""
+        return {
+            "other": self.other,
+            "layer_map": list(self.layer_map),
+            "axis_maps": dict(self.axis_maps),
+            "config": {key: {"there": there, "here": here} for key, (there, here) in self.config.items()},
+            "added": list(self.added),
+            "removed": list(self.removed),
+            "reshaped": {name: {"there": there, "here": here} for name, (there, here) in self.reshaped.items()},
+            "compared": self.compared,
+            "same": list(self.same),
+            "changed": list(self.changed),
+        }
+
+    def to_text(self) -> str:
+        """Return the difference for people."""
+        lines = [
+            ("against", self.other),
+            ("layers held against", text.layers(self.layer_map)),
+            *((f"axis {axis}", _axis(runs)) for axis, runs in self.axis_maps.items()),
+            *((f"config {key}", f"{text.brief(old)} → {text.brief(new)}") for key, (old, new) in self.config.items()),
+        ]
+        if self.compared:
+            lines += [
+                ("tensors equal", f"{len(self.same)}"),
+                ("tensors changed", text.listing(self.changed)),
+            ]
+        else:
+            lines += [("values", "not compared: both checkpoints must be directories")]
+        changes = Counter(self.reshaped.values() if len(self.reshaped) <= 10 else map(_dtypes, self.reshaped.values()))
+        lines += [("in another form", f"{count}  ({old} → {new})") for (old, new), count in changes.most_common(10)]
+        lines += [("only here", text.listing(self.added)), ("only there", text.listing(self.removed))]
+        return text.rows(lines)
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """The anatomy of a checkpoint, its sizes in parameters and bytes, and where its tensors lie."""
+
+    label: str
+    anatomy: Anatomy
+    tensors: Mapping[str, StoredTensor]
+    receipt: Mapping[str, Any] | None
+    difference: Difference | None = None
+
+    @property
+    def parameters(self) -> dict[str, int]:
+        """Parameters by part: embedding, attention, mlp and norm; without a table: layers, and everything else."""
+        counts: Counter[str] = Counter()
+        for name, tensor in self.tensors.items():
+            counts[self._part(name)] += tensor.spec.num_parameters
+        return dict(counts.most_common())
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """The sizes of the axes that a config gives, and how many heads share a key-value head; {} without a table."""
+        shown = (*self.anatomy.family.sizes, "group") if self.anatomy.family else ()
+        return {axis: self.anatomy.sizes[axis] for axis in shown if axis in self.anatomy.sizes}
+
+    @property
+    def dtypes(self) -> dict[str, int]:
+        """Bytes by dtype."""
+        counts: Counter[str] = Counter()
+        for tensor in self.tensors.values():
+            counts[tensor.spec.dtype] += tensor.spec.nbytes
+        return dict(counts.most_common())
+
+    @property
+    def tied(self) -> bool | None:
+        """Whether the output head is the embedding: it has no tensor of its own. None where no table can say."""
+        if self.anatomy.family is None:
+            return self.anatomy.spec.config.get("tie_word_embeddings")
+        return not any(self.anatomy.row(name)[0].kind == "head" for name in self.tensors)
+
+    @property
+    def layer_kinds(self) -> list[str] | None:
+        """The attention kind of each layer, None where all are alike."""
+        return layer_kinds(self.anatomy.spec.config, self.anatomy.depth)
+
+    def to_dict(self, *, tensors: bool = False) -> dict[str, Any]:
+        """Return the inspection as `--json` prints it; with `tensors`, every one of them."""
+        spec = self.anatomy.spec
+        result: dict[str, Any] = {
+            "model": self.label,
+            "model_type": self.anatomy.model_type,
+            "table": self.anatomy.family is not None,
+            "layers": self.anatomy.depth,
+            "stacks": {stack.prefix: stack.depth for stack in self.anatomy.stacks},
+            "sizes": self.sizes,
+            "parameters": spec.num_parameters,
+            "parameters_by_part": self.parameters,
+            "bytes": spec.nbytes,
+            "dtypes": self.dtypes,
+            "tied": self.tied,
+            "layer_kinds": self.layer_kinds,
+            "files": sorted({tensor.file for tensor in self.tensors.values()}),
+            "made_by": None if self.receipt is None else self.receipt.get("steps"),
+        }
+        if tensors:
+            result["tensors"] = {
+                name: {"dtype": stored.spec.dtype, "shape": list(stored.spec.shape), "file": stored.file}
+                for name, stored in self.tensors.items()
+            }
+        return result | ({"against": self.difference.to_dict()} if self.difference else {})
+
+    def to_text(self, *, tensors: bool = False) -> str:
+        """Return the inspection for people; with `tensors`, every one of them."""
+        anatomy, spec = self.anatomy, self.anatomy.spec
+        lines = [
+            ("model", self.label),
+            ("type", anatomy.model_type + ("" if anatomy.family else "  (no table: whole layers only)")),
+            ("layers", "  ".join(f"{stack.depth} ({stack.prefix}*)" for stack in anatomy.stacks)),
+        ]
+        lines += [("sizes", "  ".join(f"{axis} {n}" for axis, n in self.sizes.items()))] if self.sizes else []
+        lines += [("parameters", f"{spec.num_parameters:,}")]
+        lines += [
+            (f"  {part}", f"{count:,}  ({100 * count / spec.num_parameters:.1f} %)")
+            for part, count in self.parameters.items()
+        ]
+        lines += [
+            ("bytes", f"{text.size(spec.nbytes)}  ({', '.join(f'{t} {text.size(n)}' for t, n in self.dtypes.items())})")
+        ]
+        lines += [("tied", {True: "yes", False: "no", None: "not known"}[self.tied])]
+        if self.layer_kinds:
+            lines += [("attention", text.runs(self.layer_kinds))]
+        if self.receipt:
+            lines += [("made by", json.dumps(self.receipt.get("steps")))]
+        shown = text.rows(lines)
+        if tensors:
+            listed = [
+                (name, stored.spec.dtype, str(list(stored.spec.shape)), stored.file)
+                for name, stored in self.tensors.items()
+            ]
+            shown += "\n\n" + text.table(("tensor", "dtype", "shape", "file"), listed)
+        return shown + (f"\n\n{self.difference.to_text()}" if self.difference else "")
+
+    def __str__(self) -> str:
+        return self.to_text()
+
+    def _part(self, name: str) -> str:
+        if self.anatomy.family is not None:
+            return self.anatomy.row(name)[1]
+        return "layers" if any(stack.locate(name) for stack in self.anatomy.stacks) else "other"
+
+
+def inspect(
+    model: str | os.PathLike[str], *, against: str | os.PathLike[str] | None = None, revision: str | None = None
+) -> Inspection:
+    """Return what `model` is, after checking that it is whole; with `against`, also how it differs from that model.
+
+    Raises CheckpointError when a checkpoint is damaged, HubError when the Hub does not have it.
+    """
+    source = open_source(model, revision=revision)
+    anatomy = read_anatomy(spec_of(source))
+    difference = None
+    if against is not None:
+        other = open_source(against)
+        difference = _difference(source, anatomy, other, read_anatomy(spec_of(other)))
+    return Inspection(source.label, anatomy, source.tensors, _receipt_of(source), difference)
+
+
+def _difference(source: Source, anatomy: Anatomy, other: Source, other_anatomy: Anatomy) -> Difference:
+    made_by = _receipt_of(source) or {}
+    made_by = made_by if made_by.get("source") == other.provenance() else {}
+    layer_map = _layer_map(made_by, anatomy, other_anatomy)
+    there = {name: _name_in_other(name, anatomy, other_anatomy, layer_map) for name in source.tensors}
+    common = [name for name in source.tensors if there[name] in other.tensors]
+    specs = {name: (other.tensors[there[name] or ""].spec, source.tensors[name].spec) for name in common}
+    reshaped = {
+        name: (f"{old.dtype} {list(old.shape)}", f"{new.dtype} {list(new.shape)}")
+        for name, (old, new) in specs.items()
+        if old != new
+    }
+    alike = [name for name in common if name not in reshaped]
+    local = isinstance(source, LocalSource) and isinstance(other, LocalSource)
+    same = [name for name in alike if local and _equal(source, name, other, there[name] or "")]
+    return Difference(
+        other=other.label,
+        layer_map=layer_map,
+        axis_maps=made_by.get("axis_maps", {}),
+        config=changed_keys(other.config, source.config),
+        added=tuple(name for name in source.tensors if there[name] not in other.tensors),
+        removed=tuple(name for name in other.tensors if name not in set(there.values())),
+        reshaped=reshaped,
+        compared=local,
+        same=tuple(same),
+        changed=tuple(name for name in alike if name not in set(same)) if local else (),
+    )
+
+
+def _layer_map(made_by: Mapping[str, Any], anatomy: Anatomy, other_anatomy: Anatomy) -> tuple[int | None, ...]:
+    """Return the other's layer for each layer here: by the receipt if this was made from the other, else by number."""
+    recorded = made_by.get("layer_map")
+    if isinstance(recorded, list) and len(recorded) == anatomy.depth:
+        return tuple(i if isinstance(i, int) else None for i in recorded)
+    return tuple(i if i < other_anatomy.depth else None for i in range(anatomy.depth))
+
+
+def _name_in_other(name: str, anatomy: Anatomy, other: Anatomy, layer_map: tuple[int | None, ...]) -> str | None:
+    for stack, other_stack in zip(anatomy.stacks, other.stacks, strict=False):
+        if place := stack.locate(name):
+            layer = layer_map[place[0]]
+            return None if layer is None else other_stack.name(layer, place[1])
+    return name
+
+
+def _equal(source: Source, name: str, other: Source, other_name: str) -> bool:
+    """Return whether two tensors of one dtype and shape hold the same bytes."""
+    here, there = source.tensors[name], other.tensors[other_name]
+    with _opened(source.fetch(here.file)) as first, _opened(other.fetch(there.file)) as second:
+        first.seek(here.start)
+        second.seek(there.start)
+        left = here.end - here.start
+        while left:
+            count = min(CHUNK, left)
+            if first.read(count) != second.read(count):
+                return False
+            left -= count
+    return True
+
+
+def _axis(runs: Sequence[Sequence[int]]) -> str:
+    """Return a wider axis in words: "576 → 768: 576 kept, 192 new"."""
+    positions = [i for first, count in runs for i in ([-1] * count if first < 0 else range(first, first + count))]
+    kept, new = len({i for i in positions if i >= 0}), positions.count(-1)
+    copies = len(positions) - new - kept
+    parts = [f"{kept} kept", *([f"{copies} copies"] if copies else []), *([f"{new} new"] if new else [])]
+    return f"{kept} → {len(positions)}: {', '.join(parts)}"
+
+
+def _dtypes(change: tuple[str, str]) -> tuple[str, str]:
+    """Return a change of dtype and shape as one of dtypes alone, where that is what changed, to be counted."""
+    (old, *old_shape), (new, *new_shape) = (side.split(" ", 1) for side in change)
+    return (old, new) if old_shape == new_shape else (old, f"{new} of another shape")
+
+
+def _opened(path: Path) -> Any:
+    return path.open("rb")
+
+
+def _receipt_of(source: Source) -> dict[str, Any] | None:
+    return read_receipt(source.directory) if isinstance(source, LocalSource) else None
