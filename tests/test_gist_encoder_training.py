@@ -24,7 +24,7 @@ from surgeon.gist.tokens import read_gist
 from surgeon.gist.training import WithoutGist
 from surgeon.gist.views import EncoderDecoder
 from surgeon.models.loading import load_tokenizer
-from surgeon.models.split import Halves
+from surgeon.models.split import SplitModel
 from surgeon.train.losses import kl
 from surgeon.train.objective import Objective, attach_loss, detach_loss
 from surgeon.train.run_dir import read_metrics
@@ -60,8 +60,8 @@ def load64(path: Path) -> Any:
     return toys.load(path, dtype=torch.float64)[0]
 
 
-def loss_of(model: Any, view: Any, batch: dict[str, Tensor]) -> Tensor:
-    attach_loss(model, Objective(), view=view)
+def loss_of(model: Any, layout: Any, batch: dict[str, Tensor]) -> Tensor:
+    attach_loss(model, Objective(), layout=layout)
     found: Tensor = model(**batch)["loss"]
     detach_loss(model)
     return found
@@ -174,12 +174,12 @@ def test_activation_checkpointing_changes_nothing(toy):
 
 
 def test_distilling_compares_with_the_model_that_sees_the_prompt_and_no_gist(toy):
-    model, batch, view = load64(toy("t5")), rows(), EncoderDecoder((G,))
-    attach_loss(model, Objective(kd_weight=1.0), WithoutGist(load64(toy("t5")), (G,), view=view), view=view)
+    model, batch, layout = load64(toy("t5")), rows(), EncoderDecoder((G,))
+    attach_loss(model, Objective(kd_weight=1.0), WithoutGist(load64(toy("t5")), (G,), layout=layout), layout=layout)
     divergence = float(model(**batch)["kl"])
     detach_loss(model)
 
-    expected, halves = 0.0, Halves(model)
+    expected, split = 0.0, SplitModel(model)
     for row, (prompt, gist, text, answer) in enumerate(SIZES):
         line, begin = batch["input_ids"][row, : prompt + gist + text + answer][None], prompt + gist + text
         plain = torch.cat([line[:, :prompt], line[:, prompt + gist : begin]], 1)
@@ -187,8 +187,8 @@ def test_distilling_compares_with_the_model_that_sees_the_prompt_and_no_gist(toy
         chosen = batch["labels"][row, : line.shape[1]][None] != -100
         with torch.no_grad():
             full = model(input_ids=plain, decoder_input_ids=decoder_ids).logits[0]
-            states = view.states(halves, line, torch.arange(line.shape[1])[None], chosen)
-            student = halves.logits(states[chosen])
+            states = layout.states(split, line, torch.arange(line.shape[1])[None], chosen)
+            student = split.logits(states[chosen])
         expected += float(kl(student, full, temperature=1.0, direction="forward"))
     assert divergence == pytest.approx(expected, rel=ALIKE)
     assert expected > 0

@@ -18,7 +18,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, T5Config, T5ForCondition
 from surgeon.gist.compress import compress_ids, continued, encoded_behind
 from surgeon.gist.masks import Condition
 from surgeon.gist.views import EncoderDecoder, Masked, TwoPass
-from surgeon.models.split import Halves
+from surgeon.models.split import SplitModel
 from surgeon.train.objective import IGNORED, Objective, attach_loss, detach_loss
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -74,7 +74,7 @@ def trained(condition: Condition, family: str = "llama") -> Any:
     """Return a small model that learned the task from nothing under a condition."""
     torch.manual_seed(0)
     model = drawn(family)
-    attach_loss(model, Objective(), view=VIEWS[family]((G,), condition))
+    attach_loss(model, Objective(), layout=VIEWS[family]((G,), condition))
     optimizer = torch.optim.AdamW(model.parameters(), lr=RATE)
     random = torch.Generator().manual_seed(0)
     for step in range(STEPS):
@@ -93,9 +93,9 @@ def accuracy(condition: Condition, pairs: Tensor, family: str) -> float:
     model, rows = trained(condition, family), batch(300, torch.Generator().manual_seed(5), pairs, family)
     chosen = rows["labels"] != IGNORED
     with torch.no_grad():
-        halves, view = Halves(model), VIEWS[family]((G,), condition)
-        states = view.states(halves, rows["input_ids"], rows["position_ids"], chosen)
-        said = halves.logits(states[chosen]).argmax(-1)
+        split, layout = SplitModel(model), VIEWS[family]((G,), condition)
+        states = layout.states(split, rows["input_ids"], rows["position_ids"], chosen)
+        said = split.logits(states[chosen]).argmax(-1)
     return float((said == rows["labels"][chosen]).float().mean())
 
 
@@ -117,9 +117,9 @@ def test_the_trained_gist_is_read_from_a_cache_as_behind_its_mask():
     model, rows = trained("gist"), batch(24, torch.Generator().manual_seed(6), PAIRS, "llama")
     read = rows["input_ids"], rows["position_ids"], rows["labels"] != IGNORED
     with torch.no_grad():
-        halves = Halves(model)
-        views = [kind((G,)).states(halves, *read) for kind in (Masked, TwoPass)]
-        masked, two_pass = (halves.logits(states[:, PROMPT + GISTS :].flatten(0, 1)) for states in views)
+        split = SplitModel(model)
+        views = [kind((G,)).states(split, *read) for kind in (Masked, TwoPass)]
+        masked, two_pass = (split.logits(states[:, PROMPT + GISTS :].flatten(0, 1)) for states in views)
         cached = []
         for ids in rows["input_ids"]:
             states, _ = compress_ids(model, ids[: PROMPT + GISTS].tolist(), GISTS)
@@ -135,9 +135,9 @@ def test_the_trained_gist_of_an_encoder_is_read_from_a_cache_as_behind_its_mask(
     model, rows = trained("gist", "t5"), batch(24, torch.Generator().manual_seed(6), PAIRS, "t5")
     chosen, end = rows["labels"] != IGNORED, PROMPT + GISTS + 1
     with torch.no_grad():
-        halves = Halves(model)
-        states = EncoderDecoder((G,)).states(halves, rows["input_ids"], rows["position_ids"], chosen)
-        masked = halves.logits(states[chosen])
+        split = SplitModel(model)
+        states = EncoderDecoder((G,)).states(split, rows["input_ids"], rows["position_ids"], chosen)
+        masked = split.logits(states[chosen])
         cached = []
         for ids in rows["input_ids"]:
             gist, _ = compress_ids(model, ids[: PROMPT + GISTS].tolist(), GISTS)

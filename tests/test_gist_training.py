@@ -24,7 +24,7 @@ from surgeon.gist.records import Gists, gist_examples
 from surgeon.gist.tokens import GistTokens
 from surgeon.gist.training import WithoutGist, implementation, without_gist
 from surgeon.gist.views import FIRST_SEEN, Masked, TwoPass
-from surgeon.models.split import Halves
+from surgeon.models.split import SplitModel
 from surgeon.train.losses import kl
 from surgeon.train.objective import Objective, attach_loss, detach_loss
 from surgeon.train.run_dir import read_metrics
@@ -64,9 +64,9 @@ def packed(batch: dict[str, Tensor], sizes: list[tuple[int, int, int]] = SIZES) 
     }
 
 
-def learned(model: Any, view: Any, batch: dict[str, Tensor]) -> tuple[float, dict[str, Tensor]]:
+def learned(model: Any, layout: Any, batch: dict[str, Tensor]) -> tuple[float, dict[str, Tensor]]:
     """Return the loss of a batch and its gradients."""
-    attach_loss(model, Objective(), view=view)
+    attach_loss(model, Objective(), layout=layout)
     model.zero_grad()
     found = model(**batch)["loss"]
     found.backward()
@@ -149,8 +149,8 @@ def test_nothing_of_the_prompt_passes_by_the_gist(tmp_path, kind):
     model = load64(toys.build("llama", tmp_path / "shallow", num_hidden_layers=1))
     losses = {}
     for condition in FIRST_SEEN:
-        view = kind((G,), condition)
-        losses[condition] = [learned(model, view, batch)[0] for batch in (rows(), other_prompts(rows()))]
+        layout = kind((G,), condition)
+        losses[condition] = [learned(model, layout, batch)[0] for batch in (rows(), other_prompts(rows()))]
     assert losses["gist"][0] == losses["gist"][1]
     assert losses["positive"][0] != losses["positive"][1]
 
@@ -175,8 +175,8 @@ def test_the_positive_control_is_the_model_itself(toy):
         assert learned_loss(model, Masked((G,), "positive"), batch) == pytest.approx(own, rel=1e-12)  # float64
 
 
-def learned_loss(model: Any, view: Any, batch: dict[str, Tensor]) -> float:
-    attach_loss(model, Objective(), view=view)
+def learned_loss(model: Any, layout: Any, batch: dict[str, Tensor]) -> float:
+    attach_loss(model, Objective(), layout=layout)
     return float(model(**batch)["loss"])
 
 
@@ -203,7 +203,7 @@ def test_without_its_gist_a_record_is_as_if_it_had_none():
 def test_distilling_compares_with_the_model_that_sees_the_prompt_and_no_gist(toy, arrange):
     model, batch = load64(toy("llama")), arrange(rows())
     teacher = WithoutGist(load64(toy("llama")), (G,))
-    attach_loss(model, Objective(kd_weight=1.0), teacher, view=Masked((G,)))
+    attach_loss(model, Objective(kd_weight=1.0), teacher, layout=Masked((G,)))
     divergence = float(model(**batch)["kl"])
     detach_loss(model)
 
@@ -211,10 +211,10 @@ def test_distilling_compares_with_the_model_that_sees_the_prompt_and_no_gist(toy
     for row, (prompt, gist, after) in enumerate(SIZES):
         line = rows()["input_ids"][row, : prompt + gist + after][None]
         plain = torch.cat([line[:, :prompt], line[:, prompt + gist :]], 1)
-        view, positions = Masked((G,)), torch.arange(line.shape[1])[None]
+        layout, positions = Masked((G,)), torch.arange(line.shape[1])[None]
         with torch.no_grad():
-            halves = Halves(model)
-            student = halves.logits(view.states(halves, line, positions, line != G)[0, prompt + gist : -1])
+            split = SplitModel(model)
+            student = split.logits(layout.states(split, line, positions, line != G)[0, prompt + gist : -1])
             full = model(plain).logits[0, prompt:-1]
         expected += float(kl(student, full, temperature=1.0, direction="forward"))
     assert divergence == pytest.approx(expected, rel=1e-9)  # sums of float64 in another order, some parts float32
@@ -440,19 +440,19 @@ def test_with_a_frozen_reader_the_reader_is_the_untouched_model(data: str, tmp_p
 
     def read(model: Any) -> Tensor:
         """Return the logits behind gists of which nothing is seen: what is left is the reader."""
-        halves, view = Halves(model), TwoPass(ids, "negative", frozen=True)
+        split, layout = SplitModel(model), TwoPass(ids, "negative", frozen=True)
         with torch.no_grad():
-            states = view.states(halves, batch["input_ids"], positions, chosen)
-            with view.reading(model):
-                return halves.logits(states.flatten(0, 1))
+            states = layout.states(split, batch["input_ids"], positions, chosen)
+            with layout.reading(model):
+                return split.logits(states.flatten(0, 1))
 
     alone = read(base)
     model = peft.PeftModel.from_pretrained(base, tmp_path / "out", is_trainable=True)
     assert torch.equal(read(base), alone)
-    positive = Masked(ids, "positive").states(Halves(base), batch["input_ids"], positions, chosen)
-    assert not torch.allclose(Halves(base).logits(positive.flatten(0, 1)), alone, atol=1e-3)
+    positive = Masked(ids, "positive").states(SplitModel(base), batch["input_ids"], positions, chosen)
+    assert not torch.allclose(SplitModel(base).logits(positive.flatten(0, 1)), alone, atol=1e-3)
 
-    attach_loss(base, Objective(), view=TwoPass(ids, frozen=True))
+    attach_loss(base, Objective(), layout=TwoPass(ids, frozen=True))
     trained = [name for name, p in model.named_parameters() if p.requires_grad]
     model(**batch)["loss"].backward()
     assert trained == [name for name, p in model.named_parameters() if p.requires_grad]

@@ -200,7 +200,7 @@ def never_chosen(anatomy, tensors, kept):
 
 
 @pytest.fixture(scope="module")
-def hushed(toy64, tmp_path_factory):
+def quiet_transformers(toy64, tmp_path_factory):
     """Return a function from a toy's name to what all operations keep of it and its silenced copy in float64."""
     directory = tmp_path_factory.mktemp("silent")
 
@@ -262,8 +262,8 @@ def before(name, directory):
 
 
 @pytest.mark.parametrize(("name", "operation"), EXACTLY)
-def test_removing_what_holds_nothing_changes_nothing(name, operation, hushed, tmp_path):
-    kept, source = hushed(name)
+def test_removing_what_holds_nothing_changes_nothing(name, operation, quiet_transformers, tmp_path):
+    kept, source = quiet_transformers(name)
     part = only(kept, axes_for(name, operation), open_model(source).anatomy)
 
     cut = narrowed(source, tmp_path / "narrow", part)
@@ -427,8 +427,8 @@ def test_a_narrow_model_generates_the_same_with_and_without_a_cache(name, toy64,
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma3_text", "gpt_neox", "cohere2"])
-def test_gains_without_their_factor_are_seen(name, hushed, tmp_path):
-    kept, source = hushed(name)
+def test_gains_without_their_factor_are_seen(name, quiet_transformers, tmp_path):
+    kept, source = quiet_transformers(name)
     model = open_model(source)
     plan = narrow(model.anatomy, only(kept, axes_for(name, "channels"), model.anatomy))
     plain = {
@@ -443,8 +443,8 @@ def test_gains_without_their_factor_are_seen(name, hushed, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["phi3", "gpt_neox", "gpt_oss", "qwen3", "mixtral"])
-def test_other_positions_than_those_that_hold_nothing_are_missed(name, hushed, tmp_path):
-    kept, source = hushed(name)
+def test_other_positions_than_those_that_hold_nothing_are_missed(name, quiet_transformers, tmp_path):
+    kept, source = quiet_transformers(name)
     other = drawn(open_model(source).anatomy, axes_for(name, "all"), seed=3)
 
     assert kept != other

@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from surgeon.errors import PlanError
-from surgeon.models.split import Halves, keeps_documents_apart
+from surgeon.models.split import SplitModel, keeps_documents_apart
 from surgeon.train import objective
 from surgeon.train.objective import Objective, attach_loss, detach_loss
 from surgeon.train.teacher import OnlineTeacher
@@ -106,14 +106,14 @@ def test_documents_are_seen_apart_and_together_in_other_dtypes(toy, dtype):
 
 @pytest.mark.parametrize("name", ["gemma2", "cohere", "granite", "granitemoe"])
 def test_a_head_that_caps_or_scales_its_logits_is_not_taken_for_a_matrix(toy, name):
-    assert Halves(toys.load(toy(name))[0]).linear_head is None
+    assert SplitModel(toys.load(toy(name))[0]).linear_head is None
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("name", ["llama", "llama-tied", "phi", "gpt2", "opt-post-norm"])
 def test_a_head_that_is_a_matrix_is_used_as_one(toy, name, dtype):
     model = toys.load(toy(name), dtype=dtype)[0]
-    assert Halves(model).linear_head is model.get_output_embeddings()
+    assert SplitModel(model).linear_head is model.get_output_embeddings()
 
 
 class Largest(TorchDispatchMode):

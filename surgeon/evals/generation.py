@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 from surgeon.anatomy.config import text_config
 from surgeon.checkpoint.source import Source
 from surgeon.evals.perplexity import HARNESS_HINT, PROBE, check_causal
-from surgeon.models.loading import hushed, load_on
+from surgeon.models.loading import load_on, quiet_transformers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -59,7 +59,7 @@ def answer(
     options = {"max_new_tokens": max_new_tokens, "pad_token_id": pad, "eos_token_id": sorted(stops) or None}
     order = sorted(range(len(prompts)), key=lambda index: -len(prompts[index]))  # the longest first: memory is known
     answers = [""] * len(prompts)
-    with torch.no_grad(), hushed():
+    with torch.no_grad(), quiet_transformers():
         mixed = batch_size > 1 and _may_be_padded(model, [prompts[index] for index in order[:batch_size]], pad)
         for batch in _batches(order, [len(prompt) for prompt in prompts], batch_size, mixed=mixed):
             ids, mask = _left_padded([prompts[index] for index in batch], pad)

@@ -15,8 +15,8 @@ from surgeon.gist.records import GIST, Record
 from surgeon.gist.states import encode, last_states, written_from
 from surgeon.gist.views import EncoderDecoder, Masked, TwoPass, last_places
 from surgeon.models.adapters import without_adapters
-from surgeon.models.loading import hushed
-from surgeon.models.split import Causal, Halves, View
+from surgeon.models.loading import quiet_transformers
+from surgeon.models.split import AttentionLayout, Causal, SplitModel
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -39,8 +39,8 @@ def answer_losses(
     A gist is read as in training: behind its mask, or with a `frozen` reader by the model without the adapters that
     compress, which have no part in the other forms. `progress` is told how many tokens are through.
     """
-    halves = Halves(model)
-    losses, view = [0.0] * len(records), _view(model, records[0], form, frozen=frozen)
+    split = SplitModel(model)
+    losses, layout = [0.0] * len(records), _layout(model, records[0], form, frozen=frozen)
     order = sorted(range(len(records)), key=lambda index: -len(records[index].asked(form)))
     for start in range(0, len(order), batch_size):
         chosen = order[start : start + batch_size]
@@ -53,9 +53,9 @@ def answer_losses(
         for row, (length, count) in enumerate(ends):
             wanted[row, length - 1 - count : length - 1] = True
         with _reader(model, frozen=frozen and form != GIST):
-            states = view.states(halves, ids, positions, wanted)
-            with view.reading(model):
-                logits = [halves.logits(states[row, wanted[row]]).float() for row in range(len(chosen))]
+            states = layout.states(split, ids, positions, wanted)
+            with layout.reading(model):
+                logits = [split.logits(states[row, wanted[row]]).float() for row in range(len(chosen))]
         for row, index in enumerate(chosen):
             length, count = ends[row]
             answer = ids[row, length - count : length]
@@ -65,7 +65,7 @@ def answer_losses(
     return losses
 
 
-def _view(model: Any, record: Record, form: str, *, frozen: bool) -> View:
+def _layout(model: Any, record: Record, form: str, *, frozen: bool) -> AttentionLayout:
     if model.config.is_encoder_decoder:
         return EncoderDecoder(record.gist)
     if form != GIST:
@@ -132,7 +132,7 @@ def _encoded_and_written(model: Any, records: Sequence[Record], form: str, **opt
             states.append(encode(model, asked)[0])
             continue
         states.append(encoded_behind(model, last_states(model, prompt, len(record.gist)), behind)[0])
-    with hushed():
+    with quiet_transformers():
         written = model.generate(**written_from(states), **options)
     found: list[list[int]] = written[:, 1:].tolist()
     return found
@@ -168,7 +168,7 @@ def _written_behind(
     mask = torch.cat([seen, torch.ones_like(final)], 1)
     if _takes_positions(model):
         options["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0) + (first - count)[:, None]
-    with hushed():
+    with quiet_transformers():
         ids = torch.cat([torch.zeros_like(seen), final], 1)
         written = model.generate(ids, attention_mask=mask, past_key_values=past, **options)
     found: list[list[int]] = written[:, ids.shape[1] :].tolist()

@@ -206,12 +206,12 @@ def likelihoods(
     """
     import torch
 
-    from surgeon.models.loading import hushed
+    from surgeon.models.loading import quiet_transformers
 
     found = {}
     order = sorted(wanted, key=lambda row: (-len(row), row))  # the longest first: memory is known
     keeps = "logits_to_keep" in inspect.signature(model.forward).parameters
-    with torch.no_grad(), hushed():  # what is padded is in front of nothing, and needs no mask
+    with torch.no_grad(), quiet_transformers():  # what is padded is in front of nothing, and needs no mask
         for start in range(0, len(order), batch_size):
             batch = order[start : start + batch_size]
             ids = torch.tensor([[*row, *[0] * (len(batch[0]) - len(row))] for row in batch], device=model.device)

@@ -48,11 +48,11 @@ class Compressor:
             from peft import PeftModel
             from safetensors import SafetensorError
 
-            from surgeon.models.loading import hushed
+            from surgeon.models.loading import quiet_transformers
         except ImportError as error:
             raise PlanError("peft is needed for --adapter", hint='pip install "surgeon[train]"') from error
         try:
-            with hushed():
+            with quiet_transformers():
                 PeftModel.from_pretrained(model, str(self.directory))  # in place; its wrapper is not needed
         except (SafetensorError, ValueError, RuntimeError, KeyError, OSError) as error:
             said = (str(error).strip().splitlines() or [type(error).__name__])[0]

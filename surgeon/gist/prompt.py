@@ -21,7 +21,7 @@ from surgeon.gist.compress import encoded_behind, position_limit
 from surgeon.gist.probes import logits_of, positions_from
 from surgeon.gist.saved import read
 from surgeon.gist.states import GistStates, written_from
-from surgeon.models.loading import hushed
+from surgeon.models.loading import quiet_transformers
 
 NAME_IT = "surgeon.gist.load(directory, model, checkpoint=DIR) names what the model was loaded from."
 
@@ -73,7 +73,7 @@ class GistPrompt:
         copies = {key: options.pop(key) for key in ("num_beams", "num_return_sequences") if key in options}
         given = self.generate_kwargs(input_ids, attention_mask, **copies)
         given["suppress_tokens"] = sorted({*given["suppress_tokens"], *(options.pop("suppress_tokens", None) or [])})
-        with torch.no_grad(), hushed():
+        with torch.no_grad(), quiet_transformers():
             written: Tensor = self.model.generate(**given, **options)
         return written[:, 1 if "encoder_outputs" in given else given["input_ids"].shape[1] :]
 

@@ -15,7 +15,7 @@ from surgeon.gist.records import Gists
 from surgeon.gist.support import check_support
 from surgeon.gist.tokens import GistTokens, read_gist
 from surgeon.gist.views import EncoderDecoder, Masked, TwoPass
-from surgeon.models.split import Causal, View
+from surgeon.models.split import AttentionLayout, Causal
 from surgeon.train.settings import Settings
 from surgeon.train.teacher import OnlineTeacher
 
@@ -68,7 +68,7 @@ def implementation(settings: Settings, attention: str, *, encoder: bool = False)
     return TWO_PASS
 
 
-def view_of(model: Any, source: Source, settings: Settings) -> View:
+def view_of(model: Any, source: Source, settings: Settings) -> AttentionLayout:
     """Return how the tokens of a run see each other. Raises PlanError for a model that cannot be gisted."""
     if not settings.gist:
         return Causal()
@@ -91,8 +91,8 @@ def _refused(source: Source, reason: str) -> PlanError:
 class WithoutGist(OnlineTeacher):
     """An online teacher from whom gist tokens, of which it may know nothing, are taken away. `ids` are theirs."""
 
-    def __init__(self, model: Any, ids: tuple[int, ...], *, view: View | None = None) -> None:
-        super().__init__(model, view=view)
+    def __init__(self, model: Any, ids: tuple[int, ...], *, layout: AttentionLayout | None = None) -> None:
+        super().__init__(model, layout=layout)
         self._ids = ids
 
     def see(

@@ -26,36 +26,36 @@ from surgeon.gist.masks import (
     gist_phases,
 )
 from surgeon.models.adapters import without_adapters
-from surgeon.models.split import Halves, View
+from surgeon.models.split import AttentionLayout, SplitModel
 
 FIRST_SEEN = {"positive": PROMPT, "gist": GIST, "negative": AFTER}  # by condition: the first phase that AFTER sees
 
 
 @dataclass(frozen=True)
-class Masked(View):
+class Masked(AttentionLayout):
     """One pass over whole rows, which may hold several documents. `ids` are those of gist tokens."""
 
     ids: tuple[int, ...]
     condition: Condition = "gist"
 
     def states(
-        self, halves: Halves, input_ids: Tensor, position_ids: Tensor | None, chosen: Tensor, **options: Any
+        self, split: SplitModel, input_ids: Tensor, position_ids: Tensor | None, chosen: Tensor, **options: Any
     ) -> Tensor:
         """Return the states of a batch, shape (B, S, D)."""
         assert position_ids is not None, "positions tell documents apart"
         documents = document_numbers(position_ids)
         masks = gist_masks(
-            halves.model.config,
+            split.model.config,
             gist_phases(input_ids, self.ids, documents=documents),
             condition=self.condition,
             documents=documents,
-            dtype=halves.model.dtype,
+            dtype=split.model.dtype,
         )
-        return halves.states(input_ids, position_ids, attention_mask=masks, **options)
+        return split.states(input_ids, position_ids, attention_mask=masks, **options)
 
 
 @dataclass(frozen=True)
-class TwoPass(View):
+class TwoPass(AttentionLayout):
     """Prompt and gist in one pass, what follows in another; a row holds one document, and padding at its right.
 
     With `frozen` the second pass, and the head, are the model without its adapters.
@@ -66,7 +66,7 @@ class TwoPass(View):
     frozen: bool = False
 
     def states(
-        self, halves: Halves, input_ids: Tensor, position_ids: Tensor | None, chosen: Tensor, **options: Any
+        self, split: SplitModel, input_ids: Tensor, position_ids: Tensor | None, chosen: Tensor, **options: Any
     ) -> Tensor:
         """Return the states of a batch, shape (B, S, D); they are zeros in front of what follows a gist."""
         assert position_ids is not None, "positions tell padding from a document"
@@ -79,12 +79,12 @@ class TwoPass(View):
             raise DataError(f"row {missing} has nothing behind a gist", hint="Each row is a record with its gist.")
         before, behind = Side(input_ids, position_ids, is_ours & ~after), Side(input_ids, position_ids, after)
         cache = DynamicCache()  # one that forgets nothing: masks alone say what a sliding layer sees
-        first = halves.states(before.ids, before.positions, attention_mask=before.mask, **_caching(cache), **options)
+        first = split.states(before.ids, before.positions, attention_mask=before.mask, **_caching(cache), **options)
         is_seen = is_ours & ~after & (phases >= FIRST_SEEN[self.condition])
         kept, mask = last_places(cache, ends=before.mask.sum(1), counts=is_seen.sum(1))
-        with self.reading(halves.model):
+        with self.reading(split.model):
             mask = torch.cat([mask, behind.mask], 1)
-            states = halves.states(behind.ids, behind.positions, attention_mask=mask, **_caching(kept), **options)
+            states = split.states(behind.ids, behind.positions, attention_mask=mask, **_caching(kept), **options)
         # What comes after the last layer's keys and values touches nothing that is read: adapters there have a gradient
         # of zero, and not none, for which processes that train together would wait.
         states = states + first[:1, :1, :1] * 0
@@ -130,7 +130,7 @@ def _caching(cache: DynamicCache) -> dict[str, Any]:
 
 
 @dataclass(frozen=True)
-class EncoderDecoder(View):
+class EncoderDecoder(AttentionLayout):
     """The encoder reads up to the answer, the decoder writes it. `ids` are those of gist tokens.
 
     Of a prompt neither what follows its gist in the encoder sees anything, nor the decoder.
@@ -141,7 +141,7 @@ class EncoderDecoder(View):
     condition: Condition = "gist"
 
     def states(
-        self, halves: Halves, input_ids: Tensor, position_ids: Tensor | None, chosen: Tensor, **options: Any
+        self, split: SplitModel, input_ids: Tensor, position_ids: Tensor | None, chosen: Tensor, **options: Any
     ) -> Tensor:
         """Return the decoder's states, shape (B, S, D); they are zeros in front of the answer."""
         assert position_ids is not None, "positions tell padding from a document"
@@ -151,10 +151,10 @@ class EncoderDecoder(View):
         last = torch.where(chosen.any(1), chosen.long().argmax(1), is_ours.sum(1) - 1)[:, None]
         read = Side(input_ids, position_ids, is_ours & (place <= last))
         is_written = is_ours & (place >= last)
-        start = halves.model.config.decoder_start_token_id
+        start = split.model.config.decoder_start_token_id
         written = Side(input_ids.masked_fill(place == last, start), position_ids, is_written)
-        encoded, seen = self._encoded(halves.model, read)
-        states = halves.states(
+        encoded, seen = self._encoded(split.model, read)
+        states = split.states(
             written.ids,
             attention_mask=written.mask,
             encoder_hidden_states=encoded,

@@ -8,7 +8,7 @@ from surgeon.checkpoint.source import Source
 from surgeon.data.rows import check_shape, digest, read_rows
 from surgeon.errors import MeasureError
 from surgeon.models.device import available_memory
-from surgeon.models.loading import hushed, load_tokenizer, loadable
+from surgeon.models.loading import load_tokenizer, loadable, quiet_transformers
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -54,7 +54,7 @@ def sample_calibration(source: Source, *, samples: int, sequence_length: int, de
             hint="Give a text: --data FILE.",
         )
     try:
-        with hushed():
+        with quiet_transformers():
             model: Any = AutoModelForCausalLM.from_pretrained(
                 name, revision=revision, dtype=torch.float32, trust_remote_code=False
             )
@@ -62,7 +62,7 @@ def sample_calibration(source: Source, *, samples: int, sequence_length: int, de
         said = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise MeasureError(f"transformers cannot load {source.label}: {said}", hint="Give a text: --data.") from error
     model.to(device)
-    with torch.random.fork_rng(), torch.no_grad(), hushed():
+    with torch.random.fork_rng(), torch.no_grad(), quiet_transformers():
         torch.manual_seed(seed)
         begin = model.config.get_text_config().bos_token_id
         vocabulary = model.config.get_text_config().vocab_size

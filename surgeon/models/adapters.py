@@ -9,7 +9,7 @@ import torch
 
 from surgeon.anatomy.anatomy import Anatomy
 from surgeon.errors import PlanError
-from surgeon.models.loading import hushed
+from surgeon.models.loading import quiet_transformers
 
 if TYPE_CHECKING:
     from surgeon.train.settings import Settings
@@ -37,7 +37,7 @@ def add_adapters(model: Any, anatomy: Anatomy, settings: "Settings", *, tokens: 
         target_modules=targets,
         trainable_token_indices=list(tokens) or None,
     )
-    with hushed():
+    with quiet_transformers():
         adapted = peft.get_peft_model(model, config)
     for parameter in adapted.parameters():
         if parameter.requires_grad:  # PEFT makes adapters of a 16-bit model in 16 bits, where small steps vanish

@@ -34,7 +34,7 @@ def load_model(source: Source, *, dtype: Any, hint: str, **options: Any) -> Any:
     name, revision = loadable(source)
     safe = identity(spec_of(source), depth=0).config  # without keys that choose the code that runs it
     try:
-        with hushed():
+        with quiet_transformers():
             loaded: Any = kind.from_pretrained(
                 name,
                 revision=revision,
@@ -57,7 +57,7 @@ def load_model(source: Source, *, dtype: Any, hint: str, **options: Any) -> Any:
 
 
 @contextmanager
-def hushed() -> Iterator[None]:
+def quiet_transformers() -> Iterator[None]:
     """Keep transformers from printing bars and reports about loading; what is wrong with it becomes an error.
 
     So does PEFT's use of names that transformers has replaced, which no user can do anything about.
@@ -107,7 +107,7 @@ def load_tokenizer(name: str, revision: str | None = None) -> "PreTrainedTokeniz
     """
     from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-    with _explained(name), hushed():
+    with _explained(name), quiet_transformers():
         loaded = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=False)
     tokenizer = cast(PreTrainedTokenizerBase, loaded)
     # Without its files, transformers makes many a class with no vocabulary: every text has 0 tokens then.

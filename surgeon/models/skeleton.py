@@ -17,7 +17,7 @@ from torch.overrides import TorchFunctionMode
 from surgeon.checkpoint.header import DOWNLOAD_HINT
 from surgeon.checkpoint.source import Source, StoredTensor, spec_of
 from surgeon.errors import CheckpointError, MeasureError
-from surgeon.models.loading import hushed
+from surgeon.models.loading import quiet_transformers
 from surgeon.plan.arithmetic import TORCH_DTYPES
 from surgeon.plan.plan import identity
 
@@ -56,7 +56,7 @@ def build_skeleton(source: Source, dtype: torch.dtype) -> Skeleton:
         )
     safe = identity(spec_of(source), depth=0).config  # without keys that choose the code that runs it
     try:
-        with hushed(), _Nowhere(), init_empty_weights(include_buffers=False):
+        with quiet_transformers(), _Nowhere(), init_empty_weights(include_buffers=False):
             config = CONFIG_MAPPING[known].from_dict(dict(safe))
             module: Any = AutoModelForCausalLM.from_config(config, dtype=dtype)  # type: ignore[no-untyped-call]
     except (ValueError, TypeError, KeyError, ImportError) as error:

@@ -1,4 +1,4 @@
-"""A language model as two halves, of any family: a decoder that gives states, and a head that gives logits.
+"""A language model split in two, of any family: a decoder that gives states, and a head that gives logits.
 
 The head is the model's own forward pass around a decoder that stands still, so scales, caps and biases on the way to
 the logits are its own, and nothing is known of any family. Where that comes to one matrix it is used as one.
@@ -25,7 +25,7 @@ APART_HALF = 0.1
 PROBE_LENGTHS = (5, 7)  # of the two documents that are packed
 
 
-class Halves:
+class SplitModel:
     """A model of transformers that writes, as its decoder and its head. Raises PlanError for one that is not the two.
 
     Of an encoder-decoder the decoder is given what it sees of the encoder, as options of `states`.
@@ -79,7 +79,7 @@ class Halves:
     def logits(self, hidden: Tensor) -> Tensor:
         """Return the logits of states, (N, D) to (N, V), as the model itself computes them; differentiable."""
         dummy = torch.zeros((1, len(hidden)), dtype=torch.long, device=hidden.device)
-        with stands_in(self.decoder, lambda *args, **kwargs: self._output(last_hidden_state=hidden[None])):
+        with stubbed(self.decoder, lambda *args, **kwargs: self._output(last_hidden_state=hidden[None])):
             logits: Tensor = self._written(dummy).logits
         return logits[0]
 
@@ -183,7 +183,7 @@ def _equal(one: Tensor, other: Tensor) -> bool:
 
 
 @contextmanager
-def stands_in(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+def stubbed(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
     """Return a context in which a module does something else, and behind which it is as it was."""
     before: Mapping[str, Any] = {name: module.__dict__[name] for name in ("forward",) if name in module.__dict__}
     module.forward = forward
@@ -206,37 +206,37 @@ def _evaluated(model: nn.Module) -> Iterator[None]:
             module.training = True
 
 
-class View:
+class AttentionLayout:
     """How the states in front of the head are computed. `has_encoder`: of a model that has one."""
 
     has_encoder: ClassVar[bool] = False
 
     def states(
-        self, halves: Halves, input_ids: Tensor, position_ids: Tensor | None, chosen: Tensor, **options: Any
+        self, split: SplitModel, input_ids: Tensor, position_ids: Tensor | None, chosen: Tensor, **options: Any
     ) -> Tensor:
         """Return the states of a batch, shape (B, S, D), at least of the tokens `chosen`, (B, S): those trained."""
         raise NotImplementedError
 
     def reading(self, model: Any) -> AbstractContextManager[None]:
-        """Return a context in which the head reads them; one that changes nothing, unless a view says otherwise."""
+        """Return a context in which the head reads them; one that changes nothing, unless a layout says otherwise."""
         return nullcontext()
 
 
-class Causal(View):
+class Causal(AttentionLayout):
     """Every token sees those of its document before it, as the model itself has it."""
 
     def states(
-        self, halves: Halves, input_ids: Tensor, position_ids: Tensor | None, chosen: Tensor, **options: Any
+        self, split: SplitModel, input_ids: Tensor, position_ids: Tensor | None, chosen: Tensor, **options: Any
     ) -> Tensor:
         """Return the states of the model's own forward pass."""
-        return halves.states(input_ids, position_ids, **options)
+        return split.states(input_ids, position_ids, **options)
 
 
-def check_view(view: View, halves: Halves) -> None:
-    """Raises PlanError for a model with an encoder in a view without one, and the other way round."""
-    if view.has_encoder != bool(halves.model.config.is_encoder_decoder):
-        has, lacks = ("one stack of layers", "two") if view.has_encoder else ("an encoder and a decoder", "one stack")
+def check_layout(layout: AttentionLayout, split: SplitModel) -> None:
+    """Raises PlanError for a model with an encoder in a layout without one, and the other way round."""
+    if layout.has_encoder != bool(split.model.config.is_encoder_decoder):
+        has, lacks = ("one stack of layers", "two") if layout.has_encoder else ("an encoder and a decoder", "one stack")
         raise PlanError(
-            f"{type(halves.model).__name__} has {has}; what is trained here has {lacks}",
+            f"{type(split.model).__name__} has {has}; what is trained here has {lacks}",
             hint="Encoder-decoders are trained with --gist, and are no teachers.",
         )

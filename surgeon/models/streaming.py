@@ -20,7 +20,7 @@ from surgeon.anatomy.axes import axes_of
 from surgeon.anatomy.config import text_config
 from surgeon.checkpoint.source import Source, StoredTensor, ranges_by_file, spec_of
 from surgeon.errors import MeasureError
-from surgeon.models.loading import hushed
+from surgeon.models.loading import quiet_transformers
 from surgeon.models.skeleton import build_skeleton, empty, empty_own, layer_list, read_as, read_rows_as
 from surgeon.plan.arithmetic import TORCH_DTYPES
 
@@ -315,7 +315,7 @@ class StreamedModel:
         dtype = self._model.dtype
         stored = {name: _Unread(self._stored[name], self._paths[self._stored[name].file], dtype) for name in names}
         config = LoadStateDictConfig(device_map={"": self.device}, weight_mapping=self._model.conversions)
-        with hushed():
+        with quiet_transformers():
             report, _ = convert_and_load_state_dict_in_model(self._model.module, stored, config)
         for kind in ("mismatched_keys", "error_msgs", "conversion_errors"):
             if wrong := getattr(report, kind):

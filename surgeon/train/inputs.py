@@ -113,7 +113,7 @@ class Inputs:
             return None
         if self.settings.gist_distill:
             ids = gist_tokens(self.source).ids
-            return WithoutGist(model, ids, view=EncoderDecoder(ids) if self._has_encoder else Causal())
+            return WithoutGist(model, ids, layout=EncoderDecoder(ids) if self._has_encoder else Causal())
         online = OnlineTeacher(model)
         if self.settings.teacher_top_k is None:
             return online

@@ -19,7 +19,7 @@ from surgeon.checkpoint.source import Source, spec_of
 from surgeon.errors import PlanError, TrainingError
 from surgeon.gist.training import gist_tokens, view_of
 from surgeon.models import adapters
-from surgeon.models.loading import hushed, load_model
+from surgeon.models.loading import load_model, quiet_transformers
 from surgeon.train import checkpoints
 from surgeon.train import parameters as scope
 from surgeon.train.data import RunData
@@ -82,7 +82,7 @@ def trained_model(model: Any, source: Source, settings: Settings, objective: Obj
     """Return the model with its loss attached and with what is trained set: parts of it, or adapters around it."""
     anatomy = read_anatomy(spec_of(source))
     set_seed(settings.seed)  # adapters are drawn
-    attach_loss(model, objective, teacher, view=view_of(model, source, settings))
+    attach_loss(model, objective, teacher, layout=view_of(model, source, settings))
     if settings.activation_checkpointing:
         enable = getattr(model, "activation_checkpointing_enable", None)
         if enable is not None:
@@ -215,7 +215,7 @@ def train(
     _check_optimizer(trainer, settings)
     control = Control(stop, trainer, patience=settings.patience, history=reporter.validations())
     trainer.add_callback(control)
-    with hushed():
+    with quiet_transformers():
         if resume_from is not None and (checkpoints.step_of(resume_from) >= steps or control.is_over):
             trainer.take(resume_from)  # it was over, and only the result was not written
         else:
@@ -250,7 +250,7 @@ def loss_after(model: Any, data: RunData, settings: Settings, *, lr: float, step
             evaluated=found.append,
         )
         try:
-            with hushed():
+            with quiet_transformers():
                 trainer.train()
         except DivergedError:
             return math.inf

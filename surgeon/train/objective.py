@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from surgeon.errors import PlanError
-from surgeon.models.split import Causal, Halves, View, check_view, keeps_documents_apart, stands_in
+from surgeon.models.split import AttentionLayout, Causal, SplitModel, check_layout, keeps_documents_apart, stubbed
 from surgeon.train.losses import Direction, chunk_rows, chunked, hidden_loss, linear_cross_entropy, wide
 from surgeon.train.teacher import Teacher
 
@@ -51,27 +51,29 @@ class Objective:
 class _Attached:
     """What a model with a loss carries. `pairs` are the layers to compare: mine, and the teacher's."""
 
-    halves: Halves
+    split: SplitModel
     objective: Objective
     teacher: Teacher | None
-    view: View
+    layout: AttentionLayout
     pairs: Sequence[tuple[int, int]]
 
 
-def attach_loss(model: Any, objective: Objective, teacher: Teacher | None = None, *, view: View | None = None) -> None:
+def attach_loss(
+    model: Any, objective: Objective, teacher: Teacher | None = None, *, layout: AttentionLayout | None = None
+) -> None:
     """Make `model(input_ids=..., labels=..., position_ids=..., num_items=..., token_index=...)` return its loss.
 
     `labels` are shifted already, -100 where nothing is trained. What comes back is a dict: `loss`, the sum over trained
     tokens divided by `num_items` (None: by how many they are), and without gradients the sums `cross_entropy`, `kl` and
-    `hidden`, as far as they exist, and `num_tokens`. Without labels the model answers as it always did. The `view` says
+    `hidden`, as far as they exist, and `num_tokens`. Without labels the model answers as it always did. `layout` says
     what each token sees of the others, by default those of its document before it.
     Raises PlanError where model, teacher and objective do not fit each other.
     """
     detach_loss(model)
-    halves, view = Halves(model), view or Causal()
-    check_view(view, halves)
-    pairs = _check(halves, objective, teacher)
-    model._surgeon_loss = _Attached(halves, objective, teacher, view, pairs)
+    split, layout = SplitModel(model), layout or Causal()
+    check_layout(layout, split)
+    pairs = _check(split, objective, teacher)
+    model._surgeon_loss = _Attached(split, objective, teacher, layout, pairs)
     model.forward = MethodType(_forward, model)  # a bound method, which a deep copy of the model binds to the copy
 
 
@@ -81,34 +83,34 @@ def detach_loss(model: Any) -> None:
         del model._surgeon_loss, model.forward
 
 
-def _check(halves: Halves, objective: Objective, teacher: Teacher | None) -> list[tuple[int, int]]:
+def _check(split: SplitModel, objective: Objective, teacher: Teacher | None) -> list[tuple[int, int]]:
     """Return which layers are compared. Raises PlanError where the teacher does not fit."""
     if teacher is None:
         if objective.kd_weight or objective.hidden_weight:
             raise PlanError("there is no teacher to learn from", hint="Name one with --teacher MODEL.")
         return []
     if objective.kd_weight:
-        if teacher.vocab != halves.vocab:
+        if teacher.vocab != split.vocab:
             raise PlanError(
-                f"the teacher gives logits of {teacher.vocab} tokens, the model of {halves.vocab}",
+                f"the teacher gives logits of {teacher.vocab} tokens, the model of {split.vocab}",
                 hint="Distil from a model with the same tokenizer and the same number of rows in its head.",
             )
         teacher.check(objective.temperature)
     if not objective.hidden_weight:
         return []
-    if teacher.hidden_size != halves.hidden_size:
+    if teacher.hidden_size != split.hidden_size:
         found = "none" if teacher.hidden_size is None else f"states of width {teacher.hidden_size}"
         raise PlanError(
-            f"hidden states are compared in one width: the model has {halves.hidden_size}, its teacher {found}",
+            f"hidden states are compared in one width: the model has {split.hidden_size}, its teacher {found}",
             hint="Leave out --hidden-weight.",
         )
     layer_map = objective.layer_map
-    if layer_map is None and teacher.depth == halves.depth:
-        layer_map = tuple(range(halves.depth))
-    if layer_map is None or len(layer_map) != halves.depth:
+    if layer_map is None and teacher.depth == split.depth:
+        layer_map = tuple(range(split.depth))
+    if layer_map is None or len(layer_map) != split.depth:
         said = "there is none" if layer_map is None else f"it has {len(layer_map)} entries"
         raise PlanError(
-            f"a layer map must name a teacher's layer for each of {halves.depth} layers, and {said}",
+            f"a layer map must name a teacher's layer for each of {split.depth} layers, and {said}",
             hint="A checkpoint that surgeon cut has one in its surgeon.json.",
         )
     pairs = [(mine, theirs) for mine, theirs in enumerate(layer_map) if theirs is not None]
@@ -132,20 +134,20 @@ def _forward(
     **options: Any,
 ) -> Any:
     attached: _Attached = model._surgeon_loss
-    halves, objective, teacher = attached.halves, attached.objective, attached.teacher
+    split, objective, teacher = attached.split, attached.objective, attached.teacher
     options = {name: value for name, value in options.items() if value is not None}  # wrappers name what they lack
     if labels is None:
         placed = {} if position_ids is None else {"position_ids": position_ids}
-        return halves.own_forward(input_ids=input_ids, **placed, **options)
+        return split.own_forward(input_ids=input_ids, **placed, **options)
     chosen = labels != IGNORED
-    with halves.watched([mine for mine, _ in attached.pairs]) as layers:
-        hidden = attached.view.states(halves, input_ids, position_ids, chosen, **options)
+    with split.watched([mine for mine, _ in attached.pairs]) as layers:
+        hidden = attached.layout.states(split, input_ids, position_ids, chosen, **options)
     states, targets = hidden[chosen], labels[chosen]
     answers: tuple[Tensor, ...] = ()
     if teacher is not None and (objective.kd_weight or attached.pairs):
         wanted = [theirs for _, theirs in attached.pairs]
         answers, theirs = teacher.see(input_ids, position_ids, token_index, chosen, layers=wanted)
-    with attached.view.reading(halves.model):
+    with attached.layout.reading(split.model):
         loss, parts = _head_loss(attached, states, targets, answers)
     if attached.pairs:
         errors = [hidden_loss(layers[mine][chosen], theirs[other]) for mine, other in attached.pairs]
@@ -160,9 +162,9 @@ def _head_loss(
     attached: _Attached, states: Tensor, targets: Tensor, answers: tuple[Tensor, ...]
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Return the loss behind the head, a sum over tokens, and its parts without gradients."""
-    halves, objective, teacher = attached.halves, attached.objective, attached.teacher
-    head = halves.linear_head
-    chunk = chunk_rows(halves.vocab)
+    split, objective, teacher = attached.split, attached.objective, attached.teacher
+    head = split.linear_head
+    chunk = chunk_rows(split.vocab)
     if head is not None and not objective.kd_weight:
 
         def whole(hidden: Tensor) -> Tensor:
@@ -185,8 +187,8 @@ def _head_loss(
         return loss, entropy, divergence
 
     if head is None:
-        parameters = halves.head_parameters()
-        sums = chunked(lambda *args: of_chunk(halves.logits, *args), states, parameters, targets, *answers, chunk=chunk)
+        parameters = split.head_parameters()
+        sums = chunked(lambda *args: of_chunk(split.logits, *args), states, parameters, targets, *answers, chunk=chunk)
     else:
 
         def in_chunks(hidden: Tensor) -> tuple[Tensor, ...]:
@@ -203,5 +205,5 @@ def _head_loss(
 
 def _within(head: nn.Module, function: Callable[[Tensor], Any], states: Tensor) -> Any:
     """Return a function of the states, called as the head is: what gathers its weights from other devices does so."""
-    with stands_in(head, function):
+    with stubbed(head, function):
         return head(states)

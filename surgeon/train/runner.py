@@ -16,7 +16,7 @@ from surgeon.cost.flops import flops_per_token, peak_flops
 from surgeon.errors import DataError, SurgeonError, TrainingError
 from surgeon.models import adapters
 from surgeon.models.device import resolve_device
-from surgeon.models.loading import hushed, load_model
+from surgeon.models.loading import load_model, quiet_transformers
 from surgeon.plots.figure import require_matplotlib
 from surgeon.plots.training import plot_runs
 from surgeon.train import checkpoints
@@ -239,7 +239,7 @@ class Runner:
         weights = self.run_dir / WEIGHTS
         if self._best(outcome) != outcome.steps:
             return self.run_dir / f"checkpoint-{outcome.best_step}"
-        with hushed(), checkpoints.explained(self.run_dir):
+        with quiet_transformers(), checkpoints.explained(self.run_dir):
             self.trainer.save_model(str(weights))
         self.wait()
         return weights
@@ -262,7 +262,7 @@ class Runner:
         """Return a directory with the base's weights in float32 and the adapter added to them."""
         merged = self.run_dir / WEIGHTS / "merged"
         model = load_model(self.source, dtype=torch.float32, hint=run.LOAD_HINT)
-        with hushed(), checkpoints.explained(self.run_dir):
+        with quiet_transformers(), checkpoints.explained(self.run_dir):
             adapters.merged(model, adapter).save_pretrained(merged)
         return merged
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from surgeon.checkpoint.output import check_space, staged
 from surgeon.errors import DataError, PlanError
-from surgeon.models.split import Causal, Halves, View, check_view
+from surgeon.models.split import AttentionLayout, Causal, SplitModel, check_layout
 from surgeon.train.losses import Direction, chunk_rows, kl, top_k_kl, wide
 
 if TYPE_CHECKING:
@@ -52,16 +52,16 @@ class OnlineTeacher:
     """A model that runs beside the student, in evaluation mode and without gradients.
 
     It may be of another family, depth and width. Its logits exist for a chunk of tokens at a time, as the student's do.
-    `view` is what its tokens see of each other, by default those of their document before them.
+    `layout` is what its tokens see of each other, by default those of their document before them.
     """
 
-    def __init__(self, model: Any, *, view: View | None = None) -> None:
-        self._view = view or Causal()
-        self._halves = Halves(model.eval().requires_grad_(False))
-        check_view(self._view, self._halves)
-        self.vocab = self._halves.vocab
-        self.hidden_size: int | None = self._halves.hidden_size
-        self.depth = self._halves.depth
+    def __init__(self, model: Any, *, layout: AttentionLayout | None = None) -> None:
+        self._layout = layout or Causal()
+        self._split = SplitModel(model.eval().requires_grad_(False))
+        check_layout(self._layout, self._split)
+        self.vocab = self._split.vocab
+        self.hidden_size: int | None = self._split.hidden_size
+        self.depth = self._split.depth
 
     def check(self, temperature: float) -> None:
         """Return; a model answers at every temperature."""
@@ -77,19 +77,19 @@ class OnlineTeacher:
         layers: Sequence[int],
     ) -> tuple[tuple[Tensor, ...], dict[int, Tensor]]:
         """Return the states of the tokens in front of the teacher's head, and those behind `layers`."""
-        with self._halves.watched(layers) as seen:
-            hidden = self._view.states(self._halves, input_ids, position_ids, chosen)
+        with self._split.watched(layers) as seen:
+            hidden = self._layout.states(self._split, input_ids, position_ids, chosen)
         return (hidden[chosen],), {layer: states[chosen] for layer, states in seen.items()}
 
     @property
     def device(self) -> torch.device:
         """Where the teacher computes."""
-        return self._halves.device
+        return self._split.device
 
     @torch.no_grad()
     def logits(self, hidden: Tensor) -> Tensor:
         """Return the teacher's logits, (n, V), of states in front of its head, (n, D)."""
-        return self._halves.logits(hidden)
+        return self._split.logits(hidden)
 
     def divergence(self, logits: Tensor, *seen: Tensor, temperature: float, direction: Direction) -> Tensor:
         """Return the divergence from the teacher's distribution over the whole vocabulary."""

@@ -94,7 +94,7 @@ def _write(model: Any, prompt: "GistPrompt | None", ids: list[int], *, max_new_t
     import torch
 
     from surgeon.gist.compress import position_limit
-    from surgeon.models.loading import hushed
+    from surgeon.models.loading import quiet_transformers
 
     before = 0 if prompt is None else prompt.states.offset + len(prompt.ids)
     if (limit := position_limit(model)) is not None:
@@ -105,7 +105,7 @@ def _write(model: Any, prompt: "GistPrompt | None", ids: list[int], *, max_new_t
         max_new_tokens = min(max_new_tokens, limit - before - len(ids))
     given = torch.tensor([ids], device=model.device)
     devices = [model.device] if model.device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices), torch.no_grad(), hushed():
+    with torch.random.fork_rng(devices=devices), torch.no_grad(), quiet_transformers():
         torch.manual_seed(seed)
         if prompt is not None:
             return list(prompt.generate(given, max_new_tokens=max_new_tokens)[0].tolist())

@@ -17,7 +17,7 @@ from surgeon.checkpoint.source import LocalSource, open_directory, spec_of
 from surgeon.errors import CheckpointError, VerificationError
 from surgeon.measure.reload import result_logits, source_logits, tokens
 from surgeon.measure.trainability import Trainability, trainability
-from surgeon.models.loading import hushed
+from surgeon.models.loading import quiet_transformers
 from surgeon.plan.plan import STORED_DTYPES
 from surgeon.plan.rounding import APPROXIMATE
 
@@ -103,7 +103,7 @@ def verify(
         raise CheckpointError(f"{result} has no receipt of what was done", hint="Verify what surgeon wrote.")
     dtype = _narrow_dtype(written)
     reason = _reason(receipt)
-    with hushed():
+    with quiet_transformers():
         ids = tokens([(fspath(source), revision), (fspath(result), None)], seed).to(device)
         logits, rounding = source_logits(fspath(source), revision, ids, dtype=None if reason else dtype)
         grown, gradients = result_logits(written, ids)
