@@ -48,8 +48,8 @@ class Gists:
             self.tokens.ids_of(count)
 
     @property
-    def told(self) -> str:
-        """What decides the tokens of a record: equal for equal gists only."""
+    def fingerprint(self) -> str:
+        """A string that decides the tokens of a record, equal for equal gists only."""
         return f"{self.tokens.ids} {self.counts} {self.seed if len(self.counts) > 1 else 0} {self.encoder}"
 
     def count(self, number: int) -> int:

@@ -15,10 +15,10 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from surgeon.errors import DataError
-from surgeon.gist.records import Gists
 from surgeon.train.packing import one_per_row, pack, repeat, split
 from surgeon.train.settings import Settings
 from surgeon.train.store import TokenStore, open_store
+from surgeon.train.task import Task
 from surgeon.train.tokenise import prepare
 
 if TYPE_CHECKING:
@@ -163,7 +163,7 @@ class RunData:
 
 def read_data(
     specs: Sequence[str],
-    settings: Settings,
+    task: Task,
     tokenizer: "PreTrainedTokenizerBase",
     *,
     directory: Path,
@@ -171,7 +171,6 @@ def read_data(
     packed: bool,
     flatten: bool,
     max_rows: int | None,
-    gists: Gists | None = None,
     is_first: bool,
     wait: Callable[[], None],
     progress: Callable[[int], None] | None = None,
@@ -180,10 +179,13 @@ def read_data(
 
     With `max_rows` a run of fixed length reads no more than it needs. Raises DataError, OutputError.
     """
+    settings = task.settings
     limit = None if max_rows is None else max_rows * sequence_length
-    asked = {TRAINED: (tuple(specs), limit)} | ({HELD_OUT: (settings.eval_data, None)} if settings.eval_data else {})
+    requests = {TRAINED: (tuple(specs), limit)}
+    if settings.eval_data:
+        requests[HELD_OUT] = (settings.eval_data, None)
     stores = []
-    for name, (data, most) in asked.items():
+    for name, (data, max_tokens) in requests.items():
         if not is_first:
             wait()
             stores.append(open_store(directory / name))
@@ -193,9 +195,8 @@ def read_data(
             tokenizer,
             directory=directory / name,
             sequence_length=sequence_length,
-            train_on=settings.train_on,
-            max_tokens=most,
-            gists=gists,
+            task=task,
+            max_tokens=max_tokens,
             progress=progress,
         )
         stores.append(store)

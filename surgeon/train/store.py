@@ -23,7 +23,7 @@ from surgeon.errors import DataError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-FORMAT = 1
+FORMAT = 2
 HEADER = "store.json"
 # Everything is little-endian. Of each token: its id, and whether it is trained. Of each piece: where its tokens begin
 # (one more number says where the last one ends), which document it is of, and of which data argument that is.
@@ -37,15 +37,15 @@ ARRAYS = {
 
 
 @dataclass(frozen=True)
-class Request:
-    """What a store is to hold: of which data, in which tokenizer's tokens, cut how. Equal requests, equal stores."""
+class StoreRequest:
+    """The content of a store: which data, in which tokenizer's tokens, cut how. Equal requests give equal stores."""
 
     specs: tuple[str, ...]
     tokenizer: str  # its fingerprint
     sequence_length: int
     train_on: str
     max_tokens: int | None = None
-    gists: str | None = None  # which tokens, how many, drawn how
+    task: str | None = None  # its fingerprint
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ class TokenStore:
     """
 
     directory: Path
-    request: Request
+    request: StoreRequest
     digest: str
     sources: tuple[SourceCounts, ...]
     largest_id: int
@@ -173,14 +173,14 @@ def open_store(directory: Path) -> TokenStore:
             raise DataError(f"{directory / name} has {found} bytes, not {file['bytes']}", hint=hint)
     return TokenStore(
         directory,
-        Request(**header["request"] | {"specs": tuple(header["request"]["specs"])}),
+        StoreRequest(**header["request"] | {"specs": tuple(header["request"]["specs"])}),
         header["digest"],
         tuple(SourceCounts(**source | {"files": _tuples(source["files"])}) for source in header["sources"]),
         header["largest_id"],
     )
 
 
-def matches(store: TokenStore, request: Request) -> bool:
+def matches(store: TokenStore, request: StoreRequest) -> bool:
     """Return whether a store holds what is asked for, of data that have not changed since.
 
     Changed is a file whose size or times have, as in make; of what lies on the Hub only the name is compared.
