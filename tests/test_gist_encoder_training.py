@@ -8,6 +8,7 @@ import pytest
 import talkers
 import torch
 import toys
+from surgeon.gist.views import EncoderDecoder
 from torch import Tensor, nn
 from transformers import AutoModelForSeq2SeqLM, DynamicCache
 from transformers.modeling_outputs import BaseModelOutput
@@ -22,7 +23,6 @@ from surgeon.gist.records import Gists, gist_examples
 from surgeon.gist.states import encode
 from surgeon.gist.tokens import read_gist
 from surgeon.gist.training import WithoutGist
-from surgeon.gist.views import EncoderDecoder
 from surgeon.models.loading import load_tokenizer
 from surgeon.models.split import SplitModel
 from surgeon.train.losses import kl

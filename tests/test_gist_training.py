@@ -11,6 +11,7 @@ import talkers
 import torch
 import toys
 from exact64 import Exact64
+from surgeon.gist.views import FIRST_SEEN, Masked, TwoPass
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -23,7 +24,6 @@ from surgeon.gist.layout import CHAT, TEXT, prompt_tokens, text_tokens
 from surgeon.gist.records import Gists, gist_examples
 from surgeon.gist.tokens import GistTokens
 from surgeon.gist.training import WithoutGist, implementation, without_gist
-from surgeon.gist.views import FIRST_SEEN, Masked, TwoPass
 from surgeon.models.split import SplitModel
 from surgeon.train.losses import kl
 from surgeon.train.objective import Objective, attach_loss, detach_loss

@@ -3,7 +3,8 @@
 from dataclasses import dataclass
 
 from surgeon.errors import PlanError
-from surgeon.train.settings import Settings, check_range, check_words, flag, option
+from surgeon.options import flag_of, option
+from surgeon.train.settings import Settings, check_range, check_words
 
 MASK, TWO_PASS = "mask", "two-pass"
 CONTROLS = ("none", "positive", "negative")
@@ -30,9 +31,7 @@ class GistSettings:
     gist_distill: float = option(
         "Loss = (1 - w) cross-entropy + w KL to the untrained model, which sees the prompt.", 0.0, metavar="W"
     )
-    gist_impl: str = option(
-        "mask, two-pass (prompt, then the rest on its gist's cache), or auto.", "auto", metavar="I"
-    )
+    gist_impl: str = option("mask, two-pass (prompt, then the rest on its gist's cache), or auto.", "auto", metavar="I")
 
     @property
     def is_frozen(self) -> bool:
@@ -79,7 +78,7 @@ class GistSettings:
         given = [name for name, neutral in words.items() if getattr(self, name) != neutral]
         given += [name for name in ("gist_random_tokens", "gist_distill") if getattr(self, name)]
         if given:
-            raise PlanError(f"{flag(given[0])} has no effect without --gist", hint="Add --gist.")
+            raise PlanError(f"{flag_of(given[0])} has no effect without --gist", hint="Add --gist.")
 
     def _check_frozen(self, settings: Settings) -> None:
         if not (settings.lora and settings.keep_adapter):
