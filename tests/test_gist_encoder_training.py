@@ -8,7 +8,6 @@ import pytest
 import talkers
 import torch
 import toys
-from surgeon.gist.views import EncoderDecoder
 from torch import Tensor, nn
 from transformers import AutoModelForSeq2SeqLM, DynamicCache
 from transformers.modeling_outputs import BaseModelOutput
@@ -16,6 +15,7 @@ from transformers.modeling_outputs import BaseModelOutput
 import surgeon
 from surgeon.data.records import document
 from surgeon.errors import MeasureError, PlanError
+from surgeon.gist.attention import EncoderDecoder
 from surgeon.gist.compress import compress_ids, encoded_behind
 from surgeon.gist.layout import TEXT, prompt_tokens, text_tokens
 from surgeon.gist.probes import gist_slice

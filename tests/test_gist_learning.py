@@ -12,10 +12,10 @@ from typing import Any
 
 import pytest
 import torch
-from surgeon.gist.views import EncoderDecoder, Masked, TwoPass
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, T5Config, T5ForConditionalGeneration
 
+from surgeon.gist.attention import EncoderDecoder, Masked, TwoPass
 from surgeon.gist.compress import compress_ids, continued, encoded_behind
 from surgeon.gist.masks import Condition
 from surgeon.models.split import SplitModel

@@ -11,7 +11,6 @@ import talkers
 import torch
 import toys
 from exact64 import Exact64
-from surgeon.gist.views import FIRST_SEEN, Masked, TwoPass
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -20,8 +19,10 @@ from surgeon.data.records import document
 from surgeon.data.rows import begin_of_text
 from surgeon.errors import DataError, PlanError
 from surgeon.evals.gist import evaluate_gist
+from surgeon.gist.attention import FIRST_SEEN, Masked, TwoPass
 from surgeon.gist.layout import CHAT, TEXT, prompt_tokens, text_tokens
 from surgeon.gist.records import Gists, gist_examples
+from surgeon.gist.settings import GistSettings
 from surgeon.gist.tokens import GistTokens
 from surgeon.gist.training import WithoutGist, implementation, without_gist
 from surgeon.models.split import SplitModel
@@ -29,6 +30,7 @@ from surgeon.train.losses import kl
 from surgeon.train.objective import Objective, attach_loss, detach_loss
 from surgeon.train.run_dir import read_metrics
 from surgeon.train.settings import Settings
+from surgeon.verbs.finetune import FinetuneOptions, checked
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -471,8 +473,8 @@ def test_with_a_frozen_reader_the_reader_is_the_untouched_model(data: str, tmp_p
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"gist_control": "positive"}, "says nothing without --gist"),
-        ({"gist_distill": 0.5}, "says nothing without --gist"),
+        ({"gist_control": "positive"}, "has no effect without --gist"),
+        ({"gist_distill": 0.5}, "has no effect without --gist"),
         ({"gist": True, "gist_control": "both"}, "unknown --gist-control"),
         ({"gist": True, "gist_random_tokens": "1,0"}, "is no list of numbers"),
         ({"gist": True, "gist_distill": 1.5}, "lies between 0 and 1"),
@@ -486,19 +488,20 @@ def test_with_a_frozen_reader_the_reader_is_the_untouched_model(data: str, tmp_p
 )
 def test_options_that_contradict_each_other_are_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(PlanError, match=message):
-        Settings(**options)
+        checked(FinetuneOptions(**options))
 
 
 def test_attention_that_takes_no_mask_is_trained_in_two_passes() -> None:
-    assert implementation(Settings(gist=True), "sdpa") == "mask"
-    assert implementation(Settings(gist=True), "flash_attention_2") == "two-pass"
-    assert implementation(Settings(gist=True, gist_impl="two-pass"), "sdpa") == "two-pass"
-    frozen = Settings(gist=True, gist_reader="frozen", lora=2, keep_adapter=True)
-    assert implementation(frozen, "sdpa") == "two-pass"
+    gist, settings = GistSettings(gist=True), Settings()
+    assert implementation(gist, settings, "sdpa") == "mask"
+    assert implementation(gist, settings, "flash_attention_2") == "two-pass"
+    assert implementation(GistSettings(gist=True, gist_impl="two-pass"), settings, "sdpa") == "two-pass"
+    frozen = GistSettings(gist=True, gist_reader="frozen")
+    assert implementation(frozen, Settings(lora=2, keep_adapter=True), "sdpa") == "two-pass"
     with pytest.raises(PlanError, match="takes no gist mask"):
-        implementation(Settings(gist=True, gist_impl="mask"), "flash_attention_2")
+        implementation(GistSettings(gist=True, gist_impl="mask"), settings, "flash_attention_2")
     with pytest.raises(PlanError, match="activation checkpointing empties the cache"):
-        implementation(Settings(gist=True, activation_checkpointing=True), "flash_attention_2")
+        implementation(gist, Settings(activation_checkpointing=True), "flash_attention_2")
 
 
 def test_a_model_without_gist_tokens_is_refused(data: str, tmp_path: Path) -> None:

@@ -34,6 +34,7 @@ from surgeon.gist.compress import compress_ids, continued
 from surgeon.gist.masks import cross_mask, encoder_mask, gist_masks, gist_phases
 from surgeon.gist.probes import relative_difference
 from surgeon.gist.records import Gists, gist_examples
+from surgeon.gist.settings import GistSettings
 from surgeon.gist.states import GistStates, encode
 from surgeon.gist.support import check_support
 from surgeon.gist.tokens import GistTokens
@@ -386,7 +387,7 @@ def test_activation_checkpointing_empties_the_cache_between_two_passes_in_silenc
 
     assert cache.get_seq_length() == 0
     with pytest.raises(PlanError, match="empties the cache"):
-        Settings(gist=True, gist_impl="two-pass", activation_checkpointing=True)
+        GistSettings(gist=True, gist_impl="two-pass").check(Settings(activation_checkpointing=True))
 
 
 # --- an encoder and a decoder -------------------------------------------------------------------------------------

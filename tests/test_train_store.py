@@ -19,7 +19,9 @@ import surgeon.train.tokenise as module
 from surgeon.data.documents import documents
 from surgeon.errors import DataError, OutputError
 from surgeon.train.examples import example
+from surgeon.train.settings import Settings
 from surgeon.train.store import ARRAYS, HEADER, damage, fingerprint, open_store
+from surgeon.train.task import Task
 from surgeon.train.tokenise import piece_lengths, prepare
 
 TEMPLATE = "{% for m in messages %}<s>{{ m.content }}<end>{% endfor %}{% if add_generation_prompt %}<s>{% endif %}"
@@ -43,8 +45,9 @@ def tokenizer():
 def make(tokenizer, tmp_path):
     """Return a function that makes a store of some data in the directory `store`."""
 
-    def make(*specs, length=16, **options):
-        return prepare(specs, tokenizer, directory=tmp_path / "store", sequence_length=length, **options)
+    def make(*specs, length=16, train_on="completion", **options):
+        task = Task(Settings(train_on=train_on))
+        return prepare(specs, tokenizer, directory=tmp_path / "store", sequence_length=length, task=task, **options)
 
     return make
 

@@ -9,7 +9,7 @@ import hashlib
 import json
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,7 +23,7 @@ from surgeon.errors import DataError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-FORMAT = 2
+FORMAT = 1
 HEADER = "store.json"
 # Everything is little-endian. Of each token: its id, and whether it is trained. Of each piece: where its tokens begin
 # (one more number says where the last one ends), which document it is of, and of which data argument that is.
@@ -151,8 +151,8 @@ class TokenStore:
         return np.memmap(self.directory / name, dtype=ARRAYS[name], mode="r")
 
     def __getstate__(self) -> dict[str, Any]:
-        fields = type(self).__dataclass_fields__
-        return {name: value for name, value in self.__dict__.items() if name in fields}  # without what is mapped
+        names = {item.name for item in fields(self)}
+        return {name: value for name, value in self.__dict__.items() if name in names}  # without the mapped arrays
 
 
 def open_store(directory: Path) -> TokenStore:
@@ -165,7 +165,8 @@ def open_store(directory: Path) -> TokenStore:
         header = json.loads((directory / HEADER).read_bytes())
     except (OSError, ValueError) as error:
         raise DataError(f"{directory} has no tokenised data", hint=hint) from error
-    if not isinstance(header, dict) or header.get("format") != FORMAT:
+    names = {item.name for item in fields(StoreRequest)}
+    if not isinstance(header, dict) or header.get("format") != FORMAT or set(header["request"]) != names:
         raise DataError(f"{directory / HEADER} is of another version of surgeon", hint=hint)
     for name, file in header["files"].items():
         found = (directory / name).stat().st_size if (directory / name).exists() else 0
