@@ -1,4 +1,4 @@
-"""Tokenise data once, into a token store: streamed, checked on the way, and there whole or not at all."""
+"""Tokenising data into a token store: streamed, checked on the way, and written whole or not at all."""
 
 import errno
 import hashlib
@@ -36,8 +36,8 @@ from surgeon.train.task import Task
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-BATCH_DOCUMENTS, BATCH_CHARACTERS = 1024, 1 << 20  # tokenised together; one longer document makes a batch by itself
-Progress = Callable[[int], object]  # is told how many more tokens there are
+BATCH_DOCUMENTS, BATCH_CHARACTERS = 1024, 1 << 20  # tokenised together; a longer document is a batch by itself
+TokenProgress = Callable[[int], object]  # called with the number of new tokens
 
 
 def prepare(
@@ -48,7 +48,7 @@ def prepare(
     sequence_length: int,
     task: Task | None = None,
     max_tokens: int | None = None,
-    progress: Progress | None = None,
+    progress: TokenProgress | None = None,
 ) -> TokenStore:
     """Return the store of some data in `directory`: the existing one if it matches and is whole, else a new one.
 
@@ -100,7 +100,7 @@ def _reusable(directory: Path, request: StoreRequest) -> TokenStore | None:
 
 
 class _Writer:
-    """The files of a store that is being written, each hashed on the way."""
+    """The files of a store that is being written, and their hashes."""
 
     def __init__(self, directory: Path, stack: ExitStack) -> None:
         self.directory = directory
@@ -123,7 +123,7 @@ class _Writer:
         self.largest_id = max(self.largest_id, max(example.ids))
 
     def finish(self, request: StoreRequest, sources: Sequence[SourceCounts]) -> None:
-        """Write the header, once all else is on the disk."""
+        """Write the header, after all other files are on the disk."""
         files = {}
         for name, file in self.files.items():
             file.flush()
@@ -153,11 +153,11 @@ class _Writer:
 
 @contextmanager
 def _writing(directory: Path) -> Iterator[_Writer]:
-    """Yield what writes a store. Without a header at the end nothing is left of it. Raises OutputError."""
+    """Yield a writer of a store. Without a header at the end its files are removed. Raises OutputError."""
     names = [*ARRAYS, f"{HEADER}.part"]
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        (directory / HEADER).unlink(missing_ok=True)  # first, so that what is half written is no store
+        (directory / HEADER).unlink(missing_ok=True)  # first, so that an incomplete store has no header
         with ExitStack() as stack:
             yield _Writer(directory, stack)
     except OSError as error:
@@ -176,7 +176,7 @@ def _writing(directory: Path) -> Iterator[_Writer]:
 
 @dataclass
 class _Reader:
-    """Reads one data argument into a store, and counts."""
+    """Reads one data argument into a store, and counts its documents, pieces and tokens."""
 
     tokenizer: "PreTrainedTokenizerBase"
     writer: _Writer
@@ -192,8 +192,8 @@ class _Reader:
     num_cut: int = 0
     num_dropped: int = 0
 
-    def read(self, stream: Iterator[Document], limit: int | None, progress: Progress | None) -> None:
-        """Read documents, until there are `limit` tokens if it is given."""
+    def read(self, stream: Iterator[Document], limit: int | None, progress: TokenProgress | None) -> None:
+        """Read all documents, or with `limit` until there are so many tokens."""
         if limit is not None and limit <= 0:
             return
         for batch in _batches(stream):
@@ -215,7 +215,7 @@ class _Reader:
         return SourceCounts(spec, self.sha256.hexdigest(), files, **counted)
 
     def _add(self, example: Example) -> None:
-        """Write an example, cut to what a row holds, if there is something to train in it."""
+        """Write an example, cut to a row, if it has tokens to train."""
         number = self.first + self.num_documents
         self.num_documents += 1
         size = self.sequence_length
@@ -235,9 +235,9 @@ class _Reader:
 
 
 def piece_lengths(num_tokens: int, sequence_length: int) -> list[int]:
-    """Return the lengths of the pieces that so many tokens are cut into: full ones, and a rest.
+    """Return the lengths of the pieces into which so many tokens are cut: full ones, and a rest.
 
-    A rest of one token, which predicts nothing, takes another from the piece before it.
+    A rest of one token predicts nothing, so it takes another token from the piece before it.
     """
     full, rest = divmod(num_tokens, sequence_length)
     lengths = [sequence_length] * full + [rest] * bool(rest)
@@ -247,7 +247,7 @@ def piece_lengths(num_tokens: int, sequence_length: int) -> list[int]:
 
 
 def _batches(stream: Iterator[Document]) -> Iterator[list[Document]]:
-    """Yield documents together as long as they are few and short."""
+    """Yield batches of documents, limited in number and in characters."""
     batch: list[Document] = []
     size = 0
     for document in stream:
