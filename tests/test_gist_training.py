@@ -131,7 +131,7 @@ def test_activation_checkpointing_changes_nothing_of_a_masked_pass(toy):
 def test_two_passes_refuse_a_row_without_a_gist(toy):
     batch = rows()
     batch["input_ids"][1, 14] = 5
-    with pytest.raises(DataError, match="row 1 has nothing behind a gist"):
+    with pytest.raises(DataError, match="row 1 has nothing after its gist"):
         learned(load64(toy("llama")), TwoPass((G,)), batch)
 
 

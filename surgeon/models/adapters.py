@@ -1,4 +1,4 @@
-"""Low-rank adapters by PEFT: where they go, and how they become part of the weights again."""
+"""Low-rank adapters by PEFT: added to a model, switched off for a while, and merged into the weights."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -44,7 +44,7 @@ def add_adapters(
     with quiet_transformers():
         adapted = peft.get_peft_model(model, config)
     for parameter in adapted.parameters():
-        if parameter.requires_grad:  # PEFT makes adapters of a 16-bit model in 16 bits, where small steps vanish
+        if parameter.requires_grad:  # PEFT makes adapters of a 16-bit model in 16 bits, which lose small steps
             parameter.data = parameter.data.float()
     return adapted
 
@@ -84,7 +84,7 @@ def merged(model: Any, adapter: Path) -> Any:
 
 @contextmanager
 def without_adapters(model: Any) -> Iterator[None]:
-    """Return a context in which a model computes without its adapters, of its layers and of its tokens."""
+    """Return a context in which a model computes without its adapters, of layers and of token embeddings."""
     from peft.tuners.tuners_utils import BaseTunerLayer
     from peft.utils.other import AuxiliaryTrainingWrapper
 
