@@ -114,7 +114,10 @@ def _dequantize(path: Path, facts: Facts, directory: Path) -> None:
     from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer, GgufConfig
 
-    gguf: dict[str, Any] = {"gguf_file": path.name, "trust_remote_code": False}  # a tokenizer_config.json may lie beside
+    gguf: dict[str, Any] = {
+        "gguf_file": path.name,
+        "trust_remote_code": False,
+    }  # a tokenizer_config.json may lie beside
     try:
         config = AutoConfig.from_pretrained(path.parent, **gguf)
         auto_class: Any = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
