@@ -24,8 +24,8 @@ class ModelDifference:
     """The differences of a checkpoint from `other`. Tensors are named as in the checkpoint itself.
 
     `layer_map` gives the layer of `other` that each layer was compared with. Where the checkpoint was made from the
-    other, `axis_maps` gives the source of each wider axis, in runs of (first position there or -1, how many). `same` and
-    `changed` compare values; both are empty (and `compared` is false) unless both checkpoints lie on this machine.
+    other, `axis_maps` gives the source of each wider axis, in runs of (first position there or -1, how many). `same`
+    and `changed` compare values; both are empty (and `compared` is false) unless both checkpoints lie on this machine.
     """
 
     other: str
