@@ -8,9 +8,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from surgeon.errors import DataError
-from surgeon.train.packing import fill, one_per_row, pack, repeat, split
+from surgeon.train.packing import Packing, one_per_row, pack, repeat, split
 
 LENGTHS = st.lists(st.integers(1, 40), max_size=80)
+
+
+def fill(packing: Packing, lengths, row_length: int) -> float:
+    """Return the fraction of the rows' places that hold a token."""
+    return float(np.asarray(lengths)[packing.pieces].sum() / (len(packing) * row_length))
 
 
 def rows_of(packing):

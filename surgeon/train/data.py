@@ -211,9 +211,9 @@ def assemble(
     """Return the rows of stores under these settings. Reads no token."""
     store, notes = stores[0], []
     fraction = settings.eval_fraction if len(stores) == 1 else 0.0
-    kept, held = split(store.documents, fraction, seed=settings.seed)
+    trained_pieces, held = split(store.documents, fraction, seed=settings.seed)
     passes = settings.weights(len(store.sources))
-    seen = repeat(store.piece_sources[kept], passes, seed=settings.seed)
+    seen = repeat(store.piece_sources[trained_pieces], passes, seed=settings.seed)
     if not len(seen):
         raise DataError("no piece of the data is left to train", hint="Raise --data-weights, or give more data.")
 
@@ -222,7 +222,7 @@ def assemble(
         made = pack(lengths, sequence_length, seed=settings.seed) if packed else one_per_row(lengths)
         return RowDataset(source, made.of(pieces))
 
-    trained = rows(store, kept[seen])
+    trained = rows(store, trained_pieces[seen])
     held_out = {}
     if len(stores) == 2:
         held_out["validation"] = rows(stores[1], np.arange(stores[1].num_pieces))

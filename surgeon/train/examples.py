@@ -50,11 +50,6 @@ class Segment(NamedTuple):
     trained: bool
 
 
-def example(document: Document, tokenizer: "PreTrainedTokenizerBase", *, train_on: str = COMPLETION) -> Example:
-    """Return the example that a document makes, as `examples` does."""
-    return examples([document], tokenizer, train_on=train_on)[0]
-
-
 def examples(
     documents: Sequence[Document], tokenizer: "PreTrainedTokenizerBase", *, train_on: str = COMPLETION
 ) -> list[Example]:
@@ -111,7 +106,7 @@ def end_of_text(tokenizer: "PreTrainedTokenizerBase", document: Document) -> lis
         return []
     if tokenizer.eos_token_id is None:
         raise DataError(
-            f"the tokenizer has no end-of-text token to put behind {document.where}",
+            f"the tokenizer has no end-of-text token to put after {document.where}",
             hint="Set eos_token in tokenizer_config.json.",
         )
     return [int(tokenizer.eos_token_id)]
@@ -170,8 +165,8 @@ def _prefixes(document: Document, tokenizer: "PreTrainedTokenizerBase") -> tuple
         answered = _up_to(messages, index, text, tokenizer, where)
         if not (text.startswith(answered) and answered.startswith(question)):
             raise DataError(
-                f"{where}: the chat template writes message {index + 1} otherwise when others stand behind it, "
-                "so what is trained of it cannot be told",
+                f"{where}: the chat template writes message {index + 1} differently when others follow it, "
+                "so it is not clear which part of it to train",
                 hint="Write one record for each answer, which ends with it, or put {% generation %} marks "
                 "around the answer in the chat template.",
             )

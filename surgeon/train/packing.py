@@ -133,11 +133,6 @@ def _runs(sizes: Numbers) -> Iterator[tuple[int, int, int]]:
         yield int(sizes[start]), start, stop
 
 
-def fill(packing: Packing, lengths: ArrayLike, row_length: int) -> float:
-    """Return the fraction of the rows' places that hold a token."""
-    return float(np.asarray(lengths)[packing.pieces].sum() / (len(packing) * row_length))
-
-
 def split(documents: ArrayLike, fraction: float, *, seed: int) -> tuple[Numbers, Numbers]:
     """Return the numbers of the pieces to train on and of those held out, each ascending.
 

@@ -98,9 +98,9 @@ class MetricsLog:
     def resume_at(self, step: int) -> None:
         """Drop the records after `step` and an incomplete last line: the resumed run writes them again."""
         self.close()
-        kept = [record for record in _records(self._path) if record["step"] <= step]
+        earlier = [record for record in _records(self._path) if record["step"] <= step]
         with _guarded(self._path):
-            _replace(self._path, "".join(_to_json(record) + "\n" for record in kept))
+            _replace(self._path, "".join(_to_json(record) + "\n" for record in earlier))
         self._file = self._open()
 
     def close(self) -> None:
@@ -121,7 +121,7 @@ def read_metrics(run: Path) -> list[dict[str, Any]]:
     path = run / METRICS if run.is_dir() else run
     if not path.is_file():
         message = f"{run} has no {METRICS}" if run.is_dir() else f"no such run: {run}"
-        raise DataError(message, hint="Name the directory of a run: OUT.run, or what --run-dir said.")
+        raise DataError(message, hint="Name the directory of a run: OUT.run, or the one of --run-dir.")
     return _records(path)
 
 

@@ -16,7 +16,7 @@ LORA_TARGETS = ("all", "attention", "ffn")
 PACKING = ("auto", "on", "off")
 KL_DIRECTIONS = ("forward", "reverse")
 TRACKERS = ("tensorboard", "wandb", "trackio")
-FULL_LR, LORA_LR = 2e-5, 2e-4  # where none is given; a cut model may want another: --lr auto looks
+FULL_LR, LORA_LR = 2e-5, 2e-4  # the defaults; a cut model may need another rate, which --lr auto searches
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,7 +108,7 @@ class Settings(ComputeSettings, LearningSettings):  # dataclasses take the field
         self.weights(None)
 
     def learning_rate(self) -> float | None:
-        """Return the peak learning rate, None where it is to be looked for. Raises PlanError for no number."""
+        """Return the peak learning rate, None for a search. Raises PlanError for text that is no rate."""
         if self.lr == "auto":
             return None
         if not self.lr:
@@ -122,19 +122,19 @@ class Settings(ComputeSettings, LearningSettings):  # dataclasses take the field
         return rate
 
     def weights(self, count: int | None) -> tuple[float, ...]:
-        """Return how often each of `count` data arguments is seen in an epoch; None: as many as are written."""
+        """Return how often each of `count` data arguments is seen in an epoch; with None, the numbers as given."""
         hint = "As many numbers as there are --data, such as --data-weights 1,0.5"
         if self.data_weights is None:
             return (1.0,) * (count or 0)
         try:
-            found = tuple(float(word) for word in self.data_weights.split(","))
+            weights = tuple(float(word) for word in self.data_weights.split(","))
         except ValueError as error:
             raise PlanError(f"--data-weights {self.data_weights!r} is no list of numbers", hint=hint) from error
-        if any(not 0 <= weight <= 1000 for weight in found) or not any(found):
+        if any(not 0 <= weight <= 1000 for weight in weights) or not any(weights):
             raise PlanError(f"--data-weights {self.data_weights!r}: a weight is from 0 to 1000", hint=hint)
-        if count is not None and len(found) != count:
-            raise PlanError(f"--data-weights has {len(found)} numbers for {count} --data", hint=hint)
-        return found
+        if count is not None and len(weights) != count:
+            raise PlanError(f"--data-weights has {len(weights)} numbers for {count} --data", hint=hint)
+        return weights
 
     def deciding(self) -> dict[str, Any]:
         """Return the settings that decide numbers of the result: a run is resumed only with the same ones."""

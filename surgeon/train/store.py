@@ -94,10 +94,6 @@ class TokenStore:
         return sum(source.num_pieces for source in self.sources)
 
     @property
-    def num_documents(self) -> int:
-        return sum(source.num_documents for source in self.sources)
-
-    @property
     def num_cut(self) -> int:
         return sum(source.num_cut for source in self.sources)
 

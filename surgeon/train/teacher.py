@@ -182,7 +182,7 @@ def cache_top_k(
     """
     k = min(k, teacher.vocab)
     if k < 1:
-        raise PlanError(f"a teacher's {k} likeliest tokens cannot be kept", hint="64 are many, 1 is the least.")
+        raise PlanError(f"a teacher's {k} likeliest tokens cannot be stored", hint="64 are many, 1 is the least.")
     places = np.full(store.num_tokens, -1, np.int64)
     size = store.num_trained * k * 8 + places.nbytes
     count = 0
@@ -217,8 +217,8 @@ def _top_k(teacher: OnlineTeacher, batch: TeacherBatch, k: int, temperature: flo
     for states in torch.split(hidden, chunk_rows(teacher.vocab)):
         logits = teacher.logits(states)
         log_probs = torch.log_softmax(logits.to(sum_dtype(logits.dtype)) / temperature, -1)
-        values, found = log_probs.topk(k)
-        yield found, values
+        values, likeliest = log_probs.topk(k)
+        yield likeliest, values
 
 
 def _batches(store: "TokenStore") -> Iterator[TeacherBatch]:
