@@ -55,6 +55,8 @@ def finetune(
 ) -> Training:
     """Train a checkpoint directory or Hub model on data, write the result to `output`, and return a summary.
 
+    To heal a cut model is to train it on until its loss recovers.
+
     `options` are the fields of `FinetuneOptions`, as `surgeon finetune --help` explains them. The run keeps its
     checkpoints and metrics in `run_dir` ("OUTPUT.run"); with `resume` a run in that directory is continued.
     Raises DataError, PlanError, MeasureError, OutputError before anything is trained, and TrainingError for a run that
