@@ -1,4 +1,8 @@
-"""Fixtures that many test files share."""
+"""Fixtures that many test files share, and when torch is imported.
+
+Collecting the suite imports neither torch nor transformers: later.py says how. A test is slow, and `make quick` leaves
+it out, where its file has such late imports or where it builds toys.
+"""
 
 import io
 import os
@@ -13,6 +17,31 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
 import pytest
+from later import import_late
+
+SLOW_FIXTURES = {"toy", "toy64", "smollm2"}
+SLOW_HELPERS = {"toys", "talkers"}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark the tests that need torch or a toy."""
+    for item in items:
+        if isinstance(item, pytest.Function):
+            names = vars(item.module).keys()
+            if "LATER" in names or names & SLOW_HELPERS or SLOW_FIXTURES & set(item.fixturenames):
+                item.add_marker("slow")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Import what the file of a test imports late, before its fixtures are set up.
+
+    transformers comes first, with its models: no test may be the first to import it in a changed environment.
+    """
+    if isinstance(item, pytest.Function) and item.get_closest_marker("slow"):
+        from transformers import AutoModelForCausalLM, PreTrainedModel  # noqa: F401
+
+        import_late(item.module)
 
 
 @pytest.fixture(scope="session")
