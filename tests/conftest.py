@@ -11,7 +11,9 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
+from types import ModuleType
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
@@ -20,16 +22,20 @@ import pytest
 from later import import_late
 
 SLOW_FIXTURES = {"toy", "toy64", "smollm2"}
-SLOW_HELPERS = {"toys", "talkers"}
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark the tests that need torch or a toy."""
+    """Mark the tests that need torch or a toy: by the imports of their file, or by their fixtures."""
     for item in items:
-        if isinstance(item, pytest.Function):
-            names = vars(item.module).keys()
-            if "LATER" in names or names & SLOW_HELPERS or SLOW_FIXTURES & set(item.fixturenames):
-                item.add_marker("slow")
+        if isinstance(item, pytest.Function) and (_is_slow(item.module) or SLOW_FIXTURES & set(item.fixturenames)):
+            item.add_marker("slow")
+
+
+@cache
+def _is_slow(module: ModuleType) -> bool:
+    """Return whether a test file imports something late, or anything of talkers.py, which builds toys."""
+    origins = (getattr(value, "__module__", getattr(value, "__name__", None)) for value in vars(module).values())
+    return "LATER" in vars(module) or "talkers" in origins
 
 
 @pytest.hookimpl(tryfirst=True)
