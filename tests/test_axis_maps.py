@@ -3,14 +3,17 @@
 import math
 
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import AutoConfig
-from transformers.models.gpt_neox.modeling_gpt_neox import GPTNeoXRotaryEmbedding
+from later import LATER
 
 from surgeon.errors import PlanError
 from surgeon.transforms.axis_maps import append, grown_size, isometric_pad, rotary_places, tile, uneven, zero_pad
+
+if LATER:
+    import torch
+    from transformers import AutoConfig
+    from transformers.models.gpt_neox.modeling_gpt_neox import GPTNeoXRotaryEmbedding
 
 SIZES = st.integers(1, 40)
 MORE = st.integers(0, 60)

@@ -3,13 +3,16 @@
 import json
 
 import pytest
-import torch
 import toys
-from safetensors.torch import load_file
+from later import LATER
 
 import surgeon
 from surgeon.anatomy.families import FAMILIES
 from surgeon.errors import PlanError
+
+if LATER:
+    import torch
+    from safetensors.torch import load_file
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -7,10 +7,8 @@ from functools import cache
 from itertools import product
 
 import pytest
-import torch
 import toys
-from exact64 import EXACT, Exact64, build64, difference, load64, logits, logits32, logits64
-from safetensors.torch import load_file, save_file
+from later import LATER
 
 import surgeon
 from surgeon.anatomy.axes import Axis, Sum, axes_of, parse, survivors
@@ -21,6 +19,11 @@ from surgeon.transforms.layers import keep_layers
 from surgeon.transforms.narrow import Kept, layers_with, narrow
 from surgeon.transforms.uniform import uniform, uniform_head_dim
 from surgeon.transforms.widen import dims
+
+if LATER:
+    import torch
+    from exact64 import EXACT, Exact64, build64, difference, load64, logits, logits32, logits64
+    from safetensors.torch import load_file, save_file
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -253,7 +256,8 @@ def of(name):
     return logits_without_epsilon if name in ONE_EPSILON else logits64
 
 
-before64, before64_without_epsilon, before32 = cache(logits64), cache(logits_without_epsilon), cache(logits32)
+if LATER:
+    before64, before64_without_epsilon, before32 = cache(logits64), cache(logits_without_epsilon), cache(logits32)
 
 
 def before(name, directory):

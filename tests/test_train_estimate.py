@@ -1,13 +1,13 @@
 """Estimates: activations are what autograd keeps, parameters what PEFT adds, and the sums are those of the parts."""
 
+from __future__ import annotations
+
 import json
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import torch
-from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from later import LATER
 
 from surgeon.anatomy.anatomy import Anatomy, read_anatomy
 from surgeon.checkpoint.source import open_source, spec_of
@@ -15,7 +15,13 @@ from surgeon.cost.estimate import Memory, Workload, estimate, lora_parameters, m
 from surgeon.cost.flops import flops_per_token, multiplied_parameters
 from surgeon.cost.memory import LOGITS, Batch, activation_bytes, loss_bytes
 from surgeon.text import duration
-from surgeon.train.losses import chunk_rows
+
+if LATER:
+    import torch
+    from torch import Tensor
+    from transformers import AutoModelForCausalLM, PreTrainedModel
+
+    from surgeon.train.losses import chunk_rows
 
 ROWS, TOKENS = 2, 48
 ALIKE = ("llama", "llama-tied", "gpt2", "gpt_neox", "opt", "gemma", "gemma2", "qwen2", "qwen3", "phi3", "olmo2")

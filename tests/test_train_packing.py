@@ -2,13 +2,17 @@
 
 import time
 
-import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from later import LATER
 
 from surgeon.errors import DataError
-from surgeon.train.packing import fill, one_per_row, pack, repeat, split
+
+if LATER:
+    import numpy as np
+
+    from surgeon.train.packing import fill, one_per_row, pack, repeat, split
 
 LENGTHS = st.lists(st.integers(1, 40), max_size=80)
 

@@ -5,22 +5,8 @@ import re
 from dataclasses import replace
 
 import pytest
-import torch
 import toys
-from exact64 import (
-    CLOSE,
-    EXACT,
-    Exact64,
-    build64,
-    difference,
-    load64,
-    logits,
-    logits32,
-    logits64,
-    original32,
-    original64,
-)
-from safetensors.torch import load_file
+from later import LATER
 
 import surgeon
 from surgeon.anatomy.axes import Places, axes_of, places
@@ -29,6 +15,23 @@ from surgeon.surgery import Surgery, open_model
 from surgeon.transforms.axis_maps import AxisMap
 from surgeon.transforms.widen import widen
 from surgeon.transforms.widths import plan_widths
+
+if LATER:
+    import torch
+    from exact64 import (
+        CLOSE,
+        EXACT,
+        Exact64,
+        build64,
+        difference,
+        load64,
+        logits,
+        logits32,
+        logits64,
+        original32,
+        original64,
+    )
+    from safetensors.torch import load_file
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
