@@ -10,8 +10,9 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import product
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any, NoReturn
 
+from surgeon.anatomy.families import FAMILIES
 from surgeon.anatomy.layer_rules import (
     COUNT_KEYS,
     DECODER_COUNT_KEYS,
@@ -24,12 +25,9 @@ from surgeon.anatomy.layer_rules import (
     UNCUTTABLE,
     Rule,
 )
+from surgeon.anatomy.spellings import SPELLINGS, Quantity
 from surgeon.checkpoint.source import Source
 from surgeon.errors import CheckpointError, PlanError
-
-if TYPE_CHECKING:
-    pass
-
 
 # A key of a family without rules that looks as if it picked layers by stride; it holds only for an unmoved prefix.
 _SUSPECT = re.compile(
@@ -62,6 +60,27 @@ def model_type(config: Mapping[str, Any]) -> str:
     if not isinstance(name, str) or not name:
         raise CheckpointError("config.json has no model_type", hint=CONFIG_HINT)
     return name
+
+
+def spelled(config: Mapping[str, Any], quantity: Quantity) -> dict[str, Any]:
+    """Return the keys under which a config holds a quantity, with their values; {} where it does not say.
+
+    The keys of the family's own table come first, then the spellings in use elsewhere.
+    """
+    text = text_config(config)
+    family = FAMILIES.get(str(text.get("model_type")))
+    keys = (*(family.sizes.get(quantity, ()) if family else ()), *SPELLINGS[quantity])
+    return {key: text[key] for key in keys if text.get(key) is not None}
+
+
+def size_of(config: Mapping[str, Any], quantity: Quantity) -> int | None:
+    """Return a quantity that is a whole number, such as "heads"; None where the config does not say it."""
+    return next((value for value in spelled(config, quantity).values() if type(value) is int), None)
+
+
+def is_off(config: Mapping[str, Any], flag: str | None) -> bool:
+    """Return whether a config turns a flag off outright; False for a family that has no such flag (None)."""
+    return flag is not None and config.get(flag) is False
 
 
 def layer_count(config: Mapping[str, Any], keys: Sequence[str]) -> int | None:
@@ -107,6 +126,13 @@ def layer_kinds(config: Mapping[str, Any], depth: int) -> list[str] | None:
         rule = next((rule for rule in rules if rule.explicit == "layer_types" or "attention_types" in rule.keys), None)
         kinds = kinds_by(rule, text, depth) if rule else None
     return list(kinds) if isinstance(kinds, Sequence) and len(kinds) == depth else None
+
+
+def attention_kinds(config: Mapping[str, Any], depth: int) -> list[str]:
+    """Return each layer's attention kind; where all are alike, whether they slide is up to the window."""
+    text = text_config(config)
+    slides = size_of(text, "window") and text.get("use_sliding_window") is not False
+    return layer_kinds(text, depth) or ["sliding_attention" if slides else "full_attention"] * depth
 
 
 def follow_layers(config: Mapping[str, Any], keep: Sequence[int], depth: int, *, tabled: bool) -> ConfigEdit:
@@ -265,9 +291,6 @@ def declared_kinds(text: Mapping[str, Any], depth: int) -> list[tuple[object, ..
     return [tuple(kinds[i] for kinds in said) for i in range(depth)]
 
 
-POSITION_KEYS = ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len")
-
-
 def positions_of(source: Source) -> int | None:
     """Return how many tokens the model can see, None where its config does not say."""
     return positions_in(source.config)
@@ -278,7 +301,7 @@ def positions_in(config: Mapping[str, Any]) -> int | None:
     text = text_config(config)
     if "relative_attention_num_buckets" in text:  # T5's n_positions is how long its texts were, and no limit
         return None
-    return next((text[key] for key in POSITION_KEYS if type(text.get(key)) is int), None)
+    return size_of(text, "positions")
 
 
 def rope_types(config: Mapping[str, Any]) -> set[str]:

@@ -56,6 +56,8 @@ class Family:
     branch_norms: tuple[str, ...] = ()  # norms on what a layer adds: all of it passes through their gains
     pre_norm_flag: str | None = None  # the config key that is false where norms follow the sum instead
     scales_embedding: bool = False  # the model multiplies embeddings by the square root of hidden
+    query_scale_flag: str | None = None  # the config key that is false where logits are not divided by any root
+    expert_shares_flag: str | None = None  # the config key that is false where experts' weights are shares among all
     fixed_query_scale: bool = False  # logits are not divided by the square root of head_dim but by a key of the config
     rotary: Literal["halves", "pairs"] | None = "halves"  # which dims turn together: i and i + R/2, or 2i and 2i + 1
     hidden_divisible: bool = False  # the config insists that heads divide hidden, even where head_dim is given
@@ -176,6 +178,7 @@ MIXTRAL = replace(
 )
 QWEN3_MOE = replace(
     QWEN3,
+    expert_shares_flag="norm_topk_prob",
     mlp=(_gated(), _linear("mlp.gate", "experts hidden") | _gated("expert_ffn", prefix="mlp.experts.{}.")),
 )
 GPT_OSS = replace(
@@ -218,6 +221,7 @@ GPT2 = Family(
     default_sizes={"kv_heads": (1, "heads"), "ffn": (4, "hidden")},
     residual_init=("attn.c_proj.weight", "mlp.c_proj.weight"),
     inverse_layer_scale="scale_attn_by_inverse_layer_idx",
+    query_scale_flag="scale_attn_weights",
     norm_kind="layer",
     rotary=None,
 )

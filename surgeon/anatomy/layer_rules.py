@@ -16,6 +16,10 @@ COUNT_KEYS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 ENCODER_COUNT_KEYS = ("encoder_layers", "num_encoder_layers", "num_layers", "num_hidden_layers")
 DECODER_COUNT_KEYS = ("decoder_layers", "num_decoder_layers")
 
+# What configs call a layer that attends to every token before it, and one that attends to a window.
+FULL_ATTENTION = frozenset({"full_attention", "attention", "global"})
+SLIDING_ATTENTION = frozenset({"sliding_attention", "local"})
+
 # Lists with one entry for each layer.
 LAYER_LISTS = frozenset(
     [

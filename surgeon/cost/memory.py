@@ -10,8 +10,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from surgeon.anatomy.anatomy import Anatomy
-from surgeon.anatomy.config import text_config
-from surgeon.cost.flops import EXPERTS_PER_TOKEN, HEADS, HIDDEN, WINDOWS, first_of
+from surgeon.anatomy.config import size_of, spelled, text_config
 
 Precision = Literal["bf16", "float32", "pure-bf16"]
 LOGITS = 1 << 24  # of a chunk, as train/losses.py cuts them: 64 MiB in float32
@@ -19,7 +18,6 @@ LOGITS = 1 << 24  # of a chunk, as train/losses.py cuts them: 64 MiB in float32
 # gated one keeps four: gate, activation, up, and their product.
 KEPT_BY_ACTIVATION = {"relu": 1, "gelu_new": 5, "gelu_fast": 5}
 KEPT_BY_OTHERS, KEPT_BY_GATED = 2, 4
-ACTIVATIONS = ("hidden_act", "activation_function", "hidden_activation")
 _GATED = re.compile(r"gate_(up_)?proj|\.w3\.")
 _ATTENTION = re.compile(r"\.[qkv]_proj\.")
 _BRANCHES = re.compile(r"(gate|up)_proj|\.w[13]\.")
@@ -92,18 +90,18 @@ def matrices(anatomy: Anatomy) -> list[str]:
 
 
 def sizes_of(anatomy: Anatomy) -> dict[str, int]:
-    """Return the sizes that memory depends on; without a table, as usual keys of the config say them, 0 for unknown."""
+    """Return the sizes that memory depends on; without a table, as the config says them, 0 for unknown."""
     if anatomy.family is not None:
         return dict(anatomy.sizes) | {"ffn": anatomy.sizes.get("expert_ffn", anatomy.sizes["ffn"])}
-    config = text_config(anatomy.spec.config)
-    hidden, heads = first_of(config, HIDDEN) or 0, first_of(config, HEADS) or 1
+    config = anatomy.spec.config
+    hidden, heads = size_of(config, "hidden") or 0, size_of(config, "heads") or 1
     return {
         "hidden": hidden,
         "heads": heads,
-        "kv_heads": first_of(config, ("num_key_value_heads",)) or heads,
-        "head_dim": first_of(config, ("head_dim",)) or hidden // heads,
-        "ffn": first_of(config, ("moe_intermediate_size", "intermediate_size", "ffn_dim", "n_inner")) or 4 * hidden,
-        "vocab": first_of(config, ("vocab_size",)) or 0,
+        "kv_heads": size_of(config, "kv_heads") or heads,
+        "head_dim": size_of(config, "head_dim") or hidden // heads,
+        "ffn": size_of(config, "expert_ffn") or size_of(config, "ffn") or 4 * hidden,
+        "vocab": size_of(config, "vocab") or 0,
     }
 
 
@@ -111,20 +109,20 @@ def _layer_bytes(anatomy: Anatomy, batch: Batch) -> int:
     """Return the bytes that one layer keeps of each token."""
     sizes, names, config = sizes_of(anatomy), _last_layer(anatomy), text_config(anatomy.spec.config)
     hidden, ffn, query = sizes["hidden"], sizes["ffn"], sizes["heads"] * sizes["head_dim"]
-    window = first_of(config, WINDOWS)
+    window = size_of(config, "window")
     is_masked = batch.is_packed or (window is not None and window < batch.row_tokens)
     key = query if is_masked else sizes["kv_heads"] * sizes["head_dim"]  # a mask makes transformers repeat them
     if any(_GATED.search(name) for name in names):
         inside = KEPT_BY_GATED
     else:
-        name = next((str(config[key]) for key in ACTIVATIONS if key in config), "gelu_new")
-        inside = KEPT_BY_ACTIVATION.get(name, KEPT_BY_OTHERS)
+        activation = next(iter(spelled(config, "activation").values()), "gelu_new")
+        inside = KEPT_BY_ACTIVATION.get(str(activation), KEPT_BY_OTHERS)
     # A product keeps what it multiplies: those that read the same share it, unless each has its own copy.
     products = [name for name in names if name in matrices(anatomy)]
     into_attention = max(1, sum(map(bool, map(_ATTENTION.search, products)))) if batch.casts else 1
     branches = {match[0] for name in products if (match := _BRANCHES.search(name))}
     into_mlp = max(1, len(branches)) if batch.casts else 1
-    experts = first_of(config, EXPERTS_PER_TOKEN) or 1
+    experts = size_of(config, "experts_per_token") or 1
     numbers = into_attention * hidden + 2 * query + 2 * key  # attention: what goes in, queries, keys, values, result
     if not any(map(_ATTENTION.search, products)) and not (anatomy.family and anatomy.family.rotary is None):
         numbers += query + key  # in one tensor with the values, from which rotated ones are made

@@ -10,6 +10,7 @@ from dataclasses import replace
 
 from surgeon.anatomy.anatomy import Anatomy
 from surgeon.anatomy.axes import axes_of
+from surgeon.anatomy.config import is_off
 from surgeon.checkpoint.header import CheckpointSpec
 from surgeon.errors import PlanError
 from surgeon.plan.plan import Add, Affine, Constant, Expr, Plan, Read, changed_keys, substitute
@@ -107,9 +108,7 @@ def _silent(anatomy: Anatomy, plan: Plan, order: Sequence[int], layer: int, rest
     """
     family = anatomy.require_family()
     stack = anatomy.stacks[0]
-    if len(anatomy.stacks) > 1 or (
-        family.pre_norm_flag is not None and anatomy.spec.config.get(family.pre_norm_flag) is False
-    ):
+    if len(anatomy.stacks) > 1 or is_off(anatomy.spec.config, family.pre_norm_flag):
         raise PlanError(
             f"{anatomy.model_type} normalises after the sum, so no layer of it can leave the sum as it is",
             hint="Use --depth-method stack; it does not keep the function.",

@@ -19,7 +19,9 @@ from typing import Any
 
 from surgeon.anatomy.anatomy import EXPERT_NUMBER, Anatomy
 from surgeon.anatomy.axes import Dim, Keep, axes_of, survivors
+from surgeon.anatomy.config import is_off, spelled
 from surgeon.anatomy.families import Row
+from surgeon.anatomy.spellings import SPELLINGS
 from surgeon.errors import PlanError
 from surgeon.plan.plan import Affine, Expr, Gather, Plan, Read
 from surgeon.transforms.experts import UNEVEN
@@ -30,9 +32,7 @@ NORMS = "approximate: norms over fewer positions are scaled as if the removed ha
 HEAD_DIM = "approximate: attention logits are divided by the root of the head's size, which is smaller now"
 SHARES = "approximate: the weights of a token's experts are shares among all experts, which are fewer now"
 
-EPSILON_KEYS = ("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon")
 HEAD_DIMS = ("q_dim", "k_dim", "v_dim")
-PER_TOKEN_KEYS = ("num_experts_per_tok", "experts_per_token")  # the config keys that say how many experts a token takes
 WORDS = {"ffn": "MLP neurons", "kv_heads": "key-value heads", "group": "heads", "experts": "experts"}
 
 Positions = tuple[int, ...]
@@ -86,8 +86,9 @@ def narrow(anatomy: Anatomy, kept: Kept) -> Plan:
 
 def _epsilon(anatomy: Anatomy, sizes: Mapping[str, int]) -> dict[str, float]:
     """Return the config's epsilon for norms over fewer channels, whose mean square is old / new of what it was."""
-    ratio, config = anatomy.sizes["hidden"] / sizes["hidden"], anatomy.spec.config
-    return {key: config[key] * ratio for key in EPSILON_KEYS if isinstance(config.get(key), float) and ratio != 1}
+    ratio = anatomy.sizes["hidden"] / sizes["hidden"]
+    epsilons = spelled(anatomy.spec.config, "epsilon") if ratio != 1 else {}
+    return {key: value * ratio for key, value in epsilons.items() if isinstance(value, float)}
 
 
 def layers_with(anatomy: Anatomy, axis: str) -> frozenset[int]:
@@ -202,10 +203,10 @@ def _notes(anatomy: Anatomy, sizes: Mapping[str, int]) -> tuple[str, ...]:
     notes = []
     if any(row.kind == "gain" and row.axes[-1].size(sizes) < row.axes[-1].size(old) for row in rows.values()):
         notes.append(NORMS.format("the mean" if family.norm_kind == "layer" else "zero"))
-    divided = not family.fixed_query_scale and config.get("scale_attn_weights") is not False
+    divided = not family.fixed_query_scale and not is_off(config, family.query_scale_flag)
     if divided and sizes["head_dim"] < old["head_dim"]:
         notes.append(HEAD_DIM)
-    if sizes.get("experts") != old.get("experts") and config.get("norm_topk_prob") is False:
+    if sizes.get("experts") != old.get("experts") and is_off(config, family.expert_shares_flag):
         notes.append(SHARES)
     inside = {axis for name, row in rows.items() if ".experts." in name for dim in row.axes for axis in axes_of(dim)}
     uneven = [sizes[axis] for axis in sorted(inside - {"experts"}) if sizes[axis] < old[axis] and sizes[axis] % 8]
@@ -271,11 +272,12 @@ def _check_layers(anatomy: Anatomy, axis: str, chosen: Mapping[int, object]) -> 
 
 def _check_per_token(anatomy: Anatomy, left: int) -> None:
     """Raises PlanError where a token takes more experts than are left."""
-    config = anatomy.spec.config
-    per_token = [config[key] for key in PER_TOKEN_KEYS if type(config.get(key)) is int]
+    spellings = spelled(anatomy.spec.config, "experts_per_token")
+    per_token = [value for value in spellings.values() if type(value) is int]
     if not per_token:
         raise PlanError(
-            "config.json does not say how many experts a token takes", hint=f"Write it as {PER_TOKEN_KEYS[0]}."
+            "config.json does not say how many experts a token takes",
+            hint=f"Write it as {SPELLINGS['experts_per_token'][0]}.",
         )
     if max(per_token) > left:
         raise PlanError(

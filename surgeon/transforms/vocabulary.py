@@ -9,7 +9,8 @@ from typing import Any
 
 from surgeon.anatomy.anatomy import Anatomy
 from surgeon.anatomy.axes import axes_of
-from surgeon.anatomy.config import text_config
+from surgeon.anatomy.config import size_of, spelled, text_config
+from surgeon.anatomy.spellings import SPELLINGS
 from surgeon.errors import PlanError
 from surgeon.plan.plan import Expr, Gather, Plan, Read
 
@@ -73,9 +74,10 @@ def vocabulary_dims(anatomy: Anatomy) -> dict[str, int]:
 
 
 def _vocabulary_size(anatomy: Anatomy) -> int:
-    size = text_config(anatomy.spec.config).get("vocab_size")
-    if type(size) is not int or size < 1:
-        raise PlanError(f"config.json says vocab_size = {size!r}, so rows cannot be counted", hint=TOKENIZER_HINT)
+    size = size_of(anatomy.spec.config, "vocab")
+    if size is None or size < 1:
+        key, value = next(iter(spelled(anatomy.spec.config, "vocab").items()), (SPELLINGS["vocab"][0], None))
+        raise PlanError(f"config.json says {key} = {value!r}, so rows cannot be counted", hint=TOKENIZER_HINT)
     return size
 
 
@@ -98,6 +100,7 @@ def _check_telling(anatomy: Anatomy, found: Mapping[str, int], size: int) -> Non
 
 def _with_vocabulary(config: Mapping[str, Any], old: int, new: int) -> dict[str, Any]:
     """Return the config with another vocabulary size, wherever it says the old one."""
-    edited = {**config, "vocab_size": new} if config.get("vocab_size") == old else dict(config)
     text = text_config(config)
-    return edited if text is config else edited | {"text_config": {**text, "vocab_size": new}}
+    keys = spelled(text, "vocab").keys()
+    edited = {**config, **{key: new for key in keys if config.get(key) == old}}
+    return edited if text is config else edited | {"text_config": {**text, **dict.fromkeys(keys, new)}}

@@ -10,7 +10,7 @@ from typing import Any
 
 from surgeon.anatomy.anatomy import Anatomy
 from surgeon.anatomy.axes import axes_of
-from surgeon.anatomy.config import rope_types, rotary_share
+from surgeon.anatomy.config import is_off, rope_types, rotary_share
 from surgeon.errors import PlanError
 from surgeon.transforms.axis_maps import AxisMap, append, isometric_pad, rotary_places, tile, uneven, zero_pad
 
@@ -202,8 +202,10 @@ def _add_head_dim(maps: dict[str, AxisMap], anatomy: Anatomy, new: int) -> tuple
         found = rotary_places(old, turning, times, family.rotary)
     else:
         found = (*range(old), *[-1] * (new - old))
-    if config.get("scale_attn_weights") is False:
-        raise PlanError("with scale_attn_weights off, wider heads cannot be scaled", hint="Grow the number of heads.")
+    if is_off(config, family.query_scale_flag):
+        raise PlanError(
+            f"with {family.query_scale_flag} off, wider heads cannot be scaled", hint="Grow the number of heads."
+        )
     factor = 1.0 if family.fixed_query_scale else math.sqrt(new / old)
     ones = (1.0,) * new
     maps["v_dim"] = append(old, new)
@@ -234,7 +236,7 @@ def _check_norms(anatomy: Anatomy, maps: Mapping[str, AxisMap]) -> tuple[str, ..
     if found is None:
         return ()
     pads = -1 in found.index
-    if pads and family.pre_norm_flag and anatomy.spec.config.get(family.pre_norm_flag) is False:
+    if pads and is_off(anatomy.spec.config, family.pre_norm_flag):
         raise PlanError(
             f"{anatomy.model_type} with norms after the sum cannot be padded: a norm fixes the mean that it puts out",
             hint="Use a multiple, with --width-method clone.",
