@@ -196,7 +196,7 @@ def one(kind, options):
     if kind == "required":
         return {"required": required(options)}
     if kind == "surgeon":
-        import surgeon.train.run  # noqa: F401
+        import surgeon.train.loop  # noqa: F401
     else:
         import transformers.trainer  # noqa: F401
     before = psutil.Process().memory_info().rss

@@ -4,6 +4,7 @@ import os
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,9 @@ from surgeon.checkpoint import output, receipt
 from surgeon.checkpoint.derived import JoinedSource
 from surgeon.checkpoint.header import CheckpointSpec, read_header
 from surgeon.checkpoint.output import Progress
-from surgeon.checkpoint.receipt import model_card
 from surgeon.checkpoint.source import CARD, CONFIG, RECEIPT, LocalSource, Source, open_source, spec_of
 from surgeon.errors import OutputError, PlanError
+from surgeon.options import verb_named
 from surgeon.plan.execute import Shard, execute, lay_out, peak_memory
 from surgeon.plan.plan import Plan, changed_keys, identity
 from surgeon.plan.rounding import dtype_cost
@@ -92,20 +93,32 @@ class Summary:
 
 @dataclass(frozen=True)
 class Surgery:
-    """A source and the plan for it. Nothing is read but headers until `save`, which writes `attachments` too."""
+    """A source and the plan for it. Nothing is read but headers until `save`, which writes `attachments` too.
+
+    `begun_with` is the anatomy of the source, where whoever opened it has it at hand.
+    """
 
     source: Source
     plan: Plan
     attachments: Mapping[str, bytes] = field(default_factory=dict, repr=False)  # file name: content
+    begun_with: Anatomy | None = field(default=None, repr=False, compare=False)
 
-    @property
+    @cached_property
+    def before(self) -> Anatomy:
+        """The anatomy of the model that the surgery began with; of two joined, of the base."""
+        source = self.source.base if isinstance(self.source, JoinedSource) else self.source
+        return self.begun_with or read_anatomy(spec_of(source))
+
+    @cached_property
     def spec(self) -> CheckpointSpec:
         """The config and the tensors of the result."""
         return self.plan.result(spec_of(self.source))
 
-    @property
+    @cached_property
     def anatomy(self) -> Anatomy:
         """The anatomy of the result: what the next step of a chain is planned from."""
+        if not self.plan.steps and self.plan.config == self.before.spec.config:
+            return self.before
         return read_anatomy(self.spec)
 
     def companion(self, file: str) -> bytes | None:
@@ -120,17 +133,46 @@ class Surgery:
         label = Path(self.source.label)
         base = label.name or label.resolve().name or "model"
         verbs = [next(iter(step)) for step in self.plan.steps]
-        counted = ("truncate", "grow", "prune")
-        done = [f"{verb}-{len(self.plan.layer_map)}L" if verb in counted else verb for verb in verbs]
+        depth = len(self.plan.layer_map)
+        done = [f"{verb}-{depth}L" if verb_named(verb).counts_layers else verb for verb in verbs]
         return "-".join([base, *done])
+
+    def prepare(
+        self, out: str | os.PathLike[str] | None = None, *, dtype: str = "keep", max_shard_size: int | str = "5GB"
+    ) -> "Draft":
+        """Return what `save` with these options would write, ready to be looked at and then written. Reads headers.
+
+        Raises PlanError for options that cannot be, and for a result that is no sound checkpoint.
+        """
+        source = spec_of(self.source)
+        plan = (self.plan if dtype == "keep" else self.plan.cast(dtype)).simplified(source)
+        if not plan.moves_only:
+            plan = replace(plan, notes=(*plan.notes, *dtype_cost(plan, source.tensors)))
+        result = plan.result(source)
+        read_anatomy(result)
+        shards = lay_out(plan, result, self.source, max_shard_bytes=parse_size(max_shard_size))
+        before = self.before.spec
+        summary = Summary(
+            output=Path(out or self.name),
+            layers=(self.before.depth, len(plan.layer_map)),
+            parameters=(before.num_parameters, result.num_parameters),
+            bytes_read=plan.bytes_read(source),
+            bytes_written=result.nbytes,
+            layer_map=plan.layer_map,
+            files=tuple(shard.file for shard in shards),
+            config_changes=changed_keys(before.config, result.config),
+            notes=plan.all_notes,
+            peak_memory=peak_memory(plan, result, source),
+            seconds=0.0,
+        )
+        options = {"dtype": dtype, "max_shard_size": max_shard_size}
+        return Draft(self.source, plan, tuple(shards), summary, options, self.attachments)
 
     def summary(
         self, out: str | os.PathLike[str] | None = None, *, dtype: str = "keep", max_shard_size: int | str = "5GB"
     ) -> Summary:
         """Return what `save` with these options would do. Reads headers only."""
-        plan = self._final(dtype)
-        shards = lay_out(plan, self.source, max_shard_bytes=parse_size(max_shard_size))
-        return self._summary(plan, shards, Path(out or self.name), seconds=0.0)
+        return self.prepare(out, dtype=dtype, max_shard_size=max_shard_size).summary
 
     def save(
         self,
@@ -149,75 +191,71 @@ class Surgery:
 
         Raises PlanError before anything is written, OutputError when it cannot be written.
         """
+        draft = self.prepare(out, dtype=dtype, max_shard_size=max_shard_size)
+        return draft.write(overwrite=overwrite, progress=progress, command=command)
+
+
+@dataclass(frozen=True)
+class Draft:
+    """A result that is decided to the byte and not yet written. `summary` says what it will be."""
+
+    source: Source
+    plan: Plan
+    shards: tuple[Shard, ...]
+    summary: Summary
+    options: Mapping[str, Any]  # those that decide bytes
+    attachments: Mapping[str, bytes]
+
+    def check(self, *, overwrite: bool) -> None:
+        """Raises OutputError where the output may not be written."""
+        output.check_target(self.summary.output, overwrite=overwrite, source=self.source.origin)
+
+    def write(
+        self, *, overwrite: bool = False, progress: Progress | None = None, command: str | None = None
+    ) -> Summary:
+        """Write the result, at once and whole, and return the summary with the seconds that it took."""
         began = time.perf_counter()
-        target = Path(out or self.name)
-        plan = self._final(dtype)
-        output.check_target(target, overwrite=overwrite, source=self.source.origin)
-        read_anatomy(plan.result(spec_of(self.source)))  # what is about to be written is a sound checkpoint
-        shards = lay_out(plan, self.source, max_shard_bytes=parse_size(max_shard_size))
-        summary = self._summary(plan, shards, target, seconds=0.0)
+        target, plan = self.summary.output, self.plan
+        self.check(overwrite=overwrite)
         companions = {name: self.source.fetch(name) for name in self.source.companions}
         card = companions.pop(CARD, None)
         sizes = sum(path.stat().st_size for path in companions.values())
-        output.check_space(target, summary.bytes_written + sizes + 300 * len(plan.tensors) + 100_000)
-
-        options = {"dtype": dtype, "max_shard_size": max_shard_size}
+        output.check_space(target, self.summary.bytes_written + sizes + 300 * len(plan.tensors) + 100_000)
         with output.staged(target, overwrite=overwrite) as stage:
-            execute(plan, self.source, stage, shards=shards, progress=progress)
-            _verify(stage, shards)
+            execute(plan, self.source, stage, shards=self.shards, progress=progress)
+            _verify(stage, self.shards)
             record = receipt.receipt(
                 source=self.source.provenance(),
                 steps=plan.steps,
                 layer_map=plan.layer_map,
                 axis_maps=plan.axis_runs(),
-                options=options,
+                options=self.options,
                 command=command,
-                notes=plan.notes,
+                notes=plan.all_notes,
+                approximate=plan.approximate,
             )
-            page = self._card(plan, summary, command=command, card=card)
+            page = self._card(command=command, card=card)
             output.copy_files(stage, companions)
             output.write_files(stage, {CARD: page.encode(), RECEIPT: receipt.to_bytes(record), **self.attachments})
             output.write_files(stage, {CONFIG: receipt.to_bytes(plan.config)})  # last: now it is a checkpoint
-        return replace(summary, seconds=time.perf_counter() - began)
+        return replace(self.summary, seconds=time.perf_counter() - began)
 
-    def _final(self, dtype: str) -> Plan:
-        plan = self.plan if dtype == "keep" else self.plan.cast(dtype)
-        source = spec_of(self.source)
-        plan = plan.simplified(source)
-        return replace(plan, notes=(*plan.notes, *dtype_cost(plan, source.tensors)))
-
-    def _summary(self, plan: Plan, shards: list[Shard], target: Path, *, seconds: float) -> Summary:
-        before = spec_of(self.source.base if isinstance(self.source, JoinedSource) else self.source)
-        after = plan.result(spec_of(self.source))
-        return Summary(
-            output=target,
-            layers=(read_anatomy(before).depth, len(plan.layer_map)),
-            parameters=(before.num_parameters, after.num_parameters),
-            bytes_read=plan.bytes_read(spec_of(self.source)),
-            bytes_written=after.nbytes,
-            layer_map=plan.layer_map,
-            files=tuple(shard.file for shard in shards),
-            config_changes=changed_keys(before.config, after.config),
-            notes=plan.notes,
-            peak_memory=peak_memory(plan, spec_of(self.source)),
-            seconds=seconds,
-        )
-
-    def _card(self, plan: Plan, summary: Summary, *, command: str | None, card: Path | None) -> str:
+    def _card(self, *, command: str | None, card: Path | None) -> str:
         source = self.source.label if not isinstance(self.source, LocalSource) else self.source.directory.resolve().name
-        verbs = ", then ".join(next(iter(step)) for step in plan.steps)
+        verbs = ", then ".join(next(iter(step)) for step in self.plan.steps)
+        layers, parameters = self.summary.layers, self.summary.parameters
         facts = {
-            "layers": f"{summary.layers[0]} → {summary.layers[1]}",
-            "parameters": f"{summary.parameters[0]:,} → {summary.parameters[1]:,}",
-            "source layer of each layer": " ".join("new" if i is None else str(i) for i in plan.layer_map),
+            "layers": f"{layers[0]} → {layers[1]}",
+            "parameters": f"{parameters[0]:,} → {parameters[1]:,}",
+            "source layer of each layer": " ".join("new" if i is None else str(i) for i in self.plan.layer_map),
         }
-        return model_card(
-            title=summary.output.name,
+        return receipt.model_card(
+            title=self.summary.output.name,
             base_model=source,
             done=f"Made from `{source}` by surgeon: {verbs}.",
             facts=facts,
             command=command,
-            notes=plan.notes,
+            notes=self.plan.all_notes,
             source_card=card,
         )
 
@@ -236,7 +274,7 @@ def parse_size(size: int | str) -> int:
     return result
 
 
-def _verify(directory: Path, shards: list[Shard]) -> None:
+def _verify(directory: Path, shards: Sequence[Shard]) -> None:
     """Read back every header that was written. Raises OutputError when one is not what was planned."""
     for shard in shards:
         written = {name: entry.spec for name, entry in read_header(directory / shard.file).items()}
@@ -253,4 +291,4 @@ def open_model(model: "str | os.PathLike[str] | Surgery", *, revision: str | Non
         return model
     source = open_source(model, revision=revision)
     anatomy = read_anatomy(spec_of(source))
-    return Surgery(source, identity(anatomy.spec, depth=anatomy.depth))
+    return Surgery(source, identity(anatomy.spec, depth=anatomy.depth), begun_with=anatomy)

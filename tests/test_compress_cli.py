@@ -169,7 +169,7 @@ def test_a_full_disk_leaves_nothing(gisted, tmp_path, run, monkeypatch):
 
 def test_a_killed_run_leaves_nothing_that_looks_like_a_prompt(gisted, tmp_path):
     code = (
-        "import os, signal, surgeon, surgeon.compressing as it\n"
+        "import os, signal, surgeon, surgeon.verbs.compress as it\n"
         "write = it.write_files\n"
         "def die(stage, files):\n"
         "    write(stage, dict(list(files.items())[:-1]))\n"

@@ -336,7 +336,7 @@ def test_a_disk_that_fills_up_under_the_weights_leaves_nothing(source, mount):
         checkpoint(source.parent / "big", tensors=llama(vocab=50_000), vocab_size=50_000), layers=1
     )
 
-    shards = lay_out(surgery.plan, surgery.source, max_shard_bytes=10**9)
+    shards = lay_out(surgery.plan, surgery.spec, surgery.source, max_shard_bytes=10**9)
 
     def fill() -> None:
         with staged(disk / "out", overwrite=False) as stage:

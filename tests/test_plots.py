@@ -14,6 +14,7 @@ import pytest
 from surgeon.errors import OutputError, PlanError
 from surgeon.measure.record import Scores
 from surgeon.plots import pruning as plots
+from surgeon.plots.figure import require_matplotlib
 
 MATRIX = [[None if e <= s else 0.1 * (e - s) + 0.01 * s for e in range(5)] for s in range(4)]
 RED, BLUE = (1.0, 0.0, 0.0), (0.122, 0.467, 0.706)  # the dot of what went; tab:blue
@@ -127,9 +128,9 @@ def test_a_file_that_cannot_be_written_is_an_error_that_names_it(tmp_path):
 
 
 def test_without_matplotlib_the_hint_says_what_to_install(monkeypatch):
-    plots.require_matplotlib()
+    require_matplotlib()
 
     monkeypatch.setitem(sys.modules, "matplotlib", None)  # as import sees it where it is not installed
     with pytest.raises(PlanError, match="need matplotlib") as caught:
-        plots.require_matplotlib()
+        require_matplotlib()
     assert caught.value.hint == 'pip install "surgeon[plot]"'

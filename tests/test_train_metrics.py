@@ -102,7 +102,7 @@ def test_no_run_is_one_line(tmp_path):
 
 def test_a_killed_process_loses_no_line(tmp_path):
     code = (
-        "import os, signal, sys\nfrom pathlib import Path\nfrom surgeon.train.metrics import MetricsLog\n"
+        "import os, signal, sys\nfrom pathlib import Path\nfrom surgeon.train.run_dir import MetricsLog\n"
         "log = MetricsLog(Path(sys.argv[1]))\n"
         "for step in range(50):\n    log.write({'step': step, 'loss': 1.0})\n"
         "os.kill(os.getpid(), signal.SIGKILL)"

@@ -204,7 +204,7 @@ def test_tensors_of_no_bytes_are_copied_and_made(tmp_path):
         out = tmp_path / str(number)
         out.mkdir()
 
-        execute(kept, source, out, shards=lay_out(kept, source, max_shard_bytes=10**9))
+        execute(kept, source, out, shards=lay_out(kept, kept.result(spec_of(source)), source, max_shard_bytes=10**9))
 
         shapes = {name: tuple(tensor.shape) for name, tensor in load_file(out / "model.safetensors").items()}
         assert shapes == {"a": (0, 3), "b": (2,), "c": (0,)}
@@ -270,7 +270,7 @@ def test_any_selection_in_any_order_is_bit_identical(sizes, draw, align, kernel)
 def shards_of(tmp_path: Path, tensors: dict[str, TensorSpec], limit: int) -> list[list[str]]:
     source = open_directory(checkpoint(tmp_path / "model", tensors=tensors))
     plan: Plan = identity(spec_of(source), depth=1)
-    return [list(shard.tensors) for shard in lay_out(plan, source, max_shard_bytes=limit)]
+    return [list(shard.tensors) for shard in lay_out(plan, plan.result(spec_of(source)), source, max_shard_bytes=limit)]
 
 
 def test_shards_are_filled_to_the_last_byte_and_not_beyond(tmp_path):

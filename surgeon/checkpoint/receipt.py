@@ -23,8 +23,12 @@ def receipt(
     options: Mapping[str, Any],
     command: str | None,
     notes: Sequence[str],
+    approximate: Sequence[str] = (),
 ) -> dict[str, Any]:
-    """Return the receipt of a surgery; `options` are those that decide bytes (dtype, shard size, seed)."""
+    """Return the receipt of a surgery; `options` are those that decide bytes (dtype, shard size, seed).
+
+    `approximate` are the reasons why the result need not compute what its source computes; none, no entry.
+    """
     return {
         "format": FORMAT,
         "source": dict(source),
@@ -34,6 +38,7 @@ def receipt(
         "axis_maps": dict(axis_maps),
         "command": command,
         "notes": list(notes),
+        **({"approximate": list(approximate)} if approximate else {}),
         "versions": versions(),
     }
 

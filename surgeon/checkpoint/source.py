@@ -96,8 +96,12 @@ class Source(Protocol):
 
 
 def spec_of(source: Source) -> CheckpointSpec:
-    """Return what a plan is decided from."""
-    return CheckpointSpec(source.config, {name: stored.spec for name, stored in source.tensors.items()})
+    """Return what a plan is decided from: computed once for each source, which is frozen."""
+    known = vars(source)  # where cached_property keeps what it has computed
+    if "spec" not in known:
+        known["spec"] = CheckpointSpec(source.config, {name: stored.spec for name, stored in source.tensors.items()})
+    spec: CheckpointSpec = known["spec"]
+    return spec
 
 
 @dataclass(frozen=True)

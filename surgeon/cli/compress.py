@@ -7,6 +7,8 @@ import typer
 
 from surgeon.cli import options
 
+EXAMPLE = "surgeon compress gpt2-gist --prompt-file system.txt -o bot"
+
 
 def compress(
     model: options.Model,

@@ -5,20 +5,16 @@ from typing import Annotated
 
 import typer
 
-from surgeon.cli import options
+from surgeon.cli.options import spread
+from surgeon.cli.write import Writing, run
+from surgeon.verbs import convert as verb
+
+EXAMPLE = "surgeon convert model.Q8_0.gguf -o model --dtype bfloat16"
+Source = Annotated[Path, typer.Argument(metavar="SRC", help="A directory with pytorch_model*.bin, or a .gguf file.")]
 
 
-@options.writes
-def convert(
-    source: Annotated[
-        Path, typer.Argument(metavar="SRC", help="A directory with pytorch_model*.bin, or a .gguf file.")
-    ],
-    *,
-    writing: options.Writing,
-) -> None:
+@spread
+def convert(source: Source, *, writing: Writing) -> None:
     """Turn pytorch_model*.bin or a .gguf file into a safetensors checkpoint."""
-    import surgeon
-    from surgeon.cli import write
-
     staging = writing.output.absolute().parent if writing.output else Path.cwd()
-    write.run(surgeon.convert(source, staging=staging), writing)
+    run(verb.convert(source, staging=staging), writing)

@@ -8,6 +8,8 @@ import typer
 
 from surgeon.cli import options
 
+EXAMPLE = "surgeon evaluate gpt2-27 --data text.txt --baseline gpt2-large"
+
 if TYPE_CHECKING:
     from surgeon import Evaluation, GistEvaluation, TaskEvaluation
 

@@ -13,6 +13,8 @@ import typer
 from surgeon.cli import options
 from surgeon.train.settings import Settings
 
+EXAMPLE = "surgeon finetune gpt2-27 --data text.txt --teacher gpt2-large --max-steps 300 -o healed"
+
 STOPPED = 143  # as the shell says of a process that SIGTERM ended
 
 

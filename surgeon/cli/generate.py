@@ -7,6 +7,8 @@ import typer
 
 from surgeon.cli import options
 
+EXAMPLE = "surgeon generate gpt2-gist 'Hello' --gist bot --max-new-tokens 64"
+
 
 def generate(
     model: options.Model,

@@ -4,42 +4,40 @@ from typing import Annotated
 
 import typer
 
-from surgeon.cli import options
+from surgeon.cli.options import Device, Model, spread
+from surgeon.cli.write import Writing, run
+from surgeon.options import keywords_of
+from surgeon.verbs import gist as verb
+
+EXAMPLE = "surgeon gist gpt2 --tokens 4 -o gpt2-gist"
 
 
-@options.writes
+@spread
 def gist(
-    model: options.Model,
-    tokens: Annotated[int, typer.Option(metavar="K", help="Tokens of a gist.")] = 1,
-    distinct: Annotated[
-        bool, typer.Option("--distinct", help="Add K tokens, one for each place, not one that is repeated.")
-    ] = False,
+    model: Model,
+    options: verb.GistOptions,
     check: Annotated[
-        bool, typer.Option("--check", help="Load the model, measure whether it can be gisted, and write nothing.")
+        bool, typer.Option("--check", help="Load the model, measure whether it can have gists, and write nothing.")
     ] = False,
-    device: options.Device = "cpu",
-    revision: options.Revision = None,
+    device: Device = "cpu",
     *,
-    writing: options.Writing,
+    writing: Writing,
 ) -> None:
-    """Add gist tokens to a model, for prompts that are compressed into their activations."""
-    import surgeon
-    from surgeon.cli import write
-
+    """Add gist tokens to a model: prompts are then compressed into their activations."""
     if check:
-        _check(model, revision=revision, device=device, json=writing.json, quiet=writing.quiet)
+        _check(model, revision=options.revision, device=device, json=writing.json, quiet=writing.quiet)
         return
-    write.run(surgeon.add_gist(model, tokens=tokens, distinct=distinct, revision=revision), writing)
+    run(verb.add_gist(model, **keywords_of(options)), writing)
 
 
 def _check(model: str, *, revision: str | None, device: str, json: bool, quiet: bool) -> None:
-    """Print whether a model can be gisted. Exits with 1 where it cannot."""
+    """Print whether a model can have gists. Exits with 1 where it cannot."""
     from surgeon.cli.terminal import emit, emit_json, log
     from surgeon.gist.support import check_checkpoint
 
     if not quiet:
         log(f"loading {model} in float32 to measure it")
-    found = check_checkpoint(model, revision=revision, device=device)
-    emit_json(found.to_dict()) if json else emit(found.to_text())
-    if not found.supported:
+    support = check_checkpoint(model, revision=revision, device=device)
+    emit_json(support.to_dict()) if json else emit(support.to_text())
+    if not support.supported:
         raise typer.Exit(1)

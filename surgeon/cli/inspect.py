@@ -4,20 +4,22 @@ from typing import Annotated
 
 import typer
 
-from surgeon.cli import options
+from surgeon.cli.options import Debug, Json, Model, spread
+from surgeon.cli.terminal import emit, emit_json
+from surgeon.options import keywords_of
+from surgeon.verbs import inspect as verb
+
+EXAMPLE = "surgeon inspect gpt2-large"
 
 
+@spread
 def inspect(
-    model: options.Model,
-    against: Annotated[str | None, typer.Option(metavar="OTHER", help="Show what differs from this model.")] = None,
+    model: Model,
+    options: verb.InspectOptions,
     tensors: Annotated[bool, typer.Option("--tensors", help="List every tensor.")] = False,
-    revision: options.Revision = None,
-    json: options.Json = False,
-    debug: options.Debug = False,
+    json: Json = False,
+    debug: Debug = False,
 ) -> None:
     """Show what a checkpoint is: family, layers, sizes, parameters by part."""
-    import surgeon
-    from surgeon.cli.terminal import emit, emit_json
-
-    inspection = surgeon.inspect(model, against=against, revision=revision)
+    inspection = verb.inspect(model, **keywords_of(options))
     emit_json(inspection.to_dict(tensors=tensors)) if json else emit(inspection.to_text(tensors=tensors))

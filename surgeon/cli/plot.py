@@ -7,6 +7,8 @@ import typer
 
 from surgeon.cli import options
 
+EXAMPLE = "surgeon plot healed.run other.run -o loss.png"
+
 
 def plot(
     runs: Annotated[

@@ -9,9 +9,13 @@ import typer
 
 from surgeon import text
 from surgeon.cli import options
+from surgeon.cli.write import Writing
 from surgeon.errors import OutputError, PlanError
+from surgeon.options import numbers
 from surgeon.plots.pruning import NOTHING, NOTHING_HINT, has_picture
 from surgeon.verbs.prune import Pruning
+
+EXAMPLE = "surgeon prune gpt2-large --score angular --layers 27 --data text.txt -o gpt2-27"
 
 if TYPE_CHECKING:
     from surgeon.measure.scoring import Meter
@@ -20,7 +24,7 @@ if TYPE_CHECKING:
 _FEWER = "Default: as many as there are."
 
 
-@options.writes
+@options.spread
 def prune(
     model: options.Model,
     score: Annotated[
@@ -64,9 +68,15 @@ def prune(
     tokens: Annotated[
         str, typer.Option(metavar="last|all", help="With --score angular: the last token of a sample, or all.")
     ] = "last",
-    data: options.Data = None,
-    samples: options.Samples = 32,
-    sequence_length: options.SequenceLength = 256,
+    data: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="DATA",
+            help="Text to measure on: .txt, .jsonl, .parquet or a Hub dataset. Default: the model writes one.",
+        ),
+    ] = None,
+    samples: Annotated[int, typer.Option(metavar="N", help="How many rows of the text.")] = 32,
+    sequence_length: Annotated[int, typer.Option(metavar="T", help="Tokens of a row.")] = 256,
     scores_from: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Cut by the scores in this scores.json; runs no model.")
     ] = None,
@@ -83,7 +93,7 @@ def prune(
     seed: options.Seed = 0,
     revision: options.Revision = None,
     *,
-    writing: options.Writing,
+    writing: Writing,
 ) -> None:
     """Remove the layers, neurons, heads and experts that matter least."""
     import surgeon
@@ -92,7 +102,7 @@ def prune(
 
     if tokens not in ("last", "all"):
         raise typer.BadParameter(f"{tokens!r} is neither last nor all", param_hint="--tokens")
-    guard = None if protect is None else options.numbers(protect, "--protect")
+    guard = None if protect is None else _numbers(protect)
     if guard is not None and len(guard) != 2:
         raise typer.BadParameter(f"{protect!r} is not two numbers such as 1,1", param_hint="--protect")
     if plot is not None:
@@ -215,3 +225,10 @@ def _value(score: float | None) -> str:
 
 def _number(value: float) -> str:
     return f"{value:,.2f}" if value < 1e6 else f"{value:.3g}"
+
+
+def _numbers(text: str) -> list[int]:
+    try:
+        return numbers(text)
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint="--protect") from error

@@ -1,31 +1,14 @@
 """`surgeon truncate`."""
 
-from typing import Annotated
+from surgeon.cli.options import Model, spread
+from surgeon.cli.write import Writing, run
+from surgeon.options import keywords_of
+from surgeon.verbs import truncate as verb
 
-import typer
-
-from surgeon.cli import options
+EXAMPLE = "surgeon truncate gpt2-large --layers 6 -o gpt2-large-6"
 
 
-@options.writes
-def truncate(
-    model: options.Model,
-    layers: Annotated[str, typer.Option(metavar="N", help="Layers of the result: 12, or 50% of the source's.")],
-    inherit: Annotated[
-        str | None,
-        typer.Option(
-            metavar="PARTS",
-            help="Keep only these parts of the source (attention,mlp,norm,embedding) and draw the rest anew.",
-        ),
-    ] = None,
-    seed: options.Seed = 0,
-    revision: options.Revision = None,
-    *,
-    writing: options.Writing,
-) -> None:
+@spread
+def truncate(model: Model, options: verb.TruncateOptions, writing: Writing) -> None:
     """Keep the first N layers of a model (Inheritune)."""
-    import surgeon
-    from surgeon.cli import write
-
-    parts = None if inherit is None else [part.strip() for part in inherit.split(",") if part.strip()]
-    write.run(surgeon.truncate(model, layers=layers, inherit=parts, seed=seed, revision=revision), writing)
+    run(verb.truncate(model, **keywords_of(options)), writing)

@@ -2,15 +2,36 @@
 
 import shlex
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from surgeon.checkpoint.output import check_target
-from surgeon.cli.options import Writing
 from surgeon.cli.terminal import ByteProgress, emit, emit_json, log
-from surgeon.surgery import Surgery
+from surgeon.options import option
+from surgeon.surgery import Draft, Surgery
 
 VERIFIED_BELOW = 1_000_000_000  # parameters; a larger result is verified on request, for it takes a while
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Writing:
+    """The options of every command that writes a checkpoint."""
+
+    output: Path | None = option(
+        "Where the result goes. Default: the model's name with what was done.",
+        None,
+        names=("--output", "-o"),
+        metavar="DIR",
+    )
+    overwrite: bool = option("Replace an existing output once the new one is complete.", False)
+    dry_run: bool = option("Print the plan and write nothing; reads no weights.", False)
+    dtype: str = option("keep (the source's bytes), float32, bfloat16 or float16.", "keep", metavar="DTYPE")
+    max_shard_size: str = option("Largest weight file: 5GB, 500MB.", "5GB", metavar="SIZE")
+    push_to_hub: str | None = option("Upload the finished output to this Hub repository.", None, metavar="REPO")
+    private: bool = option("Make the Hub repository private if it is created.", False)
+    json: bool = option("Print one JSON object on standard output and nothing else.", False)
+    quiet: bool = option("No progress.", False, names=("--quiet", "-q"))
+    debug: bool = option("Full tracebacks.", False)
 
 
 class Report(Protocol):
@@ -23,54 +44,44 @@ class Report(Protocol):
         """Return what is known once the result is there."""
 
 
-def check(surgery: Surgery, options: Writing) -> None:
+def check(surgery: Surgery, writing: Writing) -> None:
     """Raise what writing would raise before it begins: an output that exists, options that make no sense."""
-    surgery.summary(options.output, dtype=options.dtype, max_shard_size=options.max_shard_size)
-    target = options.output or Path(surgery.name)
-    check_target(target, overwrite=options.overwrite, source=surgery.source.origin)
+    _draft(surgery, writing).check(overwrite=writing.overwrite)
 
 
-def run(surgery: Surgery, options: Writing, *, verify: bool | None = False, report: Report | None = None) -> None:
+def run(surgery: Surgery, writing: Writing, *, verify: bool | None = False, report: Report | None = None) -> None:
     """Carry a surgery out as the options say, and print what came of it.
 
     With `verify` the result is loaded and compared with its source before it is pushed; None: where it is small.
     """
-    preview = surgery.summary(options.output, dtype=options.dtype, max_shard_size=options.max_shard_size)
+    draft = _draft(surgery, writing)
     rows, entries = report.preview() if report else ([], {})
-    if options.dry_run:
-        emit_json(preview.to_dict() | entries) if options.json else emit(preview.to_text(found=rows))
+    if writing.dry_run:
+        emit_json(draft.summary.to_dict() | entries) if writing.json else emit(draft.summary.to_text(found=rows))
         return
-    for note in () if options.quiet else preview.notes[len(surgery.plan.notes) :]:
+    for note in () if writing.quiet else draft.plan.notes[len(surgery.plan.notes) :]:
         log(f"note: {note}")  # what the dtype will cost is worth a Ctrl-C before it is paid
-    with ByteProgress(preview.bytes_written, quiet=options.quiet) as progress:
-        summary = surgery.save(
-            options.output,
-            dtype=options.dtype,
-            max_shard_size=options.max_shard_size,
-            overwrite=options.overwrite,
-            progress=progress,
-            command=shlex.join(["surgeon", *sys.argv[1:]]),
-        )
-    verification = None
+    command = shlex.join(["surgeon", *sys.argv[1:]])
+    with ByteProgress(draft.summary.bytes_written, quiet=writing.quiet) as progress:
+        summary = draft.write(overwrite=writing.overwrite, progress=progress, command=command)
     if verify or (verify is None and summary.parameters[1] < VERIFIED_BELOW):
         from surgeon.models.loading import loadable
         from surgeon.verbs.verify import verify as compare
 
         source, revision = loadable(surgery.source)
         verification = compare(source, summary.output, revision=revision)
-    if verification:
         rows += verification.rows()
         entries["verification"] = verification.to_dict()
     if report:
         more = report.after(summary.output)
         rows, entries = rows + more[0], entries | more[1]
-    if options.push_to_hub is not None:
+    if writing.push_to_hub is not None:
         from surgeon.checkpoint.hub import push
 
-        url = push(summary.output, options.push_to_hub, private=options.private)
-        log(f"uploaded to {url}")
-        entries["url"] = url
-    if options.json:
-        emit_json(summary.to_dict() | entries)
-    else:
-        emit(summary.to_text(done=True, found=rows))
+        entries["url"] = push(summary.output, writing.push_to_hub, private=writing.private)
+        log(f"uploaded to {entries['url']}")
+    emit_json(summary.to_dict() | entries) if writing.json else emit(summary.to_text(done=True, found=rows))
+
+
+def _draft(surgery: Surgery, writing: Writing) -> Draft:
+    return surgery.prepare(writing.output, dtype=writing.dtype, max_shard_size=writing.max_shard_size)

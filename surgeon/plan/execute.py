@@ -10,7 +10,7 @@ from pathlib import Path
 
 from surgeon.checkpoint.header import DTYPE_BITS, CheckpointSpec, TensorSpec
 from surgeon.checkpoint.output import Extent, Piece, Progress, write_safetensors
-from surgeon.checkpoint.source import INDEX, WEIGHTS, Source, StoredTensor, ranges_by_file, spec_of
+from surgeon.checkpoint.source import INDEX, WEIGHTS, Source, StoredTensor, ranges_by_file
 from surgeon.plan.plan import Expr, Plan, Read, reads
 
 # Measured peaks of a whole process that only moves bytes, and of one that has imported torch, in bytes.
@@ -40,13 +40,12 @@ class _Made:
         return Arithmetic(self.tensors, self.paths).make(self.expr)
 
 
-def lay_out(plan: Plan, source: Source, *, max_shard_bytes: int) -> list[Shard]:
-    """Return the weight files of the result: one that fits, or as many as needed.
+def lay_out(plan: Plan, result: CheckpointSpec, source: Source, *, max_shard_bytes: int) -> list[Shard]:
+    """Return the weight files of `result`, what the plan makes: one that fits, or as many as needed.
 
     Tensors follow the order of the source's bytes, so that the disk reads forward; wider dtypes come first, as
     safetensors wants for alignment. A tensor larger than a shard has a shard of its own.
     """
-    result = plan.result(spec_of(source))
     order = sorted(plan.tensors, key=lambda name: _place(plan.tensors[name], result.tensors[name], source.tensors))
     groups: list[dict[str, TensorSpec]] = [{}]
     filled = 0
@@ -85,14 +84,12 @@ def execute(
     return written
 
 
-def peak_memory(plan: Plan, source: CheckpointSpec) -> int:
+def peak_memory(plan: Plan, result: CheckpointSpec, source: CheckpointSpec) -> int:
     """Return the estimated peak memory of carrying out the plan, in bytes: a constant, or one tensor's arithmetic."""
-    made = [expr for expr in plan.tensors.values() if not isinstance(expr, Read)]
-    if not made:
+    if plan.moves_only:
         return MOVING_MEMORY
-    result = plan.result(source).tensors
     sizes = (
-        sum(source.tensors[read].nbytes for read in reads(expr)) + 8 * result[name].num_parameters
+        sum(source.tensors[read].nbytes for read in reads(expr)) + 8 * result.tensors[name].num_parameters
         for name, expr in plan.tensors.items()
         if not isinstance(expr, Read)
     )

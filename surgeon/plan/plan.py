@@ -238,9 +238,10 @@ class Plan:
     """What to write, as a function of what is read.
 
     `layer_map[i]` is the source layer of result layer i, None for a new one. `steps` is what was asked, one
-    {verb: options} after the other; `notes` is what a user should hear of it. `axes` holds, for each axis that was
-    widened or cut, the source position of each position of the result, -1 for a new one. An axis of which each layer
-    keeps other positions is not in it; what a later step says of such an axis counts from that step.
+    {verb: options} after the other; `notes` is what a user should hear of it, and `approximate` the reasons why the
+    result need not compute what its source computes. `axes` holds, for each axis that was widened or cut, the source
+    position of each position of the result, -1 for a new one. An axis of which each layer keeps other positions is not
+    in it; what a later step says of such an axis counts from that step.
     """
 
     config: Mapping[str, Any]
@@ -248,6 +249,7 @@ class Plan:
     layer_map: tuple[int | None, ...]
     steps: tuple[Mapping[str, Any], ...] = ()
     notes: tuple[str, ...] = ()
+    approximate: tuple[str, ...] = ()
     axes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
     def then(self, later: "Plan") -> "Plan":
@@ -258,7 +260,25 @@ class Plan:
         for axis, index in later.axes.items():
             before = self.axes.get(axis)
             axes[axis] = index if before is None else tuple(-1 if i < 0 else before[i] for i in index)
-        return Plan(later.config, tensors, layers, self.steps + later.steps, self.notes + later.notes, axes)
+        return Plan(
+            config=later.config,
+            tensors=tensors,
+            layer_map=layers,
+            steps=self.steps + later.steps,
+            notes=self.notes + later.notes,
+            approximate=self.approximate + later.approximate,
+            axes=axes,
+        )
+
+    @property
+    def moves_only(self) -> bool:
+        """Whether the plan copies bytes and computes nothing."""
+        return all(isinstance(expr, Read) for expr in self.tensors.values())
+
+    @property
+    def all_notes(self) -> tuple[str, ...]:
+        """The notes, after the reasons why the result is approximate."""
+        return (*(f"approximate: {reason}" for reason in self.approximate), *self.notes)
 
     def cast(self, dtype: str) -> "Plan":
         """Return this plan with every floating tensor stored as `dtype` ("float32", "bfloat16" or "float16").
@@ -298,7 +318,7 @@ class Plan:
             "steps": list(self.steps),
             "layer_map": list(self.layer_map),
             "axis_maps": self.axis_runs(),
-            "notes": list(self.notes),
+            "notes": list(self.all_notes),
             "config": dict(self.config),
             "tensors": {name: describe(expr) for name, expr in self.tensors.items()},
         }

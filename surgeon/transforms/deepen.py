@@ -17,7 +17,7 @@ from surgeon.plan.plan import Add, Affine, Constant, Expr, Plan, Read, changed_k
 from surgeon.transforms.layers import keep_layers
 
 METHODS = ("identity", "stack", "interleave", "solar", "interpolate")
-APPROXIMATE = "approximate: the new layers change what the model computes; it has to be trained on"
+APPROXIMATE = "the new layers change what the model computes; it has to be trained on"
 # Config keys that change nothing about what trained layers compute.
 _INCIDENTAL = re.compile(
     r"_name_or_path|architectures|(torch_)?dtype|transformers_version|use_cache|pretraining_tp"
@@ -52,7 +52,7 @@ def deepen(anatomy: Anatomy, layers: int, *, method: str = "identity", at: Seque
     else:
         order = _overlap(depth, layers)
     plan = keep_layers(anatomy, order)
-    return plan if layers == depth else replace(plan, notes=(*plan.notes, APPROXIMATE))
+    return plan if layers == depth else replace(plan, approximate=(*plan.approximate, APPROXIMATE))
 
 
 def _places(depth: int, count: int, at: Sequence[int] | None) -> list[int]:
@@ -96,8 +96,8 @@ def _insert(anatomy: Anatomy, places: Sequence[int], method: str) -> Plan:
             change = _silent if method == "identity" else _averaged
             tensors[name] = change(anatomy, plan, order, place[0], place[1])
     layer_map = tuple(None if i in new else layer for i, layer in enumerate(order))
-    notes = plan.notes if method == "identity" else (*plan.notes, APPROXIMATE)
-    return replace(plan, tensors=tensors, layer_map=layer_map, notes=notes)
+    reasons = plan.approximate if method == "identity" else (*plan.approximate, APPROXIMATE)
+    return replace(plan, tensors=tensors, layer_map=layer_map, approximate=reasons)
 
 
 def _silent(anatomy: Anatomy, plan: Plan, order: Sequence[int], layer: int, rest: str) -> Expr:
@@ -154,7 +154,7 @@ def donate(anatomy: Anatomy, donor: Anatomy, layers: int, prefix: str) -> Plan:
         if name not in tensors:
             tensors[name] = substitute(expr, lambda read: Read(prefix + read))
     layer_map = (*range(depth), *[None] * (layers - depth))
-    return Plan(config, tensors, layer_map, notes=(APPROXIMATE,) if layers > depth else ())
+    return Plan(config, tensors, layer_map, approximate=(APPROXIMATE,) if layers > depth else ())
 
 
 def _check_alike(mine: CheckpointSpec, theirs: CheckpointSpec) -> None:

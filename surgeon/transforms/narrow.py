@@ -28,9 +28,9 @@ from surgeon.transforms.experts import UNEVEN
 from surgeon.transforms.uniform import check_head_dim
 from surgeon.transforms.widths import check_shape, sizes_in_config
 
-NORMS = "approximate: norms over fewer positions are scaled as if the removed had held {}"
-HEAD_DIM = "approximate: attention logits are divided by the root of the head's size, which is smaller now"
-SHARES = "approximate: the weights of a token's experts are shares among all experts, which are fewer now"
+NORMS = "norms over fewer positions are scaled as if the removed had held {}"
+HEAD_DIM = "attention logits are divided by the root of the head's size, which is smaller now"
+SHARES = "the weights of a token's experts are shares among all experts, which are fewer now"
 
 HEAD_DIMS = ("q_dim", "k_dim", "v_dim")
 WORDS = {"ffn": "MLP neurons", "kv_heads": "key-value heads", "group": "heads", "experts": "experts"}
@@ -80,6 +80,7 @@ def narrow(anatomy: Anatomy, kept: Kept) -> Plan:
         layer_map=tuple(range(anatomy.depth)),
         steps=({"narrow": {axis: sizes[axis] for axis in shown if sizes.get(axis) != anatomy.sizes.get(axis)}},),
         notes=_notes(anatomy, sizes),
+        approximate=_reasons(anatomy, sizes),
         axes=_everywhere(anatomy, kept),  # what layers choose for themselves has no one map
     )
 
@@ -196,21 +197,28 @@ def _factor(anatomy: Anatomy, row: Row, sizes: Mapping[str, int], *, is_final: b
     return factor / scaled if tied else factor
 
 
-def _notes(anatomy: Anatomy, sizes: Mapping[str, int]) -> tuple[str, ...]:
-    """Return what to say of a cut beyond that what is gone is missed."""
+def _reasons(anatomy: Anatomy, sizes: Mapping[str, int]) -> tuple[str, ...]:
+    """Return why the result is approximate even where all that was removed was zero."""
     family, config, old = anatomy.require_family(), anatomy.spec.config, anatomy.sizes
-    rows = {name: anatomy.row(name)[0] for name in anatomy.spec.tensors}
-    notes = []
-    if any(row.kind == "gain" and row.axes[-1].size(sizes) < row.axes[-1].size(old) for row in rows.values()):
-        notes.append(NORMS.format("the mean" if family.norm_kind == "layer" else "zero"))
+    rows = (anatomy.row(name)[0] for name in anatomy.spec.tensors)
+    reasons = []
+    if any(row.kind == "gain" and row.axes[-1].size(sizes) < row.axes[-1].size(old) for row in rows):
+        reasons.append(NORMS.format("the mean" if family.norm_kind == "layer" else "zero"))
     divided = not family.fixed_query_scale and not is_off(config, family.query_scale_flag)
     if divided and sizes["head_dim"] < old["head_dim"]:
-        notes.append(HEAD_DIM)
+        reasons.append(HEAD_DIM)
     if sizes.get("experts") != old.get("experts") and is_off(config, family.expert_shares_flag):
-        notes.append(SHARES)
+        reasons.append(SHARES)
+    return tuple(reasons)
+
+
+def _notes(anatomy: Anatomy, sizes: Mapping[str, int]) -> tuple[str, ...]:
+    """Return a note where an expert gets a size that grouped products take badly."""
+    old = anatomy.sizes
+    rows = {name: anatomy.row(name)[0] for name in anatomy.spec.tensors}
     inside = {axis for name, row in rows.items() if ".experts." in name for dim in row.axes for axis in axes_of(dim)}
     uneven = [sizes[axis] for axis in sorted(inside - {"experts"}) if sizes[axis] < old[axis] and sizes[axis] % 8]
-    return (*notes, UNEVEN.format(uneven[0])) if uneven else tuple(notes)
+    return (UNEVEN.format(uneven[0]),) if uneven else ()
 
 
 # --- refusals ---------------------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from surgeon.plan.plan import Add, Affine, Expr, Gather, Plan, Read, Uniform
 from surgeon.transforms.widths import Widths
 
 RESIDUAL = frozenset({"hidden", "embed"})  # "embed" has a map only where it is the residual stream itself
-ADVANCED = "approximate: rows that would repeat others come from the next layer"
+ADVANCED = "rows that would repeat others come from the next layer"
 QUIET, LOUD = 0.0, 1.0  # the factors that tell, in Places, how a new position (-1) is written
 
 
@@ -32,8 +32,8 @@ def widen(anatomy: Anatomy, widths: Widths, *, noise: float = 0.5, advanced: boo
         tensors = {name: grower.advanced(name) for name in tensors}
     config = {**anatomy.spec.config, **widths.config}
     axes = {axis: found.index for axis, found in widths.maps.items()}
-    notes = (*widths.notes, ADVANCED) if advanced and not widths.notes else widths.notes
-    return Plan(config, tensors, tuple(range(anatomy.depth)), notes=notes, axes=axes)
+    reasons = (ADVANCED,) if advanced and not widths.approximate else widths.approximate
+    return Plan(config, tensors, tuple(range(anatomy.depth)), approximate=reasons, axes=axes)
 
 
 @dataclass(frozen=True, eq=False)

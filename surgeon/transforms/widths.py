@@ -5,7 +5,7 @@ Everything a family's code cannot express, and everything that would change the 
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from surgeon.anatomy.anatomy import Anatomy
@@ -36,7 +36,7 @@ class Widths:
     embedding_factor: float = 1.0
     mean_fill: float = 0.0
     query_gain: tuple[float, ...] = ()
-    notes: tuple[str, ...] = field(default=())
+    approximate: tuple[str, ...] = ()
 
     @property
     def axes(self) -> frozenset[str]:
@@ -84,7 +84,7 @@ def plan_widths(
     query_gain = _add_head_dim(maps, anatomy, head_dim) if head_dim != old["head_dim"] else ()
     if old.get("embed") == old["hidden"] and "hidden" in maps:
         maps["embed"] = maps["hidden"]
-    notes = _check_norms(anatomy, maps)
+    approximate = _check_norms(anatomy, maps)
     sizes = {"hidden": hidden, "ffn": ffn, "heads": heads, "kv_heads": kv_heads, "head_dim": head_dim}
     sizes |= {"group": heads // kv_heads, "embed": hidden if "embed" in maps else old.get("embed", 0)}
     sizes |= dict.fromkeys(("q_dim", "k_dim", "v_dim"), head_dim)
@@ -94,7 +94,7 @@ def plan_widths(
         config=sizes_in_config(anatomy, sizes),
         splits_groups=splits,
         query_gain=query_gain,
-        notes=notes,
+        approximate=approximate,
         **_residual_factors(anatomy, maps, hidden, method),
     )
 
@@ -223,7 +223,7 @@ def _add_head_dim(maps: dict[str, AxisMap], anatomy: Anatomy, new: int) -> tuple
 
 
 def _check_norms(anatomy: Anatomy, maps: Mapping[str, AxisMap]) -> tuple[str, ...]:
-    """Return what to say of norms that will see another mean square. Raises PlanError where nobody asked for that."""
+    """Return why norms make the result approximate, if they do. Raises PlanError where nobody asked for that."""
     family = anatomy.require_family()
     for rest, row in family.norm.items():
         for axis in sorted(axes_of(row.axes[-1]) & maps.keys() - {"hidden"}):
@@ -243,7 +243,7 @@ def _check_norms(anatomy: Anatomy, maps: Mapping[str, AxisMap]) -> tuple[str, ..
         )
     mean_moves = family.norm_kind == "layer" and not pads and len(found.index) % len(set(found.index))
     if not found.is_exact or mean_moves:
-        return ("approximate: norms see another mean square than before",)
+        return ("norms see another mean square than before",)
     return ()
 
 

@@ -10,8 +10,11 @@ from surgeon.anatomy.anatomy import read_anatomy
 from surgeon.checkpoint.formats import pickled
 from surgeon.checkpoint.source import INDEX, WEIGHTS, Source, open_directory, spec_of
 from surgeon.errors import CheckpointError
+from surgeon.options import Verb
 from surgeon.plan.plan import identity
 from surgeon.surgery import Surgery
+
+VERB = Verb(keeps_function=True)
 
 
 def convert(source: str | os.PathLike[str], *, staging: str | os.PathLike[str] | None = None) -> Surgery:

@@ -1,27 +1,32 @@
 """The verb `gist`: add gist tokens to a model."""
 
 import os
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from surgeon.checkpoint.tokenizer_files import add_to_tokenizer, suppress
 from surgeon.errors import PlanError
 from surgeon.gist.architecture import refusal
 from surgeon.gist.tokens import KEY as GIST
 from surgeon.gist.tokens import GistTokens, names, read_gist
+from surgeon.options import option, revision_option, takes
 from surgeon.surgery import Surgery, open_model
 from surgeon.transforms.vocabulary import add_tokens
 
 
-def add_gist(
-    model: "str | os.PathLike[str] | Surgery",
-    *,
-    tokens: int = 1,
-    distinct: bool = False,
-    revision: str | None = None,
-) -> Surgery:
-    """Return the surgery that gives `model` gist tokens, for gists of `tokens` tokens each. Nothing is trained.
+@dataclass(frozen=True, kw_only=True)
+class GistOptions:
+    """The options of `gist`."""
 
-    One token is added, which a gist repeats; with `distinct` one for each place. Its rows are the means of all rows.
+    tokens: int = option("Tokens of a gist.", 1, metavar="K")
+    distinct: bool = option("Add K tokens, one for each position, instead of one that is repeated.", False)
+    revision: str | None = revision_option()
+
+
+@takes(GistOptions)
+def add_gist(model: "str | os.PathLike[str] | Surgery", options: GistOptions) -> Surgery:
+    """Return the surgery that gives `model` gist tokens. Nothing is trained.
+
+    One token is added, which a gist repeats; with `distinct` one for each position. Its rows are the means of all rows.
     Tokenizer, config and generation config learn of it. (`surgeon.gist` is the package with the rest about gists.)
 
     Raises PlanError when the architecture lets a prompt past a mask, when the model has gist tokens already, or when
@@ -29,8 +34,9 @@ def add_gist(
 
         surgeon.add_gist("HuggingFaceTB/SmolLM2-135M", tokens=4).save("SmolLM2-gist")
     """
-    begun = open_model(model, revision=revision)
+    begun = open_model(model, revision=options.revision)
     anatomy, config = begun.anatomy, begun.spec.config
+    tokens, distinct = options.tokens, options.distinct
     if tokens < 1:
         raise PlanError(f"a gist cannot have {tokens} tokens", hint="--tokens is 1 or more.")
     if (there := read_gist(config)) is not None:

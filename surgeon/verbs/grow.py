@@ -1,79 +1,104 @@
-"""The verbs that plan a surgery: each opens its model, plans with the transform of its name, and reads no weights."""
+"""The verb `grow`: make a model deeper, wider, or give it experts."""
 
 import os
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from surgeon.anatomy.anatomy import read_anatomy
 from surgeon.checkpoint.derived import DONOR, JoinedSource
 from surgeon.checkpoint.source import open_source, spec_of
 from surgeon.errors import PlanError
+from surgeon.options import Verb, numbers, option, revision_option, seed_option, takes
 from surgeon.plan.plan import Read
 from surgeon.surgery import Surgery, open_model
 from surgeon.transforms.deepen import donate
 from surgeon.transforms.grow import grow as plan_grow
 from surgeon.transforms.grow import grown_depth
 
+VERB = Verb(keeps_function=True, counts_layers=True)
+_SIZE = "a number or 2x"
 
-def grow(
-    model: "str | os.PathLike[str] | Surgery",
-    *,
-    layers: int | str | None = None,
-    depth_method: str = "identity",
-    at: Sequence[int] | None = None,
-    donor: str | os.PathLike[str] | None = None,
-    hidden_size: int | str | None = None,
-    intermediate_size: int | str | None = None,
-    attention_heads: int | str | None = None,
-    key_value_heads: int | str | None = None,
-    head_dim: int | str | None = None,
-    width_method: str = "auto",
-    noise: float = 0.5,
-    experts: int | None = None,
-    experts_per_token: int = 2,
-    seed: int = 0,
-    revision: str | None = None,
-) -> Surgery:
+
+@dataclass(frozen=True, kw_only=True)
+class GrowOptions:
+    """The options of `grow`."""
+
+    layers: int | str | None = option("Layers of the result: a number, 2x or 150%.", None, metavar="N")
+    depth_method: str = option(
+        "identity (keeps the function), stack, interleave, solar or interpolate (which do not).",
+        "identity",
+        metavar="METHOD",
+    )
+    at: Sequence[int] | None = option(
+        "Put a new layer after each of these: 3,7,11. Default: evenly.", None, metavar="LAYERS", parse=numbers
+    )
+    donor: str | os.PathLike[str] | None = option(
+        "Append this model's next layers instead (Inheritune).", None, metavar="MODEL"
+    )
+    hidden_size: int | str | None = option(f"Hidden size: {_SIZE}.", None, metavar="N")
+    intermediate_size: int | str | None = option(f"Size of the MLP: {_SIZE}.", None, metavar="N")
+    attention_heads: int | str | None = option(f"Attention heads: {_SIZE}.", None, metavar="N")
+    key_value_heads: int | str | None = option(f"Key-value heads: {_SIZE}.", None, metavar="N")
+    head_dim: int | str | None = option(f"Size of a head: {_SIZE}.", None, metavar="N")
+    width_method: str = option(
+        "auto (clone for multiples, else pad), clone, pad; or zero-pad, uneven, advanced (approximate).",
+        "auto",
+        metavar="METHOD",
+    )
+    noise: float = option("Noise that sets copies apart, relative to the weights; the function is kept. 0: none.", 0.5)
+    experts: int | None = option("Turn every MLP into N experts that start as copies of it.", None, metavar="N")
+    experts_per_token: int = option("Experts that each token uses.", 2, metavar="K")
+    seed: int = seed_option()
+    revision: str | None = revision_option()
+
+    @property
+    def widths(self) -> dict[str, int | str | None]:
+        """The sizes that were asked for, by their option."""
+        names = ("hidden_size", "intermediate_size", "attention_heads", "key_value_heads", "head_dim")
+        return {name: getattr(self, name) for name in names}
+
+
+@takes(GrowOptions)
+def grow(model: "str | os.PathLike[str] | Surgery", options: GrowOptions) -> Surgery:
     """Return the surgery that makes `model` deeper and wider, with its function kept unless a method says otherwise.
 
-    A size is a number or "2x". With a `donor`, its next layers are appended instead of copies (Inheritune's growth).
-    With `experts`, every MLP becomes that many equal experts, and a token takes `experts_per_token` of them.
+    With a `donor`, its next layers are appended instead of copies (Inheritune's growth). With `experts`, every MLP
+    becomes that many equal experts.
 
     Raises PlanError when the family's code cannot express the result.
 
         surgeon.grow("gpt2", hidden_size="2x", layers=16).save("gpt2-grown")
     """
-    begun = open_model(model, revision=revision)
-    options = {
-        "hidden_size": hidden_size,
-        "intermediate_size": intermediate_size,
-        "attention_heads": attention_heads,
-        "key_value_heads": key_value_heads,
-        "head_dim": head_dim,
-    }
-    if donor is None:
-        plan = plan_grow(
-            begun.anatomy,
-            layers=layers,
-            depth_method=depth_method,
-            at=at,
-            width_method=width_method,
-            noise=noise,
-            experts=experts,
-            experts_per_token=experts_per_token,
-            seed=seed,
-            **options,
-        )
-        return replace(begun, plan=begun.plan.then(plan))
-    others = (experts, at, *options.values())
-    if layers is None or depth_method != "identity" or any(option is not None for option in others):
+    begun = open_model(model, revision=options.revision)
+    if options.donor is not None:
+        return _with_donor(begun, options, options.donor)
+    plan = plan_grow(
+        begun.anatomy,
+        layers=options.layers,
+        depth_method=options.depth_method,
+        at=options.at,
+        width_method=options.width_method,
+        noise=options.noise,
+        experts=options.experts,
+        experts_per_token=options.experts_per_token,
+        seed=options.seed,
+        **options.widths,
+    )
+    return replace(begun, plan=begun.plan.then(plan))
+
+
+def _with_donor(begun: Surgery, options: GrowOptions, donor: str | os.PathLike[str]) -> Surgery:
+    """Return the surgery that appends the next layers of another model."""
+    layers, others = options.layers, (options.experts, options.at, *options.widths.values())
+    if layers is None or options.depth_method != "identity" or any(other is not None for other in others):
         raise PlanError("a donor gives layers, nothing else", hint="Give --layers with --donor; grow more afterwards.")
     if isinstance(begun.source, JoinedSource):
         raise PlanError("this surgery has a donor already", hint="Save it, and grow what was saved.")
-    given = open_source(donor)
+    donor_source = open_source(donor)
     anatomy = begun.anatomy
-    plan = donate(anatomy, read_anatomy(spec_of(given)), grown_depth(layers, anatomy.depth), DONOR)
-    offered = {DONOR + name: Read(DONOR + name) for name in given.tensors}
+    plan = donate(anatomy, read_anatomy(spec_of(donor_source)), grown_depth(layers, anatomy.depth), DONOR)
+    offered = {DONOR + name: Read(DONOR + name) for name in donor_source.tensors}
     passed = replace(begun.plan, tensors={**begun.plan.tensors, **offered})
     step = {"grow": {"layers": layers, "donor": os.fspath(donor)}}
-    return replace(begun, source=JoinedSource(begun.source, given), plan=passed.then(replace(plan, steps=(step,))))
+    joined = JoinedSource(begun.source, donor_source)
+    return replace(begun, source=joined, plan=passed.then(replace(plan, steps=(step,))))

@@ -13,6 +13,7 @@ from surgeon.anatomy.anatomy import Anatomy, read_anatomy
 from surgeon.anatomy.config import layer_kinds
 from surgeon.checkpoint.receipt import read_receipt
 from surgeon.checkpoint.source import LocalSource, Source, StoredTensor, open_source, spec_of
+from surgeon.options import option, revision_option, takes
 from surgeon.plan.plan import changed_keys
 
 CHUNK = 4 * 1024 * 1024
@@ -184,18 +185,25 @@ class Inspection:
         return "layers" if any(stack.locate(name) for stack in self.anatomy.stacks) else "other"
 
 
-def inspect(
-    model: str | os.PathLike[str], *, against: str | os.PathLike[str] | None = None, revision: str | None = None
-) -> Inspection:
+@dataclass(frozen=True, kw_only=True)
+class InspectOptions:
+    """The options of `inspect`."""
+
+    against: str | os.PathLike[str] | None = option("Show what differs from this model.", None, metavar="OTHER")
+    revision: str | None = revision_option()
+
+
+@takes(InspectOptions)
+def inspect(model: str | os.PathLike[str], options: InspectOptions) -> Inspection:
     """Return what `model` is, after checking that it is whole; with `against`, also how it differs from that model.
 
     Raises CheckpointError when a checkpoint is damaged, HubError when the Hub does not have it.
     """
-    source = open_source(model, revision=revision)
+    source = open_source(model, revision=options.revision)
     anatomy = read_anatomy(spec_of(source))
     difference = None
-    if against is not None:
-        other = open_source(against)
+    if options.against is not None:
+        other = open_source(options.against)
         difference = _difference(source, anatomy, other, read_anatomy(spec_of(other)))
     return Inspection(source.label, anatomy, source.tensors, _receipt_of(source), difference)
 

@@ -10,6 +10,7 @@ from surgeon.anatomy.anatomy import read_anatomy
 from surgeon.checkpoint.source import SCORES, Source, open_source, spec_of
 from surgeon.errors import PlanError
 from surgeon.measure.record import Scores, check_model, read_scores
+from surgeon.options import Verb
 from surgeon.surgery import Surgery, open_model
 from surgeon.transforms.choose import Choice, check_criterion, choose_layers
 from surgeon.transforms.prune import prune as plan_prune
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from surgeon.measure.calibration import Calibration
     from surgeon.measure.scoring import Meter
 
+VERB = Verb(counts_layers=True)
 SAMPLES, SEQUENCE_LENGTH = 32, 256
 UNSCORED = "scores decide which parts go, and none were taken; layers, parameters and bytes are those of any choice"
 SELF_SAMPLED = "the calibration text was written by the model itself; give --data for a text of your own"

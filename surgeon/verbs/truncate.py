@@ -2,28 +2,38 @@
 
 import os
 from collections.abc import Collection
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
+from surgeon.options import Verb, option, revision_option, seed_option, takes, words
 from surgeon.surgery import Surgery, open_model
 from surgeon.transforms.layers import truncate as plan_truncate
 
+VERB = Verb(counts_layers=True, cuts_end=True)
 
-def truncate(
-    model: "str | os.PathLike[str] | Surgery",
-    *,
-    layers: int | str,
-    inherit: Collection[str] | None = None,
-    seed: int = 0,
-    revision: str | None = None,
-) -> Surgery:
-    """Return the surgery that keeps the first `layers` layers of `model` ("50%" counts from its depth).
 
-    `model` is a checkpoint directory, a Hub id, or a surgery to continue. With `inherit`, only these parts
-    ("attention", "mlp", "norm", "embedding") keep their weights; the rest is drawn anew from `seed`.
+@dataclass(frozen=True, kw_only=True)
+class TruncateOptions:
+    """The options of `truncate`."""
+
+    layers: int | str = option("Layers of the result: 12, or 50% of the source's.", metavar="N")
+    inherit: Collection[str] | None = option(
+        "Keep only these parts of the source (attention,mlp,norm,embedding) and draw the rest anew.",
+        None,
+        metavar="PARTS",
+        parse=words,
+    )
+    seed: int = seed_option()
+    revision: str | None = revision_option()
+
+
+@takes(TruncateOptions)
+def truncate(model: "str | os.PathLike[str] | Surgery", options: TruncateOptions) -> Surgery:
+    """Return the surgery that keeps the first layers of `model`: a checkpoint directory, a Hub id, or a surgery.
 
     Raises PlanError when the model has fewer layers or cannot be cut.
 
         surgeon.truncate("gpt2-large", layers=6).save("gpt2-large-6")
     """
-    begun = open_model(model, revision=revision)
-    return replace(begun, plan=begun.plan.then(plan_truncate(begun.anatomy, layers, inherit=inherit, seed=seed)))
+    begun = open_model(model, revision=options.revision)
+    plan = plan_truncate(begun.anatomy, options.layers, inherit=options.inherit, seed=options.seed)
+    return replace(begun, plan=begun.plan.then(plan))

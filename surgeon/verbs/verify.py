@@ -18,8 +18,8 @@ from surgeon.errors import CheckpointError, VerificationError
 from surgeon.measure.reload import result_logits, source_logits, tokens
 from surgeon.measure.trainability import Trainability, trainability
 from surgeon.models.loading import quiet_transformers
+from surgeon.options import verb_named
 from surgeon.plan.plan import STORED_DTYPES
-from surgeon.plan.rounding import APPROXIMATE
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -72,7 +72,7 @@ class Verification:
     def rows(self) -> list[tuple[str, str]]:
         """Return this for people, a line each."""
         by = f" by {self.rounded_by}" if self.rounded_by else ""
-        because = f" ({self.reason.removeprefix(APPROXIMATE + ': ')})" if self.reason else ""
+        because = f" ({self.reason})" if self.reason else ""
         found = f"{self.verdict}{by}: max |Δlogits| {self.difference:.2g} of {self.largest:.3g}{because}"
         return [("verified", found), *self.trainability.rows()]
 
@@ -163,9 +163,9 @@ def _verdict(
 
 def _reason(receipt: Mapping[str, Any]) -> str | None:
     """Return why a result need not compute what its source computes, None where it has to."""
-    said = next((note for note in receipt["notes"] if note.startswith(APPROXIMATE)), None)
-    verbs = [verb for step in receipt["steps"] for verb in step if verb not in ("grow", "convert")]
-    return said or (f"{verbs[0]} changes the function" if verbs else None)
+    verbs = [verb for step in receipt["steps"] for verb in step if not verb_named(verb).keeps_function]
+    reasons = [*receipt.get("approximate", ()), *(f"{verb} changes the function" for verb in verbs)]
+    return reasons[0] if reasons else None
 
 
 def _noise(receipt: Mapping[str, Any]) -> float:

@@ -1,0 +1,165 @@
+"""What a verb declares: its options, and what its steps do to a model.
+
+Options are one frozen dataclass, whose fields are the command's options and the Python call's keywords.
+
+    @dataclass(frozen=True, kw_only=True)
+    class TruncateOptions:
+        layers: int | str = option("Layers of the result: 12, or 50% of the source's.", metavar="N")
+        seed: int = option("Everything random derives from it.", 0)
+
+    @takes(TruncateOptions)
+    def truncate(model: str, options: TruncateOptions) -> Surgery: ...
+
+    truncate("gpt2", layers=6)          # the Python call
+    surgeon truncate gpt2 --layers 6    # the command, by `surgeon.cli.options.spread`
+
+So a default, a help text and a check stand once. `VERB` in the same file says what all steps of the verb have in
+common, so that nobody else lists the verbs.
+"""
+
+import inspect
+import textwrap
+from collections.abc import Callable
+from dataclasses import MISSING, dataclass, field, fields
+from functools import wraps
+from importlib import import_module
+from importlib.util import find_spec
+from typing import Any, Concatenate, ParamSpec, TypeVar
+
+from surgeon.errors import PlanError
+
+Model = TypeVar("Model")
+Options = TypeVar("Options")
+Result = TypeVar("Result")
+Keywords = ParamSpec("Keywords")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Verb:
+    """Facts about all steps of a verb.
+
+    `keeps_function`: the result computes what its source computes, unless the plan names a reason (`Plan.approximate`).
+    `counts_layers`: its results are named by their depth. `cuts_end`: it removes the last layers of its source.
+    """
+
+    keeps_function: bool = False
+    counts_layers: bool = False
+    cuts_end: bool = False
+
+
+def verb_named(name: str) -> Verb:
+    """Return what a verb says of itself; of a name that no verb has, nothing is promised."""
+    home = f"surgeon.verbs.{name}"
+    if not name.isidentifier() or find_spec(home) is None:
+        return Verb()
+    return getattr(import_module(home), "VERB", Verb())
+
+
+class OptionError(PlanError):
+    """An option has a value that it cannot have, alone or beside another. `option` is the field's name."""
+
+    def __init__(self, option: str, message: str, *, hint: str | None = None) -> None:
+        super().__init__(message, hint=hint)
+        self.option = option
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Flag:
+    """How a field appears on the command line.
+
+    `help` is the sentence that --help shows, `metavar` the placeholder of the value. `names` replace the flag that is
+    made of the field's name. `parse` makes the field's value from the text that was typed; it raises ValueError with
+    the reason. A field that is not `on_command_line` exists in Python alone. `at_resume` marks an option that a resumed
+    run may change, because it decides no number of the result.
+    """
+
+    help: str
+    metavar: str | None = None
+    names: tuple[str, ...] = ()
+    parse: Callable[[str], Any] | None = None
+    on_command_line: bool = True
+    at_resume: bool = False
+
+
+def option(help: str, default: Any = MISSING, **flag: Any) -> Any:  # noqa: A002  (it is the option's help)
+    """Return a field of an options dataclass; `flag` are the other attributes of `Flag`."""
+    return field(default=default, metadata={"flag": Flag(help=help, **flag)})
+
+
+def in_python(help: str, default: Any = None) -> Any:  # noqa: A002
+    """Return a field that only the Python call has: a progress meter, a callback."""
+    return option(help, default, on_command_line=False)
+
+
+def seed_option() -> Any:
+    """Return the field `seed`."""
+    return option("Everything random derives from it; same seed, same bytes.", 0)
+
+
+def revision_option() -> Any:
+    """Return the field `revision`."""
+    return option("Branch, tag or commit of a Hub model.", None)
+
+
+def device_option(default: str = "auto") -> Any:
+    """Return the field `device`."""
+    return option("What computes: auto (CUDA, then MPS, then the CPU), cpu, cuda, mps.", default)
+
+
+def keywords_of(options: Any) -> dict[str, Any]:
+    """Return the fields of a dataclass of options as keywords."""
+    return {item.name: getattr(options, item.name) for item in fields(options)}
+
+
+def flag_of(name: str) -> str:
+    """Return the flag of a field: "--layers" for "layers"."""
+    return f"--{name.replace('_', '-')}"
+
+
+def numbers(text: str) -> list[int]:
+    """Return the numbers in "3,7,11". Raises ValueError for anything else."""
+    words = [word.strip() for word in text.split(",")]
+    if not all(word.isascii() and word.isdigit() and len(word) < 10 for word in words):
+        raise ValueError(f"{text!r} is not a list of numbers such as 3,7,11")
+    return [int(word) for word in words]
+
+
+def words(text: str) -> list[str]:
+    """Return the words in "attention,mlp"; empty ones are left out."""
+    return [word.strip() for word in text.split(",") if word.strip()]
+
+
+def takes(
+    options: Callable[Keywords, Options],
+) -> Callable[[Callable[[Model, Options], Result]], Callable[Concatenate[Model, Keywords], Result]]:
+    """Return a decorator: the function takes the fields of `options` as keywords, after its first argument.
+
+    Its signature and its docstring list them, for `help()` and for editors; type checkers see them too.
+    """
+
+    def decorate(function: Callable[[Model, Options], Result]) -> Callable[Concatenate[Model, Keywords], Result]:
+        make: Any = options
+        first = next(iter(inspect.signature(function).parameters.values()))
+        keywords = inspect.signature(options).parameters.values()
+
+        @wraps(function)
+        def call(*model: Any, **given: Any) -> Result:
+            if not model and first.name in given:
+                model = (given.pop(first.name),)
+            if len(model) != 1:
+                raise TypeError(f"{function.__name__}() takes {first.name}, and its options by their names")
+            return function(model[0], make(**given))
+
+        call.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
+            [first, *keywords], return_annotation=inspect.signature(function).return_annotation
+        )
+        call.__doc__ = f"{inspect.cleandoc(function.__doc__ or '')}\n\nOptions:\n{_listed(options)}\n"
+        return call
+
+    return decorate
+
+
+def _listed(options: Any) -> str:
+    """Return a line for each field of a dataclass of options: its name and its help."""
+    lines = (f"{item.name}: {item.metadata['flag'].help}" for item in fields(options))
+    return "\n".join(textwrap.fill(line, 116, initial_indent="    ", subsequent_indent="        ") for line in lines)
