@@ -8,7 +8,7 @@ from typing import Any
 from surgeon import text
 from surgeon.anatomy.anatomy import Anatomy
 from surgeon.cost.flops import attention_flops, flops_per_token, multiplied_parameters
-from surgeon.cost.memory import Batch, Precision, activation_bytes, loss_bytes, matrices
+from surgeon.cost.memory import BatchShape, Precision, activation_bytes, loss_bytes, matrices
 from surgeon.text import duration
 
 STATES = {"sgd": 0, "adafactor": 0, "rmsprop": 1, "adagrad": 1, "lion": 1}  # numbers for each parameter; others: 2
@@ -69,7 +69,7 @@ class Memory:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Estimate:
+class RunEstimate:
     """What a run will take. `seconds` is None where no device was measured."""
 
     steps: int
@@ -110,7 +110,7 @@ class Estimate:
         return text.rows([*lines, *(("note", note) for note in self.notes)])
 
 
-def estimate(anatomy: Anatomy, work: Workload, *, throughput: float | None = None) -> Estimate:
+def estimate(anatomy: Anatomy, work: Workload, *, throughput: float | None = None) -> RunEstimate:
     """Return what training a model takes; `throughput` is one device's speed in products (`matmul_throughput`)."""
     total = anatomy.spec.num_parameters
     adapters = lora_parameters(anatomy, work.lora) if work.lora else 0
@@ -124,7 +124,7 @@ def estimate(anatomy: Anatomy, work: Workload, *, throughput: float | None = Non
         notes = [f"time: {speed}, of which training is assumed to reach {EFFICIENCY:.0%}; evaluations are not in it"]
     if anatomy.family is None:
         notes += [f"a {anatomy.model_type} has no table of its tensors: activations are guessed as those of a Llama"]
-    return Estimate(
+    return RunEstimate(
         steps=work.steps,
         tokens=work.tokens,
         parameters=total,
@@ -142,7 +142,7 @@ def memory(anatomy: Anatomy, work: Workload, *, trained: int, adapters: int = 0)
     half_base = work.precision == "pure-bf16" or (adapters > 0 and work.stored_bf16)
     wide = 2 if work.precision == "pure-bf16" else 4  # bytes of a trained parameter, its gradient and each state
     distributed = work.processes > 1
-    batch = Batch(
+    batch = BatchShape(
         rows=work.batch_size,
         row_tokens=work.row_tokens,
         precision=work.precision,

@@ -24,7 +24,7 @@ _BRANCHES = re.compile(r"(gate|up)_proj|\.w[13]\.")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Batch:
+class BatchShape:
     """A batch of one device, and how it is computed. `is_packed`: rows hold several documents, kept apart by a mask."""
 
     rows: int
@@ -55,7 +55,7 @@ class Batch:
         return self.precision == "bf16"
 
 
-def activation_bytes(anatomy: Anatomy, batch: Batch) -> int:
+def activation_bytes(anatomy: Anatomy, batch: BatchShape) -> int:
     """Return the bytes that autograd keeps of a batch until the backward pass.
 
     With weights in float32 and products in bfloat16 that includes the copies of the layers' matrices, once.
@@ -70,7 +70,7 @@ def activation_bytes(anatomy: Anatomy, batch: Batch) -> int:
     return anatomy.depth * layer + copies + final_norm
 
 
-def loss_bytes(anatomy: Anatomy, batch: Batch, *, is_head_trained: bool, with_teacher: bool) -> int:
+def loss_bytes(anatomy: Anatomy, batch: BatchShape, *, is_head_trained: bool, with_teacher: bool) -> int:
     """Return the bytes of the loss: a chunk of logits and its softmax, and the gradients that are made with them."""
     sizes = sizes_of(anatomy)
     chunk = min(batch.tokens * sizes["vocab"], LOGITS)
@@ -105,7 +105,7 @@ def sizes_of(anatomy: Anatomy) -> dict[str, int]:
     }
 
 
-def _layer_bytes(anatomy: Anatomy, batch: Batch) -> int:
+def _layer_bytes(anatomy: Anatomy, batch: BatchShape) -> int:
     """Return the bytes that one layer keeps of each token."""
     sizes, names, config = sizes_of(anatomy), _last_layer(anatomy), text_config(anatomy.spec.config)
     hidden, ffn, query = sizes["hidden"], sizes["ffn"], sizes["heads"] * sizes["head_dim"]
@@ -159,7 +159,7 @@ def _is_layer_norm(anatomy: Anatomy) -> bool:
     return any(re.search(r"(norm|ln_\w+)\.bias$", name) for name in _last_layer(anatomy))
 
 
-def _norm_bytes(anatomy: Anatomy, batch: Batch) -> int:
+def _norm_bytes(anatomy: Anatomy, batch: BatchShape) -> int:
     """Return the bytes that a norm keeps of each number: what goes in, of an RMS norm also what its gain scales."""
     if _is_layer_norm(anatomy):
         return batch.residual

@@ -16,7 +16,7 @@ from surgeon.errors import PlanError
 from surgeon.plan.plan import Add, Affine, Constant, Expr, Plan, Read, changed_keys, substitute
 from surgeon.transforms.layers import keep_layers
 
-METHODS = ("identity", "stack", "interleave", "solar", "interpolate")
+DEPTH_METHODS = ("identity", "stack", "interleave", "solar", "interpolate")
 APPROXIMATE = "the new layers change what the model computes; it has to be trained on"
 # Config keys that change nothing about what trained layers compute.
 _INCIDENTAL = re.compile(
@@ -37,8 +37,8 @@ def deepen(anatomy: Anatomy, layers: int, *, method: str = "identity", at: Seque
     Raises PlanError when the model cannot grow so.
     """
     depth = anatomy.depth
-    if method not in METHODS:
-        raise PlanError(f"unknown depth method {method!r}", hint=f"One of: {', '.join(METHODS)}.")
+    if method not in DEPTH_METHODS:
+        raise PlanError(f"unknown depth method {method!r}", hint=f"One of: {', '.join(DEPTH_METHODS)}.")
     if layers < depth:
         raise PlanError(f"cannot grow {depth} layers to {layers}", hint="To cut layers: surgeon truncate.")
     if at is not None and method not in ("identity", "interpolate"):

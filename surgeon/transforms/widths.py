@@ -14,7 +14,7 @@ from surgeon.anatomy.config import is_off, rope_types, rotary_share
 from surgeon.errors import PlanError
 from surgeon.transforms.axis_maps import AxisMap, append, isometric_pad, rotary_places, tile, uneven, zero_pad
 
-METHODS = ("auto", "clone", "pad", "zero-pad", "uneven", "advanced")
+WIDTH_METHODS = ("auto", "clone", "pad", "zero-pad", "uneven", "advanced")
 # Rope types whose frequencies in a head n times as wide contain the old ones, pair i at n * i.
 EXTENSIBLE_ROPE = frozenset({"default", "linear", "llama3"})
 
@@ -64,8 +64,8 @@ def plan_widths(
 
     Raises PlanError when the family's code cannot express the result, or `method` cannot make it.
     """
-    if method not in METHODS:
-        raise PlanError(f"unknown width method {method!r}", hint=f"One of: {', '.join(METHODS)}.")
+    if method not in WIDTH_METHODS:
+        raise PlanError(f"unknown width method {method!r}", hint=f"One of: {', '.join(WIDTH_METHODS)}.")
     old = anatomy.sizes
     check_shape(anatomy, hidden=hidden, heads=heads, kv_heads=kv_heads, head_dim=head_dim)
     maps: dict[str, AxisMap] = {}
