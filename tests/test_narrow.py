@@ -13,6 +13,7 @@ from exact64 import EXACT, Exact64, build64, difference, load64, logits, logits3
 from safetensors.torch import load_file, save_file
 
 import surgeon
+from surgeon.anatomy.anatomy import written_and_read
 from surgeon.anatomy.axes import Axis, Sum, axes_of, parse, survivors
 from surgeon.errors import PlanError
 from surgeon.plan.plan import Affine
@@ -20,7 +21,6 @@ from surgeon.surgery import Surgery, open_model
 from surgeon.transforms.layers import keep_layers
 from surgeon.transforms.narrow import Kept, layers_with, narrow
 from surgeon.transforms.uniform import uniform, uniform_head_dim
-from surgeon.transforms.widen import dims
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -151,7 +151,7 @@ def silent(source, directory, kept, *, fill_mean=True):
     wide_norms = any("kv_heads" in axes_of(dim) for row in anatomy.family.norm.values() for dim in row.axes)
     for name, value in tensors.items():
         row, _ = anatomy.row(name)
-        write, read = dims(row)
+        write, read = written_and_read(row)
         for dim, stay in enumerate(left(anatomy, kept, name)):
             gone = sorted(set(range(value.shape[dim])) - set(stay))
             axes = axes_of(row.axes[dim])
@@ -187,7 +187,7 @@ def never_chosen(anatomy, tensors, kept):
     channel = 0 if kept.hidden is None else kept.hidden[0]
     for name, value in tensors.items():
         row, part = anatomy.row(name)
-        write, _ = dims(row)
+        write, _ = written_and_read(row)
         if row.kind == "embedding":
             value[..., channel] = 3.0
         elif row.kind == "gain" and axes_of(row.axes[-1]) == {"hidden"}:

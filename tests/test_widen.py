@@ -26,9 +26,8 @@ import surgeon
 from surgeon.anatomy.axes import Places, axes_of, places
 from surgeon.errors import PlanError
 from surgeon.surgery import Surgery, open_model
-from surgeon.transforms.axis_maps import AxisMap
 from surgeon.transforms.widen import widen
-from surgeon.transforms.widths import plan_widths
+from surgeon.transforms.widths import AxisMap, plan_widths
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -192,7 +191,7 @@ def test_a_head_of_which_another_share_would_turn_is_not_widened(name, tmp_path)
     rope = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.25}
     build64(name, tmp_path / "source", rope_parameters=rope)
 
-    with pytest.raises(PlanError, match="of 10 dims 2 turn, of 20 dims 5 would"):
+    with pytest.raises(PlanError, match="2 of 10 dims rotate, 5 of 20 would"):
         surgeon.grow(tmp_path / "source", hidden_size=160, head_dim=20)
 
 
@@ -303,7 +302,7 @@ def test_key_value_heads_laid_end_to_end_instead_of_side_by_side_are_seen(toy64,
     widths = widths_of(model, kv_heads=4)
     assert widths.maps["kv_heads"].index == (0, 0, 1, 1)
 
-    tiled = AxisMap((0, 1, 0, 1), (1.0,) * 4, (1.0,) * 4, quiet=True)
+    tiled = AxisMap((0, 1, 0, 1), (1.0,) * 4, (1.0,) * 4, zeroed=True)
     found = saved(model, replace(widths, maps={"kv_heads": tiled}), tmp_path / "wide")
 
     assert difference(found, original64(toy64("llama"))) > WRONG

@@ -149,6 +149,20 @@ def read_anatomy(spec: CheckpointSpec) -> Anatomy:
     return Anatomy(spec, name, stacks, family, sizes)
 
 
+def written_and_read(row: Row) -> tuple[int | None, int | None]:
+    """Return which dimension of a tensor writes an axis, and which reads one; None where none does."""
+    last = len(row.axes) - 1
+    match row.kind:
+        case "linear":
+            return last - 1, last
+        case "conv1d":
+            return last, last - 1
+        case "head":
+            return None, last
+        case _:
+            return last, None
+
+
 def _find_row(family: Family, stack: Stack, name: str) -> tuple[Row, Part] | None:
     if place := stack.locate(name):
         inside = EXPERT_NUMBER.sub("{}", place[1])

@@ -302,20 +302,3 @@ def positions_in(config: Mapping[str, Any]) -> int | None:
     if "relative_attention_num_buckets" in text:  # T5's n_positions is how long its texts were, and no limit
         return None
     return size_of(text, "positions")
-
-
-def rope_types(config: Mapping[str, Any]) -> set[str]:
-    """Return the rope types in a config, old or new, one for each kind of layer."""
-    found = [config.get("rope_parameters"), config.get("rope_scaling")]
-    found += [value for group in found if isinstance(group, Mapping) for value in group.values()]
-    groups = [group for group in found if isinstance(group, Mapping)]
-    return {str(group[key]) for group in groups for key in ("rope_type", "type") if group.get(key)}
-
-
-def rotary_share(config: Mapping[str, Any]) -> float:
-    """Return the share of a head's dims that turn."""
-    rope = config.get("rope_parameters")
-    for group, key in ((rope, "partial_rotary_factor"), (config, "partial_rotary_factor"), (config, "rotary_pct")):
-        if isinstance(group, Mapping) and isinstance(group.get(key), (int, float)):
-            return float(group[key])
-    return 1.0

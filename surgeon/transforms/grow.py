@@ -6,7 +6,6 @@ from dataclasses import replace
 from surgeon.anatomy.anatomy import Anatomy, read_anatomy
 from surgeon.errors import PlanError
 from surgeon.plan.plan import Plan, identity
-from surgeon.transforms.axis_maps import grown_size
 from surgeon.transforms.deepen import deepen
 from surgeon.transforms.experts import to_experts
 from surgeon.transforms.layers import resolve_depth
@@ -77,6 +76,18 @@ def grow(
         "seed": seed,
     }
     return replace(plan, steps=({"grow": {key: value for key, value in options.items() if value is not None}},))
+
+
+def grown_size(request: int | str, size: int, name: str) -> int:
+    """Return the new size of an axis: `request` itself, or "2x" of `size`. Raises PlanError unless it is larger."""
+    text = str(request).strip().lower()
+    number = text.removesuffix("x")
+    if not (number.isascii() and number.isdigit() and len(number) < 10):
+        raise PlanError(f"cannot read {request!r} as a size of {name}", hint="Write 768, or 2x.")
+    new = int(number) * (1 if number == text else size)
+    if new < size:
+        raise PlanError(f"cannot grow {name} from {size} to {new}", hint="Growing only makes larger.")
+    return new
 
 
 def grown_depth(layers: int | str, depth: int) -> int:
