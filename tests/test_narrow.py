@@ -408,7 +408,7 @@ def test_channels_of_zero_still_move_the_mean_that_layer_norms_subtract(name, to
 
     assert difference(logits_without_epsilon(cut), logits_without_epsilon(source)) > WRONG
     model = open_model(source)
-    (note,) = narrow(model.anatomy, kept).notes
+    (note,) = narrow(model.anatomy, kept).all_notes
     assert note.startswith("approximate: norms")
     assert note.endswith("held the mean")
 
@@ -457,17 +457,17 @@ def test_shares_of_all_experts_are_approximate(norm_topk_prob, tmp_path):
 
     anatomy = open_model(source).anatomy
 
-    notes = narrow(anatomy, drawn(anatomy, ("experts",))).notes
+    notes = narrow(anatomy, drawn(anatomy, ("experts",))).all_notes
     assert [note[:37] for note in notes] == ([] if norm_topk_prob else ["approximate: the weights of a token's"])
 
 
 def test_sizes_that_the_kernel_for_experts_refuses_are_told(toy64):
     anatomy = open_model(toy64("mixtral")).anatomy
 
-    (note,) = narrow(anatomy, drawn(anatomy, ("ffn",))).notes
+    (note,) = narrow(anatomy, drawn(anatomy, ("ffn",))).all_notes
 
     assert "multiples of 8, and 37 is none" in note
-    assert not narrow(anatomy, Kept(ffn={layer: tuple(range(40)) for layer in range(6)})).notes
+    assert not narrow(anatomy, Kept(ffn={layer: tuple(range(40)) for layer in range(6)})).all_notes
 
 
 # --- smaller heads -------------------------------------------------------------------------------------------------
@@ -494,7 +494,7 @@ def test_dims_of_a_head_that_hold_nothing_can_go(name, tmp_path):
     cut = narrowed(source, tmp_path / "narrow", kept)
 
     assert difference(logits_without_epsilon(cut), logits_without_epsilon(source)) <= EXACT
-    assert not [note for note in narrow(open_model(source).anatomy, kept).notes if "attention logits" in note]
+    assert not [note for note in narrow(open_model(source).anatomy, kept).all_notes if "attention logits" in note]
 
 
 @pytest.mark.parametrize("name", DIVIDED)
@@ -504,7 +504,7 @@ def test_where_logits_are_divided_by_the_root_of_a_heads_size_only_that_is_left(
 
     cut = narrowed(source, tmp_path / "narrow", kept)
 
-    assert "approximate: attention logits" in str(narrow(open_model(source).anatomy, kept).notes)
+    assert "approximate: attention logits" in str(narrow(open_model(source).anatomy, kept).all_notes)
     assert difference(logits_without_epsilon(cut), logits_without_epsilon(source)) > WRONG
     assert difference(logits_without_epsilon(cut, head_dim=12), logits_without_epsilon(source)) <= EXACT
 

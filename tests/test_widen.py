@@ -115,7 +115,7 @@ def test_a_wider_model_computes_what_the_original_computes(name, operation, toy6
     surgery = surgeon.grow(source, **sizes_of(source, name, operation))
     surgery.save(tmp_path / "wide")
 
-    assert surgery.plan.notes == ()
+    assert surgery.plan.all_notes == ()
     assert difference(logits64(tmp_path / "wide"), original64(source)) <= EXACT
     expected = original32(source)
     assert difference(logits32(tmp_path / "wide"), expected) <= CLOSE * expected.abs().max()
@@ -236,7 +236,7 @@ def test_methods_that_change_what_norms_see_say_that_they_are_approximate(name, 
     surgery = surgeon.grow(toy64(name), hidden_size=hidden, width_method=method)
     surgery.save(tmp_path / "wide")
 
-    assert [note.partition(":")[0] for note in surgery.plan.notes] == ["approximate"]
+    assert [note.partition(":")[0] for note in surgery.plan.all_notes] == ["approximate"]
     assert difference(logits64(tmp_path / "wide"), original64(toy64(name))) > WRONG
 
 
@@ -244,7 +244,7 @@ def test_rows_from_the_next_layer_say_that_they_are_approximate(toy64, tmp_path)
     surgery = surgeon.grow(toy64("llama"), hidden_size="2x", intermediate_size=71, width_method="advanced")
     surgery.save(tmp_path / "wide")
 
-    assert [note.partition(":")[0] for note in surgery.plan.notes] == ["approximate"]
+    assert [note.partition(":")[0] for note in surgery.plan.all_notes] == ["approximate"]
     assert difference(logits64(tmp_path / "wide"), original64(toy64("llama"))) > WRONG
 
 
@@ -253,7 +253,7 @@ def test_uneven_copies_that_come_out_even_are_exact(name, toy64, tmp_path):
     surgery = surgeon.grow(toy64(name), hidden_size="2x", intermediate_size=71, width_method="uneven")
     surgery.save(tmp_path / "wide")
 
-    assert surgery.plan.notes == ()
+    assert surgery.plan.all_notes == ()
     assert difference(logits64(tmp_path / "wide"), original64(toy64(name))) <= EXACT
 
 
