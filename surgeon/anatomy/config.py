@@ -98,7 +98,7 @@ def layer_count(config: Mapping[str, Any], keys: Sequence[str]) -> int | None:
 
 
 def check_layer_keys(text: Mapping[str, Any], depth: int) -> None:
-    """Raises CheckpointError for a key about layers whose value makes no sense for `depth` of them."""
+    """Raises CheckpointError where a key about layers has a value that makes no sense for `depth` of them."""
 
     def refuse(key: str) -> NoReturn:
         raise CheckpointError(f"config.json says {key} = {text[key]!r}, which makes no sense", hint=CONFIG_HINT)
@@ -222,15 +222,15 @@ def _apply_rule(
     if rule.explicit is not None and text.get(rule.explicit):
         return  # the list itself was cut
     before = kinds_by(rule, text, depth)
-    wanted = [before[i] for i in keep]
-    if _fits(rule, edit.config, wanted):
+    kinds = [before[i] for i in keep]
+    if _fits(rule, edit.config, kinds):
         return
     if rule.express is not None:
-        edit.config.update(rule.express(wanted))
+        edit.config.update(rule.express(kinds))
         return
     for values in product(range(len(keep) + 2), repeat=len(rule.keys)):
         attempt = edit.config | dict(zip(rule.keys, values, strict=True))
-        if _fits(rule, attempt, wanted):
+        if _fits(rule, attempt, kinds):
             edit.config = attempt
             return
     raise PlanError(
@@ -239,15 +239,15 @@ def _apply_rule(
     )
 
 
-def _fits(rule: Rule, config: Mapping[str, Any], wanted: Sequence[object]) -> bool:
+def _fits(rule: Rule, config: Mapping[str, Any], kinds: Sequence[object]) -> bool:
     try:
-        return list(rule.kinds(config, len(wanted))) == wanted
+        return list(rule.kinds(config, len(kinds))) == kinds
     except (ZeroDivisionError, IndexError):  # a stride of 0, a list of another depth: they mean nothing
         return False
 
 
 def kinds_by(rule: Rule, text: Mapping[str, Any], depth: int) -> list[object]:
-    """Return what a rule derives of each layer. Raises CheckpointError when its keys make no sense."""
+    """Return each layer's kind by a rule. Raises CheckpointError when the keys of the rule make no sense."""
     try:
         kinds = list(rule.kinds(text, depth))
     except (TypeError, ValueError, LookupError, ArithmeticError):
@@ -280,15 +280,15 @@ def _follow_residual_scale(edit: ConfigEdit, new: int, old: int) -> None:
 
 
 def declared_kinds(text: Mapping[str, Any], depth: int) -> list[tuple[object, ...]]:
-    """Return all that the config says of each layer, comparable: two layers with equal kinds are built alike."""
-    said: list[Sequence[object]] = []
+    """Return everything that the config says of each layer, comparable: two layers with equal kinds are built alike."""
+    by_key: list[Sequence[object]] = []
     for key, value in text.items():
         if key in LAYER_LISTS and isinstance(value, list) and len(value) == depth:
-            said.append([repr(item) for item in value])
+            by_key.append([repr(item) for item in value])
         elif key in INDEX_LISTS and isinstance(value, list):
-            said.append([i in value for i in range(depth)])
-    said += [kinds_by(rule, text, depth) for rule in RULES.get(str(text.get("model_type")), ())]
-    return [tuple(kinds[i] for kinds in said) for i in range(depth)]
+            by_key.append([i in value for i in range(depth)])
+    by_key += [kinds_by(rule, text, depth) for rule in RULES.get(str(text.get("model_type")), ())]
+    return [tuple(kinds[i] for kinds in by_key) for i in range(depth)]
 
 
 def positions_of(source: Source) -> int | None:

@@ -1,7 +1,6 @@
 """The floating-point operations that a token needs, and the peak of known devices.
 
-What is counted is what the model needs, not what is computed twice to save memory: so a share of the peak is the MFU
-(model FLOPs utilisation).
+Operations that are done twice to save memory count once, so a share of the peak is the MFU (model FLOPs utilisation).
 """
 
 import re
@@ -47,9 +46,9 @@ def peak_flops(device_name: str) -> float | None:
 
 
 def multiplied_parameters(anatomy: Anatomy) -> int:
-    """Return how many parameters a token is multiplied with: no embedding that is only looked up, few experts of many.
+    """Return how many parameters a token is multiplied with: of experts only its own, and no embedding.
 
-    A tied embedding counts once, as the head that it also is. Without a table, both are known by their usual names.
+    A tied embedding counts once, as the head. Without a table, embedding and head are known by their usual names.
     """
     config, tensors = anatomy.spec.config, anatomy.spec.tensors
     looked_up = [name for name in tensors if _is_lookup(anatomy, name)]
@@ -78,9 +77,9 @@ def attention_flops(anatomy: Anatomy, sequence_length: int) -> float:
 def flops_per_token(anatomy: Anatomy, sequence_length: int, *, trained: float = 1.0) -> float:
     """Return the operations that training on one token needs: 6 N + 6 · layers · heads · head_dim · T.
 
-    N are the parameters that a token is multiplied with, two operations each forward, two for the gradient of what
-    goes in, and two for that of the weight itself, which only the `trained` part of them has. The attention term is
-    half of that in Chowdhery et al. 2022 (PaLM, arXiv:2204.02311, appendix B), which counts the keys that a causal
+    N are the parameters that a token is multiplied with: two operations each in the forward pass, two for the gradient
+    of the input, and two for that of the weight itself, which only the `trained` share of them has. The attention term
+    is half of that in Chowdhery et al. 2022 (PaLM, arXiv:2204.02311, appendix B), which counts the keys that a causal
     mask hides; 3 times `attention_flops`. T is a row's length, or a document's where rows are kept apart.
     """
     return (4 + 2 * trained) * multiplied_parameters(anatomy) + 3 * attention_flops(anatomy, sequence_length)

@@ -1,7 +1,7 @@
-"""The memory of a batch: what autograd keeps for the backward pass, and what the loss holds. From headers alone.
+"""The memory of a batch: the numbers that autograd keeps for the backward pass, and those of the loss. From headers.
 
-The rules are those of transformers' Llama, read line by line and checked against what autograd says it keeps; other
-families follow them as far as their tables and configs tell. Dropout, which most models have none of, is not counted.
+The rules are those of transformers' Llama, read line by line and checked against autograd's saved tensors. Other
+families follow them as far as their tables and configs say. Dropout is not counted; most models have none.
 """
 
 import re
@@ -14,7 +14,7 @@ from surgeon.anatomy.config import size_of, spelled, text_config
 
 Precision = Literal["bf16", "float32", "pure-bf16"]
 LOGITS = 1 << 24  # of a chunk, as train/losses.py cuts them: 64 MiB in float32
-# What an MLP without a gate keeps of each channel: what goes into the activation, what inside of it, what comes out. A
+# Numbers that an MLP without a gate keeps of each channel: the activation's input, output and numbers in between. A
 # gated one keeps four: gate, activation, up, and their product.
 KEPT_BY_ACTIVATION = {"relu": 1, "gelu_new": 5, "gelu_fast": 5}
 KEPT_BY_OTHERS, KEPT_BY_GATED = 2, 4
@@ -25,7 +25,7 @@ _BRANCHES = re.compile(r"(gate|up)_proj|\.w[13]\.")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BatchShape:
-    """A batch of one device, and how it is computed. `is_packed`: rows hold several documents, kept apart by a mask."""
+    """The shape of one device's batch and its precision. `is_packed`: a mask keeps the documents of a row apart."""
 
     rows: int
     row_tokens: int
@@ -41,7 +41,7 @@ class BatchShape:
 
     @property
     def item(self) -> int:
-        """Bytes of a number that goes into a product."""
+        """Bytes of a number that a product reads."""
         return 4 if self.precision == "float32" else 2
 
     @property
@@ -51,7 +51,7 @@ class BatchShape:
 
     @property
     def casts(self) -> bool:
-        """Whether each product makes a copy of what it reads, as autocast does."""
+        """Whether each product makes a copy of its input, as autocast does."""
         return self.precision == "bf16"
 
 
@@ -65,7 +65,7 @@ def activation_bytes(anatomy: Anatomy, batch: BatchShape) -> int:
     copies = 2 * products if batch.precision == "bf16" and not batch.is_base_half else 0
     layer = batch.tokens * _layer_bytes(anatomy, batch)
     final_norm = batch.tokens * hidden * _norm_bytes(anatomy, batch)
-    if batch.is_checkpointed:  # of each layer what goes in, and of one, when it is computed again, all
+    if batch.is_checkpointed:  # the input of each layer, and everything of the one that is computed again
         return anatomy.depth * batch.tokens * hidden * batch.residual + layer + copies + final_norm
     return anatomy.depth * layer + copies + final_norm
 
@@ -117,15 +117,15 @@ def _layer_bytes(anatomy: Anatomy, batch: BatchShape) -> int:
     else:
         activation = next(iter(spelled(config, "activation").values()), "gelu_new")
         inside = KEPT_BY_ACTIVATION.get(str(activation), KEPT_BY_OTHERS)
-    # A product keeps what it multiplies: those that read the same share it, unless each has its own copy.
+    # A product keeps its input: products of one input share it, unless each has its own copy.
     products = [name for name in names if name in matrices(anatomy)]
     into_attention = max(1, sum(map(bool, map(_ATTENTION.search, products)))) if batch.casts else 1
     branches = {match[0] for name in products if (match := _BRANCHES.search(name))}
     into_mlp = max(1, len(branches)) if batch.casts else 1
     experts = size_of(config, "experts_per_token") or 1
-    numbers = into_attention * hidden + 2 * query + 2 * key  # attention: what goes in, queries, keys, values, result
+    numbers = into_attention * hidden + 2 * query + 2 * key  # attention: input, queries, keys, values, result
     if not any(map(_ATTENTION.search, products)) and not (anatomy.family and anatomy.family.rotary is None):
-        numbers += query + key  # in one tensor with the values, from which rotated ones are made
+        numbers += query + key  # in one tensor with the values; rotated copies exist beside them
     numbers += experts * (into_mlp * hidden + inside * ffn)
     kept = numbers * batch.item + 4 * sizes["heads"]  # and the logarithm of each softmax's sum
     kept += _num_norms(anatomy, names, hidden) * hidden * _norm_bytes(anatomy, batch)
@@ -134,7 +134,7 @@ def _layer_bytes(anatomy: Anatomy, batch: BatchShape) -> int:
     if config.get("attn_logit_softcapping"):  # no kernel knows it: logits and softmax of all keys exist
         kept += sizes["heads"] * batch.row_tokens * (2 * batch.item + (4 if batch.item == 2 else 0))
     elif is_masked:
-        kept += batch.row_tokens * batch.item  # the mask, which each layer turns into numbers of its own
+        kept += batch.row_tokens * batch.item  # the mask, of which each layer makes numbers of its own
     if batch.lora:
         kept += len(products) * batch.lora * batch.item
     return kept
@@ -147,7 +147,7 @@ def _last_layer(anatomy: Anatomy) -> list[str]:
 
 
 def _num_norms(anatomy: Anatomy, names: Sequence[str], hidden: int) -> int:
-    """Return how many norms of the whole state are among tensors; their gains are told from their shifts by name."""
+    """Return how many norms of the whole state are among tensors; gains and shifts differ by name."""
     gains = [name for name in names if name.endswith(".weight")]
     return sum(anatomy.spec.tensors[name].shape == (hidden,) for name in gains)
 
@@ -160,7 +160,7 @@ def _is_layer_norm(anatomy: Anatomy) -> bool:
 
 
 def _norm_bytes(anatomy: Anatomy, batch: BatchShape) -> int:
-    """Return the bytes that a norm keeps of each number: what goes in, of an RMS norm also what its gain scales."""
+    """Return the bytes that a norm keeps of each number: its input, and for an RMS norm also the input of its gain."""
     if _is_layer_norm(anatomy):
         return batch.residual
     return 4 + batch.residual  # it computes in float32

@@ -290,7 +290,7 @@ def _add_head_dim(maps: dict[str, AxisMap], anatomy: Anatomy, new: int) -> tuple
 
 
 def _check_norms(anatomy: Anatomy, maps: Mapping[str, AxisMap]) -> tuple[str, ...]:
-    """Return why norms make the result approximate, if they do. Raises PlanError where nobody asked for that."""
+    """Return why norms make the result approximate, if they do. Raises PlanError where no method allows for that."""
     family = anatomy.require_family()
     for rest, row in family.norm.items():
         for axis in sorted(axes_of(row.axes[-1]) & maps.keys() - {"hidden"}):
