@@ -27,7 +27,7 @@ _UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 
 @dataclass(frozen=True)
 class Summary:
-    """What a surgery does, or did: everything but `seconds` is known before a byte of weights is read.
+    """The effect of a surgery: everything but `seconds` is known before a byte of weights is read.
 
     Sizes are in bytes; `bytes_read` and `bytes_written` count tensors, `peak_memory` is an estimate.
     """
@@ -60,10 +60,10 @@ class Summary:
             "seconds": round(self.seconds, 3),
         }
 
-    def to_text(self, *, done: bool = False, found: Sequence[tuple[str, str]] = ()) -> str:
+    def to_text(self, *, done: bool = False, rows: Sequence[tuple[str, str]] = ()) -> str:
         """Return the summary for people: before and after, where it is, and, when `done`, what to run next.
 
-        `found` are rows about the result itself: what a verification says, or what decided it.
+        `rows` are more rows about the result: its verification, or the scores that decided it.
         """
         before, after = self.parameters
         lines = [
@@ -79,12 +79,12 @@ class Summary:
         lines += [("note", note) for note in self.notes]
         if not done:
             lines += [
-                *found,
+                *rows,
                 ("peak memory", f"about {text.size(self.peak_memory)}"),
                 ("output", f"{self.output} (not written)"),
             ]
             return text.rows(lines)
-        lines += [*found, ("seconds", f"{self.seconds:.2f}"), ("output", str(self.output))]
+        lines += [*rows, ("seconds", f"{self.seconds:.2f}"), ("output", str(self.output))]
         return f"{text.rows(lines)}\n\nnext: surgeon inspect {self.output}"
 
     def __str__(self) -> str:
@@ -93,9 +93,9 @@ class Summary:
 
 @dataclass(frozen=True)
 class Surgery:
-    """A source and the plan for it. Nothing is read but headers until `save`, which writes `attachments` too.
+    """A source and the plan for it. Only headers are read until `save`, which writes `attachments` too.
 
-    `begun_with` is the anatomy of the source, where whoever opened it has it at hand.
+    `begun_with` is the anatomy of the source, where the caller has read it already.
     """
 
     source: Source
@@ -140,9 +140,9 @@ class Surgery:
     def prepare(
         self, out: str | os.PathLike[str] | None = None, *, dtype: str = "keep", max_shard_size: int | str = "5GB"
     ) -> "Draft":
-        """Return what `save` with these options would write, ready to be looked at and then written. Reads headers.
+        """Return the result that `save` would write with these options, not yet written. Reads headers only.
 
-        Raises PlanError for options that cannot be, and for a result that is no sound checkpoint.
+        Raises PlanError for an impossible dtype or size, CheckpointError for a result that would not be sound.
         """
         source = spec_of(self.source)
         plan = (self.plan if dtype == "keep" else self.plan.cast(dtype)).simplified(source)
@@ -197,7 +197,7 @@ class Surgery:
 
 @dataclass(frozen=True)
 class Draft:
-    """A result that is decided to the byte and not yet written. `summary` says what it will be."""
+    """A result that is decided to the byte and not yet written; `summary` describes it."""
 
     source: Source
     plan: Plan
@@ -213,7 +213,7 @@ class Draft:
     def write(
         self, *, overwrite: bool = False, progress: Progress | None = None, command: str | None = None
     ) -> Summary:
-        """Write the result, at once and whole, and return the summary with the seconds that it took."""
+        """Write the result, at once and whole, and return the summary with the seconds that this took."""
         began = time.perf_counter()
         target, plan = self.summary.output, self.plan
         self.check(overwrite=overwrite)
@@ -275,7 +275,7 @@ def parse_size(size: int | str) -> int:
 
 
 def _verify(directory: Path, shards: Sequence[Shard]) -> None:
-    """Read back every header that was written. Raises OutputError when one is not what was planned."""
+    """Read every written header back. Raises OutputError when one differs from the plan."""
     for shard in shards:
         written = {name: entry.spec for name, entry in read_header(directory / shard.file).items()}
         if written != dict(shard.tensors):

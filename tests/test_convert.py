@@ -1,5 +1,6 @@
 """Conversion of pickles and GGUF files to safetensors: the same numbers, nothing run, nothing left behind."""
 
+import io
 import json
 import os
 import shutil
@@ -524,6 +525,18 @@ def test_digits_are_split_off_as_the_file_says(pre_tokenizer, expected, llama, t
     surgeon.convert(tmp_path / "toy.gguf").save(tmp_path / "new")
 
     assert AutoTokenizer.from_pretrained(tmp_path / "new").tokenize("  1") == expected
+
+
+def test_code_beside_a_gguf_never_runs(llama, tmp_path, run, monkeypatch):
+    write_gguf(tmp_path / "toy.gguf", llama, "F16")
+    auto_map = {"AutoTokenizer": ["code.Tokenizer", None], "AutoConfig": "code.Config"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"auto_map": auto_map}))
+    (tmp_path / "code.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass Tokenizer: ...\n")
+    monkeypatch.setattr("sys.stdin", io.StringIO("y\n" * 9))
+
+    run("convert", tmp_path / "toy.gguf", "-o", tmp_path / "new")
+
+    assert not (tmp_path / "ran").exists()
 
 
 def test_a_file_that_is_no_gguf_is_refused(tmp_path):

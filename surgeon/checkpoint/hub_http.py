@@ -167,8 +167,7 @@ def _explain_transport(error: Exception, what: str) -> HubError:
         return HubError(f"the Hub stopped answering in the middle of {what}", hint=again)
     if isinstance(error, http.HTTPError):
         return HubError(f"the connection broke off in the middle of {what}", hint=again)
-    no_room = (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC))  # Windows knows no EDQUOT
-    if getattr(error, "errno", None) in no_room or "No space left" in str(error):
+    if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error):
         return HubError(
             f"the disk is full: no room for {what} in {constants.HF_HUB_CACHE}",
             hint="Free some space, or set HF_HOME to a directory on a larger disk.",

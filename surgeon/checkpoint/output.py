@@ -5,7 +5,6 @@ a killed process leaves behind is hidden, has no config.json, and is removed by 
 """
 
 import errno
-import fcntl
 import os
 import re
 import shutil
@@ -50,8 +49,7 @@ def check_target(target: Path, *, overwrite: bool, source: Path | None = None) -
 def check_space(target: Path, needed: int) -> None:
     """Raises OutputError when the file system of `target` has not `needed` bytes and a little more free."""
     place = _existing_parent(target)
-    stats = os.statvfs(place)
-    free = stats.f_bavail * stats.f_frsize
+    free = shutil.disk_usage(place).free
     if needed * SPARE > free:
         raise OutputError(
             f"{place} has {free / 1e9:.2f} GB free, the result needs {needed * SPARE / 1e9:.2f} GB",
@@ -65,24 +63,27 @@ def staged(target: Path, *, overwrite: bool) -> Iterator[Path]:
 
     Raises OutputError when the disk is full or refuses.
     """
+    from filelock import FileLock
+
     stage = target.parent / f".{target.name}.surgeon-{os.getpid()}"
-    made = [parent for parent in target.parents if not parent.exists()]
-    lock = None
+    new_parents = [parent for parent in target.parents if not parent.exists()]
+    lock = FileLock(_lock_of(stage))
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         _remove_leftovers(target)
-        lock = _make_locked(stage)
-        yield stage
-        sync_tree(stage)
-        publish(stage, target, overwrite=overwrite)
+        with lock:
+            stage.mkdir()
+            yield stage
+            sync_tree(stage)
+            publish(stage, target, overwrite=overwrite)
     except OSError as error:
         raise as_output_error(error, target) from error
     finally:
         shutil.rmtree(stage, ignore_errors=True)
-        if lock is not None:
-            os.close(lock)
-        for parent in made:
-            with suppress(OSError):  # holds the result, or something of another's
+        with suppress(OSError):
+            _lock_of(stage).unlink(missing_ok=True)
+        for parent in new_parents:
+            with suppress(OSError):  # holds the result, or a file of somebody else
                 parent.rmdir()
 
 
@@ -99,20 +100,6 @@ def write_files(directory: Path, files: Mapping[str, bytes]) -> None:
     """Write small files into `directory`."""
     for name, content in files.items():
         (directory / name).write_bytes(content)
-
-
-def _make_locked(stage: Path) -> int:
-    """Make a directory and return a handle that locks it. Another run may see it unlocked and remove it: then again."""
-    while True:
-        stage.mkdir(exist_ok=True)
-        try:
-            lock = os.open(stage, os.O_RDONLY)
-        except FileNotFoundError:
-            continue
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if stage.exists() and stage.stat().st_ino == os.fstat(lock).st_ino:
-            return lock
-        os.close(lock)
 
 
 def publish(stage: Path, target: Path, *, overwrite: bool) -> None:
@@ -147,25 +134,29 @@ def _sync(path: Path) -> None:
         os.close(handle)
 
 
+def _lock_of(stage: Path) -> Path:
+    """Return the file that a run locks while it lives, beside its stage."""
+    return stage.with_name(f"{stage.name}.lock")
+
+
 def _remove_leftovers(target: Path) -> None:
-    """Remove what runs that were killed have left beside `target`; a run that lives holds a lock on its own."""
-    leftover = re.compile(rf"\.{re.escape(target.name)}\.surgeon-(old-)?\d+")
-    for path in list(target.parent.iterdir()):
+    """Remove what killed runs have left beside `target`; a living run holds its lock."""
+    from filelock import FileLock, Timeout
+
+    leftover = re.compile(rf"\.{re.escape(target.name)}\.surgeon-(old-)?(\d+)(\.lock)?")
+    for path in sorted(target.parent.iterdir()):
         if not (match := leftover.fullmatch(path.name)):
             continue
         if match[1] and not target.exists():
             continue  # a run died between its two renames: this is the only copy of the old output
+        lock = _lock_of(target.parent / f".{target.name}.surgeon-{match[2]}")
         try:
-            lock = os.open(path, os.O_RDONLY)
-        except FileNotFoundError:  # a run that lives has just finished
+            with FileLock(lock, blocking=False):
+                if path != lock:
+                    shutil.rmtree(path, ignore_errors=True)
+                lock.unlink(missing_ok=True)
+        except Timeout:
             continue
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            shutil.rmtree(path, ignore_errors=True)
-        except BlockingIOError:
-            pass
-        finally:
-            os.close(lock)
 
 
 def _existing_parent(path: Path) -> Path:

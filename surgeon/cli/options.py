@@ -82,7 +82,7 @@ def _usage_error(error: OptionError) -> typer.BadParameter:
 def _parameters(kind: Any) -> list[inspect.Parameter]:
     """Return the parameters that typer makes the options of a dataclass from."""
     hints = get_type_hints(kind)
-    made = []
+    parameters = []
     for item in fields(kind):
         flag: Flag = item.metadata["flag"]
         if not flag.on_command_line:
@@ -92,7 +92,7 @@ def _parameters(kind: Any) -> list[inspect.Parameter]:
         names = flag.names or ((flag_of(item.name),) if not is_switch or hint is bool else ())
         declared = typer.Option(*names, metavar=flag.metavar, help=flag.help)
         default = inspect.Parameter.empty if item.default is MISSING else item.default
-        made.append(
+        parameters.append(
             inspect.Parameter(
                 item.name,
                 inspect.Parameter.KEYWORD_ONLY,
@@ -100,7 +100,7 @@ def _parameters(kind: Any) -> list[inspect.Parameter]:
                 annotation=Annotated[_typed(hint, flag, required=item.default is MISSING), declared],
             )
         )
-    return made
+    return parameters
 
 
 def _typed(hint: Any, flag: Flag, *, required: bool) -> Any:

@@ -24,28 +24,28 @@ def emit(text: str) -> None:
 
 
 def log(text: str) -> None:
-    """Print what accompanies a result."""
+    """Print progress, notes and the like."""
     sys.stderr.write(text + "\n")
 
 
 @contextmanager
 def results_alone() -> Iterator[None]:
-    """Return a context in which whatever libraries print goes to standard error: DeepSpeed's log, gloo's greetings."""
+    """Return a context in which the output of libraries (DeepSpeed's log, gloo's greetings) goes to standard error."""
     try:
         handle = sys.stdout.fileno()
-    except io.UnsupportedOperation:  # not a file of the system: who reads it is in this process
+    except io.UnsupportedOperation:  # not a file of the system: its reader is in this process
         with redirect_stdout(sys.stderr):
             yield
         return
     sys.stdout.flush()
-    kept = os.dup(handle)
+    stdout = os.dup(handle)
     os.dup2(sys.stderr.fileno(), handle)
     try:
         yield
     finally:
         sys.stdout.flush()
-        os.dup2(kept, handle)
-        os.close(kept)
+        os.dup2(stdout, handle)
+        os.close(stdout)
 
 
 def emit_json(content: Mapping[str, Any]) -> None:
@@ -54,7 +54,7 @@ def emit_json(content: Mapping[str, Any]) -> None:
 
 
 def read_text(path: Path) -> str:
-    """Return what a file holds, to the last newline. Raises DataError where it cannot be read, or is not UTF-8."""
+    """Return the content of a file. Raises DataError where it cannot be read, or is not UTF-8."""
     try:
         return path.read_text(encoding="utf-8-sig")
     except OSError as error:

@@ -1,4 +1,4 @@
-"""What every command that writes a checkpoint does with its surgery: preview or save, print, push."""
+"""How a command carries out its surgery: preview or write, verify, push, print."""
 
 import shlex
 import sys
@@ -35,32 +35,32 @@ class Writing:
 
 
 class Report(Protocol):
-    """What a command says beside the summary: rows for people, and entries for JSON."""
+    """A command's additions to the summary: rows for people, and entries for JSON."""
 
     def preview(self) -> tuple[list[tuple[str, str]], dict[str, Any]]:
-        """Return what is known before anything is written."""
+        """Return the additions that are known before anything is written."""
 
     def after(self, output: Path) -> tuple[list[tuple[str, str]], dict[str, Any]]:
-        """Return what is known once the result is there."""
+        """Return the additions that need the result."""
 
 
 def check(surgery: Surgery, writing: Writing) -> None:
-    """Raise what writing would raise before it begins: an output that exists, options that make no sense."""
+    """Raise the errors that writing would raise before it begins: an existing output, an impossible option."""
     _draft(surgery, writing).check(overwrite=writing.overwrite)
 
 
 def run(surgery: Surgery, writing: Writing, *, verify: bool | None = False, report: Report | None = None) -> None:
-    """Carry a surgery out as the options say, and print what came of it.
+    """Carry a surgery out and print its summary.
 
     With `verify` the result is loaded and compared with its source before it is pushed; None: where it is small.
     """
     draft = _draft(surgery, writing)
     rows, entries = report.preview() if report else ([], {})
     if writing.dry_run:
-        emit_json(draft.summary.to_dict() | entries) if writing.json else emit(draft.summary.to_text(found=rows))
+        emit_json(draft.summary.to_dict() | entries) if writing.json else emit(draft.summary.to_text(rows=rows))
         return
     for note in () if writing.quiet else draft.plan.notes[len(surgery.plan.notes) :]:
-        log(f"note: {note}")  # what the dtype will cost is worth a Ctrl-C before it is paid
+        log(f"note: {note}")  # the cost of the dtype, in time for a Ctrl-C
     command = shlex.join(["surgeon", *sys.argv[1:]])
     with ByteProgress(draft.summary.bytes_written, quiet=writing.quiet) as progress:
         summary = draft.write(overwrite=writing.overwrite, progress=progress, command=command)
@@ -80,7 +80,7 @@ def run(surgery: Surgery, writing: Writing, *, verify: bool | None = False, repo
 
         entries["url"] = push(summary.output, writing.push_to_hub, private=writing.private)
         log(f"uploaded to {entries['url']}")
-    emit_json(summary.to_dict() | entries) if writing.json else emit(summary.to_text(done=True, found=rows))
+    emit_json(summary.to_dict() | entries) if writing.json else emit(summary.to_text(done=True, rows=rows))
 
 
 def _draft(surgery: Surgery, writing: Writing) -> Draft:

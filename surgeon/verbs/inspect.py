@@ -1,4 +1,4 @@
-"""What a checkpoint is, in the words of its family; and how it differs from another."""
+"""The verb `inspect`: the anatomy of a checkpoint, and its differences from another."""
 
 import json
 import os
@@ -20,12 +20,12 @@ CHUNK = 4 * 1024 * 1024
 
 
 @dataclass(frozen=True, slots=True)
-class Difference:
-    """How a checkpoint differs from `other`. Tensors are named as in the checkpoint itself.
+class ModelDifference:
+    """The differences of a checkpoint from `other`. Tensors are named as in the checkpoint itself.
 
-    `layer_map` says which layer of `other` each layer was held against; `axis_maps`, where this was made from the
-    other, how wider axes were made of its own, in runs of (first position there or -1, how many). `same` and
-    `changed` compare values; both are empty (and `compared` is false) unless both checkpoints lie on this machine.
+    `layer_map` gives the layer of `other` that each layer was compared with. Where the checkpoint was made from the
+    other, `axis_maps` gives the source of each wider axis, in runs of (first position there or -1, how many). `same`
+    and `changed` compare values; both are empty (and `compared` is false) unless both checkpoints lie on this machine.
     """
 
     other: str
@@ -83,7 +83,7 @@ class Inspection:
     anatomy: Anatomy
     tensors: Mapping[str, StoredTensor]
     receipt: Mapping[str, Any] | None
-    difference: Difference | None = None
+    difference: ModelDifference | None = None
 
     @property
     def parameters(self) -> dict[str, int]:
@@ -195,7 +195,7 @@ class InspectOptions:
 
 @takes(InspectOptions)
 def inspect(model: str | os.PathLike[str], options: InspectOptions) -> Inspection:
-    """Return what `model` is, after checking that it is whole; with `against`, also how it differs from that model.
+    """Return the anatomy of `model`, after checking that it is whole; with `against`, also its differences from that.
 
     Raises CheckpointError when a checkpoint is damaged, HubError when the Hub does not have it.
     """
@@ -208,7 +208,7 @@ def inspect(model: str | os.PathLike[str], options: InspectOptions) -> Inspectio
     return Inspection(source.label, anatomy, source.tensors, _receipt_of(source), difference)
 
 
-def _difference(source: Source, anatomy: Anatomy, other: Source, other_anatomy: Anatomy) -> Difference:
+def _difference(source: Source, anatomy: Anatomy, other: Source, other_anatomy: Anatomy) -> ModelDifference:
     made_by = _receipt_of(source) or {}
     made_by = made_by if made_by.get("source") == other.provenance() else {}
     layer_map = _layer_map(made_by, anatomy, other_anatomy)
@@ -223,7 +223,7 @@ def _difference(source: Source, anatomy: Anatomy, other: Source, other_anatomy: 
     alike = [name for name in common if name not in reshaped]
     local = isinstance(source, LocalSource) and isinstance(other, LocalSource)
     same = [name for name in alike if local and _equal(source, name, other, there[name] or "")]
-    return Difference(
+    return ModelDifference(
         other=other.label,
         layer_map=layer_map,
         axis_maps=made_by.get("axis_maps", {}),

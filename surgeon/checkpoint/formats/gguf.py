@@ -114,17 +114,21 @@ def _dequantize(path: Path, facts: Facts, directory: Path) -> None:
     from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer, GgufConfig
 
+    gguf: dict[str, Any] = {
+        "gguf_file": path.name,
+        "trust_remote_code": False,
+    }  # a tokenizer_config.json may lie beside
     try:
-        config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
+        config = AutoConfig.from_pretrained(path.parent, **gguf)
         auto_class: Any = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
         model, report = auto_class.from_pretrained(
             path.parent,
-            gguf_file=path.name,
+            **gguf,
             quantization_config=GgufConfig(dequantize=True),
             dtype=torch.float32,
             output_loading_info=True,
         )
-        tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+        tokenizer = AutoTokenizer.from_pretrained(path.parent, **gguf)
     except (ValueError, LookupError, TypeError, AttributeError, NotImplementedError, RuntimeError) as error:
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise CheckpointError(
