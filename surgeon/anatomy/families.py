@@ -56,7 +56,7 @@ class Family:
     branch_norms: tuple[str, ...] = ()  # norms at the end of a branch: all that a layer adds passes through their gains
     pre_norm_flag: str | None = None  # the config key that is false where norms follow the sum instead
     scales_embedding: bool = False  # the model multiplies embeddings by the square root of hidden
-    query_scale_flag: str | None = None  # the config key that is false where logits are not divided by any root
+    query_scale_flag: str | None = None  # the config key that is false where attention logits are not scaled
     expert_shares_flag: str | None = None  # the config key that is false where experts' weights are shares among all
     fixed_query_scale: bool = False  # logits are not divided by the square root of head_dim but by a key of the config
     rotary: Literal["halves", "pairs"] | None = "halves"  # which dims rotate together: i and i + R/2, or 2i and 2i + 1
