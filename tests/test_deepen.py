@@ -166,7 +166,7 @@ def test_a_donors_layers_keep_their_kind_and_the_models_own_theirs(toy, tmp_path
 def test_a_donor_that_gives_nothing_changes_nothing(toy):
     surgery = surgeon.grow(toy("llama"), layers=6, donor=toy("llama"))
 
-    assert surgery.plan.notes == ()
+    assert surgery.plan.all_notes == ()
     assert surgery.plan.layer_map == (0, 1, 2, 3, 4, 5)
 
 

@@ -451,7 +451,7 @@ def test_shapes_that_do_not_tell_the_vocabulary_are_refused(name, vocabulary, te
     toys.build(name, tmp_path / name, vocab_size=vocabulary)
     anatomy = read_anatomy(spec_of(LocalSource(tmp_path / name, name)))
 
-    with pytest.raises(PlanError, match=f"{tensor}.* which of it counts tokens is not known"):
+    with pytest.raises(PlanError, match=f"{tensor}.* it is not known which dimension counts tokens"):
         add_tokens(anatomy, [vocabulary])
 
 

@@ -11,7 +11,7 @@ import torch
 from surgeon.anatomy.anatomy import read_anatomy
 from surgeon.anatomy.config import positions_of
 from surgeon.checkpoint.source import Source, open_source, spec_of
-from surgeon.cost.estimate import Estimate, Workload, estimate, matmul_throughput
+from surgeon.cost.estimate import RunEstimate, Workload, estimate, matmul_throughput
 from surgeon.errors import PlanError
 from surgeon.gist.training import TWO_PASS, WithoutGist, gist_tokens, gists_of, implementation
 from surgeon.gist.views import EncoderDecoder
@@ -123,7 +123,7 @@ class Inputs:
         self.wait()
         return CachedTeacher(directory)
 
-    def estimate(self, directory: Path) -> Estimate:
+    def estimate(self, directory: Path) -> RunEstimate:
         """Return what the run will take. Reads the data, and of the model its headers."""
         settings, anatomy = self.settings, read_anatomy(spec_of(self.source))
         data = self.data(directory, None, None)

@@ -15,7 +15,7 @@ from surgeon.train.result import Training
 from surgeon.train.settings import Settings
 
 if TYPE_CHECKING:
-    from surgeon.cost.estimate import Estimate
+    from surgeon.cost.estimate import RunEstimate
     from surgeon.train.run_dir import Watcher
 
 
@@ -72,7 +72,7 @@ def estimate_finetune(
     revision: str | None = None,
     num_processes: int | None = None,
     **options: Any,
-) -> "Estimate":
+) -> "RunEstimate":
     """Return what `finetune` with these options would do: steps, tokens, memory, time. Trains and keeps nothing.
 
     `num_processes` are those that would train; None: as many as a launcher has started.
