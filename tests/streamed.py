@@ -11,8 +11,6 @@ from transformers import PreTrainedModel
 from surgeon.checkpoint.source import open_source
 from surgeon.models.streaming import StreamedModel
 
-DECODERS = tuple(name for name in toys.TOYS if name.partition("-")[0] not in ("t5", "bart", "bert", "roberta"))
-
 
 def stream(directory: Path, **options: Any) -> StreamedModel:
     """Return the checkpoint in a folder as a model that streams."""

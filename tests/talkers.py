@@ -1,12 +1,16 @@
 """Toys that can be evaluated: a checkpoint with a tokenizer of its own, and texts and records for it."""
 
+from __future__ import annotations
+
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import toys
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import PreTrainedTokenizerFast
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 TEXT = "The cat sat on the mat, and the rat sat on the cat; é🌿 — that was that.\n" * 12
 TEMPLATE = (
@@ -18,6 +22,8 @@ VOCABULARY = 300
 
 def tokenizer_of(text: str = TEXT, **options: Any) -> PreTrainedTokenizerFast:
     """Return a byte-level BPE trained on a text, which puts <s> before what it is given and <end> behind it."""
+    from transformers import PreTrainedTokenizerFast
+
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()

@@ -1,14 +1,17 @@
 """The importance of neurons, heads and channels is Minitron's, of what hooks on the plain model see."""
 
 import pytest
-import torch
 import toys
-from streamed import padded, plain, stream, tokens
+from later import LATER
 
-from surgeon.measure import scoring as score
-from surgeon.measure.activations import Activations
-from surgeon.measure.scoring import score_states
-from surgeon.models import streaming
+if LATER:
+    import torch
+    from streamed import padded, plain, stream, tokens
+
+    from surgeon.measure import scoring as score
+    from surgeon.measure.activations import Activations
+    from surgeon.measure.scoring import score_states
+    from surgeon.models import streaming
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

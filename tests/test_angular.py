@@ -3,15 +3,18 @@
 import math
 
 import pytest
-import torch
 import toys
-from streamed import padded, plain, plain_states, stream, tokens
+from later import LATER
 
-from surgeon.measure import removal
-from surgeon.measure import scoring as score
-from surgeon.measure.residual import Angular, distances, last_tokens
-from surgeon.measure.scoring import observe, score_states
-from surgeon.models.streaming import Batch
+if LATER:
+    import torch
+    from streamed import padded, plain, plain_states, stream, tokens
+
+    from surgeon.measure import removal
+    from surgeon.measure import scoring as score
+    from surgeon.measure.residual import Angular, distances, last_tokens
+    from surgeon.measure.scoring import observe, score_states
+    from surgeon.models.streaming import Batch
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -3,14 +3,19 @@
 import math
 
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import AutoConfig
-from transformers.models.gpt_neox.modeling_gpt_neox import GPTNeoXRotaryEmbedding
+from later import LATER
 
+from surgeon.anatomy.rotary import wider_head
 from surgeon.errors import PlanError
-from surgeon.transforms.axis_maps import append, grown_size, isometric_pad, rotary_places, tile, uneven, zero_pad
+from surgeon.transforms.grow import grown_size
+from surgeon.transforms.widths import append, isometric_pad, tile, uneven, zero_pad
+
+if LATER:
+    import torch
+    from transformers import AutoConfig
+    from transformers.models.gpt_neox.modeling_gpt_neox import GPTNeoXRotaryEmbedding
 
 SIZES = st.integers(1, 40)
 MORE = st.integers(0, 60)
@@ -74,8 +79,8 @@ def test_the_maps_are_what_they_are_called():
 
 
 def test_only_appended_positions_are_written_before_anyone_reads_them():
-    assert not append(2, 4).quiet
-    assert all(found.quiet for found in (tile(2, 2), isometric_pad(2, 4), zero_pad(2, 4), uneven(2, 3)))
+    assert not append(2, 4).zeroed
+    assert all(found.zeroed for found in (tile(2, 2), isometric_pad(2, 4), zero_pad(2, 4), uneven(2, 3)))
 
 
 # --- rotary heads ---------------------------------------------------------------------------------------------------
@@ -101,34 +106,34 @@ def test_old_frequencies_are_among_the_new_bit_for_bit(head_dim, share, times, s
     new = inverse_frequencies(head_dim * times, scaling, share)
     half = len(old)
 
-    halves = rotary_places(head_dim, 2 * half, times, "halves")
-    pairs = rotary_places(head_dim, 2 * half, times, "pairs")
+    halves = wider_head(head_dim, 2 * half, times, "halves")
+    pairs = wider_head(head_dim, 2 * half, times, "pairs")
 
     assert len(new) == times * half
     for j, i in enumerate(halves):
         if 0 <= i < 2 * half:
             assert j < 2 * times * half
-            assert new[j % (times * half)] == old[i % half]  # dim i turns with dim i + half
+            assert new[j % (times * half)] == old[i % half]  # dim i rotates with dim i + half
             assert (i < half) == (j < times * half)
     for j, i in enumerate(pairs):
         if 0 <= i < 2 * half:
-            assert new[j // 2] == old[i // 2]  # dim 2i turns with dim 2i + 1
+            assert new[j // 2] == old[i // 2]  # dim 2i rotates with dim 2i + 1
             assert i % 2 == j % 2
     assert sorted(i for i in halves if i >= 0) == sorted(i for i in pairs if i >= 0) == list(range(head_dim))
 
 
 def test_other_places_have_other_frequencies():
-    """What the test above would see: a head whose dims are appended turns each with a new frequency."""
+    """What the test above would see: a head whose dims are appended rotates each with a new frequency."""
     old, new = inverse_frequencies(64), inverse_frequencies(128)
 
     assert not torch.equal(new[:32], old)
     assert torch.equal(new[::2], old)
 
 
-def test_dims_that_do_not_turn_follow_those_that_do():
-    assert rotary_places(6, 4, 2, "halves") == (0, -1, 1, -1, 2, -1, 3, -1, 4, 5, -1, -1)
-    assert rotary_places(6, 4, 2, "pairs") == (0, 1, -1, -1, 2, 3, -1, -1, 4, 5, -1, -1)
-    assert rotary_places(3, 0, 2, "halves") == (0, 1, 2, -1, -1, -1)
+def test_dims_that_do_not_rotate_follow_those_that_do():
+    assert wider_head(6, 4, 2, "halves") == (0, -1, 1, -1, 2, -1, 3, -1, 4, 5, -1, -1)
+    assert wider_head(6, 4, 2, "pairs") == (0, 1, -1, -1, 2, 3, -1, -1, 4, 5, -1, -1)
+    assert wider_head(3, 0, 2, "halves") == (0, 1, 2, -1, -1, -1)
 
 
 # --- sizes ----------------------------------------------------------------------------------------------------------

@@ -8,10 +8,13 @@ import sys
 
 import pytest
 import talkers
+from later import LATER
 
 import surgeon
 from surgeon.errors import OutputError
-from surgeon.gist import saved
+
+if LATER:
+    from surgeon.gist import saved
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -3,12 +3,15 @@
 import json
 
 import pytest
-from transformers import AutoConfig
-from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+from later import LATER
 
 from surgeon.anatomy.config import follow_layers, layer_kinds
 from surgeon.anatomy.layer_rules import PLACE_BOUND, RULES, UNCUTTABLE
 from surgeon.errors import CheckpointError, PlanError
+
+if LATER:
+    from transformers import AutoConfig
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
 SLIDING, FULL = "sliding_attention", "full_attention"
 CUTS = [[0, 1, 2, 3], [1, 2, 5, 7], [0, 2, 4, 6], [7, 6, 5], [3], [0, 1, 2, 3, 4, 5, 6, 7], [2, 2, 3, 3]]

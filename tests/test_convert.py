@@ -1,5 +1,7 @@
 """Conversion of pickles and GGUF files to safetensors: the same numbers, nothing run, nothing left behind."""
 
+from __future__ import annotations
+
 import io
 import json
 import os
@@ -13,13 +15,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 import toys
-from safetensors.torch import load_file, save_file
+from later import LATER
 
 import surgeon
 from surgeon.checkpoint.formats.torch_file import read_torch_file
 from surgeon.errors import CheckpointError, OutputError
+
+if LATER:
+    import torch
+    from safetensors.torch import load_file, save_file
+
 
 # Families whose modules and files have the same names, so that a state dict is a checkpoint.
 FAMILIES = ["llama", "llama-tied", "gpt2", "opt", "opt-post-norm", "gemma2", "qwen3", "phi3", "olmo2"]
@@ -286,15 +292,15 @@ def test_a_pickle_with_a_payload_is_refused_and_not_run(legacy, toy, tmp_path):
 @pytest.mark.parametrize(
     ("value", "named"),
     [
-        ({"nested": torch.ones(2)}, "a dict under 'odd'"),
-        (torch.ones(2, 2).to_sparse(), "_rebuild_sparse_tensor"),
-        (torch.ones(2, dtype=torch.complex64).conj(), "marked"),
-        (torch.ones(2, dtype=torch.complex128), "ComplexDoubleStorage"),
-        (torch.nn.Linear(2, 2), "torch.nn.modules.linear.Linear"),
+        (lambda: {"nested": torch.ones(2)}, "a dict under 'odd'"),
+        (lambda: torch.ones(2, 2).to_sparse(), "_rebuild_sparse_tensor"),
+        (lambda: torch.ones(2, dtype=torch.complex64).conj(), "marked"),
+        (lambda: torch.ones(2, dtype=torch.complex128), "ComplexDoubleStorage"),
+        (lambda: torch.nn.Linear(2, 2), "torch.nn.modules.linear.Linear"),
     ],
 )
 def test_what_safetensors_cannot_hold_is_refused_by_name(value, named, toy, tmp_path):
-    source = pickled(tmp_path / "old", state_dict(toy("llama")) | {"odd": value}, config=toy("llama"))
+    source = pickled(tmp_path / "old", state_dict(toy("llama")) | {"odd": value()}, config=toy("llama"))
 
     with pytest.raises(CheckpointError, match=named):
         surgeon.convert(source)

@@ -1,5 +1,7 @@
 """Rows of tokens from documents, with tokenizers made on the spot."""
 
+from __future__ import annotations
+
 import hashlib
 import json
 import os
@@ -7,15 +9,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from later import LATER
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from surgeon.data.rows import Rows, digest, read_rows
 from surgeon.errors import DataError
 from surgeon.models.loading import load_tokenizer
+
+if LATER:
+    import torch
+    from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 TEXT = "The cat sat on the mat, and the rat sat on the cat; é🌿 — that was that.\n" * 12
 TEMPLATE = "{% for message in messages %}<{{ message.role }}>{{ message.content }}{% endfor %}"

@@ -5,19 +5,23 @@ import math
 from statistics import mean, stdev
 
 import pytest
-import torch
-from streamed import plain, stream
+from later import LATER
 from talkers import jsonl, talker, written
-from transformers import GenerationConfig
 
 import surgeon
 from surgeon.checkpoint.source import open_source
 from surgeon.errors import DataError, MeasureError, OutputError
-from surgeon.evals.choices import log_likelihoods, options_of, read_questions
-from surgeon.evals.generation import answer, load_whole
 from surgeon.evals.metrics import rouge_l
 from surgeon.evals.prompts import read_prompts
 from surgeon.models.loading import load_tokenizer
+
+if LATER:
+    import torch
+    from streamed import plain, stream
+    from transformers import GenerationConfig
+
+    from surgeon.evals.choices import log_likelihoods, options_of, read_questions
+    from surgeon.evals.generation import answer, load_whole
 
 RECORDS = [
     {"prompt": "The cat sat", "completion": "on the mat"},

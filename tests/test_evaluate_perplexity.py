@@ -5,20 +5,24 @@ import math
 from statistics import stdev
 
 import pytest
-import torch
 from handmade import edit_config
-from safetensors.torch import load_file, save_file
-from streamed import plain, stream
+from later import LATER
 from talkers import TEXT, jsonl, talker, tokenizer_of, written
 from tokenizers import normalizers
-from transformers import AutoModel
 
 import surgeon
 from surgeon.errors import CheckpointError, DataError, MeasureError, PlanError
-from surgeon.evals import perplexity as streaming
-from surgeon.evals.perplexity import pieces_of, row_losses, windows
 from surgeon.evals.stream import token_bytes
 from surgeon.models.loading import load_tokenizer
+
+if LATER:
+    import torch
+    from safetensors.torch import load_file, save_file
+    from streamed import plain, stream
+    from transformers import AutoModel
+
+    from surgeon.evals import perplexity as streaming
+    from surgeon.evals.perplexity import pieces_of, row_losses, windows
 
 CLOSE = 1e-6  # relative: float32 through six layers, in batches of other shapes
 

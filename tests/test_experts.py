@@ -4,17 +4,21 @@ import json
 import shutil
 from pathlib import Path
 
-import exact64
 import pytest
-import torch
 import toys
-from safetensors.torch import load_file
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+from later import LATER
 
 import surgeon
 from surgeon.anatomy.expert_forms import EXPERT_FORMS
 from surgeon.errors import PlanError
 from surgeon.surgery import open_model
+
+if LATER:
+    import exact64
+    import torch
+    from safetensors.torch import load_file
+    from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+
 
 # Qwen3-MoE has one kind of attention for all layers; the toy of Qwen3 has two.
 VARIANTS = {

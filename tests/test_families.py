@@ -5,9 +5,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import torch
 import toys
-from safetensors.torch import load_file, save_file
+from later import LATER
 
 import surgeon
 from surgeon.anatomy.anatomy import read_anatomy
@@ -16,6 +15,10 @@ from surgeon.anatomy.families import FAMILIES
 from surgeon.checkpoint.header import TensorSpec
 from surgeon.checkpoint.source import open_source, spec_of
 from surgeon.errors import CheckpointError, PlanError
+
+if LATER:
+    import torch
+    from safetensors.torch import load_file, save_file
 
 TABLED = [name for name in toys.TOYS if name.partition("-")[0] in FAMILIES]
 UNTABLED = [name for name in toys.TOYS if name not in TABLED]

@@ -7,12 +7,15 @@ from typing import Any
 
 import pytest
 import talkers
-import torch
 import toys
-from transformers import AutoModelForCausalLM
+from later import LATER
 
 import surgeon
 from surgeon.train.run_dir import read_metrics
+
+if LATER:
+    import torch
+    from transformers import AutoModelForCausalLM
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

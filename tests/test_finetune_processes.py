@@ -14,10 +14,13 @@ from pathlib import Path
 import pytest
 import talkers
 import toys
-from safetensors.torch import load_file
+from later import LATER
 
 from surgeon.train.checkpoints import check, checkpoints
 from surgeon.train.run_dir import read_metrics
+
+if LATER:
+    from safetensors.torch import load_file
 
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "surgeon"]
 SURGEON = ["-m", "surgeon"]

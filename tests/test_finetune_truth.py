@@ -12,11 +12,14 @@ from pathlib import Path
 
 import pytest
 import talkers
-import torch
+from later import LATER
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import surgeon
+
+if LATER:
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 NOUNS = ("duck", "newt", "yak", "bird", "cat")
 HELPERS = ("will", "can", "does")

@@ -5,12 +5,15 @@ from types import SimpleNamespace
 
 import pytest
 import talkers
-import torch
-from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
+from later import LATER
 
 import surgeon
 from surgeon.gist.layout import prompt_tokens, text_tokens
 from surgeon.gist.tokens import read_gist
+
+if LATER:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 PROMPT, TEXT = "The cat sat on the mat.", "\nthat was"

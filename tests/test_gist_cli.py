@@ -5,9 +5,12 @@ import json
 import pytest
 import talkers
 import toys
-from transformers import AutoTokenizer
+from later import LATER
 
 from surgeon.gist.tokens import read_gist
+
+if LATER:
+    from transformers import AutoTokenizer
 
 
 @pytest.fixture(scope="module")

@@ -1,12 +1,16 @@
 """A prompt to the states of a gist, and the proof that they replace it."""
 
 import pytest
-import torch
 import toys
-from gisted import GIST, PROMPT, compressed
+from later import LATER
 
 from surgeon.errors import DataError, VerificationError
-from surgeon.gist.compress import compress_ids
+
+if LATER:
+    import torch
+    from gisted import GIST, PROMPT, compressed
+
+    from surgeon.gist.compress import compress_ids
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

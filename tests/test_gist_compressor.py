@@ -1,5 +1,7 @@
 """Adapters that compress for a frozen reader: `--adapter` of compress and evaluate, and generate behind it."""
 
+from __future__ import annotations
+
 import json
 import shutil
 from pathlib import Path
@@ -7,20 +9,25 @@ from typing import Any
 
 import pytest
 import talkers
-import torch
-from transformers import AutoModelForCausalLM
+from later import LATER
 
 import surgeon
 from surgeon.errors import CheckpointError, PlanError
-from surgeon.evals.generation import load_whole
-from surgeon.evals.gist_answers import answer_losses, answers
-from surgeon.gist import saved
 from surgeon.gist.compressor import Compressor
-from surgeon.gist.records import FULL, GIST, NONE, read_forms
 from surgeon.gist.tokens import read_gist
 from surgeon.models.loading import load_tokenizer
 
-peft = pytest.importorskip("peft")
+if LATER:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from surgeon.evals.generation import load_whole
+    from surgeon.evals.gist_answers import answer_losses, answers
+    from surgeon.gist import saved
+    from surgeon.gist.records import FULL, GIST, NONE, read_forms
+
+    peft = pytest.importorskip("peft")
+
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 PROMPT = "The cat sat on the mat"

@@ -1,13 +1,16 @@
 """What a prompt costs: operations from a config alone, and the table of the three ways to use it."""
 
 import pytest
-import torch
 import toys
-from gisted import GIST, PROMPT, compressed
-from torch.utils.flop_counter import FlopCounterMode
-from transformers import AutoConfig
+from later import LATER
 
-from surgeon.gist.cost import flops, measure, meta_model
+if LATER:
+    import torch
+    from gisted import GIST, PROMPT, compressed
+    from torch.utils.flop_counter import FlopCounterMode
+    from transformers import AutoConfig
+
+    from surgeon.gist.cost import flops, measure, meta_model
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

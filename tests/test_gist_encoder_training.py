@@ -1,33 +1,39 @@
 """Gist training of encoder-decoders: a row as the encoder and the decoder see it, and what runs of it leave behind."""
 
+from __future__ import annotations
+
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import talkers
-import torch
 import toys
-from torch import Tensor, nn
-from transformers import AutoModelForSeq2SeqLM, DynamicCache
-from transformers.modeling_outputs import BaseModelOutput
+from later import LATER
 
 import surgeon
 from surgeon.data.records import document
 from surgeon.errors import MeasureError, PlanError
-from surgeon.gist.attention import EncoderDecoder
-from surgeon.gist.compress import compress_ids, encoded_behind
 from surgeon.gist.layout import TEXT, prompt_tokens, text_tokens
-from surgeon.gist.probes import gist_slice
-from surgeon.gist.records import Gists, gist_examples
-from surgeon.gist.states import encode
 from surgeon.gist.tokens import read_gist
-from surgeon.gist.training import WithoutGist
 from surgeon.models.loading import load_tokenizer
-from surgeon.models.split import SplitModel
-from surgeon.train.losses import kl
-from surgeon.train.objective import Objective, attach_loss, detach_loss
 from surgeon.train.run_dir import read_metrics
+
+if LATER:
+    import torch
+    from torch import Tensor, nn
+    from transformers import AutoModelForSeq2SeqLM, DynamicCache
+    from transformers.modeling_outputs import BaseModelOutput
+
+    from surgeon.gist.attention import EncoderDecoder
+    from surgeon.gist.compress import compress_ids, encoded_behind
+    from surgeon.gist.probes import gist_slice
+    from surgeon.gist.records import Gists, gist_examples
+    from surgeon.gist.states import encode
+    from surgeon.gist.training import WithoutGist
+    from surgeon.models.split import SplitModel
+    from surgeon.train.losses import kl
+    from surgeon.train.objective import Objective, attach_loss, detach_loss
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -3,14 +3,27 @@
 import shutil
 
 import pytest
-import torch
 import toys
-from transformers import masking_utils
-from transformers.masking_utils import create_masks_for_generate
+from later import LATER
 
 from surgeon.errors import DataError, PlanError
-from surgeon.gist.masks import AFTER, GIST, PROMPT, cross_mask, document_numbers, encoder_mask, gist_masks, gist_phases
-from surgeon.gist.states import encode
+
+if LATER:
+    import torch
+    from transformers import masking_utils
+    from transformers.masking_utils import create_masks_for_generate
+
+    from surgeon.gist.masks import (
+        AFTER,
+        GIST,
+        PROMPT,
+        cross_mask,
+        document_numbers,
+        encoder_mask,
+        gist_masks,
+        gist_phases,
+    )
+    from surgeon.gist.states import encode
 
 G = 130  # the id of the gist token
 ROW = [7, 8, 9, G, G, 4, 5]  # prompt 3, gist 2, input 2
@@ -171,7 +184,8 @@ def test_flex_attention_gets_a_mask_of_its_own_that_says_the_same(model):
     assert block.to_dense()[0, 0].tolist() == [[1, 0], [1, 1]]
 
 
-FLEX_ROW = [*drawn(150), G, G, *drawn(60, seed=1)]  # two blocks of 128
+if LATER:
+    FLEX_ROW = [*drawn(150), G, G, *drawn(60, seed=1)]  # two blocks of 128
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma3_text", "mistral", "qwen3"])
@@ -210,7 +224,8 @@ def test_a_model_with_kinds_of_layers_gets_a_mask_for_each(model):
 
 # --- packing and padding ----------------------------------------------------------------------------------------
 
-TASKS = [[*drawn(9), G, G, *drawn(6, seed=1)], [*drawn(4, seed=2), G, *drawn(7, seed=3)], drawn(5, seed=4)]
+if LATER:
+    TASKS = [[*drawn(9), G, G, *drawn(6, seed=1)], [*drawn(4, seed=2), G, *drawn(7, seed=3)], drawn(5, seed=4)]
 
 
 def packed():

@@ -5,15 +5,19 @@ import shutil
 from pathlib import Path
 
 import pytest
-import torch
 import toys
-from transformers import AutoConfig, AutoModelForCausalLM
+from later import LATER
 
 from surgeon.errors import MeasureError
-from surgeon.gist import architecture, support
 from surgeon.gist.architecture import refusal
-from surgeon.gist.probes import Differences
-from surgeon.gist.support import check_checkpoint, check_support
+
+if LATER:
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from surgeon.gist import architecture, support
+    from surgeon.gist.probes import Differences
+    from surgeon.gist.support import check_checkpoint, check_support
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

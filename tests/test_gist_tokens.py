@@ -6,11 +6,9 @@ import shutil
 import handmade
 import pytest
 import talkers
-import torch
 import toys
-from safetensors.torch import load_file
+from later import LATER
 from tokenizers import Tokenizer, models
-from transformers import AutoTokenizer, PreTrainedTokenizerFast, T5Tokenizer
 
 import surgeon
 from surgeon.anatomy.anatomy import read_anatomy
@@ -19,6 +17,11 @@ from surgeon.checkpoint.tokenizer_files import add_to_tokenizer, suppress
 from surgeon.errors import CheckpointError, PlanError
 from surgeon.gist.tokens import GistTokens, read_gist
 from surgeon.transforms.vocabulary import add_tokens, vocabulary_dims
+
+if LATER:
+    import torch
+    from safetensors.torch import load_file
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast, T5Tokenizer
 
 KNOWN = 290  # tokens of the tokenizer of a talker
 
@@ -448,7 +451,7 @@ def test_shapes_that_do_not_tell_the_vocabulary_are_refused(name, vocabulary, te
     toys.build(name, tmp_path / name, vocab_size=vocabulary)
     anatomy = read_anatomy(spec_of(LocalSource(tmp_path / name, name)))
 
-    with pytest.raises(PlanError, match=f"{tensor}.* which of it counts tokens is not known"):
+    with pytest.raises(PlanError, match=f"{tensor}.* it is not known which dimension counts tokens"):
         add_tokens(anatomy, [vocabulary])
 
 

@@ -21,32 +21,38 @@ from contextlib import contextmanager
 
 import pytest
 import talkers
-import torch
 import toys
-from gisted import GIST, NUM_TOKENS, PROMPT, TEXTS, WRITE, compressed, prompt_of, written_by_mask
-from transformers import AutoTokenizer, DynamicCache
+from later import LATER
 
 import surgeon
 from surgeon.data.records import document
 from surgeon.errors import DataError, PlanError
-from surgeon.gist import compress
-from surgeon.gist.compress import compress_ids, continued
-from surgeon.gist.masks import cross_mask, encoder_mask, gist_masks, gist_phases
-from surgeon.gist.probes import relative_difference
-from surgeon.gist.records import Gists, gist_examples
 from surgeon.gist.settings import GistSettings
-from surgeon.gist.states import GistStates, encode
-from surgeon.gist.support import check_support
 from surgeon.gist.tokens import GistTokens
 from surgeon.train.settings import Settings
 
+if LATER:
+    import torch
+    from gisted import GIST, NUM_TOKENS, PROMPT, TEXTS, WRITE, compressed, prompt_of, written_by_mask
+    from transformers import AutoTokenizer, DynamicCache
+
+    from surgeon.gist import compress
+    from surgeon.gist.compress import compress_ids, continued
+    from surgeon.gist.masks import cross_mask, encoder_mask, gist_masks, gist_phases
+    from surgeon.gist.probes import relative_difference
+    from surgeon.gist.records import Gists, gist_examples
+    from surgeon.gist.states import GistStates, encode
+    from surgeon.gist.support import check_support
+
+    ROW = torch.tensor([[*PROMPT, GIST, GIST, *TEXTS[0].tolist()]])
+    BEHIND = slice(len(PROMPT) + 2, None)
+    ANSWER = torch.tensor([[0, 5, 6]])
+    BY_HAND = WRITE | {"suppress_tokens": [GIST]}
+
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-ROW = torch.tensor([[*PROMPT, GIST, GIST, *TEXTS[0].tolist()]])
-BEHIND = slice(len(PROMPT) + 2, None)
 # float32 rounding of logits of order 1, where matrices of another shape are multiplied: measured up to 3e-6.
 ROUNDING = 1e-5
-BY_HAND = WRITE | {"suppress_tokens": [GIST]}
 
 
 @pytest.fixture(scope="module")
@@ -194,10 +200,10 @@ def hidden_from(model, queries, keys):
 @pytest.mark.parametrize(
     ("name", "options", "dtype", "is_exact"),
     [
-        ("bloom", {}, torch.float32, True),
-        ("bloom", {}, torch.bfloat16, False),
+        ("bloom", {}, "float32", True),
+        ("bloom", {}, "bfloat16", False),
         # Slopes that are no powers of 2, as all but a few numbers of heads have them.
-        ("falcon-alibi", {"num_attention_heads": 10}, torch.float32, False),
+        ("falcon-alibi", {"num_attention_heads": 10}, "float32", False),
     ],
     ids=["bloom in float32", "bloom in bfloat16", "falcon"],
 )
@@ -205,7 +211,7 @@ def test_a_bias_that_is_rounded_where_a_token_stands_is_another_without_the_prom
     name, options, dtype, is_exact, tmp_path
 ):
     """Falcon has its ALiBi in bfloat16 always, Bloom in the model's dtype; both count places from what is cached."""
-    model = toys.load(toys.build(name, tmp_path / "toy", **options), dtype=dtype)[0]
+    model = toys.load(toys.build(name, tmp_path / "toy", **options), dtype=getattr(torch, dtype))[0]
     before = torch.tensor([[*PROMPT * 36, GIST, GIST]])
     row, end = torch.cat([before, TEXTS[:1]], 1), before.shape[1]
 
@@ -391,8 +397,6 @@ def test_activation_checkpointing_empties_the_cache_between_two_passes_in_silenc
 
 
 # --- an encoder and a decoder -------------------------------------------------------------------------------------
-
-ANSWER = torch.tensor([[0, 5, 6]])
 
 
 def decoded(t5, states, seen):

@@ -3,14 +3,17 @@
 import json
 
 import pytest
-import torch
 import toys
-from exact64 import CLOSE, EXACT, build64, difference, logits32, logits64, original32, original64
-from safetensors.torch import load_file
+from later import LATER
 
 import surgeon
 from surgeon.errors import PlanError
 from surgeon.surgery import open_model
+
+if LATER:
+    import torch
+    from exact64 import CLOSE, EXACT, build64, difference, logits32, logits64, original32, original64
+    from safetensors.torch import load_file
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

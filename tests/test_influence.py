@@ -4,12 +4,15 @@ import math
 from itertools import pairwise
 
 import pytest
-import torch
-from streamed import padded, plain, plain_states, stream, tokens
+from later import LATER
 
-from surgeon.measure.residual import Influence
-from surgeon.measure.scoring import score_states
-from surgeon.models.streaming import Batch
+if LATER:
+    import torch
+    from streamed import padded, plain, plain_states, stream, tokens
+
+    from surgeon.measure.residual import Influence
+    from surgeon.measure.scoring import score_states
+    from surgeon.models.streaming import Batch
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

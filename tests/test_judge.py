@@ -1,5 +1,7 @@
 """Pairs of answers judged by a local model: what its verdicts come to, what it is asked, and how it is read."""
 
+from __future__ import annotations
+
 import json
 import math
 from pathlib import Path
@@ -8,8 +10,7 @@ from typing import Any
 
 import pytest
 import talkers
-import torch
-from streamed import plain
+from later import LATER
 from tokenizers import Regex, normalizers
 
 import surgeon
@@ -17,6 +18,10 @@ from surgeon.checkpoint.source import open_source
 from surgeon.errors import DataError, MeasureError, PlanError
 from surgeon.evals.judge import ASK, LABELS, Case, Judge, likelihoods, read_cases
 from surgeon.evals.verdicts import FIRST, LOSS, NEITHER, SECOND, TIE, WIN, Judgement, Verdict
+
+if LATER:
+    import torch
+    from streamed import plain
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -48,23 +53,25 @@ def partial_to(directory: Path, letter: str) -> Path:
     return directory
 
 
-class Reader(torch.nn.Module):
-    """A model that finds the letter likeliest of the answer that has a word and the other lacks, C where none does."""
+if LATER:
 
-    def __init__(self, tokenizer: Any, word: str) -> None:
-        super().__init__()
-        self.tokenizer, self.word, self.device = tokenizer, word, torch.device("cpu")
-        self.batches: list[list[list[int]]] = []
+    class Reader(torch.nn.Module):
+        """A model that prefers the letter of the one answer that has a word, and C where both have it or neither."""
 
-    def forward(self, ids: torch.Tensor, use_cache: bool, logits_to_keep: torch.Tensor) -> Any:
-        self.batches.append(ids.tolist())
-        logits = torch.zeros(*ids.shape, talkers.VOCABULARY)
-        for row, text in enumerate(self.tokenizer.batch_decode(ids)):
-            first, second = text.split("Answer A:")[1].split("Which answer")[0].split("Answer B:")
-            has = self.word in first, self.word in second
-            letter = {(True, False): "A", (False, True): "B"}.get(has, "C")
-            logits[row, :, self.tokenizer.convert_tokens_to_ids(letter)] = 5.0
-        return SimpleNamespace(logits=logits[:, logits_to_keep])
+        def __init__(self, tokenizer: Any, word: str) -> None:
+            super().__init__()
+            self.tokenizer, self.word, self.device = tokenizer, word, torch.device("cpu")
+            self.batches: list[list[list[int]]] = []
+
+        def forward(self, ids: torch.Tensor, use_cache: bool, logits_to_keep: torch.Tensor) -> Any:
+            self.batches.append(ids.tolist())
+            logits = torch.zeros(*ids.shape, talkers.VOCABULARY)
+            for row, text in enumerate(self.tokenizer.batch_decode(ids)):
+                first, second = text.split("Answer A:")[1].split("Which answer")[0].split("Answer B:")
+                has = self.word in first, self.word in second
+                letter = {(True, False): "A", (False, True): "B"}.get(has, "C")
+                logits[row, :, self.tokenizer.convert_tokens_to_ids(letter)] = 5.0
+            return SimpleNamespace(logits=logits[:, logits_to_keep])
 
 
 @pytest.fixture(scope="module")

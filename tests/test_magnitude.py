@@ -3,13 +3,18 @@
 import json
 
 import pytest
-import torch
 import toys
-from safetensors.torch import load_file, save_file
+from later import LATER
 
 from surgeon.checkpoint.source import open_source
 from surgeon.errors import MeasureError, PlanError
-from surgeon.measure.magnitude import layer_magnitudes, width_magnitudes
+
+if LATER:
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    from surgeon.measure import magnitude
+    from surgeon.measure.magnitude import layer_magnitudes, width_magnitudes
 
 KV, GROUP, DIM = 2, 4, 10  # of toys with grouped keys; the others have 8 heads, each a key-value head of its own
 EXACT = {"rtol": 1e-12, "atol": 0}  # sums in float64 over float32 numbers, in another order
@@ -279,11 +284,11 @@ def test_a_family_without_a_table_has_no_widths(toy):
         widths(toy("bloom"))
 
 
-@pytest.mark.parametrize("measure", [layer_magnitudes, width_magnitudes])
+@pytest.mark.parametrize("measure", ["layer_magnitudes", "width_magnitudes"])
 def test_a_quantized_checkpoint_is_refused(measure, tmp_path):
     directory = toys.build("llama", tmp_path / "toy")
     path = directory / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"quantization_config": {"quant_method": "gptq"}}))
 
     with pytest.raises((MeasureError, PlanError), match="quantized"):
-        measure(open_source(str(directory)))
+        getattr(magnitude, measure)(open_source(str(directory)))

@@ -7,12 +7,11 @@ from functools import cache
 from itertools import product
 
 import pytest
-import torch
 import toys
-from exact64 import EXACT, Exact64, build64, difference, load64, logits, logits32, logits64
-from safetensors.torch import load_file, save_file
+from later import LATER
 
 import surgeon
+from surgeon.anatomy.anatomy import written_and_read
 from surgeon.anatomy.axes import Axis, Sum, axes_of, parse, survivors
 from surgeon.errors import PlanError
 from surgeon.plan.plan import Affine
@@ -20,7 +19,11 @@ from surgeon.surgery import Surgery, open_model
 from surgeon.transforms.layers import keep_layers
 from surgeon.transforms.narrow import Kept, layers_with, narrow
 from surgeon.transforms.uniform import uniform, uniform_head_dim
-from surgeon.transforms.widen import dims
+
+if LATER:
+    import torch
+    from exact64 import EXACT, Exact64, build64, difference, load64, logits, logits32, logits64
+    from safetensors.torch import load_file, save_file
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -151,7 +154,7 @@ def silent(source, directory, kept, *, fill_mean=True):
     wide_norms = any("kv_heads" in axes_of(dim) for row in anatomy.family.norm.values() for dim in row.axes)
     for name, value in tensors.items():
         row, _ = anatomy.row(name)
-        write, read = dims(row)
+        write, read = written_and_read(row)
         for dim, stay in enumerate(left(anatomy, kept, name)):
             gone = sorted(set(range(value.shape[dim])) - set(stay))
             axes = axes_of(row.axes[dim])
@@ -187,7 +190,7 @@ def never_chosen(anatomy, tensors, kept):
     channel = 0 if kept.hidden is None else kept.hidden[0]
     for name, value in tensors.items():
         row, part = anatomy.row(name)
-        write, _ = dims(row)
+        write, _ = written_and_read(row)
         if row.kind == "embedding":
             value[..., channel] = 3.0
         elif row.kind == "gain" and axes_of(row.axes[-1]) == {"hidden"}:
@@ -253,7 +256,8 @@ def of(name):
     return logits_without_epsilon if name in ONE_EPSILON else logits64
 
 
-before64, before64_without_epsilon, before32 = cache(logits64), cache(logits_without_epsilon), cache(logits32)
+if LATER:
+    before64, before64_without_epsilon, before32 = cache(logits64), cache(logits_without_epsilon), cache(logits32)
 
 
 def before(name, directory):
@@ -408,7 +412,7 @@ def test_channels_of_zero_still_move_the_mean_that_layer_norms_subtract(name, to
 
     assert difference(logits_without_epsilon(cut), logits_without_epsilon(source)) > WRONG
     model = open_model(source)
-    (note,) = narrow(model.anatomy, kept).notes
+    (note,) = narrow(model.anatomy, kept).all_notes
     assert note.startswith("approximate: norms")
     assert note.endswith("held the mean")
 
@@ -457,17 +461,17 @@ def test_shares_of_all_experts_are_approximate(norm_topk_prob, tmp_path):
 
     anatomy = open_model(source).anatomy
 
-    notes = narrow(anatomy, drawn(anatomy, ("experts",))).notes
+    notes = narrow(anatomy, drawn(anatomy, ("experts",))).all_notes
     assert [note[:37] for note in notes] == ([] if norm_topk_prob else ["approximate: the weights of a token's"])
 
 
 def test_sizes_that_the_kernel_for_experts_refuses_are_told(toy64):
     anatomy = open_model(toy64("mixtral")).anatomy
 
-    (note,) = narrow(anatomy, drawn(anatomy, ("ffn",))).notes
+    (note,) = narrow(anatomy, drawn(anatomy, ("ffn",))).all_notes
 
     assert "multiples of 8, and 37 is none" in note
-    assert not narrow(anatomy, Kept(ffn={layer: tuple(range(40)) for layer in range(6)})).notes
+    assert not narrow(anatomy, Kept(ffn={layer: tuple(range(40)) for layer in range(6)})).all_notes
 
 
 # --- smaller heads -------------------------------------------------------------------------------------------------
@@ -494,7 +498,7 @@ def test_dims_of_a_head_that_hold_nothing_can_go(name, tmp_path):
     cut = narrowed(source, tmp_path / "narrow", kept)
 
     assert difference(logits_without_epsilon(cut), logits_without_epsilon(source)) <= EXACT
-    assert not [note for note in narrow(open_model(source).anatomy, kept).notes if "attention logits" in note]
+    assert not [note for note in narrow(open_model(source).anatomy, kept).all_notes if "attention logits" in note]
 
 
 @pytest.mark.parametrize("name", DIVIDED)
@@ -504,7 +508,7 @@ def test_where_logits_are_divided_by_the_root_of_a_heads_size_only_that_is_left(
 
     cut = narrowed(source, tmp_path / "narrow", kept)
 
-    assert "approximate: attention logits" in str(narrow(open_model(source).anatomy, kept).notes)
+    assert "approximate: attention logits" in str(narrow(open_model(source).anatomy, kept).all_notes)
     assert difference(logits_without_epsilon(cut), logits_without_epsilon(source)) > WRONG
     assert difference(logits_without_epsilon(cut, head_dim=12), logits_without_epsilon(source)) <= EXACT
 

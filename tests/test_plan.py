@@ -3,15 +3,13 @@
 import json
 
 import pytest
-import torch
 import toys
-from safetensors.torch import load_file, save_file
+from later import LATER
 
 import surgeon
 from surgeon.checkpoint.header import CheckpointSpec, TensorSpec, read_header
 from surgeon.checkpoint.source import ranges_by_file, spec_of, stored
 from surgeon.errors import PlanError
-from surgeon.plan.arithmetic import Arithmetic
 from surgeon.plan.execute import peak_memory
 from surgeon.plan.plan import (
     Add,
@@ -32,6 +30,12 @@ from surgeon.plan.plan import (
     substitute,
 )
 from surgeon.surgery import Surgery, open_model, parse_size
+
+if LATER:
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    from surgeon.plan.arithmetic import Arithmetic
 
 SPEC = CheckpointSpec({"model_type": "toy"}, {"a": TensorSpec("BF16", (4, 6)), "ids": TensorSpec("I64", (3,))})
 

@@ -1,5 +1,7 @@
 """Pictures: real files of the size asked for, which show what was measured and what went."""
 
+from __future__ import annotations
+
 import math
 import sys
 import warnings
@@ -7,14 +9,17 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import matplotlib.image
-import numpy as np
 import pytest
+from later import LATER
 
 from surgeon.errors import OutputError, PlanError
 from surgeon.measure.record import Scores
 from surgeon.plots import pruning as plots
 from surgeon.plots.figure import require_matplotlib
+
+if LATER:
+    import matplotlib.image
+    import numpy as np
 
 MATRIX = [[None if e <= s else 0.1 * (e - s) + 0.01 * s for e in range(5)] for s in range(4)]
 RED, BLUE = (1.0, 0.0, 0.0), (0.122, 0.467, 0.706)  # the dot of what went; tab:blue

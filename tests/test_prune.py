@@ -8,12 +8,10 @@ from functools import cache
 from pathlib import Path
 
 import pytest
-import torch
 import toys
 from handmade import checkpoint
-from safetensors.torch import load_file
+from later import LATER
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 import surgeon
 from surgeon.anatomy.families import FAMILIES
@@ -24,6 +22,11 @@ from surgeon.measure.record import Scores, read_scores
 from surgeon.surgery import open_model
 from surgeon.transforms.choose import CRITERIA, choose_layers
 from surgeon.transforms.uniform import uniform
+
+if LATER:
+    import torch
+    from safetensors.torch import load_file
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -13,15 +13,18 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
-import matplotlib.image
 import pytest
 import toys
 from handmade import checkpoint, snapshot
+from later import LATER
 from test_prune import BY_HAND, GONE, bypassed, give_tokenizer, loaded, record, words
 
 import surgeon
 from surgeon.measure.record import read_scores
 from surgeon.transforms.scores import METHODS
+
+if LATER:
+    import matplotlib.image
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

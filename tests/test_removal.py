@@ -5,18 +5,22 @@ import weakref
 from itertools import combinations
 
 import pytest
-import torch
 import toys
 from hypothesis import given
 from hypothesis import strategies as st
-from streamed import mean_loss, padded, plain, stream, tokens
+from later import LATER
 
 from surgeon.checkpoint.source import open_source
 from surgeon.errors import MeasureError
-from surgeon.measure import removal
-from surgeon.measure import scoring as score
-from surgeon.measure.removal import greedy, groups, losses_without, one_by_one, perplexities
-from surgeon.measure.scoring import perplexity, removal_curve, score_states
+
+if LATER:
+    import torch
+    from streamed import mean_loss, padded, plain, stream, tokens
+
+    from surgeon.measure import removal
+    from surgeon.measure import scoring as score
+    from surgeon.measure.removal import greedy, groups, losses_without, one_by_one, perplexities
+    from surgeon.measure.scoring import perplexity, removal_curve, score_states
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -121,10 +125,10 @@ def test_padding_is_neither_read_nor_predicted(side, toy):
         assert loss == pytest.approx(total / sum(length - 1 for length in lengths), abs=CLOSE)
 
 
-@pytest.mark.parametrize("ids", [tokens(3, 1), tokens(0, 5)])
-def test_a_text_that_predicts_nothing_is_refused(ids, toy):
+@pytest.mark.parametrize(("rows", "length"), [(3, 1), (0, 5)])
+def test_a_text_that_predicts_nothing_is_refused(rows, length, toy):
     with pytest.raises(MeasureError, match="predicts nothing"):
-        losses_without(stream(toy("llama")), ids, [frozenset()])
+        losses_without(stream(toy("llama")), tokens(rows, length), [frozenset()])
 
 
 # --- one layer at a time --------------------------------------------------------------------------------------

@@ -1,14 +1,17 @@
 """The importance of experts is REAP's, expert by expert from the stored matrices; watching changes no output."""
 
 import pytest
-import torch
 import toys
-from safetensors.torch import load_file
-from streamed import padded, plain, stream, tokens
-from torch.nn.functional import silu, softmax
+from later import LATER
 
-from surgeon.measure.routing import Routing
-from surgeon.measure.scoring import observe, score_states
+if LATER:
+    import torch
+    from safetensors.torch import load_file
+    from streamed import padded, plain, stream, tokens
+    from torch.nn.functional import silu, softmax
+
+    from surgeon.measure.routing import Routing
+    from surgeon.measure.scoring import observe, score_states
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -4,14 +4,18 @@ import json
 import math
 
 import pytest
-import torch
 import toys
-from streamed import tokens
+from later import LATER
 
 from surgeon.checkpoint.source import open_source
 from surgeon.errors import MeasureError
 from surgeon.measure.record import Scores, check_model, read_scores
-from surgeon.measure.scoring import score
+
+if LATER:
+    import torch
+    from streamed import tokens
+
+    from surgeon.measure.scoring import score
 
 DEPTH = 3
 SCORES = Scores(

@@ -5,14 +5,19 @@ import json
 import weakref
 
 import pytest
-import torch
 import toys
-from safetensors.torch import load_file, save_file
-from streamed import DECODERS, padded, plain, plain_states, real_parameters, stream, streamed_states, tokens
-from transformers import AutoConfig, AutoModelForCausalLM
+from later import LATER
+from toys import DECODERS
 
 from surgeon.errors import CheckpointError, MeasureError
-from surgeon.models import streaming
+
+if LATER:
+    import torch
+    from safetensors.torch import load_file, save_file
+    from streamed import padded, plain, plain_states, real_parameters, stream, streamed_states, tokens
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from surgeon.models import streaming
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -2,10 +2,13 @@
 
 import pytest
 import toys
-from streamed import mean_loss, plain, real_parameters, stream, tokens
+from later import LATER
 
-from surgeon.measure.taylor import taylor
-from surgeon.models import streaming
+if LATER:
+    from streamed import mean_loss, plain, real_parameters, stream, tokens
+
+    from surgeon.measure.taylor import taylor
+    from surgeon.models import streaming
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -12,19 +12,24 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import numpy as np
 import pytest
 from handmade import CONFIG, llama
+from later import LATER
 
 from surgeon.checkpoint.header import format_header, read_header
 from surgeon.errors import OutputError, SurgeonError
 from surgeon.train import checkpoints
 from surgeon.train.checkpoints import MANIFEST, DamagedCheckpointError, check, newest, rotate
 
-NUMPY = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": np.uint16}
+if LATER:
+    import numpy as np
+
+NUMPY = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "uint16"}
 
 
 def write_weights(path: Path, *, dtype: str = "F32", without: str | None = None) -> None:
+    import numpy as np  # here, for the runs that are killed import this file too
+
     tensors = {name: spec for name, spec in llama(dtype=dtype).items() if name != without}
     numbers = (np.full(spec.num_parameters, 1, NUMPY[dtype]).tobytes() for spec in tensors.values())
     path.write_bytes(format_header(tensors) + b"".join(numbers))

@@ -1,14 +1,18 @@
 """What ends a run: patience, which a resume remembers, and SIGTERM, which asks first."""
 
+from __future__ import annotations
+
 import os
 import signal
 import time
 from types import SimpleNamespace
 
 import pytest
+from later import LATER
 
-from surgeon.train import trainer as control
-from surgeon.train.trainer import Control, Stop, stops_at_sigterm
+if LATER:
+    from surgeon.train import trainer as control
+    from surgeon.train.trainer import Control, Stop, stops_at_sigterm
 
 
 def evaluated(judge: Control, *losses: float) -> list[bool]:

@@ -1,5 +1,7 @@
 """Pictures of runs, and `surgeon plot`: what is drawn, what a mistake gets."""
 
+from __future__ import annotations
+
 import json
 import math
 import sys
@@ -7,15 +9,18 @@ import warnings
 from collections.abc import Iterable
 from pathlib import Path
 
-import matplotlib.image
-import numpy as np
 import pytest
 import typer
+from later import LATER
 
 from surgeon.cli.plot import plot
 from surgeon.errors import DataError, OutputError, PlanError
 from surgeon.plots.training import names, plot_losses, series, smoothed
 from surgeon.train.run_dir import METRICS, EvalReport, MetricsLog, read_metrics
+
+if LATER:
+    import matplotlib.image
+    import numpy as np
 
 BLUE, ORANGE = (0.122, 0.467, 0.706), (1.0, 0.498, 0.055)  # the colours of the first run and the second
 

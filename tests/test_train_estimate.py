@@ -1,21 +1,27 @@
 """Estimates: activations are what autograd keeps, parameters what PEFT adds, and the sums are those of the parts."""
 
+from __future__ import annotations
+
 import json
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import torch
-from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from later import LATER
 
 from surgeon.anatomy.anatomy import Anatomy, read_anatomy
 from surgeon.checkpoint.source import open_source, spec_of
 from surgeon.cost.estimate import Memory, Workload, estimate, lora_parameters, matmul_throughput, memory
 from surgeon.cost.flops import flops_per_token, multiplied_parameters
-from surgeon.cost.memory import LOGITS, Batch, activation_bytes, loss_bytes
+from surgeon.cost.memory import LOGITS, BatchShape, activation_bytes, loss_bytes
 from surgeon.text import duration
-from surgeon.train.losses import chunk_rows
+
+if LATER:
+    import torch
+    from torch import Tensor
+    from transformers import AutoModelForCausalLM, PreTrainedModel
+
+    from surgeon.train.losses import chunk_rows
 
 ROWS, TOKENS = 2, 48
 ALIKE = ("llama", "llama-tied", "gpt2", "gpt_neox", "opt", "gemma", "gemma2", "qwen2", "qwen3", "phi3", "olmo2")
@@ -64,8 +70,8 @@ def kept(model: PreTrainedModel, *, precision: str, packed: bool) -> int:
     return sum(storages.values())
 
 
-def batch(precision: str, *, packed: bool = False) -> Batch:
-    return Batch(
+def batch(precision: str, *, packed: bool = False) -> BatchShape:
+    return BatchShape(
         rows=ROWS,
         row_tokens=TOKENS,
         precision=precision,  # type: ignore[arg-type]
@@ -121,7 +127,7 @@ def test_the_loss_never_holds_more_than_a_chunk(toy):
     anatomy = anatomy_of(toy("llama"))
     vocab, hidden = anatomy.sizes["vocab"], anatomy.sizes["hidden"]
     options = {"is_head_trained": False, "with_teacher": False}
-    long = Batch(rows=64, row_tokens=1 << 16, precision="float32")
+    long = BatchShape(rows=64, row_tokens=1 << 16, precision="float32")
 
     assert chunk_rows(32_000) * 32_000 <= LOGITS < (chunk_rows(32_000) + 64) * 32_000  # what losses.py makes of it
     assert loss_bytes(anatomy, batch("float32"), **options) == ROWS * TOKENS * (8 * vocab + 4 * hidden)

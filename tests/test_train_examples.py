@@ -6,9 +6,9 @@ from itertools import pairwise
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from later import LATER
 from talkers import TEMPLATE, TEXT, jsonl, tokenizer_of
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
 
 import surgeon.train.examples as module
 from surgeon.data.documents import documents
@@ -17,6 +17,9 @@ from surgeon.data.rows import encode
 from surgeon.errors import DataError
 from surgeon.evals.prompts import read_prompts
 from surgeon.train.examples import Example, examples
+
+if LATER:
+    from transformers import PreTrainedTokenizerFast
 
 BOS, EOS = 1, 2
 CHAT = [

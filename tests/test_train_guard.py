@@ -1,8 +1,11 @@
 """The memorisation guard: silent where a model learns, and in words, once, where it learns by heart."""
 
 import pytest
+from later import LATER
 
-from surgeon.train.reporter import Guard
+if LATER:
+    from surgeon.train.reporter import Guard
+
 
 # What a small model did in 600 steps on 300 lines of question formation: it learned them by heart.
 MEMORISED = [(0, 4.6, 4.6), (100, 1.4, 1.5), (200, 1.0, 1.47), (400, 0.5, 1.89), (600, 0.3, 1.98)]

@@ -1,14 +1,19 @@
 """Losses in chunks: the same sums and gradients as with whole logits."""
 
+from __future__ import annotations
+
 from itertools import pairwise
 
 import pytest
-import torch
-from torch import Tensor
-from torch.nn import functional
+from later import LATER
 
-from surgeon.train import losses
-from surgeon.train.losses import chunk_rows, chunked, hidden_loss, kl, linear_cross_entropy, top_k_kl
+if LATER:
+    import torch
+    from torch import Tensor
+    from torch.nn import functional
+
+    from surgeon.train import losses
+    from surgeon.train.losses import chunk_rows, chunked, hidden_loss, kl, linear_cross_entropy, top_k_kl
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -16,15 +21,15 @@ N, D, V = 17, 12, 31
 CHUNKS = (1, 5, 16, 17, 100)
 
 
-def drawn(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+def drawn(*shape: int, seed: int = 0, dtype: torch.dtype | None = None) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=dtype or torch.float64)
 
 
 def labels() -> Tensor:
     return torch.randint(0, V, (N,), generator=torch.Generator().manual_seed(1))
 
 
-def leaves(dtype: torch.dtype = torch.float64) -> list[Tensor]:
+def leaves(dtype: torch.dtype | None = None) -> list[Tensor]:
     """Return states, a weight and a bias to be trained."""
     return [drawn(*shape, seed=i, dtype=dtype).requires_grad_() for i, shape in enumerate([(N, D), (V, D), (V,)])]
 

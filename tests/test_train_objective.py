@@ -1,22 +1,28 @@
 """A model that returns its loss: as the plain forward pass, on every family, without whole logits."""
 
+from __future__ import annotations
+
 import copy
 
 import pytest
-import torch
 import toys
-from exact64 import Exact64
-from streamed import DECODERS
-from torch import Tensor, nn
-from torch.nn import functional
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from later import LATER
+from toys import DECODERS
 
 from surgeon.errors import PlanError
-from surgeon.models.split import SplitModel, keeps_documents_apart
-from surgeon.train import objective
-from surgeon.train.objective import Objective, attach_loss, detach_loss
-from surgeon.train.teacher import OnlineTeacher
+
+if LATER:
+    import torch
+    from exact64 import Exact64
+    from torch import Tensor, nn
+    from torch.nn import functional
+    from torch.utils._python_dispatch import TorchDispatchMode
+    from torch.utils._pytree import tree_leaves
+
+    from surgeon.models.split import SplitModel, keeps_documents_apart
+    from surgeon.train import objective
+    from surgeon.train.objective import Objective, attach_loss, detach_loss
+    from surgeon.train.teacher import OnlineTeacher
 
 pytestmark = pytest.mark.usefixtures("one_thread", "exact64")
 
@@ -95,10 +101,10 @@ def test_a_family_keeps_documents_apart_or_is_known_not_to(toy, name):
     assert keeps_documents_apart(toys.load(toy(name))[0]) == (name not in TOGETHER)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float64"])
 def test_documents_are_seen_apart_and_together_in_other_dtypes(toy, dtype):
-    assert keeps_documents_apart(toys.load(toy("llama"), dtype=dtype)[0])
-    assert not keeps_documents_apart(toys.load(toy("falcon-alibi"), dtype=dtype)[0])
+    assert keeps_documents_apart(toys.load(toy("llama"), dtype=getattr(torch, dtype))[0])
+    assert not keeps_documents_apart(toys.load(toy("falcon-alibi"), dtype=getattr(torch, dtype))[0])
 
 
 # The head
@@ -109,24 +115,26 @@ def test_a_head_that_caps_or_scales_its_logits_is_not_taken_for_a_matrix(toy, na
     assert SplitModel(toys.load(toy(name))[0]).linear_head is None
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float64"])
 @pytest.mark.parametrize("name", ["llama", "llama-tied", "phi", "gpt2", "opt-post-norm"])
 def test_a_head_that_is_a_matrix_is_used_as_one(toy, name, dtype):
-    model = toys.load(toy(name), dtype=dtype)[0]
+    model = toys.load(toy(name), dtype=getattr(torch, dtype))[0]
     assert SplitModel(model).linear_head is model.get_output_embeddings()
 
 
-class Largest(TorchDispatchMode):
-    """Notes the largest tensor that is computed."""
+if LATER:
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.size = 0
+    class Largest(TorchDispatchMode):
+        """Notes the largest tensor that is computed."""
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        found = func(*args, **(kwargs or {}))
-        self.size = max([self.size, *(leaf.numel() for leaf in tree_leaves(found) if isinstance(leaf, Tensor))])
-        return found
+        def __init__(self) -> None:
+            super().__init__()
+            self.size = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            found = func(*args, **(kwargs or {}))
+            self.size = max([self.size, *(leaf.numel() for leaf in tree_leaves(found) if isinstance(leaf, Tensor))])
+            return found
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma2"])

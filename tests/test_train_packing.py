@@ -2,18 +2,22 @@
 
 import time
 
-import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from later import LATER
 
 from surgeon.errors import DataError
-from surgeon.train.packing import Packing, one_per_row, pack, repeat, split
+
+if LATER:
+    import numpy as np
+
+    from surgeon.train.packing import one_per_row, pack, repeat, split
 
 LENGTHS = st.lists(st.integers(1, 40), max_size=80)
 
 
-def fill(packing: Packing, lengths, row_length: int) -> float:
+def fill(packing, lengths, row_length):
     """Return the fraction of the rows' places that hold a token."""
     return float(np.asarray(lengths)[packing.pieces].sum() / (len(packing) * row_length))
 

@@ -2,16 +2,19 @@
 
 import pickle
 
-import numpy as np
 import pytest
-import torch
 import toys
+from later import LATER
 from talkers import TEXT, jsonl, tokenizer_of
-from torch.utils.data import DataLoader
 
-from surgeon.train.data import Collator, RowDataset
-from surgeon.train.packing import Packing, one_per_row, pack
-from surgeon.train.tokenise import prepare
+if LATER:
+    import numpy as np
+    import torch
+    from torch.utils.data import DataLoader
+
+    from surgeon.train.data import Collator, RowDataset
+    from surgeon.train.packing import Packing, one_per_row, pack
+    from surgeon.train.tokenise import prepare
 
 PAD = 0
 RECORDS = [

@@ -1,14 +1,17 @@
 """Speed: operations agree with what torch counts, peaks with data sheets, and the meter with a clock made by hand."""
 
 import pytest
-import torch
-from torch.utils.flop_counter import FlopCounterMode
-from transformers import AutoModelForCausalLM
+from later import LATER
 
 from surgeon.anatomy.anatomy import Anatomy, read_anatomy
 from surgeon.checkpoint.source import open_source, spec_of
 from surgeon.cost.flops import attention_flops, flops_per_token, multiplied_parameters, peak_flops
 from surgeon.train.pace import PaceMeter, peak_memory
+
+if LATER:
+    import torch
+    from torch.utils.flop_counter import FlopCounterMode
+    from transformers import AutoModelForCausalLM
 
 ROWS, TOKENS = 2, 12
 TABLED = ("gpt2", "gpt_neox", "opt", "opt-post-norm", "llama", "llama-tied", "llama-biases", "gemma", "olmo2")

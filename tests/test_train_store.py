@@ -9,20 +9,24 @@ import sys
 from itertools import accumulate, chain
 from pathlib import Path
 
-import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from later import LATER
 from talkers import TEXT, jsonl, tokenizer_of, written
 
-import surgeon.train.tokenise as module
 from surgeon.data.documents import documents
 from surgeon.errors import DataError, OutputError
 from surgeon.train.examples import examples
 from surgeon.train.settings import Settings
-from surgeon.train.store import ARRAYS, HEADER, damage, fingerprint, open_store
-from surgeon.train.task import Task
-from surgeon.train.tokenise import piece_lengths, prepare
+
+if LATER:
+    import numpy as np
+
+    import surgeon.train.tokenise as module
+    from surgeon.train.store import ARRAYS, HEADER, damage, fingerprint, open_store
+    from surgeon.train.task import Task
+    from surgeon.train.tokenise import piece_lengths, prepare
 
 TEMPLATE = "{% for m in messages %}<s>{{ m.content }}<end>{% endfor %}{% if add_generation_prompt %}<s>{% endif %}"
 CHAT = [{"role": "user", "content": "The cat"}, {"role": "assistant", "content": "sat"}]

@@ -1,25 +1,31 @@
 """Teachers that run beside the student, and those whose likeliest tokens are kept on disk."""
 
+from __future__ import annotations
+
 import json
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
-import torch
 import toys
+from later import LATER
 from talkers import TEXT, VOCABULARY, jsonl, talker, tokenizer_of
 from test_train_objective import assert_close, batch, exact64, gradients, load64, plain_logits, plain_loss  # noqa: F401
-from torch import Tensor
 
 from surgeon.errors import DataError, OutputError, PlanError
-from surgeon.train import teacher as module
-from surgeon.train.data import Collator, RowDataset
-from surgeon.train.losses import hidden_loss, kl
-from surgeon.train.objective import Objective, attach_loss
-from surgeon.train.packing import pack
-from surgeon.train.store import TokenStore
-from surgeon.train.teacher import CachedTeacher, OnlineTeacher, cache_top_k
-from surgeon.train.tokenise import prepare
+
+if LATER:
+    import numpy as np
+    import torch
+    from torch import Tensor
+
+    from surgeon.train import teacher as module
+    from surgeon.train.data import Collator, RowDataset
+    from surgeon.train.losses import hidden_loss, kl
+    from surgeon.train.objective import Objective, attach_loss
+    from surgeon.train.packing import pack
+    from surgeon.train.store import TokenStore
+    from surgeon.train.teacher import CachedTeacher, OnlineTeacher, cache_top_k
+    from surgeon.train.tokenise import prepare
 
 pytestmark = pytest.mark.usefixtures("one_thread", "exact64")
 
@@ -221,11 +227,11 @@ def test_answers_serve_their_temperature_and_no_states(store, pair, tmp_path):
     assert refusal(model, wanted, cached).endswith("the model has 48, its teacher none")
 
 
-@pytest.mark.parametrize("name", [module.HEADER, module.IDS, module.LOG_PROBS, module.PLACES])
+@pytest.mark.parametrize("name", ["HEADER", "IDS", "LOG_PROBS", "PLACES"])
 @pytest.mark.parametrize("damage", ["missing", "cut"])
 def test_answers_that_are_not_complete_are_not_used(store, pair, tmp_path, name, damage):
     cache_top_k(OnlineTeacher(pair[1]), store, tmp_path / "cache", 3)
-    path = tmp_path / "cache" / name
+    path = tmp_path / "cache" / getattr(module, name)
     content = path.read_bytes()
     path.unlink()
     if damage == "cut":

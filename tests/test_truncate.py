@@ -3,12 +3,15 @@
 import json
 
 import pytest
-import torch
 import toys
-from safetensors.torch import load_file
+from later import LATER
 
 import surgeon
 from surgeon.errors import PlanError
+
+if LATER:
+    import torch
+    from safetensors.torch import load_file
 
 ENCODERS = ("bert", "roberta")
 

@@ -10,12 +10,15 @@ from typing import Any
 import pytest
 import toys
 from hub_server import HubServer
-from safetensors.torch import load_file, save_file
+from later import LATER
 from test_rings import command, modules_after
 
 import surgeon
 from surgeon.errors import CheckpointError, VerificationError
 from surgeon.verbs.verify import SLACK, TOLERANCE, Verification
+
+if LATER:
+    from safetensors.torch import load_file, save_file
 
 
 def grown(source: Path, out: Path, *, dtype: str = "keep", **sizes: Any) -> Verification:

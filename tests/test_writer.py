@@ -7,12 +7,11 @@ import tempfile
 from pathlib import Path
 
 import pytest
-import torch
 from handmade import checkpoint, data, llama, safetensors
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from later import LATER
 from safetensors import safe_open
-from safetensors.torch import load_file
 
 import surgeon
 from surgeon.checkpoint.header import TensorSpec, read_header
@@ -21,6 +20,10 @@ from surgeon.checkpoint.source import open_directory, spec_of
 from surgeon.errors import CheckpointError
 from surgeon.plan.execute import execute, lay_out
 from surgeon.plan.plan import Plan, identity
+
+if LATER:
+    import torch
+    from safetensors.torch import load_file
 
 
 def extents(path: Path, tensors: dict[str, TensorSpec]) -> list[Piece]:

@@ -5,23 +5,19 @@ mismatch and never a coincidence. Its layers differ in kind wherever its family 
 random, biases and gains included, so that no tensor can be lost without a trace in the logits.
 
 A name is transformers' `model_type`, or `model_type-variant`.
+The tables need no torch: the functions import it.
 """
+
+from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor, nn
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoModelForMaskedLM,
-    AutoModelForSeq2SeqLM,
-    PreTrainedConfig,
-    PreTrainedModel,
-)
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+    from transformers import PreTrainedConfig, PreTrainedModel
 
 Config = dict[str, Any]
 
@@ -196,12 +192,13 @@ TOYS: dict[str, Config] = {
     "roberta": BERT | {"bos_token_id": 0, "pad_token_id": 1},
 }
 
-AUTO_CLASSES: dict[str, Any] = {
-    "t5": AutoModelForSeq2SeqLM,
-    "bart": AutoModelForSeq2SeqLM,
-    "bert": AutoModelForMaskedLM,
-    "roberta": AutoModelForMaskedLM,
+AUTO_CLASSES = {
+    "t5": "AutoModelForSeq2SeqLM",
+    "bart": "AutoModelForSeq2SeqLM",
+    "bert": "AutoModelForMaskedLM",
+    "roberta": "AutoModelForMaskedLM",
 }
+DECODERS = tuple(name for name in TOYS if name.partition("-")[0] not in AUTO_CLASSES)
 
 
 def build(name: str, directory: Path, *, seed: int = 0, dtype: str = "float32", **overrides: Any) -> Path:
@@ -209,6 +206,9 @@ def build(name: str, directory: Path, *, seed: int = 0, dtype: str = "float32", 
 
     The weights are a function of `seed` and of the config: those in bfloat16 are those in float32, rounded.
     """
+    import torch
+    from transformers import AutoConfig
+
     config = AutoConfig.for_model(name.partition("-")[0], **TOYS[name] | overrides)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -224,6 +224,8 @@ def load(directory: Path, **kwargs: Any) -> tuple[PreTrainedModel, dict[str, Any
     The report's `missing_keys`, `unexpected_keys` and `mismatched_keys` are empty for a faithful checkpoint. `kwargs`
     go to `from_pretrained`, as dtype=torch.float64 does.
     """
+    from transformers import AutoConfig
+
     auto_class = _auto_class(AutoConfig.from_pretrained(directory))
     options = {"experts_implementation": "eager"} | kwargs  # transformers' grouped_mm refuses float64
     model, report = auto_class.from_pretrained(directory, output_loading_info=True, **options)
@@ -235,6 +237,8 @@ def inputs(model: PreTrainedModel, *, batch: int = 2, length: int = 12) -> dict[
 
     They avoid the special tokens and stay below 100, so that a model with a cut vocabulary still knows them.
     """
+    import torch
+
     random = torch.Generator().manual_seed(0)
     names = ["input_ids", "decoder_input_ids"] if model.config.is_encoder_decoder else ["input_ids"]
     return {name: torch.randint(3, 100, (batch, length), generator=random) for name in names}
@@ -242,6 +246,8 @@ def inputs(model: PreTrainedModel, *, batch: int = 2, length: int = 12) -> dict[
 
 def logits(model: PreTrainedModel) -> Tensor:
     """Return the logits of `model` on `inputs(model)`, shape (batch, length, vocab), computed without a cache."""
+    import torch
+
     with torch.no_grad():
         return model(**inputs(model), use_cache=False).logits
 
@@ -269,6 +275,8 @@ def bypass(model: PreTrainedModel, dropped: Sequence[int]) -> Iterator[None]:
 
 def stacks(model: nn.Module) -> list[nn.ModuleList]:
     """Return the lists of layers: one, or encoder and decoder. They are the ModuleLists that lie in no other one."""
+    from torch import nn
+
     found = []
     for child in model.children():
         found += [child] if isinstance(child, nn.ModuleList) else stacks(child)
@@ -276,19 +284,23 @@ def stacks(model: nn.Module) -> list[nn.ModuleList]:
 
 
 def _auto_class(config: PreTrainedConfig) -> Any:
-    return AUTO_CLASSES.get(config.model_type, AutoModelForCausalLM)
+    import transformers
+
+    return getattr(transformers, AUTO_CLASSES.get(config.model_type, "AutoModelForCausalLM"))
 
 
-@torch.no_grad()
 def _randomise(model: PreTrainedModel) -> None:
     """Move every stored tensor in place, which keeps tied ones tied.
 
     Vectors keep what they start from, for a gain is neutral at 1, at Gemma's 0 or at anything that a family chose.
     Matrices map unit variance to unit variance: logits are of order 1 and each layer adds as much as it receives.
     """
-    for tensor in model.state_dict().values():
-        noise = torch.randn(tensor.shape)
-        if tensor.ndim == 1:
-            tensor.add_(0.2 * noise)
-        else:
-            tensor.copy_(noise * tensor.shape[-1] ** -0.5)
+    import torch
+
+    with torch.no_grad():
+        for tensor in model.state_dict().values():
+            noise = torch.randn(tensor.shape)
+            if tensor.ndim == 1:
+                tensor.add_(0.2 * noise)
+            else:
+                tensor.copy_(noise * tensor.shape[-1] ** -0.5)

@@ -60,8 +60,8 @@ def find_stacks(config: Mapping[str, Any], names: Iterable[str]) -> tuple[Stack,
     depth = layer_count(text, ENCODER_COUNT_KEYS)
     decoder_depth = layer_count(text, DECODER_COUNT_KEYS) or depth  # T5: absent means as many
     return (
-        _pick_stack({prefix: found for prefix, found in numbers.items() if "decoder" in prefix}, decoder_depth),
-        _pick_stack({prefix: found for prefix, found in numbers.items() if "encoder" in prefix}, depth),
+        _pick_stack({prefix: layers for prefix, layers in numbers.items() if "decoder" in prefix}, decoder_depth),
+        _pick_stack({prefix: layers for prefix, layers in numbers.items() if "encoder" in prefix}, depth),
     )
 
 
@@ -69,7 +69,7 @@ def _pick_stack(numbers: Mapping[str, set[int]], depth: int | None) -> Stack:
     """Return the one stack with `depth` layers. Raises CheckpointError when there is none, or more than one."""
     if depth is None:
         raise CheckpointError("config.json does not say how many layers the model has", hint=CONFIG_HINT)
-    fitting = [prefix for prefix, found in numbers.items() if len(found) == depth == max(found) + 1]
+    fitting = [prefix for prefix, layers in numbers.items() if len(layers) == depth == max(layers) + 1]
     if len(fitting) > 1:
         fitting = [prefix for prefix in fitting if not _TOWERS.search(prefix)]
     if len(fitting) == 1:
@@ -80,11 +80,11 @@ def _pick_stack(numbers: Mapping[str, set[int]], depth: int | None) -> Stack:
         )
     if not numbers:
         raise CheckpointError("the checkpoint has no layers: no tensor's name holds a number", hint=FILES_HINT)
-    prefix, found = max(numbers.items(), key=lambda item: (not _TOWERS.search(item[0]), len(item[1])))
-    if (lost := next((i for i in range(max(found)) if i not in found), None)) is not None:
-        raise CheckpointError(f"layer {lost} is missing: no tensor is called {prefix}{lost}.*", hint=FILES_HINT)
+    prefix, layers = max(numbers.items(), key=lambda item: (not _TOWERS.search(item[0]), len(item[1])))
+    if (missing := next((i for i in range(max(layers)) if i not in layers), None)) is not None:
+        raise CheckpointError(f"layer {missing} is missing: no tensor is called {prefix}{missing}.*", hint=FILES_HINT)
     raise CheckpointError(
-        f"config.json says {depth} layers, but the files hold {len(found)} ({prefix}0 to {prefix}{max(found)})",
+        f"config.json says {depth} layers, but the files hold {len(layers)} ({prefix}0 to {prefix}{max(layers)})",
         hint="Config and weights do not belong together, or extra layers (MTP) follow the model's own.",
     )
 
@@ -149,6 +149,20 @@ def read_anatomy(spec: CheckpointSpec) -> Anatomy:
     return Anatomy(spec, name, stacks, family, sizes)
 
 
+def written_and_read(row: Row) -> tuple[int | None, int | None]:
+    """Return which dimension of a tensor writes an axis, and which reads one; None where none does."""
+    last = len(row.axes) - 1
+    match row.kind:
+        case "linear":
+            return last - 1, last
+        case "conv1d":
+            return last, last - 1
+        case "head":
+            return None, last
+        case _:
+            return last, None
+
+
 def _find_row(family: Family, stack: Stack, name: str) -> tuple[Row, Part] | None:
     if place := stack.locate(name):
         inside = EXPERT_NUMBER.sub("{}", place[1])
@@ -193,7 +207,7 @@ def _sizes(family: Family, config: Mapping[str, Any]) -> dict[str, int]:
 
 
 def _check_present(family: Family, stack: Stack, spec: CheckpointSpec, sizes: Mapping[str, int]) -> None:
-    """Refuse a tensor that the table does not know, or whose shape is not what the config implies."""
+    """Refuse a tensor that the table does not know, or that has another shape than the config implies."""
     for name, tensor in spec.tensors.items():
         place = _find_row(family, stack, name)
         if place is None or not _may_exist(place[0], spec.config, sizes):
@@ -229,12 +243,13 @@ def _expected(family: Family, stack: Stack, spec: CheckpointSpec, sizes: Mapping
     for name, row in {**family.embedding, **family.final_norm}.items():
         stored = name if saved_with_base else name.removeprefix(family.base)
         if row.kind == "head":  # absent when tied, and from a headless model; the default of tying is the family's
-            wanted = saved_with_base and config.get("tie_word_embeddings") is False
+            is_needed = saved_with_base and config.get("tie_word_embeddings") is False
         else:
-            wanted = _must_exist(row, config, sizes, sample=stored in present)
-        if wanted:
+            is_needed = _must_exist(row, config, sizes, sample=stored in present)
+        if is_needed:
             yield stored
-    first = {rest for name in present if (place := stack.locate(name)) and place[0] == 0 for rest in [place[1]]}
+    places = (stack.locate(name) for name in present)
+    first = {place[1] for place in places if place and place[0] == 0}
     for layer in range(stack.depth):
         mlp = max(family.mlp, key=lambda rows: sum(stack.name(layer, rest.format(0)) in present for rest in rows))
         for rest, row in {**family.attention, **family.norm, **mlp}.items():
@@ -244,19 +259,19 @@ def _expected(family: Family, stack: Stack, spec: CheckpointSpec, sizes: Mapping
 
 
 def _must_exist(row: Row, config: Mapping[str, Any], sizes: Mapping[str, int], *, sample: bool) -> bool:
-    """Return whether a tensor must be there; where the config is silent, every layer must do as layer 0 (`sample`)."""
+    """Return whether a tensor must exist: as the config says, and else as in layer 0, where it does if `sample`."""
     if row.kind == "buffer":
         return False
-    said = _says(row, config, sizes)
-    return sample if said is None else said
+    by_config = _exists_by_config(row, config, sizes)
+    return sample if by_config is None else by_config
 
 
 def _may_exist(row: Row, config: Mapping[str, Any], sizes: Mapping[str, int]) -> bool:
-    return _says(row, config, sizes) is not False
+    return _exists_by_config(row, config, sizes) is not False
 
 
-def _says(row: Row, config: Mapping[str, Any], sizes: Mapping[str, int]) -> bool | None:
-    """Return whether the config says that a tensor exists, None where it is silent."""
+def _exists_by_config(row: Row, config: Mapping[str, Any], sizes: Mapping[str, int]) -> bool | None:
+    """Return whether the config says that a tensor exists, None where it does not say."""
     if row.when is None:
         return True
     left, differs, right = row.when.partition(" != ")

@@ -78,7 +78,7 @@ def axes_of(dim: Dim) -> frozenset[str]:
 
 
 def places(dim: Dim, sizes: Mapping[str, int], maps: AxisMaps, block: frozenset[str] = frozenset()) -> Places:
-    """Return where each position of the new `dim` comes from in the old one, whose axes have `sizes`.
+    """Return the old position of each position of the new `dim`; the axes of the old one have `sizes`.
 
     A position of a product comes from nowhere when any of its factors does; factors multiply.
     """
@@ -91,9 +91,9 @@ def places(dim: Dim, sizes: Mapping[str, int], maps: AxisMaps, block: frozenset[
             scale: list[float] = []
             offset = 0
             for part in blocks:
-                found = places(part, sizes, maps, block)
-                index += [i + offset if i >= 0 else -1 for i in found.index]
-                scale += found.scale
+                inside = places(part, sizes, maps, block)
+                index += [i + offset if i >= 0 else -1 for i in inside.index]
+                scale += inside.scale
                 offset += part.size(sizes)
             return Places(tuple(index), tuple(scale))
         case Product(factors):
@@ -124,8 +124,8 @@ def survivors(
 ) -> tuple[int, ...]:
     """Return the positions of `dim`, ascending, of which `keep` keeps every coordinate.
 
-    `keep` is asked of an axis's position together with those on the axes that come before it in a product, so that
-    what is kept of "group" may differ from one of "kv_heads" to the next.
+    `keep` gets a position on an axis together with those on the axes before it in a product, so that each of
+    "kv_heads" may keep other positions of "group".
     """
     around = outer or {}
     match dim:
@@ -138,11 +138,11 @@ def survivors(
             return tuple(start + i for start, part in zip(ends, parts, strict=False) for i in part)
         case Product(factors):
             first, rest = factors[0], factors[1] if len(factors) == 2 else Product(factors[1:])
-            found, length = list[int](), rest.size(sizes)
+            kept, length = list[int](), rest.size(sizes)
             for i in survivors(first, sizes, keep, around):
                 inner = {**around, first.name: i} if isinstance(first, Axis) else around
-                found += [i * length + j for j in survivors(rest, sizes, keep, inner)]
-            return tuple(found)
+                kept += [i * length + j for j in survivors(rest, sizes, keep, inner)]
+            return tuple(kept)
 
 
 @cache

@@ -10,8 +10,9 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import product
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any, NoReturn
 
+from surgeon.anatomy.families import FAMILIES
 from surgeon.anatomy.layer_rules import (
     COUNT_KEYS,
     DECODER_COUNT_KEYS,
@@ -24,12 +25,9 @@ from surgeon.anatomy.layer_rules import (
     UNCUTTABLE,
     Rule,
 )
+from surgeon.anatomy.spellings import SPELLINGS, Quantity
 from surgeon.checkpoint.source import Source
 from surgeon.errors import CheckpointError, PlanError
-
-if TYPE_CHECKING:
-    pass
-
 
 # A key of a family without rules that looks as if it picked layers by stride; it holds only for an unmoved prefix.
 _SUSPECT = re.compile(
@@ -64,6 +62,27 @@ def model_type(config: Mapping[str, Any]) -> str:
     return name
 
 
+def spelled(config: Mapping[str, Any], quantity: Quantity) -> dict[str, Any]:
+    """Return the keys under which a config holds a quantity, with their values; {} where it does not say.
+
+    The keys of the family's own table come first, then the spellings in use elsewhere.
+    """
+    text = text_config(config)
+    family = FAMILIES.get(str(text.get("model_type")))
+    keys = (*(family.sizes.get(quantity, ()) if family else ()), *SPELLINGS[quantity])
+    return {key: text[key] for key in keys if text.get(key) is not None}
+
+
+def size_of(config: Mapping[str, Any], quantity: Quantity) -> int | None:
+    """Return a quantity that is a whole number, such as "heads"; None where the config does not say it."""
+    return next((value for value in spelled(config, quantity).values() if type(value) is int), None)
+
+
+def is_off(config: Mapping[str, Any], flag: str | None) -> bool:
+    """Return whether a config turns a flag off outright; False for a family that has no such flag (None)."""
+    return flag is not None and config.get(flag) is False
+
+
 def layer_count(config: Mapping[str, Any], keys: Sequence[str]) -> int | None:
     """Return the number of layers under the first of `keys` that the config has.
 
@@ -79,7 +98,7 @@ def layer_count(config: Mapping[str, Any], keys: Sequence[str]) -> int | None:
 
 
 def check_layer_keys(text: Mapping[str, Any], depth: int) -> None:
-    """Raises CheckpointError for a key about layers whose value makes no sense for `depth` of them."""
+    """Raises CheckpointError where a key about layers has a value that makes no sense for `depth` of them."""
 
     def refuse(key: str) -> NoReturn:
         raise CheckpointError(f"config.json says {key} = {text[key]!r}, which makes no sense", hint=CONFIG_HINT)
@@ -107,6 +126,13 @@ def layer_kinds(config: Mapping[str, Any], depth: int) -> list[str] | None:
         rule = next((rule for rule in rules if rule.explicit == "layer_types" or "attention_types" in rule.keys), None)
         kinds = kinds_by(rule, text, depth) if rule else None
     return list(kinds) if isinstance(kinds, Sequence) and len(kinds) == depth else None
+
+
+def attention_kinds(config: Mapping[str, Any], depth: int) -> list[str]:
+    """Return each layer's attention kind; where all are alike, whether they slide is up to the window."""
+    text = text_config(config)
+    slides = size_of(text, "window") and text.get("use_sliding_window") is not False
+    return layer_kinds(text, depth) or ["sliding_attention" if slides else "full_attention"] * depth
 
 
 def follow_layers(config: Mapping[str, Any], keep: Sequence[int], depth: int, *, tabled: bool) -> ConfigEdit:
@@ -196,15 +222,15 @@ def _apply_rule(
     if rule.explicit is not None and text.get(rule.explicit):
         return  # the list itself was cut
     before = kinds_by(rule, text, depth)
-    wanted = [before[i] for i in keep]
-    if _fits(rule, edit.config, wanted):
+    kinds = [before[i] for i in keep]
+    if _fits(rule, edit.config, kinds):
         return
     if rule.express is not None:
-        edit.config.update(rule.express(wanted))
+        edit.config.update(rule.express(kinds))
         return
     for values in product(range(len(keep) + 2), repeat=len(rule.keys)):
         attempt = edit.config | dict(zip(rule.keys, values, strict=True))
-        if _fits(rule, attempt, wanted):
+        if _fits(rule, attempt, kinds):
             edit.config = attempt
             return
     raise PlanError(
@@ -213,15 +239,15 @@ def _apply_rule(
     )
 
 
-def _fits(rule: Rule, config: Mapping[str, Any], wanted: Sequence[object]) -> bool:
+def _fits(rule: Rule, config: Mapping[str, Any], kinds: Sequence[object]) -> bool:
     try:
-        return list(rule.kinds(config, len(wanted))) == wanted
+        return list(rule.kinds(config, len(kinds))) == kinds
     except (ZeroDivisionError, IndexError):  # a stride of 0, a list of another depth: they mean nothing
         return False
 
 
 def kinds_by(rule: Rule, text: Mapping[str, Any], depth: int) -> list[object]:
-    """Return what a rule derives of each layer. Raises CheckpointError when its keys make no sense."""
+    """Return each layer's kind by a rule. Raises CheckpointError when the keys of the rule make no sense."""
     try:
         kinds = list(rule.kinds(text, depth))
     except (TypeError, ValueError, LookupError, ArithmeticError):
@@ -254,18 +280,15 @@ def _follow_residual_scale(edit: ConfigEdit, new: int, old: int) -> None:
 
 
 def declared_kinds(text: Mapping[str, Any], depth: int) -> list[tuple[object, ...]]:
-    """Return all that the config says of each layer, comparable: two layers with equal kinds are built alike."""
-    said: list[Sequence[object]] = []
+    """Return everything that the config says of each layer, comparable: two layers with equal kinds are built alike."""
+    by_key: list[Sequence[object]] = []
     for key, value in text.items():
         if key in LAYER_LISTS and isinstance(value, list) and len(value) == depth:
-            said.append([repr(item) for item in value])
+            by_key.append([repr(item) for item in value])
         elif key in INDEX_LISTS and isinstance(value, list):
-            said.append([i in value for i in range(depth)])
-    said += [kinds_by(rule, text, depth) for rule in RULES.get(str(text.get("model_type")), ())]
-    return [tuple(kinds[i] for kinds in said) for i in range(depth)]
-
-
-POSITION_KEYS = ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len")
+            by_key.append([i in value for i in range(depth)])
+    by_key += [kinds_by(rule, text, depth) for rule in RULES.get(str(text.get("model_type")), ())]
+    return [tuple(kinds[i] for kinds in by_key) for i in range(depth)]
 
 
 def positions_of(source: Source) -> int | None:
@@ -278,21 +301,4 @@ def positions_in(config: Mapping[str, Any]) -> int | None:
     text = text_config(config)
     if "relative_attention_num_buckets" in text:  # T5's n_positions is how long its texts were, and no limit
         return None
-    return next((text[key] for key in POSITION_KEYS if type(text.get(key)) is int), None)
-
-
-def rope_types(config: Mapping[str, Any]) -> set[str]:
-    """Return the rope types in a config, old or new, one for each kind of layer."""
-    found = [config.get("rope_parameters"), config.get("rope_scaling")]
-    found += [value for group in found if isinstance(group, Mapping) for value in group.values()]
-    groups = [group for group in found if isinstance(group, Mapping)]
-    return {str(group[key]) for group in groups for key in ("rope_type", "type") if group.get(key)}
-
-
-def rotary_share(config: Mapping[str, Any]) -> float:
-    """Return the share of a head's dims that turn."""
-    rope = config.get("rope_parameters")
-    for group, key in ((rope, "partial_rotary_factor"), (config, "partial_rotary_factor"), (config, "rotary_pct")):
-        if isinstance(group, Mapping) and isinstance(group.get(key), (int, float)):
-            return float(group[key])
-    return 1.0
+    return size_of(text, "positions")

@@ -1,4 +1,4 @@
-"""Which model types are the same as a dense one but for experts in place of its MLP, and what they call things. Data.
+"""Which model types equal a dense one except for experts in place of its MLP, and their names for things. Data only.
 
 Read from the configuration and modeling files of transformers 5.23, as the tables of the families are.
 """
@@ -13,8 +13,9 @@ class ExpertForm:
     """How a dense model is written as one of `model_type`, in which the weights of a token's experts sum to 1.
 
     In the names of `tensors` "{}" stands for an expert's number. `sizes` says which config keys hold a size, by the
-    names of the axes, and "experts_per_token". `config` must be said; `defaults` is what the dense model assumes where
-    its config is silent and the other does not; `dropped` is what the other does not know, or would listen to.
+    names of the axes, and "experts_per_token". `config` is always written. `defaults` are the dense model's, where the
+    other has different ones; they are written where the config does not say. `dropped` are keys that the other does not
+    know, or would take for its own.
     """
 
     model_type: str

@@ -1,4 +1,4 @@
-"""What each family calls its tensors in the files, and what their axes mean. Data only.
+"""Each family's names of its tensors in the files, and what their axes mean. Data only.
 
 The tables describe checkpoints as transformers writes them, never the modules that it builds from them (Mixtral
 saves an expert's three matrices; in memory there are two, fused over the experts). Axes are written in the layout in
@@ -46,18 +46,20 @@ class Family:
     attention: Rows
     norm: Rows
     mlp: tuple[Rows, ...]
-    sizes: Mapping[str, tuple[str, ...]]  # axis: the config keys that may hold its size, first found counts
+    sizes: Mapping[str, tuple[str, ...]]  # axis: the config keys that may hold its size; the first one counts
     default_sizes: Mapping[str, tuple[int, str]]  # axis: (factor, axis) where no key holds it
     init_std: str = "initializer_range"  # the config key with the standard deviation of fresh weights
     init_gain: float = 1.0  # a fresh norm's stored gain; 0 where the model adds 1
     residual_init: tuple[str, ...] = ()  # fresh weights drawn with std / sqrt(2 * layers)
     inverse_layer_scale: str | None = None  # the config flag with which attention logits are divided by layer + 1
     norm_kind: Literal["rms", "layer"] = "rms"
-    branch_norms: tuple[str, ...] = ()  # norms on what a layer adds: all of it passes through their gains
+    branch_norms: tuple[str, ...] = ()  # norms at the end of a branch: all that a layer adds passes through their gains
     pre_norm_flag: str | None = None  # the config key that is false where norms follow the sum instead
     scales_embedding: bool = False  # the model multiplies embeddings by the square root of hidden
+    query_scale_flag: str | None = None  # the config key that is false where attention logits are not scaled
+    expert_shares_flag: str | None = None  # the config key that is false where experts' weights are shares among all
     fixed_query_scale: bool = False  # logits are not divided by the square root of head_dim but by a key of the config
-    rotary: Literal["halves", "pairs"] | None = "halves"  # which dims turn together: i and i + R/2, or 2i and 2i + 1
+    rotary: Literal["halves", "pairs"] | None = "halves"  # which dims rotate together: i and i + R/2, or 2i and 2i + 1
     hidden_divisible: bool = False  # the config insists that heads divide hidden, even where head_dim is given
 
 
@@ -176,6 +178,7 @@ MIXTRAL = replace(
 )
 QWEN3_MOE = replace(
     QWEN3,
+    expert_shares_flag="norm_topk_prob",
     mlp=(_gated(), _linear("mlp.gate", "experts hidden") | _gated("expert_ffn", prefix="mlp.experts.{}.")),
 )
 GPT_OSS = replace(
@@ -218,6 +221,7 @@ GPT2 = Family(
     default_sizes={"kv_heads": (1, "heads"), "ffn": (4, "hidden")},
     residual_init=("attn.c_proj.weight", "mlp.c_proj.weight"),
     inverse_layer_scale="scale_attn_by_inverse_layer_idx",
+    query_scale_flag="scale_attn_weights",
     norm_kind="layer",
     rotary=None,
 )

@@ -1,4 +1,4 @@
-"""Which config keys speak of single layers, and by what rule a model's code derives what a layer is. Data only.
+"""Which config keys speak of single layers, and the rules by which a model's code derives a layer's kind. Data only.
 
 Read from the configuration and modeling files of transformers 5.23. A rule counts only where its explicit per-layer
 list is absent: transformers 5 writes such lists when it saves, older checkpoints on the Hub do not have them.
@@ -15,6 +15,10 @@ Kinds = Sequence[Any]
 COUNT_KEYS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 ENCODER_COUNT_KEYS = ("encoder_layers", "num_encoder_layers", "num_layers", "num_hidden_layers")
 DECODER_COUNT_KEYS = ("decoder_layers", "num_decoder_layers")
+
+# What configs call a layer that attends to every token before it, and one that attends to a window.
+FULL_ATTENTION = frozenset({"full_attention", "attention", "global"})
+SLIDING_ATTENTION = frozenset({"sliding_attention", "local"})
 
 # Lists with one entry for each layer.
 LAYER_LISTS = frozenset(
@@ -82,7 +86,7 @@ def _attention(kinds: Callable[[Config, int], str], *keys: str) -> Rule:
         lambda config, n: [kinds(config, i) for i in range(n)],
         keys,
         explicit="layer_types",
-        express=lambda wanted: {"layer_types": list(wanted)},
+        express=lambda per_layer: {"layer_types": list(per_layer)},
     )
 
 
@@ -120,9 +124,9 @@ def _sparse_step(config: Config, n: int) -> list[str]:
 SPARSE_STEP = Rule(
     _sparse_step,
     ("decoder_sparse_step", "mlp_only_layers"),
-    express=lambda wanted: {
+    express=lambda kinds: {
         "decoder_sparse_step": 1,
-        "mlp_only_layers": [i for i, kind in enumerate(wanted) if kind == "dense"],
+        "mlp_only_layers": [i for i, kind in enumerate(kinds) if kind == "dense"],
     },
 )
 NO_ROPE = Rule(
@@ -150,7 +154,7 @@ MOE_INTERVAL = Rule(
     lambda config, n: [(i + 1) % (config.get("interleave_moe_layer_step") or 1) == 0 for i in range(n)],
     ("interleave_moe_layer_step",),
     explicit="moe_layers",
-    express=lambda wanted: {"moe_layers": [i for i, sparse in enumerate(wanted) if sparse]},
+    express=lambda kinds: {"moe_layers": [i for i, sparse in enumerate(kinds) if sparse]},
 )
 
 RULES: Mapping[str, tuple[Rule, ...]] = {
@@ -216,7 +220,7 @@ RULES: Mapping[str, tuple[Rule, ...]] = {
         Rule(
             _gpt_neo_kinds,
             ("attention_types",),
-            express=lambda wanted: {"attention_types": [[list(wanted), 1]]},
+            express=lambda kinds: {"attention_types": [[list(kinds), 1]]},
         ),
     ),
     "deepseek_v2": (_first_dense("first_k_dense_replace"),),

@@ -1,4 +1,4 @@
-"""What a run will take, before it begins: tokens, memory by what holds it, and time. From headers, without a model."""
+"""The cost of a run before it begins: tokens, memory by use, and time. From headers, without a model."""
 
 import time
 from collections.abc import Callable
@@ -8,18 +8,18 @@ from typing import Any
 from surgeon import text
 from surgeon.anatomy.anatomy import Anatomy
 from surgeon.cost.flops import attention_flops, flops_per_token, multiplied_parameters
-from surgeon.cost.memory import Batch, Precision, activation_bytes, loss_bytes, matrices
+from surgeon.cost.memory import BatchShape, Precision, activation_bytes, loss_bytes, matrices
 from surgeon.text import duration
 
 STATES = {"sgd": 0, "adafactor": 0, "rmsprop": 1, "adagrad": 1, "lion": 1}  # numbers for each parameter; others: 2
-# Training reaches about this part of the speed of one large product of matrices: norms, softmax, small matrices and the
-# optimizer take the rest. SmolLM2-135M on one CPU core: 0.42 to 0.76. An assumption; a run's own meter knows better.
+# Training reaches about this share of the speed of one large product of matrices; norms, softmax, small matrices and
+# the optimizer take the rest. SmolLM2-135M on one CPU core: 0.42 to 0.76. An assumption; a run's own meter measures it.
 EFFICIENCY = 0.5
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Workload:
-    """What a run does, as far as its cost depends on it. `row_tokens` is the longest row, `mean_tokens` a usual one."""
+    """The facts of a run that its cost depends on. `row_tokens` is the longest row, `mean_tokens` a usual one."""
 
     steps: int
     row_tokens: int
@@ -30,7 +30,7 @@ class Workload:
     processes: int = 1
     optim: str = "adamw_torch_fused"
     trained: int | None = None  # parameters, where not all are
-    lora: int | None = None  # rank; then the base stays as it is
+    lora: int | None = None  # rank; then the base is not trained
     stored_bf16: bool = False  # the base of adapters, in memory
     precision: Precision = "bf16"
     activation_checkpointing: bool = False
@@ -45,7 +45,7 @@ class Workload:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Memory:
-    """Bytes on each device, by what they hold; `peak` is where most of them meet."""
+    """Bytes on each device by use; `peak` is the most at once."""
 
     weights: int
     gradients: int
@@ -53,11 +53,11 @@ class Memory:
     activations: int
     loss: int
     teacher: int
-    keeps_gradients: bool  # they stay from one batch to the next, or in the buckets that processes exchange
+    keeps_gradients: bool  # from one batch to the next, or in the buckets that processes exchange
 
     @property
     def peak(self) -> int:
-        """The most bytes at once: gradients grow as activations go, unless they are there before."""
+        """The most bytes at once: gradients grow while activations are freed, unless they exist before."""
         forward = self.activations + self.loss
         moving = self.gradients + forward if self.keeps_gradients else max(self.gradients, forward)
         return self.weights + self.optimizer + self.teacher + moving
@@ -69,8 +69,8 @@ class Memory:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Estimate:
-    """What a run will take. `seconds` is None where no device was measured."""
+class RunEstimate:
+    """The cost of a run. `seconds` is None where no device was measured."""
 
     steps: int
     tokens: int
@@ -110,8 +110,8 @@ class Estimate:
         return text.rows([*lines, *(("note", note) for note in self.notes)])
 
 
-def estimate(anatomy: Anatomy, work: Workload, *, throughput: float | None = None) -> Estimate:
-    """Return what training a model takes; `throughput` is one device's speed in products (`matmul_throughput`)."""
+def estimate(anatomy: Anatomy, work: Workload, *, throughput: float | None = None) -> RunEstimate:
+    """Return the cost of training a model; `throughput` is one device's speed in products (`matmul_throughput`)."""
     total = anatomy.spec.num_parameters
     adapters = lora_parameters(anatomy, work.lora) if work.lora else 0
     trained = adapters or (total if work.trained is None else work.trained)
@@ -124,7 +124,7 @@ def estimate(anatomy: Anatomy, work: Workload, *, throughput: float | None = Non
         notes = [f"time: {speed}, of which training is assumed to reach {EFFICIENCY:.0%}; evaluations are not in it"]
     if anatomy.family is None:
         notes += [f"a {anatomy.model_type} has no table of its tensors: activations are guessed as those of a Llama"]
-    return Estimate(
+    return RunEstimate(
         steps=work.steps,
         tokens=work.tokens,
         parameters=total,
@@ -137,12 +137,12 @@ def estimate(anatomy: Anatomy, work: Workload, *, throughput: float | None = Non
 
 
 def memory(anatomy: Anatomy, work: Workload, *, trained: int, adapters: int = 0) -> Memory:
-    """Return the bytes that training holds on each device. What a runtime itself takes (CUDA: ½ GB) is not in it."""
+    """Return the bytes that training holds on each device, without those of a runtime itself (CUDA: ½ GB)."""
     total = anatomy.spec.num_parameters
     half_base = work.precision == "pure-bf16" or (adapters > 0 and work.stored_bf16)
     wide = 2 if work.precision == "pure-bf16" else 4  # bytes of a trained parameter, its gradient and each state
     distributed = work.processes > 1
-    batch = Batch(
+    batch = BatchShape(
         rows=work.batch_size,
         row_tokens=work.row_tokens,
         precision=work.precision,
@@ -191,7 +191,7 @@ def matmul_throughput(device: str, precision: Precision, *, seconds: float = 0.5
 
 
 def _flops(anatomy: Anatomy, work: Workload, trained: float) -> float:
-    """Return the operations for one token of what is computed, a second time included, and of the teacher."""
+    """Return the operations for one token, including what is computed a second time, and the teacher's."""
     length = round(work.document_tokens or work.mean_tokens or work.row_tokens)
     total = flops_per_token(anatomy, length, trained=trained)
     if work.activation_checkpointing:

@@ -1,7 +1,6 @@
 """The floating-point operations that a token needs, and the peak of known devices.
 
-What is counted is what the model needs, not what is computed twice to save memory: so a share of the peak is the MFU
-(model FLOPs utilisation).
+Operations that are done twice to save memory count once, so a share of the peak is the MFU (model FLOPs utilisation).
 """
 
 import re
@@ -9,7 +8,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from surgeon.anatomy.anatomy import Anatomy
-from surgeon.anatomy.config import layer_kinds, text_config
+from surgeon.anatomy.config import attention_kinds, size_of
+from surgeon.anatomy.layer_rules import FULL_ATTENTION, SLIDING_ATTENTION
 
 # Dense bfloat16 operations a second with float32 sums, without sparsity, from the vendors' data sheets. A name that
 # is not here, or a slice of a device, has no known peak, and no MFU is shown.
@@ -32,27 +32,9 @@ PEAKS: Mapping[str, float] = {
 }
 
 
-# The config keys of what no family's table has to name.
-HIDDEN = ("hidden_size", "n_embd", "d_model")
-
-
-HEADS = ("num_attention_heads", "n_head", "n_heads", "num_heads")
-
-
-WINDOWS = ("sliding_window", "window_size")
-
-
-EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")
-
-
-EXPERTS_PER_TOKEN = ("num_experts_per_tok", "num_experts_per_token", "moe_top_k", "top_k_experts")
-
-
 _LOOKUP = re.compile(
     r"(^|[._])(embed_tokens|embed_positions|wte|wpe|word_embeddings|position_embeddings|shared)\.weight$"
 )
-
-
 _HEAD = re.compile(r"(^|\.)(lm_head|embed_out)\.weight$")
 
 
@@ -64,15 +46,15 @@ def peak_flops(device_name: str) -> float | None:
 
 
 def multiplied_parameters(anatomy: Anatomy) -> int:
-    """Return how many parameters a token is multiplied with: no embedding that is only looked up, few experts of many.
+    """Return how many parameters a token is multiplied with: of experts only its own, and no embedding.
 
-    A tied embedding counts once, as the head that it also is. Without a table, both are known by their usual names.
+    A tied embedding counts once, as the head. Without a table, embedding and head are known by their usual names.
     """
-    config, tensors = text_config(anatomy.spec.config), anatomy.spec.tensors
+    config, tensors = anatomy.spec.config, anatomy.spec.tensors
     looked_up = [name for name in tensors if _is_lookup(anatomy, name)]
     has_head = any(_is_head(anatomy, name) for name in tensors)
     multiplied = [name for name in tensors if name not in looked_up and not _is_buffer(anatomy, name)]
-    multiplied += [name for name in looked_up if not has_head and tensors[name].shape[0] == config.get("vocab_size")]
+    multiplied += [name for name in looked_up if not has_head and tensors[name].shape[0] == size_of(config, "vocab")]
     return round(sum(tensors[name].num_parameters * _share(config, name, tensors[name].shape) for name in multiplied))
 
 
@@ -82,34 +64,25 @@ def attention_flops(anatomy: Anatomy, sequence_length: int) -> float:
     4 · heads · head_dim for every key that a token sees; in a causal row of T tokens that is T / 2 on average, in a
     sliding window of W at most W. Layers without softmax attention count as 0.
     """
-    config = text_config(anatomy.spec.config)
-    hidden = first_of(config, HIDDEN) or 0
-    heads = first_of(config, HEADS) or 0
-    width = heads * config["head_dim"] if isinstance(config.get("head_dim"), int) else hidden
-    window = first_of(config, WINDOWS)
-    usual = "sliding_attention" if window and config.get("use_sliding_window") is not False else "full_attention"
-    kinds = layer_kinds(config, anatomy.depth) or [usual] * anatomy.depth
+    config = anatomy.spec.config
+    head_dim, window = size_of(config, "head_dim"), size_of(config, "window")
+    width = (size_of(config, "hidden") or 0) if head_dim is None else (size_of(config, "heads") or 0) * head_dim
     full = sequence_length / 2
     # the first W tokens of a row see half of W on average, the others all of it
     slid = window - window * window / (2 * sequence_length) if window and window < sequence_length else full
-    keys = {"full_attention": full, "global": full, "sliding_attention": slid, "local": slid}
-    return sum(4 * width * keys.get(kind, 0.0) for kind in kinds)
+    keys = dict.fromkeys(FULL_ATTENTION, full) | dict.fromkeys(SLIDING_ATTENTION, slid)
+    return sum(4 * width * keys.get(kind, 0.0) for kind in attention_kinds(config, anatomy.depth))
 
 
 def flops_per_token(anatomy: Anatomy, sequence_length: int, *, trained: float = 1.0) -> float:
     """Return the operations that training on one token needs: 6 N + 6 · layers · heads · head_dim · T.
 
-    N are the parameters that a token is multiplied with, two operations each forward, two for the gradient of what
-    goes in, and two for that of the weight itself, which only the `trained` part of them has. The attention term is
-    half of that in Chowdhery et al. 2022 (PaLM, arXiv:2204.02311, appendix B), which counts the keys that a causal
+    N are the parameters that a token is multiplied with: two operations each in the forward pass, two for the gradient
+    of the input, and two for that of the weight itself, which only the `trained` share of them has. The attention term
+    is half of that in Chowdhery et al. 2022 (PaLM, arXiv:2204.02311, appendix B), which counts the keys that a causal
     mask hides; 3 times `attention_flops`. T is a row's length, or a document's where rows are kept apart.
     """
     return (4 + 2 * trained) * multiplied_parameters(anatomy) + 3 * attention_flops(anatomy, sequence_length)
-
-
-def first_of(config: Mapping[str, Any], keys: Sequence[str]) -> int | None:
-    """Return the first of these keys' values that is a whole number, None where there is none."""
-    return next((config[key] for key in keys if type(config.get(key)) is int), None)
 
 
 def _is_lookup(anatomy: Anatomy, name: str) -> bool:
@@ -130,7 +103,7 @@ def _is_buffer(anatomy: Anatomy, name: str) -> bool:
 
 def _share(config: Mapping[str, Any], name: str, shape: Sequence[int]) -> float:
     """Return the part of a tensor that one token is multiplied with: 2/8 of eight experts, of most tensors all."""
-    experts, chosen = first_of(config, EXPERTS), first_of(config, EXPERTS_PER_TOKEN)
+    experts, chosen = size_of(config, "experts"), size_of(config, "experts_per_token")
     if not experts or not chosen:
         return 1.0
     is_stacked = len(shape) == 3 and shape[0] == experts

@@ -1,7 +1,7 @@
-"""The memory of a batch: what autograd keeps for the backward pass, and what the loss holds. From headers alone.
+"""The memory of a batch: the numbers that autograd keeps for the backward pass, and those of the loss. From headers.
 
-The rules are those of transformers' Llama, read line by line and checked against what autograd says it keeps; other
-families follow them as far as their tables and configs tell. Dropout, which most models have none of, is not counted.
+The rules are those of transformers' Llama, read line by line and checked against autograd's saved tensors. Other
+families follow them as far as their tables and configs say. Dropout is not counted; most models have none.
 """
 
 import re
@@ -10,24 +10,22 @@ from dataclasses import dataclass
 from typing import Literal
 
 from surgeon.anatomy.anatomy import Anatomy
-from surgeon.anatomy.config import text_config
-from surgeon.cost.flops import EXPERTS_PER_TOKEN, HEADS, HIDDEN, WINDOWS, first_of
+from surgeon.anatomy.config import size_of, spelled, text_config
 
 Precision = Literal["bf16", "float32", "pure-bf16"]
 LOGITS = 1 << 24  # of a chunk, as train/losses.py cuts them: 64 MiB in float32
-# What an MLP without a gate keeps of each channel: what goes into the activation, what inside of it, what comes out. A
+# Numbers that an MLP without a gate keeps of each channel: the activation's input, output and numbers in between. A
 # gated one keeps four: gate, activation, up, and their product.
 KEPT_BY_ACTIVATION = {"relu": 1, "gelu_new": 5, "gelu_fast": 5}
 KEPT_BY_OTHERS, KEPT_BY_GATED = 2, 4
-ACTIVATIONS = ("hidden_act", "activation_function", "hidden_activation")
 _GATED = re.compile(r"gate_(up_)?proj|\.w3\.")
 _ATTENTION = re.compile(r"\.[qkv]_proj\.")
 _BRANCHES = re.compile(r"(gate|up)_proj|\.w[13]\.")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Batch:
-    """A batch of one device, and how it is computed. `is_packed`: rows hold several documents, kept apart by a mask."""
+class BatchShape:
+    """The shape of one device's batch and its precision. `is_packed`: a mask keeps the documents of a row apart."""
 
     rows: int
     row_tokens: int
@@ -43,7 +41,7 @@ class Batch:
 
     @property
     def item(self) -> int:
-        """Bytes of a number that goes into a product."""
+        """Bytes of a number that a product reads."""
         return 4 if self.precision == "float32" else 2
 
     @property
@@ -53,11 +51,11 @@ class Batch:
 
     @property
     def casts(self) -> bool:
-        """Whether each product makes a copy of what it reads, as autocast does."""
+        """Whether each product makes a copy of its input, as autocast does."""
         return self.precision == "bf16"
 
 
-def activation_bytes(anatomy: Anatomy, batch: Batch) -> int:
+def activation_bytes(anatomy: Anatomy, batch: BatchShape) -> int:
     """Return the bytes that autograd keeps of a batch until the backward pass.
 
     With weights in float32 and products in bfloat16 that includes the copies of the layers' matrices, once.
@@ -67,12 +65,12 @@ def activation_bytes(anatomy: Anatomy, batch: Batch) -> int:
     copies = 2 * products if batch.precision == "bf16" and not batch.is_base_half else 0
     layer = batch.tokens * _layer_bytes(anatomy, batch)
     final_norm = batch.tokens * hidden * _norm_bytes(anatomy, batch)
-    if batch.is_checkpointed:  # of each layer what goes in, and of one, when it is computed again, all
+    if batch.is_checkpointed:  # the input of each layer, and everything of the one that is computed again
         return anatomy.depth * batch.tokens * hidden * batch.residual + layer + copies + final_norm
     return anatomy.depth * layer + copies + final_norm
 
 
-def loss_bytes(anatomy: Anatomy, batch: Batch, *, is_head_trained: bool, with_teacher: bool) -> int:
+def loss_bytes(anatomy: Anatomy, batch: BatchShape, *, is_head_trained: bool, with_teacher: bool) -> int:
     """Return the bytes of the loss: a chunk of logits and its softmax, and the gradients that are made with them."""
     sizes = sizes_of(anatomy)
     chunk = min(batch.tokens * sizes["vocab"], LOGITS)
@@ -92,42 +90,42 @@ def matrices(anatomy: Anatomy) -> list[str]:
 
 
 def sizes_of(anatomy: Anatomy) -> dict[str, int]:
-    """Return the sizes that memory depends on; without a table, as usual keys of the config say them, 0 for unknown."""
+    """Return the sizes that memory depends on; without a table, as the config says them, 0 for unknown."""
     if anatomy.family is not None:
         return dict(anatomy.sizes) | {"ffn": anatomy.sizes.get("expert_ffn", anatomy.sizes["ffn"])}
-    config = text_config(anatomy.spec.config)
-    hidden, heads = first_of(config, HIDDEN) or 0, first_of(config, HEADS) or 1
+    config = anatomy.spec.config
+    hidden, heads = size_of(config, "hidden") or 0, size_of(config, "heads") or 1
     return {
         "hidden": hidden,
         "heads": heads,
-        "kv_heads": first_of(config, ("num_key_value_heads",)) or heads,
-        "head_dim": first_of(config, ("head_dim",)) or hidden // heads,
-        "ffn": first_of(config, ("moe_intermediate_size", "intermediate_size", "ffn_dim", "n_inner")) or 4 * hidden,
-        "vocab": first_of(config, ("vocab_size",)) or 0,
+        "kv_heads": size_of(config, "kv_heads") or heads,
+        "head_dim": size_of(config, "head_dim") or hidden // heads,
+        "ffn": size_of(config, "expert_ffn") or size_of(config, "ffn") or 4 * hidden,
+        "vocab": size_of(config, "vocab") or 0,
     }
 
 
-def _layer_bytes(anatomy: Anatomy, batch: Batch) -> int:
+def _layer_bytes(anatomy: Anatomy, batch: BatchShape) -> int:
     """Return the bytes that one layer keeps of each token."""
     sizes, names, config = sizes_of(anatomy), _last_layer(anatomy), text_config(anatomy.spec.config)
     hidden, ffn, query = sizes["hidden"], sizes["ffn"], sizes["heads"] * sizes["head_dim"]
-    window = first_of(config, WINDOWS)
+    window = size_of(config, "window")
     is_masked = batch.is_packed or (window is not None and window < batch.row_tokens)
     key = query if is_masked else sizes["kv_heads"] * sizes["head_dim"]  # a mask makes transformers repeat them
     if any(_GATED.search(name) for name in names):
         inside = KEPT_BY_GATED
     else:
-        name = next((str(config[key]) for key in ACTIVATIONS if key in config), "gelu_new")
-        inside = KEPT_BY_ACTIVATION.get(name, KEPT_BY_OTHERS)
-    # A product keeps what it multiplies: those that read the same share it, unless each has its own copy.
+        activation = next(iter(spelled(config, "activation").values()), "gelu_new")
+        inside = KEPT_BY_ACTIVATION.get(str(activation), KEPT_BY_OTHERS)
+    # A product keeps its input: products of one input share it, unless each has its own copy.
     products = [name for name in names if name in matrices(anatomy)]
     into_attention = max(1, sum(map(bool, map(_ATTENTION.search, products)))) if batch.casts else 1
     branches = {match[0] for name in products if (match := _BRANCHES.search(name))}
     into_mlp = max(1, len(branches)) if batch.casts else 1
-    experts = first_of(config, EXPERTS_PER_TOKEN) or 1
-    numbers = into_attention * hidden + 2 * query + 2 * key  # attention: what goes in, queries, keys, values, result
+    experts = size_of(config, "experts_per_token") or 1
+    numbers = into_attention * hidden + 2 * query + 2 * key  # attention: input, queries, keys, values, result
     if not any(map(_ATTENTION.search, products)) and not (anatomy.family and anatomy.family.rotary is None):
-        numbers += query + key  # in one tensor with the values, from which rotated ones are made
+        numbers += query + key  # in one tensor with the values; rotated copies exist beside them
     numbers += experts * (into_mlp * hidden + inside * ffn)
     kept = numbers * batch.item + 4 * sizes["heads"]  # and the logarithm of each softmax's sum
     kept += _num_norms(anatomy, names, hidden) * hidden * _norm_bytes(anatomy, batch)
@@ -136,7 +134,7 @@ def _layer_bytes(anatomy: Anatomy, batch: Batch) -> int:
     if config.get("attn_logit_softcapping"):  # no kernel knows it: logits and softmax of all keys exist
         kept += sizes["heads"] * batch.row_tokens * (2 * batch.item + (4 if batch.item == 2 else 0))
     elif is_masked:
-        kept += batch.row_tokens * batch.item  # the mask, which each layer turns into numbers of its own
+        kept += batch.row_tokens * batch.item  # the mask, of which each layer makes numbers of its own
     if batch.lora:
         kept += len(products) * batch.lora * batch.item
     return kept
@@ -149,7 +147,7 @@ def _last_layer(anatomy: Anatomy) -> list[str]:
 
 
 def _num_norms(anatomy: Anatomy, names: Sequence[str], hidden: int) -> int:
-    """Return how many norms of the whole state are among tensors; their gains are told from their shifts by name."""
+    """Return how many norms of the whole state are among tensors; gains and shifts differ by name."""
     gains = [name for name in names if name.endswith(".weight")]
     return sum(anatomy.spec.tensors[name].shape == (hidden,) for name in gains)
 
@@ -161,8 +159,8 @@ def _is_layer_norm(anatomy: Anatomy) -> bool:
     return any(re.search(r"(norm|ln_\w+)\.bias$", name) for name in _last_layer(anatomy))
 
 
-def _norm_bytes(anatomy: Anatomy, batch: Batch) -> int:
-    """Return the bytes that a norm keeps of each number: what goes in, of an RMS norm also what its gain scales."""
+def _norm_bytes(anatomy: Anatomy, batch: BatchShape) -> int:
+    """Return the bytes that a norm keeps of each number: its input, and for an RMS norm also the input of its gain."""
     if _is_layer_norm(anatomy):
         return batch.residual
     return 4 + batch.residual  # it computes in float32

@@ -8,9 +8,9 @@ from collections.abc import Mapping, Sequence
 from itertools import groupby
 from typing import Any
 
-from surgeon.anatomy.config import layer_kinds, text_config
+from surgeon.anatomy.config import layer_kinds, spelled, text_config
+from surgeon.anatomy.layer_rules import FULL_ATTENTION, SLIDING_ATTENTION
 
-ALLOWED = frozenset({"full_attention", "sliding_attention", "attention", "global", "local"})  # the last two: GPT-Neo
 ENCODER_DECODERS = frozenset({"t5", "mt5"})  # relative positions, and an encoder that takes a mask of its own
 WHY = {
     "chunked_attention": "its chunks would lie elsewhere once the prompt is gone",
@@ -22,11 +22,6 @@ WHY = {
     "recurrent": "the prompt would leak through their state",
 }
 OTHERWISE = "they are neither full nor sliding attention, and what else they carry past a mask is not known"
-# Config keys of layers that hold a state, where the config does not say which layers those are.
-STATES = (
-    "state_size", "ssm_state_size", "mamba_d_state", "mamba_state_dim", "linear_key_head_dim", "attention_hidden_size",
-    "lru_width", "conv_L_cache",
-)  # fmt: skip
 # ALiBi that is counted from the first token and rounded there is another bias once the prompt is gone: only exact ALiBi
 # is relative, as MPT's is in float32.
 NO_MASK = {
@@ -47,15 +42,16 @@ def refusal(config: Mapping[str, Any], depth: int) -> str | None:
         return f"{name} cannot be gisted: {NO_MASK[name]}"
     if (kinds := layer_kinds(text, depth)) is not None:
         return _of_kinds(kinds, name)
-    if text.get("attention_chunk_size"):
+    if any(spelled(text, "attention_chunk").values()):
         return f"{name} has chunked attention: {WHY['chunked_attention']}"
-    if key := next((key for key in STATES if text.get(key) is not None), None):
-        return f"layers of {name} have a state ({key} = {text[key]!r}), and the prompt would leak through it"
+    if states := spelled(text, "state"):
+        key, value = next(iter(states.items()))
+        return f"layers of {name} have a state ({key} = {value!r}), and the prompt would leak through it"
     return None
 
 
 def _of_kinds(kinds: Sequence[str], name: str) -> str | None:
-    wrong = [(i, kind) for i, kind in enumerate(kinds) if kind not in ALLOWED]
+    wrong = [(i, kind) for i, kind in enumerate(kinds) if kind not in FULL_ATTENTION | SLIDING_ATTENTION]
     if not wrong:
         return None
     kind = wrong[0][1]

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from surgeon.anatomy.config import positions_of
 from surgeon.checkpoint.source import Source
 from surgeon.data.rows import check_shape, digest, read_rows
 from surgeon.errors import MeasureError
@@ -86,9 +87,7 @@ def _origin(found: str, tokens: "Tensor", sources: list[dict[str, str]]) -> dict
 
 
 def _check_length(source: Source, length: int) -> None:
-    text = source.config.get("text_config") or source.config
-    keys = ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len")
-    most = next((text[key] for key in keys if type(text.get(key)) is int), None)
+    most = positions_of(source)
     if most is not None and length > most:
         raise MeasureError(
             f"rows of {length} tokens are longer than the {most} positions of {source.label}",

@@ -12,10 +12,9 @@ from statistics import median
 from typing import TYPE_CHECKING, Any
 from zlib import crc32
 
-from surgeon.anatomy.anatomy import Anatomy
+from surgeon.anatomy.anatomy import Anatomy, written_and_read
 from surgeon.anatomy.axes import Dim, Places, axes_of, places
 from surgeon.checkpoint.source import Source
-from surgeon.transforms.widen import dims
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -176,7 +175,7 @@ class _Tally:
             place[0] if place else None,
             _Positions(torch.zeros(size), torch.zeros(size), torch.zeros(size, dtype=torch.int64)),
         )
-        write, _ = dims(row)
+        write, _ = written_and_read(row)
         for dim, axes in enumerate(row.axes):
             if not axes_of(axes) & self.names:
                 continue

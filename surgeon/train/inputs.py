@@ -11,7 +11,7 @@ import torch
 from surgeon.anatomy.anatomy import read_anatomy
 from surgeon.anatomy.config import positions_of
 from surgeon.checkpoint.source import Source, open_source, spec_of
-from surgeon.cost.estimate import Estimate, Workload, estimate, matmul_throughput
+from surgeon.cost.estimate import RunEstimate, Workload, estimate, matmul_throughput
 from surgeon.errors import PlanError
 from surgeon.models.loading import load_model, load_tokenizer, loadable
 from surgeon.models.split import keeps_documents_apart
@@ -121,7 +121,7 @@ class Inputs:
         self.wait()
         return CachedTeacher(directory)
 
-    def estimate(self, directory: Path) -> Estimate:
+    def estimate(self, directory: Path) -> RunEstimate:
         """Return the cost of the run. Reads the data, and only the headers of the model."""
         settings, anatomy = self.settings, read_anatomy(spec_of(self.source))
         data = self.data(directory, None, None)

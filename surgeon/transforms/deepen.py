@@ -1,6 +1,6 @@
 """Make a model deeper: identity blocks that keep the function, and the copies of the literature that do not.
 
-Sources: LLaMA-Pro (arXiv:2401.02415) for identity blocks, here for families with biases and with norms on the branches;
+Sources: LLaMA-Pro (arXiv:2401.02415) for identity blocks, here also for families with biases and norms on branches;
 G_stack (arXiv:2405.15319) for stacking; SOLAR (arXiv:2312.15166); Inheritune (arXiv:2404.08634) for a donor's layers.
 """
 
@@ -8,14 +8,15 @@ import re
 from collections.abc import Sequence
 from dataclasses import replace
 
-from surgeon.anatomy.anatomy import Anatomy
+from surgeon.anatomy.anatomy import Anatomy, written_and_read
 from surgeon.anatomy.axes import axes_of
+from surgeon.anatomy.config import is_off
 from surgeon.checkpoint.header import CheckpointSpec
 from surgeon.errors import PlanError
 from surgeon.plan.plan import Add, Affine, Constant, Expr, Plan, Read, changed_keys, substitute
 from surgeon.transforms.layers import keep_layers
 
-METHODS = ("identity", "stack", "interleave", "solar", "interpolate")
+DEPTH_METHODS = ("identity", "stack", "interleave", "solar", "interpolate")
 APPROXIMATE = "the new layers change what the model computes; it has to be trained on"
 # Config keys that change nothing about what trained layers compute.
 _INCIDENTAL = re.compile(
@@ -36,14 +37,14 @@ def deepen(anatomy: Anatomy, layers: int, *, method: str = "identity", at: Seque
     Raises PlanError when the model cannot grow so.
     """
     depth = anatomy.depth
-    if method not in METHODS:
-        raise PlanError(f"unknown depth method {method!r}", hint=f"One of: {', '.join(METHODS)}.")
+    if method not in DEPTH_METHODS:
+        raise PlanError(f"unknown depth method {method!r}", hint=f"One of: {', '.join(DEPTH_METHODS)}.")
     if layers < depth:
         raise PlanError(f"cannot grow {depth} layers to {layers}", hint="To cut layers: surgeon truncate.")
     if at is not None and method not in ("identity", "interpolate"):
         raise PlanError(f"the depth method {method} places its layers itself", hint="Leave out --at, or use identity.")
     if method in ("identity", "interpolate"):
-        return _insert(anatomy, _places(depth, layers - depth, at), method)
+        return _insert(anatomy, _insertion_points(depth, layers - depth, at), method)
     if method == "stack":
         order = [i % depth for i in range(layers)]
     elif method == "interleave":
@@ -54,7 +55,7 @@ def deepen(anatomy: Anatomy, layers: int, *, method: str = "identity", at: Seque
     return plan if layers == depth else replace(plan, approximate=(*plan.approximate, APPROXIMATE))
 
 
-def _places(depth: int, count: int, at: Sequence[int] | None) -> list[int]:
+def _insertion_points(depth: int, count: int, at: Sequence[int] | None) -> list[int]:
     """Return the layers after which a new one comes, in order: spread evenly, the last after the last layer."""
     if at is None:
         return [-(-(k + 1) * depth // count) - 1 for k in range(count)]
@@ -75,13 +76,13 @@ def _overlap(depth: int, layers: int) -> list[int]:
     return [*range(depth - overlap), *range(overlap, depth)]
 
 
-def _insert(anatomy: Anatomy, places: Sequence[int], method: str) -> Plan:
-    """Return the plan that puts a new layer after each layer of `places`."""
+def _insert(anatomy: Anatomy, after: Sequence[int], method: str) -> Plan:
+    """Return the plan that puts a new layer after each layer of `after`."""
     order: list[int] = []
     new: set[int] = set()
     for layer in range(anatomy.depth):
         order.append(layer)
-        for _ in range(places.count(layer)):
+        for _ in range(after.count(layer)):
             new.add(len(order))
             order.append(layer)
     plan = keep_layers(anatomy, order)
@@ -92,24 +93,22 @@ def _insert(anatomy: Anatomy, places: Sequence[int], method: str) -> Plan:
     for name in plan.tensors:
         place = stack.locate(name)
         if place is not None and place[0] in new:
-            change = _silent if method == "identity" else _averaged
-            tensors[name] = change(anatomy, plan, order, place[0], place[1])
+            new_tensor = _identity if method == "identity" else _averaged
+            tensors[name] = new_tensor(anatomy, plan, order, place[0], place[1])
     layer_map = tuple(None if i in new else layer for i, layer in enumerate(order))
     reasons = plan.approximate if method == "identity" else (*plan.approximate, APPROXIMATE)
     return replace(plan, tensors=tensors, layer_map=layer_map, approximate=reasons)
 
 
-def _silent(anatomy: Anatomy, plan: Plan, order: Sequence[int], layer: int, rest: str) -> Expr:
-    """Return a tensor of a copied layer so that the layer adds nothing: what writes the residual stream is zero.
+def _identity(anatomy: Anatomy, plan: Plan, order: Sequence[int], layer: int, rest: str) -> Expr:
+    """Return a tensor of a copied layer that adds nothing: the weights that write the residual stream are zero.
 
-    Where a norm stands on the branch its gain is zero instead: behind a projection of zeros it would multiply the
+    Where a branch ends in a norm, its gain is zero instead: after a projection of zeros the norm would multiply the
     gradient by 1 / sqrt(epsilon).
     """
     family = anatomy.require_family()
     stack = anatomy.stacks[0]
-    if len(anatomy.stacks) > 1 or (
-        family.pre_norm_flag is not None and anatomy.spec.config.get(family.pre_norm_flag) is False
-    ):
+    if len(anatomy.stacks) > 1 or is_off(anatomy.spec.config, family.pre_norm_flag):
         raise PlanError(
             f"{anatomy.model_type} normalises after the sum, so no layer of it can leave the sum as it is",
             hint="Use --depth-method stack; it does not keep the function.",
@@ -117,28 +116,28 @@ def _silent(anatomy: Anatomy, plan: Plan, order: Sequence[int], layer: int, rest
     name = stack.name(order[layer], rest)
     row, part = anatomy.row(name)
     spec = anatomy.spec.tensors[name]
-    made = plan.tensors[stack.name(layer, rest)]
+    copied = plan.tensors[stack.name(layer, rest)]
     if family.branch_norms:
-        silent = rest in family.branch_norms
-        return Constant(spec, family.init_gain - 1.0) if silent else made
-    writes = row.axes[-1 if row.kind == "conv1d" else len(row.axes) - 2 if row.kind == "linear" else -1]
-    silent = part in ("attention", "mlp") and row.kind in ("linear", "conv1d", "bias") and "hidden" in axes_of(writes)
-    return Constant(spec, 0.0) if silent else made
+        return Constant(spec, family.init_gain - 1.0) if rest in family.branch_norms else copied
+    write, _ = written_and_read(row)
+    is_branch = part in ("attention", "mlp") and row.kind in ("linear", "conv1d", "bias")
+    is_zero = is_branch and write is not None and "hidden" in axes_of(row.axes[write])
+    return Constant(spec, 0.0) if is_zero else copied
 
 
 def _averaged(anatomy: Anatomy, plan: Plan, order: Sequence[int], layer: int, rest: str) -> Expr:
-    """Return the mean of a tensor in the layers around a new one; behind the last layer, that layer's own."""
+    """Return the mean of a tensor in the layers before and after a new one; after the last layer, that layer's own."""
     stack = anatomy.stacks[0]
-    made = plan.tensors[stack.name(layer, rest)]
+    before = plan.tensors[stack.name(layer, rest)]
     following = next((i for i in range(layer + 1, len(order)) if order[i] != order[layer]), None)
-    other = None if following is None else plan.tensors.get(stack.name(following, rest))
-    return made if other is None else Add((Affine(made, 0.5), Affine(other, 0.5)))
+    after = None if following is None else plan.tensors.get(stack.name(following, rest))
+    return before if after is None else Add((Affine(before, 0.5), Affine(after, 0.5)))
 
 
 def donate(anatomy: Anatomy, donor: Anatomy, layers: int, prefix: str) -> Plan:
     """Return the plan that appends the donor's layers from this model's depth on, up to `layers` in all.
 
-    The donor's tensors are read under `prefix` + their name. Raises PlanError when it is not of the same make.
+    The donor's tensors are read under `prefix` + their name. Raises PlanError when the donor is another kind of model.
     """
     depth = anatomy.depth
     if layers < depth:
@@ -158,17 +157,17 @@ def donate(anatomy: Anatomy, donor: Anatomy, layers: int, prefix: str) -> Plan:
     return Plan(config, tensors, layer_map, approximate=(APPROXIMATE,) if layers > depth else ())
 
 
-def _check_alike(mine: CheckpointSpec, theirs: CheckpointSpec) -> None:
+def _check_alike(model: CheckpointSpec, donor: CheckpointSpec) -> None:
     """Refuse a donor whose tensors differ in name, shape or dtype, or whose config says that they compute otherwise.
 
-    A key that only one config has may be the other's under an older name, and is let pass.
+    A key that only one config has may be the other's under an older name, so it is no reason to refuse.
     """
-    wrong = [name for name in {**mine.tensors, **theirs.tensors} if mine.tensors.get(name) != theirs.tensors.get(name)]
-    if wrong:
+    names = {**model.tensors, **donor.tensors}
+    if differing := [name for name in names if model.tensors.get(name) != donor.tensors.get(name)]:
         raise PlanError(
-            f"the donor differs from the model in {wrong[0]!r}", hint="A donor must have the same sizes and dtype."
+            f"the donor differs from the model in {differing[0]!r}", hint="A donor must have the same sizes and dtype."
         )
-    for key, (value, other) in changed_keys(mine.config, theirs.config).items():
+    for key, (value, other) in changed_keys(model.config, donor.config).items():
         if value is not None and other is not None and not _INCIDENTAL.fullmatch(key.rpartition(".")[2]):
             raise PlanError(
                 f"the donor's config.json says {key} = {other!r}, the model's {value!r}",

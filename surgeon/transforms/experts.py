@@ -1,8 +1,8 @@
-"""Give a dense model experts: each one a copy of the MLP, behind a router drawn at random. The function is kept.
+"""Give a dense model experts: each one a copy of the MLP, after a router drawn at random. The function is kept.
 
-Sources: sparse upcycling (arXiv:2212.05055), which starts experts as equal copies; here with the weights of the chosen
-experts summing to 1, so that equal experts make what one of them makes. (arXiv:2510.08008 adds noise to the copies
-of experts, which changes the function; there is none here.)
+Sources: sparse upcycling (arXiv:2212.05055), which starts experts as equal copies. Here the weights of a token's
+experts sum to 1, so that equal experts compute what one of them computes. (arXiv:2510.08008 adds noise to the copies,
+which changes the function; there is none here.)
 """
 
 from collections.abc import Mapping
@@ -33,7 +33,7 @@ UNEVEN = (
 def to_experts(anatomy: Anatomy, num_experts: int, *, per_token: int = 2, seed: int = 0) -> Plan:
     """Return the plan of a model with `num_experts` experts in every layer, `per_token` of them for each token.
 
-    It computes what the dense model computes, up to the rounding of the experts' weights, which transformers finds
+    It computes what the dense model computes, up to the rounding of the experts' weights, which transformers computes
     in float32: they sum to 1 within 1e-7.
 
     Raises PlanError when the model type has no form with experts, or that form cannot express this model.
@@ -52,8 +52,8 @@ def to_experts(anatomy: Anatomy, num_experts: int, *, per_token: int = 2, seed: 
             tensors[name], specs[name] = Read(name), tensor
             continue
         for number in range(num_experts):
-            made = stack.name(place[0], expert.format(number))
-            tensors[made], specs[made] = Read(name), tensor
+            new_name = stack.name(place[0], expert.format(number))
+            tensors[new_name], specs[new_name] = Read(name), tensor
         for rest, router_shape in _routers(form, sizes).items():
             router = stack.name(place[0], rest)
             if router not in specs:
@@ -67,7 +67,7 @@ def to_experts(anatomy: Anatomy, num_experts: int, *, per_token: int = 2, seed: 
 
 
 def _form(anatomy: Anatomy) -> ExpertForm:
-    """Return how this model is written with experts. Raises PlanError where it cannot be."""
+    """Return how this model is written with experts. Raises PlanError where that is not possible."""
     form = EXPERT_FORMS.get(anatomy.model_type)
     if form is None:
         has_some = "experts" in anatomy.sizes
@@ -122,12 +122,12 @@ def _routers(form: ExpertForm, sizes: Mapping[str, int]) -> dict[str, tuple[int,
 
 
 def _config(anatomy: Anatomy, form: ExpertForm, sizes: Mapping[str, int]) -> dict[str, Any]:
-    """Return the config of the model with experts: every layer as it was, whatever either config leaves unsaid."""
+    """Return the config of the model with experts: no other default may change what a layer computes."""
     family, target = anatomy.require_family(), FAMILIES[form.model_type]
     dropped = {*form.dropped, *target.sizes["experts"]}  # experts may be counted under a second name
     config = {key: value for key, value in anatomy.spec.config.items() if key not in dropped}
-    said = {key for group in (config, *config.values()) if isinstance(group, Mapping) for key in group}
-    config |= {key: value for key, value in form.defaults.items() if key not in said}
+    present = {key for group in (config, *config.values()) if isinstance(group, Mapping) for key in group}
+    config |= {key: value for key, value in form.defaults.items() if key not in present}
     config |= form.config
     config |= {key: sizes[axis] for axis, key in form.sizes.items()}
     if form.window_flag:

@@ -1,4 +1,4 @@
-"""Tensors as a family initialises them: what a surgery draws anew instead of keeping."""
+"""Tensors as a family initialises them, for a surgery that draws them anew."""
 
 import math
 
@@ -25,7 +25,12 @@ def fresh(anatomy: Anatomy, name: str, *, seed: int, layers: int) -> Expr:
         return Constant(spec, family.init_gain)
     if row.kind in ("bias", "shift"):
         return Constant(spec, 0.0)
-    std = float(anatomy.spec.config.get(family.init_std) or 0.02)  # 0.02 is transformers' default everywhere
+    std = initial_std(anatomy)
     if name.endswith(family.residual_init):
         std /= math.sqrt(2 * layers)
     return Normal(spec, std, seed, name)
+
+
+def initial_std(anatomy: Anatomy) -> float:
+    """Return the standard deviation of fresh weights: the config's, or transformers' usual 0.02."""
+    return float(anatomy.spec.config.get(anatomy.require_family().init_std) or 0.02)

@@ -6,7 +6,6 @@ from dataclasses import replace
 from surgeon.anatomy.anatomy import Anatomy, read_anatomy
 from surgeon.errors import PlanError
 from surgeon.plan.plan import Plan, identity
-from surgeon.transforms.axis_maps import grown_size
 from surgeon.transforms.deepen import deepen
 from surgeon.transforms.experts import to_experts
 from surgeon.transforms.layers import resolve_depth
@@ -33,10 +32,10 @@ def grow(
     experts_per_token: int = 2,
     seed: int = 0,
 ) -> Plan:
-    """Return the plan of the larger model. A size is a number or "2x"; what is not given stays, or follows.
+    """Return the plan of the larger model. A size is a number or "2x".
 
-    Heads follow a hidden size where the family derives one from the other, and key-value heads follow heads. With
-    `experts`, the MLPs of the larger model become that many experts each.
+    A size that is not given stays, or follows another: heads follow a hidden size where the family derives one from the
+    other, and key-value heads follow heads. With `experts`, each MLP of the larger model becomes that many experts.
 
     Raises PlanError when the family's code cannot express the result.
     """
@@ -46,15 +45,15 @@ def grow(
     if layers is not None:
         plan = plan.then(deepen(anatomy, grown_depth(layers, anatomy.depth), method=depth_method, at=at))
     deeper = read_anatomy(plan.result(anatomy.spec))
-    asked = {
+    requested = {
         "hidden": hidden_size,
         "ffn": intermediate_size,
         "heads": attention_heads,
         "kv_heads": key_value_heads,
         "head_dim": head_dim,
     }
-    if any(size is not None for size in asked.values()):
-        plan = plan.then(_wider(deeper, asked, width_method, noise, seed))
+    if any(size is not None for size in requested.values()):
+        plan = plan.then(_wider(deeper, requested, width_method, noise, seed))
     elif layers is None and experts is None:
         raise PlanError(
             "nothing to grow", hint="Give --layers, --hidden-size, --intermediate-size, --attention-heads or --experts."
@@ -79,13 +78,25 @@ def grow(
     return replace(plan, steps=({"grow": {key: value for key, value in options.items() if value is not None}},))
 
 
+def grown_size(request: int | str, size: int, name: str) -> int:
+    """Return the new size of an axis: `request` itself, or "2x" of `size`. Raises PlanError unless it is larger."""
+    text = str(request).strip().lower()
+    number = text.removesuffix("x")
+    if not (number.isascii() and number.isdigit() and len(number) < 10):
+        raise PlanError(f"cannot read {request!r} as a size of {name}", hint="Write 768, or 2x.")
+    new = int(number) * (1 if number == text else size)
+    if new < size:
+        raise PlanError(f"cannot grow {name} from {size} to {new}", hint="Growing only makes larger.")
+    return new
+
+
 def grown_depth(layers: int | str, depth: int) -> int:
     """Return a number of layers: `layers` itself, or "2x" or "150%" of `depth`."""
     text = str(layers)
     return grown_size(text, depth, "layers") if text.endswith("x") else resolve_depth(text, depth)
 
 
-def _wider(anatomy: Anatomy, asked: dict[str, Size], method: str, noise: float, seed: int) -> Plan:
+def _wider(anatomy: Anatomy, requested: dict[str, Size], method: str, noise: float, seed: int) -> Plan:
     if not 0 <= noise <= 1:
         raise PlanError(
             f"noise {noise} is not from 0 to 1: above, the rounding that tells copies apart grows from layer to layer",
@@ -93,13 +104,13 @@ def _wider(anatomy: Anatomy, asked: dict[str, Size], method: str, noise: float, 
         )
     family = anatomy.require_family()
     old = anatomy.sizes
-    new = {axis: old[axis] if size is None else grown_size(size, old[axis], axis) for axis, size in asked.items()}
-    if "head_dim" not in family.sizes and asked["heads"] is None and new["hidden"] % new["head_dim"] == 0:
+    new = {axis: old[axis] if size is None else grown_size(size, old[axis], axis) for axis, size in requested.items()}
+    if "head_dim" not in family.sizes and requested["heads"] is None and new["hidden"] % new["head_dim"] == 0:
         new["heads"] = max(new["heads"], new["hidden"] // new["head_dim"])
-    if asked["kv_heads"] is None and new["heads"] != old["heads"]:
+    if requested["kv_heads"] is None and new["heads"] != old["heads"]:
         keeps_group = old["kv_heads"] > 1 and new["heads"] % old["group"] == 0
         new["kv_heads"] = new["heads"] // old["group"] if keeps_group else old["kv_heads"]
-    elif asked["heads"] is None and old["group"] == 1:
+    elif requested["heads"] is None and old["group"] == 1:
         new["heads"] = max(new["heads"], new["kv_heads"])
     widths = plan_widths(anatomy, method=method, **new)
     return widen(anatomy, widths, noise=noise, advanced=method == "advanced", seed=seed)

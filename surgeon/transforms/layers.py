@@ -96,7 +96,7 @@ def _check_places(anatomy: Anatomy, stack: Stack, keep: Sequence[int]) -> None:
 def _moved(anatomy: Anatomy, name: str, old: int, new: int) -> Expr:
     """Return tensor `name` of layer `old` as layer `new` needs it.
 
-    Where the code divides attention logits by layer + 1, the queries make that good: times (new + 1) / (old + 1).
+    Where the code divides attention logits by layer + 1, queries are multiplied by (new + 1) / (old + 1) in return.
     """
     flag = anatomy.family.inverse_layer_scale if anatomy.family else None
     if old == new or flag is None or not anatomy.spec.config.get(flag):
@@ -110,8 +110,8 @@ def _moved(anatomy: Anatomy, name: str, old: int, new: int) -> Expr:
     expr: Expr = Read(name)
     for dim, axes in enumerate(anatomy.row(name)[0].axes):
         if "q_dim" in axes_of(axes):
-            found = places(axes, anatomy.sizes, scale_queries)
-            expr = Gather(expr, dim, found.index, found.scale)
+            scaling = places(axes, anatomy.sizes, scale_queries)
+            expr = Gather(expr, dim, scaling.index, scaling.scale)
     return expr
 
 

@@ -1,13 +1,13 @@
-"""Make a model narrower: what is kept of each axis is gathered out of every tensor that has the axis.
+"""Make a model narrower: each tensor keeps some positions of each of its axes.
 
-Kept weights stay what they are, bit for bit; only the count of what a norm averages over is made good. A norm divides
-by the root of a mean square, so where it sees fewer positions its gain is multiplied by sqrt(old / new), and for fewer
-channels the config's epsilon by old / new. The cut is then exact where the removed positions held zero; of layer norms,
-which subtract a mean, where they held the mean and had no shift. And where the removed were like the kept, what the
-next map sums up keeps its variance.
+Kept weights do not change, bit for bit; only norms are adjusted, because they average over fewer positions. A norm
+divides by the root of a mean square. So its gain is multiplied by sqrt(old / new), and for fewer channels the config's
+epsilon by old / new. The cut is then exact where the removed positions held zero; for layer norms, which subtract a
+mean, where they held the mean and had no shift. Where the removed positions were like the kept ones, the sums of the
+next map keep their variance.
 
-One epsilon serves all norms of a model: those over heads see another one when channels go, and the same when heads do,
-which changes the last digits, or more where queries are as small as its root.
+One epsilon serves all norms of a model. Norms over heads get another one when channels go, and the old one when heads
+go. That changes the last digits, or more where queries are as small as the root of epsilon.
 """
 
 import math
@@ -19,7 +19,9 @@ from typing import Any
 
 from surgeon.anatomy.anatomy import EXPERT_NUMBER, Anatomy
 from surgeon.anatomy.axes import Dim, Keep, axes_of, survivors
+from surgeon.anatomy.config import is_off, spelled
 from surgeon.anatomy.families import Row
+from surgeon.anatomy.spellings import SPELLINGS
 from surgeon.errors import PlanError
 from surgeon.plan.plan import Affine, Expr, Gather, Plan, Read
 from surgeon.transforms.experts import UNEVEN
@@ -30,23 +32,21 @@ NORMS = "norms over fewer positions are scaled as if the removed had held {}"
 HEAD_DIM = "attention logits are divided by the root of the head's size, which is smaller now"
 SHARES = "the weights of a token's experts are shares among all experts, which are fewer now"
 
-EPSILON_KEYS = ("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon")
 HEAD_DIMS = ("q_dim", "k_dim", "v_dim")
-PER_TOKEN_KEYS = ("num_experts_per_tok", "experts_per_token")  # the config keys that say how many experts a token takes
 WORDS = {"ffn": "MLP neurons", "kv_heads": "key-value heads", "group": "heads", "experts": "experts"}
 
 Positions = tuple[int, ...]
-# From a layer (None: outside of all) and a dimension to the positions that are left of it, and a factor for each: 1.
+# From a layer (None: outside of all) and a dimension to its remaining positions, and a factor for each: 1.
 _Cut = Callable[[int | None, Dim], tuple[Positions, tuple[float, ...]]]
 
 
 @dataclass(frozen=True)
 class Kept:
-    """What survives of each axis, in the source's numbering, ascending. An axis that is None stays whole.
+    """The positions of each axis that stay, in the source's numbering, ascending. An axis that is None stays whole.
 
-    Where experts have the MLP's own size, `ffn` says which neurons all experts of a layer keep. `heads` lists, for each
-    key-value head that survives, which of the query heads that share it (0 to group - 1) stay. All layers keep as
-    many; `hidden` and `head_dim` are the same everywhere.
+    Where experts have the MLP's own size, all experts of a layer keep the neurons in `ffn`. `heads` lists, for each
+    key-value head that stays, the query heads that stay of those that share it (0 to group - 1). All layers keep the
+    same number; `hidden` and `head_dim` are the same everywhere.
     """
 
     hidden: Positions | None = None
@@ -58,7 +58,7 @@ class Kept:
 
 
 def narrow(anatomy: Anatomy, kept: Kept) -> Plan:
-    """Return the plan of the model that has only what is `kept`.
+    """Return the plan of the model that has only the `kept` positions.
 
     Raises PlanError where `kept` does not fit this model, or the family's code cannot express the result.
     """
@@ -70,9 +70,9 @@ def narrow(anatomy: Anatomy, kept: Kept) -> Plan:
     cut = _cuts(anatomy, kept)
     tensors: dict[str, Expr] = {}
     for name in anatomy.spec.tensors:
-        made = _renamed(anatomy, kept, name)
-        if made is not None:
-            tensors[made] = _narrowed(anatomy, name, sizes, cut)
+        new_name = _renamed(anatomy, kept, name)
+        if new_name is not None:
+            tensors[new_name] = _narrowed(anatomy, name, sizes, cut)
     shown = ("hidden", "ffn", "heads", "kv_heads", "head_dim", "experts")
     return Plan(
         config={**anatomy.spec.config, **sizes_in_config(anatomy, sizes), **_epsilon(anatomy, sizes)},
@@ -81,14 +81,15 @@ def narrow(anatomy: Anatomy, kept: Kept) -> Plan:
         steps=({"narrow": {axis: sizes[axis] for axis in shown if sizes.get(axis) != anatomy.sizes.get(axis)}},),
         notes=_notes(anatomy, sizes),
         approximate=_reasons(anatomy, sizes),
-        axes=_everywhere(anatomy, kept),  # what layers choose for themselves has no one map
+        axes=_shared(anatomy, kept),  # axes of which layers keep different positions have no one map
     )
 
 
 def _epsilon(anatomy: Anatomy, sizes: Mapping[str, int]) -> dict[str, float]:
-    """Return the config's epsilon for norms over fewer channels, whose mean square is old / new of what it was."""
-    ratio, config = anatomy.sizes["hidden"] / sizes["hidden"], anatomy.spec.config
-    return {key: config[key] * ratio for key in EPSILON_KEYS if isinstance(config.get(key), float) and ratio != 1}
+    """Return the config's epsilon for norms over fewer channels, whose mean square is old / new times the old one."""
+    ratio = anatomy.sizes["hidden"] / sizes["hidden"]
+    epsilons = spelled(anatomy.spec.config, "epsilon") if ratio != 1 else {}
+    return {key: value * ratio for key, value in epsilons.items() if isinstance(value, float)}
 
 
 def layers_with(anatomy: Anatomy, axis: str) -> frozenset[int]:
@@ -104,47 +105,47 @@ def _sizes(anatomy: Anatomy, kept: Kept) -> dict[str, int]:
         first = next(iter(chosen.values()))
         sizes[axis] = len(first[0]) if axis == "group" else len(first)
     sizes["heads"] = sizes["kv_heads"] * sizes["group"]
-    sizes |= {axis: len(found) for axis, found in _everywhere(anatomy, kept).items()}
+    sizes |= {axis: len(positions) for axis, positions in _shared(anatomy, kept).items()}
     return sizes | {"head_dim": sizes["q_dim"]}
 
 
-def _everywhere(anatomy: Anatomy, kept: Kept) -> dict[str, Positions]:
-    """Return what is kept of the axes that are the same in all layers."""
-    found = dict.fromkeys(HEAD_DIMS, kept.head_dim) | {"hidden": kept.hidden}
+def _shared(anatomy: Anatomy, kept: Kept) -> dict[str, Positions]:
+    """Return the kept positions of the axes that are the same in all layers."""
+    shared = dict.fromkeys(HEAD_DIMS, kept.head_dim) | {"hidden": kept.hidden}
     if anatomy.sizes.get("embed") == anatomy.sizes["hidden"]:
-        found["embed"] = kept.hidden
-    return {axis: positions for axis, positions in found.items() if positions is not None}
+        shared["embed"] = kept.hidden
+    return {axis: positions for axis, positions in shared.items() if positions is not None}
 
 
 def _by_layer(kept: Kept) -> dict[str, Mapping[int, Any]]:
-    """Return what is kept of the axes whose layers choose for themselves; of "group" for each key-value head."""
+    """Return what each layer keeps of the axes that may differ by layer; of "group", for each key-value head."""
     chosen = {"ffn": kept.ffn, "kv_heads": kept.kv_heads, "group": kept.heads, "experts": kept.experts}
-    return {axis: found for axis, found in chosen.items() if found is not None}
+    return {axis: layers for axis, layers in chosen.items() if layers is not None}
 
 
 # --- tensors ----------------------------------------------------------------------------------------------------
 
 
 def _renamed(anatomy: Anatomy, kept: Kept, name: str) -> str | None:
-    """Return what a tensor is called in the result: experts are renumbered. None for one of a dropped expert."""
+    """Return a tensor's name in the result, where experts are renumbered; None for a tensor of a dropped expert."""
     place, expert = anatomy.stacks[0].locate(name), EXPERT_NUMBER.search(name)
     if kept.experts is None or place is None or expert is None:
         return name
-    left = kept.experts[place[0]]
-    if int(expert.group()) not in left:
+    remaining = kept.experts[place[0]]
+    if int(expert.group()) not in remaining:
         return None
-    return EXPERT_NUMBER.sub(str(left.index(int(expert.group()))), name)
+    return EXPERT_NUMBER.sub(str(remaining.index(int(expert.group()))), name)
 
 
 def _cuts(anatomy: Anatomy, kept: Kept) -> _Cut:
-    """Return what tells what is left of a dimension; each is found once."""
-    chosen, everywhere, sizes = _by_layer(kept), _everywhere(anatomy, kept), anatomy.sizes
+    """Return the function that gives the remaining positions of a dimension; it computes each of them once."""
+    by_layer, shared, sizes = _by_layer(kept), _shared(anatomy, kept), anatomy.sizes
 
     def keep_in(layer: int | None) -> Keep:
-        here = {axis: found[layer] for axis, found in chosen.items() if layer is not None and layer in found}
-        groups = here.get("kv_heads", range(sizes["kv_heads"]))
-        heads = {group: frozenset(found) for group, found in zip(groups, here.pop("group", ()), strict=False)}
-        sets = {axis: frozenset(found) for axis, found in (everywhere | here).items()}
+        own = {axis: layers[layer] for axis, layers in by_layer.items() if layer is not None and layer in layers}
+        groups = own.get("kv_heads", range(sizes["kv_heads"]))
+        heads = {group: frozenset(members) for group, members in zip(groups, own.pop("group", ()), strict=False)}
+        sets = {axis: frozenset(positions) for axis, positions in (shared | own).items()}
 
         def keep(axis: str, position: int, outer: Mapping[str, int]) -> bool:
             if axis == "group" and heads:
@@ -158,11 +159,11 @@ def _cuts(anatomy: Anatomy, kept: Kept) -> _Cut:
         index = survivors(dim, sizes, keep_in(layer))
         return index, (1.0,) * len(index)
 
-    return lambda layer, dim: cut(layer if axes_of(dim) & chosen.keys() else None, dim)
+    return lambda layer, dim: cut(layer if axes_of(dim) & by_layer.keys() else None, dim)
 
 
 def _narrowed(anatomy: Anatomy, name: str, sizes: Mapping[str, int], cut: _Cut) -> Expr:
-    """Return tensor `name` with what is left of each of its dimensions."""
+    """Return tensor `name` with the remaining positions of each of its dimensions."""
     row, part = anatomy.row(name)
     expr: Expr = Read(name)
     if part == "buffer":
@@ -180,10 +181,10 @@ def _narrowed(anatomy: Anatomy, name: str, sizes: Mapping[str, int], cut: _Cut) 
 
 
 def _factor(anatomy: Anatomy, row: Row, sizes: Mapping[str, int], *, is_final: bool) -> float:
-    """Return what a tensor is multiplied with beside the cut.
+    """Return the factor of a tensor beside the cut.
 
-    Where the code multiplies embeddings by sqrt(hidden), they make good that hidden is less; a head that is tied to
-    them must not notice, which the final norm sees to.
+    Where the code multiplies embeddings by sqrt(hidden), larger embeddings make up for the smaller hidden size. A head
+    that is tied to them would be larger too, so the final norm is divided by the same factor.
     """
     old = anatomy.sizes
     scaled = math.sqrt(old["hidden"] / sizes["hidden"]) if anatomy.require_family().scales_embedding else 1.0
@@ -203,10 +204,10 @@ def _reasons(anatomy: Anatomy, sizes: Mapping[str, int]) -> tuple[str, ...]:
     reasons = []
     if any(row.kind == "gain" and row.axes[-1].size(sizes) < row.axes[-1].size(old) for row in rows):
         reasons.append(NORMS.format("the mean" if family.norm_kind == "layer" else "zero"))
-    divided = not family.fixed_query_scale and config.get("scale_attn_weights") is not False
+    divided = not family.fixed_query_scale and not is_off(config, family.query_scale_flag)
     if divided and sizes["head_dim"] < old["head_dim"]:
         reasons.append(HEAD_DIM)
-    if sizes.get("experts") != old.get("experts") and config.get("norm_topk_prob") is False:
+    if sizes.get("experts") != old.get("experts") and is_off(config, family.expert_shares_flag):
         reasons.append(SHARES)
     return tuple(reasons)
 
@@ -224,7 +225,7 @@ def _notes(anatomy: Anatomy, sizes: Mapping[str, int]) -> tuple[str, ...]:
 
 
 def _check(anatomy: Anatomy, kept: Kept) -> None:
-    """Raises PlanError unless `kept` says of every layer with an axis what stays of it, and of all as much."""
+    """Raises PlanError unless `kept` lists positions for every layer with an axis, and the same number for each."""
     sizes = anatomy.sizes
     if kept.hidden is not None:
         _check_positions("channels of the hidden state", kept.hidden, sizes["hidden"])
@@ -233,19 +234,19 @@ def _check(anatomy: Anatomy, kept: Kept) -> None:
         check_head_dim(anatomy, kept.head_dim)
     for axis, chosen in _by_layer(kept).items():
         _check_layers(anatomy, axis, chosen)
-        sets = {f"layer {layer}": found for layer, found in chosen.items()}
+        sets = {f"layer {layer}": positions for layer, positions in chosen.items()}
         if axis == "group":
-            for layer, found in chosen.items():
+            for layer, heads in chosen.items():
                 groups = sizes["kv_heads"] if kept.kv_heads is None else len(kept.kv_heads[layer])
-                if len(found) != groups:
+                if len(heads) != groups:
                     raise PlanError(
-                        f"layer {layer} keeps {groups} key-value heads, but lists heads for {len(found)}",
+                        f"layer {layer} keeps {groups} key-value heads, but lists heads for {len(heads)}",
                         hint="One list of heads for each key-value head that is kept.",
                     )
-            sets = {f"layer {layer}, group {k}": found[k] for layer, found in chosen.items() for k in range(len(found))}
-        for place, found in sets.items():
-            _check_positions(f"{WORDS[axis]} of {place}", found, sizes[axis])
-        counts = sorted({len(found) for found in sets.values()})
+            sets = {f"layer {layer}, group {k}": heads[k] for layer, heads in chosen.items() for k in range(len(heads))}
+        for place, positions in sets.items():
+            _check_positions(f"{WORDS[axis]} of {place}", positions, sizes[axis])
+        counts = sorted({len(positions) for positions in sets.values()})
         if len(counts) > 1:
             raise PlanError(
                 f"some layers would keep {counts[0]} {WORDS[axis]}, others {counts[-1]}",
@@ -255,13 +256,13 @@ def _check(anatomy: Anatomy, kept: Kept) -> None:
         _check_per_token(anatomy, len(next(iter(kept.experts.values()))))
 
 
-def _check_positions(what: str, found: Sequence[int], size: int) -> None:
-    if not found:
-        raise PlanError(f"no {what} would be left", hint="Keep at least one.")
-    if wrong := [i for i in found if not 0 <= i < size]:
-        raise PlanError(f"{what}: {wrong[0]} does not exist", hint=f"There are {size}: 0 to {size - 1}.")
-    if any(j <= i for i, j in pairwise(found)):
-        raise PlanError(f"{what} are not in ascending order", hint="List each once, the lowest first.")
+def _check_positions(noun: str, positions: Sequence[int], size: int) -> None:
+    if not positions:
+        raise PlanError(f"no {noun} would be left", hint="Keep at least one.")
+    if missing := [i for i in positions if not 0 <= i < size]:
+        raise PlanError(f"{noun}: {missing[0]} does not exist", hint=f"There are {size}: 0 to {size - 1}.")
+    if any(j <= i for i, j in pairwise(positions)):
+        raise PlanError(f"{noun} are not in ascending order", hint="List each once, the lowest first.")
 
 
 def _check_layers(anatomy: Anatomy, axis: str, chosen: Mapping[int, object]) -> None:
@@ -271,19 +272,20 @@ def _check_layers(anatomy: Anatomy, axis: str, chosen: Mapping[int, object]) -> 
         hint = "The size of experts cannot be cut; keep fewer of them." if axis == "ffn" else "Cut another axis."
         raise PlanError(f"no layer of this {anatomy.model_type} has {WORDS[axis]} to choose from", hint=hint)
     if odd := sorted(chosen.keys() ^ having):
-        what = "is not listed" if odd[0] in having else f"has no {WORDS[axis]}, or does not exist"
+        reason = "is not listed" if odd[0] in having else f"has no {WORDS[axis]}, or does not exist"
         raise PlanError(
-            f"{WORDS[axis]} to keep: layer {odd[0]} {what}", hint=f"Layers that have them: {sorted(having)}."
+            f"{WORDS[axis]} to keep: layer {odd[0]} {reason}", hint=f"Layers that have them: {sorted(having)}."
         )
 
 
 def _check_per_token(anatomy: Anatomy, left: int) -> None:
     """Raises PlanError where a token takes more experts than are left."""
-    config = anatomy.spec.config
-    per_token = [config[key] for key in PER_TOKEN_KEYS if type(config.get(key)) is int]
+    spellings = spelled(anatomy.spec.config, "experts_per_token")
+    per_token = [value for value in spellings.values() if type(value) is int]
     if not per_token:
         raise PlanError(
-            "config.json does not say how many experts a token takes", hint=f"Write it as {PER_TOKEN_KEYS[0]}."
+            "config.json does not say how many experts a token takes",
+            hint=f"Write it as {SPELLINGS['experts_per_token'][0]}.",
         )
     if max(per_token) > left:
         raise PlanError(

@@ -1,16 +1,14 @@
 """Evenly spaced positions: what to keep of an axis when nothing says which positions matter.
 
-Source: weight selection (arXiv:2311.18823), here along whole axes: a head is kept or not, and of a head that turns by
-position those dims stay whose frequencies a smaller head has.
+Source: weight selection (arXiv:2311.18823), here along whole axes: a head is kept or not, and of a head's rotary
+dimensions those stay whose frequencies a smaller head has.
 """
 
 from collections.abc import Iterator, Sequence
 
 from surgeon.anatomy.anatomy import Anatomy
-from surgeon.anatomy.config import rope_types, rotary_share
+from surgeon.anatomy.rotary import EXTENSIBLE_ROPE, rope_types, rotary_dims, wider_head
 from surgeon.errors import PlanError
-from surgeon.transforms.axis_maps import rotary_places
-from surgeon.transforms.widths import EXTENSIBLE_ROPE
 
 INSTEAD = "Cut the number of heads instead."
 
@@ -29,25 +27,25 @@ def uniform(old: int, new: int) -> tuple[int, ...]:
 
 
 def uniform_head_dim(anatomy: Anatomy, new: int) -> tuple[int, ...]:
-    """Return the dims to keep of a head, the same in all: of what turns every n-th pair, of the rest evenly spaced.
+    """Return the dimensions to keep of each head: every n-th rotary pair, and of the rest evenly spaced ones.
 
-    The frequencies of the smaller head then are those that the kept pairs had.
-    Raises PlanError, with the sizes that are legal, where a head of `new` dims turns otherwise.
+    The frequencies of the smaller head are then those of the kept pairs.
+    Raises PlanError, with the sizes that are legal, where a head of `new` dimensions has other frequencies.
     """
-    old, turning = anatomy.sizes["head_dim"], _turning(anatomy)
-    kept = turning_dims(anatomy, new)
-    rest = uniform(old - turning, new - len(kept)) if new > len(kept) else ()
-    return (*kept, *(turning + i for i in rest))
+    old, rotating = anatomy.sizes["head_dim"], _num_rotating(anatomy)
+    pairs = kept_rotary_dims(anatomy, new)
+    rest = uniform(old - rotating, new - len(pairs)) if new > len(pairs) else ()
+    return (*pairs, *(rotating + i for i in rest))
 
 
-def turning_dims(anatomy: Anatomy, new: int) -> tuple[int, ...]:
-    """Return which of a head's turning dims a head of `new` dims keeps, () where none turn.
+def kept_rotary_dims(anatomy: Anatomy, new: int) -> tuple[int, ...]:
+    """Return which rotary dimensions a head of `new` dimensions keeps, () where none rotate.
 
-    Raises PlanError, with the sizes that are legal, where a head of `new` dims turns otherwise.
+    Raises PlanError, with the sizes that are legal, where a head of `new` dimensions has other frequencies.
     """
-    family, old, turning = anatomy.require_family(), anatomy.sizes["head_dim"], _turning(anatomy)
-    if not turning or new == old:
-        return tuple(range(turning))
+    family, old, rotating = anatomy.require_family(), anatomy.sizes["head_dim"], _num_rotating(anatomy)
+    if not rotating or new == old:
+        return tuple(range(rotating))
     wrong = sorted(rope_types(anatomy.spec.config) - EXTENSIBLE_ROPE)
     if wrong:
         raise PlanError(
@@ -60,36 +58,36 @@ def turning_dims(anatomy: Anatomy, new: int) -> tuple[int, ...]:
             f"a rotary head of {old} dims cannot shrink to {new}: the frequencies would be others",
             hint=f"Sizes of a head that fit: {', '.join(map(str, legal))}." if legal else INSTEAD,
         )
-    assert family.rotary is not None, "dims turn"
+    assert family.rotary is not None, "some dimensions rotate"
     times = old // new
-    spread = rotary_places(turning // times, turning // times, times, family.rotary)
+    spread = wider_head(rotating // times, rotating // times, times, family.rotary)
     return tuple(j for j, i in enumerate(spread) if i >= 0)
 
 
 def check_head_dim(anatomy: Anatomy, kept: Sequence[int]) -> None:
-    """Raises PlanError unless the dims `kept` of a head, ascending, turn by the frequencies of a head of that size."""
-    wanted, turning = turning_dims(anatomy, len(kept)), _turning(anatomy)
-    found = tuple(i for i in kept if i < turning)
-    if found != wanted:
+    """Raises PlanError unless the dimensions `kept` of a head, ascending, have the frequencies of a head so small."""
+    legal, rotating = kept_rotary_dims(anatomy, len(kept)), _num_rotating(anatomy)
+    rotary = tuple(i for i in kept if i < rotating)
+    if rotary != legal:
         raise PlanError(
-            f"of a head's {turning} turning dims a head of {len(kept)} has {list(wanted)}, not {list(found)}",
+            f"of a head's {rotating} rotary dims a head of {len(kept)} has {list(legal)}, not {list(rotary)}",
             hint=f"Keep such as {list(uniform_head_dim(anatomy, len(kept)))}.",
         )
 
 
-def _turning(anatomy: Anatomy) -> int:
-    """Return how many dims of a head turn with the position: the first ones."""
+def _num_rotating(anatomy: Anatomy) -> int:
+    """Return how many dimensions of a head rotate with the position: the first ones."""
     if anatomy.require_family().rotary is None:
         return 0
-    return int(anatomy.sizes["head_dim"] * rotary_share(anatomy.spec.config))
+    return rotary_dims(anatomy.spec.config, anatomy.sizes["head_dim"])
 
 
 def _legal_sizes(anatomy: Anatomy) -> Iterator[int]:
     """Yield the smaller sizes of a head whose frequencies are among those of this one."""
-    old, turning, share = anatomy.sizes["head_dim"], _turning(anatomy), rotary_share(anatomy.spec.config)
+    old, rotating = anatomy.sizes["head_dim"], _num_rotating(anatomy)
     for new in range(1, old):
-        count = int(new * share)
-        if old % new == 0 and count and count % 2 == 0 and count * (old // new) == turning:
+        count = rotary_dims(anatomy.spec.config, new)
+        if old % new == 0 and count and count % 2 == 0 and count * (old // new) == rotating:
             yield new
 
 

@@ -1,15 +1,16 @@
 """Give a model rows for new tokens: each is the mean of all rows, in the embedding, the head and the head's bias.
 
 With the mean row and the mean bias the logit of a new token is the mean of all logits: it is neither likely nor
-excluded before it is trained. Where the vocabulary is padded, the new tokens take rows that no token has yet.
+excluded before training. Where the vocabulary is padded, the new tokens take rows that no token has yet.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from surgeon.anatomy.anatomy import Anatomy
 from surgeon.anatomy.axes import axes_of
-from surgeon.anatomy.config import text_config
+from surgeon.anatomy.config import size_of, spelled, text_config
+from surgeon.anatomy.spellings import SPELLINGS
 from surgeon.errors import PlanError
 from surgeon.plan.plan import Expr, Gather, Plan, Read
 
@@ -47,13 +48,13 @@ def add_tokens(anatomy: Anatomy, ids: Sequence[int]) -> Plan:
 
 
 def vocabulary_dims(anatomy: Anatomy) -> dict[str, int]:
-    """Return the tensors with a position for each token, and the dim along which they have it.
+    """Return the tensors with a position for each token, and the dimension along which they have it.
 
     A family's table says so. Without a table they are the tensors outside the layers that are as long as the
     vocabulary. Raises PlanError where there is none, or where something else is as long.
     """
     if anatomy.family is not None:
-        found = {
+        with_tokens = {
             name: dim
             for name in anatomy.spec.tensors
             for dim, axes in enumerate(anatomy.row(name)[0].axes)
@@ -61,43 +62,45 @@ def vocabulary_dims(anatomy: Anatomy) -> dict[str, int]:
         }
     else:
         size = _vocabulary_size(anatomy)
-        found = {
+        with_tokens = {
             name: tensor.shape.index(size)
             for name, tensor in anatomy.spec.tensors.items()
             if size in tensor.shape and not any(stack.locate(name) for stack in anatomy.stacks)
         }
-        _check_telling(anatomy, found, size)
-    if not any(len(anatomy.spec.tensors[name].shape) == 2 for name in found):
+        _check_unambiguous(anatomy, with_tokens, size)
+    if not any(len(anatomy.spec.tensors[name].shape) == 2 for name in with_tokens):
         raise PlanError("no tensor of this model has a row for each token", hint=TOKENIZER_HINT)
-    return found
+    return with_tokens
 
 
 def _vocabulary_size(anatomy: Anatomy) -> int:
-    size = text_config(anatomy.spec.config).get("vocab_size")
-    if type(size) is not int or size < 1:
-        raise PlanError(f"config.json says vocab_size = {size!r}, so rows cannot be counted", hint=TOKENIZER_HINT)
+    size = size_of(anatomy.spec.config, "vocab")
+    if size is None or size < 1:
+        key, value = next(iter(spelled(anatomy.spec.config, "vocab").items()), (SPELLINGS["vocab"][0], None))
+        raise PlanError(f"config.json says {key} = {value!r}, so rows cannot be counted", hint=TOKENIZER_HINT)
     return size
 
 
-def _check_telling(anatomy: Anatomy, found: Mapping[str, int], size: int) -> None:
-    """Raises PlanError where a length does not tell whether it counts tokens: positions or channels are as many."""
+def _check_unambiguous(anatomy: Anatomy, names: Collection[str], size: int) -> None:
+    """Raises PlanError where a length may count something else than tokens: there are as many positions or channels."""
     if "vocab_size_per_layer_input" in text_config(anatomy.spec.config):
         raise PlanError(
             f"{anatomy.model_type} has embeddings in every layer, with a vocabulary of their own",
             hint="Tokens can be added to models with one input embedding.",
         )
-    for name in found:
+    for name in names:
         shape = anatomy.spec.tensors[name].shape
         if shape.count(size) > 1 or "pos" in name or "wpe" in name:
             raise PlanError(
-                f"{name!r} is {list(shape)} and the vocabulary {size}: which of it counts tokens is not known, for "
-                f"model type {anatomy.model_type!r} has no table of its tensors",
+                f"{name!r} is {list(shape)} and the vocabulary {size}: it is not known which dimension counts "
+                f"tokens, because model type {anatomy.model_type!r} has no table of its tensors",
                 hint="Tokens can be added to model types with a table: docs/models.md lists them.",
             )
 
 
 def _with_vocabulary(config: Mapping[str, Any], old: int, new: int) -> dict[str, Any]:
     """Return the config with another vocabulary size, wherever it says the old one."""
-    edited = {**config, "vocab_size": new} if config.get("vocab_size") == old else dict(config)
     text = text_config(config)
-    return edited if text is config else edited | {"text_config": {**text, "vocab_size": new}}
+    keys = spelled(text, "vocab").keys()
+    edited = {**config, **{key: new for key in keys if config.get(key) == old}}
+    return edited if text is config else edited | {"text_config": {**text, **dict.fromkeys(keys, new)}}

@@ -1,22 +1,90 @@
-"""Decide how a model gets wider: from sizes asked for to one map per axis, and the config that says so.
+"""Decide how a model gets wider: from requested sizes to one map per axis, and the config that says so.
 
-Everything a family's code cannot express, and everything that would change the function unasked, is refused here.
+The maps are those of function-preserving growth (Net2Net; HyperCloning, arXiv:2409.12903; here for any size). What a
+family's code cannot express is refused here, and so is what would change the function although nobody chose that.
 """
 
 import math
+from collections import Counter, defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from surgeon.anatomy.anatomy import Anatomy
 from surgeon.anatomy.axes import axes_of
-from surgeon.anatomy.config import rope_types, rotary_share
+from surgeon.anatomy.config import is_off
+from surgeon.anatomy.rotary import EXTENSIBLE_ROPE, rope_types, rotary_dims, wider_head
 from surgeon.errors import PlanError
-from surgeon.transforms.axis_maps import AxisMap, append, isometric_pad, rotary_places, tile, uneven, zero_pad
 
-METHODS = ("auto", "clone", "pad", "zero-pad", "uneven", "advanced")
-# Rope types whose frequencies in a head n times as wide contain the old ones, pair i at n * i.
-EXTENSIBLE_ROPE = frozenset({"default", "linear", "llama3"})
+WIDTH_METHODS = ("auto", "clone", "pad", "zero-pad", "uneven", "advanced")
+
+
+@dataclass(frozen=True, slots=True)
+class AxisMap:
+    """How a wider axis is made of a narrower one.
+
+    What writes the axis applies S, what reads it applies C, and C S = I. Position j of the new axis is written as
+    `write[j]` times position `index[j]` of the old one, and read with weight `read[j]`; where index[j] is -1 it is new.
+    New positions are either `zeroed`: written as zero and read with fresh weights, or the reverse.
+    """
+
+    index: tuple[int, ...]
+    write: tuple[float, ...]
+    read: tuple[float, ...]
+    zeroed: bool
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether a norm over the axis sees the same mean square: every old position weighs the same in the new."""
+        weights: dict[int, float] = defaultdict(float)
+        for i, s in zip(self.index, self.write, strict=True):
+            if i >= 0:
+                weights[i] += s * s
+        ratio = len(self.index) / len(weights)
+        return all(math.isclose(weight, ratio, rel_tol=1e-12) for weight in weights.values())
+
+
+def tile(size: int, times: int) -> AxisMap:
+    """Return the map of `times` copies laid end to end, each read with its share."""
+    return AxisMap(tuple(range(size)) * times, (1.0,) * (size * times), (1 / times,) * (size * times), zeroed=True)
+
+
+def append(size: int, new_size: int) -> AxisMap:
+    """Return the map that adds new positions, written at random and not read: what they hold changes nothing yet."""
+    index = (*range(size), *[-1] * (new_size - size))
+    weights = (1.0,) * size + (0.0,) * (new_size - size)
+    return AxisMap(index, weights, weights, zeroed=False)
+
+
+def isometric_pad(size: int, new_size: int) -> AxisMap:
+    """Return the map that adds zeroed positions and scales the old ones by sqrt(new / old).
+
+    The mean square is then what it was, so a norm needs no other epsilon: exact for any size.
+    """
+    ratio = math.sqrt(new_size / size)
+    index = (*range(size), *[-1] * (new_size - size))
+    new = (0.0,) * (new_size - size)
+    return AxisMap(index, (ratio,) * size + new, (1 / ratio,) * size + new, zeroed=True)
+
+
+def zero_pad(size: int, new_size: int) -> AxisMap:
+    """Return the map that adds zeroed positions and leaves the old ones as they are, as in arXiv:2104.11390.
+
+    A norm then divides by a smaller mean square: approximate.
+    """
+    index = (*range(size), *[-1] * (new_size - size))
+    weights = (1.0,) * size + (0.0,) * (new_size - size)
+    return AxisMap(index, weights, weights, zeroed=True)
+
+
+def uneven(size: int, new_size: int) -> AxisMap:
+    """Return the map that repeats the first positions once more, as in bert2BERT's FPI (arXiv:2110.07143).
+
+    Exact but for norms, which see the repeated positions weigh more: approximate unless new is a multiple of old.
+    """
+    index = tuple(j % size for j in range(new_size))
+    counts = Counter(index)
+    return AxisMap(index, (1.0,) * new_size, tuple(1 / counts[i] for i in index), zeroed=True)
 
 
 @dataclass(frozen=True)
@@ -25,7 +93,7 @@ class Widths:
 
     `tied_factor` goes onto the final norm where the head is the embedding, `embedding_factor` onto the embedding where
     the model multiplies it by sqrt(hidden), `mean_fill` is how new residual positions follow the mean for layer norms,
-    `query_gain` what each dim of a wider head's query gain is multiplied with.
+    `query_gain` the factor of each dimension of a wider head's query gain.
     """
 
     maps: Mapping[str, AxisMap]
@@ -64,8 +132,8 @@ def plan_widths(
 
     Raises PlanError when the family's code cannot express the result, or `method` cannot make it.
     """
-    if method not in METHODS:
-        raise PlanError(f"unknown width method {method!r}", hint=f"One of: {', '.join(METHODS)}.")
+    if method not in WIDTH_METHODS:
+        raise PlanError(f"unknown width method {method!r}", hint=f"One of: {', '.join(WIDTH_METHODS)}.")
     old = anatomy.sizes
     check_shape(anatomy, hidden=hidden, heads=heads, kv_heads=kv_heads, head_dim=head_dim)
     maps: dict[str, AxisMap] = {}
@@ -160,7 +228,7 @@ def _add_heads(maps: dict[str, AxisMap], old: Mapping[str, int], heads: int, kv_
             raise PlanError(f"{kv} key-value heads cannot be split evenly into {kv_heads}", hint="Use a multiple.")
         times = kv_heads // kv
         index = tuple(i for i in range(kv) for _ in range(times))
-        maps["kv_heads"] = AxisMap(index, (1.0,) * kv_heads, (1.0,) * kv_heads, quiet=True)
+        maps["kv_heads"] = AxisMap(index, (1.0,) * kv_heads, (1.0,) * kv_heads, zeroed=True)
         return True
     if kv_heads != kv and new_group != group and (kv_heads % kv or new_group % group):
         raise PlanError(
@@ -175,9 +243,9 @@ def _add_heads(maps: dict[str, AxisMap], old: Mapping[str, int], heads: int, kv_
 
 
 def _add_head_dim(maps: dict[str, AxisMap], anatomy: Anatomy, new: int) -> tuple[float, ...]:
-    """Add the maps of a wider head; return what the gain of the queries' norm is multiplied with, () without one.
+    """Add the maps of a wider head; return the factors of the gain of the queries' norm, () where there is none.
 
-    Old dims keep their rotary frequencies. Logits are divided by sqrt(head_dim), which the queries make good.
+    Old dimensions keep their rotary frequencies. Logits are divided by sqrt(head_dim); larger queries make up for it.
     """
     family, config = anatomy.require_family(), anatomy.spec.config
     old = anatomy.sizes["head_dim"]
@@ -192,36 +260,37 @@ def _add_head_dim(maps: dict[str, AxisMap], anatomy: Anatomy, new: int) -> tuple
                 f"rope type {wrong[0]!r} derives its frequencies from the whole head, so a wider one changes them",
                 hint="Grow the number of heads instead.",
             )
-        times, share = new // old, rotary_share(config)
-        turning = int(old * share)
-        if int(new * share) != times * turning:
+        times, rotating, would_rotate = new // old, rotary_dims(config, old), rotary_dims(config, new)
+        if would_rotate != times * rotating:
             raise PlanError(
-                f"of {old} dims {turning} turn, of {new} dims {int(new * share)} would: other frequencies",
+                f"{rotating} of {old} dims rotate, {would_rotate} of {new} would: other frequencies",
                 hint="Grow the number of heads instead.",
             )
-        found = rotary_places(old, turning, times, family.rotary)
+        order = wider_head(old, rotating, times, family.rotary)
     else:
-        found = (*range(old), *[-1] * (new - old))
-    if config.get("scale_attn_weights") is False:
-        raise PlanError("with scale_attn_weights off, wider heads cannot be scaled", hint="Grow the number of heads.")
+        order = (*range(old), *[-1] * (new - old))
+    if is_off(config, family.query_scale_flag):
+        raise PlanError(
+            f"with {family.query_scale_flag} off, wider heads cannot be scaled", hint="Grow the number of heads."
+        )
     factor = 1.0 if family.fixed_query_scale else math.sqrt(new / old)
     ones = (1.0,) * new
     maps["v_dim"] = append(old, new)
     if not any(axes_of(dim) & {"q_dim"} for row in family.norm.values() for dim in row.axes):
-        query = tuple(0.0 if i < 0 else factor for i in found)
-        maps["q_dim"] = AxisMap(found, query, query, quiet=True)
-        maps["k_dim"] = AxisMap(found, tuple(float(i >= 0) for i in found), ones, quiet=False)
+        query = tuple(0.0 if i < 0 else factor for i in order)
+        maps["q_dim"] = AxisMap(order, query, query, zeroed=True)
+        maps["k_dim"] = AxisMap(order, tuple(float(i >= 0) for i in order), ones, zeroed=False)
         return ()
     if new % old:
         raise PlanError(f"heads with a norm grow by whole multiples: {new} is no multiple of {old}", hint="Use 2x.")
     copies = iter([i for _ in range(new // old - 1) for i in range(old)])
-    index = tuple(i if i >= 0 else next(copies) for i in found)
-    maps["q_dim"] = maps["k_dim"] = AxisMap(index, ones, ones, quiet=True)
-    return tuple(0.0 if i < 0 else factor for i in found)
+    index = tuple(i if i >= 0 else next(copies) for i in order)
+    maps["q_dim"] = maps["k_dim"] = AxisMap(index, ones, ones, zeroed=True)
+    return tuple(0.0 if i < 0 else factor for i in order)
 
 
 def _check_norms(anatomy: Anatomy, maps: Mapping[str, AxisMap]) -> tuple[str, ...]:
-    """Return why norms make the result approximate, if they do. Raises PlanError where nobody asked for that."""
+    """Return why norms make the result approximate, if they do. Raises PlanError where no method allows for that."""
     family = anatomy.require_family()
     for rest, row in family.norm.items():
         for axis in sorted(axes_of(row.axes[-1]) & maps.keys() - {"hidden"}):
@@ -230,25 +299,25 @@ def _check_norms(anatomy: Anatomy, maps: Mapping[str, AxisMap]) -> tuple[str, ..
                     f"{anatomy.model_type} normalises over all heads ({rest}), so new heads must be copies of the old",
                     hint="Ask for a multiple, with --width-method clone.",
                 )
-    found = maps.get("hidden")
-    if found is None:
+    residual = maps.get("hidden")
+    if residual is None:
         return ()
-    pads = -1 in found.index
-    if pads and family.pre_norm_flag and anatomy.spec.config.get(family.pre_norm_flag) is False:
+    pads = -1 in residual.index
+    if pads and is_off(anatomy.spec.config, family.pre_norm_flag):
         raise PlanError(
-            f"{anatomy.model_type} with norms after the sum cannot be padded: a norm fixes the mean that it puts out",
+            f"{anatomy.model_type} with norms after the sum cannot be padded: a norm fixes the mean of its output",
             hint="Use a multiple, with --width-method clone.",
         )
-    mean_moves = family.norm_kind == "layer" and not pads and len(found.index) % len(set(found.index))
-    if not found.is_exact or mean_moves:
+    mean_moves = family.norm_kind == "layer" and not pads and len(residual.index) % len(set(residual.index))
+    if not residual.is_exact or mean_moves:
         return ("norms see another mean square than before",)
     return ()
 
 
 def _residual_factors(anatomy: Anatomy, maps: Mapping[str, AxisMap], hidden: int, method: str) -> dict[str, float]:
-    """Return the factors that widening the residual stream asks for beside its map."""
-    found = maps.get("hidden")
-    if found is None:
+    """Return the factors that a wider residual stream needs beside its map."""
+    residual = maps.get("hidden")
+    if residual is None:
         return {}
     family, old = anatomy.require_family(), anatomy.sizes["hidden"]
     factors: dict[str, float] = {}
@@ -261,7 +330,7 @@ def _residual_factors(anatomy: Anatomy, maps: Mapping[str, AxisMap], hidden: int
         factors["tied_factor"] = 1 / (factors.get("embedding_factor", 1.0) * weight)
         if factors["tied_factor"] != 1.0 and not _has_final_norm(anatomy):
             raise PlanError("a tied head without a final norm cannot be widened", hint="Untie the head first.")
-    if family.norm_kind == "layer" and method != "zero-pad" and -1 in found.index:
+    if family.norm_kind == "layer" and method != "zero-pad" and -1 in residual.index:
         factors["mean_fill"] = math.sqrt(hidden / old)
     return factors
 
@@ -278,6 +347,6 @@ def sizes_in_config(anatomy: Anatomy, sizes: Mapping[str, int]) -> dict[str, Any
     for axis, keys in anatomy.require_family().sizes.items():
         if not sizes.get(axis):
             continue
-        said = [key for key in keys if config.get(key) is not None] or keys[:1]
-        changes |= {key: sizes[axis] for key in said if config.get(key) != sizes[axis]}
+        present = [key for key in keys if config.get(key) is not None] or keys[:1]
+        changes |= {key: sizes[axis] for key in present if config.get(key) != sizes[axis]}
     return changes

@@ -17,7 +17,7 @@ from surgeon.train.result import Training
 from surgeon.train.settings import ComputeSettings, LearningSettings, Settings, deciding
 
 if TYPE_CHECKING:
-    from surgeon.cost.estimate import Estimate
+    from surgeon.cost.estimate import RunEstimate
     from surgeon.train.run_dir import TrainingWatcher
     from surgeon.train.task import Task
 
@@ -92,7 +92,7 @@ def estimate_finetune(
     revision: str | None = None,
     num_processes: int | None = None,
     **options: Any,
-) -> "Estimate":
+) -> "RunEstimate":
     """Return an estimate of `finetune` with these options: steps, tokens, memory, time. Trains and keeps nothing.
 
     `num_processes` is the number of processes that would train; None: as many as a launcher has started.

@@ -3,8 +3,11 @@
 from pathlib import Path
 
 import pytest
-import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from later import LATER
+
+if LATER:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
 
 pytestmark = pytest.mark.real
 

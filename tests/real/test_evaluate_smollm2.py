@@ -5,11 +5,14 @@ import math
 from pathlib import Path
 
 import pytest
-import torch
-from streamed import plain
-from transformers import AutoTokenizer
+from later import LATER
 
 import surgeon
+
+if LATER:
+    import torch
+    from streamed import plain
+    from transformers import AutoTokenizer
 
 pytestmark = [pytest.mark.real, pytest.mark.xdist_group("smollm2"), pytest.mark.timeout(600)]
 

@@ -1,10 +1,14 @@
 """Gist tokens on the trained SmolLM2-135M-Instruct."""
 
 import pytest
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from later import LATER
 
 import surgeon
-from surgeon.gist.support import check_checkpoint
+
+if LATER:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from surgeon.gist.support import check_checkpoint
 
 pytestmark = pytest.mark.real
 

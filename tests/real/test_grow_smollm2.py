@@ -1,13 +1,18 @@
 """Growth of a trained model: SmolLM2-135M to 264M parameters, wider in every way and deeper, in one pass."""
 
+from __future__ import annotations
+
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-import torch
 import toys
-from transformers import AutoTokenizer
+from later import LATER
+
+if LATER:
+    import torch
+    from transformers import AutoTokenizer
 
 pytestmark = [pytest.mark.real, pytest.mark.xdist_group("smollm2")]
 

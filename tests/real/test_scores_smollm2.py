@@ -8,12 +8,15 @@ import os
 from pathlib import Path
 
 import pytest
-import torch
-from streamed import plain, plain_states, stream
-from transformers import AutoTokenizer
+from later import LATER
 
-from surgeon.measure.removal import losses_without, perplexities
-from surgeon.measure.scoring import score_states
+if LATER:
+    import torch
+    from streamed import plain, plain_states, stream
+    from transformers import AutoTokenizer
+
+    from surgeon.measure.removal import losses_without, perplexities
+    from surgeon.measure.scoring import score_states
 
 pytestmark = [pytest.mark.real, pytest.mark.xdist_group("smollm2"), pytest.mark.timeout(900)]
 
