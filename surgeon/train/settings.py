@@ -37,7 +37,7 @@ class LearningSettings:
     eval_rows: int = option("Evaluate at most N sequences, and as many of the trained ones.", 64, metavar="N")
     # length and rate
     max_steps: int | None = option("Optimiser steps.", None, metavar="N")
-    epochs: float | None = option("Passes over the data. Default: 1, without --max-steps.", None, metavar="E")
+    epochs: float | None = option("Passes over the data. Default: 1, unless steps are given.", None, metavar="E")
     batch_size: int = option("Sequences per device and forward pass.", 8, metavar="N")
     gradient_accumulation: int = option("Batches per optimiser step.", 1, metavar="N")
     lr: str = option(f"Peak rate, or auto: two short runs. Default: {FULL_LR:g}; LoRA {LORA_LR:g}.", "", metavar="LR")
