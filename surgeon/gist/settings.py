@@ -75,10 +75,10 @@ class GistSettings:
     def _check_unused(self) -> None:
         """Raise PlanError where an option has a value that only --gist reads."""
         words = {"gist_control": "none", "gist_reader": "same", "gist_impl": "auto"}
-        given = [name for name, neutral in words.items() if getattr(self, name) != neutral]
-        given += [name for name in ("gist_random_tokens", "gist_distill") if getattr(self, name)]
-        if given:
-            raise PlanError(f"{flag_of(given[0])} has no effect without --gist", hint="Add --gist.")
+        unused = [name for name, neutral in words.items() if getattr(self, name) != neutral]
+        unused += [name for name in ("gist_random_tokens", "gist_distill") if getattr(self, name)]
+        if unused:
+            raise PlanError(f"{flag_of(unused[0])} has no effect without --gist", hint="Add --gist.")
 
     def _check_frozen(self, settings: Settings) -> None:
         if not (settings.lora and settings.keep_adapter):

@@ -171,14 +171,14 @@ def without_gist(input_ids: Tensor, position_ids: Tensor, ids: Sequence[int]) ->
     document of their own, as padding is.
     """
     is_gist = torch.isin(input_ids, torch.tensor(ids, device=input_ids.device))
-    kept = (~is_gist).sum(1)
-    order = is_gist.long().argsort(dim=1, stable=True)[:, : int(kept.max())]
+    lengths = (~is_gist).sum(1)
+    order = is_gist.long().argsort(dim=1, stable=True)[:, : int(lengths.max())]
     before = is_gist.long().cumsum(1)  # gist tokens of the row up to each token
     first = torch.zeros_like(before).masked_fill(position_ids == 0, 1) * (before - is_gist.long())
     # For a document's first token these are the gist tokens of earlier documents; `cummax` copies them to the others.
     before = before - first.cummax(1).values
     positions = (position_ids - before).gather(1, order)
     place = torch.arange(order.shape[1], device=order.device).expand_as(order)
-    padding = place >= kept[:, None]
-    positions = torch.where(padding, place - kept[:, None], positions)
+    padding = place >= lengths[:, None]
+    positions = torch.where(padding, place - lengths[:, None], positions)
     return input_ids.gather(1, order), positions, order

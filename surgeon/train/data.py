@@ -12,9 +12,9 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from surgeon.errors import DataError
-from surgeon.train.packing import one_per_row, pack, repeat, split
+from surgeon.train.packing import Numbers, one_per_row, pack, repeat, split
 from surgeon.train.settings import Settings
-from surgeon.train.store import TokenStore, open_store
+from surgeon.train.store import IGNORED, TokenStore, open_store
 from surgeon.train.task import Task
 from surgeon.train.tokenise import prepare
 
@@ -22,9 +22,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from surgeon.train.packing import Packing
-
-IGNORED = -100  # the label of tokens that are not trained
-Numbers = NDArray[np.int64]
 
 
 @dataclass(frozen=True, eq=False)

@@ -15,9 +15,8 @@ from torch import Tensor, nn
 from surgeon.errors import PlanError
 from surgeon.models.split import AttentionLayout, Causal, SplitModel, check_layout, stubbed
 from surgeon.train.losses import Direction, chunk_rows, chunked, hidden_loss, linear_cross_entropy, sum_dtype
+from surgeon.train.store import IGNORED
 from surgeon.train.teacher import Teacher
-
-IGNORED = -100  # the label of tokens that are not trained
 
 
 @dataclass(frozen=True)

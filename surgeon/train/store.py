@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 FORMAT = 1
 HEADER = "store.json"
+IGNORED = -100  # the label of tokens that are not trained
 # Everything is little-endian. Per token: its id, and whether it is trained. Per piece: the place of its first token
 # (and one more number, the end of the last piece), its document, and the data argument of that document.
 ARRAYS = {
@@ -136,7 +137,7 @@ class TokenStore:
         """Return a piece's ids, its labels (the id that each token predicts, or -100), and its first token's place."""
         start, end = int(self.offsets[number]), int(self.offsets[number + 1])
         ids = self.tokens[start:end]
-        labels = np.full(end - start, -100, np.int64)
+        labels = np.full(end - start, IGNORED, np.int64)
         goes_on = number + 1 < self.num_pieces and self.documents[number] == self.documents[number + 1]
         last = end + 1 if goes_on else end  # after the last token that this piece predicts
         targets = self.tokens[start + 1 : last]

@@ -4,7 +4,7 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -14,9 +14,7 @@ from surgeon.checkpoint.output import check_space, staged
 from surgeon.errors import DataError, PlanError
 from surgeon.models.split import AttentionLayout, Causal, SplitModel, check_layout
 from surgeon.train.losses import Direction, chunk_rows, kl, sum_dtype, top_k_kl
-
-if TYPE_CHECKING:
-    from surgeon.train.store import TokenStore
+from surgeon.train.store import IGNORED, TokenStore
 
 BATCH_TOKENS = 4096  # tokens per forward pass of a teacher whose answers are stored
 HEADER, IDS, LOG_PROBS, PLACES = "teacher.json", "ids.u32", "log_probs.f32", "places.i64"
@@ -165,7 +163,7 @@ class TeacherBatch:
 @torch.no_grad()
 def cache_top_k(
     teacher: OnlineTeacher,
-    store: "TokenStore",
+    store: TokenStore,
     directory: Path,
     k: int,
     *,
@@ -221,7 +219,7 @@ def _top_k(teacher: OnlineTeacher, batch: TeacherBatch, k: int, temperature: flo
         yield likeliest, values
 
 
-def _batches(store: "TokenStore") -> Iterator[TeacherBatch]:
+def _batches(store: TokenStore) -> Iterator[TeacherBatch]:
     """Yield all pieces in batches of similar length, of BATCH_TOKENS tokens or of one piece."""
     waiting: list[int] = []
     for number in np.argsort(store.lengths, kind="stable").tolist():
@@ -233,15 +231,17 @@ def _batches(store: "TokenStore") -> Iterator[TeacherBatch]:
         yield _batch(store, waiting)
 
 
-def _batch(store: "TokenStore", numbers: Sequence[int]) -> TeacherBatch:
+def _batch(store: TokenStore, numbers: Sequence[int]) -> TeacherBatch:
     pieces = [store.piece(number) for number in numbers]
     shape = (len(pieces), max(len(ids) for ids, _, _ in pieces))
-    all_ids, labels, index = np.zeros(shape, np.int64), np.full(shape, -100, np.int64), np.full(shape, -1, np.int64)
+    all_ids, labels, index = np.zeros(shape, np.int64), np.full(shape, IGNORED, np.int64), np.full(shape, -1, np.int64)
     for row, (ids, targets, start) in enumerate(pieces):
         all_ids[row, : len(ids)], labels[row, : len(ids)] = ids, targets
         index[row, : len(ids)] = np.arange(start, start + len(ids))
     positions = torch.arange(shape[1]).expand(shape)  # no token sees the padding after it
-    return TeacherBatch(torch.from_numpy(all_ids), positions, torch.from_numpy(labels != -100), torch.from_numpy(index))
+    return TeacherBatch(
+        torch.from_numpy(all_ids), positions, torch.from_numpy(labels != IGNORED), torch.from_numpy(index)
+    )
 
 
 def _read_header(directory: Path) -> dict[str, Any]:

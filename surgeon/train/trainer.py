@@ -30,6 +30,7 @@ from surgeon.train import checkpoints
 from surgeon.train.data import RunData
 from surgeon.train.model import precision_of
 from surgeon.train.settings import SCHEDULES, Settings
+from surgeon.train.store import IGNORED
 
 ECHO = 5.0  # seconds in which a second SIGTERM is the first one again, passed on by a launcher
 
@@ -122,7 +123,7 @@ class Counted:
 
     def __call__(self, rows: Sequence[Any]) -> dict[str, Any]:
         batch = self.collate(rows)
-        tokens, trained = int((batch["token_index"] >= 0).sum()), int((batch["labels"] != -100).sum())
+        tokens, trained = int((batch["token_index"] >= 0).sum()), int((batch["labels"] != IGNORED).sum())
         return {**batch, "num_tokens": tokens, "num_trained": trained}
 
 
