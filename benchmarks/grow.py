@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from surgeon.checkpoint.header import TensorSpec
-from surgeon.checkpoint.output import Piece, write_safetensors
+from surgeon.checkpoint.output import TensorWrite, write_safetensors
 
 HIDDEN, FFN, HEADS, KV_HEADS, HEAD_DIM, VOCAB = 1024, 2816, 16, 8, 64, 32000
 STORED = {"float32": "F32", "bfloat16": "BF16"}
@@ -74,9 +74,9 @@ def generate(directory: Path, dtype: str, num_layers: int) -> None:
             yield noise[: min(len(noise), nbytes - start)]
 
     specs = {name: TensorSpec(STORED[dtype], shape) for name, shape in shapes(num_layers).items()}
-    pieces = [Piece(name, spec, lambda size=spec.nbytes: content(size)) for name, spec in specs.items()]
+    writes = [TensorWrite(name, spec, lambda size=spec.nbytes: content(size)) for name, spec in specs.items()]
     directory.mkdir()
-    write_safetensors(directory / "model.safetensors", pieces)
+    write_safetensors(directory / "model.safetensors", writes)
     config = {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",

@@ -83,7 +83,7 @@ def generate(directory: Path) -> int:
     import torch
 
     from surgeon.checkpoint.header import TensorSpec
-    from surgeon.checkpoint.output import Piece, write_safetensors
+    from surgeon.checkpoint.output import TensorWrite, write_safetensors
 
     hidden, ffn, keys = CONFIG["hidden_size"], CONFIG["intermediate_size"], 8 * 64
     layer = {
@@ -110,8 +110,8 @@ def generate(directory: Path) -> int:
 
     specs = {name: TensorSpec("BF16", shape) for name, shape in shapes.items()}
     directory.mkdir()
-    pieces = [Piece(name, spec, lambda size=spec.nbytes: content(size)) for name, spec in specs.items()]
-    write_safetensors(directory / "model.safetensors", pieces)
+    writes = [TensorWrite(name, spec, lambda size=spec.nbytes: content(size)) for name, spec in specs.items()]
+    write_safetensors(directory / "model.safetensors", writes)
     (directory / "config.json").write_text(json.dumps(CONFIG))
     return sum(spec.nbytes for spec in specs.values())
 

@@ -19,7 +19,7 @@ import time
 from pathlib import Path
 
 from surgeon.checkpoint.header import TensorSpec
-from surgeon.checkpoint.output import Piece, write_safetensors
+from surgeon.checkpoint.output import TensorWrite, write_safetensors
 
 CONFIG = {
     "architectures": ["GPT2LMHeadModel"],
@@ -71,9 +71,9 @@ def generate(directory: Path) -> None:
     shapes |= {"transformer.ln_f.bias": (1600,), "transformer.ln_f.weight": (1600,)}
     shapes |= {"transformer.wpe.weight": (1024, 1600), "transformer.wte.weight": (50257, 1600)}
     specs = {name: TensorSpec("F32", shapes[name]) for name in sorted(shapes)}
-    pieces = [Piece(name, spec, lambda size=spec.nbytes: content(size)) for name, spec in specs.items()]
+    writes = [TensorWrite(name, spec, lambda size=spec.nbytes: content(size)) for name, spec in specs.items()]
     directory.mkdir()
-    write_safetensors(directory / "model.safetensors", pieces)
+    write_safetensors(directory / "model.safetensors", writes)
     (directory / "config.json").write_text(json.dumps(CONFIG))
 
 
