@@ -353,7 +353,7 @@ def test_no_network_and_no_cache_is_one_sentence(hub: HubServer, monkeypatch: py
     use_endpoint(monkeypatch, nowhere)
     message, hint = refusal("org/big")
     assert message.startswith(f"cannot reach the Hub at {nowhere} for config.json of org/big: ")
-    assert hint == "Check the network and HF_ENDPOINT; HF_HUB_OFFLINE=1 uses the cached files only."
+    assert hint == "Check the network and HF_ENDPOINT; HF_HUB_OFFLINE=1 makes do with what is cached."
 
 
 def test_no_network_in_the_middle_is_one_sentence(hub: HubServer, monkeypatch: pytest.MonkeyPatch) -> None:

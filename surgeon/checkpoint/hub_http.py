@@ -161,7 +161,7 @@ def _explain_transport(error: Exception, subject: str) -> HubError:
     if isinstance(error, (*unreachable, http.InvalidURL)):
         return HubError(
             f"cannot reach the Hub at {constants.ENDPOINT} for {subject}: {error}",
-            hint="Check the network and HF_ENDPOINT; HF_HUB_OFFLINE=1 uses the cached files only.",
+            hint="Check the network and HF_ENDPOINT; HF_HUB_OFFLINE=1 makes do with what is cached.",
         )
     if isinstance(error, http.TimeoutException):
         return HubError(f"the Hub stopped answering in the middle of {subject}", hint=again)

@@ -47,7 +47,7 @@ def add_to_tokenizer(files: Files, tokens: Sequence[str]) -> tuple[list[int], di
     known = _vocabulary(tokenizer)
     if taken := next((token for token in tokens if token in known), None):
         raise PlanError(
-            f"the tokenizer already has a token {taken}, but config.json names no gist tokens",
+            f"the tokenizer has a token {taken} already, but config.json names no gist tokens",
             hint="Use the model without that token: surgeon cannot know what it was trained for.",
         )
     _check_complete(files, known)
