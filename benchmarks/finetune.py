@@ -246,7 +246,7 @@ def main():
             memory = statistics.median(run["memory"] for run in runs)
             held = held_figures[kind][0]["memory"]
             print(
-                f"{kind}: {statistics.median(speeds):,.0f} tokens a CPU second; surgeon is "
+                f"{kind}: {statistics.median(speeds):,.0f} tokens per CPU second; surgeon is "
                 f"{statistics.median(pairs):.3f} times as fast ({min(pairs):.3f} to {max(pairs):.3f}); "
                 f"{memory / 1e6:,.0f} MB, {memory / required_bytes:.2f} x required; held {held / 1e6:,.0f} MB, "
                 f"{held / required_bytes:.2f} x"
