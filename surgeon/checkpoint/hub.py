@@ -207,7 +207,7 @@ def open_hub(repo_id: str, *, revision: str | None = None) -> HubSource:
 
 
 def push(directory: Path, repo_id: str, *, private: bool) -> str:
-    """Upload every file of `directory` and return the URL of the model repository.
+    """Return the URL of the model repository after uploading every file of `directory` to it.
 
     Creates the repository when there is none: private if `private`, else as its owner's settings say. An existing
     repository keeps its visibility; if it is public and `private` is set, it is refused. Raises HubError.

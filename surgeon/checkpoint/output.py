@@ -190,7 +190,7 @@ _UNSUPPORTED = {errno.EXDEV, errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP, errno
 CHANGED_HINT = "Something else changed the source; let it finish, then run the command again."
 
 CountBytes = Callable[[int], object]  # called with the number of bytes written since the last call
-Progress = CountBytes
+Progress = CountBytes  # its older name
 
 
 @dataclass(frozen=True, slots=True)
@@ -223,7 +223,7 @@ class CopyRun:
 
 
 def write_safetensors(path: Path, writes: Sequence[TensorWrite], *, progress: CountBytes | None = None) -> int:
-    """Write `writes` in their order, sync, and return the file's size. `path` must not exist."""
+    """Return the size of the new file `path` after writing `writes` to it in their order and syncing it."""
     count_bytes = progress or (lambda count: None)
     runs = _copy_runs(writes)
     header = format_header({write.name: write.spec for write in writes}, align=_best_alignment(runs))

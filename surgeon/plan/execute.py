@@ -76,7 +76,7 @@ def _place(expr: Expr, spec: TensorSpec, tensors: Mapping[str, StoredTensor]) ->
 def execute(
     plan: Plan, source: Source, directory: Path, *, shards: Sequence[Shard], progress: CountBytes | None = None
 ) -> int:
-    """Write the weights of the result and their index into an existing directory; return the number of bytes."""
+    """Return the number of bytes after writing the weights of the result and their index into an existing directory."""
     tensors = source.tensors
     names = {name for expr in plan.tensors.values() for name in reads(expr)}
     paths = {file: source.fetch(file, ranges) for file, ranges in ranges_by_file(tensors, names).items()}

@@ -114,10 +114,8 @@ def _dequantize(path: Path, metadata: Metadata, directory: Path) -> None:
     from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer, GgufConfig
 
-    gguf: dict[str, Any] = {
-        "gguf_file": path.name,
-        "trust_remote_code": False,
-    }  # a tokenizer_config.json beside the file may name code
+    # A tokenizer_config.json beside the file may name code; it must not run.
+    gguf: dict[str, Any] = {"gguf_file": path.name, "trust_remote_code": False}
     try:
         config = AutoConfig.from_pretrained(path.parent, **gguf)
         auto_class: Any = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
