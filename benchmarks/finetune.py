@@ -3,11 +3,12 @@
     python benchmarks/finetune.py [--rounds 3] [--rows 4] [--length 512] [--precision bf16]
 
 Each trains a Llama of random weights (vocabulary 32,768) in a process of its own, in turns, one thread each, on the
-same rows of random tokens, AdamW at the same rate. Speed is tokens per second of CPU time over the steps behind the
-first two, so that other work on the machine counts little. Memory is the peak of resident memory over what was resident
-before the model was made, beside what must be there: weights, gradients and two states in float32, and the activations,
-counted in the tensors that autograd keeps of the layers; once as the allocator leaves it, and once with every tensor of
-a megabyte given back to the system as it is freed: slower, but what is held. TRL is left out where it is not there.
+same rows of random tokens, with AdamW at the same rate. Speed is tokens per second of CPU time over the steps after the
+first two, so that other work on the machine counts little. Memory is the growth of resident memory, at its peak, since
+before the model was made. It stands beside the required memory: weights, gradients and two states in float32, and the
+activations, counted in the tensors that autograd keeps of the layers. Memory is measured twice: as the allocator leaves
+it, and with every tensor of a megabyte returned to the system when it is freed, which is slower but shows the memory
+that is really held. TRL is left out if it is not installed.
 """
 
 import argparse
@@ -50,7 +51,7 @@ def rows_of(options):
 
 
 class Clock:
-    """CPU seconds of the steps behind the first ones."""
+    """CPU seconds of the steps after the first ones."""
 
     def __init__(self):
         self.done, self.began = 0, 0.0
@@ -166,23 +167,23 @@ def train_trl(options, clock):
 
 
 def required(options):
-    """Return the bytes that must be there: 16 a parameter, and what autograd keeps of the layers."""
+    """Return the required bytes: 16 per parameter, and the tensors that autograd keeps of the layers."""
     import torch
 
     model = model_of(options)
     ids = rows_of(options)[: options.rows]
-    kept = {}
+    saved = {}
 
     def keep(tensor):
         storage = tensor.untyped_storage()
-        kept[storage.data_ptr()] = storage.nbytes()
+        saved[storage.data_ptr()] = storage.nbytes()
         return tensor
 
     weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
     half = torch.autocast("cpu", dtype=torch.bfloat16, enabled=options.precision == "bf16")
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), half:
         states = model.model(input_ids=ids).last_hidden_state
-    activations = sum(size for place, size in kept.items() if place not in weights)
+    activations = sum(size for place, size in saved.items() if place not in weights)
     assert states.requires_grad
     return 16 * sum(parameter.numel() for parameter in model.parameters()) + activations
 
@@ -222,13 +223,13 @@ def main():
     if options.only:
         print(json.dumps(one(options.only, options)))
         return
-    found = {kind: [] for kind in (*KINDS, "required")}
-    held = {kind: [] for kind in KINDS}
+    figures = {kind: [] for kind in (*KINDS, "required")}
+    held_figures = {kind: [] for kind in KINDS}
     environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    giving_back = environment | {"MALLOC_MMAP_THRESHOLD_": str(1 << 20)}
-    plan = [("required", found, environment)]
-    plan += [(kind, found, environment) for _ in range(options.rounds) for kind in KINDS]
-    for kind, into, where in [*plan, *((kind, held, giving_back) for kind in KINDS)]:
+    returning = environment | {"MALLOC_MMAP_THRESHOLD_": str(1 << 20)}
+    plan = [("required", figures, environment)]
+    plan += [(kind, figures, environment) for _ in range(options.rounds) for kind in KINDS]
+    for kind, into, where in [*plan, *((kind, held_figures, returning) for kind in KINDS)]:
         command = [sys.executable, __file__, *sys.argv[1:], "--only", kind]
         ran = subprocess.run(command, env=where, capture_output=True, text=True)
         if ran.returncode:
@@ -236,20 +237,20 @@ def main():
             continue
         into[kind].append(json.loads(ran.stdout.splitlines()[-1]))
         print(kind, into[kind][-1], flush=True)
-    required_bytes = found.pop("required")[0]["required"]
+    required_bytes = figures.pop("required")[0]["required"]
     print(f"required: {required_bytes / 1e6:,.0f} MB")
-    for kind, runs in found.items():
+    for kind, runs in figures.items():
         if runs:
             speeds = [run["tokens_per_second"] for run in runs]
-            ours = [run["tokens_per_second"] for run in found["surgeon"]]
-            pairs = [one / other for one, other in zip(ours, speeds, strict=False)]  # a run may have failed
+            own_speeds = [run["tokens_per_second"] for run in figures["surgeon"]]
+            pairs = [one / other for one, other in zip(own_speeds, speeds, strict=False)]  # a run may have failed
             memory = statistics.median(run["memory"] for run in runs)
-            kept = held[kind][0]["memory"]
+            held = held_figures[kind][0]["memory"]
             print(
-                f"{kind}: {statistics.median(speeds):,.0f} tokens a CPU second; surgeon is "
+                f"{kind}: {statistics.median(speeds):,.0f} tokens per CPU second; surgeon is "
                 f"{statistics.median(pairs):.3f} times as fast ({min(pairs):.3f} to {max(pairs):.3f}); "
-                f"{memory / 1e6:,.0f} MB, {memory / required_bytes:.2f} x required; held {kept / 1e6:,.0f} MB, "
-                f"{kept / required_bytes:.2f} x"
+                f"{memory / 1e6:,.0f} MB, {memory / required_bytes:.2f} x required; held {held / 1e6:,.0f} MB, "
+                f"{held / required_bytes:.2f} x"
             )
 
 

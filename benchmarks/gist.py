@@ -1,11 +1,11 @@
-"""Train gists and both of the paper's bounds on instructions, and compare them on instructions that none has seen.
+"""Train gists and both of the paper's bounds on instructions, and compare them on unseen instructions.
 
     python benchmarks/gist.py MODEL --data seen.json unseen.json --records 200 --tokens 4 --output gist
 
 The last records of the last file are held out. Three models are trained on all others, with the same steps and rates:
 one that compresses each instruction into a gist, the positive control that also sees the instruction, and the negative
-one that sees neither (`surgeon finetune --gist`). Each is then given the held-out records in its own form.
-A training whose output is there is not repeated; `--only NAME` does one of them, so that machines can share the work.
+control that sees neither (`surgeon finetune --gist`). Each then reads the held-out records in its own form.
+A training is skipped if its output exists; `--only NAME` runs one of them, so that machines can share the work.
 """
 
 import argparse
@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from watching import Log
+from shared import finetune
 
 import surgeon
 from surgeon.checkpoint.source import open_source
@@ -31,13 +31,16 @@ from surgeon.gist.tokens import read_gist
 from surgeon.models.loading import load_tokenizer, loadable
 
 CONTROLS = {"gist": "none", "positive": "positive", "negative": "negative"}
-SEES = {"positive": FULL, "gist": GIST, "negative": NONE}  # what each was trained to be given
+SEES = {"positive": FULL, "gist": GIST, "negative": NONE}  # the form in which each model sees a record
 FIELDS = ("instruction", "input", "output")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def split(files: Sequence[Path], into: Path, count: int) -> tuple[str, str]:
-    """Return the names of two files: what is trained on, and the last `count` records, whose instructions it lacks."""
+    """Return the names of two files: the records to train on, and the last `count` records, held out.
+
+    Training records with a held-out instruction are left out.
+    """
     records = [{field: record[field] for field in FIELDS} for file in files for record in json.loads(file.read_text())]
     held_out = records[-count:]
     known = {record["instruction"].strip().lower() for record in held_out}
@@ -50,37 +53,32 @@ def split(files: Sequence[Path], into: Path, count: int) -> tuple[str, str]:
 
 
 def train(model: Path, name: str, output: Path, **options: Any) -> None:
-    """Train one of the three models, if it is not there, and leave beside it what its training came to."""
+    """Train one of the three models, unless its output exists, and write the results of the training beside it."""
     if output.exists():
         return
-    print(name, flush=True)
-    began = time.perf_counter()
-    trained = surgeon.finetune(
-        model, output=output, watcher=Log(), resume=True, gist=True, gist_control=CONTROLS[name], **options
-    )
-    told = trained.to_dict() | {"seconds": time.perf_counter() - began}
-    output.with_suffix(".json").write_text(json.dumps(told, indent=1, default=str) + "\n")
+    results = finetune(model, output, gist=True, gist_control=CONTROLS[name], **options)
+    output.with_suffix(".json").write_text(json.dumps(results, indent=1, default=str) + "\n")
 
 
 def records_for(name: str, source: Any, held_out: str) -> list[Record]:
     """Return the held-out records as a model was trained to see them; the positive control sees gist tokens too."""
     gist = read_gist(source.config)
     assert gist is not None
-    found = read_forms([held_out], load_tokenizer(*loadable(source)), gist, num_tokens=gist.num_tokens, samples=None)
+    records = read_forms([held_out], load_tokenizer(*loadable(source)), gist, num_tokens=gist.num_tokens, samples=None)
     if name != "positive":
-        return found
-    return [replace(record, prompt=(*record.prompt, *record.gist)) for record in found]
+        return records
+    return [replace(record, prompt=(*record.prompt, *record.gist)) for record in records]
 
 
 def scored(model: Path, name: str, held_out: str, *, max_new_tokens: int) -> dict[str, Any]:
-    """Return what a model scores on the held-out records, each as it was trained to see them, and what it wrote."""
+    """Return the scores and the answers of a model on the held-out records, in the form that it was trained in."""
     source = open_source(model)
     records, loaded = records_for(name, source, held_out), load_whole(source, DEVICE)
     losses = answer_losses(loaded, records, SEES[name], batch_size=8)
     loaded.generation_config.suppress_tokens = list(records[0].gist)
     tokenizer = load_tokenizer(*loadable(source))
     written = answers(loaded, tokenizer, records, SEES[name], max_new_tokens=max_new_tokens, batch_size=8)
-    pairs = [(said, record.reference) for said, record in zip(written, records, strict=True)]
+    pairs = [(answer, record.reference) for answer, record in zip(written, records, strict=True)]
     return {
         LOSS: tuple(losses),
         ROUGE: tuple(rouge_l(*pair) for pair in pairs),
@@ -92,23 +90,23 @@ def scored(model: Path, name: str, held_out: str, *, max_new_tokens: int) -> dic
 def compared(models: Path, held_out: str, *, max_new_tokens: int) -> GistEvaluation:
     """Return the three models side by side, each in the form that it was trained in."""
     began = time.perf_counter()
-    found = {name: scored(models / name, name, held_out, max_new_tokens=max_new_tokens) for name in SEES}
+    scores = {name: scored(models / name, name, held_out, max_new_tokens=max_new_tokens) for name in SEES}
     records = records_for("gist", open_source(models / "gist"), held_out)
-    told = [
+    predictions = [
         {"prompt": record.where, "reference": record.reference}
-        | {name: each["written"][number] for name, each in found.items()}
+        | {name: each["written"][number] for name, each in scores.items()}
         for number, record in enumerate(records)
     ]
     return GistEvaluation(
         model="three models: positive control, gist, negative control",
         outcomes={
-            measure: {SEES[name]: each[measure] for name, each in found.items()} for measure in (LOSS, ROUGE, EXACT)
+            measure: {SEES[name]: each[measure] for name, each in scores.items()} for measure in (LOSS, ROUGE, EXACT)
         },
         sizes=tuple(len(record.answer) for record in records),
         gist_tokens=len(records[0].gist),
         prompt_tokens=sum(len(record.begin) + len(record.prompt) for record in records) / len(records),
         setup={"data": [held_out], "dtype": "float32", "max_new_tokens": max_new_tokens},
-        predictions=tuple(told),
+        predictions=tuple(predictions),
         seconds=time.perf_counter() - began,
     )
 
@@ -140,7 +138,7 @@ def main() -> None:
         "batch_size": options.batch_size,
         "sequence_length": options.sequence_length,
         "warmup": 0.05,
-        "eval_fraction": 0.02,  # of what is trained on: no one looks at the held-out records
+        "eval_fraction": 0.02,  # of the trained records: the held-out ones are not looked at
         "eval_rows": 8,
         "save_every": 100,
         "keep_checkpoints": 1,
@@ -149,14 +147,16 @@ def main() -> None:
         train(start, name, options.output / name, **shared)
     if options.only:
         return
-    found = compared(options.output, held_out, max_new_tokens=options.max_new_tokens)
-    print(found.to_text(), flush=True)
-    closer = found.difference(LOSS, GIST, FULL)
+    evaluation = compared(options.output, held_out, max_new_tokens=options.max_new_tokens)
+    print(evaluation.to_text(), flush=True)
+    closer = evaluation.difference(LOSS, GIST, FULL)
     print(f"loss, gist - positive: {closer.value:+.4f} ± {closer.error:.4f}", flush=True)
     trainings = {name: json.loads((options.output / f"{name}.json").read_text()) for name in CONTROLS}
-    figures = {"trainings": trainings, "evaluation": found.to_dict(), "command": sys.argv}
+    figures = {"trainings": trainings, "evaluation": evaluation.to_dict(), "command": sys.argv}
     (options.output / "figures.json").write_text(json.dumps(figures, indent=1) + "\n")
-    (options.output / "written.json").write_text(json.dumps(found.predictions, indent=1, ensure_ascii=False) + "\n")
+    (options.output / "written.json").write_text(
+        json.dumps(evaluation.predictions, indent=1, ensure_ascii=False) + "\n"
+    )
 
 
 if __name__ == "__main__":

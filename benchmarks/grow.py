@@ -8,20 +8,16 @@ Generates a Llama-shaped checkpoint (hidden size 1024; with 36 layers 2 GB in fl
 """
 
 import argparse
-import json
-import os
 import shutil
 import statistics
 import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+
+from shared import llama_layers, measure, normal_noise, spread, write_checkpoint
 
 from surgeon.checkpoint.header import TensorSpec
-from surgeon.checkpoint.output import Piece, write_safetensors
 
 HIDDEN, FFN, HEADS, KV_HEADS, HEAD_DIM, VOCAB = 1024, 2816, 16, 8, 64, 32000
 STORED = {"float32": "F32", "bfloat16": "BF16"}
@@ -35,48 +31,12 @@ WAYS = {
 }
 
 
-class Figure(NamedTuple):
-    """What one process took: wall and CPU seconds, peak memory in MB."""
-
-    seconds: float
-    cpu: float
-    memory: float
-
-
-def shapes(num_layers: int) -> dict[str, tuple[int, ...]]:
-    """Return the tensors of the checkpoint, in the order of their names as safetensors writes them."""
-    layer = {
-        "input_layernorm.weight": (HIDDEN,),
-        "mlp.down_proj.weight": (HIDDEN, FFN),
-        "mlp.gate_proj.weight": (FFN, HIDDEN),
-        "mlp.up_proj.weight": (FFN, HIDDEN),
-        "post_attention_layernorm.weight": (HIDDEN,),
-        "self_attn.k_proj.weight": (KV_HEADS * HEAD_DIM, HIDDEN),
-        "self_attn.o_proj.weight": (HIDDEN, HEADS * HEAD_DIM),
-        "self_attn.q_proj.weight": (HEADS * HEAD_DIM, HIDDEN),
-        "self_attn.v_proj.weight": (KV_HEADS * HEAD_DIM, HIDDEN),
-    }
-    found = {f"model.layers.{i}.{name}": shape for i in range(num_layers) for name, shape in layer.items()}
-    found |= {"model.norm.weight": (HIDDEN,), "model.embed_tokens.weight": (VOCAB, HIDDEN)}
-    found["lm_head.weight"] = (VOCAB, HIDDEN)
-    return dict(sorted(found.items()))
-
-
 def generate(directory: Path, dtype: str, num_layers: int) -> None:
-    """Write the checkpoint: a million normal numbers again and again, in tensors of the true shapes."""
-    import torch
-
-    drawn = torch.randn(1 << 20, generator=torch.Generator().manual_seed(0)) * 0.02
-    noise = drawn.to(getattr(torch, dtype)).view(torch.uint8).numpy().data
-
-    def content(nbytes: int) -> Iterator[memoryview]:
-        for start in range(0, nbytes, len(noise)):
-            yield noise[: min(len(noise), nbytes - start)]
-
-    specs = {name: TensorSpec(STORED[dtype], shape) for name, shape in shapes(num_layers).items()}
-    pieces = [Piece(name, spec, lambda size=spec.nbytes: content(size)) for name, spec in specs.items()]
-    directory.mkdir()
-    write_safetensors(directory / "model.safetensors", pieces)
+    """Write the checkpoint, its tensors in the order of their names as safetensors writes them."""
+    queries, keys = HEADS * HEAD_DIM, KV_HEADS * HEAD_DIM
+    shapes = llama_layers(num_layers, hidden=HIDDEN, ffn=FFN, queries=queries, keys=keys)
+    shapes |= {"model.norm.weight": (HIDDEN,), "model.embed_tokens.weight": (VOCAB, HIDDEN)}
+    shapes["lm_head.weight"] = (VOCAB, HIDDEN)
     config = {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
@@ -91,19 +51,8 @@ def generate(directory: Path, dtype: str, num_layers: int) -> None:
         "tie_word_embeddings": False,
         "dtype": dtype,
     }
-    (directory / "config.json").write_text(json.dumps(config))
-
-
-def measure(command: list[str]) -> Figure:
-    """Return what a process took, with those that it waits for."""
-    began = time.perf_counter()
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
-    _, status, usage = os.wait4(process.pid, 0)
-    seconds = time.perf_counter() - began
-    process.returncode = os.waitstatus_to_exitcode(status)
-    if process.returncode:
-        sys.exit(f"{command} failed with exit code {process.returncode}")
-    return Figure(seconds, usage.ru_utime + usage.ru_stime, usage.ru_maxrss / 1000)
+    specs = {name: TensorSpec(STORED[dtype], shapes[name]) for name in sorted(shapes)}
+    write_checkpoint(directory, config, specs, noise=normal_noise(dtype))
 
 
 def main() -> None:
@@ -149,15 +98,8 @@ def row(name: str, work: Path, sizes: list[str], rounds: int) -> str:
     yardstick.unlink()
     ratio = statistics.median(own.seconds / cp.seconds for own, cp in zip(grown, copies, strict=True))
     cpu, memory = statistics.median(figure.cpu for figure in grown), max(figure.memory for figure in grown)
-    return (
-        f"| {name} | {size / 1e9:.2f} GB | {_spread(copies)} | {_spread(grown)} | {ratio:.2f} "
-        f"| {cpu:.1f} s | {memory:.0f} MB |"
-    )
-
-
-def _spread(figures: list[Figure]) -> str:
-    seconds = [figure.seconds for figure in figures]
-    return f"{statistics.median(seconds):.2f} s ({min(seconds):.2f} to {max(seconds):.2f})"
+    copying, growing = (spread([figure.seconds for figure in figures], unit=" s") for figures in (copies, grown))
+    return f"| {name} | {size / 1e9:.2f} GB | {copying} | {growing} | {ratio:.2f} | {cpu:.1f} s | {memory:.0f} MB |"
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
-"""Does a grown model learn faster than one that starts from nothing? A toy answer on a CPU, with a plot.
+"""Does a grown model learn faster than one with random weights? A toy answer on a CPU, with a plot.
 
     python benchmarks/grow_training.py [--seeds 2] [--quick]
 
-Trains a small byte-level Llama on the sources of the Python standard library, grows it with `surgeon.grow` in every
-way, and trains each result, the small model itself, and models of the large shapes that start from random weights, on
-the same text. Nothing is downloaded. Two processes of one thread each run at a time. Writes the losses as JSON into
+Trains a small byte-level Llama on the sources of the Python standard library, and grows it with `surgeon.grow` in every
+way. Then it trains, on the same text, each result, the small model itself, and models of the large shapes with random
+weights. Nothing is downloaded. Two processes of one thread each run at a time. Writes the losses as JSON into
 --directory, the plot as docs/images/grow-training.png, and prints the table.
 """
 
@@ -233,7 +233,7 @@ def mean_curve(records: list[dict[str, Any]]) -> list[list[float]]:
 
 
 def gather(directory: Path, seeds: int) -> dict[str, Any]:
-    """Return what was measured: the curves, and for each grown model how much sooner it is where random starts get."""
+    """Return the curves, and for each grown model how many tokens the random model needs for the same loss."""
     runs = {
         name: [json.loads((directory / f"{name}-{seed}.json").read_text()) for seed in range(seeds)] for name in STARTS
     }
@@ -264,25 +264,25 @@ def gather(directory: Path, seeds: int) -> dict[str, Any]:
     return {"small": small, "curves": curves, "rows": rows, "seeds": seeds}
 
 
-def table(found: dict[str, Any]) -> str:
+def table(results: dict[str, Any]) -> str:
     """Return the figures as a table in Markdown."""
-    small = found["small"]
+    small = results["small"]
     tokens, loss = small["curve"][-1]
     lines = [
         f"Small model: {small['parameters']:,} parameters, {tokens / 1e6:.2f} M tokens, loss {loss:.3f}.",
-        f"Means of {found['seeds']} seeds; in brackets each.",
+        f"Means of {results['seeds']} seeds; in brackets each.",
         "",
         "| start | parameters | loss before | tokens | loss after | random, as many | random needs | ratio | in all |",
         "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
-    for name, row in found["rows"].items():
+    for name, row in results["rows"].items():
         finals = ", ".join(f"{final:.3f}" for final in row["finals"])
         cells = [STARTS[name].label, f"{row['parameters']:,}", f"{row['start']:.3f}", f"{row['tokens'] / 1e6:.2f} M"]
         cells.append(f"{row['final']:.3f} ({finals})")
         if STARTS[name].grow is None:
             cells += ["", "", "1", ""]
         else:
-            longest = found["curves"][f"random-{STARTS[name].like}"][-1][0]
+            longest = results["curves"][f"random-{STARTS[name].like}"][-1][0]
             needs, ratio, total = row["random_needs"], row["ratio"], row["ratio_with_pretraining"]
             cells.append(f"{row['random_at_same_tokens']:.3f}")
             cells.append(f"{needs / 1e6:.2f} M" if needs else f"> {longest / 1e6:.2f} M")
@@ -292,7 +292,7 @@ def table(found: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def plot(found: dict[str, Any], path: Path) -> None:
+def plot(results: dict[str, Any], path: Path) -> None:
     """Draw the curves: one panel for the wide models, one for the deep."""
     import matplotlib as mpl
 
@@ -300,8 +300,8 @@ def plot(found: dict[str, Any], path: Path) -> None:
     from matplotlib import pyplot as plt
 
     figure, panels = plt.subplots(1, 2, figsize=(10, 4.6), sharey=True, layout="constrained")
-    curves = {name: [(tokens / 1e6, loss) for tokens, loss in curve] for name, curve in found["curves"].items()}
-    small = found["small"]["curve"][-1][1]
+    curves = {name: [(tokens / 1e6, loss) for tokens, loss in curve] for name, curve in results["curves"].items()}
+    small = results["small"]["curve"][-1][1]
     low = min(loss for curve in curves.values() for _, loss in curve)
     for panel, like in zip(panels, ("wide", "deep"), strict=True):
         random = curves[f"random-{like}"]
@@ -321,7 +321,9 @@ def plot(found: dict[str, Any], path: Path) -> None:
             line = {"arrowstyle": "-", "color": color, "lw": 0.6, "shrinkA": 2, "shrinkB": 0, "relpos": (0, 0.5)}
             label = STARTS[name].label
             panel.annotate(label, (x, y), xytext=at, color=color, fontsize=9, va="center", arrowprops=line)
-        panel.set(title=f"{like}: {found['rows'][f'random-{like}']['parameters']:,} parameters", ylim=(low - 0.12, 2.0))
+        panel.set(
+            title=f"{like}: {results['rows'][f'random-{like}']['parameters']:,} parameters", ylim=(low - 0.12, 2.0)
+        )
         panel.set_xlabel("tokens of the large model (millions)")
         panel.spines[["top", "right"]].set_visible(False)
     panels[0].set_ylabel("validation loss (nats/byte)")
@@ -331,7 +333,7 @@ def plot(found: dict[str, Any], path: Path) -> None:
 
 
 def main() -> None:
-    """Carry out the runs that are asked for, and report."""
+    """Carry out the chosen runs, and report."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=2)
     parser.add_argument("--quick", action="store_true", help="a few steps of each run: does it work at all?")
@@ -349,10 +351,10 @@ def main() -> None:
     seeds = 1 if options.quick else options.seeds
     if not options.report:
         run_all(options.directory, seeds, quick=options.quick)
-    found = gather(options.directory, seeds)
-    (options.directory / "results.json").write_text(json.dumps(found, indent=1))
-    print(table(found))
-    plot(found, options.directory / "quick.png" if options.quick else options.plot)
+    results = gather(options.directory, seeds)
+    (options.directory / "results.json").write_text(json.dumps(results, indent=1))
+    print(table(results))
+    plot(results, options.directory / "quick.png" if options.quick else options.plot)
 
 
 if __name__ == "__main__":

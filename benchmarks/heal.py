@@ -2,19 +2,17 @@
 
     python benchmarks/heal.py MODEL --text wikitext2-valid.txt --layers 24 --output heal
 
-The first nine tenths of the text are trained on, the rest is measured on. The model is cut by angular distance, then
-trained twice for as many steps and at the same rate, found by `--lr auto`: on the text alone, and with the KL to the
-unpruned model as well. Differences are paired, on the same tokens; errors are standard errors.
+The first nine tenths of the text are for training, the rest for measuring. The model is cut by angular distance, then
+trained twice with the same steps and the same rate, chosen by `--lr auto`: on the text alone, and with the KL to the
+unpruned model added. Differences are paired, on the same tokens; errors are standard errors.
 """
 
 import argparse
 import json
 import sys
-import time
 from pathlib import Path
-from typing import Any
 
-from watching import Log
+from shared import finetune
 
 import surgeon
 
@@ -59,20 +57,20 @@ def main() -> None:
         "batch_size": options.batch_size,
         "sequence_length": options.sequence_length,
         "precision": options.precision,
-        "eval_fraction": 0.03,  # of what is trained on: the rate is chosen without a look at the held-out text
+        "eval_fraction": 0.03,  # of the trained text: the rate is chosen without the held-out text
         "eval_rows": 16,
         "save_every": 0,
     }
-    plain = healed(pruned, options.output / "plain", lr=options.lr, **shared)
+    plain = finetune(pruned, options.output / "plain", overwrite=True, lr=options.lr, **shared)
     rate = f"{plain['learning_rate']:g}"
     teacher = {"teacher": options.model, "kd_weight": options.kd_weight}
-    distilled = healed(pruned, options.output / "distilled", lr=rate, **shared, **teacher)
+    distilled = finetune(pruned, options.output / "distilled", overwrite=True, lr=rate, **shared, **teacher)
 
     rows = {}
     for name, model in {"pruned": pruned, "plain": plain["output"], "distilled": distilled["output"]}.items():
-        found = surgeon.evaluate(model, data=[held_out], baseline=options.model, samples=options.samples)
-        rows[name] = found.to_dict()
-        print(found.to_text(), flush=True)
+        evaluation = surgeon.evaluate(model, data=[held_out], baseline=options.model, samples=options.samples)
+        rows[name] = evaluation.to_dict()
+        print(evaluation.to_text(), flush=True)
     against = surgeon.evaluate(distilled["output"], data=[held_out], baseline=plain["output"], samples=options.samples)
     rows["distilled against plain"] = against.to_dict()
     print(against.to_text(), flush=True)
@@ -83,14 +81,6 @@ def main() -> None:
 
     runs = [options.output / "plain.run", options.output / "distilled.run"]
     plot_losses([(run, read_metrics(run)) for run in runs], options.output / "heal.png")
-
-
-def healed(model: Path, output: Path, **options: Any) -> dict[str, Any]:
-    """Return what a finetuning came to, and how long it took."""
-    print(output.name, flush=True)
-    began = time.perf_counter()
-    trained = surgeon.finetune(model, output=output, watcher=Log(), resume=True, overwrite=True, **options)
-    return trained.to_dict() | {"seconds": time.perf_counter() - began}
 
 
 if __name__ == "__main__":

@@ -1,18 +1,17 @@
-"""What scoring costs beside a plain forward pass, and whether it does with a quarter of the weights' memory.
+"""The cost of scoring: its time beside a plain forward pass, and whether a quarter of the weights' memory is enough.
 
     python benchmarks/prune.py MODEL [--rounds 5]           time: in turns, in one process
     python benchmarks/prune.py --memory [--directory DIR]   memory: a process that may use a quarter of the weights
 
 Time: 32 rows of 256 random tokens. The plain pass is the base model (no head) as transformers loads it in float32,
-already in memory, on the same batches; scoring reads every layer's weights from the file and takes angular distances
+already in memory, on the same batches. Scoring reads every layer's weights from the file and takes angular distances
 of all block sizes, block influence and relative magnitude of every layer, in one pass.
 
 Memory: generates a Llama-shaped bfloat16 checkpoint of 8.8 GB (72 layers of 2,048), then scores it in a process whose
-address space (RLIMIT_AS: everything that it maps, not only what is resident) is limited to 2.2 GB.
+address space (RLIMIT_AS: all mapped memory, not only resident memory) is limited to 2.2 GB.
 """
 
 import argparse
-import json
 import resource
 import shutil
 import statistics
@@ -21,6 +20,10 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+
+from shared import llama_layers, normal_noise, spread, write_checkpoint
+
+from surgeon.checkpoint.header import TensorSpec
 
 ROWS, LENGTH = 32, 256
 CONFIG = {
@@ -36,7 +39,7 @@ CONFIG = {
     "tie_word_embeddings": True,
     "dtype": "bfloat16",
 }
-SHARE = 4  # how many times the memory limit the weights are
+SHARE = 4  # the weights are this many times the memory limit
 
 
 def compare(model: str, rounds: int, threads: int) -> None:
@@ -70,50 +73,23 @@ def compare(model: str, rounds: int, threads: int) -> None:
             if number:  # the first round warms up
                 seconds[name].append((time.perf_counter() - began[0], time.process_time() - began[1]))
     print(f"{ROWS} x {LENGTH} tokens, {threads} threads, {rounds} rounds in turns, medians (minimum to maximum)")
-    for place, what in enumerate(("wall", "CPU")):
-        taken = {name: [pair[place] for pair in pairs] for name, pairs in seconds.items()}
-        for name, own in taken.items():
-            print(f"{what}, {name}: {statistics.median(own):.2f} s ({min(own):.2f} to {max(own):.2f})")
-        ratios = [ours / theirs for theirs, ours in zip(taken["plain forward"], taken["scoring"], strict=True)]
-        print(f"{what}, scoring / plain: {statistics.median(ratios):.3f} ({min(ratios):.3f} to {max(ratios):.3f})")
+    for place, clock in enumerate(("wall", "CPU")):
+        times = {name: [pair[place] for pair in pairs] for name, pairs in seconds.items()}
+        for name, values in times.items():
+            print(f"{clock}, {name}: {spread(values, unit=' s')}")
+        ratios = [scoring / plain for plain, scoring in zip(times["plain forward"], times["scoring"], strict=True)]
+        print(f"{clock}, scoring / plain: {statistics.median(ratios):.3f} ({min(ratios):.3f} to {max(ratios):.3f})")
 
 
 def generate(directory: Path) -> int:
     """Write the checkpoint and return the bytes of its weights."""
-    import torch
-
-    from surgeon.checkpoint.header import TensorSpec
-    from surgeon.checkpoint.output import Piece, write_safetensors
-
-    hidden, ffn, keys = CONFIG["hidden_size"], CONFIG["intermediate_size"], 8 * 64
-    layer = {
-        "input_layernorm.weight": (hidden,),
-        "mlp.down_proj.weight": (hidden, ffn),
-        "mlp.gate_proj.weight": (ffn, hidden),
-        "mlp.up_proj.weight": (ffn, hidden),
-        "post_attention_layernorm.weight": (hidden,),
-        "self_attn.k_proj.weight": (keys, hidden),
-        "self_attn.o_proj.weight": (hidden, hidden),
-        "self_attn.q_proj.weight": (hidden, hidden),
-        "self_attn.v_proj.weight": (keys, hidden),
-    }
-    shapes = {
-        f"model.layers.{i}.{name}": shape for i in range(CONFIG["num_hidden_layers"]) for name, shape in layer.items()
-    }
+    hidden = CONFIG["hidden_size"]
+    shapes = llama_layers(
+        CONFIG["num_hidden_layers"], hidden=hidden, ffn=CONFIG["intermediate_size"], queries=hidden, keys=8 * 64
+    )
     shapes |= {"model.embed_tokens.weight": (CONFIG["vocab_size"], hidden), "model.norm.weight": (hidden,)}
-    noise = (0.02 * torch.randn(1 << 20, generator=torch.Generator().manual_seed(0))).bfloat16()
-    block = memoryview(noise.view(torch.uint8).numpy())
-
-    def content(nbytes: int) -> object:
-        for start in range(0, nbytes, len(block)):
-            yield block[: min(len(block), nbytes - start)]
-
     specs = {name: TensorSpec("BF16", shape) for name, shape in shapes.items()}
-    directory.mkdir()
-    pieces = [Piece(name, spec, lambda size=spec.nbytes: content(size)) for name, spec in specs.items()]
-    write_safetensors(directory / "model.safetensors", pieces)
-    (directory / "config.json").write_text(json.dumps(CONFIG))
-    return sum(spec.nbytes for spec in specs.values())
+    return write_checkpoint(directory, CONFIG, specs, noise=normal_noise("bfloat16"))
 
 
 def limited(directory: Path) -> None:
@@ -149,7 +125,7 @@ def run_limited(directory: Path) -> None:
 
 
 def main() -> None:
-    """Run what is asked for."""
+    """Run the chosen measurement."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", nargs="?")
     parser.add_argument("--rounds", type=int, default=5)

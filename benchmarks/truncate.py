@@ -8,18 +8,17 @@ in turns: `cp` of a file with as many bytes as the result, followed by `sync` of
 """
 
 import argparse
-import json
 import os
 import shutil
 import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 
+from shared import Figure, measure, spread, write_checkpoint
+
 from surgeon.checkpoint.header import TensorSpec
-from surgeon.checkpoint.output import Piece, write_safetensors
 
 CONFIG = {
     "architectures": ["GPT2LMHeadModel"],
@@ -61,32 +60,11 @@ model.save_pretrained(sys.argv[2], max_shard_size="5GB")
 
 def generate(directory: Path) -> None:
     """Write the checkpoint, its tensors in the order of their names as safetensors writes them."""
-    noise = os.urandom(1 << 20)
-
-    def content(nbytes: int) -> object:
-        for start in range(0, nbytes, len(noise)):
-            yield memoryview(noise)[: min(len(noise), nbytes - start)]
-
     shapes = {f"transformer.h.{i}.{name}": shape for i in range(CONFIG["n_layer"]) for name, shape in LAYER.items()}
     shapes |= {"transformer.ln_f.bias": (1600,), "transformer.ln_f.weight": (1600,)}
     shapes |= {"transformer.wpe.weight": (1024, 1600), "transformer.wte.weight": (50257, 1600)}
     specs = {name: TensorSpec("F32", shapes[name]) for name in sorted(shapes)}
-    pieces = [Piece(name, spec, lambda size=spec.nbytes: content(size)) for name, spec in specs.items()]
-    directory.mkdir()
-    write_safetensors(directory / "model.safetensors", pieces)
-    (directory / "config.json").write_text(json.dumps(CONFIG))
-
-
-def measure(command: list[str]) -> tuple[float, float, float]:
-    """Return the wall seconds, CPU seconds and peak memory in MB of a process and those that it waits for."""
-    began = time.perf_counter()
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
-    _, status, usage = os.wait4(process.pid, 0)
-    seconds = time.perf_counter() - began
-    process.returncode = os.waitstatus_to_exitcode(status)
-    if process.returncode:
-        sys.exit(f"{command} failed with exit code {process.returncode}")
-    return seconds, usage.ru_utime + usage.ru_stime, usage.ru_maxrss / 1000
+    write_checkpoint(directory, CONFIG, specs, noise=memoryview(os.urandom(1 << 20)))
 
 
 def main() -> None:
@@ -118,7 +96,7 @@ def main() -> None:
                 str(out),
                 str(options.layers),
             ]
-        figures: dict[str, list[tuple[float, float, float]]] = {name: [] for name in commands}
+        figures: dict[str, list[Figure]] = {name: [] for name in commands}
         for _ in range(options.rounds):
             for name, command in commands.items():
                 subprocess.run(["sync"], check=True)
@@ -131,18 +109,17 @@ def main() -> None:
         shutil.rmtree(work)
 
 
-def report(figures: dict[str, list[tuple[float, float, float]]], size: int) -> None:
+def report(figures: dict[str, list[Figure]], size: int) -> None:
     """Print medians, and the median of the ratios of each round."""
-    yardstick = [seconds for seconds, _, _ in figures["cp + sync"]]
+    yardstick = [figure.seconds for figure in figures["cp + sync"]]
     print(f"{size / 1e9:.2f} GB written, {len(yardstick)} rounds in turns, medians (minimum to maximum)")
     print("| | seconds | to cp + sync | CPU seconds | peak memory |")
     print("| --- | --- | --- | --- | --- |")
     for name, rounds in figures.items():
-        seconds = [figure[0] for figure in rounds]
+        seconds = [figure.seconds for figure in rounds]
         ratio = statistics.median(own / cp for own, cp in zip(seconds, yardstick, strict=True))
-        cpu = statistics.median(figure[1] for figure in rounds)
-        spread = f"{statistics.median(seconds):.2f} ({min(seconds):.2f} to {max(seconds):.2f})"
-        print(f"| {name} | {spread} | {ratio:.2f} | {cpu:.2f} | {max(figure[2] for figure in rounds):.0f} MB |")
+        cpu, memory = statistics.median(figure.cpu for figure in rounds), max(figure.memory for figure in rounds)
+        print(f"| {name} | {spread(seconds)} | {ratio:.2f} | {cpu:.2f} | {memory:.0f} MB |")
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from html import escape
 from pathlib import Path
+from statistics import mean
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE, PICTURE = ROOT / "docs/design.md", ROOT / "docs/images/architecture.svg"
@@ -18,6 +19,7 @@ FLOORS = (
     *("data", "models", "checkpoint.formats", "cost", "measure", "plots"),
     *("train", "gist", "evals", "verbs", "cli"),
 )
+GROUND = ("errors", "text", "options")  # every package may use these; the picture draws no arrows to them
 WIDTH, HEIGHT, GAP, ROW = 156, 46, 22, 92  # of a box, between boxes, and from row to row, in pixels
 COLOURS = {"box": "#eef3fb", "edge": "#7a8aa6", "text": "#1d2433", "line": "#b3bfd1"}
 
@@ -121,38 +123,47 @@ def between(text: str, name: str, content: str) -> str:
 
 def picture() -> str:
     """Return the packages as an SVG: each above all that it imports, with the arrows that no other path implies."""
-    graph = arrows()
-    rows = ranked(graph)
-    widest = max(map(len, rows))
-    width, height = widest * (WIDTH + GAP) + GAP, len(rows) * ROW
+    graph = {name: targets - set(GROUND) for name, targets in arrows().items()}
+    rows = [list(GROUND), *ranked(graph)]
+    width, height = max(map(len, rows)) * (WIDTH + GAP) + GAP, len(rows) * ROW
     places: dict[str, tuple[float, float]] = {}
     for number, row in enumerate(rows):
         left = (width - len(row) * (WIDTH + GAP) + GAP) / 2
         for index, name in enumerate(row):
             places[name] = (left + index * (WIDTH + GAP), height - (number + 1) * ROW + (ROW - HEIGHT) / 2)
-    parts = [
-        (
-            f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" font-family="sans-serif" '
-            f'font-size="15" role="img" aria-label="The packages of surgeon and their imports">'
-        ),
+    head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" font-family="sans-serif" font-size="15"'
+    tip = f'<path d="M0 0 L8 4 L0 8 z" fill="{COLOURS["edge"]}"/>'
+    lines = [
+        f'{head} role="img" aria-label="The packages of surgeon and their imports">',
         f'<rect width="{width}" height="{height}" fill="white"/>',
         (
-            '<defs><marker id="tip" viewBox="0 0 8 8" refX="7" refY="4" markerWidth="7" markerHeight="7" orient="auto">'
-            f'<path d="M0 0 L8 4 L0 8 z" fill="{COLOURS["edge"]}"/></marker></defs>'
+            f'<defs><marker id="tip" viewBox="0 0 8 8" refX="7" refY="4" markerWidth="7" markerHeight="7" orient="auto">{tip}'
+            "</marker></defs>"
         ),
     ]
     for name, targets in graph.items():
-        parts += [arrow(places[name], places[target]) for target in sorted(direct(name, targets, graph))]
-    parts += [box(name, *places[name]) for row in rows for name in row]
-    return "\n".join([*parts, "</svg>", ""])
+        lines += [arrow(places[name], places[target]) for target in sorted(direct(name, targets, graph))]
+    lines += [box(name, *places[name]) for row in rows for name in row]
+    return "\n".join([*lines, "</svg>", ""])
 
 
 def ranked(graph: Mapping[str, set[str]]) -> list[list[str]]:
-    """Return the rows from the ground up: a package stands one above the highest that it imports."""
+    """Return the rows above the ground: a package stands one row above the highest that it imports.
+
+    In a row, packages stand in the order of the mean place of the packages that they import.
+    """
     ranks: dict[str, int] = {}
     for name in FLOORS:
-        ranks[name] = 1 + max((ranks.get(target, -1) for target in graph[name]), default=-1)
-    return [[name for name in FLOORS if ranks[name] == rank] for rank in range(max(ranks.values()) + 1)]
+        if name not in GROUND:
+            ranks[name] = 1 + max((ranks[target] for target in graph[name]), default=-1)
+    rows: list[list[str]] = []
+    spots: dict[str, float] = {}
+    for rank in range(max(ranks.values()) + 1):
+        row = [name for name, own in ranks.items() if own == rank]
+        row.sort(key=lambda name: mean([spots[target] for target in direct(name, graph[name], graph)] or [0.0]))
+        spots |= {name: index - (len(row) - 1) / 2 for index, name in enumerate(row)}
+        rows.append(row)
+    return rows
 
 
 def direct(name: str, targets: set[str], graph: Mapping[str, set[str]]) -> set[str]:

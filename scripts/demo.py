@@ -1,4 +1,4 @@
-"""What `make demo` shows: a real model converted, inspected and cut, and what each of the two then says."""
+"""`make demo`: convert, inspect and cut a real model, and let the original and the cut model continue a prompt."""
 
 import importlib.util
 import json
@@ -44,7 +44,7 @@ def find_gguf() -> Path:
 
 
 def surgeon(*arguments: object, show: bool = False) -> dict:
-    """Run a surgeon command as typed; return its JSON, or let it print for people."""
+    """Run a surgeon command as typed. Return its JSON or, with `show`, let it print text."""
     words = [str(argument) for argument in arguments]
     shown = [Path(word).name if word.endswith(".gguf") else word for word in words]
     print(f"$ surgeon {shlex.join(shown)}", flush=True)
@@ -70,7 +70,7 @@ def print_outcome(models: dict[str, tuple[dict, Path]]) -> None:
 
 
 def continuation(path: Path) -> str:
-    """Return what the model says after the prompt, greedily."""
+    """Return the model's greedy continuation of the prompt."""
     from transformers import AutoModelForCausalLM, AutoTokenizer, logging
 
     logging.disable_progress_bar()

@@ -3,19 +3,19 @@
 SurgeonError
 ├── CheckpointError   a source that is missing, damaged or not a checkpoint
 ├── DataError         data that is missing, damaged, or in none of the forms that surgeon reads
-├── HubError          the Hub could not be reached, or has no such thing
-├── MeasureError      a model that cannot be run on text here, or a text that is none
+├── HubError          the Hub cannot be reached, or does not have the model or file
+├── MeasureError      a model that cannot be run here, or text that cannot be read
 ├── TrainingError     a run that cannot go on: it diverged, or the memory is full
 ├── PlanError         a surgery that the model's code cannot express, or that contradicts itself
 ├── OutputError       the result cannot be written: it exists, the disk is full, no permission
-└── VerificationError what was written does not compute what it should, or cannot be loaded to see
+└── VerificationError the written model does not compute what it should, or cannot be loaded
 
-Anything else that escapes is a defect of surgeon.
+Any other exception is a bug in surgeon.
 """
 
 
 class SurgeonError(Exception):
-    """A mistake or a misfortune that the user can mend: one sentence, and a hint to type or to read."""
+    """A problem that the user can fix: one sentence, and a hint to type or to read."""
 
     def __init__(self, message: str, *, hint: str | None = None) -> None:
         super().__init__(message)
@@ -31,7 +31,7 @@ class DataError(SurgeonError):
 
 
 class HubError(SurgeonError):
-    """The Hub could not be reached, or does not have (or does not show) what was asked for."""
+    """The Hub could not be reached, or does not have (or does not show) the model or file."""
 
 
 class PlanError(SurgeonError):
@@ -39,7 +39,7 @@ class PlanError(SurgeonError):
 
 
 class MeasureError(SurgeonError):
-    """The model cannot be measured: its code cannot run here, or what it was given to read is no text."""
+    """The model cannot be measured: its code cannot run here, or its input is no text."""
 
 
 class OutputError(SurgeonError):
@@ -47,8 +47,8 @@ class OutputError(SurgeonError):
 
 
 class TrainingError(SurgeonError):
-    """The run cannot go on: its loss is no number any more, or the memory is full."""
+    """The run cannot go on: its loss is no longer a number, or the memory is full."""
 
 
 class VerificationError(SurgeonError):
-    """What was written does not compute what the plan promised, or cannot be loaded to see whether it does."""
+    """The written model does not compute what the plan promised, or cannot be loaded."""

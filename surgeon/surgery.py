@@ -13,7 +13,7 @@ from surgeon.anatomy.anatomy import Anatomy, read_anatomy
 from surgeon.checkpoint import output, receipt
 from surgeon.checkpoint.derived import JoinedSource
 from surgeon.checkpoint.header import CheckpointSpec, read_header
-from surgeon.checkpoint.output import Progress
+from surgeon.checkpoint.output import CountBytes
 from surgeon.checkpoint.source import CARD, CONFIG, RECEIPT, LocalSource, Source, open_source, spec_of
 from surgeon.errors import OutputError, PlanError
 from surgeon.options import verb_named
@@ -181,7 +181,7 @@ class Surgery:
         dtype: str = "keep",
         max_shard_size: int | str = "5GB",
         overwrite: bool = False,
-        progress: Progress | None = None,
+        progress: CountBytes | None = None,
         command: str | None = None,
     ) -> Summary:
         """Write the result and return what was done. It appears at `out` at once and whole, or not at all.
@@ -211,7 +211,7 @@ class Draft:
         output.check_target(self.summary.output, overwrite=overwrite, source=self.source.origin)
 
     def write(
-        self, *, overwrite: bool = False, progress: Progress | None = None, command: str | None = None
+        self, *, overwrite: bool = False, progress: CountBytes | None = None, command: str | None = None
     ) -> Summary:
         """Write the result, at once and whole, and return the summary with the seconds that this took."""
         began = time.perf_counter()

@@ -1,4 +1,4 @@
-"""Numbers, tables and lists as people read them, in plain text."""
+"""Numbers, tables and lists as plain text for people."""
 
 import json
 from collections.abc import Iterable, Sequence
@@ -12,7 +12,7 @@ def printable(text: str) -> str:
 
 
 def size(nbytes: float) -> str:
-    """Return a number of bytes as people say it, in powers of ten: "538 MB"."""
+    """Return a number of bytes with a unit, in powers of ten: "538 MB"."""
     for unit in ("B", "kB", "MB", "GB"):
         if nbytes < 1000:
             return f"{nbytes:.0f} B" if unit == "B" else f"{nbytes:.3g} {unit}"
@@ -36,7 +36,7 @@ def table(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
 
 
 def layers(layer_map: Sequence[int | None]) -> str:
-    """Return a layer map in few words: "0-5, 8, new"."""
+    """Return a layer map as ranges: "0-5, 8, new"."""
     words: list[str] = []
     start = 0
     for i in range(1, len(layer_map) + 1):
@@ -50,12 +50,12 @@ def layers(layer_map: Sequence[int | None]) -> str:
 
 
 def few(files: Sequence[str]) -> str:
-    """Return the names of one or two files, or the number of more."""
+    """Return the names of one or two files, or the number of files."""
     return ", ".join(files) if len(files) <= 2 else f"{len(files)} files"
 
 
 def brief(value: Any) -> str:
-    """Return a config value in one short piece: lists of words in runs, long ones cut."""
+    """Return a config value as short text: repeated words are counted, long values cut."""
     if value is None:
         return "(absent)"
     if isinstance(value, list) and len(value) > 1 and all(isinstance(item, str) for item in value):
@@ -65,7 +65,7 @@ def brief(value: Any) -> str:
 
 
 def listing(names: Sequence[str]) -> str:
-    """Return how many names there are, and the first of them."""
+    """Return the number of names, and the first three."""
     shown = ", ".join(names[:3])
     return f"{len(names)}" + (f"  ({shown}{', ...' if len(names) > 3 else ''})" if names else "")
 
@@ -80,7 +80,7 @@ def runs(kinds: Sequence[str]) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Return a time as people say it: 45 s, 12 min, 3 h 20 min, 2 d 5 h."""
+    """Return a time with units: 45 s, 12 min, 3 h 20 min, 2 d 5 h."""
     if seconds < 100:
         return f"{seconds:.0f} s"
     minutes = round(seconds / 60)

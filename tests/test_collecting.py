@@ -1,15 +1,26 @@
-"""Collecting the suite: quick, because no test file imports torch before its tests run."""
+"""Collecting the suite is quick, for no test file imports torch before its tests run."""
 
 import os
 import subprocess
 import sys
 from pathlib import Path
 
-HEAVY = ("torch", "transformers", "numpy", "matplotlib", "datasets", "huggingface_hub")
-COLLECT = f"""
-import sys, pytest
+# Collects the tests in a folder, and prints which heavy modules that imported and the file that was first to do so.
+COLLECT = """
+import sys, traceback, pytest
+
+heavy = {"torch", "transformers", "numpy", "matplotlib", "datasets", "huggingface_hub"}
+first = {}
+
+class Watch:
+    def find_spec(self, name, path=None, target=None):
+        if name in heavy and name not in first:
+            files = [frame.filename for frame in traceback.extract_stack()]
+            first[name] = next((file for file in reversed(files) if file.startswith(sys.argv[1])), "another file")
+
+sys.meta_path.insert(0, Watch())
 code = pytest.main(["--collect-only", "-q", "-p", "no:cacheprovider", sys.argv[1]])
-print("imported:", *sorted(sys.modules.keys() & {set(HEAVY)!r}))
+print("imported:", *(f"{name} by {first[name]}" for name in sorted(heavy & sys.modules.keys())))
 sys.exit(code)
 """
 
@@ -21,4 +32,4 @@ def test_collecting_the_whole_suite_imports_nothing_heavy():
     result = subprocess.run(command, capture_output=True, text=True, env=environment)
 
     assert result.returncode == 0, result.stdout[-2000:]
-    assert result.stdout.splitlines()[-1] == "imported:", "see later.py for imports that wait for the tests"
+    assert result.stdout.splitlines()[-1] == "imported:", "later.py says how imports wait for the tests"

@@ -33,7 +33,7 @@ def test_a_package_imports_only_its_own_files_and_lower_floors(floor):
         if package_of(target) not in allowed
     ]
 
-    assert wrong == []
+    assert not wrong, "\n".join(wrong)
 
 
 def test_no_files_import_one_another_in_a_circle():

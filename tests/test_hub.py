@@ -302,7 +302,7 @@ def test_a_token_that_the_hub_does_not_know_is_said_to_be_the_fault(
     monkeypatch.setenv("HF_TOKEN", "hf_mistyped")
     message, hint = refusal("tiny")
     assert message == "the Hub wants a valid token for config.json of tiny"
-    assert hint == "To mend it, check the token in use: `hf auth login`, or set HF_TOKEN."
+    assert hint == "To fix it, check the token in use: `hf auth login`, or set HF_TOKEN."
 
 
 @pytest.mark.parametrize("token", [None, TOKEN])
@@ -441,7 +441,7 @@ def test_a_download_that_drops_midway_leaves_no_half_file(hub: HubServer) -> Non
     hub.hang_up_after = 100_000
     with pytest.raises(HubError, match=f"broke off in the middle of {shard_name(1)} of org/big") as caught:
         source.fetch(shard_name(1))
-    assert caught.value.hint == "Run the command again; the files that came whole are kept."
+    assert caught.value.hint == "Run the command again; complete files are kept."
     assert not [path for path in source.snapshot.parents[1].rglob("*") if path.is_file() and path.stat().st_size > 9999]
     hub.hang_up_after = None
     assert source.fetch(shard_name(1)).read_bytes() == sharded_files()[shard_name(1)]
@@ -611,7 +611,7 @@ def test_push_with_a_token_that_may_not_write_says_so(
     monkeypatch.setenv("HF_TOKEN", READ_ONLY_TOKEN)
     with pytest.raises(HubError, match="your token has no permission for the upload to me/result") as caught:
         push(result, "me/result", private=False)
-    assert caught.value.hint == f"Use a token that has it: {hub.endpoint}/settings/tokens."
+    assert caught.value.hint == f"Use a token with that permission: {hub.endpoint}/settings/tokens."
 
 
 def test_push_with_a_wrong_token_or_offline_says_so(

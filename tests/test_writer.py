@@ -15,7 +15,7 @@ from safetensors import safe_open
 
 import surgeon
 from surgeon.checkpoint.header import TensorSpec, read_header
-from surgeon.checkpoint.output import PAGE, Extent, Piece, write_safetensors
+from surgeon.checkpoint.output import PAGE, FileRange, TensorWrite, write_safetensors
 from surgeon.checkpoint.source import open_directory, spec_of
 from surgeon.errors import CheckpointError
 from surgeon.plan.execute import execute, lay_out
@@ -26,10 +26,13 @@ if LATER:
     from safetensors.torch import load_file
 
 
-def extents(path: Path, tensors: dict[str, TensorSpec]) -> list[Piece]:
-    """Return the tensors of a file as pieces that copy them."""
+def copies_of(path: Path, tensors: dict[str, TensorSpec]) -> list[TensorWrite]:
+    """Return the tensors of a file as writes that copy them."""
     entries = read_header(path)
-    return [Piece(name, spec, Extent(path, entries[name].start, entries[name].end)) for name, spec in tensors.items()]
+    return [
+        TensorWrite(name, spec, FileRange(path, entries[name].start, entries[name].end))
+        for name, spec in tensors.items()
+    ]
 
 
 def bytes_of(path: Path) -> dict[str, bytes]:
@@ -68,7 +71,7 @@ def copies(monkeypatch):
 def test_neighbours_are_copied_in_one_run_and_land_on_the_same_place_in_a_page(source, copies, tmp_path):
     kept = {name: spec for name, spec in BIG.items() if name != "t2"}
 
-    size = write_safetensors(tmp_path / "out.safetensors", extents(source, kept))
+    size = write_safetensors(tmp_path / "out.safetensors", copies_of(source, kept))
 
     assert size == (tmp_path / "out.safetensors").stat().st_size
     assert bytes_of(tmp_path / "out.safetensors") == expected(kept)
@@ -80,7 +83,7 @@ def test_neighbours_are_copied_in_one_run_and_land_on_the_same_place_in_a_page(s
 def test_the_largest_run_keeps_its_phase_when_an_earlier_one_cannot(source, copies, tmp_path):
     order = ["t2", "t1", "t3"]
 
-    write_safetensors(tmp_path / "out.safetensors", extents(source, {name: BIG[name] for name in order}))
+    write_safetensors(tmp_path / "out.safetensors", copies_of(source, {name: BIG[name] for name in order}))
 
     assert bytes_of(tmp_path / "out.safetensors") == expected({name: BIG[name] for name in order})
     phases = {count: (position - offset) % PAGE for count, position, offset in copies}
@@ -91,7 +94,7 @@ def test_the_largest_run_keeps_its_phase_when_an_earlier_one_cannot(source, copi
 def test_the_data_begins_at_a_multiple_of_8_even_where_no_run_can_keep_its_phase(source, copies, tmp_path):
     order = ["t7", "t3"]  # 300 bytes before the large run put it off by 4
 
-    write_safetensors(tmp_path / "out.safetensors", extents(source, {name: BIG[name] for name in order}))
+    write_safetensors(tmp_path / "out.safetensors", copies_of(source, {name: BIG[name] for name in order}))
 
     assert bytes_of(tmp_path / "out.safetensors") == expected({name: BIG[name] for name in order})
     assert next(iter(read_header(tmp_path / "out.safetensors").values())).start % 8 == 0
@@ -101,7 +104,7 @@ def test_the_data_begins_at_a_multiple_of_8_even_where_no_run_can_keep_its_phase
 def test_a_whole_file_is_copied_in_one_run_in_phase_whatever_its_header(align, copies, tmp_path):
     (tmp_path / "source.safetensors").write_bytes(safetensors(BIG, align=align))
 
-    write_safetensors(tmp_path / "out.safetensors", extents(tmp_path / "source.safetensors", BIG))
+    write_safetensors(tmp_path / "out.safetensors", copies_of(tmp_path / "source.safetensors", BIG))
 
     [(count, position, offset)] = copies
     assert count == sum(spec.nbytes for spec in BIG.values())
@@ -117,16 +120,16 @@ def test_bytes_are_read_and_written_where_the_kernel_cannot_copy(code, source, t
 
     monkeypatch.setattr(os, "copy_file_range", refuse)
 
-    write_safetensors(tmp_path / "out.safetensors", extents(source, BIG))
+    write_safetensors(tmp_path / "out.safetensors", copies_of(source, BIG))
 
     assert bytes_of(tmp_path / "out.safetensors") == expected(BIG)
 
 
 def test_bytes_are_read_and_written_where_the_kernel_copies_nothing_or_does_not_know_how(source, tmp_path, monkeypatch):
     monkeypatch.setattr(os, "copy_file_range", lambda *_: 0)
-    write_safetensors(tmp_path / "zero.safetensors", extents(source, BIG))
+    write_safetensors(tmp_path / "zero.safetensors", copies_of(source, BIG))
     monkeypatch.delattr(os, "copy_file_range")
-    write_safetensors(tmp_path / "absent.safetensors", extents(source, BIG))
+    write_safetensors(tmp_path / "absent.safetensors", copies_of(source, BIG))
 
     assert (tmp_path / "zero.safetensors").read_bytes() == (tmp_path / "absent.safetensors").read_bytes()
     assert bytes_of(tmp_path / "zero.safetensors") == expected(BIG)
@@ -139,17 +142,17 @@ def test_an_error_that_is_no_lack_of_support_is_raised(source, tmp_path, monkeyp
     monkeypatch.setattr(os, "copy_file_range", fail)
 
     with pytest.raises(OSError, match="input/output error"):
-        write_safetensors(tmp_path / "out.safetensors", extents(source, BIG))
+        write_safetensors(tmp_path / "out.safetensors", copies_of(source, BIG))
 
 
 def test_short_copies_reads_and_writes_are_continued(source, tmp_path, monkeypatch):
     kernel, read, write = os.copy_file_range, os.pread, os.pwrite
     monkeypatch.setattr(os, "copy_file_range", lambda s, t, n, i, o: kernel(s, t, min(n, 999_999), i, o))
-    write_safetensors(tmp_path / "kernel.safetensors", extents(source, BIG))
+    write_safetensors(tmp_path / "kernel.safetensors", copies_of(source, BIG))
     monkeypatch.delattr(os, "copy_file_range")
     monkeypatch.setattr(os, "pread", lambda fd, n, i: read(fd, min(n, 77_777), i))
     monkeypatch.setattr(os, "pwrite", lambda fd, view, i: write(fd, view[:55_555], i))
-    write_safetensors(tmp_path / "loop.safetensors", extents(source, BIG))
+    write_safetensors(tmp_path / "loop.safetensors", copies_of(source, BIG))
 
     assert bytes_of(tmp_path / "kernel.safetensors") == bytes_of(tmp_path / "loop.safetensors") == expected(BIG)
 
@@ -162,37 +165,39 @@ def test_bytes_cross_from_one_file_system_to_another(tmp_path):
             pytest.skip("both are one file system")
         source.write_bytes(safetensors(BIG))
 
-        write_safetensors(tmp_path / "out.safetensors", extents(source, BIG))
+        write_safetensors(tmp_path / "out.safetensors", copies_of(source, BIG))
 
         assert bytes_of(tmp_path / "out.safetensors") == expected(BIG)
 
 
 @pytest.mark.parametrize("kernel", [True, False])
 def test_a_source_that_becomes_shorter_while_it_is_read_is_named(kernel, source, tmp_path, monkeypatch):
-    pieces = extents(source, BIG)
+    writes = copies_of(source, BIG)
     os.truncate(source, 3_000_000)
     if not kernel:
         monkeypatch.delattr(os, "copy_file_range")
 
     with pytest.raises(CheckpointError, match="source.safetensors became shorter .* ends at byte 3000000"):
-        write_safetensors(tmp_path / "out.safetensors", pieces)
+        write_safetensors(tmp_path / "out.safetensors", writes)
 
 
 def test_a_source_that_disappears_is_named(source, tmp_path):
-    pieces = extents(source, BIG)
+    writes = copies_of(source, BIG)
     source.unlink()
 
     with pytest.raises(CheckpointError, match="cannot read .*source.safetensors: No such file"):
-        write_safetensors(tmp_path / "out.safetensors", pieces)
+        write_safetensors(tmp_path / "out.safetensors", writes)
 
 
 def test_made_and_copied_tensors_lie_side_by_side_and_progress_counts_every_byte(source, tmp_path):
     made = b"made" * 100_000
-    pieces = extents(source, BIG)
-    pieces[2:2] = [Piece("made", TensorSpec("U8", (len(made),)), lambda: [memoryview(made[:5]), memoryview(made[5:])])]
+    writes = copies_of(source, BIG)
+    writes[2:2] = [
+        TensorWrite("made", TensorSpec("U8", (len(made),)), lambda: [memoryview(made[:5]), memoryview(made[5:])])
+    ]
     done = []
 
-    write_safetensors(tmp_path / "out.safetensors", pieces, progress=done.append)
+    write_safetensors(tmp_path / "out.safetensors", writes, progress=done.append)
 
     assert bytes_of(tmp_path / "out.safetensors") == expected(BIG) | {"made": made}
     assert sum(done) == len(made) + sum(spec.nbytes for spec in BIG.values())
@@ -214,7 +219,7 @@ def test_tensors_of_no_bytes_are_copied_and_made(tmp_path):
 
 
 def test_safetensors_loads_the_same_tensors(source, tmp_path):
-    write_safetensors(tmp_path / "out.safetensors", extents(source, dict(reversed(BIG.items()))))
+    write_safetensors(tmp_path / "out.safetensors", copies_of(source, dict(reversed(BIG.items()))))
 
     before, after = load_file(source), load_file(tmp_path / "out.safetensors")
     assert before.keys() == after.keys()
@@ -241,7 +246,7 @@ def test_a_file_that_exists_is_never_written_to(source, tmp_path):
     (tmp_path / "out.safetensors").write_bytes(b"mine")
 
     with pytest.raises(FileExistsError):
-        write_safetensors(tmp_path / "out.safetensors", extents(source, BIG))
+        write_safetensors(tmp_path / "out.safetensors", copies_of(source, BIG))
     assert (tmp_path / "out.safetensors").read_bytes() == b"mine"
 
 
@@ -262,7 +267,7 @@ def test_any_selection_in_any_order_is_bit_identical(sizes, draw, align, kernel)
         source, out = Path(directory, "source.safetensors"), Path(directory, "out.safetensors")
         source.write_bytes(safetensors(layout, align=align))
 
-        write_safetensors(out, extents(source, chosen))
+        write_safetensors(out, copies_of(source, chosen))
 
         assert bytes_of(out) == expected(chosen)
 

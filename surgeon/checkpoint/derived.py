@@ -1,4 +1,4 @@
-"""A source that is another one in all but its tensors."""
+"""Sources that take everything but their tensors from another source: a model with a donor, and a trained model."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -11,7 +11,7 @@ from surgeon.checkpoint.source import LocalSource, Source, StoredTensor
 
 @dataclass(frozen=True)
 class DerivedSource:
-    """What is asked of `base` as it is: its name, its config, the files beside its weights, and where it came from."""
+    """A source with the name, config, companion files and origin of `base`; a subclass gives the tensors."""
 
     base: Source
 
@@ -40,14 +40,14 @@ DONOR = "donor:"  # no tensor of a model has a colon in its name
 
 @dataclass(frozen=True)
 class JoinedSource(DerivedSource):
-    """`base`, and beside it the tensors of `donor`, whose names and files begin with "donor:"."""
+    """`base` with the tensors of `donor` added; their names and files begin with "donor:"."""
 
     donor: Source
 
     @cached_property
     def tensors(self) -> Mapping[str, StoredTensor]:
-        given = {DONOR + name: replace(item, file=DONOR + item.file) for name, item in self.donor.tensors.items()}
-        return {**self.base.tensors, **given}
+        donated = {DONOR + name: replace(item, file=DONOR + item.file) for name, item in self.donor.tensors.items()}
+        return {**self.base.tensors, **donated}
 
     def fetch(self, file: str, ranges: Sequence[tuple[int, int]] | None = None) -> Path:
         if file.startswith(DONOR):
@@ -63,7 +63,7 @@ TRAINED = "trained:"  # no file of a model has a colon in its name
 
 @dataclass(frozen=True)
 class TrainedSource(DerivedSource):
-    """`base` with the tensors of `weights`, whose files begin with "trained:"."""
+    """`base` with its tensors replaced by those of `weights`; their files begin with "trained:"."""
 
     weights: LocalSource
 

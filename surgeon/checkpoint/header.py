@@ -1,10 +1,10 @@
-"""The safetensors header: read it strictly, write it with room to align the data behind it.
+"""The dtype and shape of every tensor, and the safetensors header that holds them.
 
-The format: 8 bytes (little-endian header length), a JSON object, then the data. Everything that the format
-forbids is refused here with one sentence, because the tools around us do not: a duplicate key, for one, is
-accepted by the reference implementation, and readers then disagree on which of the two is the tensor. It also
-lets pass, and we do not: white space before the object, `"__metadata__": null`, unknown fields of a tensor, a
-tensor given as a list, a dtype given as an object, and lengths of 2^63 and more.
+A header is read strictly, and written with padding that aligns the data after it. The format: 8 bytes (little-endian
+header length), a JSON object, then the data. Everything that the format forbids is refused here with one sentence.
+The reference implementation is more lenient: it accepts duplicate keys, and readers then disagree on which of the two
+is the tensor. It also accepts white space before the object, `"__metadata__": null`, unknown fields of a tensor, a
+tensor given as a list, a dtype given as an object, and lengths of 2^63 and more. We accept none of these.
 """
 
 import json
@@ -16,6 +16,8 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from surgeon.errors import CheckpointError
+
+# The dtypes and shapes
 
 # Bits per element of every dtype that safetensors 0.8 knows, by its name in the header.
 DTYPE_BITS = {
@@ -62,7 +64,7 @@ class TensorSpec:
 
 @dataclass(frozen=True, slots=True)
 class CheckpointSpec:
-    """The config and the tensors of a checkpoint, without their numbers. All that a plan needs to be decided."""
+    """The config and the dtype and shape of every tensor of a checkpoint: all that deciding a plan needs."""
 
     config: Mapping[str, Any]
     tensors: Mapping[str, TensorSpec]
@@ -76,14 +78,16 @@ class CheckpointSpec:
         return sum(tensor.nbytes for tensor in self.tensors.values())
 
 
+# The header of one file
+
 MAX_HEADER_BYTES = 100_000_000  # safetensors: MAX_HEADER_SIZE
 LONGEST_QUOTE = 200
-DOWNLOAD_HINT = "The file is damaged or was not written whole; fetch it again."
+DOWNLOAD_HINT = "The file is damaged or incomplete; fetch it again."
 
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """A tensor in one file: its spec, and the half-open byte range that it takes, counted from the file's start."""
+    """A tensor in one file: its spec and its byte range [start, end), counted from the file's start."""
 
     spec: TensorSpec
     start: int
@@ -93,7 +97,7 @@ class Entry:
 def read_header(path: Path) -> dict[str, Entry]:
     """Return the tensors of a safetensors file in the order of their data.
 
-    Raises CheckpointError when the file is not sound; memory and time are bounded by the header's real size.
+    Raises CheckpointError when the file is damaged; memory and time are bounded by the header's real size.
     """
     try:
         with path.open("rb") as file:
@@ -126,10 +130,10 @@ def parse_header(raw: bytes, *, file_size: int, where: str) -> dict[str, Entry]:
         header = json.loads(raw.decode("utf-8"), object_pairs_hook=_without_duplicates)
     except _DuplicateKeyError as error:
         _refuse(where, f"has two entries {_brief(error.args[0])} in its header")
-    except (ValueError, RecursionError) as error:  # ValueError: not UTF-8, not JSON, or a number beyond all measure
+    except (ValueError, RecursionError) as error:  # ValueError: not UTF-8, not JSON, or a number with too many digits
         _refuse(where, f"has a header that is not JSON: {error}")
-    if b"\\u" in raw and (broken := next((name for name in header if not _is_text(name)), None)) is not None:
-        _refuse(where, f"names a tensor {_brief(broken)}, which is no text: it holds half a surrogate pair")
+    if b"\\u" in raw and (invalid := next((name for name in header if not _is_text(name)), None)) is not None:
+        _refuse(where, f"names a tensor {_brief(invalid)}, which is no text: it holds half a surrogate pair")
     metadata = header.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         _refuse(where, "has a __metadata__ that does not map strings to strings")
@@ -141,25 +145,21 @@ def parse_header(raw: bytes, *, file_size: int, where: str) -> dict[str, Entry]:
     return entries
 
 
-def format_header(tensors: Mapping[str, TensorSpec], *, align: int = 0) -> bytes:
-    """Return the length prefix and header for `tensors` laid out in the mapping's order, data included from offset 0.
+class _DuplicateKeyError(ValueError):
+    pass
 
-    The header is padded with spaces so that the data begins at `align` modulo 4096 (rounded up to a multiple of 8):
-    a kernel copies whole pages only between offsets that agree modulo the page size.
-    """
-    fields: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    offset = 0
-    for name, spec in tensors.items():
-        fields[name] = {
-            "dtype": spec.dtype,
-            "shape": list(spec.shape),
-            "data_offsets": [offset, offset + spec.nbytes],
-        }
-        offset += spec.nbytes
-    text = json.dumps(fields, separators=(",", ":"), ensure_ascii=False).encode("utf-8")
-    padding = (align - (8 + len(text))) % 4096
-    padding += -(8 + len(text) + padding) % 8
-    return (len(text) + padding).to_bytes(8, "little") + text + b" " * padding
+
+def _without_duplicates(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+    result = dict(pairs)
+    if len(result) < len(pairs):
+        counts = Counter(name for name, _ in pairs)
+        raise _DuplicateKeyError(next(name for name, count in counts.items() if count > 1))
+    return result
+
+
+def _is_text(name: str) -> bool:
+    """Return whether `name` can be written as UTF-8. JSON escapes can hold half a surrogate pair."""
+    return not any("\ud800" <= char <= "\udfff" for char in name)
 
 
 def _entry(name: str, value: Any, data_start: int, where: str) -> Entry:
@@ -185,7 +185,7 @@ def _are_counts(value: Any) -> bool:
 
 
 def _overflows(shape: Sequence[int]) -> bool:
-    """Return whether the number of elements leaves 63 bits; stops where it does, for a shape may be millions long."""
+    """Return whether the number of elements exceeds 63 bits. Stops there: a shape may be millions long."""
     count = 1
     for length in shape:
         count *= length
@@ -194,24 +194,13 @@ def _overflows(shape: Sequence[int]) -> bool:
     return False
 
 
-def _is_text(name: str) -> bool:
-    """Return whether `name` can be written as UTF-8. JSON escapes can spell half a surrogate pair, which cannot."""
-    return not any("\ud800" <= char <= "\udfff" for char in name)
-
-
-def _brief(value: Any) -> str:
-    """Return the value as an error message shows it; a hostile one can be as long as the header."""
-    text = repr(value)
-    return text if len(text) <= LONGEST_QUOTE else f"{text[:LONGEST_QUOTE]}..."
-
-
 def _check_tiling(entries: Mapping[str, Entry], data_start: int, file_size: int, where: str) -> None:
     """Refuse data that overlaps, leaves a hole, or does not end where the file ends."""
     expected = data_start
     for name, entry in entries.items():
         if entry.start != expected:
-            what = "overlaps the tensor before it" if entry.start < expected else "leaves a hole before it"
-            _refuse(where, f"stores {_brief(name)} where it {what}")
+            fault = "overlaps the tensor before it" if entry.start < expected else "leaves a hole before it"
+            _refuse(where, f"stores {_brief(name)} where it {fault}")
         expected = entry.end
     if expected > file_size:
         _refuse(where, f"is truncated: its tensors end at byte {expected}, the file at {file_size}")
@@ -219,17 +208,32 @@ def _check_tiling(entries: Mapping[str, Entry], data_start: int, file_size: int,
         _refuse(where, f"has {file_size - expected} bytes after its last tensor")
 
 
-class _DuplicateKeyError(ValueError):
-    pass
+def _brief(value: Any) -> str:
+    """Return the value, cut for an error message: a hostile one can be as long as the header."""
+    text = repr(value)
+    return text if len(text) <= LONGEST_QUOTE else f"{text[:LONGEST_QUOTE]}..."
 
 
-def _without_duplicates(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
-    result = dict(pairs)
-    if len(result) < len(pairs):
-        counts = Counter(name for name, _ in pairs)
-        raise _DuplicateKeyError(next(name for name, count in counts.items() if count > 1))
-    return result
+def _refuse(where: str, fault: str) -> NoReturn:
+    raise CheckpointError(f"{where} {fault}", hint=DOWNLOAD_HINT)
 
 
-def _refuse(where: str, what: str) -> NoReturn:
-    raise CheckpointError(f"{where} {what}", hint=DOWNLOAD_HINT)
+def format_header(tensors: Mapping[str, TensorSpec], *, align: int = 0) -> bytes:
+    """Return the length prefix and header for `tensors`, whose data follows in the mapping's order.
+
+    The header is padded with spaces so that the data begins at `align` modulo 4096 (rounded up to a multiple of 8).
+    A kernel copies whole pages only between offsets that agree modulo the page size.
+    """
+    fields: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for name, spec in tensors.items():
+        fields[name] = {
+            "dtype": spec.dtype,
+            "shape": list(spec.shape),
+            "data_offsets": [offset, offset + spec.nbytes],
+        }
+        offset += spec.nbytes
+    text = json.dumps(fields, separators=(",", ":"), ensure_ascii=False).encode("utf-8")
+    padding = (align - (8 + len(text))) % 4096
+    padding += -(8 + len(text) + padding) % 8
+    return (len(text) + padding).to_bytes(8, "little") + text + b" " * padding

@@ -1,9 +1,9 @@
-"""A checkpoint on the Hub, read without downloading what is not asked for.
+"""A checkpoint on the Hub as a source, and the upload of a result.
 
-The config and the companions go through huggingface_hub's own cache. Headers are asked for by byte range, so that a
-plan of a model of any size costs kilobytes. All of it is of one commit, resolved once: a push in between cannot mix
-two versions. Of a commit nothing ever changes, so its file list and headers are noted beside the cache
-(HF_ASSETS_CACHE), and a surgery that was done once can be done again without a network.
+Files go through huggingface_hub's own cache. Headers are requested by byte range, so that a plan for a model of any
+size costs kilobytes; weights are downloaded a whole file at a time. Everything comes from one commit, resolved once, so
+that a push in between cannot mix two versions. A commit never changes: its file list and headers are stored beside the
+cache (HF_ASSETS_CACHE), and a surgery can be repeated without a network.
 """
 
 import json
@@ -17,7 +17,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, NoReturn
 
 from surgeon.checkpoint.header import Entry, header_length, parse_header, read_header
-from surgeon.checkpoint.hub_http import LOGIN, ask_bytes, explained, hush_progress
+from surgeon.checkpoint.hub_http import LOGIN, explained, fetch_bytes, hide_progress_bars
 from surgeon.checkpoint.source import (
     CONFIG,
     INDEX,
@@ -31,7 +31,9 @@ from surgeon.checkpoint.source import (
 )
 from surgeon.errors import CheckpointError, HubError
 
-FIRST_REQUEST_BYTES = 64 * 1024  # holds the header of most files; a longer one takes a second request
+# Reading
+
+FIRST_REQUEST_BYTES = 64 * 1024  # holds the header of most files; a longer header takes a second request
 NUM_CONNECTIONS = 8
 
 
@@ -61,7 +63,7 @@ class HubSource:
 
     @cached_property
     def tensors(self) -> Mapping[str, StoredTensor]:
-        if WEIGHTS in self.files:  # where both are, transformers too reads the one file
+        if WEIGHTS in self.files:  # where both exist, transformers reads this one too
             return {name: stored(WEIGHTS, entry) for name, entry in self._header(WEIGHTS).items()}
         if INDEX not in self.files:
             self._refuse_without_weights()
@@ -72,11 +74,11 @@ class HubSource:
 
     @cached_property
     def files(self) -> Sequence[str]:
-        """Every file of the commit; when HF_HUB_OFFLINE is set and it was never listed, those that are cached."""
+        """Every file of the commit. Offline, if they were never listed: the cached files."""
         from huggingface_hub import constants
 
-        if (note := self._recall("files.json")) is not None:
-            return _checked(json.loads(note), self.repo_id)
+        if (listing := self._recall("files.json")) is not None:
+            return _checked_names(json.loads(listing), self.repo_id)
         if constants.HF_HUB_OFFLINE:
             cached = (path for path in sorted(self.snapshot.rglob("*")) if path.is_file())
             return [path.relative_to(self.snapshot).as_posix() for path in cached]
@@ -85,8 +87,8 @@ class HubSource:
 
         with explained(f"the file list of {self.repo_id}", repo_id=self.repo_id, revision=self.revision):
             siblings = HfApi().model_info(self.repo_id, revision=self.commit).siblings or []
-        names = _checked(sorted(sibling.rfilename for sibling in siblings), self.repo_id)
-        self._note("files.json", json.dumps(names).encode())
+        names = _checked_names(sorted(sibling.rfilename for sibling in siblings), self.repo_id)
+        self._remember("files.json", json.dumps(names).encode())
         return names
 
     @cached_property
@@ -94,103 +96,90 @@ class HubSource:
         return [name for name in self.files if is_companion(name)]
 
     def fetch(self, file: str, ranges: Sequence[tuple[int, int]] | None = None) -> Path:
-        """Return `file` in the cache, downloaded whole if it is not there yet.
+        """Return `file` in the cache; the whole file is downloaded if it is not there yet.
 
-        Raises HubError when it cannot be, CheckpointError when its size is not the one that its header promised.
+        Raises HubError when the download fails, CheckpointError when its size is not the one that its header gives.
         """
         from huggingface_hub import hf_hub_download
 
         with explained(f"{file} of {self.repo_id}", repo_id=self.repo_id, revision=self.revision):
             path = Path(hf_hub_download(self.repo_id, file, revision=self.commit))
         if file.endswith(".safetensors"):
-            promised = max((tensor.end for tensor in self.tensors.values() if tensor.file == file), default=None)
-            if promised is not None and path.stat().st_size != promised:
+            size = max((tensor.end for tensor in self.tensors.values() if tensor.file == file), default=None)
+            if size is not None and path.stat().st_size != size:
                 raise CheckpointError(
-                    f"{file} of {self.repo_id} has {path.stat().st_size} bytes; its header promised {promised}",
+                    f"{file} of {self.repo_id} has {path.stat().st_size} bytes; its header promised {size}",
                     hint=f"Delete {path.resolve()} and run the command again.",
                 )
         return path
 
     def provenance(self) -> dict[str, Any]:
-        asked = {} if self.revision is None else {"revision": self.revision}
-        return {"id": self.repo_id, "commit": self.commit} | asked
+        revision = {} if self.revision is None else {"revision": self.revision}
+        return {"id": self.repo_id, "commit": self.commit} | revision
 
     def _header(self, file: str) -> dict[str, Entry]:
-        """Return the tensors of one file: from the cached file, from an earlier run's note, or by asking the Hub."""
+        """Return the tensors of one file: from the cached file, from a stored header, or from the Hub."""
         if (self.snapshot / file).exists():
             return read_header(self.snapshot / file)
         where = f"{file} of {self.repo_id}"
-        note = self._recall(f"{file}.header")
-        size, raw = (int.from_bytes(note[:8], "little"), note[8:]) if note else self._ask_header(file, where)
+        memo = self._recall(f"{file}.header")
+        size, raw = (int.from_bytes(memo[:8], "little"), memo[8:]) if memo else self._fetch_header(file, where)
         entries = parse_header(raw, file_size=size, where=where)
-        if note is None:
-            self._note(f"{file}.header", size.to_bytes(8, "little") + raw)
+        if memo is None:
+            self._remember(f"{file}.header", size.to_bytes(8, "little") + raw)
         return entries
 
-    def _ask_header(self, file: str, where: str) -> tuple[int, bytes]:
-        """Return the size of a file on the Hub, and its header's bytes without the length before them."""
-        head, size = ask_bytes(self.repo_id, file, commit=self.commit, start=0, end=FIRST_REQUEST_BYTES)
+    def _fetch_header(self, file: str, where: str) -> tuple[int, bytes]:
+        """Return the size of a file on the Hub, and its header's bytes without their length prefix."""
+        head, size = fetch_bytes(self.repo_id, file, commit=self.commit, start=0, end=FIRST_REQUEST_BYTES)
         end = 8 + header_length(head[:8], file_size=size, where=where)
         if end > len(head):
-            head += ask_bytes(self.repo_id, file, commit=self.commit, start=len(head), end=end)[0]
+            head += fetch_bytes(self.repo_id, file, commit=self.commit, start=len(head), end=end)[0]
         return size, head[8:end]
 
     @property
-    def _notes(self) -> Path:
+    def _memory(self) -> Path:
+        """The directory in which the file list and the headers of this commit are stored."""
         from huggingface_hub import constants
 
         return Path(constants.HF_ASSETS_CACHE, "surgeon", self.snapshot.parents[1].name, self.commit)
 
     def _recall(self, name: str) -> bytes | None:
         try:
-            return (self._notes / name).read_bytes()
+            return (self._memory / name).read_bytes()
         except OSError:
             return None
 
-    def _note(self, name: str, answer: bytes) -> None:
-        """Keep an answer for the next run, whole or not at all. A cache that cannot be written is no failure."""
+    def _remember(self, name: str, content: bytes) -> None:
+        """Store an answer of the Hub for the next run, whole or not at all. A read-only cache is no failure."""
         with suppress(OSError):
-            self._notes.mkdir(parents=True, exist_ok=True)
-            partial = self._notes / f"{name}.{os.getpid()}"
-            partial.write_bytes(answer)
-            partial.replace(self._notes / name)
+            self._memory.mkdir(parents=True, exist_ok=True)
+            partial = self._memory / f"{name}.{os.getpid()}"
+            partial.write_bytes(content)
+            partial.replace(self._memory / name)
 
     def _refuse_without_weights(self) -> NoReturn:
-        """Raise the error that says what the repository has in place of safetensors."""
+        """Raise the error for a repository without safetensors; the hint is how to use the weights that it has."""
         from huggingface_hub import constants
 
         others = [name for name in self.files if name.endswith((".bin", ".gguf"))]
         ggufs = [name for name in others if name.endswith(".gguf")]
         if others:
             directory = self.repo_id.rpartition("/")[2]
-            what = f"{directory}/{ggufs[0]}" if ggufs else directory
-            hint = f"hf download {self.repo_id} --local-dir {directory} && surgeon convert {what}"
+            converted = f"{directory}/{ggufs[0]}" if ggufs else directory
+            hint = f"hf download {self.repo_id} --local-dir {directory} && surgeon convert {converted}"
         elif "adapter_config.json" in self.files:
             hint = "This is a PEFT adapter; merge it into its base model first."
         elif constants.HF_HUB_OFFLINE:
-            hint = "Unset HF_HUB_OFFLINE once to fetch it: the cache may hold a part of the repository only."
+            hint = "Unset HF_HUB_OFFLINE once to fetch it: the cache may hold only part of the repository."
         else:
             hint = None
         where = " in the cache" if constants.HF_HUB_OFFLINE else ""
         raise CheckpointError(f"{self.repo_id} has no {WEIGHTS}{where}", hint=hint)
 
 
-def open_hub(repo_id: str, *, revision: str | None = None) -> HubSource:
-    """Return the checkpoint that `revision` (a branch, tag or commit; default: the main branch) names now.
-
-    Fetches config.json, which resolves the commit. Without a network the cached one is taken.
-    Raises HubError.
-    """
-    from huggingface_hub import hf_hub_download
-
-    hush_progress()
-    with explained(f"{CONFIG} of {repo_id}", repo_id=repo_id, revision=revision):
-        config = Path(hf_hub_download(repo_id, CONFIG, revision=revision))
-    return HubSource(repo_id, config.parent, revision)
-
-
-def _checked(names: Sequence[str], repo_id: str) -> Sequence[str]:
-    """Return the names. Raises CheckpointError for one that would leave a directory into which it is written."""
+def _checked_names(names: Sequence[str], repo_id: str) -> Sequence[str]:
+    """Return the names. Raises CheckpointError for a path that leads out of the checkpoint's directory."""
     for name in names:
         if "\\" in name or ":" in name or PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
             raise CheckpointError(
@@ -200,12 +189,28 @@ def _checked(names: Sequence[str], repo_id: str) -> Sequence[str]:
     return names
 
 
-def push(directory: Path, repo_id: str, *, private: bool) -> str:
-    """Return the URL of the model repository to which every file of `directory` has been uploaded.
+def open_hub(repo_id: str, *, revision: str | None = None) -> HubSource:
+    """Return the checkpoint at `revision` (a branch, tag or commit; default: the main branch).
 
-    Creates the repository when there is none. A new one is private if `private`, else what its owner's settings say;
-    an existing one is never turned private or public, and one that is public is refused when `private` is asked for.
+    Fetches config.json, which resolves the commit. Without a network it uses the cached config.
     Raises HubError.
+    """
+    from huggingface_hub import hf_hub_download
+
+    hide_progress_bars()
+    with explained(f"{CONFIG} of {repo_id}", repo_id=repo_id, revision=revision):
+        config = Path(hf_hub_download(repo_id, CONFIG, revision=revision))
+    return HubSource(repo_id, config.parent, revision)
+
+
+# Uploading
+
+
+def push(directory: Path, repo_id: str, *, private: bool) -> str:
+    """Return the URL of the model repository after uploading every file of `directory` to it.
+
+    Creates the repository when there is none: private if `private`, else as its owner's settings say. An existing
+    repository keeps its visibility; if it is public and `private` is set, it is refused. Raises HubError.
     """
     from huggingface_hub import HfApi, constants, get_token
 
@@ -213,7 +218,7 @@ def push(directory: Path, repo_id: str, *, private: bool) -> str:
         raise HubError(f"cannot upload to {repo_id}: HF_HUB_OFFLINE is set", hint="Unset HF_HUB_OFFLINE.")
     if get_token() is None:
         raise HubError(f"cannot upload to {repo_id} without a token", hint=f"{LOGIN} to a token that can write.")
-    hush_progress()
+    hide_progress_bars()
     hub = HfApi()
     with explained(f"the upload to {repo_id}", repo_id=repo_id):
         url = hub.create_repo(repo_id, private=True if private else None, exist_ok=True)

@@ -1,6 +1,6 @@
-"""Speaking to the Hub through huggingface_hub's session, and saying what went wrong when it fails.
+"""Requests to the Hub through huggingface_hub's session, and the errors that explain their failures.
 
-HF_ENDPOINT, HF_TOKEN, HF_HOME, HF_HUB_OFFLINE and proxies are honoured because huggingface_hub does it.
+huggingface_hub honours HF_ENDPOINT, HF_TOKEN, HF_HOME, HF_HUB_OFFLINE and proxies, so surgeon does too.
 """
 
 import errno
@@ -16,11 +16,11 @@ LOGIN = "`hf auth login`, or set HF_TOKEN"
 
 
 @contextmanager
-def explained(what: str, *, repo_id: str, revision: str | None = None) -> Iterator[None]:
-    """Turn every failure of huggingface_hub in this block into one HubError about `what`.
+def explained(subject: str, *, repo_id: str, revision: str | None = None) -> Iterator[None]:
+    """Turn every failure of huggingface_hub in this block into one HubError about `subject`.
 
-    Only calls into huggingface_hub belong in the block: hf_xet reports any failure of a transfer as a bare
-    RuntimeError, and huggingface_hub an answer that it cannot use as a ValueError.
+    Only calls into huggingface_hub belong in the block: hf_xet raises a bare RuntimeError for every failed transfer,
+    and huggingface_hub a ValueError for an answer that it cannot use.
     """
     from huggingface_hub.errors import EntryNotFoundError
 
@@ -28,11 +28,11 @@ def explained(what: str, *, repo_id: str, revision: str | None = None) -> Iterat
     try:
         yield
     except (OSError, http.HTTPError, http.InvalidURL, EntryNotFoundError, RuntimeError, ValueError) as error:
-        raise _explain(error, what, repo_id, revision) from error
+        raise _explain(error, subject, repo_id, revision) from error
 
 
-def ask_bytes(repo_id: str, file: str, *, commit: str, start: int, end: int) -> tuple[bytes, int]:
-    """Return the bytes [start, end) of a file on the Hub, fewer where it ends before, and the file's size."""
+def fetch_bytes(repo_id: str, file: str, *, commit: str, start: int, end: int) -> tuple[bytes, int]:
+    """Return the bytes [start, end) of a file on the Hub (fewer if it ends before), and the file's size."""
     from huggingface_hub import constants, hf_hub_url
     from huggingface_hub.utils import (  # type: ignore[attr-defined]  # documented, but exported by __getattr__
         build_hf_headers,
@@ -44,7 +44,7 @@ def ask_bytes(repo_id: str, file: str, *, commit: str, start: int, end: int) -> 
         url = hf_hub_url(repo_id, file, revision=commit, endpoint=constants.ENDPOINT)
         headers = build_hf_headers() | {"Range": f"bytes={start}-{end - 1}", "Accept-Encoding": "identity"}
         timeout = constants.HF_HUB_DOWNLOAD_TIMEOUT
-        # No retry on exceptions: http_stream_backoff does not survive one that is raised while its block reads.
+        # No retry on exceptions: http_stream_backoff fails on an exception that is raised while its block reads.
         with http_stream_backoff("GET", url, headers=headers, timeout=timeout, retry_on_exceptions=()) as response:
             is_empty = response.status_code == 416  # the file has no byte in the range
             if not is_empty:
@@ -53,7 +53,7 @@ def ask_bytes(repo_id: str, file: str, *, commit: str, start: int, end: int) -> 
             size = response.headers.get("Content-Range" if is_range else "Content-Length", "").rpartition("/")[2]
             if not size.isdigit():
                 raise HubError(
-                    f"{constants.ENDPOINT} does not tell the size of {file} of {repo_id}",
+                    f"{constants.ENDPOINT} does not give the size of {file} of {repo_id}",
                     hint="Unset HF_ENDPOINT, or set it to an endpoint that answers as the Hub does.",
                 )
             if is_empty:
@@ -67,8 +67,8 @@ def ask_bytes(repo_id: str, file: str, *, commit: str, start: int, end: int) -> 
     return bytes(body[skip : skip + end - start]), int(size)
 
 
-def hush_progress() -> None:
-    """Switch huggingface_hub's progress bars off where standard error is no terminal, unless the user decided."""
+def hide_progress_bars() -> None:
+    """Disable huggingface_hub's progress bars where standard error is no terminal, unless the user has set them."""
     from huggingface_hub import constants
 
     if not sys.stderr.isatty() and constants.HF_HUB_DISABLE_PROGRESS_BARS is None:
@@ -84,12 +84,12 @@ def _http_library() -> ModuleType:
     return import_module(type(get_session()).__module__.partition(".")[0])
 
 
-def _explain(error: Exception, what: str, repo_id: str, revision: str | None) -> HubError:
-    """Return the failure in the user's words. The order matters: huggingface_hub's classes are kinds of each other."""
+def _explain(error: Exception, subject: str, repo_id: str, revision: str | None) -> HubError:
+    """Return the error for the user. The order matters: some of huggingface_hub's classes are subclasses of others."""
     from huggingface_hub import constants
     from huggingface_hub import errors as hub
 
-    # These two only say that something failed; why is their cause.
+    # These two only say that something failed; their cause says why.
     while isinstance(error, (hub.LocalEntryNotFoundError, RuntimeError)) and isinstance(error.__cause__, Exception):
         error = error.__cause__
 
@@ -100,21 +100,21 @@ def _explain(error: Exception, what: str, repo_id: str, revision: str | None) ->
         )
     if isinstance(error, hub.OfflineModeIsEnabled):
         return HubError(
-            f"{what} is not in the cache, and HF_HUB_OFFLINE is set",
+            f"{subject} is not in the cache, and HF_HUB_OFFLINE is set",
             hint=f"Unset HF_HUB_OFFLINE once to fetch it (the cache is {constants.HF_HUB_CACHE}).",
         )
     if isinstance(error, hub.FileMetadataError):
         return HubError(
             f"{constants.ENDPOINT} does not answer as the Hub does",
-            hint="Check HF_ENDPOINT, and that no proxy or login page stands in between.",
+            hint="Check HF_ENDPOINT, and that no proxy or login page answers in its place.",
         )
     if isinstance(error, hub.HfHubHTTPError):
-        return _explain_answer(error, what, repo_id, revision)
-    return _explain_transport(error, what)
+        return _explain_answer(error, subject, repo_id, revision)
+    return _explain_transport(error, subject)
 
 
-def _explain_answer(error: Exception, what: str, repo_id: str, revision: str | None) -> HubError:
-    """Return what the Hub answered: the reason that it names, else what the HTTP status says."""
+def _explain_answer(error: Exception, subject: str, repo_id: str, revision: str | None) -> HubError:
+    """Return the error for an answer of the Hub: by the reason that it gives, else by the HTTP status."""
     from huggingface_hub import constants, get_token
     from huggingface_hub import errors as hub
 
@@ -132,50 +132,50 @@ def _explain_answer(error: Exception, what: str, repo_id: str, revision: str | N
         message = f"{repo_id} has no revision {revision or 'main'!r}"
         hint = f"Its branches, tags and commits are listed on {page}/commits/main."
     elif isinstance(error, hub.RemoteEntryNotFoundError):
-        message = f"the Hub has no {what}"
+        message = f"the Hub has no {subject}"
         hint = f"Its files are listed on {page}/tree/{revision or 'main'}."
     elif isinstance(error, hub.DisabledRepoError):
         message, hint = f"{repo_id} has been disabled on the Hub", f"See {page}."
     elif status == 401:
-        message, hint = f"the Hub wants a valid token for {what}", f"To mend it, {login}."
+        message, hint = f"the Hub wants a valid token for {subject}", f"To fix it, {login}."
     elif status == 403:
-        message = f"your token has no permission for {what}"
-        hint = f"Use a token that has it: {constants.ENDPOINT}/settings/tokens."
+        message = f"your token has no permission for {subject}"
+        hint = f"Use a token with that permission: {constants.ENDPOINT}/settings/tokens."
     elif status == 429:
-        message, hint = f"the Hub refused {what}: too many requests", "Wait a few minutes; a token raises the limit."
+        message, hint = f"the Hub refused {subject}: too many requests", "Wait a few minutes; a token raises the limit."
     elif status >= 500:
-        message, hint = f"the Hub failed on {what} with status {status}", "The fault is not yours: try again later."
+        message, hint = f"the Hub failed on {subject} with status {status}", "The fault is not yours: try again later."
     else:
-        message = f"the Hub refused {what} with status {status}: {error.server_message or 'it gave no reason'}"
+        message = f"the Hub refused {subject} with status {status}: {error.server_message or 'it gave no reason'}"
         hint = f"See {page}."
     return HubError(message, hint=hint)
 
 
-def _explain_transport(error: Exception, what: str) -> HubError:
-    """Return what happened on the way: the network, the disk, or a file that came whole but wrong."""
+def _explain_transport(error: Exception, subject: str) -> HubError:
+    """Return the error for a failed transfer: of the network, of the disk, or of a damaged file."""
     from huggingface_hub import constants
 
     http = _http_library()
     unreachable = (http.ConnectError, http.ConnectTimeout, http.ProxyError, http.UnsupportedProtocol)
-    again = "Run the command again; the files that came whole are kept."
+    again = "Run the command again; complete files are kept."
     if isinstance(error, (*unreachable, http.InvalidURL)):
         return HubError(
-            f"cannot reach the Hub at {constants.ENDPOINT} for {what}: {error}",
+            f"cannot reach the Hub at {constants.ENDPOINT} for {subject}: {error}",
             hint="Check the network and HF_ENDPOINT; HF_HUB_OFFLINE=1 makes do with what is cached.",
         )
     if isinstance(error, http.TimeoutException):
-        return HubError(f"the Hub stopped answering in the middle of {what}", hint=again)
+        return HubError(f"the Hub stopped answering in the middle of {subject}", hint=again)
     if isinstance(error, http.HTTPError):
-        return HubError(f"the connection broke off in the middle of {what}", hint=again)
+        return HubError(f"the connection broke off in the middle of {subject}", hint=again)
     if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error):
         return HubError(
-            f"the disk is full: no room for {what} in {constants.HF_HUB_CACHE}",
+            f"the disk is full: no room for {subject} in {constants.HF_HUB_CACHE}",
             hint="Free some space, or set HF_HOME to a directory on a larger disk.",
         )
     if isinstance(error, OSError) and error.strerror:
         return HubError(
-            f"{what} failed: {error.strerror}: {error.filename}",
+            f"{subject} failed: {error.strerror}: {error.filename}",
             hint=f"Check that path; the cache is {constants.HF_HUB_CACHE}, and HF_HOME moves it.",
         )
     first_line = next(iter(str(error).strip().splitlines()), type(error).__name__)
-    return HubError(f"{what} did not come through: {first_line}", hint=again)
+    return HubError(f"{subject} failed: {first_line}", hint=again)

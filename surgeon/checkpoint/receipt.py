@@ -1,4 +1,4 @@
-"""surgeon.json: what was done to which weights, enough to do it again byte for byte."""
+"""Two files that describe a result: surgeon.json, from which it can be repeated byte for byte, and the model card."""
 
 import json
 import platform
@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from surgeon.checkpoint.source import RECEIPT
+
+# The receipt
 
 FORMAT = 1
 _PACKAGES = ("surgeon", "torch", "transformers", "safetensors", "huggingface-hub")
@@ -25,9 +27,9 @@ def receipt(
     notes: Sequence[str],
     approximate: Sequence[str] = (),
 ) -> dict[str, Any]:
-    """Return the receipt of a surgery; `options` are those that decide bytes (dtype, shard size, seed).
+    """Return the receipt of a surgery; `options` are those that change bytes (dtype, shard size, seed).
 
-    `approximate` are the reasons why the result need not compute what its source computes; none, no entry.
+    `approximate` lists why the result may compute something else than its source; if empty, there is no entry.
     """
     return {
         "format": FORMAT,
@@ -46,13 +48,13 @@ def receipt(
 def to_bytes(content: Mapping[str, Any]) -> bytes:
     """Return a JSON object as the bytes of a file that a person can read.
 
-    Half a surrogate pair, which a config or a file's name can hold and UTF-8 cannot, is written as its JSON escape.
+    A config or a file's name can hold half a surrogate pair. UTF-8 cannot: it is written as its JSON escape.
     """
     return (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode("utf-8", "backslashreplace")
 
 
 def read_receipt(directory: Path) -> dict[str, Any] | None:
-    """Return the receipt in a checkpoint directory, None where there is none that can be read."""
+    """Return the receipt in a checkpoint directory; None if it is missing or unreadable."""
     try:
         content = json.loads((directory / RECEIPT).read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -61,17 +63,19 @@ def read_receipt(directory: Path) -> dict[str, Any] | None:
 
 
 def versions() -> dict[str, str]:
-    """Return the versions of what can influence a result. Imports none of it."""
-    found = {"python": platform.python_version(), "platform": sys.platform}
+    """Return the versions of the packages that can influence a result, without importing them."""
+    known = {"python": platform.python_version(), "platform": sys.platform}
     for package in _PACKAGES:
         try:
-            found[package] = version(package)
+            known[package] = version(package)
         except PackageNotFoundError:
             continue
-    return found
+    return known
 
 
-_KEPT_METADATA = ("license", "license_name", "license_link", "language", "pipeline_tag")
+# The model card
+
+_COPIED_METADATA = ("license", "license_name", "license_link", "language", "pipeline_tag")
 
 
 def model_card(
@@ -84,11 +88,11 @@ def model_card(
     notes: tuple[str, ...] = (),
     source_card: Path | None = None,
 ) -> str:
-    """Return the card's text: the Hub's metadata block, then what was done in words and in a table."""
+    """Return the card's text: the Hub's metadata block, then the surgery in words (`done`) and in a table (`facts`)."""
     import yaml
 
     metadata: dict[str, Any] = {"base_model": base_model, "library_name": "transformers", "tags": ["surgeon"]}
-    metadata |= _kept(source_card)
+    metadata |= _source_metadata(source_card)
     lines = ["---", yaml.safe_dump(metadata, sort_keys=False, allow_unicode=True).rstrip(), "---", "", f"# {title}", ""]
     lines += [f"{done}", "", "| | |", "| --- | --- |"]
     lines += [f"| {name} | {value} |" for name, value in facts.items()]
@@ -96,19 +100,19 @@ def model_card(
     if command:
         lines += ["", "Made with:", "", "```bash", command, "```"]
     lines += ["", "`surgeon.json` holds the layer map, the source's identity and the versions.", ""]
-    return "\n".join(lines).encode("utf-8", "backslashreplace").decode()  # a path need not be text
+    return "\n".join(lines).encode("utf-8", "backslashreplace").decode()  # a path need not be UTF-8
 
 
-def _kept(card: Path | None) -> dict[str, Any]:
-    """Return what the source's card says of licence and language; nothing where it is absent or not readable."""
+def _source_metadata(card: Path | None) -> dict[str, Any]:
+    """Return licence, language and task from the source's card; nothing if it is missing or unreadable."""
     import yaml
 
     if card is None:
         return {}
     try:
         head, block, *_ = card.read_text(encoding="utf-8").split("---\n", 2)
-        # BaseLoader makes nothing but strings, lists and dictionaries: Norwegian stays "no", and no tag can do harm.
+        # BaseLoader makes only strings, lists and dictionaries: "no" stays Norwegian, and no tag can run code.
         metadata = yaml.load(block, Loader=yaml.BaseLoader) if not head.strip() else None  # noqa: S506
     except (OSError, ValueError, RecursionError, yaml.YAMLError):
         return {}
-    return {key: metadata[key] for key in _KEPT_METADATA if key in metadata} if isinstance(metadata, dict) else {}
+    return {key: metadata[key] for key in _COPIED_METADATA if key in metadata} if isinstance(metadata, dict) else {}

@@ -1,7 +1,7 @@
 """Where a checkpoint comes from. A source answers two questions: *headers*, and *these byte ranges*.
 
-Nothing above this seam knows whether it has a directory, the Hub, or a pickle. `Source.fetch` may be answered by a
-whole file, or by a sparse one in which only the ranges asked for are filled: the caller reads nothing else.
+Its callers do not know whether it is a directory, the Hub, or a pickle. `Source.fetch` may return the whole file, or a
+sparse one that holds only the requested ranges: the caller reads nothing else.
 """
 
 import hashlib
@@ -13,21 +13,17 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 from surgeon.checkpoint.header import DOWNLOAD_HINT, CheckpointSpec, Entry, TensorSpec, read_header
 from surgeon.errors import CheckpointError
-
-if TYPE_CHECKING:
-    pass
-
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 CONFIG = "config.json"
 FINGERPRINT_BYTES = 512
 
-# Files that hold weights of this model in some form; a surgery makes them stale, so they never travel.
+# Files that hold weights of this model in some form. A surgery makes them stale, so it never copies them.
 WEIGHT_SUFFIXES = frozenset(
     [
         ".safetensors",
@@ -51,7 +47,7 @@ WEIGHT_SUFFIXES = frozenset(
 WEIGHT_INDEXES = (".safetensors.index.json", ".bin.index.json", ".h5.index.json", ".msgpack.index.json")
 CARD = "README.md"
 RECEIPT = "surgeon.json"
-SCORES = "scores.json"  # what a cut was decided by; it says nothing of a model that was made from the result
+SCORES = "scores.json"  # the scores that decided a cut; they do not apply to a model that is made from the result
 MISMATCH_HINT = "The files do not belong together; fetch the whole checkpoint again."
 
 
@@ -74,7 +70,7 @@ class Source(Protocol):
 
     @property
     def origin(self) -> Path | None:
-        """The file or directory that an output must not replace, None where nothing local is at risk."""
+        """The file or directory that an output must not replace; None for a source that is not local."""
 
     @property
     def config(self) -> Mapping[str, Any]:
@@ -92,15 +88,15 @@ class Source(Protocol):
         """Return a local file that holds `ranges` of `file` at their own offsets (None: all of it)."""
 
     def provenance(self) -> dict[str, Any]:
-        """Return what identifies these weights: an id and a commit, or a path and a fingerprint."""
+        """Return the identity of these weights: an id and a commit, or a path and a fingerprint."""
 
 
 def spec_of(source: Source) -> CheckpointSpec:
-    """Return what a plan is decided from: computed once for each source, which is frozen."""
-    known = vars(source)  # where cached_property keeps what it has computed
-    if "spec" not in known:
-        known["spec"] = CheckpointSpec(source.config, {name: stored.spec for name, stored in source.tensors.items()})
-    spec: CheckpointSpec = known["spec"]
+    """Return the config and the tensors' specs, from which a plan is decided. Computed once for each source."""
+    cache = vars(source)  # cached_property stores its values here too
+    if "spec" not in cache:
+        cache["spec"] = CheckpointSpec(source.config, {name: tensor.spec for name, tensor in source.tensors.items()})
+    spec: CheckpointSpec = cache["spec"]
     return spec
 
 
@@ -121,7 +117,7 @@ class LocalSource:
 
     @cached_property
     def tensors(self) -> Mapping[str, StoredTensor]:
-        if _is_there(self.directory / WEIGHTS):  # where both are, transformers too reads the one file
+        if _is_there(self.directory / WEIGHTS):  # where both exist, transformers reads this one too
             return {name: stored(WEIGHTS, entry) for name, entry in read_header(self.directory / WEIGHTS).items()}
         if _is_there(self.directory / INDEX):
             return self._sharded()
@@ -130,9 +126,10 @@ class LocalSource:
     @cached_property
     def companions(self) -> Sequence[str]:
         paths = sorted(self.directory.rglob("*"))
-        results = {path.parent for path in paths if path.name == RECEIPT} - {self.directory}  # saved inside the source
-        mine = (path for path in paths if results.isdisjoint(path.parents) and (path.is_file() or not path.exists()))
-        relative = (path.relative_to(self.directory).as_posix() for path in mine)
+        # Results of surgeries may have been saved inside this directory; their files are not its own.
+        results = {path.parent for path in paths if path.name == RECEIPT} - {self.directory}
+        own = (path for path in paths if results.isdisjoint(path.parents) and (path.is_file() or not path.exists()))
+        relative = (path.relative_to(self.directory).as_posix() for path in own)
         return [name for name in relative if is_companion(name) and _is_there(self.directory / name)]
 
     def fetch(self, file: str, ranges: Sequence[tuple[int, int]] | None = None) -> Path:
@@ -163,8 +160,33 @@ class LocalSource:
         return f"A checkpoint is a directory with {CONFIG} and {WEIGHTS}; look with: ls {self.directory}"
 
 
+# Opening
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}(/[A-Za-z0-9][\w.-]{0,95})?")  # a local path can look like this too
+
+
+def open_source(model: str | os.PathLike[str], *, revision: str | None = None) -> Source:
+    """Return the checkpoint that `model` names. `revision` is a branch, tag or commit on the Hub.
+
+    Raises CheckpointError for a path that is no checkpoint, HubError for an id that the Hub does not have.
+    """
+    text = os.fspath(model)
+    path = Path(text)
+    with suppress(RuntimeError):  # ~name of a user without a home here
+        path = path.expanduser()
+    if not _HUB_ID.fullmatch(text) or path.exists():
+        if revision is not None:
+            raise CheckpointError(
+                f"{text} is a local path; a revision is for a model on the Hub", hint="Leave out --revision."
+            )
+        return open_directory(path, label=text)
+    from surgeon.checkpoint.hub import open_hub
+
+    return open_hub(text, revision=revision)
+
+
 def open_directory(directory: Path, *, label: str | None = None) -> LocalSource:
-    """Return the checkpoint in `directory`. Reads nothing yet but checks that the directory can be one.
+    """Return the checkpoint in `directory`. Reads no file yet; checks only that the directory can be one.
 
     Raises CheckpointError when it is not a directory, or has no config.json.
     """
@@ -191,6 +213,23 @@ def _hint_without_config(directory: Path) -> str:
     return f"Did you mean {inside[0]}?" if inside else f"Name the directory that holds {CONFIG}."
 
 
+def _is_there(path: Path) -> bool:
+    """Return whether `path` exists. Raises CheckpointError when it is a broken link."""
+    try:
+        path.stat()
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the name
+        if not os.path.lexists(path):
+            return False
+        raise CheckpointError(
+            f"{path} is a broken link: it points to {path.readlink()}",
+            hint="Fetch the file again, or remove the link if the checkpoint does not need it.",
+        ) from error
+    return True
+
+
+# Reading its files
+
+
 def read_config(path: Path) -> dict[str, Any]:
     """Return config.json as a dictionary. Raises CheckpointError when it is not one."""
     config = _read_json(path)
@@ -204,8 +243,8 @@ def read_config(path: Path) -> dict[str, Any]:
 def read_index(path: Path) -> dict[str, str]:
     """Return the weight map (tensor to shard) of an index file.
 
-    Raises CheckpointError when there is none, or when a shard's name leaves the directory: readers that trust such
-    a name load, and republish, whatever file it points to.
+    Raises CheckpointError when there is none, or when a shard's name leaves the directory: a reader that trusts such a
+    name loads, and republishes, any file that it points to.
     """
     index = _read_json(path)
     weight_map = index.get("weight_map") if isinstance(index, dict) else None
@@ -220,8 +259,23 @@ def read_index(path: Path) -> dict[str, str]:
     return weight_map
 
 
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise CheckpointError(f"{path} is not JSON: {error.msg} at line {error.lineno}", hint=DOWNLOAD_HINT) from error
+    except (ValueError, RecursionError) as error:  # ValueError: not UTF-8, or a number of thousands of digits
+        raise CheckpointError(f"{path} is not JSON: {error}", hint=DOWNLOAD_HINT) from error
+    except OSError as error:
+        raise CheckpointError(f"cannot read {path}: {error.strerror}", hint=f"Look at it: ls -l {path}") from error
+
+
+def _is_plain_name(name: str) -> bool:
+    return bool(name) and name not in (".", "..") and not any(char in name for char in "/\\\0") and ":" not in name
+
+
 def assemble(headers: Mapping[str, Mapping[str, Entry]], weight_map: Mapping[str, str]) -> dict[str, StoredTensor]:
-    """Return all tensors of a sharded checkpoint, after checking that headers and index say the same.
+    """Return all tensors of a sharded checkpoint, after checking that headers and index agree.
 
     Raises CheckpointError naming the first tensor that only one of them has, or that two shards have.
     """
@@ -248,11 +302,14 @@ def stored(file: str, entry: Entry) -> StoredTensor:
     return StoredTensor(entry.spec, file, entry.start, entry.end)
 
 
-def is_companion(relative: str) -> bool:
-    """Return whether a file of a checkpoint's repository goes with the model into a result.
+# Which files and bytes
 
-    Tokenizers, templates, licences and code do; weights in any format, hidden files and training leftovers do not.
-    The model card is one, though a surgery rewrites it: it knows the licence.
+
+def is_companion(relative: str) -> bool:
+    """Return whether a file of a checkpoint's repository is copied into a result.
+
+    Tokenizers, templates, licences and code are; weights in any format, hidden files and training leftovers are not.
+    The model card counts too, though a surgery rewrites it: it names the licence.
     """
     path = PurePosixPath(relative)
     if any(part.startswith(".") for part in path.parts):
@@ -267,8 +324,8 @@ def is_companion(relative: str) -> bool:
 def fingerprint(source: Source) -> str:
     """Return the SHA-256 that identifies a checkpoint's weights: "sha256-sampled:" and 64 hex digits.
 
-    It covers the config, every tensor's name, dtype and shape, and the first 512 bytes of each tensor's data: a
-    training step changes it, and finding it costs no pass over the weights. It is no proof against tampering.
+    It covers the config, every tensor's name, dtype and shape, and the first 512 bytes of each tensor's data. A
+    training step changes it, and it needs no pass over the weights. It is no proof against tampering.
     """
     digest = hashlib.sha256(json.dumps(source.config, sort_keys=True).encode())
     by_file: dict[str, list[tuple[int, int]]] = {}
@@ -285,65 +342,13 @@ def fingerprint(source: Source) -> str:
     return f"sha256-sampled:{digest.hexdigest()}"
 
 
-def _read_json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise CheckpointError(f"{path} is not JSON: {error.msg} at line {error.lineno}", hint=DOWNLOAD_HINT) from error
-    except (ValueError, RecursionError) as error:  # ValueError: not UTF-8, or a number of thousands of digits
-        raise CheckpointError(f"{path} is not JSON: {error}", hint=DOWNLOAD_HINT) from error
-    except OSError as error:
-        raise CheckpointError(f"cannot read {path}: {error.strerror}", hint=f"Look at it: ls -l {path}") from error
-
-
-def _is_there(path: Path) -> bool:
-    """Return whether there is something at `path`. Raises CheckpointError when that is a link to nothing."""
-    try:
-        path.stat()
-    except (OSError, ValueError) as error:  # ValueError: a NUL in the name
-        if not os.path.lexists(path):
-            return False
-        raise CheckpointError(
-            f"{path} is a broken link: it points to {path.readlink()}",
-            hint="Fetch the file again, or remove the link if the checkpoint does without it.",
-        ) from error
-    return True
-
-
-def _is_plain_name(name: str) -> bool:
-    return bool(name) and name not in (".", "..") and not any(char in name for char in "/\\\0") and ":" not in name
-
-
 def ranges_by_file(tensors: Mapping[str, StoredTensor], names: Iterable[str]) -> dict[str, list[tuple[int, int]]]:
-    """Return, for each file, the byte ranges that hold the tensors `names`, merged where they touch."""
+    """Return, for each file, the byte ranges that hold the tensors `names`, adjacent ones merged."""
     ranges: dict[str, list[tuple[int, int]]] = {}
-    for stored in sorted((tensors[name] for name in names), key=lambda stored: (stored.file, stored.start)):
-        found = ranges.setdefault(stored.file, [])
-        if found and found[-1][1] == stored.start:
-            found[-1] = (found[-1][0], stored.end)
+    for tensor in sorted((tensors[name] for name in names), key=lambda tensor: (tensor.file, tensor.start)):
+        spans = ranges.setdefault(tensor.file, [])
+        if spans and spans[-1][1] == tensor.start:
+            spans[-1] = (spans[-1][0], tensor.end)
         else:
-            found.append((stored.start, stored.end))
+            spans.append((tensor.start, tensor.end))
     return ranges
-
-
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}(/[A-Za-z0-9][\w.-]{0,95})?")  # a path may still have such a name
-
-
-def open_source(model: str | os.PathLike[str], *, revision: str | None = None) -> Source:
-    """Return the checkpoint that `model` names. `revision` is a branch, tag or commit on the Hub.
-
-    Raises CheckpointError for a path that holds none, HubError for an id that the Hub does not have.
-    """
-    text = os.fspath(model)
-    path = Path(text)
-    with suppress(RuntimeError):  # ~someone who has no home here
-        path = path.expanduser()
-    if not _HUB_ID.fullmatch(text) or path.exists():
-        if revision is not None:
-            raise CheckpointError(
-                f"{text} is a local path; a revision is for a model on the Hub", hint="Leave out --revision."
-            )
-        return open_directory(path, label=text)
-    from surgeon.checkpoint.hub import open_hub
-
-    return open_hub(text, revision=revision)

@@ -1,7 +1,7 @@
-"""Edits of the files that go with the weights: the tokenizer learns a special token, generation never emits it.
+"""Edits of the tokenizer's files and of generation_config.json: add a special token, and never generate it.
 
-The files are edited as JSON, without transformers. What decides is tokenizer.json: the other files only list the token
-where they list such tokens at all.
+The files are edited as JSON, without transformers. tokenizer.json decides. The other files list the token only if they
+list such tokens at all.
 """
 
 import json
@@ -16,8 +16,8 @@ SPECIAL_TOKENS = "special_tokens_map.json"  # written by transformers before 5, 
 ADDED_TOKENS = "added_tokens.json"
 GENERATION = "generation_config.json"
 
-# Where a checkpoint has no generation_config.json, transformers finds these in config.json. Once there is one, it looks
-# nowhere else, so it has to hold them.
+# Without a generation_config.json, transformers reads these keys from config.json. A new generation_config.json must
+# hold them, because transformers then reads it alone.
 GENERATION_KEYS = (
     "bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id", "forced_bos_token_id",
     "forced_eos_token_id", "max_length", "min_length", "do_sample", "num_beams", "early_stopping", "temperature",
@@ -33,31 +33,31 @@ Files = Callable[[str], bytes | None]  # from a file's name to its content, None
 
 
 def add_to_tokenizer(files: Files, tokens: Sequence[str]) -> tuple[list[int], dict[str, bytes]]:
-    """Return the ids that new special tokens get, and the files that say so.
+    """Return the ids of the new special tokens, and the edited files.
 
-    Raises PlanError without a tokenizer.json or where it has a token of that name, CheckpointError where it is damaged.
+    Raises PlanError without a tokenizer.json or if it has a token of that name, CheckpointError if it is damaged.
     """
     content = files(TOKENIZER)
     if content is None:
         raise PlanError(
-            f"the model has no {TOKENIZER}, the one form of tokenizers that tokens are added to",
+            f"the model has no {TOKENIZER}, the only form of tokenizer to which surgeon adds tokens",
             hint="transformers writes one: AutoTokenizer.from_pretrained(MODEL).save_pretrained(MODEL)",
         )
     tokenizer = _parsed(TOKENIZER, content)
     known = _vocabulary(tokenizer)
     if taken := next((token for token in tokens if token in known), None):
         raise PlanError(
-            f"the tokenizer has a token {taken} already, and config.json says nothing of gist tokens",
-            hint="Take the model without it; what that token was trained for is not known here.",
+            f"the tokenizer has a token {taken} already, but config.json names no gist tokens",
+            hint="Use the model without that token: surgeon cannot know what it was trained for.",
         )
-    _check_whole(files, known)
+    _check_complete(files, known)
     first = _next_id(tokenizer, known)
     ids = list(range(first, first + len(tokens)))
     new = dict(zip(tokens, ids, strict=True))
     entries = [{"id": i, "content": token, **_HOW_ADDED} for token, i in new.items()]
     tokenizer["added_tokens"] = [*(tokenizer.get("added_tokens") or []), *entries]
     edited = {TOKENIZER: _written(TOKENIZER, tokenizer)}
-    edits = {TOKENIZER_CONFIG: _in_config, SPECIAL_TOKENS: _in_map, ADDED_TOKENS: _in_added}
+    edits = {TOKENIZER_CONFIG: _edit_config, SPECIAL_TOKENS: _edit_map, ADDED_TOKENS: _edit_added}
     for file, edit in edits.items():
         if (content := files(file)) is not None:
             edited[file] = _written(file, edit(_parsed(file, content), new))
@@ -67,18 +67,18 @@ def add_to_tokenizer(files: Files, tokens: Sequence[str]) -> tuple[list[int], di
 def suppress(files: Files, ids: Sequence[int], config: Mapping[str, Any]) -> dict[str, bytes]:
     """Return the generation_config.json with which a model never emits the tokens `ids`.
 
-    `config` is config.json, whose word counts where there is no such file yet.
+    Without such a file its keys are taken from `config`, which is config.json.
     """
     content = files(GENERATION)
     if content is None:
         generation = {key: config[key] for key in GENERATION_KEYS if config.get(key) is not None}
     else:
         generation = _parsed(GENERATION, content)
-    generation.pop("_from_model_config", None)  # transformers 4 then goes by config.json, and forgets what stands here
+    generation.pop("_from_model_config", None)  # with it, transformers 4 reads config.json in place of this file
     before = generation.get("suppress_tokens") or []
     if not isinstance(before, list):
         raise CheckpointError(
-            f"{GENERATION} says suppress_tokens = {before!r}, not a list",
+            f"{GENERATION} has suppress_tokens = {before!r}, not a list",
             hint="Remove the key, or fetch the file again.",
         )
     generation["suppress_tokens"] = [*before, *(i for i in ids if i not in before)]
@@ -86,7 +86,7 @@ def suppress(files: Files, ids: Sequence[int], config: Mapping[str, Any]) -> dic
 
 
 def _vocabulary(tokenizer: Mapping[str, Any]) -> dict[str, int]:
-    """Return the id of every token of a tokenizer.json, those that were added included."""
+    """Return the id of every token of a tokenizer.json, added tokens included."""
     added = tokenizer.get("added_tokens") or []
     if not isinstance(added, list) or not all(isinstance(item, dict) for item in added):
         raise CheckpointError(f"the added_tokens of {TOKENIZER} are no list of tokens", hint=_FETCH_HINT)
@@ -106,10 +106,10 @@ def _model_vocabulary(tokenizer: Mapping[str, Any]) -> dict[Any, Any]:
     raise CheckpointError(f"{TOKENIZER} has no vocabulary", hint=_FETCH_HINT)
 
 
-def _check_whole(files: Files, known: Mapping[str, int]) -> None:
-    """Raises PlanError where another file names a token that tokenizer.json lacks.
+def _check_complete(files: Files, known: Mapping[str, int]) -> None:
+    """Raises PlanError if another file names a token that tokenizer.json lacks.
 
-    transformers adds it when it loads the tokenizer, with the very id that a new token would take.
+    transformers adds such a token when it loads the tokenizer, with the id that a new token would get.
     """
     content = files(TOKENIZER_CONFIG)
     config = {} if content is None else _parsed(TOKENIZER_CONFIG, content)
@@ -120,30 +120,30 @@ def _check_whole(files: Files, known: Mapping[str, int]) -> None:
     named += config.get("additional_special_tokens") or []
     named += list(decoder.values()) if isinstance(decoder, dict) else []
     texts = [item.get("content") if isinstance(item, dict) else item for item in named]
-    if lost := next((text for text in texts if isinstance(text, str) and text not in known), None):
+    if missing := next((text for text in texts if isinstance(text, str) and text not in known), None):
         raise PlanError(
-            f"{TOKENIZER_CONFIG} names a token {lost!r} that {TOKENIZER} does not have",
-            hint="transformers mends it: AutoTokenizer.from_pretrained(MODEL).save_pretrained(MODEL)",
+            f"{TOKENIZER_CONFIG} names a token {missing!r} that {TOKENIZER} does not have",
+            hint="transformers fixes it: AutoTokenizer.from_pretrained(MODEL).save_pretrained(MODEL)",
         )
 
 
 def _next_id(tokenizer: Mapping[str, Any], known: Mapping[str, int]) -> int:
     """Return the id that the tokenizers library gives to the next token: it counts tokens, and looks at added ids.
 
-    Raises PlanError where that is not the first free one: the ids have a gap, and what fills it would be a surprise.
+    Raises PlanError if that is not the first free id: the ids have gaps, and a new token could land in one.
     """
     added = [item["id"] for item in tokenizer.get("added_tokens") or []]
     following = max(len(_model_vocabulary(tokenizer)), max(added, default=-1) + 1)
     if following != max(known.values(), default=-1) + 1:
         raise PlanError(
             f"the tokenizer would number a new token {following}, but has ids up to {max(known.values())}",
-            hint="Its ids have gaps; save it anew with transformers, which closes none but says which.",
+            hint="Its ids have gaps; save it again with transformers, which names them but closes none.",
         )
     return following
 
 
-def _in_config(config: dict[str, Any], new: Mapping[str, int]) -> dict[str, Any]:
-    """Return tokenizer_config.json with the tokens among the special ones, in the words of whoever wrote the file."""
+def _edit_config(config: dict[str, Any], new: Mapping[str, int]) -> dict[str, Any]:
+    """Return tokenizer_config.json with the tokens added, in the form of the version that wrote the file."""
     if isinstance(decoder := config.get("added_tokens_decoder"), dict):
         entries = {str(i): {"content": token, **_HOW_ADDED} for token, i in new.items()}
         config = {**config, "added_tokens_decoder": {**decoder, **entries}}
@@ -152,14 +152,14 @@ def _in_config(config: dict[str, Any], new: Mapping[str, int]) -> dict[str, Any]
         return {**config, "extra_special_tokens": extra | {f"gist_token_{i}": token for token, i in new.items()}}
     if isinstance(extra, list) and extra:  # transformers 5
         return {**config, "extra_special_tokens": [*extra, *new]}
-    return _in_map(config, new)  # all versions read this one; 5 writes its own when it saves
+    return _edit_map(config, new)  # all versions read this key; version 5 writes its own when it saves
 
 
-def _in_map(config: dict[str, Any], new: Mapping[str, int]) -> dict[str, Any]:
+def _edit_map(config: dict[str, Any], new: Mapping[str, int]) -> dict[str, Any]:
     return {**config, "additional_special_tokens": [*(config.get("additional_special_tokens") or []), *new]}
 
 
-def _in_added(added: dict[str, Any], new: Mapping[str, int]) -> dict[str, Any]:
+def _edit_added(added: dict[str, Any], new: Mapping[str, int]) -> dict[str, Any]:
     return {**added, **new}
 
 
@@ -174,7 +174,7 @@ def _parsed(file: str, content: bytes) -> dict[str, Any]:
 
 
 def _written(file: str, content: Mapping[str, Any]) -> bytes:
-    """Return JSON as tokenizers and transformers write it. Raises CheckpointError for half of a character."""
+    """Return JSON as tokenizers and transformers write it. Raises CheckpointError for half a surrogate pair."""
     try:
         return (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode()
     except UnicodeEncodeError as error:

@@ -1,1 +1,1 @@
-"""Plans: an expression for every tensor of the result, and the loop that carries them out."""
+"""Plans: an expression for every tensor of the result, and the loop that computes them."""

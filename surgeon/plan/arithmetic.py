@@ -1,13 +1,13 @@
 """The arithmetic of a plan, in torch. Only plans that make new numbers import this.
 
-Everything is computed in float32 or wider and rounded to the expression's dtype once at its end, and once where a
-step ends inside it, so that a fused plan makes the same bytes as its steps one by one.
+Everything is computed in float32 or wider. It is rounded to the expression's dtype once at its end, and once at each
+step's end inside it, so that a fused plan makes the same bytes as its steps one by one.
 
-An expression becomes a function of a range of rows, and a tensor is made block by block: a block stays in the cache
-on its way through all operations, and what is held in memory is the tensors that are read, never the one that is made.
+An expression becomes a function that makes a range of rows, and a tensor is made block by block: a block stays in the
+cache through all operations. Memory holds the tensors that are read, never the whole tensor that is made.
 
-The same bytes on every machine, whatever its vector units and threads: what is random comes from integers, and sums
-are made of elementwise additions, whose order is written here.
+The bytes are the same on every machine, whatever its vector units and threads: random numbers come from integers, and
+sums are made of elementwise additions in an order that is fixed here.
 """
 
 import hashlib
@@ -28,15 +28,15 @@ from surgeon.errors import CheckpointError
 from surgeon.plan.plan import Add, Affine, Cast, Constant, Expr, Gather, Normal, Read, Rounded, Uniform, infer
 
 TORCH_DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
-BLOCK = 1 << 18  # numbers in a block. Sums are made block by block, so another size may change their last bit
+BLOCK = 1 << 18  # numbers in a block. Sums go block by block, so another size may change their last bit
 DRAW = 1 << 22  # normal numbers drawn at a time: bounds the memory of a draw in float64 to 32 MB
-SHORT = 16  # positions: where runs are shorter on average, a Gather goes by index
+SHORT = 16  # positions: if runs are shorter on average, a Gather uses an index
 
-Rows = Callable[[int, int], Tensor]  # rows [start, stop) of a tensor, not to be written to
+MakeRows = Callable[[int, int], Tensor]  # returns rows [start, stop) of a tensor; do not write to them
 
 
-class _Run(NamedTuple):
-    """Positions [at, at + length) of a Gather: `first` and those that follow it, times `scale`; first -1: new ones."""
+class _GatherRun(NamedTuple):
+    """Positions [at, at + length) of a Gather: source positions from `first` on, times `scale`; new if first is -1."""
 
     at: int
     first: int
@@ -45,7 +45,7 @@ class _Run(NamedTuple):
 
 
 class _Specs(Mapping[str, TensorSpec]):
-    """The specs of stored tensors, found when asked for: a mixture of experts has many thousands."""
+    """The specs of stored tensors, looked up one at a time: a mixture of experts has many thousands of tensors."""
 
     def __init__(self, tensors: Mapping[str, StoredTensor]) -> None:
         self._tensors = tensors
@@ -64,7 +64,7 @@ class _Specs(Mapping[str, TensorSpec]):
 
 
 class Arithmetic:
-    """Makes tensors from a source whose files lie at `paths`. A scalar counts as one row."""
+    """Makes tensors from a source whose files are at `paths`. A scalar counts as one row."""
 
     def __init__(self, tensors: Mapping[str, StoredTensor], paths: Mapping[str, Path]) -> None:
         self._tensors = tensors
@@ -86,16 +86,16 @@ class Arithmetic:
         """Yield the numbers of the tensor that `expr` makes, flat."""
         dtype = TORCH_DTYPES[infer(expr, self._specs).dtype]
         threads = torch.get_num_threads()
-        torch.set_num_threads(1)  # a block is too small to share: threads would spend their time waiting
+        torch.set_num_threads(1)  # a block is too small to share between threads
         try:
             rows = self._rows(expr.source if isinstance(expr, Cast | Rounded) else expr)
-            for start, stop in _ranges(self._shape(expr)):
+            for start, stop in _row_ranges(self._shape(expr)):
                 yield rows(start, stop).to(dtype).flatten().contiguous()
         finally:
             torch.set_num_threads(threads)
 
-    def _rows(self, expr: Expr) -> Rows:
-        """Return what makes rows of `expr` in float32, or in float64 where that is what it is made of."""
+    def _rows(self, expr: Expr) -> MakeRows:
+        """Return the function that makes rows of `expr`, in float64 if its sources are, else in float32."""
         match expr:
             case Read(name):
                 stored = self._stored(name)
@@ -119,13 +119,13 @@ class Arithmetic:
                 rest = self._shape(expr)[1:]
                 return lambda start, stop: torch.full((stop - start, *rest), value, dtype=torch.float32)
 
-    def _add(self, expr: Add) -> Rows:
+    def _add(self, expr: Add) -> MakeRows:
         first, *rest = expr.parts
         rows_of_first, additions = self._rows(first), [self._addition(part) for part in rest]
-        is_own = isinstance(first, Affine) or (isinstance(first, Gather) and first.dim > 0)
+        is_fresh = isinstance(first, Affine) or (isinstance(first, Gather) and first.dim > 0)
 
         def rows(start: int, stop: int) -> Tensor:
-            total = rows_of_first(start, stop) if is_own else rows_of_first(start, stop).clone()
+            total = rows_of_first(start, stop) if is_fresh else rows_of_first(start, stop).clone()
             for add_to in additions:
                 add_to(total, start, stop)
             return total
@@ -133,50 +133,50 @@ class Arithmetic:
         return rows
 
     def _addition(self, part: Expr) -> Callable[[Tensor, int, int], object]:
-        """Return what adds rows of `part` to a block; where it only moves columns, without making them first."""
+        """Return the function that adds rows of `part` to a block; columns that only move are added in place."""
         if not isinstance(part, Gather) or not part.dim or part.fill or part.mean or _is_scattered(part):
             rows = self._rows(part)
             return lambda total, start, stop: total.add_(rows(start, stop))
         source, dim = self._rows(part.source), part.dim
-        runs = [run for run in _runs(part.index, part.scale) if run.first >= 0]
+        runs = [run for run in _gather_runs(part.index, part.scale) if run.first >= 0]
 
         def add_to(total: Tensor, start: int, stop: int) -> None:
             value = source(start, stop)
             for run in runs:
                 old = value.narrow(dim, run.first, run.length)
                 into = total.narrow(dim, run.at, run.length)
-                if abs(run.scale) == 1.0:  # any other alpha could be rounded once or twice, as the machine likes
+                if abs(run.scale) == 1.0:  # machines differ in how often they round with any other alpha
                     into.add_(old, alpha=run.scale)
                 else:
                     into.add_(old * run.scale)
 
         return add_to
 
-    def _gather(self, expr: Gather) -> Rows:
+    def _gather(self, expr: Gather) -> MakeRows:
         if _is_scattered(expr):
             return self._gather_by_index(expr)
         return self._gather_rows(expr) if expr.dim == 0 else self._gather_columns(expr)
 
-    def _gather_columns(self, expr: Gather) -> Rows:
-        runs = _runs(expr.index, expr.scale)
+    def _gather_columns(self, expr: Gather) -> MakeRows:
+        runs = _gather_runs(expr.index, expr.scale)
         source, new, dim = self._rows(expr.source), self._new_positions(expr), expr.dim
         rest = self._shape(expr)[1:]
 
         def rows(start: int, stop: int) -> Tensor:
             value = source(start, stop)
-            made = torch.empty((stop - start, *rest), dtype=value.dtype)
+            block = torch.empty((stop - start, *rest), dtype=value.dtype)
             for run in runs:
-                into = made.narrow(dim, run.at, run.length)
+                into = block.narrow(dim, run.at, run.length)
                 if run.first < 0:
                     into.copy_(new(value).expand_as(into))
                 else:
                     torch.mul(value.narrow(dim, run.first, run.length), run.scale, out=into)
-            return made
+            return block
 
         return rows
 
-    def _gather_rows(self, expr: Gather) -> Rows:
-        runs = _runs(expr.index, expr.scale)
+    def _gather_rows(self, expr: Gather) -> MakeRows:
+        runs = _gather_runs(expr.index, expr.scale)
         source, new = self._rows(expr.source), self._new_positions(expr)
         starts = [run.at for run in runs]
         rest, dtype = self._shape(expr)[1:], self._wide_dtype(expr)
@@ -195,7 +195,7 @@ class Arithmetic:
 
         return rows
 
-    def _gather_by_index(self, expr: Gather) -> Rows:
+    def _gather_by_index(self, expr: Gather) -> MakeRows:
         source, new, dim = self._rows(expr.source), self._new_positions(expr), expr.dim
         along = [-1 if k == dim else 1 for k in range(len(self._shape(expr)))]
         dtype = self._wide_dtype(expr)
@@ -205,19 +205,19 @@ class Arithmetic:
         def rows(start: int, stop: int) -> Tensor:
             if dim:
                 value = source(start, stop)
-                made = value.index_select(dim, index.clamp(min=0)).mul_(scale)
-                return torch.where(is_new, new(value), made)
-            wanted = index[start:stop]
-            old = wanted[wanted >= 0]
+                moved = value.index_select(dim, index.clamp(min=0)).mul_(scale)
+                return torch.where(is_new, new(value), moved)
+            positions = index[start:stop]
+            old = positions[positions >= 0]
             low = int(old.min()) if len(old) else 0
             value = source(low, int(old.max()) + 1 if len(old) else 1)
-            made = value.index_select(0, (wanted - low).clamp(min=0)).mul_(scale[start:stop])
-            return torch.where(is_new[start:stop], new(value), made)
+            moved = value.index_select(0, (positions - low).clamp(min=0)).mul_(scale[start:stop])
+            return torch.where(is_new[start:stop], new(value), moved)
 
         return rows
 
     def _new_positions(self, expr: Gather) -> Callable[[Tensor], Tensor]:
-        """Return what tells, of a block of the source, the value of new positions: one, or one for each mean."""
+        """Return the function from a block of the source to the value of new positions: one number, or one per mean."""
         size = self._shape(expr.source)[expr.dim]
         if not expr.mean or not size or -1 not in expr.index:
             return lambda block: torch.tensor(expr.fill, dtype=block.dtype)
@@ -229,7 +229,7 @@ class Arithmetic:
     def _mean_row(self, expr: Expr) -> Tensor:
         """Return the mean of all rows, as one row in float64."""
         shape, rows = self._shape(expr), self._rows(expr)
-        sums = [_total(_to_float64(rows(start, stop)), 0) for start, stop in _ranges(shape)]
+        sums = [_total(_to_float64(rows(start, stop)), 0) for start, stop in _row_ranges(shape)]
         return _total(torch.cat(sums), 0) / shape[0]
 
     def _std(self, expr: Expr) -> float:
@@ -237,7 +237,7 @@ class Arithmetic:
         shape, rows = self._shape(expr), self._rows(expr)
         count = max(1, math.prod(shape))
         sums, squares = torch.zeros(2, min(BLOCK, count), dtype=torch.float64)
-        for start, stop in _ranges(shape):
+        for start, stop in _row_ranges(shape):
             for piece in torch.split(rows(start, stop).flatten(), BLOCK):
                 numbers = _to_float64(piece)
                 sums[: len(numbers)] += numbers
@@ -245,8 +245,8 @@ class Arithmetic:
         mean, square = _total(sums, 0).item() / count, _total(squares, 0).item() / count
         return math.sqrt(max(0.0, square - mean * mean))
 
-    def _uniform(self, expr: Uniform) -> Rows:
-        """Return what draws rows of uniform numbers: 32 random bits each, from any place of the stream."""
+    def _uniform(self, expr: Uniform) -> MakeRows:
+        """Return the function that draws rows of uniform numbers: 32 random bits each, from any place of the stream."""
         shape = self._shape(expr)
         columns = math.prod(shape[1:])
         width = expr.ratio * math.sqrt(12) * (self._std(expr.like) or expr.fallback)
@@ -285,33 +285,33 @@ def read(stored: StoredTensor, path: Path) -> Tensor:
     return data.view(TORCH_DTYPES[stored.spec.dtype]).view(stored.spec.shape)
 
 
-def _ranges(shape: tuple[int, ...]) -> Iterator[tuple[int, int]]:
-    """Return the ranges of rows that are made at a time."""
+def _row_ranges(shape: tuple[int, ...]) -> Iterator[tuple[int, int]]:
+    """Return the ranges of rows, one per block."""
     step = max(1, BLOCK // max(1, math.prod(shape[1:])))
     return ((start, min(start + step, shape[0])) for start in range(0, shape[0], step))
 
 
 @lru_cache(maxsize=64)
-def _runs(index: tuple[int, ...], scale: tuple[float, ...]) -> tuple[_Run, ...]:
+def _gather_runs(index: tuple[int, ...], scale: tuple[float, ...]) -> tuple[_GatherRun, ...]:
     """Return the runs of a Gather, in order."""
-    runs: list[_Run] = []
+    runs: list[_GatherRun] = []
     for j, (i, factor) in enumerate(zip(index, scale, strict=True)):
         last = runs[-1] if runs else None
         if last and last.scale == factor and i == (-1 if last.first < 0 else last.first + j - last.at):
             continue
-        runs.append(_Run(j, i, 0, factor))
+        runs.append(_GatherRun(j, i, 0, factor))
     ends = [run.at for run in runs[1:]] + [len(index)]
     return tuple(run._replace(length=end - run.at) for run, end in zip(runs, ends, strict=True))
 
 
 def _is_scattered(expr: Gather) -> bool:
-    return max(expr.index, default=-1) >= 0 and len(_runs(expr.index, expr.scale)) * SHORT > len(expr.index)
+    return max(expr.index, default=-1) >= 0 and len(_gather_runs(expr.index, expr.scale)) * SHORT > len(expr.index)
 
 
 def _total(value: Tensor, dim: int) -> Tensor:
     """Return the sum along `dim`, kept with size 1. Overwrites `value`.
 
-    Halves are added until one is left: unlike a reduction of torch, the same order whatever the machine.
+    Adds one half to the other until size 1 is left: unlike in torch, the order is the same on every machine.
     """
     while (size := value.shape[dim]) > 1:
         half = size // 2
@@ -325,7 +325,7 @@ def _total(value: Tensor, dim: int) -> Tensor:
 def _draw_normal(shape: tuple[int, ...], std: float, seed: int, stream: str) -> Tensor:
     """Return normal numbers in float32, the same for the same seed and stream whatever the number of threads.
 
-    Drawn in float64, where torch has one scalar routine; its float32 one differs between vector units.
+    Drawn in float64, for which torch has one scalar routine; its float32 routine depends on the vector unit.
     """
     generator = torch.Generator().manual_seed(_key(seed, stream))
     value = torch.empty(shape, dtype=torch.float32)

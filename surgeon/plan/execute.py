@@ -1,6 +1,6 @@
-"""Carry out a plan: lay the result out in shards, fetch what it reads, and stream it to disk.
+"""Carry out a plan: lay the result out in shards, fetch the tensors that it reads, and stream the result to disk.
 
-A tensor that is only moved is a byte range, copied by the kernel; torch is imported when the plan makes new numbers.
+A tensor that is only moved is a byte range, copied by the kernel. torch is imported only if the plan makes new numbers.
 """
 
 import json
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from surgeon.checkpoint.header import DTYPE_BITS, CheckpointSpec, TensorSpec
-from surgeon.checkpoint.output import Extent, Piece, Progress, write_safetensors
+from surgeon.checkpoint.output import CountBytes, FileRange, TensorWrite, write_safetensors
 from surgeon.checkpoint.source import INDEX, WEIGHTS, Source, StoredTensor, ranges_by_file
 from surgeon.plan.plan import Expr, Plan, Read, reads
 
@@ -27,8 +27,8 @@ class Shard:
 
 
 @dataclass(frozen=True, slots=True)
-class _Made:
-    """A tensor that is computed when its turn comes."""
+class _ComputedTensor:
+    """A tensor that is computed when it is written."""
 
     expr: Expr
     tensors: Mapping[str, StoredTensor]
@@ -41,10 +41,10 @@ class _Made:
 
 
 def lay_out(plan: Plan, result: CheckpointSpec, source: Source, *, max_shard_bytes: int) -> list[Shard]:
-    """Return the weight files of `result`, what the plan makes: one that fits, or as many as needed.
+    """Return the weight files of `result`, the spec that the plan makes: one if it fits, else as many as needed.
 
-    Tensors follow the order of the source's bytes, so that the disk reads forward; wider dtypes come first, as
-    safetensors wants for alignment. A tensor larger than a shard has a shard of its own.
+    Wider dtypes come first, as safetensors requires for alignment. Then tensors follow the order of the source's bytes,
+    so that the disk reads forward. A tensor larger than a shard has a shard of its own.
     """
     order = sorted(plan.tensors, key=lambda name: _place(plan.tensors[name], result.tensors[name], source.tensors))
     groups: list[dict[str, TensorSpec]] = [{}]
@@ -64,24 +64,51 @@ def lay_out(plan: Plan, result: CheckpointSpec, source: Source, *, max_shard_byt
     ]
 
 
+def _place(expr: Expr, spec: TensorSpec, tensors: Mapping[str, StoredTensor]) -> tuple[int, int, str, int]:
+    """Return the sort key of a tensor: wide dtypes first, then the place of its first source tensor."""
+    names = reads(expr)
+    if not names:
+        return (-DTYPE_BITS[spec.dtype], 1, "", 0)
+    first = tensors[names[0]]
+    return (-DTYPE_BITS[spec.dtype], 0, first.file, first.start)
+
+
 def execute(
-    plan: Plan, source: Source, directory: Path, *, shards: Sequence[Shard], progress: Progress | None = None
+    plan: Plan, source: Source, directory: Path, *, shards: Sequence[Shard], progress: CountBytes | None = None
 ) -> int:
-    """Return the number of bytes written: the weights of the result and their index, into an existing directory."""
+    """Return the number of bytes after writing the weights of the result and their index into an existing directory."""
     tensors = source.tensors
-    wanted = {name for expr in plan.tensors.values() for name in reads(expr)}
-    paths = {file: source.fetch(file, ranges) for file, ranges in ranges_by_file(tensors, wanted).items()}
+    names = {name for expr in plan.tensors.values() for name in reads(expr)}
+    paths = {file: source.fetch(file, ranges) for file, ranges in ranges_by_file(tensors, names).items()}
     written = 0
     for shard in shards:
-        pieces = [
-            Piece(name, spec, _content(plan.tensors[name], tensors, paths)) for name, spec in shard.tensors.items()
+        writes = [
+            TensorWrite(name, spec, _content(plan.tensors[name], tensors, paths))
+            for name, spec in shard.tensors.items()
         ]
-        written += write_safetensors(directory / shard.file, pieces, progress=progress)
+        written += write_safetensors(directory / shard.file, writes, progress=progress)
     if len(shards) > 1:
         text = _index(shards)
         (directory / INDEX).write_text(text, encoding="utf-8")
         written += len(text.encode())
     return written
+
+
+def _content(expr: Expr, tensors: Mapping[str, StoredTensor], paths: Mapping[str, Path]) -> FileRange | _ComputedTensor:
+    if isinstance(expr, Read):
+        stored = tensors[expr.name]
+        return FileRange(paths[stored.file], stored.start, stored.end)
+    return _ComputedTensor(expr, tensors, paths)
+
+
+def _index(shards: Sequence[Shard]) -> str:
+    specs = [spec for shard in shards for spec in shard.tensors.values()]
+    weight_map = {name: shard.file for shard in shards for name in shard.tensors}
+    metadata = {
+        "total_parameters": sum(spec.num_parameters for spec in specs),
+        "total_size": sum(spec.nbytes for spec in specs),
+    }
+    return json.dumps({"metadata": metadata, "weight_map": dict(sorted(weight_map.items()))}, indent=2) + "\n"
 
 
 def peak_memory(plan: Plan, result: CheckpointSpec, source: CheckpointSpec) -> int:
@@ -94,29 +121,3 @@ def peak_memory(plan: Plan, result: CheckpointSpec, source: CheckpointSpec) -> i
         if not isinstance(expr, Read)
     )
     return TORCH_MEMORY + max(sizes)
-
-
-def _place(expr: Expr, spec: TensorSpec, tensors: Mapping[str, StoredTensor]) -> tuple[int, int, str, int]:
-    """Return the sort key of a tensor: wide dtypes first, then by where the source holds what it is made of."""
-    names = reads(expr)
-    if not names:
-        return (-DTYPE_BITS[spec.dtype], 1, "", 0)
-    first = tensors[names[0]]
-    return (-DTYPE_BITS[spec.dtype], 0, first.file, first.start)
-
-
-def _content(expr: Expr, tensors: Mapping[str, StoredTensor], paths: Mapping[str, Path]) -> Extent | _Made:
-    if isinstance(expr, Read):
-        stored = tensors[expr.name]
-        return Extent(paths[stored.file], stored.start, stored.end)
-    return _Made(expr, tensors, paths)
-
-
-def _index(shards: Sequence[Shard]) -> str:
-    specs = [spec for shard in shards for spec in shard.tensors.values()]
-    weight_map = {name: shard.file for shard in shards for name in shard.tensors}
-    metadata = {
-        "total_parameters": sum(spec.num_parameters for spec in specs),
-        "total_size": sum(spec.nbytes for spec in specs),
-    }
-    return json.dumps({"metadata": metadata, "weight_map": dict(sorted(weight_map.items()))}, indent=2) + "\n"

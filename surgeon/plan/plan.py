@@ -1,6 +1,6 @@
-"""A plan: the config of the result, and for each of its tensors the expression that makes it.
+"""Plans, and the expressions in them: a plan is the config of the result and one expression for each of its tensors.
 
-Plans are pure data. Deciding one reads no weights; they compose with `then`, and print as text or JSON.
+Plans are pure data. Deciding one reads no weights; plans compose with `then`, and print as text or JSON.
 """
 
 import json
@@ -11,6 +11,8 @@ from typing import Any
 
 from surgeon.checkpoint.header import CheckpointSpec, TensorSpec
 from surgeon.errors import PlanError
+
+# Expressions
 
 FLOAT_DTYPES = frozenset({"F64", "F32", "BF16", "F16"})
 
@@ -57,9 +59,9 @@ class Add:
 class Uniform:
     """Numbers of mean 0, uniform, with `ratio` times the standard deviation of `like`, in its dtype.
 
-    Where `like` is constant, as what a silent layer writes, `fallback` takes the place of its standard deviation.
+    If `like` is constant, as in a layer of zeros, `fallback` replaces its standard deviation.
     `stream` names the tensor's own random stream under `seed`, so that a draw depends neither on the order of
-    execution nor on what else the plan draws.
+    execution nor on other draws.
     """
 
     shape: tuple[int, ...]
@@ -72,7 +74,7 @@ class Uniform:
 
 @dataclass(frozen=True, slots=True)
 class Normal:
-    """A fresh tensor drawn from a normal distribution of mean 0; `seed` and `stream` as for Uniform."""
+    """A new tensor drawn from a normal distribution of mean 0; `seed` and `stream` as for Uniform."""
 
     spec: TensorSpec
     std: float
@@ -82,7 +84,7 @@ class Normal:
 
 @dataclass(frozen=True, slots=True)
 class Constant:
-    """A fresh tensor with one value everywhere."""
+    """A new tensor with one value everywhere."""
 
     spec: TensorSpec
     value: float
@@ -98,7 +100,7 @@ class Cast:
 
 @dataclass(frozen=True, slots=True)
 class Rounded:
-    """`source` rounded to its own dtype: what a step that was written to disk would have left."""
+    """`source` rounded to its own dtype, as if its step had been written to disk."""
 
     source: "Expr"
 
@@ -120,7 +122,7 @@ def children(expr: Expr) -> tuple[Expr, ...]:
 
 
 def substitute(expr: Expr, replacement: Callable[[str], Expr]) -> Expr:
-    """Return `expr` with every Read of a name replaced by what `replacement` says of that name."""
+    """Return `expr` with every Read of a name replaced by `replacement(name)`."""
     match expr:
         case Read(name):
             return replacement(name)
@@ -139,8 +141,15 @@ def reads(expr: Expr) -> tuple[str, ...]:
     return tuple(dict.fromkeys(_reads(expr)))
 
 
+def _reads(expr: Expr) -> Iterator[str]:
+    if isinstance(expr, Read):
+        yield expr.name
+    for child in children(expr):
+        yield from _reads(child)
+
+
 def infer(expr: Expr, tensors: Mapping[str, TensorSpec]) -> TensorSpec:
-    """Return the dtype and shape that `expr` makes. Raises PlanError when it cannot be made from `tensors`."""
+    """Return the dtype and shape that `expr` makes. Raises PlanError if `tensors` do not allow it."""
     match expr:
         case Read(name):
             if name not in tensors:
@@ -169,13 +178,20 @@ def infer(expr: Expr, tensors: Mapping[str, TensorSpec]) -> TensorSpec:
             return spec
 
 
+def _number(expr: Expr, tensors: Mapping[str, TensorSpec]) -> TensorSpec:
+    spec = infer(expr, tensors)
+    if spec.dtype not in FLOAT_DTYPES:
+        raise PlanError(f"cannot compute with {describe(expr)}: it is stored as {spec.dtype}")
+    return spec
+
+
 def describe(expr: Expr) -> str:
     """Return `expr` in one line, as a plan prints it: "bf16(model.norm.weight)"."""
     match expr:
         case Read(name):
             return name
         case Gather(source, dim, index, scale):
-            factors = ((factor, len(list(run))) for factor, run in groupby(scale))
+            factors = ((factor, len(list(group))) for factor, group in groupby(scale))
             scaled = "" if set(scale) <= {1.0} else f" times {_listed(f'{f:.6g} x{n}' for f, n in factors)}"
             return f"gather({describe(source)}, dim {dim}: {_listed(map(_span, _consecutive(index)))}{scaled})"
         case Affine(source, factor, offset):
@@ -194,22 +210,8 @@ def describe(expr: Expr) -> str:
             return f"constant({value:g}, {spec.dtype} {list(spec.shape)})"
 
 
-def _number(expr: Expr, tensors: Mapping[str, TensorSpec]) -> TensorSpec:
-    spec = infer(expr, tensors)
-    if spec.dtype not in FLOAT_DTYPES:
-        raise PlanError(f"cannot compute with {describe(expr)}: it is stored as {spec.dtype}")
-    return spec
-
-
-def _reads(expr: Expr) -> Iterator[str]:
-    if isinstance(expr, Read):
-        yield expr.name
-    for child in children(expr):
-        yield from _reads(child)
-
-
 def _consecutive(index: Sequence[int]) -> list[tuple[int, int]]:
-    """Return (first, last) of each run of positions that count up by one; new positions run by themselves."""
+    """Return (first, last) of each run of positions that count up by one; new positions form runs of their own."""
     runs: list[tuple[int, int]] = []
     for i in index:
         if runs and ((i == -1 and runs[-1][1] == -1) or (i > 0 and runs[-1][1] == i - 1 != -1)):
@@ -225,9 +227,11 @@ def _span(run: tuple[int, int]) -> str:
 
 
 def _listed(words: Iterable[str]) -> str:
-    found = list(words)
-    return ", ".join(found if len(found) <= 6 else [*found[:5], f"... ({len(found)} runs)"])
+    listed = list(words)
+    return ", ".join(listed if len(listed) <= 6 else [*listed[:5], f"... ({len(listed)} runs)"])
 
+
+# Plans
 
 # The words of --dtype and config.json for the dtypes that a plan can store.
 STORED_DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
@@ -235,13 +239,13 @@ STORED_DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 
 @dataclass(frozen=True)
 class Plan:
-    """What to write, as a function of what is read.
+    """A result as a function of its source.
 
-    `layer_map[i]` is the source layer of result layer i, None for a new one. `steps` is what was asked, one
-    {verb: options} after the other; `notes` is what a user should hear of it, and `approximate` the reasons why the
-    result need not compute what its source computes. `axes` holds, for each axis that was widened or cut, the source
-    position of each position of the result, -1 for a new one. An axis of which each layer keeps other positions is not
-    in it; what a later step says of such an axis counts from that step.
+    `layer_map[i]` is the source layer of result layer i, None for a new one. `steps` holds the requested surgeries, one
+    {verb: options} each; `notes` holds sentences for the user, and `approximate` the reasons why the result may compute
+    something else than its source. `axes` holds, for each axis that was widened or cut, the source position of each
+    position of the result, -1 for a new one. An axis is left out if its layers keep different positions; a later step
+    on such an axis counts from that step.
     """
 
     config: Mapping[str, Any]
@@ -253,9 +257,9 @@ class Plan:
     axes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
     def then(self, later: "Plan") -> "Plan":
-        """Return one plan that does this one, then `later`: each Read of `later` becomes our expression."""
+        """Return one plan that does this one, then `later`: each Read of `later` becomes this plan's expression."""
         layers = tuple(None if i is None else self.layer_map[i] for i in later.layer_map)
-        tensors = {name: substitute(expr, self._made) for name, expr in later.tensors.items()}
+        tensors = {name: substitute(expr, self._expression) for name, expr in later.tensors.items()}
         axes = dict(self.axes)
         for axis, index in later.axes.items():
             before = self.axes.get(axis)
@@ -283,7 +287,7 @@ class Plan:
     def cast(self, dtype: str) -> "Plan":
         """Return this plan with every floating tensor stored as `dtype` ("float32", "bfloat16" or "float16").
 
-        Raises PlanError for a quantized checkpoint, whose numbers are not stored as numbers.
+        Raises PlanError for a quantized checkpoint, whose weights are stored as codes.
         """
         if dtype not in STORED_DTYPES:
             raise PlanError(f"unknown dtype {dtype!r}", hint=f"One of: keep, {', '.join(STORED_DTYPES)}.")
@@ -294,7 +298,7 @@ class Plan:
         return replace(self, config={**self.config, key: dtype}, tensors=tensors)
 
     def result(self, source: CheckpointSpec) -> CheckpointSpec:
-        """Return the spec that this plan makes of `source`, found without reading a tensor."""
+        """Return the spec that this plan makes of `source`, without reading a tensor."""
         tensors = {}
         for name, expr in self.tensors.items():
             try:
@@ -304,7 +308,7 @@ class Plan:
         return CheckpointSpec(self.config, tensors)
 
     def simplified(self, source: CheckpointSpec) -> "Plan":
-        """Return the same plan without casts that change nothing: to the dtype that is there, or of no number."""
+        """Return the same plan without casts that change nothing: to the same dtype, or of integers."""
         return replace(self, tensors={name: _simplify(expr, source) for name, expr in self.tensors.items()})
 
     def bytes_read(self, source: CheckpointSpec) -> int:
@@ -313,7 +317,7 @@ class Plan:
         return sum(source.tensors[name].nbytes for name in names)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the plan as JSON can hold it."""
+        """Return the plan as a dictionary for JSON."""
         return {
             "steps": list(self.steps),
             "layer_map": list(self.layer_map),
@@ -324,48 +328,26 @@ class Plan:
         }
 
     def axis_runs(self) -> dict[str, list[list[int]]]:
-        """Return the map of each widened axis in runs: [first source position or -1, how many follow it]."""
-        return {axis: _runs(index) for axis, index in self.axes.items()}
+        """Return the map of each widened axis as runs: [first source position or -1, number of positions]."""
+        return {axis: _axis_runs(index) for axis, index in self.axes.items()}
 
     def to_json(self) -> str:
         """Return the plan as JSON text."""
         return json.dumps(self.to_dict(), indent=2)
 
     def __str__(self) -> str:
-        """Return one line for each tensor of the result: its name, and what it is made of."""
+        """Return one line for each tensor of the result: its name and its expression."""
         return "\n".join(f"{name} = {describe(expr)}" for name, expr in self.tensors.items())
 
-    def _made(self, name: str) -> Expr:
+    def _expression(self, name: str) -> Expr:
+        """Return the expression of a tensor for a later step to read, rounded as if it had been written to disk."""
         if name not in self.tensors:
             raise PlanError(f"the step before makes no tensor {name!r}")
-        made = self.tensors[name]
-        return made if isinstance(made, Read | Rounded) else Rounded(made)
+        expr = self.tensors[name]
+        return expr if isinstance(expr, Read | Rounded) else Rounded(expr)
 
 
-def identity(source: CheckpointSpec, *, depth: int) -> Plan:
-    """Return the plan that changes nothing, except that the config no longer chooses the code that runs it.
-
-    Keys such as _attn_implementation override what a user asks for at loading, and may name code on the Hub.
-    """
-    dropped = [key for key in source.config if key.lstrip("_").startswith(("attn_implementation", "experts_impl"))]
-    config = {key: value for key, value in source.config.items() if key not in dropped}
-    notes = tuple(f"left out of the config: {key} = {source.config[key]!r}" for key in dropped)
-    return Plan(config, {name: Read(name) for name in source.tensors}, tuple(range(depth)), notes=notes)
-
-
-def changed_keys(before: Mapping[str, Any], after: Mapping[str, Any], prefix: str = "") -> dict[str, tuple[Any, Any]]:
-    """Return the config keys that differ, nested ones with dots, with the value before and after (None: absent)."""
-    changes: dict[str, tuple[Any, Any]] = {}
-    for key in [*before, *(key for key in after if key not in before)]:
-        old, new = before.get(key), after.get(key)
-        if isinstance(old, Mapping) and isinstance(new, Mapping):
-            changes |= changed_keys(old, new, f"{prefix}{key}.")
-        elif old != new:
-            changes[prefix + key] = (old, new)
-    return changes
-
-
-def _runs(index: tuple[int, ...]) -> list[list[int]]:
+def _axis_runs(index: tuple[int, ...]) -> list[list[int]]:
     runs: list[list[int]] = []
     for i in index:
         last = runs[-1] if runs else None
@@ -385,3 +367,26 @@ def _simplify(expr: Expr, source: CheckpointSpec) -> Expr:
     inner = _simplify(expr.source, source)
     spec = infer(inner, source.tensors)
     return inner if spec.dtype == expr.dtype or spec.dtype not in FLOAT_DTYPES else replace(expr, source=inner)
+
+
+def identity(source: CheckpointSpec, *, depth: int) -> Plan:
+    """Return the plan that changes nothing, except that the config no longer chooses the code that runs the model.
+
+    Keys such as _attn_implementation override the user's choice at loading, and may name code on the Hub.
+    """
+    dropped = [key for key in source.config if key.lstrip("_").startswith(("attn_implementation", "experts_impl"))]
+    config = {key: value for key, value in source.config.items() if key not in dropped}
+    notes = tuple(f"left out of the config: {key} = {source.config[key]!r}" for key in dropped)
+    return Plan(config, {name: Read(name) for name in source.tensors}, tuple(range(depth)), notes=notes)
+
+
+def changed_keys(before: Mapping[str, Any], after: Mapping[str, Any], prefix: str = "") -> dict[str, tuple[Any, Any]]:
+    """Return the config keys that differ, nested ones with dots, with the value before and after (None: absent)."""
+    changes: dict[str, tuple[Any, Any]] = {}
+    for key in [*before, *(key for key in after if key not in before)]:
+        old, new = before.get(key), after.get(key)
+        if isinstance(old, Mapping) and isinstance(new, Mapping):
+            changes |= changed_keys(old, new, f"{prefix}{key}.")
+        elif old != new:
+            changes[prefix + key] = (old, new)
+    return changes

@@ -1,4 +1,4 @@
-"""What the stored dtype will cost, known from the plan alone: which of its numbers 16 bits cannot hold."""
+"""The rounding that the stored dtype will cause, known from the plan alone."""
 
 import math
 from collections.abc import Iterator, Mapping
@@ -12,11 +12,11 @@ _BITS = {"F64": 53, "F32": 24, "F16": 11, "BF16": 8}  # of the significand
 
 
 def dtype_cost(plan: Plan, tensors: Mapping[str, TensorSpec]) -> tuple[str, ...]:
-    """Return what to say of the dtype in which the result of `plan` is stored: one note, or none where it is exact.
+    """Return a note on the rounding of the result of `plan` in its stored dtype; none if the result is exact.
 
-    A tensor that is stored in 16 bits keeps every number of a source in the same dtype exactly where it is only moved
-    and multiplied by powers of two. Another factor, a sum of two numbers, or a wider source rounds. A plan that is
-    approximate anyway gets no note. `tensors` are those of the source.
+    A tensor stored in 16 bits is exact if its numbers come from the same dtype and are only moved and multiplied by
+    powers of two. Another factor, a sum of two numbers, or a wider source rounds. A plan that is approximate anyway
+    gets no note. `tensors` are those of the source.
     """
     if plan.approximate:
         return ()
@@ -27,20 +27,20 @@ def dtype_cost(plan: Plan, tensors: Mapping[str, TensorSpec]) -> tuple[str, ...]
         dtype = infer(expr, tensors).dtype
         if dtype not in _NARROW:
             continue
-        made = set(_factors(expr))
-        found = {"sums with noise"} if _adds(expr) else set()
-        found |= {f"weights in {word}" for word in _wider_than(expr, dtype, tensors)}
-        if made or found:
+        own_factors = set(_factors(expr))
+        own_causes = {"sums with noise"} if _adds(expr) else set()
+        own_causes |= {f"weights in {word}" for word in _wider_than(expr, dtype, tensors)}
+        if own_factors or own_causes:
             dtypes.add(_NARROW[dtype])
-        factors |= made
-        causes |= found
+        factors |= own_factors
+        causes |= own_causes
     if not dtypes:
         return ()
     shown = sorted({f"{factor:.5g}" for factor in factors}, key=float)
-    what = [f"factors such as {shown[-1]}"] if shown else []
-    what += sorted(causes)
+    inexact = [f"factors such as {shown[-1]}"] if shown else []
+    inexact += sorted(causes)
     return (
-        f"stored as {', '.join(sorted(dtypes))}: {' and '.join(what)} round; {COST}; --dtype float32 keeps it exact",
+        f"stored as {', '.join(sorted(dtypes))}: {' and '.join(inexact)} round; {COST}; --dtype float32 keeps it exact",
     )
 
 
@@ -64,37 +64,37 @@ def _is_power_of_two(factor: float) -> bool:
 
 
 def _adds(expr: Expr) -> bool:
-    """Return whether an expression adds two numbers anywhere; blocks that are laid side by side are no sums."""
+    """Return whether an expression adds two numbers anywhere; blocks side by side are no sums."""
     match expr:
         case Affine(_, _, offset) if offset:
             return True
         case Add((first, *rest)):
-            done = [first]
+            earlier = [first]
             for part in rest:
-                if any(_overlap(part, other) for other in done):
+                if any(_overlap(part, other) for other in earlier):
                     return True
-                done.append(part)
+                earlier.append(part)
         case _:
             pass
     return any(_adds(child) for child in children(expr))
 
 
 def _overlap(part: Expr, other: Expr) -> bool:
-    """Return whether two addends may both be other than zero in one place. `part` is gathered along one dimension."""
+    """Return whether two addends may both be nonzero in one place. `part` is gathered along one dimension."""
     if not isinstance(part, Gather):
         return True
-    silent = _zeros(part, part.dim) | _zeros(other, part.dim)
-    return len(silent) < len(part.index)
+    zeros = _zeros(part, part.dim) | _zeros(other, part.dim)
+    return len(zeros) < len(part.index)
 
 
 def _zeros(expr: Expr, dim: int) -> frozenset[int]:
-    """Return positions along `dim` at which all of a tensor is zero, as far as the expression shows."""
+    """Return the positions along `dim` at which the expression shows that the whole tensor is zero."""
     match expr:
         case Gather(source, along, index, scale, fill, mean):
             if along == dim:
-                empty = not fill and not mean
+                new_are_zero = not fill and not mean
                 pairs = enumerate(zip(index, scale, strict=True))
-                return frozenset(j for j, (i, s) in pairs if (empty if i < 0 else s == 0.0))
+                return frozenset(j for j, (i, s) in pairs if (new_are_zero if i < 0 else s == 0.0))
             return frozenset() if fill else _zeros(source, dim)
         case Affine(source, _, offset):
             return frozenset() if offset else _zeros(source, dim)

@@ -1,6 +1,6 @@
-"""A GGUF file as a source: transformers makes a float32 checkpoint of it, tokenizer and all, in a temporary directory.
+"""A GGUF file as a source: transformers converts it to float32, tokenizer included, in a temporary directory.
 
-The directory is removed when the source is no longer used, and at the latest when Python ends.
+The directory is removed when the source is no longer used, at the latest when Python ends.
 """
 
 import contextlib
@@ -22,15 +22,15 @@ from surgeon.checkpoint.source import LocalSource
 from surgeon.errors import CheckpointError, OutputError
 
 MAGIC = b"GGUF"
-ELSEWHERE = "Free some space there, or choose another disk with -o."
-# Vocabularies whose digits llama.cpp splits one by one, before GPT-2's pattern (llama-vocab.cpp); transformers applies
-# the pattern alone, and then takes a run of spaces before a digit apart in another way than the model was trained on.
+SPACE_HINT = "Free some space there, or choose another disk with -o."
+# llama.cpp splits the digits of these vocabularies one by one before it applies GPT-2's pattern (llama-vocab.cpp).
+# transformers applies the pattern alone, and then splits spaces before a digit otherwise than in the model's training.
 SINGLE_DIGITS = frozenset({"smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b"})
 
 
 @dataclass(frozen=True, slots=True)
-class Facts:
-    """What a GGUF file says of itself; `pre_tokenizer` is llama.cpp's name for how text is split into words."""
+class Metadata:
+    """The metadata of a GGUF file. `pre_tokenizer` is llama.cpp's name for the rule that splits text into words."""
 
     architecture: str
     pre_tokenizer: str | None
@@ -39,7 +39,7 @@ class Facts:
 
 @dataclass(frozen=True)
 class GgufSource(LocalSource):
-    """The checkpoint that transformers made of `file`."""
+    """The checkpoint that transformers made from `file`."""
 
     file: Path
 
@@ -56,22 +56,22 @@ class GgufSource(LocalSource):
 def open_gguf(path: Path, *, staging: Path | None = None) -> GgufSource:
     """Return the checkpoint in the GGUF file `path`, dequantized into a new directory in `staging`.
 
-    Takes the memory of the whole model in float32, and as much room in `staging` (default: where temporary files go).
+    Needs memory for the whole model in float32, and as much space in `staging` (default: the temporary directory).
 
-    Raises CheckpointError when the file is none, is damaged, or of an architecture that transformers cannot read.
+    Raises CheckpointError when it is not a GGUF file, is damaged, or transformers cannot read its architecture.
     """
-    facts = _examine(path)
+    metadata = _examine(path)
     try:
         if staging is not None:
             staging.mkdir(parents=True, exist_ok=True)
         root = Path(tempfile.mkdtemp(prefix=".surgeon-convert-", dir=staging))
     except OSError as error:
-        raise OutputError(f"cannot write {error.filename or staging}: {error.strerror}", hint=ELSEWHERE) from error
+        raise OutputError(f"cannot write {error.filename or staging}: {error.strerror}", hint=SPACE_HINT) from error
     try:
-        check_space(root, 4 * facts.num_parameters)
-        directory = root / path.stem  # named like the model: cards and receipts repeat it
+        check_space(root, 4 * metadata.num_parameters)
+        directory = root / path.stem  # named after the model: cards and receipts repeat the name
         with _bars_on_terminals_only():
-            _dequantize(path, facts, directory)
+            _dequantize(path, metadata, directory)
         source = GgufSource(directory, path.stem, path)
         weakref.finalize(source, shutil.rmtree, root, ignore_errors=True)
     except BaseException:
@@ -80,8 +80,8 @@ def open_gguf(path: Path, *, staging: Path | None = None) -> GgufSource:
     return source
 
 
-def _examine(path: Path) -> Facts:
-    """Return what a file says of itself, after checking that it is whole."""
+def _examine(path: Path) -> Metadata:
+    """Return the metadata of a file, after checking that it is complete."""
     try:
         with path.open("rb") as file:
             start = file.read(len(MAGIC))
@@ -92,7 +92,7 @@ def _examine(path: Path) -> Facts:
             f"{path.name} is not a GGUF file: it does not begin with {MAGIC.decode()!r}", hint=DOWNLOAD_HINT
         )
     if find_spec("gguf") is None:
-        raise CheckpointError("GGUF files are read by the package gguf", hint='pip install "surgeon[gguf]"')
+        raise CheckpointError("reading a GGUF file needs the package gguf", hint='pip install "surgeon[gguf]"')
     from gguf import GGUFReader
 
     try:
@@ -100,24 +100,22 @@ def _examine(path: Path) -> Facts:
         fields = (reader.get_field(key) for key in ("general.architecture", "tokenizer.ggml.pre"))
         architecture, pre_tokenizer = (None if field is None else str(field.contents()) for field in fields)
         num_parameters = sum(int(tensor.n_elements) for tensor in reader.tensors)
-    except (ValueError, LookupError, OverflowError, MemoryError) as error:  # reads beyond the end find no numbers
+    except (ValueError, LookupError, OverflowError, MemoryError) as error:  # raised by reads beyond the end
         raise CheckpointError(f"{path.name} is truncated or damaged", hint=DOWNLOAD_HINT) from error
     if architecture is None or not num_parameters:
         raise CheckpointError(f"{path.name} holds no model: it has no architecture or no tensors", hint=DOWNLOAD_HINT)
-    return Facts(architecture, pre_tokenizer, num_parameters)
+    return Metadata(architecture, pre_tokenizer, num_parameters)
 
 
-def _dequantize(path: Path, facts: Facts, directory: Path) -> None:
+def _dequantize(path: Path, metadata: Metadata, directory: Path) -> None:
     """Write the model, its generation config and its tokenizer into `directory`."""
     import torch
     from safetensors import SafetensorError
     from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer, GgufConfig
 
-    gguf: dict[str, Any] = {
-        "gguf_file": path.name,
-        "trust_remote_code": False,
-    }  # a tokenizer_config.json may lie beside
+    # A tokenizer_config.json beside the file may name code; it must not run.
+    gguf: dict[str, Any] = {"gguf_file": path.name, "trust_remote_code": False}
     try:
         config = AutoConfig.from_pretrained(path.parent, **gguf)
         auto_class: Any = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
@@ -132,27 +130,27 @@ def _dequantize(path: Path, facts: Facts, directory: Path) -> None:
     except (ValueError, LookupError, TypeError, AttributeError, NotImplementedError, RuntimeError) as error:
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise CheckpointError(
-            f"transformers cannot read {path.name}, of architecture {facts.architecture!r}: {reason}",
+            f"transformers cannot read {path.name}, of architecture {metadata.architecture!r}: {reason}",
             hint="Convert it with llama.cpp's tools, or look for the safetensors checkpoint that it was made from.",
         ) from error
-    if lost := sorted(report["missing_keys"]):
+    if missing := sorted(report["missing_keys"]):
         raise CheckpointError(
-            f"{path.name} lacks {lost[0]!r}, and {len(lost) - 1} more tensors of the model", hint=DOWNLOAD_HINT
+            f"{path.name} lacks {missing[0]!r}, and {len(missing) - 1} more tensors of the model", hint=DOWNLOAD_HINT
         )
-    if facts.pre_tokenizer in SINGLE_DIGITS:
+    if metadata.pre_tokenizer in SINGLE_DIGITS:
         parts = [Digits(individual_digits=True), ByteLevel(add_prefix_space=False)]
         tokenizer.backend_tokenizer.pre_tokenizer = Sequence(parts)
     try:
         model.save_pretrained(directory)
         tokenizer.save_pretrained(directory)
     except (OSError, SafetensorError) as error:
-        raise OutputError(f"cannot write {directory}: {error}", hint=ELSEWHERE) from error
+        raise OutputError(f"cannot write {directory}: {error}", hint=SPACE_HINT) from error
 
 
 @contextlib.contextmanager
 def _bars_on_terminals_only() -> Iterator[None]:
-    """Keep the progress bars of transformers out of logs: they know no other place than standard error."""
-    import transformers  # noqa: F401  # its log handler takes the standard error of now, and keeps it
+    """Keep the progress bars of transformers, which it always writes to standard error, out of logs."""
+    import transformers  # noqa: F401  # at import its log handler takes the real standard error
 
     with contextlib.nullcontext() if sys.stderr.isatty() else contextlib.redirect_stderr(io.StringIO()):
         yield

@@ -1,6 +1,6 @@
 """A checkpoint whose weights are pickles (`pytorch_model.bin`), as a source of headers and byte ranges.
 
-A contiguous tensor is a range of its file. One that is not is laid out in a temporary file when it is first asked for.
+A contiguous tensor is a range of its file. Other tensors are copied in order into a temporary file at the first use.
 """
 
 import re
@@ -13,7 +13,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from surgeon.checkpoint.formats.torch_file import TorchFile, View, read_torch_file
+from surgeon.checkpoint.formats.torch_file import StridedTensor, TorchFile, read_torch_file
 from surgeon.checkpoint.header import DOWNLOAD_HINT, DTYPE_BITS
 from surgeon.checkpoint.output import check_space
 from surgeon.checkpoint.source import LocalSource, StoredTensor, read_index
@@ -21,16 +21,16 @@ from surgeon.errors import CheckpointError, OutputError
 
 WEIGHTS = "pytorch_model.bin"
 INDEX = "pytorch_model.bin.index.json"
-LAID_OUT = "tensors laid out anew"  # in place of a file's name: what `fetch` makes
+REORDERED = "tensors laid out anew"  # stands for the temporary file; `fetch` writes it
 
 _LAYER = re.compile(r"\.\d+\.")
-# What BERT's layer norms were called in the files of 2019; transformers renames them as it loads.
+# The names of BERT's layer norms in files of 2019; transformers renames them when it loads.
 _OLD_NAMES = {"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"}
 
 
 @dataclass(frozen=True)
 class PickledSource(LocalSource):
-    """A checkpoint directory with its weights in `weights`: a pickle, or the index of several."""
+    """A checkpoint directory whose weights are in `weights`: one pickle, or the index of several."""
 
     weights: str
 
@@ -38,23 +38,23 @@ class PickledSource(LocalSource):
     def tensors(self) -> Mapping[str, StoredTensor]:
         places: dict[str, StoredTensor] = {}
         end = 0
-        for name, (file, view) in self._views.items():
-            start = view.start
-            if not view.is_contiguous:
-                file, start = LAID_OUT, end
-                end += view.spec.nbytes
-            places[name] = StoredTensor(view.spec, file, start, start + view.spec.nbytes)
+        for name, (file, tensor) in self._tensors_kept.items():
+            start = tensor.start
+            if not tensor.is_contiguous:
+                file, start = REORDERED, end
+                end += tensor.spec.nbytes
+            places[name] = StoredTensor(tensor.spec, file, start, start + tensor.spec.nbytes)
         return places
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What a user should hear of the entries that are no tensors of the checkpoint."""
-        tied = [f"{name} is {kept}, tied: it is stored once" for name, kept in self._tied.items()]
+        """Sentences for the user about the entries that are left out of the checkpoint."""
+        tied = [f"{name} is {first}, tied: it is stored once" for name, first in self._tied.items()]
         ignored = [name for content in self._files.values() for name in content.ignored]
         return (*tied, *(f"{name} is not a tensor and is left out" for name in ignored))
 
     def fetch(self, file: str, ranges: Sequence[tuple[int, int]] | None = None) -> Path:
-        return self._laid_out if file == LAID_OUT else super().fetch(file, ranges)
+        return self._reordered if file == REORDERED else super().fetch(file, ranges)
 
     @cached_property
     def _files(self) -> Mapping[str, TorchFile]:
@@ -76,57 +76,57 @@ class PickledSource(LocalSource):
         return files
 
     @cached_property
-    def _all_views(self) -> Mapping[str, tuple[str, View]]:
-        """Every tensor of the files, by the name that transformers gives it."""
-        views: dict[str, tuple[str, View]] = {}
+    def _all_tensors(self) -> Mapping[str, tuple[str, StridedTensor]]:
+        """Every tensor of the files with its file, by the name that transformers gives it."""
+        tensors: dict[str, tuple[str, StridedTensor]] = {}
         for file, content in self._files.items():
-            for old, view in content.tensors.items():
+            for old, tensor in content.tensors.items():
                 name = old
                 for pattern, replacement in _OLD_NAMES.items():
                     name = name.replace(pattern, replacement)
-                if name in views:
+                if name in tensors:
                     raise CheckpointError(
-                        f"{name!r} is stored twice, in {views[name][0]} and in {file}", hint=DOWNLOAD_HINT
+                        f"{name!r} is stored twice, in {tensors[name][0]} and in {file}", hint=DOWNLOAD_HINT
                     )
-                views[name] = (file, view)
-        return views
+                tensors[name] = (file, tensor)
+        return tensors
 
     @cached_property
     def _tied(self) -> Mapping[str, str]:
-        """The tensors that are another one, whole and in place, and that a loader ties to it: name to the one kept.
+        """The tensors that share the bytes of an earlier one and that a loader ties to it: {name: the earlier name}.
 
-        One inside a layer is not among them: no config says that layers share tensors.
+        Tensors inside layers are left out: no config says that layers share tensors.
         """
-        first: dict[tuple[str, View], str] = {}
+        first_names: dict[tuple[str, StridedTensor], str] = {}
         aliases = {}
-        for name, place in self._all_views.items():
-            kept = first.setdefault(place, name)
-            if kept != name and place[1].spec.num_parameters and not _LAYER.search(name):
-                aliases[name] = kept
+        for name, place in self._all_tensors.items():
+            first = first_names.setdefault(place, name)
+            if first != name and place[1].spec.num_parameters and not _LAYER.search(name):
+                aliases[name] = first
         return aliases if aliases and _ties_embeddings(self.config) else {}
 
     @cached_property
-    def _views(self) -> Mapping[str, tuple[str, View]]:
-        return {name: place for name, place in self._all_views.items() if name not in self._tied}
+    def _tensors_kept(self) -> Mapping[str, tuple[str, StridedTensor]]:
+        return {name: place for name, place in self._all_tensors.items() if name not in self._tied}
 
     @cached_property
-    def _laid_out(self) -> Path:
-        """A file with the elements of each tensor that is not contiguous, in order. It goes when this source does."""
-        views = [(file, view) for file, view in self._views.values() if not view.is_contiguous]
+    def _reordered(self) -> Path:
+        """A temporary file with the elements, in order, of the tensors that are not contiguous."""
+        strided = [(file, tensor) for file, tensor in self._tensors_kept.values() if not tensor.is_contiguous]
         directory = Path(tempfile.mkdtemp(prefix="surgeon-convert-"))
         weakref.finalize(self, shutil.rmtree, directory, ignore_errors=True)
-        check_space(directory, sum(view.spec.nbytes for _, view in views))
+        check_space(directory, sum(tensor.spec.nbytes for _, tensor in strided))
         try:
             with (directory / "tensors").open("wb") as target:
-                for file, view in views:
-                    target.write(_elements(self.directory / file, view))
+                for file, tensor in strided:
+                    target.write(_elements(self.directory / file, tensor))
         except OSError as error:
             raise OutputError(f"cannot write {directory}: {error.strerror}") from error
         return directory / "tensors"
 
 
 def open_pickled(path: Path) -> PickledSource:
-    """Return the checkpoint in directory `path`, or around the file `path`, whose weights are pickles.
+    """Return the checkpoint with pickled weights in directory `path`, or in the directory of the file `path`.
 
     Raises CheckpointError when there is none.
     """
@@ -139,8 +139,8 @@ def open_pickled(path: Path) -> PickledSource:
 def _ties_embeddings(config: Mapping[str, Any]) -> bool:
     """Return whether transformers ties the head of a model with this config.
 
-    Where the config does not say yes, the family's code decides: GPT-2 ties by default, Llama does not, T5 takes False
-    for something else.
+    Unless the config says yes, the family's code decides: GPT-2 ties by default, Llama does not, and in T5 False means
+    something else.
     """
     if config.get("tie_word_embeddings") is True:
         return True
@@ -148,21 +148,21 @@ def _ties_embeddings(config: Mapping[str, Any]) -> bool:
     from transformers import AutoConfig
 
     try:
-        read = AutoConfig.for_model(**config)
+        parsed = AutoConfig.for_model(**config)
     except (ValueError, KeyError, TypeError, AttributeError, StrictDataclassError):
-        return False  # unknown to transformers: store what the file says, each by itself
-    return bool(getattr(read, "tie_word_embeddings", False))
+        return False  # unknown to transformers: store every tensor by itself
+    return bool(getattr(parsed, "tie_word_embeddings", False))
 
 
-def _elements(path: Path, view: View) -> memoryview:
-    """Return the bytes of a tensor's elements in their order."""
+def _elements(path: Path, tensor: StridedTensor) -> memoryview:
+    """Return the bytes of a tensor's elements in row-major order."""
     import torch
 
-    unsigned = {8: torch.uint8, 16: torch.int16, 32: torch.int32, 64: torch.int64}[DTYPE_BITS[view.spec.dtype]]
-    data = bytearray(view.end - view.start)
+    unsigned = {8: torch.uint8, 16: torch.int16, 32: torch.int32, 64: torch.int64}[DTYPE_BITS[tensor.spec.dtype]]
+    data = bytearray(tensor.end - tensor.start)
     with path.open("rb") as file:
-        file.seek(view.start)
+        file.seek(tensor.start)
         if file.readinto(data) != len(data):
             raise CheckpointError(f"{path} has become shorter while it was read", hint=DOWNLOAD_HINT)
-    ordered = torch.frombuffer(data, dtype=unsigned).as_strided(view.spec.shape, view.strides).contiguous()
+    ordered = torch.frombuffer(data, dtype=unsigned).as_strided(tensor.spec.shape, tensor.strides).contiguous()
     return ordered.flatten().view(torch.uint8).numpy().data

@@ -1,8 +1,8 @@
-"""The file that `torch.save` writes, as the tensors in it and the bytes that each of them takes.
+"""A file that `torch.save` wrote, read as its tensors and the bytes that each of them takes.
 
-In both of its formats (a zip without compression; before torch 1.6 a plain sequence) a file holds a pickle, which says
-what the tensors are, and their storages byte by byte as in memory. A tensor is then a range of the file, and can be
-copied without being loaded. Nothing is unpickled, and torch is not needed.
+Both formats (a zip without compression; before torch 1.6 a plain sequence) hold a pickle that describes the tensors,
+and their storages as they were in memory. So a tensor is a range of the file, and can be copied without being loaded.
+Nothing is unpickled, and torch is not needed.
 """
 
 import mmap
@@ -14,7 +14,7 @@ from io import BytesIO
 from pathlib import Path
 from typing import IO, Any, NoReturn, cast
 
-from surgeon.checkpoint.formats.torch_pickle import Storage, Tensor, interpret, refuse_content
+from surgeon.checkpoint.formats.torch_pickle import PickledTensor, Storage, interpret, refuse_content
 from surgeon.checkpoint.header import DOWNLOAD_HINT, DTYPE_BITS, TensorSpec
 from surgeon.errors import CheckpointError
 
@@ -26,12 +26,12 @@ _ZIP_START = b"PK\x03\x04"
 _LFS_START = b"version https://git-lfs"
 _LOCAL_HEADER = struct.Struct("<4s22xHH")  # of a zip entry: signature, ..., the length of its name, of its extras
 
-Place = Callable[[Storage], tuple[int, int]]  # the byte range of a storage; KeyError where the file has none
+Locate = Callable[[Storage], tuple[int, int]]  # returns the byte range of a storage; KeyError if it is missing
 
 
 @dataclass(frozen=True, slots=True)
-class View:
-    """A tensor in a file: its spec, its strides in elements, and the byte at which its first element lies."""
+class StridedTensor:
+    """A tensor in a file: its spec, its strides in elements, and the position of its first byte."""
 
     spec: TensorSpec
     strides: tuple[int, ...]
@@ -58,14 +58,14 @@ class View:
 
 @dataclass(frozen=True, slots=True)
 class TorchFile:
-    """What a file holds: its tensors in the order of their dictionary, and the names of entries that are none."""
+    """The content of a file: its tensors in the order of their dictionary, and the names of all other entries."""
 
-    tensors: Mapping[str, View]
+    tensors: Mapping[str, StridedTensor]
     ignored: tuple[str, ...]
 
 
 def read_torch_file(path: Path) -> TorchFile:
-    """Return the tensors that a file written by `torch.save` holds. Reads the pickle, runs none of it.
+    """Return the tensors of a file that `torch.save` wrote. The pickle is read, not run.
 
     Raises CheckpointError when the file is damaged, or holds more than a dictionary of tensors.
     """
@@ -81,20 +81,20 @@ def read_torch_file(path: Path) -> TorchFile:
 
 def _read(data: mmap.mmap, where: str) -> TorchFile:
     if data[: len(_ZIP_START)] == _ZIP_START:
-        state, place = _read_zip(data, where)
+        state, locate = _read_zip(data, where)
     elif data[: len(_LEGACY_START)] == _LEGACY_START:
-        state, place = _read_legacy(data, where)
+        state, locate = _read_legacy(data, where)
     elif data[: len(_LFS_START)] == _LFS_START:
         raise CheckpointError(f"{where} is a Git LFS pointer, not the file itself", hint="git lfs pull")
     else:
         _refuse(where, "is not a file that torch.save wrote")
     if not isinstance(state, dict):
         refuse_content(where, f"a {type(state).__name__} in place of a dictionary of tensors")
-    tensors: dict[str, View] = {}
+    tensors: dict[str, StridedTensor] = {}
     ignored = []
     for name, value in state.items():
-        if isinstance(value, Tensor) and isinstance(name, str):
-            tensors[name] = _view(value, name, place, len(data), where)
+        if isinstance(value, PickledTensor) and isinstance(name, str):
+            tensors[name] = _strided_tensor(value, name, locate, len(data), where)
         elif value is None or isinstance(value, (int, float, str)):
             ignored.append(str(name))
         else:
@@ -102,8 +102,8 @@ def _read(data: mmap.mmap, where: str) -> TorchFile:
     return TorchFile(tensors, tuple(ignored))
 
 
-def _read_zip(data: mmap.mmap, where: str) -> tuple[Any, Place]:
-    """Return the dictionary in a zip file, and where its storages lie: each is an entry, stored as it is."""
+def _read_zip(data: mmap.mmap, where: str) -> tuple[Any, Locate]:
+    """Return the dictionary in a zip file, and the function that locates its storages: uncompressed entries."""
     try:
         with zipfile.ZipFile(cast("IO[bytes]", data)) as archive:
             entries = {entry.filename: entry for entry in archive.infolist()}
@@ -112,24 +112,24 @@ def _read_zip(data: mmap.mmap, where: str) -> tuple[Any, Place]:
             f"{where} is truncated or damaged: its zip directory is missing", hint=DOWNLOAD_HINT
         ) from error
 
-    def place(name: str) -> tuple[int, int]:
-        return _place(data, entries[name], where)
+    def entry_range(name: str) -> tuple[int, int]:
+        return _entry_range(data, entries[name], where)
 
     pickles = [name for name in entries if name.count("/") == 1 and name.endswith("/data.pkl")]
     if len(pickles) != 1:
         _refuse(where, "is a zip file, but torch.save did not write it: it has no data.pkl")
     root = pickles[0].removesuffix("data.pkl")
     if f"{root}byteorder" in entries:
-        start, end = place(f"{root}byteorder")
+        start, end = entry_range(f"{root}byteorder")
         if data[start : min(end, start + 10)] != b"little":
             refuse_content(where, "numbers that are not little-endian")
-    start, end = place(pickles[0])
+    start, end = entry_range(pickles[0])
     if end - start > MAX_PICKLE_BYTES:
-        _refuse(where, f"claims a pickle of {end - start} bytes; a dictionary of tensors has no use for that")
-    return interpret(BytesIO(data[start:end]), where), lambda storage: place(f"{root}data/{storage.key}")
+        _refuse(where, f"claims a pickle of {end - start} bytes; no dictionary of tensors needs so many")
+    return interpret(BytesIO(data[start:end]), where), lambda storage: entry_range(f"{root}data/{storage.key}")
 
 
-def _place(data: mmap.mmap, entry: zipfile.ZipInfo, where: str) -> tuple[int, int]:
+def _entry_range(data: mmap.mmap, entry: zipfile.ZipInfo, where: str) -> tuple[int, int]:
     """Return the byte range of a zip entry's content."""
     if entry.compress_type != zipfile.ZIP_STORED or entry.flag_bits & 1:
         _refuse(where, f"compresses {entry.filename!r}, which torch.save never does")
@@ -142,8 +142,8 @@ def _place(data: mmap.mmap, entry: zipfile.ZipInfo, where: str) -> tuple[int, in
     return start, start + entry.file_size
 
 
-def _read_legacy(data: mmap.mmap, where: str) -> tuple[Any, Place]:
-    """Return the dictionary in a file of before torch 1.6: five pickles, then for each storage its length and bytes."""
+def _read_legacy(data: mmap.mmap, where: str) -> tuple[Any, Locate]:
+    """Return the same for a file from before torch 1.6: five pickles, then the length and bytes of each storage."""
     file = cast("IO[bytes]", data)
     magic, protocol, system = (interpret(file, where) for _ in range(3))
     if magic != LEGACY_MAGIC or protocol != LEGACY_PROTOCOL or not isinstance(system, dict):
@@ -164,20 +164,20 @@ def _read_legacy(data: mmap.mmap, where: str) -> tuple[Any, Place]:
     return state, lambda storage: places[storage.key]
 
 
-def _view(tensor: Tensor, name: str, place: Place, file_size: int, where: str) -> View:
-    """Return where a tensor's elements lie, after checking that they lie in its storage, and that in the file."""
+def _strided_tensor(tensor: PickledTensor, name: str, locate: Locate, file_size: int, where: str) -> StridedTensor:
+    """Return the tensor, after checking that its storage lies in the file and its elements in the storage."""
     try:
-        start, end = place(tensor.storage)
+        start, end = locate(tensor.storage)
     except KeyError:
         _refuse(where, f"is damaged: the numbers of {name!r} are missing")
     if end > file_size:
         _refuse(where, f"is truncated: {name!r} ends at byte {end}, the file at {file_size}")
     first = start + tensor.offset * DTYPE_BITS[tensor.dtype] // 8
-    view = View(TensorSpec(tensor.dtype, tensor.shape), tensor.strides, first)
-    if view.end > end:
+    strided = StridedTensor(TensorSpec(tensor.dtype, tensor.shape), tensor.strides, first)
+    if strided.end > end:
         _refuse(where, f"is damaged: {name!r} reaches beyond its storage")
-    return view
+    return strided
 
 
-def _refuse(where: str, what: str) -> NoReturn:
-    raise CheckpointError(f"{where} {what}", hint=DOWNLOAD_HINT)
+def _refuse(where: str, fault: str) -> NoReturn:
+    raise CheckpointError(f"{where} {fault}", hint=DOWNLOAD_HINT)

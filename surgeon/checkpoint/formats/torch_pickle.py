@@ -1,8 +1,8 @@
-"""What the pickle in a torch file says, found without unpickling it.
+"""Read the pickle in a torch file without unpickling it.
 
-A pickle is a program. This is an interpreter for it that has no instruction to call or import anything: it builds
-dictionaries, lists, tuples, numbers and strings, takes note of tensors, and refuses by name the first thing beyond what
-torch writes for a dictionary of tensors.
+A pickle is a program. This interpreter has no instruction to call or import anything: it builds dictionaries, lists,
+tuples, numbers and strings, and records the places of tensors. It refuses by name the first instruction or object that
+torch does not write for a dictionary of tensors.
 """
 
 import pickletools
@@ -13,7 +13,7 @@ from typing import IO, Any, NoReturn
 from surgeon.checkpoint.header import DOWNLOAD_HINT, DTYPE_BITS
 from surgeon.errors import CheckpointError
 
-# The classes of torch's typed storages, by what stands before "Storage", and its dtypes that have no such class.
+# The classes of torch's typed storages, without their ending "Storage", and its dtypes that have no such class.
 _STORAGES = {
     "Double": "F64",
     "Float": "F32",
@@ -63,7 +63,7 @@ class Storage:
 
 
 @dataclass(frozen=True, slots=True)
-class Tensor:
+class PickledTensor:
     """A tensor's place in a storage; offset and strides count elements."""
 
     storage: Storage
@@ -74,9 +74,9 @@ class Tensor:
 
 
 def interpret(pickle: IO[bytes], where: str, storages: MutableMapping[str, Storage] | None = None) -> Any:
-    """Return what the next pickle of a file describes, and put every storage that it mentions into `storages`.
+    """Return the object that the next pickle of a file describes, and add every storage in it to `storages`.
 
-    Raises CheckpointError when it is damaged, or asks for more than a tensor is made of.
+    Raises CheckpointError when the pickle is damaged, or holds more than tensors.
     """
     machine = _Machine(where, {} if storages is None else storages)
     try:
@@ -84,28 +84,28 @@ def interpret(pickle: IO[bytes], where: str, storages: MutableMapping[str, Stora
             machine.step(opcode.name, argument)
         return machine.stack.pop()
     except (ValueError, LookupError, TypeError, AttributeError, OverflowError, MemoryError) as error:
-        # A damaged pickle ends early, lacks operands, or has others than its instructions expect.
-        raise CheckpointError(f"{where} is damaged: its pickle makes no sense", hint=DOWNLOAD_HINT) from error
+        # A damaged pickle ends early, or its operands are missing or wrong.
+        raise CheckpointError(f"{where} is damaged: its pickle is invalid", hint=DOWNLOAD_HINT) from error
 
 
-def refuse_content(where: str, what: str) -> NoReturn:
+def refuse_content(where: str, content: str) -> NoReturn:
     """Raise the error for a file that holds something other than plain tensors."""
     raise CheckpointError(
-        f"{where} holds more than tensors: {what}",
-        hint="Nothing of it was run: a pickle can be a program, so only plain tensors are read. Ask for safetensors.",
+        f"{where} holds more than tensors: {content}",
+        hint="None of it was run: a pickle is a program, so only plain tensors are read. Ask for safetensors.",
     )
 
 
 @dataclass(frozen=True, slots=True)
 class _Global:
-    """A function, class or dtype that a pickle names. None is ever looked up."""
+    """A function, class or dtype that a pickle names. It is never looked up."""
 
     module: str
     name: str
 
 
 class _Machine:
-    """The pickle machine: a stack, what it put aside at marks, and a memo."""
+    """The pickle machine: a stack, the stacks saved at marks, and a memo."""
 
     def __init__(self, where: str, storages: MutableMapping[str, Storage]) -> None:
         self.where = where
@@ -139,7 +139,7 @@ class _Machine:
             self._collect(name)
 
     def _collect(self, name: str) -> None:
-        """Carry out an instruction that moves what is on the stack into a collection."""
+        """Carry out an instruction that moves items from the stack into a collection."""
         match name:
             case "TUPLE":
                 items = self._since_mark()
@@ -159,7 +159,7 @@ class _Machine:
             case "SETITEMS":
                 items = self._since_mark()
                 _set_items(self.stack[-1], items)
-            case "BUILD":  # attributes of a dictionary: state_dict() hangs the versions of modules on it
+            case "BUILD":  # attributes of a dictionary: state_dict() stores the versions of modules in one
                 self.stack.pop()
             case _:
                 refuse_content(self.where, f"the pickle instruction {name}, which torch.save does not write")
@@ -189,15 +189,15 @@ class _Machine:
         return storage
 
     def _call(self, function: Any, arguments: Any) -> Any:
-        """Return what a call describes, for the few that a dictionary of tensors needs."""
+        """Return the result of a call, for the few calls that a dictionary of tensors needs."""
         if not isinstance(function, _Global) or (function.module, function.name) not in _CALLS:
             raise TypeError("not a call that makes a tensor")
         match function.name:
             case "OrderedDict":
-                made: dict[Any, Any] = {}
+                result: dict[Any, Any] = {}
                 for pair in _pairs(arguments):
-                    _set_items(made, pair)
-                return made
+                    _set_items(result, pair)
+                return result
             case "_rebuild_parameter":
                 return arguments[0]
             case "_rebuild_tensor_v3":
@@ -207,24 +207,26 @@ class _Machine:
                 storage, offset, shape, strides, *rest = arguments
                 return self._tensor(storage, storage.dtype, offset, shape, strides, rest[2:])
 
-    def _tensor(self, storage: Any, dtype: Any, offset: Any, shape: Any, strides: Any, marks: list[Any]) -> Tensor:
+    def _tensor(
+        self, storage: Any, dtype: Any, offset: Any, shape: Any, strides: Any, marks: list[Any]
+    ) -> PickledTensor:
         if any(marks):  # conjugated or negated when read: its bytes are not its numbers
             refuse_content(self.where, f"a tensor that is marked {sorted(marks[0])}")
         if not isinstance(storage, Storage) or dtype is None or len(shape) != len(strides):
             raise TypeError("not a tensor")
         if not all(type(count) is int and 0 <= count < 2**63 for count in (offset, *shape, *strides)):
             raise ValueError("not a tensor")
-        return Tensor(storage, dtype, offset, tuple(shape), tuple(strides))
+        return PickledTensor(storage, dtype, offset, tuple(shape), tuple(strides))
 
 
 def _pairs(arguments: Any) -> Iterator[list[Any]]:
-    """Yield the items with which Python 2 wrote an OrderedDict: a list of [key, value]."""
+    """Yield the items of an OrderedDict as Python 2 wrote it: a list of [key, value]."""
     for key, value in arguments[0] if arguments else ():
         yield [key, value]
 
 
 def _set_items(target: Any, items: list[Any]) -> None:
-    """Put items, key and value by turns, into a dictionary. Keys are plain: nothing else is hashed."""
+    """Put items (key, value, key, value ...) into a dictionary. Keys must be plain: nothing else is hashed."""
     if not isinstance(target, dict) or not all(isinstance(key, (str, int)) for key in items[::2]):
         raise TypeError("not a dictionary with plain keys")
     target.update(zip(items[::2], items[1::2], strict=True))
