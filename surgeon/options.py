@@ -116,10 +116,10 @@ def adapter_option() -> Any:
     )
 
 
-def same_option(options: Any, name: str) -> Any:
-    """Return a field like the field `name` of another dataclass of options: the same default, help and flag."""
+def same_option(options: Any, name: str, *, default: Any = MISSING) -> Any:
+    """Return a field like the field `name` of another dataclass of options: the same help, flag and default."""
     item = next(item for item in fields(options) if item.name == name)
-    return field(default=item.default, metadata=item.metadata)
+    return field(default=item.default if default is MISSING else default, metadata=item.metadata)
 
 
 def keywords_of(options: Any) -> dict[str, Any]:

@@ -13,10 +13,10 @@ from transformers import GenerationConfig
 import surgeon
 from surgeon.checkpoint.source import open_source
 from surgeon.errors import DataError, MeasureError, OutputError
+from surgeon.evals.answers import read_prompts
 from surgeon.evals.choices import log_likelihoods, options_of, read_questions
 from surgeon.evals.generation import answer, load_whole
 from surgeon.evals.metrics import rouge_l
-from surgeon.evals.prompts import read_prompts
 from surgeon.models.loading import load_tokenizer
 
 RECORDS = [

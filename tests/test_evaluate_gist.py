@@ -12,7 +12,7 @@ import torch
 import surgeon
 from surgeon.errors import DataError, MeasureError, PlanError
 from surgeon.evals.generation import load_whole
-from surgeon.evals.gist import GistEvaluation, evaluate_gist
+from surgeon.evals.gist import GistEvaluation
 from surgeon.evals.gist_answers import answer_losses, answers
 from surgeon.evals.metrics import rouge_l
 from surgeon.gist.masks import cross_mask, encoder_mask, gist_masks, gist_phases
@@ -20,6 +20,7 @@ from surgeon.gist.records import FORMS, FULL, GIST, NONE, Record, read_forms
 from surgeon.gist.states import encode
 from surgeon.gist.tokens import GistTokens, read_gist
 from surgeon.models.loading import load_tokenizer
+from surgeon.verbs.evaluate import evaluate_gist
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

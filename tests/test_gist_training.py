@@ -18,7 +18,6 @@ import surgeon
 from surgeon.data.records import document
 from surgeon.data.rows import begin_of_text
 from surgeon.errors import DataError, PlanError
-from surgeon.evals.gist import evaluate_gist
 from surgeon.gist.layout import CHAT, TEXT, prompt_tokens, text_tokens
 from surgeon.gist.records import Gists, gist_examples
 from surgeon.gist.tokens import GistTokens
@@ -29,6 +28,7 @@ from surgeon.train.losses import kl
 from surgeon.train.objective import Objective, attach_loss, detach_loss
 from surgeon.train.run_dir import read_metrics
 from surgeon.train.settings import Settings
+from surgeon.verbs.evaluate import evaluate_gist
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

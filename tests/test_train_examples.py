@@ -15,7 +15,7 @@ from surgeon.data.documents import documents
 from surgeon.data.records import Document
 from surgeon.data.rows import encode
 from surgeon.errors import DataError
-from surgeon.evals.prompts import read_prompts
+from surgeon.evals.answers import read_prompts
 from surgeon.train.examples import Example, example, examples
 
 BOS, EOS = 1, 2

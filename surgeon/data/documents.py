@@ -22,6 +22,7 @@ from surgeon.data.records import FORMS_HINT, Document, document, fields_of
 from surgeon.errors import DataError
 
 KINDS = ".txt, .jsonl, .json (each also .gz) and .parquet"
+RECORD_HINT = 'Write one record per line: {"text": "..."}'
 PARQUET_ROWS = 256  # decoded at a time
 _HUB_SPEC = re.compile(r"(?P<id>[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95})(:(?P<config>[^:]*)(:(?P<split>.+))?)?")
 
@@ -108,8 +109,11 @@ def _text(path: Path) -> Iterator[Document]:
     yield Document(str(path), (_decoded(raw, path).removeprefix("\ufeff"),))
 
 
-def _lines(path: Path) -> Iterator[Document]:
-    """Yield the records of a file with one on each line that is not empty."""
+def json_lines(path: Path, *, hint: str = RECORD_HINT) -> Iterator[tuple[str, Any]]:
+    """Yield the records of a file with one on each line that is not empty, each with its place: "data.jsonl:1".
+
+    Raises DataError for a file that cannot be read, and with `hint` for a line that is not JSON.
+    """
     offset = 0
     with _opened(path) as file:
         for number, raw in enumerate(file, start=1):  # split at b"\n" only: U+2028 may stand inside a string
@@ -117,7 +121,12 @@ def _lines(path: Path) -> Iterator[Document]:
             offset += len(raw)
             line = (line.removeprefix("\ufeff") if number == 1 else line).rstrip("\r\n")
             if line.strip(" \t\r"):
-                yield document(_parsed(line, path, number), f"{path}:{number}")
+                yield f"{path}:{number}", _parsed(line, path, number, hint=hint)
+
+
+def _lines(path: Path) -> Iterator[Document]:
+    """Yield the documents of a file with one record on each line that is not empty."""
+    return (document(record, where) for where, record in json_lines(path))
 
 
 def _array_or_lines(path: Path) -> Iterator[Document]:
@@ -181,13 +190,13 @@ def _decoded(raw: bytes, path: Path, *, offset: int = 0) -> str:
         ) from error
 
 
-def _parsed(text: str, path: Path, line: int = 1) -> Any:
-    """Return the JSON that begins on `line` of the file. Raises DataError with the place where it stops being some."""
+def _parsed(text: str, path: Path, line: int = 1, *, hint: str = RECORD_HINT) -> Any:
+    """Return the JSON that begins on `line` of the file. Raises DataError with the place of the first error."""
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
         place = f"{path}:{line + error.lineno - 1}:{error.colno}"
-        raise DataError(f"{place}: {error.msg}", hint='Write one record per line: {"text": "..."}') from error
+        raise DataError(f"{place}: {error.msg}", hint=hint) from error
     except (ValueError, RecursionError) as error:  # ValueError: a number of thousands of digits
         raise DataError(f"{path}:{line}: {error}", hint="Take the record out.") from error
 
