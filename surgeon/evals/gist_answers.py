@@ -105,12 +105,12 @@ def answers(
     texts = [""] * len(records)
     for start in range(0, len(order), batch_size):
         chosen = order[start : start + batch_size]
-        asked = [records[index] for index in chosen]
+        batch = [records[index] for index in chosen]
         settings = {"max_new_tokens": max_new_tokens, "pad_token_id": pad, "eos_token_id": sorted(stops) or None}
         rows = (
-            _decoder_answers(model, asked, form, **settings)
+            _decoder_answers(model, batch, form, **settings)
             if has_encoder
-            else _gist_answers(model, asked, frozen=frozen, **settings)
+            else _gist_answers(model, batch, frozen=frozen, **settings)
         )
         for index, row in zip(chosen, rows, strict=True):
             texts[index] = decoded(row, stops, tokenizer)
@@ -124,12 +124,12 @@ def _decoder_answers(model: Any, records: Sequence[Record], form: str, **options
     """Return the tokens that a decoder generates from the encoder's states of some records, each encoded alone."""
     states = []
     for record in records:
-        asked, prompt, after = (
+        text, prompt, after = (
             torch.tensor([ids], device=model.device)
             for ids in (record.asked(form), record.prompt + record.gist, record.behind)
         )
         if form != GIST:
-            states.append(encode(model, asked)[0])
+            states.append(encode(model, text)[0])
             continue
         states.append(encoded_behind(model, last_states(model, prompt, len(record.gist)), after)[0])
     with quiet_transformers():

@@ -87,9 +87,7 @@ class Trainability:
         ratios = [f"{layer} ({ratio:.0f}x)" for layer, ratio in self.loud_layers.items()]
         if ratios:
             over = f"over {LARGE_GRADIENT:.0f}x"
-            lines.append(
-                ("warning", f"new layers with over {LARGE_GRADIENT:.0f}x their neighbours' gradient: {layers}")
-            )
+            lines.append(("warning", f"new layers with {over} their neighbours' gradient: {', '.join(ratios)}"))
         return [*([("trainable", "no dead weights, no symmetric copies")] if self.is_sound else []), *lines]
 
 
