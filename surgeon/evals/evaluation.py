@@ -114,8 +114,10 @@ class EvaluationOptions(MetricOptions):
 
     def _refuse(self, name: str, metrics: Sequence[str]) -> None:
         message = f"{flag_of(name)} has no effect on {self.metric}"
-        hint = f"It goes with {' and '.join(metrics)}."
-        raise OptionError(name, message, hint=hint) if name == "judge" else PlanError(message, hint=hint)
+        others = " and ".join(metrics)
+        if name == "judge":  # a usage error on the command line, which prints no hint
+            raise OptionError(name, f"{message}; it goes with {others}, or --gist")
+        raise PlanError(message, hint=f"It goes with {others}.")
 
     @property
     def pattern(self) -> re.Pattern[str] | None:
