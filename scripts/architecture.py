@@ -131,15 +131,14 @@ def picture() -> str:
         left = (width - len(row) * (WIDTH + GAP) + GAP) / 2
         for index, name in enumerate(row):
             places[name] = (left + index * (WIDTH + GAP), height - (number + 1) * ROW + (ROW - HEIGHT) / 2)
-    head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" font-family="sans-serif" font-size="15"'
+    look = f'viewBox="0 0 {width} {height}" font-family="sans-serif" font-size="15"'
+    label = 'role="img" aria-label="The packages of surgeon and their imports"'
     tip = f'<path d="M0 0 L8 4 L0 8 z" fill="{COLOURS["edge"]}"/>'
+    size = 'viewBox="0 0 8 8" refX="7" refY="4" markerWidth="7" markerHeight="7"'
     lines = [
-        f'{head} role="img" aria-label="The packages of surgeon and their imports">',
+        f'<svg xmlns="http://www.w3.org/2000/svg" {look} {label}>',
         f'<rect width="{width}" height="{height}" fill="white"/>',
-        (
-            f'<defs><marker id="tip" viewBox="0 0 8 8" refX="7" refY="4" markerWidth="7" markerHeight="7" orient="auto">{tip}'
-            "</marker></defs>"
-        ),
+        f'<defs><marker id="tip" {size} orient="auto">{tip}</marker></defs>',
     ]
     for name, targets in graph.items():
         lines += [arrow(places[name], places[target]) for target in sorted(direct(name, targets, graph))]

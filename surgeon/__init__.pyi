@@ -9,11 +9,9 @@ from surgeon.errors import PlanError as PlanError
 from surgeon.errors import SurgeonError as SurgeonError
 from surgeon.errors import TrainingError as TrainingError
 from surgeon.errors import VerificationError as VerificationError
+from surgeon.evals.evaluation import Evaluation as Evaluation
 from surgeon.evals.gist import GistEvaluation as GistEvaluation
-from surgeon.evals.gist import evaluate_gist as evaluate_gist
 from surgeon.evals.harness import TaskEvaluation as TaskEvaluation
-from surgeon.evals.harness import evaluate_tasks as evaluate_tasks
-from surgeon.evals.judge import judge_answers as judge_answers
 from surgeon.evals.verdicts import Judgement as Judgement
 from surgeon.surgery import Summary as Summary
 from surgeon.surgery import Surgery as Surgery
@@ -22,8 +20,10 @@ from surgeon.train.result import Training as Training
 from surgeon.verbs.compress import Compression as Compression
 from surgeon.verbs.compress import compress as compress
 from surgeon.verbs.convert import convert as convert
-from surgeon.verbs.evaluate import Evaluation as Evaluation
 from surgeon.verbs.evaluate import evaluate as evaluate
+from surgeon.verbs.evaluate import evaluate_gist as evaluate_gist
+from surgeon.verbs.evaluate import evaluate_tasks as evaluate_tasks
+from surgeon.verbs.evaluate import judge_answers as judge_answers
 from surgeon.verbs.finetune import estimate_finetune as estimate_finetune
 from surgeon.verbs.finetune import finetune as finetune
 from surgeon.verbs.generate import Generation as Generation

@@ -24,12 +24,15 @@ from dataclasses import MISSING, dataclass, field, fields
 from functools import wraps
 from importlib import import_module
 from importlib.util import find_spec
-from typing import Any, Concatenate, ParamSpec, TypeVar
+from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar, overload
 
 from surgeon.errors import PlanError
 
-Model = TypeVar("Model")
-Options = TypeVar("Options")
+A = TypeVar("A")  # A to D: the arguments of a verb before its options
+B = TypeVar("B")
+C = TypeVar("C")
+D = TypeVar("D")
+Options = TypeVar("Options", covariant=True)
 Result = TypeVar("Result")
 Keywords = ParamSpec("Keywords")
 
@@ -106,6 +109,19 @@ def device_option(default: str = "auto") -> Any:
     return option("What computes: auto (CUDA, then MPS, then the CPU), cpu, cuda, mps.", default)
 
 
+def adapter_option() -> Any:
+    """Return the field `adapter`."""
+    return option(
+        "Adapters trained with a frozen reader; the gist is made with them, and read without.", None, metavar="DIR"
+    )
+
+
+def same_option(options: Any, name: str, *, default: Any = MISSING) -> Any:
+    """Return a field like the field `name` of another dataclass of options: the same help, flag and default."""
+    item = next(item for item in fields(options) if item.name == name)
+    return field(default=item.default if default is MISSING else default, metadata=item.metadata)
+
+
 def keywords_of(options: Any) -> dict[str, Any]:
     """Return the fields of a dataclass of options as keywords."""
     return {item.name: getattr(options, item.name) for item in fields(options)}
@@ -129,29 +145,44 @@ def words(text: str) -> list[str]:
     return [word.strip() for word in text.split(",") if word.strip()]
 
 
-def takes(
-    options: Callable[Keywords, Options],
-) -> Callable[[Callable[[Model, Options], Result]], Callable[Concatenate[Model, Keywords], Result]]:
-    """Return a decorator: the function takes the fields of `options` as keywords, after its first argument.
+class Taking(Protocol[Keywords, Options]):
+    """The decorator that `takes` returns, for functions of one argument and more before their options."""
+
+    @overload
+    def __call__(self, function: Callable[[A, Options], Result]) -> Callable[Concatenate[A, Keywords], Result]: ...
+
+    @overload
+    def __call__(
+        self, function: Callable[[A, B, Options], Result]
+    ) -> Callable[Concatenate[A, B, Keywords], Result]: ...
+
+    @overload
+    def __call__(
+        self, function: Callable[[A, B, C, D, Options], Result]
+    ) -> Callable[Concatenate[A, B, C, D, Keywords], Result]: ...
+
+
+def takes(options: Callable[Keywords, Options]) -> Taking[Keywords, Options]:
+    """Return a decorator: the function takes the fields of `options` as keywords, after its other arguments.
 
     Its signature and its docstring list them, for `help()` and for editors; type checkers see them too.
     """
 
-    def decorate(function: Callable[[Model, Options], Result]) -> Callable[Concatenate[Model, Keywords], Result]:
+    def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
         make: Any = options
-        first = next(iter(inspect.signature(function).parameters.values()))
+        *arguments, _ = inspect.signature(function).parameters.values()
         keywords = inspect.signature(options).parameters.values()
 
         @wraps(function)
-        def call(*model: Any, **given: Any) -> Result:
-            if not model and first.name in given:
-                model = (given.pop(first.name),)
-            if len(model) != 1:
-                raise TypeError(f"{function.__name__}() takes {first.name}, and its options by their names")
-            return function(model[0], make(**given))
+        def call(*given: Any, **named: Any) -> Any:
+            rest = [named.pop(item.name) for item in arguments[len(given) :] if item.name in named]
+            if len(given) + len(rest) != len(arguments):
+                names = ", ".join(item.name for item in arguments)
+                raise TypeError(f"{function.__name__}() takes {names}, and its options by their names")
+            return function(*given, *rest, make(**named))
 
         call.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
-            [first, *keywords], return_annotation=inspect.signature(function).return_annotation
+            [*arguments, *keywords], return_annotation=inspect.signature(function).return_annotation
         )
         call.__doc__ = f"{inspect.cleandoc(function.__doc__ or '')}\n\nOptions:\n{_listed(options)}\n"
         return call

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from later import LATER
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
-from surgeon.data.rows import Rows, digest, read_rows
+from surgeon.data.rows import TokenRows, digest, read_rows
 from surgeon.errors import DataError
 from surgeon.models.loading import load_tokenizer
 
@@ -212,7 +212,7 @@ def test_a_chat_that_the_template_refuses_is_named(tmp_path, template, said):
     spec = jsonl(tmp_path / "a.jsonl", {"messages": [{"role": "user", "content": "Hi"}]})
     message, hint = refusal([spec], byte_level(chat_template=template))
     assert message.startswith(f"the chat template refuses {spec}:1: {said}")
-    assert hint.startswith("Templates often want")
+    assert hint.startswith("Many templates require")
 
 
 # What was read
@@ -309,7 +309,7 @@ def test_a_word_level_tokenizer_does_too(tmp_path):
     PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>").save_pretrained(tmp_path / "words")
     spec = write(tmp_path / "a.txt", "the cat the dog")
 
-    rows: Rows = read_rows([spec], load_tokenizer(str(tmp_path / "words")), samples=2, sequence_length=2)
+    rows: TokenRows = read_rows([spec], load_tokenizer(str(tmp_path / "words")), samples=2, sequence_length=2)
 
     assert rows.tokens.tolist() == [[1, 2], [1, 0]]
 

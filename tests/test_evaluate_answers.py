@@ -12,7 +12,6 @@ import surgeon
 from surgeon.checkpoint.source import open_source
 from surgeon.errors import DataError, MeasureError, OutputError
 from surgeon.evals.metrics import rouge_l
-from surgeon.evals.prompts import read_prompts
 from surgeon.models.loading import load_tokenizer
 
 if LATER:
@@ -20,6 +19,7 @@ if LATER:
     from streamed import plain, stream
     from transformers import GenerationConfig
 
+    from surgeon.evals.answers import read_prompts
     from surgeon.evals.choices import log_likelihoods, options_of, read_questions
     from surgeon.evals.generation import answer, load_whole
 

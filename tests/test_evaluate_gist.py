@@ -13,10 +13,11 @@ from later import LATER
 
 import surgeon
 from surgeon.errors import DataError, MeasureError, PlanError
-from surgeon.evals.gist import GistEvaluation, evaluate_gist
+from surgeon.evals.gist import GistEvaluation
 from surgeon.evals.metrics import rouge_l
 from surgeon.gist.tokens import GistTokens, read_gist
 from surgeon.models.loading import load_tokenizer
+from surgeon.verbs.evaluate import evaluate_gist
 
 if LATER:
     import torch

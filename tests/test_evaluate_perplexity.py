@@ -12,7 +12,6 @@ from tokenizers import normalizers
 
 import surgeon
 from surgeon.errors import CheckpointError, DataError, MeasureError, PlanError
-from surgeon.evals.stream import token_bytes
 from surgeon.models.loading import load_tokenizer
 
 if LATER:
@@ -22,7 +21,7 @@ if LATER:
     from transformers import AutoModel
 
     from surgeon.evals import perplexity as streaming
-    from surgeon.evals.perplexity import pieces_of, row_losses, windows
+    from surgeon.evals.perplexity import row_losses, token_bytes, window_batches, windows
 
 CLOSE = 1e-6  # relative: float32 through six layers, in batches of other shapes
 
@@ -112,7 +111,7 @@ def test_windows_predict_every_token_but_the_first_once_with_context():
                 assert [token for _, first, end in found for token in range(first, end)] == list(range(1, num_tokens))
                 assert all(end - start <= length for start, _, end in found)
                 assert all(first - start >= length - stride for start, first, _ in found[1:])
-                pieces = pieces_of(torch.arange(num_tokens), found)
+                pieces = window_batches(torch.arange(num_tokens), found)
                 assert [row for piece in pieces for row in piece.tokens.tolist()] == [
                     list(range(start, end)) for start, _, end in found
                 ]
@@ -125,7 +124,7 @@ def test_the_first_samples_bound_the_stream_of_a_stride(model, text):
 
 
 def test_rows_that_do_not_fit_into_memory_together_give_the_same(model, monkeypatch):
-    pieces = pieces_of(torch.tensor(ids_of(model)[:200]), windows(200, 20, 7))
+    pieces = window_batches(torch.tensor(ids_of(model)[:200]), windows(200, 20, 7))
     whole = row_losses(stream(model), pieces)
 
     monkeypatch.setattr(streaming, "STATES_BYTES", 3 * 20 * 48 * 4 * 2)
@@ -267,7 +266,7 @@ def test_a_model_that_sees_ahead_is_refused_whatever_it_is_called(text, tmp_path
         evaluate(bert, text, sequence_length=16)
 
     edit_config(bert, architectures=["BertForPreTraining"])
-    with pytest.raises(MeasureError, match="a token sees those behind it"):
+    with pytest.raises(MeasureError, match="a token sees those after it"):
         evaluate(bert, text, sequence_length=16)
 
 
@@ -296,14 +295,14 @@ def test_empty_and_missing_data_are_refused(model, tmp_path):
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"metric": "bleu"}, "unknown metric 'bleu'"),
+        ({"metric": "bleu"}, "--metric 'bleu' is none of"),
         ({"samples": 0}, "--samples is 0"),
         ({"sequence_length": 1}, "--sequence-length is 1"),
         ({"stride": 0}, "--stride is 0"),
         ({"sequence_length": 8, "stride": 8}, "leave the first of each without context"),
-        ({"extract": "x"}, "--extract says nothing to perplexity"),
-        ({"chat": True}, "--chat says nothing to perplexity"),
-        ({"metric": "rouge-l", "stride": 4}, "--stride says nothing to rouge-l"),
+        ({"extract": "x"}, "--extract has no effect on perplexity"),
+        ({"chat": True}, "--chat has no effect on perplexity"),
+        ({"metric": "rouge-l", "stride": 4}, "--stride has no effect on rouge-l"),
         ({"metric": "exact-match", "extract": "("}, "--extract is no regular expression"),
     ],
 )

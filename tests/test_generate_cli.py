@@ -160,7 +160,7 @@ def test_no_more_is_written_than_the_model_has_positions(bots, run):
         (["--max-new-tokens", "0"], "--max-new-tokens is 0"),
         (["--temperature", "-1"], "--temperature is -1.0"),
         (["--temperature", "nan"], "--temperature is nan"),
-        (["--top-p", "0.5"], "--top-p says nothing to a greedy model"),
+        (["--top-p", "0.5"], "--top-p has no effect without --temperature"),
         (["--top-p", "2", "--temperature", "1"], "--top-p is 2.0"),
         (["--beams", "0"], "--beams is 0"),
     ],

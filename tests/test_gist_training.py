@@ -17,12 +17,12 @@ import surgeon
 from surgeon.data.records import document
 from surgeon.data.rows import begin_of_text
 from surgeon.errors import DataError, PlanError
-from surgeon.evals.gist import evaluate_gist
 from surgeon.gist.layout import CHAT, TEXT, prompt_tokens, text_tokens
 from surgeon.gist.settings import GistSettings
 from surgeon.gist.tokens import GistTokens
 from surgeon.train.run_dir import read_metrics
 from surgeon.train.settings import Settings
+from surgeon.verbs.evaluate import evaluate_gist
 from surgeon.verbs.finetune import FinetuneOptions, checked
 
 if LATER:

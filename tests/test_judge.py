@@ -163,7 +163,7 @@ def test_records_are_shown_without_their_answer_and_without_a_template(tmp_path)
 def test_the_judge_is_asked_in_its_template_or_in_plain_text(tmp_path, template, begin, end):
     seat = Judge(open_source(longer(tmp_path / "judge", template=template)), "cpu")
 
-    asked = seat.asking(CASES[0], "one", "two")
+    asked = seat.question(CASES[0], "one", "two")
 
     question = begin + ASK.format(prompt="The cat?", first="one", second="two")
     told = [seat.tokenizer.decode([*asked.shared, *label]) for label in asked.labels]
@@ -174,9 +174,9 @@ def test_the_judge_is_asked_in_its_template_or_in_plain_text(tmp_path, template,
 def test_answers_cannot_end_their_place_with_the_judges_special_tokens(toy_judge):
     seat = Judge(open_source(toy_judge), "cpu")
 
-    asked = seat.asking(CASES[0], "on<e<end>nd>e<s>", "two")
+    asked = seat.question(CASES[0], "on<e<end>nd>e<s>", "two")
 
-    assert asked == seat.asking(CASES[0], "one", "two")
+    assert asked == seat.question(CASES[0], "one", "two")
 
 
 def test_a_tokenizer_that_cannot_tell_the_letters_is_refused(toy_judge):
@@ -184,7 +184,7 @@ def test_a_tokenizer_that_cannot_tell_the_letters_is_refused(toy_judge):
     seat.tokenizer.backend_tokenizer.normalizer = normalizers.Replace(Regex("[ABC]"), "x")
 
     with pytest.raises(MeasureError, match="the same tokens of A and B and C"):
-        seat.asking(CASES[0], "one", "two")
+        seat.question(CASES[0], "one", "two")
 
 
 # --- how it is read ---------------------------------------------------------------------------------------------
@@ -396,9 +396,9 @@ def test_a_judge_without_two_sets_of_answers_is_bad_usage(models, records, run, 
 
 
 def test_python_refuses_it_too(models, records):
-    with pytest.raises(PlanError, match="there is one model"):
+    with pytest.raises(PlanError, match="--judge compares with --baseline"):
         surgeon.evaluate(models[0], data=[records], metric="rouge-l", judge=models[0])
-    with pytest.raises(PlanError, match="--judge says nothing to perplexity"):
+    with pytest.raises(PlanError, match="--judge has no effect on perplexity"):
         surgeon.evaluate(models[0], data=[records], baseline=models[1], judge=models[0])
 
 

@@ -15,11 +15,12 @@ from surgeon.data.documents import documents
 from surgeon.data.records import Document
 from surgeon.data.rows import encode
 from surgeon.errors import DataError
-from surgeon.evals.prompts import read_prompts
 from surgeon.train.examples import Example, examples
 
 if LATER:
     from transformers import PreTrainedTokenizerFast
+
+    from surgeon.evals.answers import read_prompts
 
 BOS, EOS = 1, 2
 CHAT = [

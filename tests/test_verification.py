@@ -164,7 +164,7 @@ def test_a_damaged_result_is_refused_and_left_in_place(toy, tmp_path, dtype):
     with pytest.raises(VerificationError, match="does not compute what its source computes") as caught:
         surgeon.verify(toy("llama"), tmp_path / "out")
 
-    assert "left for you to look at" in str(caught.value.hint)
+    assert "left in place for inspection" in str(caught.value.hint)
     assert (tmp_path / "out" / "model.safetensors").exists()
 
 

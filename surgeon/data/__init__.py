@@ -1,1 +1,1 @@
-"""Data: documents from files and from the Hub, tokenizers, and the rows of tokens that scores are computed on."""
+"""Data: documents from files and from the Hub, and the rows of tokens that scores are computed on."""

@@ -22,6 +22,7 @@ from surgeon.data.records import FORMS_HINT, Document, document, fields_of
 from surgeon.errors import DataError
 
 KINDS = ".txt, .jsonl, .json (each also .gz) and .parquet"
+RECORD_HINT = 'Write one record per line: {"text": "..."}'
 PARQUET_ROWS = 256  # decoded at a time
 _HUB_SPEC = re.compile(r"(?P<id>[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95})(:(?P<config>[^:]*)(:(?P<split>.+))?)?")
 
@@ -30,11 +31,11 @@ def documents(spec: str) -> Iterator[Document]:
     """Return the documents of a file, of a directory's files in the order of their names, or of a Hub dataset.
 
     A Hub dataset is written ORG/NAME[:CONFIG[:SPLIT]], its split being "train" if it is not named. A path that exists
-    wins over such a name. Raises DataError: at once for a path that is none or of no kind that can be read; for what is
-    wrong inside, when it is reached; for a Hub dataset, when its first document is asked for.
+    is preferred over such a name. Raises DataError: at once for a path that does not exist or cannot be read; for a
+    damaged record, when it is reached; for a Hub dataset, with its first document.
     """
     path = Path(spec)
-    with suppress(RuntimeError):  # ~someone who has no home here
+    with suppress(RuntimeError):  # ~name of an unknown user
         path = path.expanduser()
     if os.path.isdir(path):  # noqa: PTH112  # Path.is_dir raises for a name that is too long
         return chain.from_iterable(map(_file_documents, _files(path)))
@@ -102,14 +103,17 @@ def _reader_or_none(path: Path) -> Callable[[Path], Iterator[Document]] | None:
 
 
 def _text(path: Path) -> Iterator[Document]:
-    """Yield the one document of a text file: nothing of it is changed but a BOM taken off."""
+    """Yield the one document of a text file: unchanged except for a BOM, which is removed."""
     with _opened(path) as file:
         raw = file.read()
     yield Document(str(path), (_decoded(raw, path).removeprefix("\ufeff"),))
 
 
-def _lines(path: Path) -> Iterator[Document]:
-    """Yield the records of a file with one on each line that is not empty."""
+def json_lines(path: Path, *, hint: str = RECORD_HINT) -> Iterator[tuple[str, Any]]:
+    """Yield the records of a file with one on each line that is not empty, each with its place: "data.jsonl:1".
+
+    Raises DataError for a file that cannot be read, and with `hint` for a line that is not JSON.
+    """
     offset = 0
     with _opened(path) as file:
         for number, raw in enumerate(file, start=1):  # split at b"\n" only: U+2028 may stand inside a string
@@ -117,11 +121,16 @@ def _lines(path: Path) -> Iterator[Document]:
             offset += len(raw)
             line = (line.removeprefix("\ufeff") if number == 1 else line).rstrip("\r\n")
             if line.strip(" \t\r"):
-                yield document(_parsed(line, path, number), f"{path}:{number}")
+                yield f"{path}:{number}", _parsed(line, path, number, hint=hint)
+
+
+def _lines(path: Path) -> Iterator[Document]:
+    """Yield the documents of a file with one record on each line that is not empty."""
+    return (document(record, where) for where, record in json_lines(path))
 
 
 def _array_or_lines(path: Path) -> Iterator[Document]:
-    """Yield the records of a JSON array, which is read whole, or of a file with one record on each line."""
+    """Yield the records of a JSON array, which is read as a whole, or of a file with one record on each line."""
     with _opened(path) as file:
         begun = (line.lstrip(codecs.BOM_UTF8 + b" \t\r\n") for line in file)
         first = next(filter(None, begun), b"")
@@ -181,13 +190,13 @@ def _decoded(raw: bytes, path: Path, *, offset: int = 0) -> str:
         ) from error
 
 
-def _parsed(text: str, path: Path, line: int = 1) -> Any:
-    """Return the JSON that begins on `line` of the file. Raises DataError with the place where it stops being some."""
+def _parsed(text: str, path: Path, line: int = 1, *, hint: str = RECORD_HINT) -> Any:
+    """Return the JSON that begins on `line` of the file. Raises DataError with the place of the first error."""
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
         place = f"{path}:{line + error.lineno - 1}:{error.colno}"
-        raise DataError(f"{place}: {error.msg}", hint='Write one record per line: {"text": "..."}') from error
+        raise DataError(f"{place}: {error.msg}", hint=hint) from error
     except (ValueError, RecursionError) as error:  # ValueError: a number of thousands of digits
         raise DataError(f"{path}:{line}: {error}", hint="Take the record out.") from error
 
@@ -196,12 +205,12 @@ _FAILURES = (OSError, ValueError, RuntimeError, KeyError, ImportError)
 
 
 def hub_documents(spec: str, repo_id: str, *, config: str | None, split: str) -> Iterator[Document]:
-    """Yield the documents of one split, of which no more is downloaded than is asked for.
+    """Yield the documents of one split; only the documents that are used are downloaded.
 
     Under HF_HUB_OFFLINE it is read from the cache of `datasets`, which streaming does not fill. Raises DataError.
     """
     datasets = needed("datasets", f"{repo_id} from the Hub")
-    with _explained(spec, repo_id), _hushed():
+    with _explained(spec, repo_id), _quiet_datasets():
         rows = datasets.load_dataset(repo_id, config, split=split, streaming=not datasets.config.HF_HUB_OFFLINE)
         if rows.column_names:  # known before the first row is read: then nothing else has to be decoded
             rows = rows.select_columns(fields_of(rows.column_names, spec))
@@ -211,9 +220,9 @@ def hub_documents(spec: str, repo_id: str, *, config: str | None, split: str) ->
 
 @contextmanager
 def _explained(spec: str, repo_id: str) -> Iterator[None]:
-    """Turn every failure of `datasets` in this block into one DataError.
+    """Turn an error of `datasets` in this block into a DataError.
 
-    What huggingface_hub, pyarrow and the decoders of columns raise comes through it as it is.
+    Errors of huggingface_hub, pyarrow and the decoders of columns pass through `datasets` unchanged.
     """
     from datasets.exceptions import DatasetsError
     from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]  # of the HTTP library that it uses
@@ -226,18 +235,18 @@ def _explained(spec: str, repo_id: str) -> Iterator[None]:
 
 
 def _explanation(error: Exception, spec: str, repo_id: str) -> DataError:
-    """Return the failure in the user's words."""
+    """Return the error that the user sees."""
     from datasets import config
     from datasets.exceptions import DatasetNotFoundError
     from huggingface_hub.errors import HfHubHTTPError, HTTPError  # type: ignore[attr-defined]
 
-    said = next(iter(str(error).strip().splitlines()), type(error).__name__)
+    reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
     if config.HF_HUB_OFFLINE and isinstance(error, ConnectionError):
         return DataError(
             f"{repo_id} is not in the cache of datasets, and HF_HUB_OFFLINE is set",
             hint="Unset HF_HUB_OFFLINE, or name a file.",
         )
-    if isinstance(error, DatasetNotFoundError) and "is a gated dataset" not in said:
+    if isinstance(error, DatasetNotFoundError) and "is a gated dataset" not in reason:
         return DataError(
             f"the Hub has no dataset {repo_id}, or does not show it to you; nor is there a file of that name",
             hint="Check the name; if it is private, log in with `hf auth login`, or set HF_TOKEN.",
@@ -245,23 +254,23 @@ def _explanation(error: Exception, spec: str, repo_id: str) -> DataError:
     is_transport = isinstance(error, (ConnectionError, HTTPError)) and not isinstance(error, HfHubHTTPError)
     if is_transport:
         return DataError(
-            f"cannot reach the Hub at {config.HF_ENDPOINT} for {repo_id}: {said}",
+            f"cannot reach the Hub at {config.HF_ENDPOINT} for {repo_id}: {reason}",
             hint="Check the network and HF_ENDPOINT; HF_HUB_OFFLINE=1 makes do with what is cached.",
         )
     return DataError(
-        f"cannot read {spec} from the Hub: {said}",
+        f"cannot read {spec} from the Hub: {reason}",
         hint=f"See {config.HF_ENDPOINT}/datasets/{repo_id}; CONFIG and SPLIT are written ORG/NAME:CONFIG:SPLIT.",
     )
 
 
 @contextmanager
-def _hushed() -> Iterator[None]:
-    """Keep `datasets` from logging, and where standard error is no terminal from drawing bars."""
+def _quiet_datasets() -> Iterator[None]:
+    """Keep `datasets` from logging, and from drawing bars where standard error is no terminal."""
     import datasets
 
     log: Any = datasets.logging
     level, bars = log.get_verbosity(), log.is_progress_bar_enabled()
-    log.set_verbosity(log.CRITICAL)  # what fails is logged as an error first, and raised then
+    log.set_verbosity(log.CRITICAL)  # errors are logged before they are raised
     if not sys.stderr.isatty():
         log.disable_progress_bar()
     try:

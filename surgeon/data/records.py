@@ -1,14 +1,10 @@
-"""A record and its text: which of its fields are read, in what order, and what they must hold."""
+"""Records and their text: the fields that are read, their order and their types."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from surgeon.errors import DataError
-
-if TYPE_CHECKING:
-    pass
-
 
 # A record is read in the first of these forms whose fields it has; a field in brackets may be absent, null or "".
 FORMS = (
@@ -42,9 +38,9 @@ class Document:
 
 
 def document(record: object, where: str) -> Document:
-    """Return what a record says.
+    """Return the document in a record.
 
-    Raises DataError when it is no object, has none of the forms, or holds something else than strings in them.
+    Raises DataError when it is no object, has none of the forms, or has a field that is no string.
     """
     if not isinstance(record, Mapping):
         raise DataError(f"{where} is {_kind(record)}, not an object", hint=FORMS_HINT)
@@ -53,8 +49,7 @@ def document(record: object, where: str) -> Document:
         return Document(where, messages=_messages(record["messages"], where))
     optional = {name.strip("[]") for form in FORMS for name in form if name.startswith("[")}
     present = [name for name in fields if name not in optional or record[name] not in (None, "")]
-    found = ", ".join(repr(key) for key in record)
-    hint = f"The record's keys are {found}."
+    hint = f"The record's keys are {', '.join(map(repr, record))}."
     return Document(where, tuple(checked_text(record[name], f"{where}: {name!r}", hint=hint) for name in present))
 
 
@@ -64,8 +59,8 @@ def fields_of(names: Iterable[str], where: str) -> list[str]:
     for form in FORMS:
         if all(name in names for name in form if not name.startswith("[")):
             return [name for name in (name.strip("[]") for name in form) if name in names]
-    found = f"only {', '.join(map(repr, names))}" if names else "no keys at all"
-    raise DataError(f"{where} has no text, {found}", hint=FORMS_HINT)
+    keys = f"only {', '.join(map(repr, names))}" if names else "no keys at all"
+    raise DataError(f"{where} has no text, {keys}", hint=FORMS_HINT)
 
 
 def checked_text(value: object, what: str, *, hint: str | None = None) -> str:
@@ -95,14 +90,14 @@ def _messages(value: object, where: str) -> tuple[Mapping[str, Any], ...]:
             raise DataError(f"{what}[{number}] is {_kind(message)}, not an object", hint=hint)
         for key in ("role", "content"):
             if key not in message:
-                found = ", ".join(map(repr, message)) or "nothing"
-                raise DataError(f"{what}[{number}] has no {key!r}, only {found}", hint=hint)
+                keys = ", ".join(map(repr, message)) or "nothing"
+                raise DataError(f"{what}[{number}] has no {key!r}, only {keys}", hint=hint)
             checked_text(message[key], f"{what}[{number}]: {key!r}", hint=hint)
     return tuple({key: item for key, item in message.items() if item is not None} for message in value)
 
 
 def _kind(value: object) -> str:
-    """Return what JSON calls a value of this type."""
+    """Return the name of a value's type in JSON."""
     return _JSON_NAMES.get(type(value), type(value).__name__)
 
 

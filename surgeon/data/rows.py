@@ -1,4 +1,4 @@
-"""Rows of tokens, cut from documents in order: what scores, diagnosis and perplexity are computed on."""
+"""Rows of tokens, cut from documents in order, for scores, diagnosis and perplexity."""
 
 import hashlib
 import json
@@ -19,15 +19,15 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 BETWEEN_TEXTS = b"\xff"  # a byte that UTF-8 never has
-TEMPLATE_SECONDS = 5  # for one chat, of which templates write some thousand in a second
+TEMPLATE_SECONDS = 5  # for one chat; templates render some thousand per second
 
 
 @dataclass(frozen=True, eq=False)
-class Rows:
-    """Token ids, int64, shape (rows, length), and what they were read from.
+class TokenRows:
+    """Token ids, int64, shape (rows, length), and their origin.
 
     `digest` is SHA-256 over the row length and the ids, each as an int64 in little endian: equal for equal rows only.
-    `source` has {"data": argument, "sha256": of its texts} for every argument that was read. The texts are hashed in
+    `source` has {"data": argument, "sha256": of its texts} per argument that was read. The texts are hashed in
     UTF-8 with a byte FF between two, a chat as JSON with sorted keys; of a text file it is what sha256sum says, unless
     it has a BOM. Only the documents that were needed are read and hashed.
     """
@@ -43,7 +43,7 @@ class Rows:
 
 def read_rows(
     specs: Sequence[str], tokenizer: "PreTrainedTokenizerBase", *, samples: int, sequence_length: int
-) -> Rows:
+) -> TokenRows:
     """Return the first `samples` rows of `sequence_length` tokens, or as many as there are.
 
     Each text is tokenised whole and without special tokens, documents are joined by the end-of-text token, and a rest
@@ -56,18 +56,18 @@ def read_rows(
     check_shape(samples, sequence_length)
     ids, source = _read_tokens(specs, tokenizer, samples * sequence_length)
     if len(ids) < 2:
-        found = f"{len(ids)} token" + ("" if len(ids) == 1 else "s")
+        count = f"{len(ids)} token" + ("" if len(ids) == 1 else "s")
         raise DataError(
-            f"{found} in {', '.join(specs) or 'no data'}; a row has 2 at least", hint="Give more text with --data."
+            f"{count} in {', '.join(specs) or 'no data'}; a row has 2 at least", hint="Give more text with --data."
         )
     length = min(sequence_length, len(ids))
     num_rows = min(samples, len(ids) // length)
     tokens = torch.frombuffer(ids, dtype=torch.int64)[: num_rows * length].reshape(num_rows, length).clone()
-    return Rows(tokens, digest(tokens), source)
+    return TokenRows(tokens, digest(tokens), source)
 
 
 def check_shape(samples: int, sequence_length: int) -> None:
-    """Raises DataError for rows that no text has."""
+    """Raises DataError for less than one row, or rows of less than two tokens."""
     if samples < 1:
         raise DataError(f"{samples} samples were asked for; 1 is the least", hint="Set --samples to 1 or more.")
     if sequence_length < 2:
@@ -96,9 +96,9 @@ def text_of(document: Document, tokenizer: "PreTrainedTokenizerBase") -> str:
 def templated(
     messages: Sequence[Mapping[str, Any]], tokenizer: "PreTrainedTokenizerBase", where: str, *, answer: bool = False
 ) -> str:
-    """Return a chat as the tokenizer's template writes it, with `answer` up to where the assistant begins one.
+    """Return a chat as the tokenizer's template writes it, with `answer` up to the beginning of the assistant's answer.
 
-    Raises DataError where there is no template, or one that refuses the chat or does not come to an end with it.
+    Raises DataError where there is no template, or one that refuses the chat or runs too long.
     """
     if tokenizer.chat_template is None:
         what, other = ("is to be", "prompts without --chat") if answer else ("is", "data with text")
@@ -112,9 +112,9 @@ def templated(
 
 @contextmanager
 def rendering(where: str) -> Iterator[None]:
-    """Turn what a chat template raises in this block into one DataError, and stop one that takes too long.
+    """Turn an error of a chat template in this block into a DataError, and stop a template that takes too long.
 
-    A template is a program of the checkpoint's author, in a sandbox that bounds neither its time nor its memory.
+    A template is a program of the checkpoint's author, in a sandbox that limits neither its time nor its memory.
     """
     from jinja2 import TemplateError
 
@@ -127,14 +127,14 @@ def rendering(where: str) -> Iterator[None]:
         hint = "Look at chat_template.jinja or tokenizer_config.json: it may loop for ever."
         raise DataError(f"the chat template {what} on {where}", hint=hint) from error
     except refusals as error:
-        said = next(iter(str(error).splitlines()), type(error).__name__)
-        hint = "Templates often want roles to alternate: user, assistant, user ..."
-        raise DataError(f"the chat template refuses {where}: {said}", hint=hint) from error
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        hint = "Many templates require roles to alternate: user, assistant, user ..."
+        raise DataError(f"the chat template refuses {where}: {reason}", hint=hint) from error
 
 
 @contextmanager
 def _time_limit(seconds: float) -> Iterator[None]:
-    """Raise TimeoutError in this block after some seconds of it; only in a main thread, which alone hears signals."""
+    """Raise TimeoutError in this block after some seconds; only in the main thread, which alone receives signals."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -149,46 +149,46 @@ def _time_limit(seconds: float) -> Iterator[None]:
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, handler)
-        if rest:  # another's alarm goes on; the little time that passed here is given to it
+        if rest:  # restore the caller's alarm, later by the time of this block
             signal.setitimer(signal.ITIMER_REAL, rest, interval)
 
 
 def encode(text: str, tokenizer: "PreTrainedTokenizerBase") -> list[int]:
-    """Return the ids of a whole text, without special tokens but those that it writes out.
+    """Return the ids of a whole text, without special tokens except those spelled out in it.
 
-    A prefix of it would do for few tokens, but none is known to have the same ones.
+    The whole text is encoded even where few tokens are needed: a prefix of it may have others.
     """
-    quiet = {"verbose": False}  # about more tokens than the model can see at once
+    quiet = {"verbose": False}  # no warning about more tokens than the model's positions
     parts = {"return_attention_mask": False, "return_token_type_ids": False}
     ids: list[int] = tokenizer(text, add_special_tokens=False, **quiet, **parts)["input_ids"]
     return ids
 
 
 def begin_of_text(tokenizer: "PreTrainedTokenizerBase") -> list[int]:
-    """Return the token that the tokenizer puts in front of a text, if it does."""
+    """Return the token that the tokenizer puts before every text, if it does."""
     empty = tokenizer("")["input_ids"]
     bos = tokenizer.bos_token_id
     return [int(bos)] if bos is not None and empty[:1] == [bos] else []
 
 
 def content(document: Document) -> bytes:
-    """Return what is hashed of a document; BETWEEN_TEXTS stands between two."""
+    """Return the bytes of a document that are hashed; BETWEEN_TEXTS separates documents."""
     return (json.dumps(document.messages, sort_keys=True) if document.messages else "\n".join(document.parts)).encode()
 
 
 def _read_tokens(
-    specs: Sequence[str], tokenizer: "PreTrainedTokenizerBase", wanted: int
+    specs: Sequence[str], tokenizer: "PreTrainedTokenizerBase", num_tokens: int
 ) -> "tuple[array[int], tuple[dict[str, str], ...]]":
-    """Return at least `wanted` tokens, if there are as many, and what was read for them."""
-    streams = [documents(spec) for spec in specs]  # a name that is wrong is an error, whether or not it is reached
+    """Return at least `num_tokens` tokens, if there are as many, and the texts that were read for them."""
+    streams = [documents(spec) for spec in specs]  # a wrong name is an error, even where it is not needed
     ids = array("q")
     source: list[dict[str, str]] = []
     num_documents = 0
     for spec, stream in zip(specs, streams, strict=True):
-        if len(ids) >= wanted:
+        if len(ids) >= num_tokens:
             break
         sha256 = hashlib.sha256()
-        for index, document in enumerate(_while_needed(stream, ids, wanted)):
+        for index, document in enumerate(_while_needed(stream, ids, num_tokens)):
             if num_documents:
                 ids.append(_end_of_text(tokenizer, document))
             num_documents += 1
@@ -198,9 +198,9 @@ def _read_tokens(
     return ids, tuple(source)
 
 
-def _while_needed(stream: Iterator[Document], ids: "array[int]", wanted: int) -> Iterator[Document]:
-    """Yield documents as long as there are fewer ids than wanted."""
-    while len(ids) < wanted and (document := next(stream, None)) is not None:
+def _while_needed(stream: Iterator[Document], ids: "array[int]", num_tokens: int) -> Iterator[Document]:
+    """Yield documents as long as there are fewer than `num_tokens` ids."""
+    while len(ids) < num_tokens and (document := next(stream, None)) is not None:
         yield document
 
 

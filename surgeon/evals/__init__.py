@@ -1,4 +1,4 @@
-"""What a model is worth: perplexity, generated answers, choices between answers, and two models compared.
+"""Evaluations: perplexity, generated answers, choices, gists and tasks, and the comparison of two models.
 
-Named so because `surgeon.evaluate` is the function: a package of that name would take its place once it is imported.
+Not named `evaluate`: a package of that name would replace the function `surgeon.evaluate` once it is imported.
 """

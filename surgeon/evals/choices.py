@@ -1,25 +1,27 @@
-"""Multiple choice: of several continuations of a question, the one that the model finds likeliest."""
+"""Multiple choice: how often the likeliest of several continuations of a question is the right one."""
 
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import chain, islice
+from itertools import accumulate, chain, islice, pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from surgeon.data.documents import json_lines
 from surgeon.data.records import checked_text
 from surgeon.data.rows import begin_of_text, encode
 from surgeon.errors import DataError
-from surgeon.evals.perplexity import Piece, row_losses
+from surgeon.evals.answers import of_records
+from surgeon.evals.compare import Scored
+from surgeon.evals.evaluation import EvalContext, Evaluation, EvaluationOptions, sha256_of
+from surgeon.evals.perplexity import WindowBatch, row_losses, streamed
 from surgeon.measure.removal import Progress
 from surgeon.models.streaming import BATCH_TOKENS, StreamedModel
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from transformers import PreTrainedTokenizerBase
 
 FORM_HINT = 'Write a record so: {"question": "2 + 2 =", "choices": ["3", "4"], "answer": 1}'
@@ -36,11 +38,42 @@ class Question:
 
 
 @dataclass(frozen=True, slots=True)
-class Option:
+class ChoiceTokens:
     """The tokens of a question with one of its choices; those from `first` on are the choice's."""
 
     ids: tuple[int, ...]
     first: int
+
+
+def evaluate_choices(context: EvalContext, options: EvaluationOptions) -> Evaluation:
+    """Return how often the likeliest choice is the right one, by log-likelihood as a whole and per character."""
+    questions = read_questions(options.data, samples=options.samples)
+    tokens = [[options_of(question, tokenizer) for question in questions] for tokenizer in context.tokenizers]
+    flat = [list(chain.from_iterable(per_question)) for per_question in tokens]
+    context.check_same([[option.ids for option in per_model] for per_model in flat])
+    for question, choices in zip(questions, tokens[0], strict=True):
+        longest = max(len(option.ids) for option in choices)
+        context.check_length(longest, f"{question.where}: a question with a choice has", "Leave the record out.")
+    predictions: list[dict[str, Any]] = [
+        {"prompt": question.text, "reference": question.choices[question.answer]} for question in questions
+    ]
+    ends = [0, *accumulate(len(question.choices) for question in questions)]
+    scored: list[Scored] = []
+    models = [streamed(source, context.device) for source in context.sources]
+    for model, prefix in zip(models, ("", "baseline_"), strict=False):
+        work = sum(len(option.ids) for option in flat[0])
+        values = log_likelihoods(model, flat[0], progress=context.meter("choosing", work, model.depth))
+        likelihoods = [values[start:stop] for start, stop in pairwise(ends)]
+        scores: dict[str, list[float]] = {}
+        for name, normalised in (("accuracy", False), ("accuracy_normalised", True)):
+            picks = [picked(*pair, normalised=normalised) for pair in zip(questions, likelihoods, strict=True)]
+            scores[name] = [float(pick == question.answer) for pick, question in zip(picks, questions, strict=True)]
+            if not normalised:
+                for entry, question, pick, score in zip(predictions, questions, picks, scores[name], strict=True):
+                    entry |= {f"{prefix}prediction": question.choices[pick], f"{prefix}score": score}
+        scored.append(of_records(model.label, scores))
+    setup = context.setup(options.data, sha256_of(questions))
+    return Evaluation.of(options.metric, scored, setup, predictions=predictions)
 
 
 def read_questions(specs: Sequence[str], *, samples: int | None) -> list[Question]:
@@ -51,34 +84,12 @@ def read_questions(specs: Sequence[str], *, samples: int | None) -> list[Questio
     """
     for spec in specs:
         if Path(spec).suffix != ".jsonl":
-            raise DataError(
-                f"{spec} is no .jsonl file, which is where questions with choices are read from", hint=FORM_HINT
-            )
-    found = list(islice(chain.from_iterable(map(_lines, specs)), samples))
-    if not found:
+            raise DataError(f"{spec} is no .jsonl file, which questions with choices are read from", hint=FORM_HINT)
+    records = chain.from_iterable(json_lines(Path(spec), hint=FORM_HINT) for spec in specs)
+    questions = [_question(record, where) for where, record in islice(records, samples)]
+    if not questions:
         raise DataError(f"0 questions in {', '.join(specs)}", hint=FORM_HINT)
-    return found
-
-
-def _lines(spec: str) -> "Iterator[Question]":
-    try:
-        with Path(spec).open(encoding="utf-8-sig", newline="\n") as file:  # U+2028 may stand inside a string
-            for number, line in enumerate(file, start=1):
-                if line.strip(" \t\r\n"):
-                    yield _question(_parsed(line, f"{spec}:{number}"), f"{spec}:{number}")
-    except UnicodeDecodeError as error:
-        hint = f"Convert it, if you know its encoding: iconv -f ENCODING -t UTF-8 {spec}"
-        raise DataError(f"{spec} is not UTF-8: {error.reason}", hint=hint) from error
-    except OSError as error:
-        raise DataError(f"cannot read {spec}: {error.strerror}", hint=f"Look at it: ls -l {spec}") from error
-
-
-def _parsed(line: str, where: str) -> Any:
-    try:
-        return json.loads(line)
-    except (ValueError, RecursionError) as error:
-        said = f"{where}:{error.colno}: {error.msg}" if isinstance(error, json.JSONDecodeError) else f"{where}: {error}"
-        raise DataError(said, hint=FORM_HINT) from error
+    return questions
 
 
 def _question(record: Any, where: str) -> Question:
@@ -98,61 +109,61 @@ def _question(record: Any, where: str) -> Question:
     if isinstance(answer, str) and answer in choices:
         answer = choices.index(answer)
     if type(answer) is not int or not 0 <= answer < len(choices):
-        found = json.dumps(record["answer"], ensure_ascii=False)
+        value = json.dumps(record["answer"], ensure_ascii=False)
         hint = f"It is an index, 0 to {len(choices) - 1}, or the text of a choice."
-        raise DataError(f"{where}: 'answer' is {found}, which is none of its {len(choices)} choices", hint=hint)
+        raise DataError(f"{where}: 'answer' is {value}, which is none of its {len(choices)} choices", hint=hint)
     return Question(where, text, tuple(choices), answer)
 
 
-def options_of(question: Question, tokenizer: "PreTrainedTokenizerBase") -> list[Option]:
+def options_of(question: Question, tokenizer: "PreTrainedTokenizerBase") -> list[ChoiceTokens]:
     """Return the tokens of the question with each choice, joined by a space where the question does not end in one.
 
-    The choice's tokens are those behind what the question alone has in common with both together. The tokenizer's
-    begin-of-text token goes before, where it puts one. Raises DataError where nothing goes before a choice.
+    The choice's tokens are those after the longest common start of the question alone and both together. The first
+    token is the tokenizer's begin-of-text token, where it puts one. Raises DataError where no token precedes a choice.
     """
     begin = begin_of_text(tokenizer)
     text = question.text.rstrip()
     alone = begin + encode(text, tokenizer)
-    found = []
+    options = []
     for choice in question.choices:
         between = question.text[len(text) :] or " "
         ids = begin + encode(text + between + choice, tokenizer)
         first = next((i for i, (a, b) in enumerate(zip(alone, ids, strict=False)) if a != b), min(len(alone), len(ids)))
         if not 0 < first < len(ids):
-            raise DataError(f"{question.where}: no token of the question goes before its choices", hint=FORM_HINT)
-        found.append(Option(tuple(ids), first))
-    return found
+            raise DataError(f"{question.where}: no token of the question precedes its choices", hint=FORM_HINT)
+        options.append(ChoiceTokens(tuple(ids), first))
+    return options
 
 
 def log_likelihoods(
-    model: StreamedModel, options: Sequence[Option], *, progress: Progress | None = None
+    model: StreamedModel, options: Sequence[ChoiceTokens], *, progress: Progress | None = None
 ) -> list[float]:
     """Return ln p(choice | question) of each option, by its tokens, in one streamed pass, padded on the right."""
     order = sorted(range(len(options)), key=lambda index: len(options[index].ids))
-    pieces, members = [], []
+    batches, members = [], []
     while order:
         longest = len(options[order[-1]].ids)
         rows = max(1, BATCH_TOKENS // longest)
         members.append(order[-rows:])
-        pieces.append(_piece([options[index] for index in members[-1]], longest))
+        batches.append(_batch([options[index] for index in members[-1]], longest))
         order = order[:-rows]
-    found = [0.0] * len(options)
-    for chosen, losses in zip(members, row_losses(model, pieces, progress=progress), strict=True):
+    likelihoods = [0.0] * len(options)
+    for chosen, losses in zip(members, row_losses(model, batches, progress=progress), strict=True):
         for index, loss in zip(chosen, losses.tolist(), strict=True):
-            found[index] = -loss
-    return found
+            likelihoods[index] = -loss
+    return likelihoods
 
 
-def _piece(options: Sequence[Option], width: int) -> Piece:
+def _batch(options: Sequence[ChoiceTokens], width: int) -> WindowBatch:
     tokens = torch.tensor([[*option.ids, *[option.ids[-1]] * (width - len(option.ids))] for option in options])
     first: Tensor = torch.tensor([option.first for option in options])
-    return Piece(tokens, first, torch.tensor([len(option.ids) for option in options]))
+    return WindowBatch(tokens, first, torch.tensor([len(option.ids) for option in options]))
 
 
 def picked(question: Question, likelihoods: Sequence[float], *, normalised: bool) -> int:
-    """Return the index of the choice with the highest log-likelihood; with `normalised` for each of its characters.
+    """Return the index of the choice with the highest log-likelihood; with `normalised` per character of the choice.
 
-    The first of equals. Source: lm-evaluation-harness, where they are called acc and acc_norm.
+    The first of equals. Source: lm-evaluation-harness, its acc and acc_norm.
     """
     lengths = [len(choice) if normalised else 1 for choice in question.choices]
     scores = [value / length for value, length in zip(likelihoods, lengths, strict=True)]

@@ -1,4 +1,4 @@
-"""Means with standard errors, and two models compared on the same rows or records.
+"""Means with standard errors, two models compared on the same rows or records, and how figures are printed.
 
 Rows of a text and records of a task are the independent draws here, not tokens: the tokens of a row share a context.
 Source: Miller 2024 (Adding Error Bars to Evals, arXiv:2411.00640), sections 2.1, 2.2 and 4.2.
@@ -7,6 +7,9 @@ Source: Miller 2024 (Adding Error Bars to Evals, arXiv:2411.00640), sections 2.1
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
+
+from surgeon import text
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,8 +47,8 @@ def exponential(loss: Estimate) -> Estimate:
 
 
 @dataclass(frozen=True, slots=True)
-class Difference:
-    """How much more one model has than another of a mean, on the same rows: in the mean of the paired differences.
+class PairedDifference:
+    """The mean of the differences between two models' figures, row by row or record by record.
 
     `z` is the difference over its standard error, None where that is 0 or unknown.
     """
@@ -58,14 +61,14 @@ class Difference:
         return self.value / self.error if self.error else None
 
 
-def paired(sums: Sequence[float], others: Sequence[float], sizes: Sequence[int] | None = None) -> Difference:
+def paired(sums: Sequence[float], others: Sequence[float], sizes: Sequence[int] | None = None) -> PairedDifference:
     """Return the mean of the differences, cluster by cluster, with the standard error of `estimate`."""
-    found = estimate([one - other for one, other in zip(sums, others, strict=True)], sizes)
-    return Difference(found.value, found.error)
+    mean = estimate([one - other for one, other in zip(sums, others, strict=True)], sizes)
+    return PairedDifference(mean.value, mean.error)
 
 
 def recovery(value: float, baseline: float, *, higher_is_better: bool) -> float | None:
-    """Return how much of the baseline is there, in percent: 100 is as good, more is better. None where that is 0 / 0.
+    """Return the share of the baseline's score in percent: 100 is as good, more is better. None where it is 0 / 0.
 
     Of scores it is 100 · value / baseline; of perplexities, where less is better, 100 · baseline / value.
     """
@@ -75,11 +78,11 @@ def recovery(value: float, baseline: float, *, higher_is_better: bool) -> float 
 
 @dataclass(frozen=True)
 class Scored:
-    """What one model scored.
+    """The scores of one model.
 
-    `figures` are means with their errors. `outcomes` holds, for what is compared pairwise, a number for each row
-    (the sum of its losses) or record (its score), and `sizes` how many tokens a row has, None for records. `counts`
-    says of how many of what.
+    `figures` are means with their errors. `outcomes` holds the numbers that are compared pairwise: for each row the
+    sum of its losses, for each record its score. `sizes` are the tokens per row, None for records. `counts` are the
+    numbers of tokens, rows, bytes or records.
     """
 
     model: str
@@ -89,10 +92,31 @@ class Scored:
     sizes: tuple[int, ...] | None = None
 
     def with_outcome(self, name: str, scores: tuple[float, ...]) -> "Scored":
-        """Return this with one more score of every record."""
+        """Return this with one more score per record."""
         figures, outcomes = {**self.figures, name: estimate(scores)}, {**self.outcomes, name: scores}
         return replace(self, figures=figures, outcomes=outcomes)
 
-    def against(self, other: "Scored") -> dict[str, Difference]:
+    def against(self, other: "Scored") -> dict[str, PairedDifference]:
         """Return the paired difference of every outcome from another model's on the same rows or records."""
-        return {name: paired(found, other.outcomes[name], self.sizes) for name, found in self.outcomes.items()}
+        return {name: paired(numbers, other.outcomes[name], self.sizes) for name, numbers in self.outcomes.items()}
+
+
+def short_label(label: str) -> str:
+    """Return the name of a model or file: of a local path its last part, for its directory is of this machine alone."""
+    return (Path(label).name or label) if Path(label).exists() else label
+
+
+def plus_minus(value: float, error: float | None) -> str:
+    """Return "24.2176 ± 0.84"."""
+    return f"{value:.6g}" + ("" if error is None else f" ± {error:.2g}")
+
+
+def markdown_table(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    """Return a table in Markdown."""
+    cells = [header, ["---"] * len(header), *lines]
+    return "\n".join(f"| {' | '.join(table_cell(word) for word in line)} |" for line in cells)
+
+
+def table_cell(content: str) -> str:
+    """Return text that stays inside its cell of a table."""
+    return text.printable(content).replace("|", r"\|")

@@ -1,4 +1,4 @@
-"""Answers that a model writes greedily, in batches, as transformers' `generate` writes them."""
+"""Greedy answers in batches, by transformers' `generate`."""
 
 from collections.abc import Callable, Container, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
@@ -12,11 +12,12 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 STREAMED = "Perplexity and choices stream: --metric perplexity, or choice."
-PADDING = {4: 1e-3, 2: 5e-2}  # by bytes of the dtype: what padding may move a logit by, of the largest; rounding does
+# By bytes of the dtype: how far padding may move a logit, relative to the largest one. It is due to rounding.
+PADDING = {4: 1e-3, 2: 5e-2}
 
 
 def load_whole(source: Source, device: str) -> Any:
-    """Return a model of transformers with all its weights in memory, ready to write greedily.
+    """Return a model of transformers with all its weights in memory, with greedy decoding.
 
     Raises MeasureError where it does not fit, cannot be loaded, or lacks weights.
     """
@@ -26,14 +27,14 @@ def load_whole(source: Source, device: str) -> Any:
     model = load_on(source, device, hint=HARNESS_HINT, smaller=STREAMED)
     stops = _ids(model.generation_config.eos_token_id) | _ids(text_config(source.config).get("eos_token_id"))
     start = getattr(model.config, "decoder_start_token_id", None)
-    # A new one: that of the checkpoint may sample, or penalise what was said.
+    # A new one: the checkpoint's own may sample, or penalise repetition.
     model.generation_config = GenerationConfig(  # type: ignore[no-untyped-call]
         do_sample=False, eos_token_id=sorted(stops) or None, decoder_start_token_id=start
     )
     probe = torch.tensor(PROBE, device=device)
-    read = {"decoder_input_ids": probe} if model.config.is_encoder_decoder else {}
+    extra = {"decoder_input_ids": probe} if model.config.is_encoder_decoder else {}
     with torch.no_grad():
-        check_causal(model(probe[:1].expand_as(probe) if read else probe, **read).logits, source.label)
+        check_causal(model(probe[:1].expand_as(probe) if extra else probe, **extra).logits, source.label)
     return model
 
 
@@ -46,18 +47,18 @@ def answer(
     batch_size: int,
     progress: Callable[[int], None] | None = None,
 ) -> tuple[list[str], bool]:
-    """Return what a model writes behind each prompt (token ids), greedily, up to an end-of-text token, as text; and
-    whether prompts of different lengths went into one batch.
+    """Return the greedy continuation of each prompt (token ids) up to an end-of-text token, as text; and whether
+    batches had prompts of different lengths.
 
-    Prompts are padded on the left where that is seen not to change what the model computes; where it does (a model
-    that counts positions from the left, say) a batch holds prompts of one length only. `progress` is told how many
-    tokens were written, of `max_new_tokens` a prompt.
+    Prompts are padded on the left where a trial shows that this does not change the model's outputs; else (positions
+    counted from the left, say) a batch holds prompts of one length only. `progress` is called with the number of
+    tokens done, `max_new_tokens` per prompt.
     """
     import torch
 
-    stops, pad = ends(model, tokenizer)
+    stops, pad = stop_tokens(model, tokenizer)
     options = {"max_new_tokens": max_new_tokens, "pad_token_id": pad, "eos_token_id": sorted(stops) or None}
-    order = sorted(range(len(prompts)), key=lambda index: -len(prompts[index]))  # the longest first: memory is known
+    order = sorted(range(len(prompts)), key=lambda index: -len(prompts[index]))  # the longest first
     answers = [""] * len(prompts)
     with torch.no_grad(), quiet_transformers():
         mixed = batch_size > 1 and _may_be_padded(model, [prompts[index] for index in order[:batch_size]], pad)
@@ -65,47 +66,47 @@ def answer(
             ids, mask = _left_padded([prompts[index] for index in batch], pad)
             written = model.generate(ids.to(model.device), attention_mask=mask.to(model.device), **options)
             for index, row in zip(batch, written[:, ids.shape[1] :].tolist(), strict=True):
-                answers[index] = told(row, stops, tokenizer)
+                answers[index] = decoded(row, stops, tokenizer)
             if progress:
                 progress(len(batch) * max_new_tokens)
     return answers, mixed
 
 
-def ends(model: Any, tokenizer: "PreTrainedTokenizerBase") -> tuple[set[int], int]:
-    """Return the tokens that end what a model writes, and the one that fills up a batch."""
+def stop_tokens(model: Any, tokenizer: "PreTrainedTokenizerBase") -> tuple[set[int], int]:
+    """Return the tokens that end an answer, and the padding token."""
     stops = _ids(model.generation_config.eos_token_id) | _ids(tokenizer.eos_token_id)
     return stops, min(_ids(tokenizer.pad_token_id) or stops or {0})
 
 
-def told(row: Sequence[int], stops: Container[int], tokenizer: "PreTrainedTokenizerBase") -> str:
-    """Return written tokens as text, up to the first that ends it."""
+def decoded(row: Sequence[int], stops: Container[int], tokenizer: "PreTrainedTokenizerBase") -> str:
+    """Return tokens as text, up to the first stop token."""
     end = next((place for place, token in enumerate(row) if token in stops), len(row))
     return str(tokenizer.decode(list(row[:end]), skip_special_tokens=True))
 
 
 def _may_be_padded(model: Any, prompts: Sequence[Sequence[int]], pad: int) -> bool:
-    """Return whether the shortest of these prompts is continued alike alone and padded to the longest: two tokens, the
-    second of which is computed from the cache. The same length needs no padding, and is no reason to try.
+    """Return whether the shortest of these prompts has the same logits alone and padded to the longest, for two new
+    tokens (the second is computed from the cache). Prompts of one length need no padding and are not tried.
     """
     import torch
 
     short = min(prompts, key=len)
     if len(short) == len(prompts[0]):
         return True
-    found = []
+    last_logits = []
     for batch in ([short], [prompts[0], short]):
         ids, mask = _left_padded(batch, pad)
         options = {"max_new_tokens": 2, "min_new_tokens": 2, "pad_token_id": pad, "return_dict_in_generate": True}
         output = model.generate(
             ids.to(model.device), attention_mask=mask.to(model.device), output_logits=True, **options
         )
-        found.append(torch.stack([logits[-1].float() for logits in output.logits]))
-    alone, padded = found
+        last_logits.append(torch.stack([logits[-1].float() for logits in output.logits]))
+    alone, padded = last_logits
     return bool((alone - padded).abs().max() <= PADDING[model.dtype.itemsize] * alone.abs().max())
 
 
 def _batches(order: Sequence[int], lengths: Sequence[int], size: int, *, mixed: bool) -> Iterator[list[int]]:
-    """Yield the prompts in batches; without `mixed` those of a batch have one length."""
+    """Yield the prompts in batches; without `mixed` a batch has prompts of one length."""
     batch: list[int] = []
     for index in order:
         if batch and (len(batch) == size or not (mixed or lengths[index] == lengths[batch[0]])):
@@ -117,7 +118,7 @@ def _batches(order: Sequence[int], lengths: Sequence[int], size: int, *, mixed: 
 
 
 def _left_padded(prompts: Sequence[Sequence[int]], pad: int) -> Any:
-    """Return token ids and which of them are real, shape (B, T) each."""
+    """Return token ids and their attention mask, shape (B, T) each."""
     import torch
 
     width = max(map(len, prompts))

@@ -1,4 +1,4 @@
-"""What a gist is worth: the same records with the whole prompt, with its gist instead, and without either."""
+"""The scores of a gist: the same records with the whole prompt, with its gist, and with no prompt."""
 
 import os
 from collections.abc import Mapping, Sequence
@@ -12,18 +12,35 @@ from surgeon import text
 from surgeon.anatomy.anatomy import read_anatomy
 from surgeon.checkpoint.source import spec_of
 from surgeon.errors import DataError, PlanError
-from surgeon.evals.compare import Difference, Estimate, estimate, paired
-from surgeon.evals.files import checked_target, opened, write_records
-from surgeon.evals.prompts import BATCH_SIZE, MAX_NEW_TOKENS
-from surgeon.evals.stream import digest
-from surgeon.evals.table import cell, markdown, plus_minus, short
+from surgeon.evals.compare import (
+    Estimate,
+    PairedDifference,
+    estimate,
+    markdown_table,
+    paired,
+    plus_minus,
+    short_label,
+    table_cell,
+)
+from surgeon.evals.evaluation import (
+    BATCH_SIZE,
+    MAX_NEW_TOKENS,
+    EvalContext,
+    MetricOptions,
+    check_counts,
+    checked_target,
+    context_of,
+    open_evaluated,
+    sha256_of,
+    write_predictions,
+)
 from surgeon.evals.verdicts import WIN_RATE, Judgement, card_sentences
 from surgeon.gist.compressor import Compressor
 from surgeon.gist.tokens import GistTokens, read_gist
+from surgeon.options import adapter_option, device_option, in_python, option, revision_option, same_option
 
 if TYPE_CHECKING:
     from surgeon.evals.judge import Case, Judge
-    from surgeon.evals.runs import Bench
     from surgeon.gist.records import Record
     from surgeon.measure.removal import Progress
     from surgeon.measure.scoring import Meter
@@ -36,10 +53,11 @@ HEADER = ("", *HEADINGS.values(), "gist - none", "recovery")
 
 @dataclass(frozen=True)
 class GistEvaluation:
-    """What a model scored on records in their forms "full", "gist" and "none", by measure and form, record by record.
+    """The scores of a model on records in their forms "full", "gist" and "none".
 
-    Measures are "loss", summed over the `sizes` tokens of each answer, "rouge_l" and "exact_match", both 0 to 1, and
-    with a judge "win_rate" against the full prompt's answers; `judgements` has what it said of "gist" and "none".
+    `outcomes` has a number per record, by measure and form. Measures are "loss", summed over the `sizes` tokens of each
+    answer, "rouge_l" and "exact_match", both 0 to 1, and with a judge "win_rate" against the full prompt's answers.
+    `judgements` has the judge's verdicts on "gist" and "none".
     """
 
     model: str
@@ -53,25 +71,25 @@ class GistEvaluation:
     judgements: Mapping[str, Judgement] = field(default_factory=dict)
 
     def figure(self, measure: str, form: str) -> Estimate:
-        """Return the mean of a measure in a form, with its standard error; of the loss in nats a token."""
+        """Return the mean of a measure in a form, with its standard error; of the loss in nats per token."""
         return estimate(self.outcomes[measure][form], self._sizes(measure))
 
-    def difference(self, measure: str, form: str, other: str) -> Difference:
-        """Return how much more a form has of a measure than another, in the mean of the paired differences."""
+    def difference(self, measure: str, form: str, other: str) -> PairedDifference:
+        """Return the mean of the paired differences of a measure between a form and another."""
         return paired(self.outcomes[measure][form], self.outcomes[measure][other], self._sizes(measure))
 
     def recovery(self, measure: str) -> Estimate | None:
         """Return (gist - none) / (full - none) in percent: 0 is no prompt, 100 the whole one. None where it is x / 0.
 
-        Its error is that of a ratio of two means over the same records: noise, where full and none are hardly apart.
+        Its error is that of a ratio of two means over the same records; it is large where full and none are close.
         """
         full, gist, none = (self.outcomes[measure][form] for form in FORMS)
         gains = [one - other for one, other in zip(full, none, strict=True)]
         if not sum(gains):
             return None
-        kept = [one - other for one, other in zip(gist, none, strict=True)]
-        found = estimate(kept, gains)  # type: ignore[arg-type]  # of a ratio, whatever stands below
-        return Estimate(100 * found.value, None if found.error is None else abs(100 * found.error))
+        gist_gains = [one - other for one, other in zip(gist, none, strict=True)]
+        ratio = estimate(gist_gains, gains)  # type: ignore[arg-type]  # the ratio of any two sums, negative ones too
+        return Estimate(100 * ratio.value, None if ratio.error is None else abs(100 * ratio.error))
 
     def to_dict(self) -> dict[str, Any]:
         """Return the evaluation as `--json` prints it."""
@@ -83,7 +101,7 @@ class GistEvaluation:
             name: {measure: self._difference(measure, *pair) for measure in self.outcomes}
             for name, pair in {"gist_none": ("gist", "none"), "gist_full": ("gist", "full")}.items()
         }
-        recovered: dict[str, Estimate | None] = {measure: self.recovery(measure) for measure in self.outcomes}
+        recoveries: dict[str, Estimate | None] = {measure: self.recovery(measure) for measure in self.outcomes}
         return {
             "metric": "gist",
             "model": self.model,
@@ -94,8 +112,8 @@ class GistEvaluation:
             **forms,
             "differences": differences,
             "recovery": {
-                measure: None if found is None else {"value": found.value, "error": found.error}
-                for measure, found in recovered.items()
+                measure: None if recovery is None else {"value": recovery.value, "error": recovery.error}
+                for measure, recovery in recoveries.items()
             },
             **self._judged(),
             **self.setup,
@@ -104,17 +122,17 @@ class GistEvaluation:
 
     def to_text(self) -> str:
         """Return the evaluation for people."""
-        rows = [("model", self.model), ("data", self._told())]
+        rows = [("model", self.model), ("data", self._data())]
         rows += [("judge", self.judgements["gist"].judge)] if self.judgements else []
-        rows += [(HEADINGS[form], one.told()) for form, one in self.judgements.items()]
+        rows += [(HEADINGS[form], one.summary()) for form, one in self.judgements.items()]
         rows += [("note", f"{HEADINGS[form]}: {note}") for form, one in self.judgements.items() for note in one.notes]
         return f"{text.table(list(HEADER), self._lines())}\n\n{text.rows(rows)}"
 
     def to_markdown(self) -> str:
         """Return the evaluation as a block for a model card."""
         judged = card_sentences({f"{HEADINGS[form]} against full prompt": one for form, one in self.judgements.items()})
-        told = f"Measured with `surgeon evaluate --gist` on {self._told()}.{judged}"
-        return f"{markdown(HEADER, self._lines())}\n\n{told}"
+        table = markdown_table(HEADER, self._lines())
+        return f"{table}\n\nMeasured with `surgeon evaluate --gist` on {self._data()}.{judged}"
 
     def _judged(self) -> dict[str, Any]:
         if not self.judgements:
@@ -127,117 +145,115 @@ class GistEvaluation:
         for measure in self.outcomes:
             figures = [self.figure(measure, form) for form in FORMS]
             difference, recovered = self.difference(measure, "gist", "none"), self.recovery(measure)
-            told = "" if recovered is None else _percent(recovered)
-            line = [plus_minus(found.value, found.error) for found in figures]
-            lines.append([measure.replace("_", " "), *line, plus_minus(difference.value, difference.error), told])
+            percent = "" if recovered is None else _percent(recovered)
+            line = [plus_minus(figure.value, figure.error) for figure in figures]
+            lines.append([measure.replace("_", " "), *line, plus_minus(difference.value, difference.error), percent])
         return lines
 
-    def _told(self) -> str:
+    def _data(self) -> str:
         ratio = f"prompts of {self.prompt_tokens:.1f} tokens in {self.gist_tokens}"
-        data = cell(", ".join(map(short, self.setup["data"])))
+        data = table_cell(", ".join(map(short_label, self.setup["data"])))
         return f"{len(self.sizes):,} records of {data}, {ratio}, in {self.setup['dtype']}"
 
     def _difference(self, measure: str, form: str, other: str) -> dict[str, float | None]:
-        found = self.difference(measure, form, other)
-        return {"value": found.value, "error": found.error, "z": found.z}
+        difference = self.difference(measure, form, other)
+        return {"value": difference.value, "error": difference.error, "z": difference.z}
 
     def _sizes(self, measure: str) -> tuple[int, ...] | None:
         return self.sizes if measure == LOSS else None
 
 
-def evaluate_gist(
-    model: str | os.PathLike[str],
-    *,
-    data: Sequence[str],
-    tokens: int | None = None,
-    samples: int | None = None,
-    max_new_tokens: int | None = None,
-    batch_size: int | None = None,
-    predictions: str | os.PathLike[str] | None = None,
-    judge: str | os.PathLike[str] | None = None,
-    adapter: str | os.PathLike[str] | None = None,
-    device: str = "auto",
-    revision: str | None = None,
-    meter: "Meter | None" = None,
-) -> GistEvaluation:
-    """Return what a model with gist tokens scores on records with the whole prompt, with its gist, and without either.
+@dataclass(frozen=True, kw_only=True)
+class GistEvaluationOptions:
+    """The options of `surgeon.evaluate_gist`."""
 
-    Gists have `tokens` tokens, by default as many as the checkpoint says. The loss is of the records' answers, read
-    behind a mask as in training; ROUGE-L and exact match are of greedy answers of up to `max_new_tokens` (256), written
-    behind the cached gist alone. `samples` is how many records are taken (all), `predictions` a .jsonl to write.
-    `judge` is a model that compares the gist's answers, and those without a prompt, with those of the full prompt.
-    `adapter` is a directory of adapters that compress for this model, which reads without them and has the other forms.
+    data: Sequence[str] = same_option(MetricOptions, "data")
+    tokens: int | None = option("Tokens of a gist. Default: the model's own number.", None, metavar="K")
+    samples: int | None = option("How many records. Default: all.", None)
+    max_new_tokens: int | None = same_option(MetricOptions, "max_new_tokens")
+    batch_size: int | None = same_option(MetricOptions, "batch_size")
+    predictions: str | os.PathLike[str] | None = option("Write every record's answers to this .jsonl.", None)
+    judge: str | os.PathLike[str] | None = option(
+        "A model that compares the gist's answers, and those without a prompt, with those of the full prompt.", None
+    )
+    adapter: str | os.PathLike[str] | None = adapter_option()
+    device: str = device_option()
+    revision: str | None = revision_option()
+    meter: "Meter | None" = in_python("A progress meter.")
 
-    Raises PlanError for a model without gist tokens and for other adapters, DataError for records without a prompt or
-    an answer, MeasureError for a model that cannot be evaluated, OutputError.
-    """
+    def __post_init__(self) -> None:
+        check_counts(self, "samples", "max_new_tokens", "batch_size")
+        if not self.data:
+            raise DataError("there is no data to evaluate on", hint="Give records: --data FILE.")
+
+
+def score_gist(model: str | os.PathLike[str], options: GistEvaluationOptions) -> GistEvaluation:
+    """Return the scores of a model on records with the whole prompt, with its gist, and with no prompt."""
     began = monotonic()
-    least = {"--samples": samples, "--max-new-tokens": max_new_tokens, "--batch-size": batch_size}
-    if wrong := next((name for name, value in least.items() if value is not None and value < 1), None):
-        raise PlanError(f"{wrong} is {least[wrong]}; 1 is the least", hint=f"Set {wrong} to 1 or more.")
-    if not data:
-        raise DataError("there is no data to evaluate on", hint="Give records: --data FILE.")
-    target = None if predictions is None else checked_target(Path(predictions))
-    source = opened(model, revision, encoder=True)
+    target = None if options.predictions is None else checked_target(Path(options.predictions))
+    source = open_evaluated(model, options.revision, encoder=True)
     gist = read_gist(source.config)
     if gist is None:
         raise PlanError(
             f"{source.label} has no gist tokens", hint=f"surgeon gist {source.label} --tokens 4 adds them to a model."
         )
-    compressor = None if adapter is None else Compressor(Path(adapter))
+    compressor = None if options.adapter is None else Compressor(Path(options.adapter))
     if compressor is not None:
         compressor.check(source)
 
-    from surgeon.evals.judge import seated
-    from surgeon.evals.runs import Bench
+    from surgeon.evals.judge import load_judge
     from surgeon.gist.records import read_forms
-    from surgeon.models.device import resolve_device
 
-    count, most, size = tokens or gist.num_tokens, max_new_tokens or MAX_NEW_TOKENS, batch_size or BATCH_SIZE
-    bench = Bench([source], resolve_device(device), meter or (lambda what, tokens, layers: None))
+    context = context_of([source], options.device, options.meter)
+    count, length = options.tokens or gist.num_tokens, options.max_new_tokens or MAX_NEW_TOKENS
+    batch_size, samples = options.batch_size or BATCH_SIZE, options.samples
     has_encoder = bool(source.config.get("is_encoder_decoder"))
-    records = read_forms(data, bench.tokenizers[0], gist, num_tokens=count, samples=samples, encoder=has_encoder)
-    judging = None if judge is None else seated(judge, data, bench.device, samples=samples, max_new_tokens=most)
-    outcomes, told = _measured(bench, records, gist, compressor, max_new_tokens=most, batch_size=size)
+    records = read_forms(
+        options.data, context.tokenizers[0], gist, num_tokens=count, samples=samples, encoder=has_encoder
+    )
+    judging = None
+    if options.judge is not None:
+        judging = load_judge(options.judge, options.data, context.device, samples=samples, max_new_tokens=length)
+    outcomes, predictions = _measured(context, records, gist, compressor, max_new_tokens=length, batch_size=batch_size)
     if target is not None:
-        write_records(told, target)
+        write_predictions(predictions, target)
     judgements: dict[str, Judgement] = {}
-    if judging is not None:  # by now the model is gone, and what it wrote is on disk
-        judgements = _judgements(*judging, told, bench, batch_size=size)
+    if judging is not None:  # the model is out of memory now, and its answers are on disk
+        judgements = _judgements(*judging, predictions, context, batch_size=batch_size)
         even = {FORMS[0]: (0.5,) * len(records)}
-        outcomes[WIN_RATE] = even | {form: found.scores for form, found in judgements.items()}
+        outcomes[WIN_RATE] = even | {form: judgement.scores for form, judgement in judgements.items()}
         if target is not None:
-            write_records(told, target)
+            write_predictions(predictions, target)
     return GistEvaluation(
         model=source.label,
         outcomes=outcomes,
         sizes=tuple(len(record.answer) for record in records),
         gist_tokens=count,
         prompt_tokens=sum(len(record.begin) + len(record.prompt) for record in records) / len(records),
-        setup=bench.setup(data, digest([(r.asked("gist"), r.answer) for r in records]))
-        | {"max_new_tokens": most, "batch_size": size},
-        predictions=tuple(told),
+        setup=context.setup(options.data, sha256_of([(r.asked("gist"), r.answer) for r in records]))
+        | {"max_new_tokens": length, "batch_size": batch_size},
+        predictions=tuple(predictions),
         seconds=monotonic() - began,
         judgements=judgements,
     )
 
 
 def _judgements(
-    judge: "Judge", cases: "Sequence[Case]", told: list[dict[str, Any]], bench: "Bench", *, batch_size: int
+    judge: "Judge", cases: "Sequence[Case]", predictions: list[dict[str, Any]], context: EvalContext, *, batch_size: int
 ) -> dict[str, Judgement]:
-    """Return what a judge says of each form's answers against the full prompt's, and tell it of every record."""
+    """Return a judge's verdicts on each form's answers against the full prompt's, and add them to the predictions."""
     full, *others = FORMS
-    found = {}
+    judgements = {}
     for form in others:
-        answers = [[entry[one] for entry in told] for one in (form, full)]
-        found[form] = judge.compare(cases, *answers, batch_size=batch_size, meter=bench.meter)
-        for entry, verdict in zip(told, found[form].verdicts, strict=True):
+        answers = [[entry[one] for entry in predictions] for one in (form, full)]
+        judgements[form] = judge.compare(cases, *answers, batch_size=batch_size, meter=context.meter)
+        for entry, verdict in zip(predictions, judgements[form].verdicts, strict=True):
             entry |= {f"{form}_{name}": value for name, value in verdict.to_dict().items()}
-    return found
+    return judgements
 
 
 def _measured(
-    bench: "Bench",
+    context: EvalContext,
     records: "Sequence[Record]",
     gist: GistTokens,
     compressor: Compressor | None,
@@ -245,59 +261,51 @@ def _measured(
     max_new_tokens: int,
     batch_size: int,
 ) -> tuple[dict[str, dict[str, tuple[float, ...]]], list[dict[str, Any]]]:
-    """Return the outcomes of all records by measure and form, and of each what was asked, wanted and written."""
+    """Return the outcomes of all records by measure and form, and each record's prompt, reference and answers."""
     from surgeon.evals.generation import load_whole
     from surgeon.evals.gist_answers import answer_losses, answers
     from surgeon.evals.metrics import exact_match, rouge_l
     from surgeon.gist.support import check_support
 
-    source, tokenizer = bench.sources[0], bench.tokenizers[0]
+    source, tokenizer = context.sources[0], context.tokenizers[0]
     for record in records:
         longest = len(record.asked("gist")) + max(max_new_tokens, len(record.answer))
-        bench.check_length(longest, f"{record.where}: with its answer it takes", "Use a smaller --max-new-tokens.")
-    model = load_whole(source, bench.device)
+        context.check_length(longest, f"{record.where}: with its answer it takes", "Use a smaller --max-new-tokens.")
+    model = load_whole(source, context.device)
     model.generation_config.suppress_tokens = list(gist.ids)
     if (support := check_support(model)).reason is not None:
         hint = "surgeon gist --check MODEL measures whether a model can be gisted."
         raise PlanError(f"{source.label} cannot read gists: {support.reason}", hint=hint)
     if compressor is not None:
         compressor.attach(model)
-    how: dict[str, Any] = {"batch_size": batch_size, "frozen": compressor is not None}
+    batching: dict[str, Any] = {"batch_size": batch_size, "frozen": compressor is not None}
     depth = read_anatomy(spec_of(source)).depth
     outcomes: dict[str, dict[str, tuple[float, ...]]] = {LOSS: {}, ROUGE: {}, EXACT: {}}
-    told: list[dict[str, Any]] = [
+    predictions: list[dict[str, Any]] = [
         {"prompt": tokenizer.decode(list(record.asked("full"))), "reference": record.reference} for record in records
     ]
     for form, name in HEADINGS.items():
         work = sum(len(record.asked(form)) + len(record.answer) + max_new_tokens for record in records)
-        counted = bench.meter(name, work, depth)
-        progress = None if counted is None else partial(_count, counted, depth)
-        outcomes[LOSS][form] = tuple(answer_losses(model, records, form, progress=progress, **how))
-        written = answers(
-            model,
-            tokenizer,
-            records,
-            form,
-            max_new_tokens=max_new_tokens,
-            progress=progress,
-            **how,
-        )
-        pairs = list(zip(written, (record.reference for record in records), strict=True))
+        count = context.meter(name, work, depth)
+        progress = None if count is None else partial(_count, count, depth)
+        outcomes[LOSS][form] = tuple(answer_losses(model, records, form, progress=progress, **batching))
+        texts = answers(model, tokenizer, records, form, max_new_tokens=max_new_tokens, progress=progress, **batching)
+        pairs = list(zip(texts, (record.reference for record in records), strict=True))
         outcomes[ROUGE][form] = tuple(rouge_l(*pair) for pair in pairs)
         outcomes[EXACT][form] = tuple(exact_match(*pair) for pair in pairs)
-        for entry, found in zip(told, written, strict=True):
-            entry[form] = found
-    return outcomes, told
+        for entry, answer in zip(predictions, texts, strict=True):
+            entry[form] = answer
+    return outcomes, predictions
 
 
 def _count(progress: "Progress", depth: int, tokens: int) -> None:
     progress(tokens * depth)
 
 
-def _entries(measure: str, found: Estimate) -> tuple[tuple[str, float | None], ...]:
-    return (measure, found.value), (f"{measure}_error", found.error)
+def _entries(measure: str, figure: Estimate) -> tuple[tuple[str, float | None], ...]:
+    return (measure, figure.value), (f"{measure}_error", figure.error)
 
 
-def _percent(found: Estimate) -> str:
-    error = "" if found.error is None else f" ± {found.error:.1f}"
-    return f"{found.value:.1f}{error} %"
+def _percent(figure: Estimate) -> str:
+    error = "" if figure.error is None else f" ± {figure.error:.1f}"
+    return f"{figure.value:.1f}{error} %"

@@ -1,4 +1,4 @@
-"""The tasks of lm-evaluation-harness, which runs as a process of its own and leaves a file of results."""
+"""Tasks of lm-evaluation-harness, which runs as a process of its own and writes a file of results."""
 
 import json
 import math
@@ -17,18 +17,20 @@ from typing import Any
 from surgeon import text
 from surgeon.checkpoint.source import Source, open_source
 from surgeon.errors import MeasureError, PlanError
-from surgeon.evals.compare import Estimate, recovery
-from surgeon.evals.table import markdown, plus_minus, short
+from surgeon.evals.compare import Estimate, markdown_table, plus_minus, recovery, short_label
+from surgeon.evals.evaluation import MetricOptions
+from surgeon.options import device_option, in_python, option, revision_option, same_option
 
 COMMAND = "lm-eval"
 INSTALL_HINT = 'pip install "surgeon[eval]"'
-LAST_LINES = 30  # of what the harness says are kept, to tell why it failed
+LAST_LINES = 30  # of the log of the harness, kept for the error message
 
 
 @dataclass(frozen=True)
 class TaskEvaluation:
-    """What lm-evaluation-harness found: by task and metric (its names, "acc" or "acc,strict-match") a value and its
-    standard error, None where it gives none; and of `lower` whether less is better.
+    """The results of lm-evaluation-harness: a value by task and metric, with its standard error if there is one.
+
+    The names are those of the harness: "acc" or "acc,strict-match". `lower` has the metrics of which less is better.
     """
 
     model: str
@@ -40,18 +42,18 @@ class TaskEvaluation:
 
     @property
     def recovery(self) -> dict[str, dict[str, float | None]]:
-        """How much of the baseline is there, in percent, by task and metric; {} without a baseline.
+        """The share of the baseline's score in percent, by task and metric; {} without a baseline.
 
-        100 · value / baseline, and 100 · baseline / value where the harness says that less is better.
+        100 · value / baseline, and 100 · baseline / value where less is better.
         """
         return {
             task: {
                 name: recovery(
-                    found.value,
+                    figure.value,
                     self.baseline_scores[task][name].value,
                     higher_is_better=(task, name) not in self.lower,
                 )
-                for name, found in metrics.items()
+                for name, figure in metrics.items()
                 if name in self.baseline_scores[task]
             }
             for task, metrics in self.scores.items()
@@ -73,16 +75,16 @@ class TaskEvaluation:
 
     def to_markdown(self) -> str:
         """Return the evaluation as a block for a model card."""
-        table = markdown(*self._table(short(self.model), short(self.baseline or "")))
+        table = markdown_table(*self._table(short_label(self.model), short_label(self.baseline or "")))
         return f"{table}\n\nMeasured with lm-evaluation-harness, through `surgeon evaluate --tasks`."
 
     def _table(self, model: str, baseline: str) -> tuple[list[str], list[list[str]]]:
         header = ["task", "metric", model] + ([] if self.baseline is None else [baseline, "recovery"])
         lines = []
         for task, metrics in self.scores.items():
-            for name, found in metrics.items():
+            for name, figure in metrics.items():
                 better = "↓" if (task, name) in self.lower else ""
-                line = [task, f"{name}{better}", plus_minus(found.value, found.error)]
+                line = [task, f"{name}{better}", plus_minus(figure.value, figure.error)]
                 if self.baseline is not None:
                     other = self.baseline_scores.get(task, {}).get(name)
                     share = self.recovery.get(task, {}).get(name)
@@ -94,71 +96,74 @@ class TaskEvaluation:
         return header, lines
 
 
-def evaluate_tasks(
-    model: str | os.PathLike[str],
-    tasks: Sequence[str],
-    *,
-    baseline: str | os.PathLike[str] | None = None,
-    task_dir: str | os.PathLike[str] | None = None,
-    samples: int | None = None,
-    batch_size: int | None = None,
-    chat: bool = False,
-    device: str = "auto",
-    revision: str | None = None,
-    quiet: bool = True,
-) -> TaskEvaluation:
-    """Return what lm-evaluation-harness finds on its tasks, or on those of the files in `task_dir`.
+@dataclass(frozen=True, kw_only=True)
+class TaskEvaluationOptions:
+    """The options of `surgeon.evaluate_tasks`."""
 
-    `samples` is how many records of a task are taken, `chat` applies the chat template. The harness loads the model
-    itself, in the precision in which it is stored. Without `quiet` what it says is passed on to standard error.
-    Raises MeasureError where it is not installed, fails, or leaves no results; PlanError for a task_dir that is none.
-    """
+    baseline: str | os.PathLike[str] | None = same_option(MetricOptions, "baseline")
+    task_dir: str | os.PathLike[str] | None = option(
+        "With --tasks: a directory with your own task files.", None, metavar="DIR"
+    )
+    samples: int | None = option("Records per task. Default: all.", None)
+    batch_size: int | None = option("Prompts per batch. Default: 1.", None)
+    chat: bool = option("Apply the chat template.", False)
+    device: str = device_option()
+    revision: str | None = revision_option()
+    quiet: bool = in_python("Keep the log of lm-evaluation-harness from standard error.", True)
+
+
+def run_tasks(model: str | os.PathLike[str], tasks: Sequence[str], options: TaskEvaluationOptions) -> TaskEvaluation:
+    """Return the scores of a model, and of its baseline, on tasks of lm-evaluation-harness."""
     began = monotonic()
     if not tasks:
         raise PlanError("no task is named", hint="Name some: --tasks arc_easy,boolq")
-    if task_dir is not None and not Path(task_dir).is_dir():
-        raise PlanError(f"no such directory: {task_dir}", hint="--task-dir is a directory with task files (.yaml).")
-    program = _program()
-    options = ["--tasks", ",".join(tasks), "--batch_size", str(batch_size or 1)]
-    options += [] if task_dir is None else ["--include_path", str(Path(task_dir).absolute())]
-    options += [] if samples is None else ["--limit", str(samples)]
-    options += ["--apply_chat_template"] if chat else []
-    if device != "auto":
-        options += ["--device", device]
-    sources = [open_source(model, revision=revision)] + ([] if baseline is None else [open_source(baseline)])
-    found = [
-        _run(program, source, revision if number == 0 else None, options, quiet=quiet)
-        for number, source in enumerate(sources)
-    ]
-    scores = [_scores(results, source.label) for results, source in zip(found, sources, strict=True)]
-    better = found[0].get("higher_is_better", {})
+    if options.task_dir is not None and not Path(options.task_dir).is_dir():
+        raise PlanError(
+            f"no such directory: {options.task_dir}", hint="--task-dir is a directory with task files (.yaml)."
+        )
+    program, arguments = _program(), _arguments(tasks, options)
+    models = [(open_source(model, revision=options.revision), options.revision)]
+    models += [] if options.baseline is None else [(open_source(options.baseline), None)]
+    results = [_run(program, source, revision, arguments, quiet=options.quiet) for source, revision in models]
+    labels = [source.label for source, _ in models]
+    scores = [_scores(one, label) for one, label in zip(results, labels, strict=True)]
+    better = results[0].get("higher_is_better", {})
     lower = {
         (task, name)
         for task, metrics in scores[0].items()
         for name in metrics
         if better.get(task, {}).get(name.partition(",")[0]) is False
     }
-    labels = [source.label for source in sources]
+    has_baseline = options.baseline is not None
     return TaskEvaluation(
         model=labels[0],
         scores=scores[0],
-        baseline=labels[1] if baseline is not None else None,
-        baseline_scores=scores[1] if baseline is not None else {},
+        baseline=labels[1] if has_baseline else None,
+        baseline_scores=scores[1] if has_baseline else {},
         lower=frozenset(lower),
         seconds=monotonic() - began,
     )
 
 
+def _arguments(tasks: Sequence[str], options: TaskEvaluationOptions) -> list[str]:
+    """Return the arguments of the harness that are the same for all models."""
+    arguments = ["--tasks", ",".join(tasks), "--batch_size", str(options.batch_size or 1)]
+    arguments += [] if options.task_dir is None else ["--include_path", str(Path(options.task_dir).absolute())]
+    arguments += [] if options.samples is None else ["--limit", str(options.samples)]
+    arguments += ["--apply_chat_template"] if options.chat else []
+    return arguments + ([] if options.device == "auto" else ["--device", options.device])
+
+
 def _program() -> str:
-    """Return the harness's command: the one on PATH, or the one beside this interpreter."""
-    found = shutil.which(COMMAND) or shutil.which(COMMAND, path=Path(sys.executable).parent)
-    if found is None:
+    """Return the path of the harness's command: on PATH, or beside this interpreter."""
+    program = shutil.which(COMMAND) or shutil.which(COMMAND, path=Path(sys.executable).parent)
+    if program is None:
         raise MeasureError("lm-evaluation-harness is not installed: there is no command lm-eval", hint=INSTALL_HINT)
-    return found
+    return program
 
 
 def _run(program: str, source: Source, revision: str | None, options: Sequence[str], *, quiet: bool) -> dict[str, Any]:
-    """Return the results that one run of the harness leaves."""
+    """Return the results of one run of the harness."""
     with TemporaryDirectory(prefix="surgeon-lm-eval-") as scratch:
         name = source.label if source.origin is None else str(source.origin.absolute())
         if "," in name:  # separates arguments there
@@ -167,14 +172,14 @@ def _run(program: str, source: Source, revision: str | None, options: Sequence[s
         arguments = f"pretrained={name}" + ("" if revision is None else f",revision={revision}")
         results = Path(scratch, "results")
         command = [program, "run", "--model", "hf", "--model_args", arguments, *options, "--output_path", str(results)]
-        code, last = _listened(command, quiet=quiet)
+        code, last = _logged(command, quiet=quiet)
         files = sorted(results.rglob("results*.json"))
         if code or not files:
-            said = next((line for line in reversed(last) if line.strip()), "it says nothing")
+            message = next((line for line in reversed(last) if line.strip()), "it printed nothing")
             failed = f"fails with exit code {code}" if code else "leaves no results"
             raise MeasureError(
-                f"lm-eval {failed} on {source.label}: {said.strip()}",
-                hint="The tasks that it knows: lm-eval ls tasks. Without -q it is heard in full.",
+                f"lm-eval {failed} on {source.label}: {message.strip()}",
+                hint="List its tasks: lm-eval ls tasks. Without -q its whole log is printed.",
             )
         try:
             content = json.loads(files[-1].read_text(encoding="utf-8"))
@@ -185,10 +190,10 @@ def _run(program: str, source: Source, revision: str | None, options: Sequence[s
         return content
 
 
-def _listened(command: Sequence[str], *, quiet: bool) -> tuple[int, list[str]]:
-    """Run a process and return its exit code and its last lines; unless `quiet` they are passed on as they come."""
+def _logged(command: Sequence[str], *, quiet: bool) -> tuple[int, list[str]]:
+    """Run a process and return its exit code and its last lines; unless `quiet` stream its log to standard error."""
     last: deque[str] = deque(maxlen=LAST_LINES)
-    process = subprocess.Popen(  # noqa: S603  # no shell, and the program is named by us
+    process = subprocess.Popen(  # noqa: S603  # no shell, and the program is ours
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, encoding="utf-8", errors="replace"
     )
     assert process.stdout is not None
@@ -200,7 +205,7 @@ def _listened(command: Sequence[str], *, quiet: bool) -> tuple[int, list[str]]:
         return process.wait(), list(last)
     finally:
         process.stdout.close()
-        if process.poll() is None:  # Ctrl-C, or a terminal that is gone
+        if process.poll() is None:  # Ctrl-C, or a closed terminal
             process.terminate()
             process.wait()
 
@@ -210,23 +215,23 @@ def _scores(results: Mapping[str, Any], label: str) -> dict[str, dict[str, Estim
     scores: dict[str, dict[str, Estimate]] = {}
     for task, entries in results.get("results", {}).items():
         for key, value in entries.items():
-            metric, _, chosen = key.partition(",")
-            if not chosen or metric.endswith("_stderr") or type(value) not in (int, float):
+            metric, _, filtering = key.partition(",")
+            if not filtering or metric.endswith("_stderr") or type(value) not in (int, float):
                 continue
-            error = entries.get(f"{metric}_stderr,{chosen}")
-            known = type(error) in (int, float) and math.isfinite(error)
-            name = metric if chosen == "none" else key
-            scores.setdefault(task, {})[name] = Estimate(float(value), float(error) if known else None)
+            error = entries.get(f"{metric}_stderr,{filtering}")
+            has_error = type(error) in (int, float) and math.isfinite(error)
+            name = metric if filtering == "none" else key
+            scores.setdefault(task, {})[name] = Estimate(float(value), float(error) if has_error else None)
     if not scores:
-        raise MeasureError(f"lm-eval scores nothing on {label}", hint="The tasks that it knows: lm-eval ls tasks")
+        raise MeasureError(f"lm-eval scores nothing on {label}", hint="List its tasks: lm-eval ls tasks")
     return scores
 
 
 def _entries(scores: Mapping[str, Mapping[str, Estimate]]) -> dict[str, Any]:
     return {
         task: {
-            name: {"value": found.value if math.isfinite(found.value) else None, "error": found.error}
-            for name, found in metrics.items()
+            name: {"value": figure.value if math.isfinite(figure.value) else None, "error": figure.error}
+            for name, figure in metrics.items()
         }
         for task, metrics in scores.items()
     }

@@ -1,4 +1,4 @@
-"""Which of two answers a local model takes to be the better one: asked in both orders, read from its next token."""
+"""A local model as a judge of two answers: asked in both orders, its verdict read from the next-token logits."""
 
 import inspect
 import os
@@ -12,14 +12,14 @@ from surgeon.anatomy.anatomy import read_anatomy
 from surgeon.checkpoint.source import Source, spec_of
 from surgeon.data.documents import documents
 from surgeon.data.records import Document
-from surgeon.errors import DataError, MeasureError
-from surgeon.evals.files import opened
+from surgeon.errors import MeasureError
+from surgeon.evals.evaluation import BATCH_SIZE, open_evaluated
 from surgeon.evals.verdicts import FIRST, NEITHER, SECOND, Judgement, Verdict
+from surgeon.options import device_option, in_python, option, revision_option
 
 if TYPE_CHECKING:
     from surgeon.measure.scoring import Meter
 
-BATCH_SIZE = 8
 ASK = """Which of two answers to a prompt is better?
 
 Prompt:
@@ -33,23 +33,23 @@ Answer B:
 
 Which answer is better? Reply with one letter: A if answer A is better, B if answer B is better, C if both are equal."""
 LABELS = {"A": FIRST, "B": SECOND, "C": NEITHER}
-WITHOUT_TEMPLATE = "\n\nReply:", " "  # behind the question, and in front of a label
-HINT = "Use a judge that sees more tokens, shorter answers (--max-new-tokens), or leave the record out."
+WITHOUT_TEMPLATE = "\n\nReply:", " "  # after the question, and before a label
+HINT = "Use a judge with a longer context, shorter answers (--max-new-tokens), or leave the record out."
 
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """A prompt to which answers are compared, as the judge is shown it, and where it was read."""
+    """A prompt as the judge sees it, and the file and line it was read from."""
 
     where: str
     prompt: str
 
 
 @dataclass(frozen=True, slots=True)
-class Asking:
-    """The tokens of a question up to where labels begin to differ, and the rest of each label, in the order of LABELS.
+class JudgeQuestion:
+    """The tokens of a question up to the first that differs between labels, and the rest of each label.
 
-    Usually one token each; what matters is how the tokenizer splits question and label when they stand together.
+    Labels are in the order of LABELS, usually one token each: the tokenizer splits question and label together.
     """
 
     shared: tuple[int, ...]
@@ -57,12 +57,12 @@ class Asking:
 
     @property
     def rows(self) -> tuple[tuple[int, ...], ...]:
-        """What the model is given to score each label: all but its last token. The same for labels of one token."""
+        """The input that scores each label: all but its last token. The same for labels of one token."""
         return tuple(self.shared + label[:-1] for label in self.labels)
 
 
 def read_cases(specs: Sequence[str], *, samples: int | None) -> list[Case]:
-    """Return the first `samples` records, all with None, each without its answer and without any chat template."""
+    """Return the first `samples` records, all with None, without their answers and without a chat template."""
     streams = [documents(spec) for spec in specs]
     return [Case(document.where, _shown(document)) for document in islice(chain(*streams), samples)]
 
@@ -75,7 +75,7 @@ def _shown(document: Document) -> str:
 
 
 class Judge:
-    """A causal model that compares answers. Its tokenizer is loaded when it is made, its weights when it is asked."""
+    """A causal model that compares answers. Its tokenizer is loaded at once, its weights with the first question."""
 
     def __init__(self, source: Source, device: str) -> None:
         from surgeon.anatomy.config import positions_of
@@ -94,9 +94,9 @@ class Judge:
         return load_whole(self.source, self.device)
 
     def check(self, cases: Sequence[Case], *, max_new_tokens: int) -> None:
-        """Raises MeasureError where a prompt and two answers of so many tokens may be more than the judge sees."""
+        """Raises MeasureError for a prompt that with two answers of `max_new_tokens` may exceed the judge's context."""
         for case in cases:
-            count = max(map(len, self.asking(case, "", "").rows)) + 2 * max_new_tokens
+            count = max(map(len, self.question(case, "", "").rows)) + 2 * max_new_tokens
             what = f"to judge two answers of up to {max_new_tokens} tokens takes"
             self._check_length(case, count, what)
 
@@ -109,26 +109,26 @@ class Judge:
         batch_size: int = BATCH_SIZE,
         meter: "Meter | None" = None,
     ) -> Judgement:
-        """Return which of each answer and other the judge takes to be better, asked in both orders.
+        """Return the judge's verdict on each pair of an answer and another, asked in both orders.
 
-        Answers that are the same but for white space around them are a tie without asking.
-        Raises MeasureError for a pair that is longer than what the judge sees.
+        Answers that differ only in white space around them are a tie; the judge is not asked.
+        Raises MeasureError for a pair that is longer than the judge's context.
         """
         pairs = list(zip(cases, answers, others, strict=True))
-        askings: dict[tuple[int, bool], Asking] = {}
+        questions: dict[tuple[int, bool], JudgeQuestion] = {}
         for index, (case, one, other) in enumerate(pairs):
             if one.strip() == other.strip():
                 continue
             for swapped in (False, True):
-                asking = self.asking(case, *((other, one) if swapped else (one, other)))
-                self._check_length(case, max(map(len, asking.rows)), "to judge its answers takes")
-                askings[index, swapped] = asking
-        taken = self._taken(askings, batch_size, meter)
-        verdicts = (Verdict(taken.get((index, False)), taken.get((index, True))) for index in range(len(pairs)))
+                question = self.question(case, *((other, one) if swapped else (one, other)))
+                self._check_length(case, max(map(len, question.rows)), "to judge its answers takes")
+                questions[index, swapped] = question
+        replies = self._replies(questions, batch_size, meter)
+        verdicts = (Verdict(replies.get((index, False)), replies.get((index, True))) for index in range(len(pairs)))
         return Judgement(self.source.label, tuple(verdicts))
 
-    def asking(self, case: Case, first: str, second: str) -> Asking:
-        """Return what the judge is asked of two answers: in its chat template where it has one."""
+    def question(self, case: Case, first: str, second: str) -> JudgeQuestion:
+        """Return the question about two answers, in the judge's chat template where it has one."""
         from surgeon.data.rows import encode, templated
 
         question = ASK.format(
@@ -140,20 +140,20 @@ class Judge:
         else:
             end, before = WITHOUT_TEMPLATE
             text = question + end
-        asked = [(*self._begin, *encode(f"{text}{before}{label}", self.tokenizer)) for label in LABELS]
-        alike = next((place for place, tokens in enumerate(zip(*asked, strict=False)) if len(set(tokens)) > 1), None)
-        if not alike or any(tokens[:alike] != asked[0][:alike] for tokens in asked):
+        rows = [(*self._begin, *encode(f"{text}{before}{label}", self.tokenizer)) for label in LABELS]
+        alike = next((place for place, tokens in enumerate(zip(*rows, strict=False)) if len(set(tokens)) > 1), None)
+        if not alike or any(tokens[:alike] != rows[0][:alike] for tokens in rows):
             raise MeasureError(
                 f"the tokenizer of {self.source.label} makes the same tokens of {' and '.join(LABELS)}",
                 hint="Use another judge.",
             )
-        return Asking(asked[0][:alike], tuple(tokens[alike:] for tokens in asked))
+        return JudgeQuestion(rows[0][:alike], tuple(tokens[alike:] for tokens in rows))
 
     def _harmless(self, text: str) -> str:
-        """Return text without the judge's special tokens, with which it could end its place and speak for others."""
+        """Return text without the judge's special tokens, with which an answer could pose as another turn."""
         specials = [str(token) for token in self.tokenizer.all_special_tokens]
-        while found := next((token for token in specials if token and token in text), None):
-            text = text.replace(found, "")  # which may put another together
+        while special := next((token for token in specials if token and token in text), None):
+            text = text.replace(special, "")  # may join the parts of another one
         return text.strip()
 
     def _check_length(self, case: Case, count: int, what: str) -> None:
@@ -164,58 +164,58 @@ class Judge:
                 hint=HINT,
             )
 
-    def _taken(
-        self, askings: "dict[tuple[int, bool], Asking]", batch_size: int, meter: "Meter | None"
+    def _replies(
+        self, questions: dict[tuple[int, bool], JudgeQuestion], batch_size: int, meter: "Meter | None"
     ) -> dict[tuple[int, bool], str]:
-        """Return what the judge takes of each pair and order: the likeliest label, the first of equals."""
-        if not askings:
+        """Return the judge's reply for each pair and order: the likeliest label, the first of equals."""
+        if not questions:
             return {}
-        wanted: dict[tuple[int, ...], set[tuple[int, ...]]] = {}
-        for asking in askings.values():
-            for row, label in zip(asking.rows, asking.labels, strict=True):
-                wanted.setdefault(row, set()).add(label)
+        labels: dict[tuple[int, ...], set[tuple[int, ...]]] = {}
+        for question in questions.values():
+            for row, label in zip(question.rows, question.labels, strict=True):
+                labels.setdefault(row, set()).add(label)
         depth = read_anatomy(spec_of(self.source)).depth
-        count = None if meter is None else meter("judging", sum(map(len, wanted)), depth)
-        found = likelihoods(
+        count = None if meter is None else meter("judging", sum(map(len, labels)), depth)
+        scored = likelihoods(
             self.model,
-            wanted,
+            labels,
             batch_size=batch_size,
             progress=None if count is None else lambda tokens: count(tokens * depth),
         )
-        taken = {}
-        for place, asking in askings.items():
-            scores = [found[pair] for pair in zip(asking.rows, asking.labels, strict=True)]
+        replies = {}
+        for place, question in questions.items():
+            scores = [scored[pair] for pair in zip(question.rows, question.labels, strict=True)]
             if any(score != score for score in scores):
-                hint = "Are its weights in order? surgeon evaluate gives its perplexity on a text."
-                raise MeasureError(f"the judge {self.source.label} puts out numbers that are not finite", hint=hint)
-            taken[place] = list(LABELS.values())[scores.index(max(scores))]
-        return taken
+                hint = "Check its weights: surgeon evaluate gives its perplexity on a text."
+                raise MeasureError(f"the outputs of the judge {self.source.label} are not finite", hint=hint)
+            replies[place] = list(LABELS.values())[scores.index(max(scores))]
+        return replies
 
 
 def likelihoods(
     model: Any,
-    wanted: "dict[tuple[int, ...], set[tuple[int, ...]]]",
+    labels: dict[tuple[int, ...], set[tuple[int, ...]]],
     *,
     batch_size: int,
     progress: Callable[[int], None] | None = None,
 ) -> dict[tuple[tuple[int, ...], tuple[int, ...]], float]:
     """Return ln p of labels by row and label; a row holds the question and all but the last token of the label.
 
-    Rows are padded on the right, where nothing in front sees it. Batches depend on the rows alone, not on their order:
-    two sets of answers that change places are judged by the very same numbers.
+    Rows are padded on the right, which no earlier token sees. Batches depend on the rows alone, not on their order:
+    two sets of answers that are swapped are judged by the very same numbers.
     """
     import torch
 
     from surgeon.models.loading import quiet_transformers
 
-    found = {}
-    order = sorted(wanted, key=lambda row: (-len(row), row))  # the longest first: memory is known
+    log_probabilities = {}
+    order = sorted(labels, key=lambda row: (-len(row), row))  # the longest first: later batches take less memory
     keeps = "logits_to_keep" in inspect.signature(model.forward).parameters
-    with torch.no_grad(), quiet_transformers():  # what is padded is in front of nothing, and needs no mask
+    with torch.no_grad(), quiet_transformers():  # padding at the end needs no mask
         for start in range(0, len(order), batch_size):
             batch = order[start : start + batch_size]
             ids = torch.tensor([[*row, *[0] * (len(batch[0]) - len(row))] for row in batch], device=model.device)
-            reads = {row: max(map(len, wanted[row])) for row in batch}
+            reads = {row: max(map(len, labels[row])) for row in batch}
             places = sorted({len(row) - back for row in batch for back in range(1, reads[row] + 1)})
             at = torch.tensor(places, device=model.device)
             options = {"logits_to_keep": at} if keeps else {}
@@ -224,53 +224,31 @@ def likelihoods(
             for row, each in zip(batch, logits, strict=True):
                 here = [places.index(len(row) - back) for back in range(reads[row], 0, -1)]
                 logs = each[here].float().log_softmax(-1)
-                for label in wanted[row]:
-                    behind = zip(logs[len(logs) - len(label) :], label, strict=True)
-                    found[row, label] = sum(float(place[token]) for place, token in behind)
+                for label in labels[row]:
+                    steps = zip(logs[len(logs) - len(label) :], label, strict=True)
+                    log_probabilities[row, label] = sum(float(step[token]) for step, token in steps)
             if progress:
                 progress(sum(map(len, batch)))
-    return found
+    return log_probabilities
 
 
-def seated(
+def load_judge(
     judge: str | os.PathLike[str], data: Sequence[str], device: str, *, samples: int | None, max_new_tokens: int
 ) -> tuple[Judge, list[Case]]:
-    """Return a judge that is ready for answers to the first `samples` records, and what it will be shown of them.
+    """Return a judge, and the first `samples` records as it will see them.
 
-    Raises MeasureError where two answers of so many tokens may be more than it sees.
+    Raises MeasureError where two answers of `max_new_tokens` may be longer than its context.
     """
-    found, cases = Judge(opened(judge, None), device), read_cases(data, samples=samples)
-    found.check(cases, max_new_tokens=max_new_tokens)
-    return found, cases
+    loaded, cases = Judge(open_evaluated(judge, None), device), read_cases(data, samples=samples)
+    loaded.check(cases, max_new_tokens=max_new_tokens)
+    return loaded, cases
 
 
-def judge_answers(
-    judge: str | os.PathLike[str],
-    prompts: Sequence[str],
-    answers: Sequence[str],
-    others: Sequence[str],
-    *,
-    batch_size: int = BATCH_SIZE,
-    device: str = "auto",
-    revision: str | None = None,
-    meter: "Meter | None" = None,
-) -> Judgement:
-    """Return which of two answers to each prompt a local model takes to be better, and how often: the win rate.
+@dataclass(frozen=True, kw_only=True)
+class JudgementOptions:
+    """The options of `surgeon.judge_answers`."""
 
-    `judge` is the checkpoint directory or Hub id of a causal model. It is asked in both orders, in its chat template
-    where it has one, and its reply is the likeliest of three letters; where the orders disagree it is a tie.
-
-    Raises DataError for lists of different lengths, MeasureError for a judge that cannot be asked.
-
-        print(surgeon.judge_answers("Qwen3-4B", ["2 + 2?"], ["4"], ["5"]).to_text())
-    """
-    from surgeon.models.device import resolve_device
-
-    if not len(prompts) == len(answers) == len(others):
-        found = f"{len(prompts)} prompts, {len(answers)} answers and {len(others)} others"
-        raise DataError(f"{found} make no pairs", hint="Give as many of each.")
-    if not prompts:
-        raise DataError("there are no answers to judge", hint="Give one prompt at least, with two answers.")
-    cases = [Case(f"prompt {index}", prompt) for index, prompt in enumerate(prompts)]
-    seat = Judge(opened(judge, revision), resolve_device(device))
-    return seat.compare(cases, answers, others, batch_size=batch_size, meter=meter)
+    batch_size: int = option("Questions per batch.", BATCH_SIZE)
+    device: str = device_option()
+    revision: str | None = revision_option()
+    meter: "Meter | None" = in_python("A progress meter.")

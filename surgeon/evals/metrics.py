@@ -1,10 +1,10 @@
-"""What an answer scores against its reference: exact match, and ROUGE-L of text in any script."""
+"""The score of an answer against its reference: exact match, and ROUGE-L of text in any script."""
 
 import re
 import unicodedata
 from collections.abc import Sequence
 
-# Blocks of the scripts that put no spaces between words: there, a character is what a word is elsewhere.
+# Blocks of the scripts without spaces between words, in which every character counts as a word.
 _WITHOUT_SPACES = (
     (0x0E00, 0x0FFF),  # Thai, Lao, Tibetan
     (0x1000, 0x109F),  # Myanmar
@@ -36,48 +36,48 @@ def exact_match(prediction: str | None, reference: str) -> float:
 def extracted(text: str, pattern: re.Pattern[str]) -> str | None:
     """Return the first group of the pattern's last match, or the match where it has no group; None without a match.
 
-    A number is returned in one form, so that "1,000", "1000" and "1000.00" are the same answer; a comma or full stop
-    behind it, which belongs to the sentence, is left out.
+    A number is returned in one form, so that "1,000", "1000" and "1000.00" are the same answer, without a comma or full
+    stop after it, which belongs to the sentence.
     """
     matches = list(pattern.finditer(text))
     if not matches:
         return None
-    found = matches[-1].group(1) if pattern.groups else matches[-1].group()
-    if found is None:  # a group of an alternative that did not match
+    match = matches[-1].group(1) if pattern.groups else matches[-1].group()
+    if match is None:  # a group of an alternative that did not match
         return None
-    found = found.strip()
-    number = _NUMBER.fullmatch(found.rstrip(".,"))
-    return _plain(number["sign"], number["whole"], number["fraction"] or "") if number else found
+    match = match.strip()
+    number = _NUMBER.fullmatch(match.rstrip(".,"))
+    return _plain(number["sign"], number["whole"], number["fraction"] or "") if number else match
 
 
 def _plain(sign: str, whole: str, fraction: str) -> str:
-    """Return a number without thousands separators, plus sign and zeros that say nothing."""
-    digits, behind = whole.replace(",", "").lstrip("0") or "0", fraction.rstrip("0")
-    value = f"{digits}.{behind}" if behind else digits
+    """Return a number without thousands separators, plus sign, and leading and trailing zeros."""
+    digits, decimals = whole.replace(",", "").lstrip("0") or "0", fraction.rstrip("0")
+    value = f"{digits}.{decimals}" if decimals else digits
     return f"-{value}" if sign == "-" and value != "0" else value
 
 
 def rouge_l(prediction: str, reference: str) -> float:
     """Return the ROUGE-L F1 of two texts, 0 to 1: 2 P R / (P + R), with P and R the longest common subsequence of
-    their `words` over the number of words of the prediction and of the reference. 0 where either has no word.
+    their `rouge_words` over the number of words of the prediction and of the reference. 0 where either has no word.
 
-    Source: Lin 2004 (ROUGE, aclanthology W04-1013), section 3.1, with β = 1, one reference, one sequence a text. On
+    Source: Lin 2004 (ROUGE, aclanthology W04-1013), section 3.1, with β = 1, one reference, one sequence per text. On
     ASCII it is what the package rouge-score gives for "rougeL" without its stemmer.
     """
-    found, wanted = words(prediction), words(reference)
-    common = longest_common(found, wanted)
-    return 2 * common / (len(found) + len(wanted)) if common else 0.0
+    predicted, expected = rouge_words(prediction), rouge_words(reference)
+    common = longest_common(predicted, expected)
+    return 2 * common / (len(predicted) + len(expected)) if common else 0.0
 
 
-def words(text: str) -> list[str]:
+def rouge_words(text: str) -> list[str]:
     """Return the words of a text in any script, without case.
 
     After normalisation (NFKC, case folded, format characters such as soft hyphens and joiners taken out) a word is a
     longest run of letters, marks and digits (Unicode categories L, M, N); everything else separates. In scripts that
     write without spaces (Han, kana, Thai, Lao, Khmer, Myanmar, Tibetan ...) each letter with its marks is a word.
     """
-    found: list[str] = []
-    continues = alone = False  # whether a word is under way; whether it is a letter that is a word by itself
+    words: list[str] = []
+    continues = alone = False  # whether a word has begun; whether it is a letter that is a word by itself
     for char in unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold()):
         category = unicodedata.category(char)
         if category == "Cf":
@@ -88,11 +88,11 @@ def words(text: str) -> list[str]:
         is_mark, was_alone = category[0] == "M", alone
         alone = was_alone if is_mark and continues else _is_without_spaces(char)
         if continues and (is_mark or not (alone or was_alone)):
-            found[-1] += char
+            words[-1] += char
         else:
-            found.append(char)
+            words.append(char)
         continues = True
-    return found
+    return words
 
 
 def _is_without_spaces(char: str) -> bool:
@@ -101,7 +101,7 @@ def _is_without_spaces(char: str) -> bool:
 
 
 def longest_common(one: Sequence[str], other: Sequence[str]) -> int:
-    """Return the length of the longest common subsequence, in one big integer operation a word of `other`.
+    """Return the length of the longest common subsequence, in one big integer operation per word of `other`.
 
     Source: Hyyrö 2004 (Bit-parallel LCS-length computation revisited), equation for V'.
     """

@@ -1,102 +1,210 @@
-"""The next-token losses of rows of tokens, row by row, by a model that streams from its files."""
+"""The perplexity of a text: its tokens and their bytes, and the losses of a model that streams from its files."""
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import accumulate, chain
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
+from surgeon.anatomy.config import positions_of
 from surgeon.checkpoint.source import Source
+from surgeon.data.documents import documents
+from surgeon.data.rows import read_rows, text_of
 from surgeon.errors import MeasureError
+from surgeon.evals.compare import Scored, estimate, exponential
+from surgeon.evals.evaluation import SAMPLES, SEQUENCE_LENGTH, EvalContext, Evaluation, EvaluationOptions
 from surgeon.measure.removal import STATES_BYTES, Progress, groups
 from surgeon.models.device import compute_dtype
 from surgeon.models.streaming import HEAD_TOKENS, Batch, StreamedModel
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+ONE_ROW = "one row only: a standard error takes two"
+NO_OFFSETS = "the tokenizer does not give the offsets of its tokens in the text, so there are no bits per byte"
 HARNESS_HINT = "lm-evaluation-harness may be able to run it: --tasks NAME."
 PROBE = ((0, 0, 0, 0), (0, 0, 0, 1))  # rows of tokens that differ in the last one
-SAME = 1e-3  # of the largest state: what rounding may differ by; a token that is seen from before it moves far more
+SAME = 1e-3  # of the largest state: what rounding may differ by; an effect of a later token is far larger
+
+
+def evaluate_perplexity(context: EvalContext, options: EvaluationOptions) -> Evaluation:
+    """Return the loss of a text, its perplexity and bits per byte."""
+    sequence_length = options.sequence_length or SEQUENCE_LENGTH
+    shape = {"samples": options.samples or SAMPLES, "sequence_length": sequence_length}
+    whole_rows = options.stride is None
+    streams = [read_stream(options.data, one, **shape, whole_rows=whole_rows) for one in context.tokenizers]
+    stream = streams[0]
+    context.check_same([[other.tokens.tolist()] for other in streams])
+    length = min(sequence_length, len(stream.tokens))
+    context.check_length(
+        length,
+        "rows have",
+        f"Use --sequence-length {min(filter(None, map(positions_of, context.sources)), default=length)}.",
+    )
+    spans = windows(len(stream.tokens), length, options.stride)
+    batches = window_batches(stream.tokens, spans)
+    sizes = tuple(end - first for _, first, end in spans)
+    before = None if stream.nbytes is None else [0, *accumulate(stream.nbytes)]
+    nbytes = None if before is None else [before[end] - before[first] for _, first, end in spans]
+    counts = {"tokens": sum(sizes), "rows": len(spans)} | ({"bytes": sum(nbytes)} if nbytes else {})
+    scored = []
+    for model in [streamed(source, context.device) for source in context.sources]:
+        progress = context.meter("perplexity", sum(batch.tokens.numel() for batch in batches), model.depth)
+        sums = torch.cat(row_losses(model, batches, progress=progress)).tolist()
+        loss = estimate(sums, sizes)
+        figures = {"perplexity": exponential(loss), "loss": loss}
+        if nbytes and sum(nbytes):
+            figures["bits_per_byte"] = estimate(sums, nbytes).scaled(1 / math.log(2))
+        scored.append(Scored(model.label, figures, counts, {"loss": tuple(sums)}, sizes))
+    short = f"the text is shorter than a row: one row of {length} tokens instead of {sequence_length}"
+    notes = [short] if length < sequence_length else []
+    notes += [ONE_ROW] if len(spans) < 2 else []
+    notes += [] if nbytes else [NO_OFFSETS]
+    setup = context.setup(options.data, stream.digest) | {"sequence_length": length, "stride": options.stride}
+    return Evaluation.of(options.metric, scored, setup, notes)
 
 
 @dataclass(frozen=True, eq=False)
-class Piece:
+class TokenStream:
+    """Tokens, int64, shape (N,), and the bytes of each, None where the tokenizer has no offsets.
+
+    `digest` is of the tokens and the length of a row.
+    """
+
+    tokens: Tensor
+    nbytes: tuple[int, ...] | None
+    digest: str
+
+
+def read_stream(
+    specs: Sequence[str], tokenizer: "PreTrainedTokenizerBase", *, samples: int, sequence_length: int, whole_rows: bool
+) -> TokenStream:
+    """Return the first `samples` x `sequence_length` tokens of the texts, or as many as there are.
+
+    They are the tokens of `data.rows.read_rows`; with `whole_rows` a rest that fills no row is dropped.
+    Raises DataError for texts that cannot be read.
+    """
+    count = samples * sequence_length
+    rows = (
+        read_rows(specs, tokenizer, samples=samples, sequence_length=sequence_length)
+        if whole_rows
+        else read_rows(specs, tokenizer, samples=min(samples, 1), sequence_length=max(sequence_length, count))
+    )
+    tokens = rows.tokens.flatten()
+    return TokenStream(tokens, token_bytes(specs, tokenizer, len(tokens)), rows.digest)
+
+
+def token_bytes(specs: Sequence[str], tokenizer: "PreTrainedTokenizerBase", count: int) -> tuple[int, ...] | None:
+    """Return the number of bytes of text, in UTF-8, that each of the first `count` tokens stands for.
+
+    By the tokenizer's offsets: a token stands for the text from the end of the tokens before it up to its own end. So
+    every byte counts once: a character of several tokens with the first of them, space that no token covers with the
+    next one, a rest of a text with its last token. The token that joins documents stands for no bytes.
+    None where the tokenizer has no offsets.
+    """
+    if not tokenizer.is_fast:
+        return None
+    nbytes: list[int] = []
+    for index, document in enumerate(chain.from_iterable(map(documents, specs))):
+        text = text_of(document, tokenizer)
+        encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+        at = 0
+        sizes: list[int] = []
+        for _, end in encoded["offset_mapping"]:
+            sizes.append(len(text[at:end].encode()))
+            at = max(at, end)
+        if sizes:
+            sizes[-1] += len(text[at:].encode())
+        nbytes += [0] * (index > 0) + sizes
+        if len(nbytes) >= count:
+            break
+    return tuple(nbytes[:count])
+
+
+@dataclass(frozen=True, eq=False)
+class WindowBatch:
     """Rows of tokens of one length, shape (R, T). Of each row the tokens `first` to `end` - 1 are predicted.
 
-    `first` is at least 1; both have shape (R,). What lies behind `end` is padding.
+    `first` is at least 1; both have shape (R,). Tokens from `end` on are padding.
     """
 
     tokens: Tensor
     first: Tensor
     end: Tensor
 
-    def part(self, start: int, stop: int) -> "Piece":
-        return Piece(self.tokens[start:stop], self.first[start:stop], self.end[start:stop])
+    def part(self, start: int, stop: int) -> "WindowBatch":
+        return WindowBatch(self.tokens[start:stop], self.first[start:stop], self.end[start:stop])
 
     @property
     def real(self) -> Tensor | None:
-        """Which tokens are no padding, shape (R, T), None where none is."""
+        """Which tokens are not padding, shape (R, T), None where there is no padding."""
         length = self.tokens.shape[1]
         return None if bool((self.end == length).all()) else torch.arange(length) < self.end[:, None]
 
     @property
     def predicted(self) -> Tensor:
-        """Which of the tokens behind the first are predicted, shape (R, T - 1)."""
+        """Which tokens after the first one of a row are predicted, shape (R, T - 1)."""
         places = torch.arange(1, self.tokens.shape[1])
         return (places >= self.first[:, None]) & (places < self.end[:, None])
 
 
 def windows(num_tokens: int, length: int, stride: int | None) -> list[tuple[int, int, int]]:
-    """Return what of a stream is seen, and what of it predicted: (start, first predicted, end) of each window.
+    """Return the windows over a stream of tokens: (start, first predicted, end) of each.
 
     Without a stride rows of `length` tokens, in which all but the first are predicted; the rest is dropped. With one,
-    windows that begin `stride` tokens apart, until the end is reached: each predicts what no earlier one did, so every
-    token of the stream but its first is predicted once, after at least length - stride others, where there are as many
-    before it. The last window may be shorter. Source: transformers' page "Perplexity of fixed-length models".
+    windows that begin `stride` tokens apart, until the end is reached: each predicts the tokens that no earlier one
+    did, so every token of the stream but its first is predicted once, after at least length - stride others, where
+    there are as many before it. The last window may be shorter.
+    Source: transformers' page "Perplexity of fixed-length models".
     """
     if stride is None:
         return [(at, at + 1, at + length) for at in range(0, num_tokens - length + 1, length)]
-    found, done = [], 1
+    spans, done = [], 1
     for at in range(0, num_tokens, stride):
         end = min(at + length, num_tokens)
-        found.append((at, done, end))
+        spans.append((at, done, end))
         done = end
         if end == num_tokens:
             break
-    return found
+    return spans
 
 
-def pieces_of(stream: Tensor, found: Sequence[tuple[int, int, int]]) -> list[Piece]:
-    """Return the windows of a stream, shape (N,), as pieces: those of full length, which share its memory, and a last
-    shorter one.
+def window_batches(stream: Tensor, spans: Sequence[tuple[int, int, int]]) -> list[WindowBatch]:
+    """Return the windows of a stream, shape (N,), in batches: those of full length, which share its memory, and a
+    shorter last one.
     """
-    lengths = [end - start for start, _, end in found]
-    full = [window for window, length in zip(found, lengths, strict=True) if length == lengths[0]]
+    lengths = [end - start for start, _, end in spans]
+    full = [window for window, length in zip(spans, lengths, strict=True) if length == lengths[0]]
     step = full[1][0] - full[0][0] if len(full) > 1 else 1
     tokens = stream[full[0][0] : full[-1][2]].unfold(0, lengths[0], step)
     places = [_places(full)]
     rows = [tokens]
-    if len(full) < len(found):  # only the last window of all is cut short
-        assert len(full) == len(found) - 1
-        rows.append(stream[found[-1][0] : found[-1][2]][None])
-        places.append(_places(found[-1:]))
-    return [Piece(tokens, *place) for tokens, place in zip(rows, places, strict=True)]
+    if len(full) < len(spans):  # only the last window of all is cut short
+        assert len(full) == len(spans) - 1
+        rows.append(stream[spans[-1][0] : spans[-1][2]][None])
+        places.append(_places(spans[-1:]))
+    return [WindowBatch(tokens, *place) for tokens, place in zip(rows, places, strict=True)]
 
 
-def _places(found: Sequence[tuple[int, int, int]]) -> tuple[Tensor, Tensor]:
-    first = torch.tensor([first - start for start, first, _ in found])
-    return first, torch.tensor([end - start for start, _, end in found])
+def _places(spans: Sequence[tuple[int, int, int]]) -> tuple[Tensor, Tensor]:
+    first = torch.tensor([first - start for start, first, _ in spans])
+    return first, torch.tensor([end - start for start, _, end in spans])
 
 
 def streamed(source: Source, device: str) -> StreamedModel:
-    """Return a model that can be asked what comes next: one with a head, whose tokens do not see those behind them.
+    """Return a causal model with a head, streamed from its files.
 
-    Raises MeasureError for any other, before anything is computed.
+    Raises MeasureError for any other model, before anything is computed.
     """
     try:
         model = StreamedModel(source, device=device, dtype=compute_dtype(source, device))
     except MeasureError as error:
         raise MeasureError(str(error), hint=HARNESS_HINT) from error
     with model.head():
-        pass  # a head without weights is found now, not behind the last layer
+        pass  # refuses a head without weights now, not after the last layer
     with torch.no_grad():
         batch = model.embed(torch.tensor(PROBE))[0]
         with model.layer(0) as apply:
@@ -105,26 +213,28 @@ def streamed(source: Source, device: str) -> StreamedModel:
 
 
 def check_causal(states: Tensor, label: str) -> None:
-    """Raises MeasureError where a model's states or logits on PROBE, shape (2, 4, ...), tell that tokens see ahead."""
+    """Raises MeasureError where states or logits on PROBE, shape (2, 4, ...), show that a token sees later ones."""
     one, other = states[:, :-1].float()
     if float((one - other).abs().max()) > SAME * float(one.abs().max()):
         raise MeasureError(
-            f"in {label} a token sees those behind it, so it predicts none of them",
+            f"in {label} a token sees those after it, so it cannot predict them",
             hint="What is evaluated here are models that write from left to right (GPT, Llama ...).",
         )
 
 
-def row_losses(model: StreamedModel, pieces: Sequence[Piece], *, progress: Progress | None = None) -> list[Tensor]:
-    """Return for each piece the sum of its rows' losses over the tokens that are predicted, shape (R,), in nats.
+def row_losses(
+    model: StreamedModel, windows: Sequence[WindowBatch], *, progress: Progress | None = None
+) -> list[Tensor]:
+    """Return for each batch the sums of its rows' losses over the predicted tokens, shape (R,), in nats.
 
-    Computed in the model's dtype up to the logits, then in float32; summed in float64. All pieces go through a layer
+    Computed in the model's dtype up to the logits, then in float32; summed in float64. All batches go through a layer
     before the next one is read, as far as their states fit into memory; a row is never cut.
     Raises MeasureError when a loss is not finite.
     """
-    sums = [torch.zeros(len(piece.tokens), dtype=torch.float64) for piece in pieces]
+    sums = [torch.zeros(len(window.tokens), dtype=torch.float64) for window in windows]
     with torch.no_grad():
-        for parts in _passes(pieces, model.hidden_size * 4 * 2):
-            chosen = [pieces[i].part(start, stop) for i, start, stop in parts]
+        for parts in _passes(windows, model.hidden_size * 4 * 2):
+            chosen = [windows[i].part(start, stop) for i, start, stop in parts]
             batches = [model.embed(part.tokens.contiguous(), part.real) for part in chosen]
             for index in range(model.depth):
                 with model.layer(index) as apply:
@@ -139,22 +249,22 @@ def row_losses(model: StreamedModel, pieces: Sequence[Piece], *, progress: Progr
                         rows = len(batch.tokens)
                         sums[i][start : start + rows] = _loss_sums(head, batch, predicted[:rows])
                         predicted, start = predicted[rows:], start + rows
-    for piece in sums:
-        if not bool(piece.isfinite().all()):
+    for losses in sums:
+        if not bool(losses.isfinite().all()):
             raise MeasureError(
                 f"{model.label} gives a loss that is not finite",
-                hint="Its weights may hold numbers that are not, or be too large for 16 bits: try --device cpu.",
+                hint="Its weights may not be finite, or be too large for 16 bits: try --device cpu.",
             )
     return sums
 
 
-def _passes(pieces: Sequence[Piece], token_bytes: int) -> Iterator[list[tuple[int, int, int]]]:
-    """Yield rows (number of the piece, start, stop) whose states fit into memory together."""
+def _passes(windows: Sequence[WindowBatch], token_bytes: int) -> Iterator[list[tuple[int, int, int]]]:
+    """Yield rows (number of the batch, start, stop) whose states fit into memory together."""
     parts: list[tuple[int, int, int]] = []
     used = 0
-    for number, piece in enumerate(pieces):
-        row_bytes = piece.tokens.shape[1] * token_bytes
-        for start, stop in groups(len(piece.tokens), row_bytes, STATES_BYTES):
+    for number, window in enumerate(windows):
+        row_bytes = window.tokens.shape[1] * token_bytes
+        for start, stop in groups(len(window.tokens), row_bytes, STATES_BYTES):
             nbytes = (stop - start) * row_bytes
             if parts and used + nbytes > STATES_BYTES:
                 yield parts

@@ -1,4 +1,4 @@
-"""The text that scores are taken on: what the user gives, or what the model itself writes."""
+"""The text that scores are computed on: the user's, or text sampled from the model."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ from surgeon.checkpoint.source import Source
 from surgeon.data.rows import check_shape, digest, read_rows
 from surgeon.errors import MeasureError
 from surgeon.models.device import available_memory
-from surgeon.models.loading import load_tokenizer, loadable, quiet_transformers
+from surgeon.models.loading import load_model, load_tokenizer, loadable, quiet_transformers
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False)
 class Calibration:
-    """Rows of tokens, shape (R, T), and where they are from."""
+    """Rows of tokens, shape (R, T), and their origin."""
 
     tokens: "Tensor"
     origin: Mapping[str, Any]
@@ -38,31 +38,21 @@ def read_calibration(source: Source, data: Sequence[str], *, samples: int, seque
 
 
 def sample_calibration(source: Source, *, samples: int, sequence_length: int, device: str, seed: int) -> Calibration:
-    """Return rows that the model writes itself, at temperature 1, each from the begin-of-text token or a random one.
+    """Return rows sampled from the model at temperature 1, each after the begin-of-text token or a random one.
 
-    Raises MeasureError where the model does not fit into memory: writing reads all weights once a token.
+    Raises MeasureError where the model does not fit into memory: generation reads all weights once per token.
     """
     import torch
-    from transformers import AutoModelForCausalLM
 
     check_shape(samples, sequence_length)
-    name, revision = loadable(source)
     _check_length(source, sequence_length)
     needed = sum(4 * item.spec.num_parameters for item in source.tensors.values())
     if needed > available_memory(device):
         raise MeasureError(
-            f"{source.label} takes {needed / 1e9:.1f} GB to write a text itself, more than there is",
+            f"{source.label} takes {needed / 1e9:.1f} GB to sample a text from it, more than there is",
             hint="Give a text: --data FILE.",
         )
-    try:
-        with quiet_transformers():
-            model: Any = AutoModelForCausalLM.from_pretrained(
-                name, revision=revision, dtype=torch.float32, trust_remote_code=False
-            )
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
-        said = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise MeasureError(f"transformers cannot load {source.label}: {said}", hint="Give a text: --data.") from error
-    model.to(device)
+    model = load_model(source, dtype=torch.float32, hint="Give a text: --data FILE.").to(device)
     with torch.random.fork_rng(), torch.no_grad(), quiet_transformers():
         torch.manual_seed(seed)
         begin = model.config.get_text_config().bos_token_id
@@ -82,8 +72,8 @@ def sample_calibration(source: Source, *, samples: int, sequence_length: int, de
     return Calibration(tokens, _origin(digest(tokens), tokens, []))
 
 
-def _origin(found: str, tokens: "Tensor", sources: list[dict[str, str]]) -> dict[str, Any]:
-    return {"sources": sources, "sha256": found, "rows": tokens.shape[0], "sequence_length": tokens.shape[1]}
+def _origin(sha256: str, tokens: "Tensor", sources: list[dict[str, str]]) -> dict[str, Any]:
+    return {"sources": sources, "sha256": sha256, "rows": tokens.shape[0], "sequence_length": tokens.shape[1]}
 
 
 def _check_length(source: Source, length: int) -> None:

@@ -1,28 +1,28 @@
-"""Load checkpoints as anyone would load them, with transformers, and run them on the same random tokens."""
+"""Load a source and its result with transformers, as users do, and run both on the same random tokens."""
 
 from typing import TYPE_CHECKING, Any
 
 from surgeon.checkpoint.source import LocalSource
 from surgeon.errors import VerificationError
+from surgeon.models.loading import load_architecture, load_config, transformers_loads
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-ROWS, LENGTH = 2, 48  # tokens: a wrong rotary frequency is invisible at position 0 and small at the next few
+ROWS, LENGTH = 2, 48  # tokens: a wrong rotary frequency has no effect at position 0 and a small one at the next few
 ROUND_TRIP = 1.5**0.5  # the scale at which weights are rounded; any but a power of two rounds as much
 NOTHING_TO_COMPARE = "Use --no-verify: there is nothing to compare with."
+LOAD_HINT = "A result that was written stays where it is; --no-verify writes it without this check."
 
 
 def tokens(models: list[tuple[str, str | None]], seed: int) -> "Tensor":
-    """Return token ids, shape (2, 48) or shorter, that all models know, without their special tokens."""
+    """Return random token ids, shape (2, 48) or shorter, of the smallest vocabulary, without special tokens."""
     import torch
-    from transformers import AutoConfig
 
-    configs = [
-        loaded
-        for name, revision in models
-        for loaded in [_explained(AutoConfig.from_pretrained, name, revision=revision, trust_remote_code=False)]
-    ]
+    configs = []
+    for name, revision in models:
+        with transformers_loads(name, hint=LOAD_HINT, error_type=VerificationError):
+            configs.append(load_config(name, revision))
     texts = [config.get_text_config() for config in configs]
     special: set[int] = set()
     for config in (*configs, *texts):
@@ -37,7 +37,7 @@ def tokens(models: list[tuple[str, str | None]], seed: int) -> "Tensor":
 
 
 def source_logits(name: str, revision: str | None, ids: "Tensor", *, dtype: str | None) -> "tuple[Tensor, float]":
-    """Return the logits of the source, and how far they move when its weights are rounded to `dtype` (None: 0)."""
+    """Return the logits of the source, and their largest change when its weights are rounded to `dtype` (None: 0)."""
     import torch
 
     model, report = _load(name, revision, str(ids.device))
@@ -50,18 +50,18 @@ def source_logits(name: str, revision: str | None, ids: "Tensor", *, dtype: str 
         logits = _logits(model, ids).cpu()
         if not logits.isfinite().all():
             raise VerificationError(
-                f"{name} puts out numbers that are not finite in float32",
+                f"the outputs of {name} are not finite in float32",
                 hint=NOTHING_TO_COMPARE,
             )
         return logits, 0.0 if dtype is None else rounding(model, ids, logits, getattr(torch, dtype))
 
 
 def rounding(model: Any, ids: "Tensor", logits: "Tensor", dtype: Any) -> float:
-    """Return max |Δ logits| of a model whose weights go through `dtype` once, in place.
+    """Return max |Δ logits| of a model whose weights are rounded to `dtype` once, in place.
 
-    They are rounded at another scale than their own, for weights of that very dtype would not be rounded at all: a
-    grown model holds them times sqrt(new / old), or in shares, or beside noise, and has as many of the same relative
-    errors. What differs is how they add up, hence SLACK.
+    They are scaled before they are rounded, for weights that are stored in that dtype already would not change. A grown
+    model stores them times sqrt(new / old), or in parts, or with noise, and has as many rounding errors of the same
+    relative size. They add up differently, hence SLACK.
     """
     for parameter in model.parameters():
         parameter.copy_((parameter * ROUND_TRIP).to(dtype).float() / ROUND_TRIP)
@@ -74,16 +74,17 @@ def result_logits(written: LocalSource, ids: "Tensor") -> "tuple[Tensor, dict[st
     from transformers.core_model_loading import revert_weight_conversion
 
     model, report = _load(str(written.directory), None, str(ids.device))
-    if wrong := {key: sorted(map(str, names)) for key, names in report.items() if names}:
-        key, names = next(iter(wrong.items()))
+    if problems := {key: sorted(map(str, names)) for key, names in report.items() if names}:
+        key, names = next(iter(problems.items()))
         raise VerificationError(
             f"{written.label} does not load whole: {key.replace('_', ' ')} {names[0]}"
             + (f" and {len(names) - 1} more" if len(names) > 1 else ""),
-            hint=f"Do not use {written.label}, which is left for you to look at.",
+            hint=f"Do not use {written.label}, which is left in place for inspection.",
         )
     logits = _logits(model, ids)
-    guess, target = logits[:, :-1].flatten(0, -2), ids[:, 1:].flatten()
-    loss = torch.nn.functional.cross_entropy(guess, target % guess.shape[-1])  # a headless model has fewer columns
+    predicted, target = logits[:, :-1].flatten(0, -2), ids[:, 1:].flatten()
+    # A model without a head has fewer columns than tokens.
+    loss = torch.nn.functional.cross_entropy(predicted, target % predicted.shape[-1])
     loss.backward()  # type: ignore[no-untyped-call]
     gradients = {
         name: (torch.zeros_like(parameter) if parameter.grad is None else parameter.grad)
@@ -94,33 +95,17 @@ def result_logits(written: LocalSource, ids: "Tensor") -> "tuple[Tensor, dict[st
 
 
 def _load(name: str, revision: str | None, device: str) -> tuple[Any, dict[str, Any]]:
-    """Return a model in float32, ready for inference, and what transformers says about loading it."""
+    """Return a model in float32, ready for inference, and transformers' report of its loading."""
     import torch
-    import transformers
 
-    config = _explained(transformers.AutoConfig.from_pretrained, name, revision=revision, trust_remote_code=False)
-    named = [getattr(transformers, architecture, None) for architecture in config.architectures or []]
-    plain = transformers.AutoModelForSeq2SeqLM if config.is_encoder_decoder else transformers.AutoModelForCausalLM
-    options = {"revision": revision, "dtype": torch.float32, "output_loading_info": True}
-    model, report = _explained(next(filter(None, named), plain).from_pretrained, name, **options)
+    with transformers_loads(name, hint=LOAD_HINT, error_type=VerificationError):
+        model, report = load_architecture(name, revision, dtype=torch.float32)
     return model.eval().to(device), report
 
 
 def _logits(model: Any, ids: "Tensor") -> "Tensor":
-    """Return what a model puts out, shape (rows, length, vocabulary), or its last hidden states if it has no head."""
+    """Return the logits, shape (rows, length, vocabulary), or the last hidden states of a model without a head."""
     inputs = {"input_ids": ids} | ({"decoder_input_ids": ids} if model.config.is_encoder_decoder else {})
     output = model(**inputs, use_cache=False)
-    found: Tensor = output.logits if "logits" in output else output.last_hidden_state
-    return found.float()
-
-
-def _explained(load: Any, name: str, **options: Any) -> Any:
-    """Return what `load` makes of a model. Raises VerificationError when transformers cannot."""
-    try:
-        return load(name, **options)
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
-        said = str(error).strip().splitlines() or [type(error).__name__]
-        raise VerificationError(
-            f"transformers cannot load {name}: {said[0]}",
-            hint="A result that was written stays where it is; --no-verify writes it without this check.",
-        ) from error
+    states: Tensor = output.logits if "logits" in output else output.last_hidden_state
+    return states.float()

@@ -1,7 +1,7 @@
-"""Whether what a growth added can learn: no new weight without gradient, no copies that stay copies forever.
+"""Whether the weights that a growth added can learn: none without gradient, no copies that stay copies forever.
 
-Judged from the weights as they are stored and from one gradient. The tables of the families say which slices of which
-tensors belong to a position of an axis; no family is named here.
+Judged from the stored weights and one gradient. The tables of the families give the slices of tensors that belong to
+a position of an axis; no family is named here.
 """
 
 import math
@@ -19,19 +19,19 @@ from surgeon.checkpoint.source import Source
 if TYPE_CHECKING:
     from torch import Tensor
 
-LOUD = 100.0  # times its neighbours' gradient: a new layer of a model with norms on its branches can have 600
+LARGE_GRADIENT = 100.0  # times the neighbours': a new layer of a model with norms on its branches can have 600
 BLOCK = 1 << 22  # numbers hashed at a time: bounds the memory of a hash to 64 MB
-# One axis under two names: the embedding's where it is the residual stream; queries' dims, which the keys' dims meet.
+# One axis under two names: the residual stream in layers and in the embedding; the dims of queries and of keys.
 _ONE_AXIS = ({"hidden", "embed"}, {"q_dim", "k_dim"})
-_MET_IN_PRODUCT = frozenset({"q_dim", "k_dim"})  # positions differ by their rotary frequency, whatever they hold
+_MET_IN_PRODUCT = frozenset({"q_dim", "k_dim"})  # positions differ by their rotary frequency, whatever their weights
 
 
 @dataclass(frozen=True, slots=True)
 class AxisHealth:
-    """How many positions of an axis are new or copies (in all layers), and how many of them cannot become different.
+    """The number of positions of an axis that are new or copies (in all layers), and of those that cannot learn.
 
-    `dead` ones get no gradient at all while nothing is written to them: no step ever changes that. `symmetric` ones
-    are copies beyond the first whose weights equal the first's in every tensor, so that every gradient does too.
+    `dead` positions have no gradient and zero weights in every tensor that writes them: training never changes that.
+    `symmetric` ones are copies with the same weights as the first copy in every tensor, hence the same gradients.
     """
 
     added: int
@@ -41,10 +41,10 @@ class AxisHealth:
 
 @dataclass(frozen=True)
 class Trainability:
-    """What keeps the new weights of a model from learning: nothing, where it `is_sound`.
+    """The new weights of a model that cannot learn: none where it `is_sound`.
 
-    `dead_layers` are new layers in which no parameter has a gradient; `loud_layers` says how many times the gradient
-    of its neighbours a new layer has, where that is more than 100 times. `noise` is what was put beside copies.
+    `dead_layers` are new layers in which no parameter has a gradient; `loud_layers` are new layers with more than 100
+    times the gradient of their neighbours, with the ratio. `noise` is the noise that was added to copies.
     """
 
     axes: Mapping[str, AxisHealth]
@@ -69,7 +69,7 @@ class Trainability:
         }
 
     def rows(self) -> list[tuple[str, str]]:
-        """Return this for people: one line, or one for each thing to know."""
+        """Return this for people: a line if all is well, else a line per warning."""
         lines: list[tuple[str, str]] = []
         for name, axis in self.axes.items():
             if axis.dead:
@@ -83,9 +83,10 @@ class Trainability:
         lines += [
             ("warning", f"layer {layer} is dead: none of its weights has a gradient") for layer in self.dead_layers
         ]
-        loud = [f"{layer} ({ratio:.0f}x)" for layer, ratio in self.loud_layers.items()]
-        if loud:
-            lines.append(("warning", f"new layers with over {LOUD:.0f}x their neighbours' gradient: {', '.join(loud)}"))
+        ratios = [f"{layer} ({ratio:.0f}x)" for layer, ratio in self.loud_layers.items()]
+        if ratios:
+            over = f"over {LARGE_GRADIENT:.0f}x"
+            lines.append(("warning", f"new layers with {over} their neighbours' gradient: {', '.join(ratios)}"))
         return [*([("trainable", "no dead weights, no symmetric copies")] if self.is_sound else []), *lines]
 
 
@@ -98,42 +99,42 @@ def trainability(
     layer_map: Sequence[int | None],
     noise: float = 0.0,
 ) -> Trainability:
-    """Return how what was added to the checkpoint `source` can learn.
+    """Return whether the new weights of the checkpoint `source` can learn.
 
     `gradients` are those of a loss, by the names of the stored tensors (a tensor without one is tied to another);
-    `axes` and `layer_map` are those of the plan: which positions and layers are new, and which are copies.
+    `axes` and `layer_map` are those of the plan: the origins of positions and layers.
     """
     from surgeon.plan.arithmetic import read
 
     fresh = {layer for layer, origin in enumerate(layer_map) if origin is None}
     tallies = _tallies(anatomy, axes)
     for name, stored in source.tensors.items():
-        mine = [tally for tally in tallies if tally.holds(anatomy, name)]
-        if mine:
+        holding = [tally for tally in tallies if tally.holds(anatomy, name)]
+        if holding:
             weights = read(stored, source.fetch(stored.file))
-            for tally in mine:
+            for tally in holding:
                 tally.add(anatomy, name, weights, gradients.get(name))
-    dead, loud = _layers(anatomy, gradients, fresh)
-    return Trainability({tally.name: tally.health(fresh) for tally in tallies if tally.layers}, dead, loud, noise)
+    dead, large = _layers(anatomy, gradients, fresh)
+    return Trainability({tally.name: tally.health(fresh) for tally in tallies if tally.layers}, dead, large, noise)
 
 
 def _layers(
     anatomy: Anatomy, gradients: "Mapping[str, Tensor]", fresh: set[int]
 ) -> tuple[tuple[int, ...], dict[int, float]]:
-    """Return the new layers without gradient, and those with far more than their nearest old neighbours."""
+    """Return the new layers without gradient, and the ratios of those with far more than their old neighbours."""
     squares: Counter[int] = Counter()
     for name, gradient in gradients.items():
         for stack in anatomy.stacks:
             if place := stack.locate(name):
                 squares[place[0]] += gradient.double().square().sum().item()  # type: ignore[assignment]
     old = [layer for layer in range(anatomy.depth) if layer not in fresh]
-    loud: dict[int, float] = {}
+    large: dict[int, float] = {}
     for layer in sorted(fresh):
         before, after = [i for i in old if i < layer][-1:], [i for i in old if i > layer][:1]
         near = median(math.sqrt(squares[i]) for i in before + after) if old else 0.0
-        if near and math.sqrt(squares[layer]) > LOUD * near:
-            loud[layer] = math.sqrt(squares[layer]) / near
-    return tuple(layer for layer in sorted(fresh) if not squares[layer]), loud
+        if near and math.sqrt(squares[layer]) > LARGE_GRADIENT * near:
+            large[layer] = math.sqrt(squares[layer]) / near
+    return tuple(layer for layer in sorted(fresh) if not squares[layer]), large
 
 
 # --- one axis ---------------------------------------------------------------------------------------------------
@@ -141,7 +142,7 @@ def _layers(
 
 @dataclass
 class _Positions:
-    """What is known of each position of an axis: sums of |gradient| and of |what writes it|, and a hash of it all."""
+    """For each position of an axis: sums of |gradient| and of |weights that write it|, and a hash of its weights."""
 
     gradient: "Tensor"
     written: "Tensor"
@@ -150,7 +151,7 @@ class _Positions:
 
 @dataclass
 class _Tally:
-    """An axis, and what its positions hold: in each layer where the axis lives inside layers, else in all (None)."""
+    """An axis and its positions: per layer where the axis exists inside layers, else of the whole model (None)."""
 
     name: str
     names: frozenset[str]
@@ -171,7 +172,7 @@ class _Tally:
         row, _ = anatomy.row(name)
         place = anatomy.stacks[0].locate(name) if self.inside_layers else None
         size = len(self.index)
-        found = self.layers.setdefault(
+        positions = self.layers.setdefault(
             place[0] if place else None,
             _Positions(torch.zeros(size), torch.zeros(size), torch.zeros(size, dtype=torch.int64)),
         )
@@ -180,14 +181,14 @@ class _Tally:
             if not axes_of(axes) & self.names:
                 continue
             where, order = self._where(axes, anatomy.sizes)
-            kept = where >= 0
+            on_axis = where >= 0
             inside = name if place is None else place[1]
             hashes = _hashes(_rows(weights, dim), inside + str(dim)) * order
-            found.hash.index_add_(0, where[kept], hashes[kept])
+            positions.hash.index_add_(0, where[on_axis], hashes[on_axis])
             if dim == write and row.kind != "gain":
-                found.written.index_add_(0, where[kept], _largest(weights, dim)[kept])
+                positions.written.index_add_(0, where[on_axis], _largest(weights, dim)[on_axis])
             if gradient is not None:
-                found.gradient.index_add_(0, where[kept], _largest(gradient, dim)[kept])
+                positions.gradient.index_add_(0, where[on_axis], _largest(gradient, dim)[on_axis])
 
     def _where(self, axes: Dim, sizes: Mapping[str, int]) -> "tuple[Tensor, Tensor]":
         """Return, for each position of a dimension, its position on this axis (-1: none), and a factor for its hash.
@@ -198,8 +199,8 @@ class _Tally:
 
         if axes not in self._known:
             numbered = Places(tuple(range(len(self.index))), tuple(float(j + 2) for j in range(len(self.index))))
-            found = places(axes, sizes, lambda axis, block: numbered if axis in self.names else None)
-            where = [int(scale) - 2 if scale > 1 else -1 for scale in found.scale]  # other axes scale by 1
+            scales = places(axes, sizes, lambda axis, block: numbered if axis in self.names else None)
+            where = [int(scale) - 2 if scale > 1 else -1 for scale in scales.scale]  # other axes scale by 1
             seen: Counter[int] = Counter()
             order = []
             for j in where:
@@ -209,26 +210,26 @@ class _Tally:
         return self._known[axes]
 
     def health(self, fresh: set[int]) -> AxisHealth:
-        """Return the counts over all layers. New layers wake as a whole, so in them nothing counts as dead."""
+        """Return the counts over all layers. New layers are judged as a whole, so none of their positions is dead."""
         import torch
 
         copies = Counter(self.index)
         index = torch.tensor(self.index)
         added = torch.tensor([i < 0 or copies[i] > 1 for i in self.index])
         num_dead = num_symmetric = 0
-        for layer, found in self.layers.items():
-            dead = added & (found.gradient == 0) & (found.written == 0)
+        for layer, positions in self.layers.items():
+            dead = added & (positions.gradient == 0) & (positions.written == 0)
             if layer not in fresh:
                 num_dead += int(dead.sum())
             if not self.names & _MET_IN_PRODUCT:
                 judged = added & ~dead
-                held = torch.stack([index[judged], found.hash[judged]], dim=1)
-                num_symmetric += len(held) - len(held.unique(dim=0))  # type: ignore[no-untyped-call]
+                identity = torch.stack([index[judged], positions.hash[judged]], dim=1)
+                num_symmetric += len(identity) - len(identity.unique(dim=0))  # type: ignore[no-untyped-call]
         return AxisHealth(int(added.sum()) * len(self.layers), num_dead, num_symmetric)
 
 
 def _tallies(anatomy: Anatomy, axes: Mapping[str, Sequence[int]]) -> list[_Tally]:
-    """Return one tally for each axis that was widened and that the checkpoint's tensors still have."""
+    """Return one tally per axis that was widened and still has its size in the checkpoint."""
     tallies: list[_Tally] = []
     for axis, index in axes.items():
         names = next((group & axes.keys() for group in _ONE_AXIS if axis in group), {axis})
@@ -250,7 +251,7 @@ def _largest(value: "Tensor", dim: int) -> "Tensor":
 
 
 def _hashes(rows: "Tensor", stream: str) -> "Tensor":
-    """Return an int64 for each row: equal for rows that are equal bit for bit, and by chance once in 2**63.
+    """Return an int64 per row: equal for rows that are equal bit for bit, and by chance once in 2**63.
 
     A sum of the bits times random odd numbers, modulo 2**64: the same in whatever order it is added up.
     """

@@ -1,4 +1,7 @@
-"""A whole model of transformers in memory, with the weights of a source and none that were drawn at random."""
+"""Models, configs and tokenizers of transformers: the one place that calls its loaders.
+
+No code of a checkpoint is ever run: trust_remote_code is False.
+"""
 
 import os
 import warnings
@@ -10,7 +13,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from surgeon.checkpoint.derived import JoinedSource
 from surgeon.checkpoint.source import Source, spec_of
-from surgeon.errors import DataError, MeasureError
+from surgeon.errors import DataError, MeasureError, SurgeonError
 from surgeon.models.device import available_memory, compute_dtype
 from surgeon.plan.plan import identity
 
@@ -18,49 +21,88 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
+# The errors of transformers for a damaged or hostile checkpoint, as observed.
+_MODEL_ERRORS = (OSError, ValueError, KeyError, TypeError, ImportError, RuntimeError)
+_TOKENIZER_ERRORS = (*_MODEL_ERRORS, AttributeError)
+HINT = "The model is run by transformers; for one newer than this transformers: pip install -U transformers"
+SMALLER = "Use another --device, or a smaller model."
+
+
+def transformers_reason(error: BaseException) -> str:
+    """Return the first line of an error of transformers, or its type where it has no message."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
+@contextmanager
+def transformers_loads(label: str, *, hint: str, error_type: type[SurgeonError] = MeasureError) -> Iterator[None]:
+    """Turn an error of transformers in this block into an `error_type` with the label and the reason."""
+    try:
+        yield
+    except _MODEL_ERRORS as error:
+        raise error_type(f"transformers cannot load {label}: {transformers_reason(error)}", hint=hint) from error
+
+
 def load_model(source: Source, *, dtype: Any, hint: str, **options: Any) -> Any:
     """Return the model in evaluation mode, on the CPU unless `options` (of from_pretrained) place it elsewhere.
 
-    Code that the checkpoint brings is not run, nor code that its config names.
     Raises MeasureError, with `hint`, where transformers cannot load it or would draw weights at random.
     """
     from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-    known = str(source.config.get("model_type"))
-    if known not in CONFIG_MAPPING:
-        raise MeasureError(f"transformers has no model type {known!r} of its own", hint=hint)
+    model_type = str(source.config.get("model_type"))
+    if model_type not in CONFIG_MAPPING:
+        raise MeasureError(f"transformers has no model type {model_type!r} of its own", hint=hint)
     kind: Any = AutoModelForSeq2SeqLM if source.config.get("is_encoder_decoder") else AutoModelForCausalLM
     name, revision = loadable(source)
     safe = identity(spec_of(source), depth=0).config  # without keys that choose the code that runs it
-    try:
-        with quiet_transformers():
-            loaded: Any = kind.from_pretrained(
-                name,
-                revision=revision,
-                config=CONFIG_MAPPING[known].from_dict(dict(safe)),
-                dtype=dtype,
-                trust_remote_code=False,
-                output_loading_info=True,
-                **options,
-            )
-    except (OSError, ValueError, KeyError, TypeError, ImportError, RuntimeError) as error:
-        said = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise MeasureError(f"transformers cannot load {source.label}: {said}", hint=hint) from error
-    model, report = loaded
-    if lost := sorted(map(str, report["missing_keys"])):
+    with transformers_loads(source.label, hint=hint), quiet_transformers():
+        model, report = kind.from_pretrained(
+            name,
+            revision=revision,
+            config=CONFIG_MAPPING[model_type].from_dict(dict(safe)),
+            dtype=dtype,
+            trust_remote_code=False,
+            output_loading_info=True,
+            **options,
+        )
+    if missing := sorted(map(str, report["missing_keys"])):
         raise MeasureError(
-            f"{source.label} has no weights for {lost[0]!r}, which transformers would draw at random",
+            f"{source.label} has no weights for {missing[0]!r}, which transformers would draw at random",
             hint="This needs a model with a language model head; surgeon inspect shows what is there.",
         )
     return model.eval()
 
 
+def load_config(name: str, revision: str | None) -> Any:
+    """Return the config of a checkpoint directory or Hub id, as transformers reads it."""
+    from transformers import AutoConfig
+
+    return AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=False)
+
+
+def load_architecture(name: str, revision: str | None, *, dtype: Any) -> tuple[Any, dict[str, Any]]:
+    """Return a model of the class that its config names, and transformers' report of missing and unexpected keys.
+
+    A class that transformers does not have is replaced by that of a language model.
+    """
+    import transformers
+
+    config = load_config(name, revision)
+    classes = [getattr(transformers, architecture, None) for architecture in config.architectures or []]
+    usual = transformers.AutoModelForSeq2SeqLM if config.is_encoder_decoder else transformers.AutoModelForCausalLM
+    kind: Any = next(filter(None, classes), usual)
+    model, report = kind.from_pretrained(
+        name, revision=revision, dtype=dtype, trust_remote_code=False, output_loading_info=True
+    )
+    return model, report
+
+
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """Keep transformers from printing bars and reports about loading; what is wrong with it becomes an error.
+    """Keep transformers from printing bars and loading reports; the errors that they report are raised by our checks.
 
-    So does PEFT's use of names that transformers has replaced, which no user can do anything about.
+    FutureWarnings of PEFT, about names that transformers has replaced, are hidden too: no user can act on them.
     """
     from transformers.utils import logging
 
@@ -75,10 +117,6 @@ def quiet_transformers() -> Iterator[None]:
         logging.set_verbosity(level)
         if bars:
             logging.enable_progress_bar()  # type: ignore[no-untyped-call]
-
-
-HINT = "The model is run by transformers; for one newer than this transformers: pip install -U transformers"
-SMALLER = "Use another --device, or a smaller model."
 
 
 def load_on(source: Source, device: str, *, hint: str = HINT, smaller: str = SMALLER) -> Any:
@@ -96,30 +134,26 @@ def load_on(source: Source, device: str, *, hint: str = HINT, smaller: str = SMA
     return load_model(source, dtype=dtype, hint=hint).to(device)
 
 
-# What transformers makes of a damaged or hostile file, seen by trying.
-_FAILURES = (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError, RuntimeError)
-
-
 def load_tokenizer(name: str, revision: str | None = None) -> "PreTrainedTokenizerBase":
-    """Return the tokenizer of a checkpoint directory or Hub id. Code that the checkpoint brings is not run.
+    """Return the tokenizer of a checkpoint directory or Hub id.
 
     Raises DataError when there is none, or none that transformers can load.
     """
     from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-    with _explained(name), quiet_transformers():
+    with _tokenizer_loads(name), quiet_transformers():
         loaded = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=False)
     tokenizer = cast(PreTrainedTokenizerBase, loaded)
-    # Without its files, transformers makes many a class with no vocabulary: every text has 0 tokens then.
+    # Without its files, transformers makes some classes with no vocabulary: every text has 0 tokens then.
     if tokenizer.get_vocab().keys() <= set(tokenizer.all_special_tokens):
         raise DataError(f"{name} has no tokenizer: no token of a vocabulary is in it", hint=_copy_hint(name))
     return tokenizer
 
 
-class _explained:  # noqa: N801  # reads as the context managers that are functions
-    """Turn what transformers raises in this block into one DataError.
+class _tokenizer_loads:  # noqa: N801  # used as a function
+    """Turn an error of transformers in this block into a DataError.
 
-    A class, for tokenizers raises bare Exceptions of which no `except` could catch that class and no other.
+    A class, for tokenizers raises bare Exceptions: no `except` clause catches that class and no subclass.
     """
 
     def __init__(self, name: str) -> None:
@@ -131,11 +165,12 @@ class _explained:  # noqa: N801  # reads as the context managers that are functi
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if kind is Exception or isinstance(error, _FAILURES):
-            said = next(iter(str(error).strip().splitlines()), str(kind))
-            if isinstance(error, (KeyError, TypeError, AttributeError)):  # they say what, not what of it
-                said = f"transformers fails with {type(error).__name__}: {said}"
-            raise DataError(f"cannot load the tokenizer of {self.name}: {said}", hint=_hint(self.name)) from error
+        if kind is Exception or isinstance(error, _TOKENIZER_ERRORS):
+            assert error is not None
+            reason = transformers_reason(error)
+            if isinstance(error, (KeyError, TypeError, AttributeError)):  # their messages are names alone
+                reason = f"transformers fails with {type(error).__name__}: {reason}"
+            raise DataError(f"cannot load the tokenizer of {self.name}: {reason}", hint=_hint(self.name)) from error
 
 
 def _hint(name: str) -> str:
@@ -154,9 +189,9 @@ def _copy_hint(name: str) -> str:
 
 
 def loadable(source: Source) -> tuple[str, str | None]:
-    """Return by what name, and of which commit, `from_pretrained` loads a source; of two joined, the base."""
+    """Return the name and the commit that `from_pretrained` loads a source by; of joined sources, those of the base."""
     base = source.base if isinstance(source, JoinedSource) else source
     if base.origin is not None:
         return str(base.origin), None
-    found = base.provenance()
-    return found["id"], found["commit"]
+    provenance = base.provenance()
+    return provenance["id"], provenance["commit"]

@@ -1,4 +1,4 @@
-"""The verb `compress`: a prompt to a saved gist, checked against the masked pass before it is there."""
+"""The verb `compress`: a prompt as a saved gist, checked against the masked pass before it is written."""
 
 import hashlib
 import os
@@ -18,19 +18,22 @@ from surgeon.errors import OutputError, PlanError
 from surgeon.gist.architecture import refusal
 from surgeon.gist.compressor import Compressor
 from surgeon.gist.tokens import GistTokens, read_gist
+from surgeon.options import adapter_option, device_option, option, revision_option, takes
 
 if TYPE_CHECKING:
     from surgeon.gist.cost import CostTable
+    from surgeon.gist.states import GistStates
 
 ABOUT = "gist.json"  # by which a directory is known to hold a compressed prompt
 
 
 @dataclass(frozen=True, slots=True)
 class Compression:
-    """A prompt that was compressed: where it is, how long it was, and how it was checked.
+    """A compressed prompt: its directory, its sizes and its check.
 
     `stored_as` is the file of its states: adapter_model.safetensors, which PEFT loads, or gist.safetensors. `check` has
-    `difference`, how far what follows is from the masked pass, relative to the largest logit, and what is `allowed`.
+    the `difference` between the logits after the gist and those of the masked pass, relative to the largest logit, and
+    the difference that is `allowed`.
     """
 
     output: str
@@ -50,39 +53,44 @@ class Compression:
 
     def to_text(self) -> str:
         """Return this for people."""
-        found = [
+        rows = [
             ("tokens", f"{self.prompt_tokens:,} → {self.gist_tokens}"),
             ("states", f"{text.size(self.state_bytes)}, in {self.stored_as}"),
-            ("positions", "from 0" if not self.position_offset else f"from {self.position_offset}, where it was"),
+            ("positions", "from 0" if not self.position_offset else f"from {self.position_offset}, as in the prompt"),
             ("checked", f"{self.check['difference']:.1e} of the largest logit, {self.check['allowed']:.0e} allowed"),
             ("output", self.output),
         ]
-        lines = [text.rows(found)]
+        lines = [text.rows(rows)]
         if self.cost is not None:
             lines += ["", self.cost.to_text()]
         return "\n".join(lines)
 
 
-def compress(
-    model: str | os.PathLike[str],
-    prompt: str,
-    *,
-    tokens: int | None = None,
-    output: str | os.PathLike[str] | None = None,
-    overwrite: bool = False,
-    chat: bool = False,
-    keep_text: bool = False,
-    bench: bool = False,
-    adapter: str | os.PathLike[str] | None = None,
-    device: str = "auto",
-    revision: str | None = None,
-) -> Compression:
-    """Write a prompt as the states of a gist into the directory `output`, and return what was found.
+@dataclass(frozen=True, kw_only=True)
+class CompressOptions:
+    """The options of `compress`."""
+
+    tokens: int | None = option("Tokens of the gist. Default: as surgeon gist set it.", None, metavar="K")
+    chat: bool = option("The prompt is the system turn of the chat template.", False)
+    keep_text: bool = option("Keep the prompt in gist.json, which otherwise holds its SHA-256.", False)
+    bench: bool = option("Measure a call with nothing cached, with the whole prompt, and with the gist.", False)
+    adapter: str | os.PathLike[str] | None = adapter_option()
+    output: str | os.PathLike[str] | None = option(
+        "Where the result goes. Default: MODEL-compress-KT.", None, names=("--output", "-o"), metavar="DIR"
+    )
+    overwrite: bool = option("Replace an existing compressed prompt once the new one is complete.", False)
+    device: str = device_option()
+    revision: str | None = revision_option()
+
+
+@takes(CompressOptions)
+def compress(model: str | os.PathLike[str], prompt: str, options: CompressOptions) -> Compression:
+    """Write a prompt as the states of a gist into the directory `output`, and return how it was checked.
 
     `tokens` is the length of the gist, by default the checkpoint's. With `chat` the prompt is the system turn of the
-    tokenizer's chat template. `keep_text` keeps the prompt in gist.json, which else holds its SHA-256. `bench` measures
-    what a call costs with nothing cached, the whole prompt, and the gist. `adapter` is a directory of adapters that
-    were trained to compress for a frozen reader: the gist is theirs, and the model without them reads it.
+    tokenizer's chat template. `keep_text` keeps the prompt in gist.json, which otherwise holds its SHA-256. `bench`
+    measures a call with nothing cached, with the whole prompt, and with the gist. `adapter` is a directory of adapters
+    that were trained with a frozen reader: the model with them computes the gist, the model without them reads it.
 
     Raises PlanError for a model without gist tokens, or that cannot have any, and for other adapters; DataError for a
     prompt that is empty or too long; MeasureError for a model that cannot be run; VerificationError where the gist does
@@ -91,14 +99,14 @@ def compress(
         surgeon.compress("SmolLM2-gist", "You are a helpful bot.", output="bot")
     """
     began = monotonic()
-    source = open_source(model, revision=revision)
-    gist = _checked(source)
-    count = len(gist.ids_of(tokens))
-    compressor = None if adapter is None else Compressor(Path(adapter))
+    source = open_source(model, revision=options.revision)
+    gist = _gist_of(source)
+    count = len(gist.ids_of(options.tokens))
+    compressor = None if options.adapter is None else Compressor(Path(options.adapter))
     if compressor is not None:
         compressor.check(source)
-    target = Path(f"{Path(source.label).name}-compress-{count}T" if output is None else output)
-    _check_target(target, overwrite=overwrite, source=source)
+    target = Path(options.output or f"{Path(source.label).name}-compress-{count}T")
+    _check_target(target, overwrite=options.overwrite, source=source)
 
     from surgeon.gist import saved
     from surgeon.gist.compress import compress_ids
@@ -106,51 +114,63 @@ def compress(
     from surgeon.models.device import resolve_device
     from surgeon.models.loading import load_on, load_tokenizer, loadable
 
-    place = resolve_device(device)
-    layout, encoder = CHAT if chat else TEXT, bool(source.config.get("is_encoder_decoder"))
+    device = resolve_device(options.device)
+    layout, encoder = CHAT if options.chat else TEXT, bool(source.config.get("is_encoder_decoder"))
     tokenizer = load_tokenizer(*loadable(source))
     ids = prompt_tokens(prompt, gist, tokenizer, num_tokens=count, layout=layout, encoder=encoder)
-    loaded = load_on(source, place)
+    loaded = load_on(source, device)
     if compressor is not None:
         compressor.attach(loaded)
     states, check = compress_ids(loaded, ids, count)
-    base = source.provenance()
-    about = {
-        "model": base | {"fingerprint": fingerprint(source), "type": str(source.config.get("model_type"))},
+    about = _about(source, compressor) | {
         "dtype": str(loaded.dtype).removeprefix("torch."),
         "token_ids": ids[-count:],
         "layout": layout,
-        "prompt": _told(prompt, len(ids) - count, keep_text=keep_text),
+        "prompt": _described(prompt, len(ids) - count, keep_text=options.keep_text),
         "check": asdict(check),
-        "versions": versions(),
-    } | ({} if compressor is None else {"compressor": compressor.told()})
-    files = saved.files_of(states, about, base=base.get("path") or base["id"])
-    check_space(target, sum(map(len, files.values())))
-    with staged(target, overwrite=overwrite) as stage:
-        write_files(stage, files)
-        saved.read(stage)  # what a reader finds, before anyone can
-    cost = None
-    if bench:
-        from surgeon.gist.cost import measure
-        from surgeon.models.adapters import without_adapters
-
-        with without_adapters(loaded) if compressor is not None else nullcontext():
-            cost = measure(loaded, ids, states)
-    seconds = monotonic() - began
+    }
+    base = source.provenance()
+    _write(saved.files_of(states, about, base=base.get("path") or base["id"]), target, overwrite=options.overwrite)
+    cost = _cost(loaded, ids, states, has_adapters=compressor is not None) if options.bench else None
     return Compression(
-        str(target),
-        len(ids) - count,
-        count,
-        states.offset,
-        saved.storage_of(states),
-        states.num_bytes,
-        asdict(check),
-        cost,
-        seconds,
+        output=str(target),
+        prompt_tokens=len(ids) - count,
+        gist_tokens=count,
+        position_offset=states.offset,
+        stored_as=saved.storage_of(states),
+        state_bytes=states.num_bytes,
+        check=asdict(check),
+        cost=cost,
+        seconds=monotonic() - began,
     )
 
 
-def _checked(source: Source) -> GistTokens:
+def _about(source: Source, compressor: Compressor | None) -> dict[str, Any]:
+    """Return the entries of gist.json about the model, its adapters and the versions of libraries."""
+    model = source.provenance() | {"fingerprint": fingerprint(source), "type": str(source.config.get("model_type"))}
+    return {"model": model, "versions": versions()} | ({} if compressor is None else {"compressor": compressor.told()})
+
+
+def _write(files: Mapping[str, bytes], target: Path, *, overwrite: bool) -> None:
+    """Write a compressed prompt, and read it back before it takes its place."""
+    from surgeon.gist import saved
+
+    check_space(target, sum(map(len, files.values())))
+    with staged(target, overwrite=overwrite) as stage:
+        write_files(stage, files)
+        saved.read(stage)
+
+
+def _cost(model: Any, ids: list[int], states: "GistStates", *, has_adapters: bool) -> "CostTable":
+    """Return what a call costs with nothing cached, with the whole prompt, and with the gist."""
+    from surgeon.gist.cost import measure
+    from surgeon.models.adapters import without_adapters
+
+    with without_adapters(model) if has_adapters else nullcontext():
+        return measure(model, ids, states)
+
+
+def _gist_of(source: Source) -> GistTokens:
     """Return the gist tokens of a checkpoint. Raises PlanError where it has none, or could not be checked."""
     anatomy = read_anatomy(spec_of(source))
     gist = read_gist(source.config)
@@ -174,6 +194,7 @@ def _check_target(target: Path, *, overwrite: bool, source: Source) -> None:
     check_target(target, overwrite=False, source=source.origin)
 
 
-def _told(prompt: str, num_tokens: int, *, keep_text: bool) -> dict[str, Any]:
-    said: dict[str, Any] = {"tokens": num_tokens, "sha256": hashlib.sha256(prompt.encode()).hexdigest()}
-    return said | {"text": prompt} if keep_text else said
+def _described(prompt: str, num_tokens: int, *, keep_text: bool) -> dict[str, Any]:
+    """Return the entry of gist.json about the prompt."""
+    entry: dict[str, Any] = {"tokens": num_tokens, "sha256": hashlib.sha256(prompt.encode()).hexdigest()}
+    return entry | {"text": prompt} if keep_text else entry

@@ -1,262 +1,211 @@
-"""The verb `evaluate`: what a model scores on data, with errors, and beside a baseline on the same tokens."""
+"""The verb `evaluate`: the scores of a model on data, of its gists, on tasks, and of answers before a judge."""
 
-import math
 import os
-import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from time import monotonic
 from typing import TYPE_CHECKING, Any
 
-from surgeon import text
-from surgeon.errors import DataError, PlanError
-from surgeon.evals.compare import Difference, Scored, recovery
-from surgeon.evals.files import checked_target, opened, write_records
-from surgeon.evals.prompts import BATCH_SIZE, MAX_NEW_TOKENS
-from surgeon.evals.table import cell, markdown, plus_minus, short
-from surgeon.evals.verdicts import Judgement, card_sentences
+from surgeon.errors import DataError
+from surgeon.evals.evaluation import (
+    BATCH_SIZE,
+    MAX_NEW_TOKENS,
+    METRICS,
+    Evaluation,
+    EvaluationOptions,
+    MetricOptions,
+    checked_target,
+    context_of,
+    open_evaluated,
+    write_predictions,
+)
+from surgeon.evals.gist import GistEvaluation, GistEvaluationOptions, score_gist
+from surgeon.evals.harness import TaskEvaluation, TaskEvaluationOptions, run_tasks
+from surgeon.evals.judge import Case, Judge, JudgementOptions, load_judge
+from surgeon.evals.verdicts import Judgement
+from surgeon.options import (
+    OptionError,
+    adapter_option,
+    device_option,
+    flag_of,
+    option,
+    revision_option,
+    same_option,
+    takes,
+    words,
+)
 
 if TYPE_CHECKING:
-    from surgeon.evals.runs import Run
     from surgeon.measure.scoring import Meter
 
-METRICS = ("perplexity", "exact-match", "rouge-l", "choice")
-SAMPLES, SEQUENCE_LENGTH = 64, 512  # of a perplexity; of records all are taken
-# Which metrics an option goes with.
-_GOES_WITH = {
-    "sequence_length": ("perplexity",),
-    "stride": ("perplexity",),
-    "max_new_tokens": ("exact-match", "rouge-l"),
-    "batch_size": ("exact-match", "rouge-l"),
-    "chat": ("exact-match", "rouge-l"),
-    "extract": ("exact-match",),
-    "predictions": ("exact-match", "rouge-l", "choice"),
-    "judge": ("exact-match", "rouge-l"),
+# The options that have no effect on an evaluation of tasks, and of gists.
+_NOT_WITH = {
+    "tasks": (
+        "data",
+        "metric",
+        "sequence_length",
+        "stride",
+        "max_new_tokens",
+        "extract",
+        "predictions",
+        "judge",
+        "gist",
+    ),
+    "gist": ("metric", "baseline", "sequence_length", "stride", "extract", "chat"),
 }
 
 
-@dataclass(frozen=True)
-class Evaluation:
-    """What a model scored on data, and, with a baseline, beside it.
+@dataclass(frozen=True, kw_only=True)
+class EvaluateOptions(MetricOptions):
+    """The options of the command `evaluate`, which is one of three evaluations: of a metric, of tasks, or of gists."""
 
-    `scored.figures` are, with their standard errors: for perplexity "perplexity", "loss" (nats a token) and
-    "bits_per_byte"; for the others "exact_match", "rouge_l", or "accuracy" and "accuracy_normalised", all 0 to 1,
-    and with a judge "win_rate" against the baseline, `judgement` being what it said.
-    `differences` are paired, this model's less the baseline's. `setup` says what makes the figures reproducible.
-    `predictions` has a record for each prompt: prompt, reference, prediction, score.
-    """
+    data: tuple[str, ...] = same_option(MetricOptions, "data", default=())
+    tasks: Sequence[str] | None = option(
+        "Run these tasks of lm-evaluation-harness instead: arc_easy,boolq", None, metavar="NAMES", parse=words
+    )
+    task_dir: str | os.PathLike[str] | None = same_option(TaskEvaluationOptions, "task_dir")
+    gist: bool = option(
+        "Score records with the whole prompt, its gist, and no prompt: loss, ROUGE-L, exact match.", False
+    )
+    gist_tokens: int | None = option(
+        "With --gist: tokens of a gist. Default: the model's own number.", None, metavar="K"
+    )
+    adapter: str | os.PathLike[str] | None = adapter_option()
+    device: str = device_option()
+    revision: str | None = revision_option()
 
-    metric: str
-    scored: Scored
-    baseline: Scored | None
-    setup: Mapping[str, Any]
-    notes: tuple[str, ...]
-    predictions: tuple[Mapping[str, Any], ...]
-    seconds: float
-    judgement: Judgement | None = None
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.tasks is None and not self.data:
+            raise OptionError("data", "nothing to evaluate on: give --data or --tasks")
+        if self.tasks is None and self.task_dir is not None:
+            raise OptionError("task_dir", "--task-dir goes with --tasks")
+        for name in ("gist_tokens", "adapter"):
+            if getattr(self, name) is not None and not self.gist:
+                raise OptionError(name, f"{flag_of(name)} goes with --gist")
+        kind = "tasks" if self.tasks is not None else "gist" if self.gist else ""
+        for name in _NOT_WITH.get(kind, ()):
+            if getattr(self, name) and (name, getattr(self, name)) != ("metric", METRICS[0]):
+                raise OptionError(name, f"{flag_of(name)} does not go with --{kind}")
 
-    @property
-    def recovery(self) -> float | None:
-        """How much of the baseline is there, in percent; None without one, or where it scores 0.
-
-        For perplexity 100 · baseline's perplexity / this perplexity, for scores 100 · this score / baseline's, of the
-        first figure: 100 is as good as the baseline, more is better.
-        """
-        if self.baseline is None:
-            return None
-        ours, theirs = (next(iter(scored.figures.values())).value for scored in (self.scored, self.baseline))
-        return recovery(ours, theirs, higher_is_better=self.metric != "perplexity")
-
-    @property
-    def differences(self) -> dict[str, Difference]:
-        """The mean of the paired differences from the baseline, of the loss or the scores; {} without a baseline."""
-        return {} if self.baseline is None else self.scored.against(self.baseline)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the evaluation as `--json` prints it."""
-        result = {"metric": self.metric, **_entries(self.scored), **self.setup}
-        if self.baseline is not None:
-            result["baseline"] = _entries(self.baseline)
-            result["differences"] = {
-                name: {"value": found.value, "error": found.error, "z": found.z}
-                for name, found in self.differences.items()
-            }
-            result["recovery"] = self.recovery
-        if self.judgement is not None:
-            result["judge"] = {"model": self.judgement.judge, **self.judgement.to_dict()}
-        return result | {"notes": list(self.notes), "seconds": round(self.seconds, 3)}
-
-    def to_text(self) -> str:
-        """Return the evaluation for people."""
-        rows = [("model", self.scored.model)] + ([] if self.baseline is None else [("baseline", self.baseline.model)])
-        rows += [("data", self._told())]
-        rows += [] if self.recovery is None else [("recovery", f"{self.recovery:.2f} %")]
-        if self.judgement is not None:
-            rows += [("judge", self.judgement.judge), ("verdicts", self.judgement.told())]
-        notes = (*self.notes, *(() if self.judgement is None else self.judgement.notes))
-        rows += [("note", note) for note in notes]
-        return f"{text.table(*self._table('', 'model', 'baseline'))}\n\n{text.rows(rows)}"
-
-    def to_markdown(self) -> str:
-        """Return the evaluation as a block for a model card."""
-        names = [short(scored.model) for scored in (self.scored, self.baseline) if scored is not None]
-        recovered = "" if self.recovery is None else f" Recovery: {self.recovery:.2f} %."
-        judged = "" if self.judgement is None else card_sentences({" against ".join(names): self.judgement})
-        told = f"Measured with `surgeon evaluate` on {self._told()}.{recovered}{judged}"
-        return f"{markdown(*self._table('', *names))}\n\n{told}"
-
-    def _table(self, *header: str) -> tuple[list[str], list[list[str]]]:
-        header = header[:2] if self.baseline is None else (*header, "difference", "z")
-        lines = []
-        for name, found in self.scored.figures.items():
-            line = [name.replace("_", " "), plus_minus(found.value, found.error)]
-            if self.baseline is not None:
-                other, difference = self.baseline.figures[name], self.differences.get(name)
-                line.append(plus_minus(other.value, other.error))
-                line.append("" if difference is None else plus_minus(difference.value, difference.error))
-                line.append("" if difference is None or difference.z is None else f"{difference.z:.1f}")
-            lines.append(line)
-        return list(header), lines
-
-    def _told(self) -> str:
-        counts = self.scored.counts
-        if self.metric != "perplexity":
-            amount = f"{counts['records']:,} records"
-        elif self.setup["stride"] is None:
-            amount = f"{counts['tokens']:,} tokens, in {counts['rows']} rows of {self.setup['sequence_length']}"
-        else:
-            length, stride = self.setup["sequence_length"], self.setup["stride"]
-            amount = f"{counts['tokens']:,} tokens, in {counts['rows']} windows of {length} with a stride of {stride}"
-        return f"{amount}, of {cell(', '.join(map(short, self.setup['data'])))}, in {self.setup['dtype']}"
+    def keywords_for(self, options: type) -> dict[str, Any]:
+        """Return the fields that another dataclass of options has too, as keywords."""
+        return {item.name: getattr(self, item.name) for item in fields(options) if hasattr(self, item.name)}
 
 
-def evaluate(
-    model: str | os.PathLike[str],
-    *,
-    data: Sequence[str],
-    metric: str = "perplexity",
-    baseline: str | os.PathLike[str] | None = None,
-    samples: int | None = None,
-    sequence_length: int | None = None,
-    stride: int | None = None,
-    max_new_tokens: int | None = None,
-    batch_size: int | None = None,
-    extract: str | None = None,
-    chat: bool = False,
-    predictions: str | os.PathLike[str] | None = None,
-    judge: str | os.PathLike[str] | None = None,
-    device: str = "auto",
-    revision: str | None = None,
-    meter: "Meter | None" = None,
-) -> Evaluation:
-    """Return what a checkpoint directory or Hub model scores on data, and with a `baseline` beside that model.
+def run(
+    model: str, options: EvaluateOptions, *, quiet: bool, meter: "Meter"
+) -> Evaluation | TaskEvaluation | GistEvaluation:
+    """Return the evaluation that the command's options ask for."""
+    if options.tasks is not None:
+        return evaluate_tasks(model, options.tasks, **options.keywords_for(TaskEvaluationOptions), quiet=quiet)
+    if options.gist:
+        keywords = options.keywords_for(GistEvaluationOptions)
+        return evaluate_gist(model, tokens=options.gist_tokens, **keywords, meter=meter)
+    return evaluate(model, **options.keywords_for(EvaluationOptions), meter=meter)
+
+
+@takes(EvaluationOptions)
+def evaluate(model: str | os.PathLike[str], options: EvaluationOptions) -> Evaluation:
+    """Return the scores of a checkpoint directory or Hub model on data, and with a `baseline` those of that model too.
 
     `metric` is "perplexity" of the first `samples` (64) rows of `sequence_length` (512) tokens, or with a `stride` of
     windows over as many tokens; "exact-match" or "rouge-l" of greedy answers of up to `max_new_tokens` (256); or
-    "choice". Of records all are taken, or the first `samples`. `extract` is a regular expression whose last match is
+    "choice". Of records all are used, or the first `samples`. `extract` is a regular expression whose last match is
     compared, `chat` puts prompts into the tokenizer's chat template, `predictions` is a .jsonl to write. `judge` is a
-    model that compares each answer with the baseline's, once both are written: `surgeon.judge_answers`.
+    model that compares each answer with the baseline's: `surgeon.judge_answers`.
 
     Raises DataError for data that cannot be read or has no answers, MeasureError for a model that cannot be evaluated
-    and for a baseline that sees other tokens, PlanError for options that contradict each other, OutputError.
+    and for a baseline with other tokens, PlanError for options that contradict each other, OutputError.
 
         print(surgeon.evaluate("gpt2-large-27", data=["text.txt"], baseline="gpt2-large").to_text())
     """
     began = monotonic()
-    given = {
-        "sequence_length": sequence_length,
-        "stride": stride,
-        "max_new_tokens": max_new_tokens,
-        "batch_size": batch_size,
-        "extract": extract,
-        "chat": chat or None,
-        "predictions": predictions,
-        "judge": judge,
-    }
-    _check(metric, data, given | {"samples": samples})
-    if judge is not None and baseline is None:
-        hint = "Name the model whose answers these are compared with: --baseline ORIGINAL."
-        raise PlanError("a judge compares two models' answers, and there is one model", hint=hint)
-    pattern = None if extract is None else _compiled(extract)
-    target = None if predictions is None else checked_target(Path(predictions))
-    sources = [opened(model, revision)] + ([] if baseline is None else [opened(baseline, None)])
+    target = None if options.predictions is None else checked_target(Path(options.predictions))
+    sources = [open_evaluated(model, options.revision)]
+    sources += [] if options.baseline is None else [open_evaluated(options.baseline, None)]
+    context = context_of(sources, options.device, options.meter)
+    judging = None
+    if options.judge is not None:
+        length = options.max_new_tokens or MAX_NEW_TOKENS
+        judging = load_judge(
+            options.judge, options.data, context.device, samples=options.samples, max_new_tokens=length
+        )
+    if options.metric == "perplexity":
+        from surgeon.evals.perplexity import evaluate_perplexity as score
+    elif options.metric == "choice":
+        from surgeon.evals.choices import evaluate_choices as score
+    else:
+        from surgeon.evals.answers import evaluate_answers as score
 
-    from surgeon.evals import runs
-    from surgeon.evals.judge import seated
+    evaluation = score(context, options)
+    if target is not None:
+        write_predictions(evaluation.predictions, target)
+    if judging is not None:  # the models are out of memory now, and their answers are on disk
+        from surgeon.evals.answers import with_verdicts
+
+        evaluation = with_verdicts(evaluation, *judging, context, batch_size=options.batch_size or BATCH_SIZE)
+        if target is not None:
+            write_predictions(evaluation.predictions, target)
+    return replace(evaluation, seconds=monotonic() - began)
+
+
+@takes(GistEvaluationOptions)
+def evaluate_gist(model: str | os.PathLike[str], options: GistEvaluationOptions) -> GistEvaluation:
+    """Return the scores of a model with gist tokens on records with the whole prompt, its gist, and no prompt.
+
+    Gists have `tokens` tokens, by default as many as the checkpoint says. The loss is of the records' answers, under
+    the mask of training; ROUGE-L and exact match are of greedy answers of up to `max_new_tokens` (256), generated
+    after the cached gist alone. `samples` is the number of records (all), `predictions` a .jsonl to write.
+    `judge` is a model that compares the gist's answers, and those without a prompt, with those of the full prompt.
+    `adapter` is a directory of adapters that were trained with a frozen reader: the model with them computes the gist;
+    the model without them reads it, and the other forms.
+
+    Raises PlanError for a model without gist tokens and for other adapters, DataError for records without a prompt or
+    an answer, MeasureError for a model that cannot be evaluated, OutputError.
+    """
+    return score_gist(model, options)
+
+
+@takes(TaskEvaluationOptions)
+def evaluate_tasks(
+    model: str | os.PathLike[str], tasks: Sequence[str], options: TaskEvaluationOptions
+) -> TaskEvaluation:
+    """Return the results of lm-evaluation-harness on its tasks, or on those of the files in `task_dir`.
+
+    `samples` is the number of records per task, `chat` applies the chat template. The harness loads the model itself,
+    in the precision in which it is stored. Without `quiet` its log is streamed to standard error.
+
+    Raises MeasureError where it is not installed, fails, or writes no results; PlanError for a task_dir that is none.
+    """
+    return run_tasks(model, tasks, options)
+
+
+@takes(JudgementOptions)
+def judge_answers(
+    judge: str | os.PathLike[str],
+    prompts: Sequence[str],
+    answers: Sequence[str],
+    others: Sequence[str],
+    options: JudgementOptions,
+) -> Judgement:
+    """Return a local model's verdicts on two answers to each prompt, and how often the first wins: the win rate.
+
+    `judge` is the checkpoint directory or Hub id of a causal model. It is asked in both orders, in its chat template
+    where it has one, and its reply is the likeliest of three letters; where the orders disagree it is a tie.
+
+    Raises DataError for lists of different lengths, MeasureError for a judge that cannot be asked.
+
+        print(surgeon.judge_answers("Qwen3-4B", ["2 + 2?"], ["4"], ["5"]).to_text())
+    """
     from surgeon.models.device import resolve_device
 
-    bench = runs.Bench(sources, resolve_device(device), meter or (lambda what, tokens, layers: None))
-    bound = max_new_tokens or MAX_NEW_TOKENS
-    judging = None if judge is None else seated(judge, data, bench.device, samples=samples, max_new_tokens=bound)
-    found: Run
-    if metric == "perplexity":
-        rows = {"samples": samples or SAMPLES, "sequence_length": sequence_length or SEQUENCE_LENGTH}
-        found = runs.run_perplexity(bench, data, **rows, stride=stride)
-    elif metric == "choice":
-        found = runs.run_choice(bench, data, samples=samples)
-    else:
-        found = runs.run_answers(
-            bench,
-            data,
-            metric=metric,
-            samples=samples,
-            max_new_tokens=bound,
-            batch_size=batch_size or BATCH_SIZE,
-            extract=pattern,
-            chat=chat,
-        )
-    if target is not None:
-        write_records(found.predictions, target)
-    if judging is not None:  # by now the models are gone, and what they wrote is on disk
-        found = runs.judge_run(found, *judging, bench, batch_size=batch_size or BATCH_SIZE)
-        if target is not None:
-            write_records(found.predictions, target)
-    other = found.scored[1] if baseline is not None else None
-    seconds = monotonic() - began
-    return Evaluation(
-        metric, found.scored[0], other, found.setup, found.notes, found.predictions, seconds, found.judgement
-    )
-
-
-def _check(metric: str, data: Sequence[str], given: Mapping[str, Any]) -> None:
-    """Raises PlanError for options that make no sense, alone or together."""
-    if metric not in METRICS:
-        raise PlanError(f"unknown metric {metric!r}", hint=f"One of: {', '.join(METRICS)}.")
-    if not data:
-        raise DataError("there is no data to evaluate on", hint="Give a text or records: --data FILE.")
-    for name, value in given.items():
-        option = f"--{name.replace('_', '-')}"
-        if value is not None and metric not in _GOES_WITH.get(name, METRICS):
-            raise PlanError(
-                f"{option} says nothing to {metric}", hint=f"It goes with {' and '.join(_GOES_WITH[name])}."
-            )
-        least = 2 if name == "sequence_length" else 1
-        if type(value) is int and value < least:
-            raise PlanError(f"{option} is {value}; {least} is the least", hint=f"Set {option} to {least} or more.")
-    stride, length = given["stride"], given["sequence_length"] or SEQUENCE_LENGTH
-    if stride is not None and stride >= length:
-        raise PlanError(
-            f"windows of {length} tokens that begin {stride} apart leave the first of each without context",
-            hint=f"Use a --stride below {length}; without it the text is cut into rows.",
-        )
-
-
-def _compiled(pattern: str) -> re.Pattern[str]:
-    try:
-        return re.compile(pattern)
-    except re.error as error:
-        hint = r"Write one with one group, such as '#### (-?[\d,]+)'"
-        raise PlanError(f"--extract is no regular expression: {error}", hint=hint) from error
-
-
-def _entries(scored: Scored) -> dict[str, Any]:
-    figures: dict[str, Any] = {}
-    for name, found in scored.figures.items():
-        figures |= {name: _finite(found.value), f"{name}_error": _finite(found.error)}
-    return {"model": scored.model, **figures, **scored.counts}
-
-
-def _finite(value: float | None) -> float | None:
-    """Return a number that JSON has: exp of a loss may be beyond a float."""
-    return value if value is not None and math.isfinite(value) else None
+    if not len(prompts) == len(answers) == len(others):
+        counts = f"{len(prompts)} prompts, {len(answers)} answers and {len(others)} others"
+        raise DataError(f"{counts} make no pairs", hint="Give as many of each.")
+    if not prompts:
+        raise DataError("there are no answers to judge", hint="Give one prompt at least, with two answers.")
+    cases = [Case(f"prompt {index}", prompt) for index, prompt in enumerate(prompts)]
+    loaded = Judge(open_evaluated(judge, options.revision), resolve_device(options.device))
+    return loaded.compare(cases, answers, others, batch_size=options.batch_size, meter=options.meter)

@@ -1,4 +1,4 @@
-"""The verb `generate`: what a model writes behind a text, or behind a compressed prompt and a text."""
+"""The verb `generate`: a model's continuation of a text, or of a compressed prompt and a text."""
 
 import os
 from dataclasses import asdict, dataclass
@@ -11,20 +11,20 @@ from surgeon.anatomy.config import text_config
 from surgeon.checkpoint.source import Source, open_source, spec_of
 from surgeon.errors import DataError, PlanError
 from surgeon.gist.tokens import read_gist
+from surgeon.options import device_option, option, revision_option, seed_option, takes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from surgeon.gist.prompt import GistPrompt
 
-MAX_NEW_TOKENS = 256
-
 
 @dataclass(frozen=True, slots=True)
 class Generation:
-    """What a model wrote: the continuation alone, without special tokens.
+    """A continuation, without special tokens.
 
-    `text_tokens` counts what it read beside a compressed prompt, `new_tokens` what it wrote, the end included.
+    `text_tokens` counts the tokens of the text, without a compressed prompt; `new_tokens` counts the tokens that were
+    generated, the end-of-text token included.
     """
 
     text: str
@@ -38,25 +38,41 @@ class Generation:
         return asdict(self)
 
 
-def generate(
-    model: str | os.PathLike[str],
-    text: str,
-    *,
-    gist: str | os.PathLike[str] | None = None,
-    max_new_tokens: int = MAX_NEW_TOKENS,
-    temperature: float = 0.0,
-    top_p: float = 1.0,
-    beams: int = 1,
-    seed: int = 0,
-    chat: bool = False,
-    device: str = "auto",
-    revision: str | None = None,
-) -> Generation:
-    """Return what a checkpoint or Hub model writes behind a text, up to an end-of-text token or the last position.
+@dataclass(frozen=True, kw_only=True)
+class GenerateOptions:
+    """The options of `generate`."""
 
-    `gist` is a directory that `surgeon.compress` wrote: the prompt that stands in front of the text. With a
-    `temperature` the model draws, among the likeliest tokens that make up `top_p`, from `seed`; at 0 it is greedy.
-    `chat` puts the text into the tokenizer's chat template, as a gist of a chat always does.
+    gist: str | os.PathLike[str] | None = option(
+        "A prompt from surgeon compress, placed before the text.", None, metavar="DIR"
+    )
+    max_new_tokens: int = option("Longest continuation.", 256, metavar="N")
+    temperature: float = option("Sample at this temperature; 0 is greedy.", 0.0, metavar="T")
+    top_p: float = option("Sample from the likeliest tokens that make up this probability.", 1.0, metavar="P")
+    beams: int = option("Number of beams of a beam search.", 1, metavar="N")
+    seed: int = seed_option()
+    chat: bool = option("Put the text into the chat template, as a user's turn.", False)
+    device: str = device_option()
+    revision: str | None = revision_option()
+
+    def __post_init__(self) -> None:
+        for flag, number in (("--max-new-tokens", self.max_new_tokens), ("--beams", self.beams)):
+            if number < 1:
+                raise PlanError(f"{flag} is {number}; the least is 1", hint=f"Set {flag} to 1 or more.")
+        if not 0 <= self.temperature < float("inf"):
+            raise PlanError(f"--temperature is {self.temperature}", hint="0 is greedy, 1 samples from the model.")
+        if not 0 < self.top_p <= 1:
+            raise PlanError(f"--top-p is {self.top_p}, not above 0 and at most 1", hint="1 keeps all tokens.")
+        if self.top_p < 1 and not self.temperature:
+            raise PlanError("--top-p has no effect without --temperature", hint="Add --temperature 1.")
+
+
+@takes(GenerateOptions)
+def generate(model: str | os.PathLike[str], text: str, options: GenerateOptions) -> Generation:
+    """Return a model's continuation of a text, up to an end-of-text token or the last position of the model.
+
+    `model` is a checkpoint directory or a Hub id. `gist` is a directory that `surgeon.compress` wrote; its prompt goes
+    before the text. With a `temperature` tokens are sampled from `seed`, among the likeliest that make up `top_p`; at
+    0 decoding is greedy. `chat` puts the text into the tokenizer's chat template, as a gist of a chat always does.
 
     Raises PlanError for options that contradict each other, DataError for a text that is empty or too long,
     CheckpointError for a gist that is damaged or of another model, MeasureError for a model that cannot be run.
@@ -64,33 +80,38 @@ def generate(
         print(surgeon.generate("gpt2", "The meaning of life", max_new_tokens=20).text)
     """
     began = monotonic()
-    _check(max_new_tokens, temperature, top_p, beams)
-    source = open_source(model, revision=revision)
+    source = open_source(model, revision=options.revision)
     read_anatomy(spec_of(source))
 
     from surgeon.models.device import resolve_device
     from surgeon.models.loading import load_on, load_tokenizer, loadable
 
-    place = resolve_device(device)
+    device = resolve_device(options.device)
     tokenizer = load_tokenizer(*loadable(source))
-    encoder = bool(source.config.get("is_encoder_decoder"))
+    gist = None if options.gist is None else Path(options.gist)
     if gist is None:
-        ids = _text_tokens(text, tokenizer, chat=chat, encoder=encoder)
+        ids = _text_ids(text, source, tokenizer, chat=options.chat)
     else:
-        ids = _tokens_behind(Path(gist), source, text, tokenizer, chat=chat, encoder=encoder)
-    loaded = load_on(source, place)
-    prompt = None if gist is None else _loaded_gist(Path(gist), loaded, source)
-    stops = _stops(loaded, source, tokenizer)
-    loaded.generation_config = _generation_config(loaded, stops, temperature=temperature, top_p=top_p, beams=beams)
-    written = _write(loaded, prompt, ids, max_new_tokens=max_new_tokens, seed=seed)
-    end = next((i for i, token in enumerate(written) if token in stops), len(written))
-    said = str(tokenizer.decode(written[:end], skip_special_tokens=True))
-    count = min(end + 1, len(written))
-    return Generation(said, len(ids), 0 if prompt is None else len(prompt.ids), count, monotonic() - began)
+        ids = _text_ids_after(gist, text, source, tokenizer, chat=options.chat)
+    loaded = load_on(source, device)
+    prompt = None if gist is None else _loaded_gist(gist, loaded, source)
+    stops = _stop_tokens(loaded, source, tokenizer)
+    loaded.generation_config = _generation_config(loaded, stops, options)
+    new_ids = _continuation(loaded, prompt, ids, max_new_tokens=options.max_new_tokens, seed=options.seed)
+    end = next((place for place, token in enumerate(new_ids) if token in stops), len(new_ids))
+    return Generation(
+        text=str(tokenizer.decode(new_ids[:end], skip_special_tokens=True)),
+        text_tokens=len(ids),
+        gist_tokens=0 if prompt is None else len(prompt.ids),
+        new_tokens=min(end + 1, len(new_ids)),
+        seconds=monotonic() - began,
+    )
 
 
-def _write(model: Any, prompt: "GistPrompt | None", ids: list[int], *, max_new_tokens: int, seed: int) -> list[int]:
-    """Return the tokens that a model writes behind `ids`, and behind a compressed prompt if there is one."""
+def _continuation(
+    model: Any, prompt: "GistPrompt | None", ids: list[int], *, max_new_tokens: int, seed: int
+) -> list[int]:
+    """Return the tokens that a model generates after `ids`, which stand after a compressed prompt if there is one."""
     import torch
 
     from surgeon.gist.compress import position_limit
@@ -103,40 +124,42 @@ def _write(model: Any, prompt: "GistPrompt | None", ids: list[int], *, max_new_t
                 f"the text ends at position {before + len(ids)}, and the model has {limit}", hint="Shorten the text."
             )
         max_new_tokens = min(max_new_tokens, limit - before - len(ids))
-    given = torch.tensor([ids], device=model.device)
+    input_ids = torch.tensor([ids], device=model.device)
     devices = [model.device] if model.device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices), torch.no_grad(), quiet_transformers():
         torch.manual_seed(seed)
         if prompt is not None:
-            return list(prompt.generate(given, max_new_tokens=max_new_tokens)[0].tolist())
-        written = model.generate(given, attention_mask=torch.ones_like(given), max_new_tokens=max_new_tokens)
-    return list(written[0, 1 if model.config.is_encoder_decoder else len(ids) :].tolist())
+            return list(prompt.generate(input_ids, max_new_tokens=max_new_tokens)[0].tolist())
+        sequences = model.generate(input_ids, attention_mask=torch.ones_like(input_ids), max_new_tokens=max_new_tokens)
+    return list(sequences[0, 1 if model.config.is_encoder_decoder else len(ids) :].tolist())
 
 
-def _generation_config(model: Any, stops: set[int], *, temperature: float, top_p: float, beams: int) -> Any:
-    """Return a config of our own: that of the checkpoint may sample, penalise what was said, or keep 50 tokens only."""
+def _generation_config(model: Any, stops: set[int], options: GenerateOptions) -> Any:
+    """Return a new config: the checkpoint's own may sample, penalise repetition, or keep 50 tokens only."""
     from transformers import GenerationConfig
 
-    theirs = model.generation_config
-    draws = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0} if temperature else {}
-    pads = theirs.pad_token_id if theirs.pad_token_id is not None else min(stops, default=0)
+    stored = model.generation_config
+    sampling: dict[str, Any] = {"do_sample": False}
+    if options.temperature:
+        sampling = {"do_sample": True, "temperature": options.temperature, "top_p": options.top_p, "top_k": 0}
     return GenerationConfig(  # type: ignore[no-untyped-call]
-        **({"do_sample": False} | draws),
-        num_beams=beams,
+        **sampling,
+        num_beams=options.beams,
         eos_token_id=sorted(stops) or None,
-        pad_token_id=pads,
-        suppress_tokens=theirs.suppress_tokens,
-        decoder_start_token_id=theirs.decoder_start_token_id,
+        pad_token_id=stored.pad_token_id if stored.pad_token_id is not None else min(stops, default=0),
+        suppress_tokens=stored.suppress_tokens,
+        decoder_start_token_id=stored.decoder_start_token_id,
     )
 
 
-def _text_tokens(text: str, tokenizer: "PreTrainedTokenizerBase", *, chat: bool, encoder: bool) -> list[int]:
+def _text_ids(text: str, source: Source, tokenizer: "PreTrainedTokenizerBase", *, chat: bool) -> list[int]:
+    """Return the tokens of a text, with the special tokens that the model expects around it."""
     from surgeon.data.rows import begin_of_text, encode, templated
 
     if chat:
         ids = encode(templated([{"role": "user", "content": text}], tokenizer, "the text", answer=True), tokenizer)
-    elif encoder:
-        ids = encode(text, tokenizer) + [int(i) for i in [tokenizer.eos_token_id] if i is not None]
+    elif source.config.get("is_encoder_decoder"):
+        ids = encode(text, tokenizer) + [int(token) for token in [tokenizer.eos_token_id] if token is not None]
     else:
         ids = [*begin_of_text(tokenizer), *encode(text, tokenizer)]
     if not ids:
@@ -144,25 +167,26 @@ def _text_tokens(text: str, tokenizer: "PreTrainedTokenizerBase", *, chat: bool,
     return ids
 
 
-def _tokens_behind(
-    gist: Path, source: Source, text: str, tokenizer: "PreTrainedTokenizerBase", *, chat: bool, encoder: bool
+def _text_ids_after(
+    gist: Path, text: str, source: Source, tokenizer: "PreTrainedTokenizerBase", *, chat: bool
 ) -> list[int]:
-    """Return the tokens of a text behind a compressed prompt, which is looked at before the model is loaded."""
+    """Return the tokens of a text after a compressed prompt. The prompt is checked before the model is loaded."""
     from surgeon.gist.layout import CHAT, LAYOUTS, text_tokens
     from surgeon.gist.prompt import check_model
     from surgeon.gist.saved import read
 
     about = read(gist).about
     check_model(about, source, gist)
-    layout, known = about.get("layout"), read_gist(source.config)
-    if layout not in LAYOUTS or known is None:
-        raise DataError(f"{gist} has no layout that is known: {layout!r}", hint="Compress the prompt again.")
+    layout, gist_tokens = about.get("layout"), read_gist(source.config)
+    if layout not in LAYOUTS or gist_tokens is None:
+        raise DataError(f"{gist} has an unknown layout: {layout!r}", hint="Compress the prompt again.")
     if chat and layout != CHAT:
         raise PlanError(
-            f"{gist} holds a prompt in plain text, and a chat needs one that was its system turn",
+            f"{gist} holds a prompt in plain text, and --chat needs a prompt that was compressed as a system turn",
             hint="Compress it with --chat, or leave out --chat here.",
         )
-    return text_tokens(text, known, tokenizer, layout=layout, encoder=encoder)
+    encoder = bool(source.config.get("is_encoder_decoder"))
+    return text_tokens(text, gist_tokens, tokenizer, layout=layout, encoder=encoder)
 
 
 def _loaded_gist(gist: Path, model: Any, source: Source) -> "GistPrompt":
@@ -171,25 +195,12 @@ def _loaded_gist(gist: Path, model: Any, source: Source) -> "GistPrompt":
     return load(gist, model, checkpoint=source)
 
 
-def _stops(model: Any, source: Source, tokenizer: "PreTrainedTokenizerBase") -> set[int]:
-    """Return the tokens that end a text, after the model, its config and its tokenizer."""
-    named = (
+def _stop_tokens(model: Any, source: Source, tokenizer: "PreTrainedTokenizerBase") -> set[int]:
+    """Return the tokens that end a text: those of the model, of its config and of its tokenizer."""
+    values = (
         model.generation_config.eos_token_id,
         text_config(source.config).get("eos_token_id"),
         tokenizer.eos_token_id,
     )
-    lists = (value if isinstance(value, list) else [value] for value in named)
-    return {value for values in lists for value in values if isinstance(value, int)}
-
-
-def _check(max_new_tokens: int, temperature: float, top_p: float, beams: int) -> None:
-    """Raises PlanError for numbers that make no sense, alone or together."""
-    if max_new_tokens < 1 or beams < 1:
-        name, found = ("--max-new-tokens", max_new_tokens) if max_new_tokens < 1 else ("--beams", beams)
-        raise PlanError(f"{name} is {found}; 1 is the least", hint=f"Set {name} to 1 or more.")
-    if not 0 <= temperature < float("inf"):
-        raise PlanError(f"--temperature is {temperature}", hint="0 is greedy, 1 draws as the model says.")
-    if not 0 < top_p <= 1:
-        raise PlanError(f"--top-p is {top_p}, not above 0 and up to 1", hint="1 keeps all tokens.")
-    if top_p < 1 and not temperature:
-        raise PlanError("--top-p says nothing to a greedy model", hint="Add --temperature 1.")
+    lists = (value if isinstance(value, list) else [value] for value in values)
+    return {token for tokens in lists for token in tokens if isinstance(token, int)}

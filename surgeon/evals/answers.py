@@ -1,0 +1,187 @@
+"""Generated answers, scored against the references of records: exact match and ROUGE-L, and a judge's verdicts."""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import chain, islice
+from typing import TYPE_CHECKING, Any
+
+from surgeon.anatomy.anatomy import read_anatomy
+from surgeon.checkpoint.source import spec_of
+from surgeon.data.documents import documents
+from surgeon.data.records import ANSWER_HINT, Document
+from surgeon.data.rows import begin_of_text, encode, templated
+from surgeon.errors import DataError
+from surgeon.evals.compare import Scored, estimate
+from surgeon.evals.evaluation import (
+    BATCH_SIZE,
+    MAX_NEW_TOKENS,
+    EvalContext,
+    Evaluation,
+    EvaluationOptions,
+    sha256_of,
+)
+from surgeon.evals.generation import answer, load_whole
+from surgeon.evals.metrics import exact_match, extracted, rouge_l
+from surgeon.evals.verdicts import WIN_RATE
+from surgeon.measure.removal import Progress
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from surgeon.evals.judge import Case, Judge
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """A prompt as text and as tokens, and the reference answer."""
+
+    where: str
+    text: str
+    ids: tuple[int, ...]
+    reference: str
+
+
+def evaluate_answers(context: EvalContext, options: EvaluationOptions) -> Evaluation:
+    """Return the mean score of greedy answers: "exact-match" or "rouge-l"."""
+    length, batch_size = options.max_new_tokens or MAX_NEW_TOKENS, options.batch_size or BATCH_SIZE
+    per_model = [
+        read_prompts(options.data, tokenizer, samples=options.samples, chat=options.chat)
+        for tokenizer in context.tokenizers
+    ]
+    prompts = per_model[0]
+    context.check_same([[prompt.ids for prompt in others] for others in per_model])
+    _check_prompts(prompts, context, length)
+    references = [_reference(prompt, options.pattern) for prompt in prompts]
+    scored: list[Scored] = []
+    notes: list[str] = []
+    predictions: list[dict[str, Any]] = [{"prompt": prompt.text, "reference": prompt.reference} for prompt in prompts]
+    for source, tokenizer, prefix in zip(context.sources, context.tokenizers, ("", "baseline_"), strict=False):
+        depth = read_anatomy(spec_of(source)).depth
+        count = context.meter("writing", len(prompts) * length, depth)
+        answers, is_mixed = answer(
+            load_whole(source, context.device),
+            tokenizer,
+            [prompt.ids for prompt in prompts],
+            max_new_tokens=length,
+            batch_size=batch_size,
+            progress=None if count is None else partial(_count, count, depth),
+        )
+        scores = _scores(options.metric, answers, references, options.pattern)
+        scored.append(of_records(source.label, {options.metric.replace("-", "_"): scores}))
+        for entry, prediction, score in zip(predictions, answers, scores, strict=True):
+            entry |= {f"{prefix}prediction": prediction, f"{prefix}score": score}
+        if batch_size > 1 and not is_mixed:
+            notes.append(f"padding changes the outputs of {source.label}, so a batch holds prompts of one length only")
+    sha256 = sha256_of([(prompt.ids, prompt.reference) for prompt in prompts])
+    setup = {"max_new_tokens": length, "batch_size": batch_size, "extract": options.extract, "chat": options.chat}
+    return Evaluation.of(options.metric, scored, context.setup(options.data, sha256) | setup, notes, predictions)
+
+
+def with_verdicts(
+    evaluation: Evaluation, judge: "Judge", cases: "Sequence[Case]", context: EvalContext, *, batch_size: int
+) -> Evaluation:
+    """Return an evaluation of answers with a judge's verdicts on each pair of them, and both models' win rates."""
+    answers, others = (
+        [entry[f"{prefix}prediction"] for entry in evaluation.predictions] for prefix in ("", "baseline_")
+    )
+    judgement = judge.compare(cases, answers, others, batch_size=batch_size, meter=context.meter)
+    assert evaluation.baseline is not None
+    return replace(
+        evaluation,
+        scored=evaluation.scored.with_outcome(WIN_RATE, judgement.scores),
+        baseline=evaluation.baseline.with_outcome(WIN_RATE, tuple(1 - score for score in judgement.scores)),
+        predictions=tuple(
+            {**entry, **verdict.to_dict()}
+            for entry, verdict in zip(evaluation.predictions, judgement.verdicts, strict=True)
+        ),
+        judgement=judgement,
+    )
+
+
+def of_records(label: str, scores: dict[str, list[float]]) -> Scored:
+    """Return a model's scores, by name one for each record."""
+    figures = {name: estimate(values) for name, values in scores.items()}
+    count = len(next(iter(scores.values())))
+    return Scored(label, figures, {"records": count}, {name: tuple(values) for name, values in scores.items()})
+
+
+def read_prompts(
+    specs: Sequence[str], tokenizer: "PreTrainedTokenizerBase", *, samples: int | None, chat: bool
+) -> list[Prompt]:
+    """Return the prompts of the first `samples` records, of all with None.
+
+    The prompt is the record's text before its answer: its fields, each with a newline after it; of messages all but the
+    last, in the tokenizer's chat template. With `chat` fields become a user's message in the template too.
+    Raises DataError for a record without an answer, and for what cannot be read.
+    """
+    streams = [documents(spec) for spec in specs]  # a wrong name is an error, even where `samples` ends before it
+    begin = begin_of_text(tokenizer)
+    prompts = [_prompt(document, tokenizer, begin, chat) for document in islice(chain(*streams), samples)]
+    assert prompts, "documents() yields one at least"
+    return prompts
+
+
+def _prompt(document: Document, tokenizer: "PreTrainedTokenizerBase", begin: list[int], chat: bool) -> Prompt:
+    if document.messages:
+        *before, last = document.messages
+        if last["role"] != "assistant" or not before:
+            what = f"is of {last['role']!r}" if last["role"] != "assistant" else "is the only one"
+            raise DataError(
+                f"{document.where}: the last message {what}, so there is nothing to answer", hint=ANSWER_HINT
+            )
+        reference = last["content"]
+    else:
+        if len(document.parts) < 2:
+            raise DataError(
+                f"{document.where} has a text, but no answer to compare a prediction with", hint=ANSWER_HINT
+            )
+        reference = document.parts[-1]
+        before = [{"role": "user", "content": "\n".join(document.parts[:-1])}] if chat else []
+    if before:
+        text, ids = templated(before, tokenizer, document.where, answer=True), []
+    else:
+        text, ids = "".join(f"{part}\n" for part in document.parts[:-1]), list(begin)
+    return Prompt(document.where, text, (*ids, *encode(text, tokenizer)), reference)
+
+
+def _check_prompts(prompts: Sequence[Prompt], context: EvalContext, max_new_tokens: int) -> None:
+    """Raises DataError for an empty prompt, MeasureError for one that leaves no room for its answer."""
+    for prompt in prompts:
+        if not prompt.ids:
+            raise DataError(
+                f"{prompt.where} has an empty prompt", hint="A model needs one token at least to go on from."
+            )
+        context.check_length(
+            len(prompt.ids) + max_new_tokens,
+            f"{prompt.where}: its prompt and {max_new_tokens} new tokens take",
+            "Use a smaller --max-new-tokens, or leave the record out.",
+        )
+
+
+def _scores(
+    metric: str, answers: Sequence[str], references: Sequence[str], pattern: re.Pattern[str] | None
+) -> list[float]:
+    """Return the score of each answer."""
+    if metric == "rouge-l":
+        return [rouge_l(*pair) for pair in zip(answers, references, strict=True)]
+    compared = answers if pattern is None else [extracted(prediction, pattern) for prediction in answers]
+    return [exact_match(*pair) for pair in zip(compared, references, strict=True)]
+
+
+def _reference(prompt: Prompt, pattern: re.Pattern[str] | None) -> str:
+    """Return the reference answer, or its part that matches. Raises DataError where nothing matches."""
+    if pattern is None:
+        return prompt.reference
+    reference = extracted(prompt.reference, pattern)
+    if reference is None:
+        raise DataError(
+            f"{prompt.where}: nothing in its answer matches {pattern.pattern!r}",
+            hint=r"--extract is searched in answers and in predictions; for GSM8K: '#### (-?[\d,]+)'",
+        )
+    return reference
+
+
+def _count(progress: Progress, depth: int, tokens: int) -> None:
+    progress(tokens * depth)

@@ -1,0 +1,371 @@
+"""An evaluation: its options, its context, and its result for one model or for two that see the same tokens."""
+
+import hashlib
+import json
+import math
+import os
+import re
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from surgeon import text
+from surgeon.anatomy.anatomy import read_anatomy
+from surgeon.anatomy.config import positions_of
+from surgeon.checkpoint.source import Source, open_source, spec_of
+from surgeon.errors import DataError, MeasureError, OutputError, PlanError
+from surgeon.evals.compare import (
+    PairedDifference,
+    Scored,
+    markdown_table,
+    plus_minus,
+    recovery,
+    short_label,
+    table_cell,
+)
+from surgeon.evals.verdicts import Judgement, card_sentences
+from surgeon.options import OptionError, device_option, flag_of, in_python, option, revision_option
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import PreTrainedTokenizerBase
+
+    from surgeon.measure.scoring import Meter
+
+METRICS = ("perplexity", "exact-match", "rouge-l", "choice")
+SAMPLES, SEQUENCE_LENGTH = 64, 512  # defaults of a perplexity; of records all are used
+MAX_NEW_TOKENS, BATCH_SIZE = 256, 8  # defaults of generated answers
+# The metrics on which an option has an effect.
+_METRICS_OF = {
+    "sequence_length": ("perplexity",),
+    "stride": ("perplexity",),
+    "max_new_tokens": ("exact-match", "rouge-l"),
+    "batch_size": ("exact-match", "rouge-l"),
+    "chat": ("exact-match", "rouge-l"),
+    "extract": ("exact-match",),
+    "predictions": ("exact-match", "rouge-l", "choice"),
+    "judge": ("exact-match", "rouge-l"),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class MetricOptions:
+    """The options of one metric on data, in the Python call and on the command line."""
+
+    data: Sequence[str] = option(
+        "Text, or records with an answer: .txt, .jsonl, .parquet or a Hub dataset. Repeatable.", metavar="DATA"
+    )
+    metric: str = option("perplexity, exact-match, rouge-l or choice.", "perplexity", metavar="METRIC")
+    baseline: str | os.PathLike[str] | None = option(
+        "Evaluate this model too, on the same tokens; adds differences, recovery.", None, metavar="ORIGINAL"
+    )
+    samples: int | None = option("How many rows or records. Default: 64 rows; all records.", None, metavar="N")
+    sequence_length: int | None = option("Tokens per row. Default: 512.", None, metavar="T")
+    stride: int | None = option("Slide windows of T tokens over the text, S apart, instead of rows.", None, metavar="S")
+    max_new_tokens: int | None = option("Longest generated answer. Default: 256.", None, metavar="N")
+    batch_size: int | None = option("Prompts per batch. Default: 8.", None, metavar="N")
+    extract: str | None = option(
+        r"For exact-match: compare the last match's first group: '#### (-?[\d,]+)'", None, metavar="REGEX"
+    )
+    chat: bool = option("Put every prompt into the chat template, as messages always are.", False)
+    predictions: str | os.PathLike[str] | None = option(
+        "Write prompt, reference, prediction and score to this .jsonl.", None, metavar="FILE"
+    )
+    judge: str | os.PathLike[str] | None = option(
+        "A model that compares the answers with those of --baseline, or of --gist's full prompt: adds a win rate.",
+        None,
+        metavar="JUDGE",
+    )
+
+    def __post_init__(self) -> None:
+        if self.metric not in METRICS:
+            raise OptionError("metric", f"--metric {self.metric!r} is none of {', '.join(METRICS)}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationOptions(MetricOptions):
+    """The options of `surgeon.evaluate`."""
+
+    device: str = device_option()
+    revision: str | None = revision_option()
+    meter: "Meter | None" = in_python("A progress meter.")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.data:
+            raise DataError("there is no data to evaluate on", hint="Give a text or records: --data FILE.")
+        for name, metrics in _METRICS_OF.items():
+            value = getattr(self, name)
+            if value is not None and value is not False and self.metric not in metrics:
+                self._refuse(name, metrics)
+        if self.judge is not None and self.baseline is None:
+            raise OptionError("judge", "--judge compares with --baseline ORIGINAL, or with --gist")
+        check_counts(self, "samples", "max_new_tokens", "batch_size", "stride")
+        check_counts(self, "sequence_length", least=2)
+        length = self.sequence_length or SEQUENCE_LENGTH
+        if self.stride is not None and self.stride >= length:
+            raise PlanError(
+                f"windows of {length} tokens, {self.stride} apart, leave the first of each without context",
+                hint=f"Use a --stride below {length}; without it the text is cut into rows.",
+            )
+        _ = self.pattern
+
+    def _refuse(self, name: str, metrics: Sequence[str]) -> None:
+        message = f"{flag_of(name)} has no effect on {self.metric}"
+        others = " and ".join(metrics)
+        if name == "judge":  # a usage error on the command line, which prints no hint
+            raise OptionError(name, f"{message}; it goes with {others}, or --gist")
+        raise PlanError(message, hint=f"It goes with {others}.")
+
+    @property
+    def pattern(self) -> re.Pattern[str] | None:
+        """The regular expression of `extract`. Raises PlanError where it is none."""
+        if self.extract is None:
+            return None
+        try:
+            return re.compile(self.extract)
+        except re.error as error:
+            hint = r"Write one with one group, such as '#### (-?[\d,]+)'"
+            raise PlanError(f"--extract is no regular expression: {error}", hint=hint) from error
+
+
+def check_counts(options: Any, *names: str, least: int = 1) -> None:
+    """Raises PlanError for an option that is below `least`; None is a default."""
+    for name in names:
+        count, flag = getattr(options, name), flag_of(name)
+        if count is not None and count < least:
+            raise PlanError(f"{flag} is {count}; the least is {least}", hint=f"Set {flag} to {least} or more.")
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The scores of a model on data, and those of its baseline if there is one.
+
+    `scored.figures` are, with their standard errors: for perplexity "perplexity", "loss" (nats per token) and
+    "bits_per_byte"; for the others "exact_match", "rouge_l", or "accuracy" and "accuracy_normalised", all 0 to 1.
+    With a judge there is "win_rate" too, against the baseline; its verdicts are in `judgement`.
+    `differences` are paired: this model's figure less the baseline's. `setup` makes the figures reproducible.
+    `predictions` has a record per prompt: prompt, reference, prediction, score.
+    """
+
+    metric: str
+    scored: Scored
+    baseline: Scored | None
+    setup: Mapping[str, Any]
+    notes: tuple[str, ...] = ()
+    predictions: tuple[Mapping[str, Any], ...] = ()
+    seconds: float = 0.0
+    judgement: Judgement | None = None
+
+    @classmethod
+    def of(
+        cls,
+        metric: str,
+        scored: Sequence[Scored],
+        setup: Mapping[str, Any],
+        notes: Sequence[str] = (),
+        predictions: Sequence[Mapping[str, Any]] = (),
+    ) -> "Evaluation":
+        """Return the evaluation of a model, or of a model and its baseline in this order."""
+        baseline = scored[1] if len(scored) > 1 else None
+        return cls(metric, scored[0], baseline, setup, tuple(notes), tuple(predictions))
+
+    @property
+    def recovery(self) -> float | None:
+        """The share of the baseline's first figure in percent; None without a baseline, or where it scores 0.
+
+        For perplexity 100 · baseline's perplexity / this perplexity, for scores 100 · this score / baseline's: 100 is
+        as good as the baseline, more is better.
+        """
+        if self.baseline is None:
+            return None
+        value, baseline = (next(iter(scored.figures.values())).value for scored in (self.scored, self.baseline))
+        return recovery(value, baseline, higher_is_better=self.metric != "perplexity")
+
+    @property
+    def differences(self) -> dict[str, PairedDifference]:
+        """The mean of the paired differences from the baseline, of the loss or the scores; {} without a baseline."""
+        return {} if self.baseline is None else self.scored.against(self.baseline)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the evaluation as `--json` prints it."""
+        result = {"metric": self.metric, **_entries(self.scored), **self.setup}
+        if self.baseline is not None:
+            result["baseline"] = _entries(self.baseline)
+            result["differences"] = {
+                name: {"value": difference.value, "error": difference.error, "z": difference.z}
+                for name, difference in self.differences.items()
+            }
+            result["recovery"] = self.recovery
+        if self.judgement is not None:
+            result["judge"] = {"model": self.judgement.judge, **self.judgement.to_dict()}
+        return result | {"notes": list(self.notes), "seconds": round(self.seconds, 3)}
+
+    def to_text(self) -> str:
+        """Return the evaluation for people."""
+        rows = [("model", self.scored.model)] + ([] if self.baseline is None else [("baseline", self.baseline.model)])
+        rows += [("data", self._data())]
+        rows += [] if self.recovery is None else [("recovery", f"{self.recovery:.2f} %")]
+        if self.judgement is not None:
+            rows += [("judge", self.judgement.judge), ("verdicts", self.judgement.summary())]
+        notes = (*self.notes, *(() if self.judgement is None else self.judgement.notes))
+        rows += [("note", note) for note in notes]
+        return f"{text.table(*self._table('', 'model', 'baseline'))}\n\n{text.rows(rows)}"
+
+    def to_markdown(self) -> str:
+        """Return the evaluation as a block for a model card."""
+        names = [short_label(scored.model) for scored in (self.scored, self.baseline) if scored is not None]
+        recovered = "" if self.recovery is None else f" Recovery: {self.recovery:.2f} %."
+        judged = "" if self.judgement is None else card_sentences({" against ".join(names): self.judgement})
+        table = markdown_table(*self._table("", *names))
+        return f"{table}\n\nMeasured with `surgeon evaluate` on {self._data()}.{recovered}{judged}"
+
+    def _table(self, *header: str) -> tuple[list[str], list[list[str]]]:
+        header = header[:2] if self.baseline is None else (*header, "difference", "z")
+        lines = []
+        for name, figure in self.scored.figures.items():
+            line = [name.replace("_", " "), plus_minus(figure.value, figure.error)]
+            if self.baseline is not None:
+                other, difference = self.baseline.figures[name], self.differences.get(name)
+                line.append(plus_minus(other.value, other.error))
+                line.append("" if difference is None else plus_minus(difference.value, difference.error))
+                line.append("" if difference is None or difference.z is None else f"{difference.z:.1f}")
+            lines.append(line)
+        return list(header), lines
+
+    def _data(self) -> str:
+        """Return how much of which data was used, and in which dtype."""
+        counts = self.scored.counts
+        if self.metric != "perplexity":
+            amount = f"{counts['records']:,} records"
+        elif self.setup["stride"] is None:
+            amount = f"{counts['tokens']:,} tokens, in {counts['rows']} rows of {self.setup['sequence_length']}"
+        else:
+            length, stride = self.setup["sequence_length"], self.setup["stride"]
+            amount = f"{counts['tokens']:,} tokens, in {counts['rows']} windows of {length} with a stride of {stride}"
+        return f"{amount}, of {table_cell(', '.join(map(short_label, self.setup['data'])))}, in {self.setup['dtype']}"
+
+
+def _entries(scored: Scored) -> dict[str, Any]:
+    """Return one model's scores as `--json` prints them."""
+    figures: dict[str, Any] = {}
+    for name, figure in scored.figures.items():
+        figures |= {name: _finite(figure.value), f"{name}_error": _finite(figure.error)}
+    return {"model": scored.model, **figures, **scored.counts}
+
+
+def _finite(value: float | None) -> float | None:
+    """Return a number that JSON has: exp of a loss may be beyond a float."""
+    return value if value is not None and math.isfinite(value) else None
+
+
+@dataclass(frozen=True)
+class EvalContext:
+    """The models of an evaluation, their tokenizers, the device and the progress meter."""
+
+    sources: Sequence[Source]
+    device: str
+    meter: "Meter"
+    tokenizers: "Sequence[PreTrainedTokenizerBase]"
+
+    def check_length(self, length: int, what: str, hint: str) -> None:
+        """Raises MeasureError where a model has fewer than `length` positions."""
+        for source in self.sources:
+            most = positions_of(source)
+            if most is not None and length > most:
+                raise MeasureError(
+                    f"{what} {length} tokens, more than the {most} positions of {source.label}", hint=hint
+                )
+
+    def check_same(self, ids: Sequence[Sequence[Sequence[int]]]) -> None:
+        """Raises MeasureError where the models' tokens, of each model in rows, are different."""
+        import torch
+
+        flat = [torch.tensor([token for row in rows for token in row]) for rows in ids]
+        for other in range(1, len(flat)):
+            labels = [self.sources[0].label, self.sources[other].label]
+            check_same_tokens(flat[0], flat[other], [self.tokenizers[0], self.tokenizers[other]], labels)
+
+    def setup(self, data: Sequence[str], sha256: str) -> dict[str, Any]:
+        """Return the entries that all evaluations have: data, hash of the tokens, device and dtypes."""
+        from surgeon.models.device import compute_dtype
+
+        dtypes = {str(compute_dtype(source, self.device)).removeprefix("torch.") for source in self.sources}
+        return {"data": list(data), "sha256": sha256, "device": self.device, "dtype": "/".join(sorted(dtypes))}
+
+
+def context_of(sources: Sequence[Source], device: str, meter: "Meter | None") -> EvalContext:
+    """Return the context in which models are evaluated, with their tokenizers loaded."""
+    from surgeon.models.device import resolve_device
+    from surgeon.models.loading import load_tokenizer, loadable
+
+    place = resolve_device(device)
+    tokenizers = [load_tokenizer(*loadable(source)) for source in sources]
+    return EvalContext(sources, place, meter or (lambda what, tokens, layers: None), tokenizers)
+
+
+def check_same_tokens(
+    one: "Tensor", other: "Tensor", tokenizers: "Sequence[PreTrainedTokenizerBase]", labels: Sequence[str]
+) -> None:
+    """Raises MeasureError for two models with different tokens, shape (N,), naming the first that differ."""
+    import torch
+
+    if torch.equal(one, other):
+        return
+    shorter = min(len(one), len(other))
+    differs = (one[:shorter] != other[:shorter]).nonzero()
+    place = int(differs[0]) if len(differs) else shorter
+    decoded = [
+        repr(tokenizer.decode([int(ids[place])])) if place < len(ids) else "none"
+        for ids, tokenizer in zip((one, other), tokenizers, strict=True)
+    ]
+    first, second = decoded
+    raise MeasureError(
+        f"{labels[0]} and {labels[1]} make different tokens of the text: token {place} is {first} and {second}",
+        hint="Only losses on the same tokens can be compared; evaluate each by itself, and compare bits per byte.",
+    )
+
+
+def sha256_of(parts: Sequence[object]) -> str:
+    """Return the SHA-256 of the records that were used, 64 hex digits."""
+    return hashlib.sha256(repr(parts).encode()).hexdigest()
+
+
+def open_evaluated(model: str | os.PathLike[str], revision: str | None, *, encoder: bool = False) -> Source:
+    """Return the checkpoint of a model to evaluate. Raises MeasureError for an encoder-decoder, unless `encoder`."""
+    source = open_source(model, revision=revision)
+    read_anatomy(spec_of(source))  # refuses an incomplete checkpoint before any text is read
+    if source.config.get("is_encoder_decoder") and not encoder:
+        raise MeasureError(
+            f"{source.label} has an encoder and a decoder; only models with one stack of layers are evaluated here",
+            hint="Evaluate it with a script of transformers.",
+        )
+    return source
+
+
+def checked_target(path: Path) -> Path:
+    """Return the path of a file to write. Raises OutputError, before an hour of generating, where it cannot be."""
+    with suppress(RuntimeError):  # ~name of an unknown user
+        path = path.expanduser()
+    if path.exists():
+        raise OutputError(f"{path} exists", hint="Remove it, or name another file with --predictions.")
+    if not path.parent.is_dir():
+        raise OutputError(f"no such directory: {path.parent}", hint=f"mkdir -p {path.parent}")
+    if not os.access(path.parent, os.W_OK):
+        raise OutputError(f"cannot write into {path.parent}", hint=f"Look: ls -ld {path.parent}")
+    return path
+
+
+def write_predictions(predictions: Sequence[Mapping[str, Any]], target: Path) -> None:
+    """Write records to a .jsonl file, all or none."""
+    staged = target.with_name(f".{target.name}.{os.getpid()}")
+    lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in predictions)
+    try:
+        staged.write_text(lines, encoding="utf-8")
+        staged.replace(target)
+    except OSError as error:
+        raise OutputError(f"cannot write {target}: {error.strerror}", hint="Is the disk full?  df -h") from error
+    finally:
+        staged.unlink(missing_ok=True)

@@ -1,0 +1,54 @@
+"""Options that a verb declares once: the keywords of its Python call, and the errors that name an option."""
+
+import inspect
+from dataclasses import dataclass
+
+import pytest
+
+import surgeon
+from surgeon.errors import PlanError
+from surgeon.options import OptionError, option, same_option, takes
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    layers: int = option("Layers of the result.", 6)
+
+
+@takes(Options)
+def join(model: str, text: str, options: Options) -> tuple[str, str, int]:
+    """Return all three."""
+    return model, text, options.layers
+
+
+def test_a_call_takes_its_arguments_by_place_or_name_and_its_options_by_name():
+    assert join("a", "b") == join("a", text="b") == join(text="b", model="a") == ("a", "b", 6)
+    assert join("a", "b", layers=3) == ("a", "b", 3)
+    assert list(inspect.signature(join).parameters) == ["model", "text", "layers"]
+    assert "layers: Layers of the result." in inspect.getdoc(join)
+
+
+@pytest.mark.parametrize(("given", "named"), [(("a",), {}), (("a", "b", 3), {}), ((), {"text": "b"})])
+def test_a_call_with_other_arguments_is_refused(given, named):
+    with pytest.raises(TypeError, match=r"join\(\) takes model, text, and its options by their names"):
+        join(*given, **named)
+
+
+def test_an_option_of_two_commands_is_declared_once():
+    @dataclass(frozen=True, kw_only=True)
+    class Others:
+        layers: int = same_option(Options, "layers", default=2)
+
+    assert Others().layers == 2
+    assert Others.__dataclass_fields__["layers"].metadata == Options.__dataclass_fields__["layers"].metadata
+
+
+@pytest.mark.parametrize(
+    ("options", "name"), [({"metric": "bleu"}, "metric"), ({"metric": "rouge-l", "judge": "j"}, "judge")]
+)
+def test_an_error_from_python_names_the_option(options, name):
+    with pytest.raises(PlanError, match=f"--{name}") as caught:
+        surgeon.evaluate("model", data=["a.txt"], **options)
+
+    assert isinstance(caught.value, OptionError)
+    assert caught.value.option == name
