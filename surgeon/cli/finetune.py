@@ -13,6 +13,7 @@ import typer
 from surgeon.cli import options
 from surgeon.train.settings import Settings
 
+GROUP = "training"
 EXAMPLE = "surgeon finetune gpt2-27 --data text.txt --teacher gpt2-large --max-steps 300 -o healed"
 
 STOPPED = 143  # as the shell says of a process that SIGTERM ended
@@ -95,7 +96,7 @@ def finetune(
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")] = False,
     debug: options.Debug = False,
 ) -> None:
-    """Train a model on data: heal a cut, train what grew, distil from a teacher."""
+    """Train a model on data: heal a cut, train new layers, distil from a teacher."""
     import surgeon
     from surgeon.cli.terminal import emit, emit_json, log, results_alone
     from surgeon.cli.training_line import TrainingLine
