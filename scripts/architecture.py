@@ -97,17 +97,16 @@ def page(text: str) -> str:
 
 
 def table() -> str:
-    """Return a row for each package, from the top floor down: its files, its lines, and what it holds."""
-    rows = ["| package | files | lines | holds |", "| --- | --- | --- | --- |"]
+    """Return a row for each package, from the top floor down: its files, and what it holds."""
+    rows = ["| package | files | holds |", "| --- | --- | --- |"]
     known = modules()
     for floor in reversed(FLOORS):
         files = [path for module, path in known.items() if package_of(module) == floor]
-        lines = sum(len(path.read_text(encoding="utf-8").splitlines()) for path in files)
         home = next((path for path in files if path.name == "__init__.py" and len(files) > 1), files[0])
         docstring = ast.get_docstring(ast.parse(home.read_text(encoding="utf-8"))) or ""
         first = docstring.split("\n\n")[0].replace("\n", " ")
         place = floor.replace(".", "/") if len(files) > 1 else f"{floor}.py"
-        rows.append(f"| `{place}` | {len(files)} | {lines:,} | {first} |")
+        rows.append(f"| `{place}` | {len(files)} | {first} |")
     return "\n".join(rows)
 
 

@@ -52,3 +52,8 @@ class TrainingError(SurgeonError):
 
 class VerificationError(SurgeonError):
     """The written model does not compute what the plan promised, or cannot be loaded."""
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of another library's error, or its type where it has no message."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)

@@ -12,11 +12,10 @@ import toys
 
 import surgeon
 from surgeon.anatomy.families import FAMILIES
+from surgeon.cli.app import commands
 
 ROOT = Path(__file__).parent.parent
-COMMANDS = (
-    "inspect", "truncate", "grow", "prune", "gist", "finetune", "plot", "evaluate", "compress", "generate", "convert",
-)  # fmt: skip
+COMMANDS = tuple(commands())
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from importlib import import_module
 from types import ModuleType
 
-from surgeon.errors import HubError
+from surgeon.errors import HubError, first_line
 
 LOGIN = "`hf auth login`, or set HF_TOKEN"
 
@@ -177,5 +177,4 @@ def _explain_transport(error: Exception, subject: str) -> HubError:
             f"{subject} failed: {error.strerror}: {error.filename}",
             hint=f"Check that path; the cache is {constants.HF_HUB_CACHE}, and HF_HOME moves it.",
         )
-    first_line = next(iter(str(error).strip().splitlines()), type(error).__name__)
-    return HubError(f"{subject} failed: {first_line}", hint=again)
+    return HubError(f"{subject} failed: {first_line(error)}", hint=again)

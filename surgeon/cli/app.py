@@ -1,11 +1,13 @@
 """The `surgeon` command: its commands, its exit codes, and how errors are shown."""
 
+import ast
 import io
 import os
 import signal
 import sys
 from importlib import import_module
-from types import FrameType
+from pathlib import Path
+from types import FrameType, ModuleType
 from typing import Annotated, Any, NoReturn
 
 import typer
@@ -15,52 +17,59 @@ from surgeon.errors import SurgeonError
 from surgeon.text import printable
 
 EXAMPLE = "surgeon truncate gpt2-large --layers 6 -o gpt2-large-6"
-# The commands, as --help lists them. Each is the function of its name in surgeon/cli/NAME.py.
-COMMANDS = {
-    "inspect": "Show what a checkpoint is: family, layers, sizes, parameters by part.",
-    "truncate": "Keep the first N layers of a model (Inheritune).",
-    "grow": "Make a model deeper and wider, with its function kept.",
-    "prune": "Remove the layers, neurons, heads and experts that matter least.",
-    "gist": "Add gist tokens to a model: prompts are then compressed into their activations.",
-    "finetune": "Train a model on data: heal a cut, train new layers, distil from a teacher.",
-    "plot": "Draw the losses of one or more training runs.",
-    "evaluate": "Measure perplexity, answers and choices, and the recovery of a baseline.",
-    "compress": "Compress a prompt into the states of a few gist tokens, checked and saved.",
-    "generate": "Print a model's continuation of a text, and nothing else.",
-    "convert": "Turn pytorch_model*.bin or a .gguf file into a safetensors checkpoint.",
-}
+# The order of --help: by what a command is for (`GROUP` in its file), then by its name.
+GROUPS = ("inspection", "surgery", "training", "evaluation", "prompts", "formats")
 SETTINGS = {"help_option_names": ["-h", "--help"]}
+
+
+def commands() -> dict[str, str]:
+    """Return the first sentence of each command by its name, in the order of --help.
+
+    A command is the function of its file's name in surgeon/cli/NAME.py, where that file has a GROUP. The files are
+    parsed and not imported, because they import what their commands need.
+    """
+    listed = []
+    for path in Path(__file__).parent.glob("*.py"):
+        statements = ast.parse(path.read_text(encoding="utf-8")).body
+        groups = (
+            ast.literal_eval(item.value)
+            for item in statements
+            if isinstance(item, ast.Assign) and ast.unparse(item.targets[0]) == "GROUP"
+        )
+        if (group := next(groups, None)) is not None:
+            functions = {item.name: item for item in statements if isinstance(item, ast.FunctionDef)}
+            sentence = (ast.get_docstring(functions[path.stem]) or "").partition("\n\n")[0]
+            listed.append((GROUPS.index(group), path.stem, sentence))
+    return {name: sentence for _, name, sentence in sorted(listed)}
 
 
 class Commands(TyperGroup):
     """The commands by name. A command's file is imported when that command is run, and none for `surgeon --help`."""
 
-    def __init__(self, **settings: Any) -> None:
-        super().__init__(**settings)
-        self.commands: Any = dict.fromkeys(COMMANDS)  # their names, for "did you mean"
-
     def list_commands(self, ctx: Any) -> list[str]:
         """Return the names, in the order of --help."""
-        return list(COMMANDS)
+        return list(commands())
 
     def get_command(self, ctx: Any, cmd_name: str) -> Any:
         """Return a command, None where there is none of that name."""
-        return load(cmd_name) if cmd_name in COMMANDS else None
+        file = Path(__file__).with_name(f"{cmd_name}.py")
+        if not cmd_name.isidentifier() or not file.exists():
+            self.commands: Any = commands()  # for "did you mean"
+            return None
+        module = import_module(f"surgeon.cli.{cmd_name}")
+        return command_of(module) if hasattr(module, "GROUP") else None
 
     def format_commands(self, ctx: Any, formatter: Any) -> None:
         """Write a line for each command."""
         with formatter.section("Commands"):
-            formatter.write_dl(list(COMMANDS.items()))
+            formatter.write_dl(list(commands().items()))
 
 
-def load(name: str) -> Any:
-    """Return a command by its name, as typer runs it."""
-    file = import_module(f"surgeon.cli.{name}")
+def command_of(module: ModuleType) -> Any:
+    """Return the command in a file of surgeon/cli, as typer runs it."""
+    function = getattr(module, module.__name__.rpartition(".")[2])
     single = typer.Typer(add_completion=False, rich_markup_mode=None, context_settings=SETTINGS)
-    registered = single.command(
-        name, help=COMMANDS[name], no_args_is_help=True, epilog=f"Example: {file.EXAMPLE}", context_settings=SETTINGS
-    )
-    registered(getattr(file, name))
+    single.command(no_args_is_help=True, epilog=f"Example: {module.EXAMPLE}", context_settings=SETTINGS)(function)
     return typer.main.get_command(single)
 
 

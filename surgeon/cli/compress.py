@@ -10,6 +10,7 @@ from surgeon.cli.terminal import emit, emit_json, log, read_text
 from surgeon.options import OptionError, keywords_of
 from surgeon.verbs import compress as verb
 
+GROUP = "prompts"
 EXAMPLE = "surgeon compress gpt2-gist --prompt-file system.txt -o bot"
 Prompt = Annotated[str | None, typer.Option(metavar="TEXT", help="The prompt.")]
 PromptFile = Annotated[Path | None, typer.Option(metavar="FILE", help="A file with the prompt, in UTF-8.")]

@@ -9,6 +9,7 @@ from surgeon.cli.options import spread
 from surgeon.cli.write import Writing, run
 from surgeon.verbs import convert as verb
 
+GROUP = "formats"
 EXAMPLE = "surgeon convert model.Q8_0.gguf -o model --dtype bfloat16"
 Source = Annotated[Path, typer.Argument(metavar="SRC", help="A directory with pytorch_model*.bin, or a .gguf file.")]
 

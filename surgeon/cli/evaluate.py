@@ -9,6 +9,7 @@ from surgeon.cli.terminal import TokenMeter, emit, emit_json
 from surgeon.options import OptionError
 from surgeon.verbs import evaluate as verb
 
+GROUP = "evaluation"
 EXAMPLE = "surgeon evaluate gpt2-27 --data text.txt --baseline gpt2-large"
 Markdown = Annotated[bool, typer.Option("--markdown", help="Print a block for a model card.")]
 

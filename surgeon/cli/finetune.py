@@ -11,6 +11,7 @@ from surgeon.cli.options import Debug, Device, Json, Model, Revision, spread
 from surgeon.options import keywords_of
 from surgeon.verbs import finetune as verb
 
+GROUP = "training"
 EXAMPLE = "surgeon finetune gpt2-27 --data text.txt --teacher gpt2-large --max-steps 300 -o healed"
 
 STOPPED = 143  # the status of a process that SIGTERM ended, as shells report it
@@ -63,7 +64,7 @@ def finetune(
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")] = False,
     debug: Debug = False,
 ) -> None:
-    """Train a model on data: heal a cut, train what grew, distil from a teacher."""
+    """Train a model on data: heal a cut (until its loss recovers), train new layers, distil from a teacher."""
     from surgeon.cli.terminal import emit, emit_json, log, results_alone
     from surgeon.cli.training_line import TrainingLine
     from surgeon.train.launch import is_first, is_launched, relaunch, second_to_the_first

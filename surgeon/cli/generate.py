@@ -10,6 +10,7 @@ from surgeon.cli.terminal import emit, emit_json, read_text
 from surgeon.options import keywords_of
 from surgeon.verbs import generate as verb
 
+GROUP = "prompts"
 EXAMPLE = "surgeon generate gpt2-gist 'Hello' --gist bot --max-new-tokens 64"
 Text = Annotated[str | None, typer.Argument(metavar="[TEXT]", help="The text to continue.")]
 InputFile = Annotated[

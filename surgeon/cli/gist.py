@@ -9,6 +9,7 @@ from surgeon.cli.write import Writing, run
 from surgeon.options import keywords_of
 from surgeon.verbs import gist as verb
 
+GROUP = "surgery"
 EXAMPLE = "surgeon gist gpt2 --tokens 4 -o gpt2-gist"
 
 

@@ -9,6 +9,7 @@ from surgeon.cli.write import Writing, run
 from surgeon.options import keywords_of
 from surgeon.verbs import grow as verb
 
+GROUP = "surgery"
 EXAMPLE = "surgeon grow gpt2 --layers 16 --hidden-size 2x -o gpt2-grown"
 Verify = Annotated[
     bool | None,

@@ -9,6 +9,7 @@ from surgeon.cli.terminal import emit, emit_json
 from surgeon.options import keywords_of
 from surgeon.verbs import inspect as verb
 
+GROUP = "inspection"
 EXAMPLE = "surgeon inspect gpt2-large"
 
 

@@ -7,6 +7,7 @@ import typer
 
 from surgeon.cli import options
 
+GROUP = "training"
 EXAMPLE = "surgeon plot healed.run other.run -o loss.png"
 
 

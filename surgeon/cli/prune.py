@@ -15,6 +15,7 @@ from surgeon.options import numbers
 from surgeon.plots.pruning import NOTHING, NOTHING_HINT, has_picture
 from surgeon.verbs.prune import Pruning
 
+GROUP = "surgery"
 EXAMPLE = "surgeon prune gpt2-large --score angular --layers 27 --data text.txt -o gpt2-27"
 
 if TYPE_CHECKING:

@@ -5,6 +5,7 @@ from surgeon.cli.write import Writing, run
 from surgeon.options import keywords_of
 from surgeon.verbs import truncate as verb
 
+GROUP = "surgery"
 EXAMPLE = "surgeon truncate gpt2-large --layers 6 -o gpt2-large-6"
 
 

@@ -19,7 +19,7 @@ from types import ModuleType
 from typing import IO, Any
 
 from surgeon.data.records import FORMS_HINT, Document, document, fields_of
-from surgeon.errors import DataError
+from surgeon.errors import DataError, first_line
 
 KINDS = ".txt, .jsonl, .json (each also .gz) and .parquet"
 RECORD_HINT = 'Write one record per line: {"text": "..."}'
@@ -155,7 +155,7 @@ def _parquet(path: Path) -> Iterator[Document]:
                     yield document(record, f"{path}[{index}]")
                     index += 1
     except (library.ArrowException, OSError, UnicodeDecodeError) as error:
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        reason = first_line(error)
         raise DataError(f"cannot read {path}: {reason}", hint="Fetch or write the file again.") from error
 
 
@@ -240,7 +240,7 @@ def _explanation(error: Exception, spec: str, repo_id: str) -> DataError:
     from datasets.exceptions import DatasetNotFoundError
     from huggingface_hub.errors import HfHubHTTPError, HTTPError  # type: ignore[attr-defined]
 
-    reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+    reason = first_line(error)
     if config.HF_HUB_OFFLINE and isinstance(error, ConnectionError):
         return DataError(
             f"{repo_id} is not in the cache of datasets, and HF_HUB_OFFLINE is set",

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from surgeon.data.documents import documents
 from surgeon.data.records import Document, checked_text
-from surgeon.errors import DataError
+from surgeon.errors import DataError, first_line
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -127,7 +127,7 @@ def rendering(where: str) -> Iterator[None]:
         hint = "Look at chat_template.jinja or tokenizer_config.json: it may loop for ever."
         raise DataError(f"the chat template {what} on {where}", hint=hint) from error
     except refusals as error:
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        reason = first_line(error)
         hint = "Many templates require roles to alternate: user, assistant, user ..."
         raise DataError(f"the chat template refuses {where}: {reason}", hint=hint) from error
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from surgeon.checkpoint.derived import JoinedSource
 from surgeon.checkpoint.source import Source, spec_of
-from surgeon.errors import DataError, MeasureError, SurgeonError
+from surgeon.errors import DataError, MeasureError, SurgeonError, first_line
 from surgeon.models.device import available_memory, compute_dtype
 from surgeon.plan.plan import identity
 
@@ -28,18 +28,13 @@ HINT = "The model is run by transformers; for one newer than this transformers: 
 SMALLER = "Use another --device, or a smaller model."
 
 
-def transformers_reason(error: BaseException) -> str:
-    """Return the first line of an error of transformers, or its type where it has no message."""
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
-
-
 @contextmanager
 def transformers_loads(label: str, *, hint: str, error_type: type[SurgeonError] = MeasureError) -> Iterator[None]:
     """Turn an error of transformers in this block into an `error_type` with the label and the reason."""
     try:
         yield
     except _MODEL_ERRORS as error:
-        raise error_type(f"transformers cannot load {label}: {transformers_reason(error)}", hint=hint) from error
+        raise error_type(f"transformers cannot load {label}: {first_line(error)}", hint=hint) from error
 
 
 def load_model(source: Source, *, dtype: Any, hint: str, **options: Any) -> Any:
@@ -167,7 +162,7 @@ class _tokenizer_loads:  # noqa: N801  # used as a function
     ) -> None:
         if kind is Exception or isinstance(error, _TOKENIZER_ERRORS):
             assert error is not None
-            reason = transformers_reason(error)
+            reason = first_line(error)
             if isinstance(error, (KeyError, TypeError, AttributeError)):  # their messages are names alone
                 reason = f"transformers fails with {type(error).__name__}: {reason}"
             raise DataError(f"cannot load the tokenizer of {self.name}: {reason}", hint=_hint(self.name)) from error

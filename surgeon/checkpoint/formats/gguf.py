@@ -19,7 +19,7 @@ from typing import Any
 from surgeon.checkpoint.header import DOWNLOAD_HINT
 from surgeon.checkpoint.output import check_space
 from surgeon.checkpoint.source import LocalSource
-from surgeon.errors import CheckpointError, OutputError
+from surgeon.errors import CheckpointError, OutputError, first_line
 
 MAGIC = b"GGUF"
 SPACE_HINT = "Free some space there, or choose another disk with -o."
@@ -128,7 +128,7 @@ def _dequantize(path: Path, metadata: Metadata, directory: Path) -> None:
         )
         tokenizer = AutoTokenizer.from_pretrained(path.parent, **gguf)
     except (ValueError, LookupError, TypeError, AttributeError, NotImplementedError, RuntimeError) as error:
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        reason = first_line(error)
         raise CheckpointError(
             f"transformers cannot read {path.name}, of architecture {metadata.architecture!r}: {reason}",
             hint="Convert it with llama.cpp's tools, or look for the safetensors checkpoint that it was made from.",
