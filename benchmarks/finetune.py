@@ -85,12 +85,11 @@ def train_surgeon(options, clock):
     import numpy as np
     from transformers import TrainerCallback
 
-    from surgeon.train import loop as run
+    from surgeon.train import trainer as loop
     from surgeon.train.data import Collator, Row, RowDataset
     from surgeon.train.objective import Objective, attach_loss
     from surgeon.train.packing import one_per_row
     from surgeon.train.settings import Settings
-    from surgeon.train.trainer import SurgeonTrainer
 
     class Rows(RowDataset):
         def __getitem__(self, index):
@@ -114,9 +113,11 @@ def train_surgeon(options, clock):
     steps = options.steps + WARM
     with tempfile.TemporaryDirectory() as directory:
         place = {"run_dir": Path(directory), "lr": 1e-4, "steps": steps, "device": "cpu", "resumed": True}
-        args = run.arguments(settings, data, **place)
+        args = loop.arguments(settings, data, **place)
         args.eval_strategy = "no"
-        trainer = SurgeonTrainer(model, args, data=data, told=lambda logs: None, evaluated=lambda found: None)
+        trainer = loop.SurgeonTrainer(
+            model, args, data=data, on_step=lambda logs: None, on_evaluation=lambda losses: None
+        )
         trainer.add_callback(Step())
         trainer.train()
 
@@ -197,7 +198,7 @@ def one(kind, options):
     if kind == "required":
         return {"required": required(options)}
     if kind == "surgeon":
-        import surgeon.train.loop  # noqa: F401
+        import surgeon.train.runner  # noqa: F401
     else:
         import transformers.trainer  # noqa: F401
     before = psutil.Process().memory_info().rss

@@ -76,9 +76,11 @@ def main() -> None:
     print(against.to_text(), flush=True)
     figures = {"runs": {"plain": plain, "distilled": distilled}, "evaluations": rows, "command": sys.argv}
     (options.output / "heal.json").write_text(json.dumps(figures, indent=1, default=str) + "\n")
-    from surgeon.plots.training import plot_runs
+    from surgeon.plots.training import plot_losses
+    from surgeon.train.run_dir import read_metrics
 
-    plot_runs([options.output / "plain.run", options.output / "distilled.run"], options.output / "heal.png")
+    runs = [options.output / "plain.run", options.output / "distilled.run"]
+    plot_losses([(run, read_metrics(run)) for run in runs], options.output / "heal.png")
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ import toys
 from later import LATER
 
 import surgeon
-from surgeon.train.run_dir import read_metrics, read_status
+from surgeon.train.run_dir import read_metrics
 
 if LATER:
     import torch
@@ -263,7 +263,7 @@ def test_a_run_that_diverges_stops_with_the_step_and_the_documents_and_leaves_no
         surgeon.finetune(talker, data=[data], output=tmp_path / "out", **options)
 
     assert not (tmp_path / "out").exists()
-    status = read_status(tmp_path / "out.run")
+    status = json.loads((tmp_path / "out.run" / "status.json").read_text())
     assert status is not None
     assert (status["state"], status["exit_code"]) == ("failed", 1)
     assert all(math.isfinite(record["loss"]) for record in read_metrics(tmp_path / "out.run") if "loss" in record)

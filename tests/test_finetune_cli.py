@@ -16,7 +16,7 @@ import pytest
 import talkers
 
 from surgeon.train.checkpoints import check, checkpoints
-from surgeon.train.run_dir import read_metrics, read_status
+from surgeon.train.run_dir import read_metrics
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -69,7 +69,7 @@ def test_json_is_one_object_and_progress_goes_to_standard_error(run, talker, tex
     assert found["tokens_per_second"] > 0
     assert "step 4:  validation" in outcome.err
     assert all(character.isprintable() or character == "\n" for character in outcome.err)
-    status = read_status(tmp_path / "out.run")
+    status = json.loads((tmp_path / "out.run" / "status.json").read_text())
     assert (status["state"], status["exit_code"], status["output"]) == ("done", 0, str(tmp_path / "out"))
 
 
@@ -162,14 +162,14 @@ def test_a_teacher_of_another_vocabulary_is_refused(run, talker, text, toy, tmp_
     outcome = run("finetune", talker, "--data", text, *SHORT, "-o", tmp_path / "out", "--teacher", toy("llama"))
 
     refused(outcome, "the teacher gives logits of 131 tokens, the model of 300")
-    assert read_status(tmp_path / "out.run")["state"] == "failed"
+    assert json.loads((tmp_path / "out.run" / "status.json").read_text())["state"] == "failed"
 
 
 def test_bad_data_are_named_by_file_and_line(run, talker, tmp_path):
     data = talkers.written(tmp_path / "data.jsonl", '{"text": "good"}\n{"text": 5}\n')
 
     refused(run("finetune", talker, "--data", data, *SHORT, "-o", tmp_path / "out"), f"error: {data}:2: 'text' is a")
-    status = read_status(tmp_path / "out.run")
+    status = json.loads((tmp_path / "out.run" / "status.json").read_text())
     assert (status["state"], status["exit_code"]) == ("failed", 1)
     assert "data.jsonl:2" in status["error"]
 
@@ -315,7 +315,7 @@ def test_a_file_system_that_refuses_a_checkpoint_costs_nothing_but_that_one(run,
     check(tmp_path / "run/checkpoint-2")
     assert not list((tmp_path / "run").glob(".checkpoint-*"))
     assert not (tmp_path / "out").exists()
-    assert read_status(tmp_path / "run")["state"] == "failed"
+    assert json.loads((tmp_path / "run" / "status.json").read_text())["state"] == "failed"
     assert run(*command).code == 0
     assert weights(tmp_path / "out") == expected
 
@@ -358,7 +358,7 @@ def test_a_full_memory_says_what_to_lower(run, talker, tmp_path):
         outcome = run("finetune", talker, "--data", text, *options, "-o", tmp_path / "out")
 
     refused(outcome, "the memory is full", "4096 rows", "Lower --batch-size")
-    assert read_status(tmp_path / "out.run")["state"] == "failed"
+    assert json.loads((tmp_path / "out.run" / "status.json").read_text())["state"] == "failed"
 
 
 def signalled(*orders: tuple[list[str], Path, int]) -> list[tuple[int, str, str]]:
@@ -394,14 +394,14 @@ def test_a_run_that_is_told_to_stop_saves_and_ends_as_one_that_was_not(run, talk
     assert (code, cut_code) == (143, 130)
     assert out == ""
     assert "--resume continues" in err
-    status = read_status(tmp_path / "out.run")
+    status = json.loads((tmp_path / "out.run" / "status.json").read_text())
     assert (status["state"], status["exit_code"]) == ("stopped", 143)
     [kept] = checkpoints(tmp_path / "out.run")
     assert 3 <= status["step"] < 150
     assert kept.name == f"checkpoint-{status['step']}"
     check(kept)
     assert "Traceback" not in cut_err
-    assert read_status(tmp_path / "cut.run")["exit_code"] == 130
+    assert json.loads((tmp_path / "cut.run" / "status.json").read_text())["exit_code"] == 130
     assert not list(tmp_path.glob("cut*/.*"))
     assert {path.name for path in tmp_path.iterdir()} == {"out.run", "cut.run", "text.txt"}
 

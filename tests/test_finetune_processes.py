@@ -17,7 +17,7 @@ import toys
 from later import LATER
 
 from surgeon.train.checkpoints import check, checkpoints
-from surgeon.train.run_dir import read_metrics, read_status
+from surgeon.train.run_dir import read_metrics
 
 if LATER:
     from safetensors.torch import load_file
@@ -143,7 +143,7 @@ def test_an_error_of_the_first_process_is_told_once_and_nobody_waits_for_it(talk
     assert torch_ended.err.count("error: ") == 1
     assert "rank1" not in torch_ended.err
     assert (ended.out, torch_ended.out) == ("", "")
-    assert read_status(tmp_path / "two.run")["state"] == "failed"
+    assert json.loads((tmp_path / "two.run" / "status.json").read_text())["state"] == "failed"
 
 
 def test_processes_that_are_told_to_stop_save_one_checkpoint_together(talker, text, tmp_path):
@@ -161,7 +161,7 @@ def test_processes_that_are_told_to_stop_save_one_checkpoint_together(talker, te
     assert len(ended.err.splitlines()) == 1
     assert torch_ended.code != 0
     for name in ("one.run", "two.run"):
-        status = read_status(tmp_path / name)
+        status = json.loads((tmp_path / name / "status.json").read_text())
         assert (status["state"], status["exit_code"]) == ("stopped", 143)
         [kept] = checkpoints(tmp_path / name)
         assert kept.name == f"checkpoint-{status['step']}"

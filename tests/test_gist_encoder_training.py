@@ -25,12 +25,12 @@ if LATER:
     from transformers import AutoModelForSeq2SeqLM, DynamicCache
     from transformers.modeling_outputs import BaseModelOutput
 
+    from surgeon.gist.attention import EncoderDecoder
     from surgeon.gist.compress import compress_ids, encoded_behind
     from surgeon.gist.probes import gist_slice
     from surgeon.gist.records import Gists, gist_examples
     from surgeon.gist.states import encode
     from surgeon.gist.training import WithoutGist
-    from surgeon.gist.views import EncoderDecoder
     from surgeon.models.split import SplitModel
     from surgeon.train.losses import kl
     from surgeon.train.objective import Objective, attach_loss, detach_loss

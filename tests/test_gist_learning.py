@@ -20,9 +20,9 @@ if LATER:
     from torch import Tensor
     from transformers import LlamaConfig, LlamaForCausalLM, T5Config, T5ForConditionalGeneration
 
+    from surgeon.gist.attention import EncoderDecoder, Masked, TwoPass
     from surgeon.gist.compress import compress_ids, continued, encoded_behind
     from surgeon.gist.masks import Condition
-    from surgeon.gist.views import EncoderDecoder, Masked, TwoPass
     from surgeon.models.split import SplitModel
     from surgeon.train.objective import IGNORED, Objective, attach_loss, detach_loss
 

@@ -18,10 +18,12 @@ from surgeon.data.records import document
 from surgeon.data.rows import begin_of_text
 from surgeon.errors import DataError, PlanError
 from surgeon.gist.layout import CHAT, TEXT, prompt_tokens, text_tokens
+from surgeon.gist.settings import GistSettings
 from surgeon.gist.tokens import GistTokens
 from surgeon.train.run_dir import read_metrics
 from surgeon.train.settings import Settings
 from surgeon.verbs.evaluate import evaluate_gist
+from surgeon.verbs.finetune import FinetuneOptions, checked
 
 if LATER:
     import torch
@@ -29,10 +31,10 @@ if LATER:
     from torch import Tensor
     from transformers import AutoModelForCausalLM
 
-    from surgeon.gist import views
+    from surgeon.gist import attention
+    from surgeon.gist.attention import FIRST_SEEN, Masked, TwoPass
     from surgeon.gist.records import Gists, gist_examples
     from surgeon.gist.training import WithoutGist, implementation, without_gist
-    from surgeon.gist.views import FIRST_SEEN, Masked, TwoPass
     from surgeon.models.split import SplitModel
     from surgeon.train.losses import kl
     from surgeon.train.objective import Objective, attach_loss, detach_loss
@@ -136,7 +138,7 @@ def test_activation_checkpointing_changes_nothing_of_a_masked_pass(toy):
 def test_two_passes_refuse_a_row_without_a_gist(toy):
     batch = rows()
     batch["input_ids"][1, 14] = 5
-    with pytest.raises(DataError, match="row 1 has nothing behind a gist"):
+    with pytest.raises(DataError, match="row 1 has nothing after its gist"):
         learned(load64(toy("llama")), TwoPass((G,)), batch)
 
 
@@ -156,7 +158,7 @@ def test_nothing_of_the_prompt_passes_by_the_gist(tmp_path, kind):
     model = load64(toys.build("llama", tmp_path / "shallow", num_hidden_layers=1))
     losses = {}
     for condition in FIRST_SEEN:
-        layout = getattr(views, kind)((G,), condition)
+        layout = getattr(attention, kind)((G,), condition)
         losses[condition] = [learned(model, layout, batch)[0] for batch in (rows(), other_prompts(rows()))]
     assert losses["gist"][0] == losses["gist"][1]
     assert losses["positive"][0] != losses["positive"][1]
@@ -164,7 +166,7 @@ def test_nothing_of_the_prompt_passes_by_the_gist(tmp_path, kind):
 
 @pytest.mark.parametrize("kind", ["Masked", "TwoPass"])
 def test_the_negative_control_sees_neither_prompt_nor_gist(toy, kind):
-    kind, model, batch = getattr(views, kind), load64(toy("llama")), rows()
+    kind, model, batch = getattr(attention, kind), load64(toy("llama")), rows()
     changed = other_prompts(batch)
     with torch.no_grad():
         before = learned_loss(model, kind((G,), "negative"), batch)
@@ -478,8 +480,8 @@ def test_with_a_frozen_reader_the_reader_is_the_untouched_model(data: str, tmp_p
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"gist_control": "positive"}, "says nothing without --gist"),
-        ({"gist_distill": 0.5}, "says nothing without --gist"),
+        ({"gist_control": "positive"}, "has no effect without --gist"),
+        ({"gist_distill": 0.5}, "has no effect without --gist"),
         ({"gist": True, "gist_control": "both"}, "unknown --gist-control"),
         ({"gist": True, "gist_random_tokens": "1,0"}, "is no list of numbers"),
         ({"gist": True, "gist_distill": 1.5}, "lies between 0 and 1"),
@@ -493,19 +495,20 @@ def test_with_a_frozen_reader_the_reader_is_the_untouched_model(data: str, tmp_p
 )
 def test_options_that_contradict_each_other_are_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(PlanError, match=message):
-        Settings(**options)
+        checked(FinetuneOptions(**options))
 
 
 def test_attention_that_takes_no_mask_is_trained_in_two_passes() -> None:
-    assert implementation(Settings(gist=True), "sdpa") == "mask"
-    assert implementation(Settings(gist=True), "flash_attention_2") == "two-pass"
-    assert implementation(Settings(gist=True, gist_impl="two-pass"), "sdpa") == "two-pass"
-    frozen = Settings(gist=True, gist_reader="frozen", lora=2, keep_adapter=True)
-    assert implementation(frozen, "sdpa") == "two-pass"
+    gist, settings = GistSettings(gist=True), Settings()
+    assert implementation(gist, settings, "sdpa") == "mask"
+    assert implementation(gist, settings, "flash_attention_2") == "two-pass"
+    assert implementation(GistSettings(gist=True, gist_impl="two-pass"), settings, "sdpa") == "two-pass"
+    frozen = GistSettings(gist=True, gist_reader="frozen")
+    assert implementation(frozen, Settings(lora=2, keep_adapter=True), "sdpa") == "two-pass"
     with pytest.raises(PlanError, match="takes no gist mask"):
-        implementation(Settings(gist=True, gist_impl="mask"), "flash_attention_2")
+        implementation(GistSettings(gist=True, gist_impl="mask"), settings, "flash_attention_2")
     with pytest.raises(PlanError, match="activation checkpointing empties the cache"):
-        implementation(Settings(gist=True, activation_checkpointing=True), "flash_attention_2")
+        implementation(gist, Settings(activation_checkpointing=True), "flash_attention_2")
 
 
 def test_a_model_without_gist_tokens_is_refused(data: str, tmp_path: Path) -> None:

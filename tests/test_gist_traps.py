@@ -27,6 +27,7 @@ from later import LATER
 import surgeon
 from surgeon.data.records import document
 from surgeon.errors import DataError, PlanError
+from surgeon.gist.settings import GistSettings
 from surgeon.gist.tokens import GistTokens
 from surgeon.train.settings import Settings
 
@@ -392,7 +393,7 @@ def test_activation_checkpointing_empties_the_cache_between_two_passes_in_silenc
 
     assert cache.get_seq_length() == 0
     with pytest.raises(PlanError, match="empties the cache"):
-        Settings(gist=True, gist_impl="two-pass", activation_checkpointing=True)
+        GistSettings(gist=True, gist_impl="two-pass").check(Settings(activation_checkpointing=True))
 
 
 # --- an encoder and a decoder -------------------------------------------------------------------------------------

@@ -8,7 +8,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,7 @@ from later import LATER
 from surgeon.checkpoint.header import format_header, read_header
 from surgeon.errors import OutputError, SurgeonError
 from surgeon.train import checkpoints
-from surgeon.train.checkpoints import MANIFEST, DamagedCheckpointError, check, newest, rotate, staged_checkpoint
+from surgeon.train.checkpoints import MANIFEST, DamagedCheckpointError, check, newest, rotate
 
 if LATER:
     import numpy as np
@@ -41,6 +42,18 @@ def fill(directory: Path, *, dtype: str = "F32", without: str | None = None) -> 
     (directory / "trainer_state.json").write_text('{"global_step": 1}')
     for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth"):
         (directory / name).write_bytes(name.encode() * 100)
+
+
+@contextmanager
+def staged_checkpoint(run_dir: Path, step: int) -> Iterator[Path]:
+    """Yield a directory to fill, which becomes checkpoint `step`: the order of calls in which the trainer saves."""
+    stage = checkpoints.begin(run_dir, step)
+    try:
+        with checkpoints.explained(run_dir):
+            yield stage / f"checkpoint-{step}"
+        checkpoints.commit(run_dir, step)
+    finally:
+        checkpoints.abandon(run_dir, step)
 
 
 def save(run_dir: Path, step: int, *, then: Callable[[Path], object] = lambda directory: None) -> Path:
@@ -202,6 +215,18 @@ def test_one_run_has_a_directory_to_itself(tmp_path):
     second = checkpoints.held(tmp_path / "run")
     with checkpoints.held(tmp_path / "run"), pytest.raises(OutputError, match="another run writes into"):
         second.__enter__()
+    with checkpoints.held(tmp_path / "run"):
+        assert (tmp_path / "run").is_dir()
+    assert names_in(tmp_path / "run") == set()
+
+
+def test_a_killed_run_leaves_its_directory_to_the_next_one(tmp_path):
+    code = (
+        "import os, signal, sys\nfrom pathlib import Path\nfrom surgeon.train.checkpoints import held\n"
+        "with held(Path(sys.argv[1])):\n    os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    assert subprocess.run([sys.executable, "-c", code, str(tmp_path / "run")]).returncode == -9
+
     with checkpoints.held(tmp_path / "run"):
         assert (tmp_path / "run").is_dir()
 

@@ -56,7 +56,7 @@ def test_the_last_step_is_evaluated_and_a_stop_is_saved() -> None:
     middle, last, stopped = (SimpleNamespace(**fresh) for _ in range(3))
     judge.on_step_end(args, SimpleNamespace(global_step=1, max_steps=3), middle)
     judge.on_step_end(args, SimpleNamespace(global_step=3, max_steps=3), last)
-    stop.asked = True
+    stop.is_requested = True
     judge.on_step_end(args, SimpleNamespace(global_step=1, max_steps=3), stopped)
 
     assert vars(middle) == fresh
@@ -81,7 +81,7 @@ def test_the_first_sigterm_asks_its_echo_is_ignored_and_a_later_one_ends(
         with stops_at_sigterm(stop):
             os.kill(os.getpid(), signal.SIGTERM)
             os.kill(os.getpid(), signal.SIGTERM)
-            assert stop.asked
+            assert stop.is_requested
             assert ended == []
             time.sleep(0.25)
             os.kill(os.getpid(), signal.SIGTERM)
@@ -99,4 +99,4 @@ def test_without_a_signal_nothing_is_asked_and_the_handler_comes_back() -> None:
         assert signal.getsignal(signal.SIGTERM) is not before
 
     assert signal.getsignal(signal.SIGTERM) is before
-    assert not stop.asked
+    assert not stop.is_requested

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 import warnings
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
@@ -13,8 +15,8 @@ from later import LATER
 
 from surgeon.cli.plot import plot
 from surgeon.errors import DataError, OutputError, PlanError
-from surgeon.plots.training import names, plot_runs, smoothed
-from surgeon.train.run_dir import METRICS, EvalReport, MetricsLog
+from surgeon.plots.training import names, plot_losses, series, smoothed
+from surgeon.train.run_dir import METRICS, EvalReport, MetricsLog, read_metrics
 
 if LATER:
     import matplotlib.image
@@ -44,6 +46,10 @@ def run(directory: Path, steps: int, *, every: int = 10, losses: dict[int, float
             )
     log.close()
     return directory
+
+
+def plot_runs(runs: Iterable[Path], path: Path, *, x: str = "steps") -> Path:
+    return plot_losses([(run, read_metrics(run)) for run in runs], path, x=x)
 
 
 def drawn(*runs: Path, to: Path, x: str = "steps") -> np.ndarray:
@@ -119,9 +125,8 @@ def test_runs_are_named_by_what_tells_them_apart():
 
 
 def test_without_matplotlib_it_says_what_to_install(tmp_path, monkeypatch):
-    import importlib.util
-
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    for name in ("matplotlib", "matplotlib.figure"):
+        monkeypatch.setitem(sys.modules, name, None)  # as if it were not installed
 
     with pytest.raises(PlanError, match="matplotlib") as caught:
         plot_runs([run(tmp_path / "run", 3)], tmp_path / "loss.png")
@@ -132,6 +137,14 @@ def test_without_matplotlib_it_says_what_to_install(tmp_path, monkeypatch):
 def test_a_place_that_cannot_be_written_is_one_line(name, tmp_path):
     with pytest.raises(OutputError, match="cannot write"):
         plot_runs([run(tmp_path / "run", 3)], tmp_path / name)
+
+
+def test_a_series_pairs_values_with_their_places():
+    records = [{"step": 1, "loss": 3.0}, {"step": 2, "eval_loss": 2.0, "tokens": 8}, {"step": 3, "loss": 1.0}]
+
+    assert series(records, "loss") == ([1, 3], [3.0, 1.0])
+    assert series(records, "eval_loss", x="tokens") == ([8], [2.0])
+    assert series(records, "probe_loss") == ([], [])
 
 
 # --- the command ------------------------------------------------------------------------------------------------

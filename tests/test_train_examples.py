@@ -15,7 +15,7 @@ from surgeon.data.documents import documents
 from surgeon.data.records import Document
 from surgeon.data.rows import encode
 from surgeon.errors import DataError
-from surgeon.train.examples import Example, example, examples
+from surgeon.train.examples import Example, examples
 
 if LATER:
     from transformers import PreTrainedTokenizerFast
@@ -42,6 +42,10 @@ FORGETFUL = (  # as Qwen3 does with what a model thought: an answer is written o
     "{% for m in messages %}<s>{{ m.role }}\n{% if loop.last and m.role == 'assistant' %}<think>{% endif %}"
     "{{ m.content }}<end>\n{% endfor %}{% if add_generation_prompt %}<s>assistant\n{% endif %}"
 )
+
+
+def example(document: Document, tokenizer, **options) -> Example:
+    return examples([document], tokenizer, **options)[0]
 
 
 @pytest.fixture(scope="module")
@@ -105,7 +109,7 @@ def test_a_tokenizer_without_an_end_of_text_token_is_refused():
     bare = tokenizer_of()
     bare.eos_token = None
     message, hint = refusal(Document("a.txt", ("The cat",)), bare)
-    assert message == "the tokenizer has no end-of-text token to put behind a.txt"
+    assert message == "the tokenizer has no end-of-text token to put after a.txt"
     assert hint == "Set eos_token in tokenizer_config.json."
 
 
@@ -227,7 +231,7 @@ def test_all_of_a_chat_is_trained_on_request(tokenizer):
         (CLOSED, CHAT[:2], "a.jsonl:1: no message is the assistant's, so there is nothing to learn"),
         (MARKED, CHAT[:2], "a.jsonl:1: no message is the assistant's, so there is nothing to learn"),
         (CLOSED, CHAT[2:], "a.jsonl:1: the first message is the assistant's, an answer to nothing"),
-        (FORGETFUL, CHAT, "a.jsonl:1: the chat template writes message 3 otherwise when others stand behind it"),
+        (FORGETFUL, CHAT, "a.jsonl:1: the chat template writes message 3 differently when others follow it"),
         (None, CHAT, "a.jsonl:1 is a chat, and the tokenizer has no chat template"),
         ("{{ raise_exception('no!') }}", CHAT, "the chat template refuses a.jsonl:1: no!"),
         ("{{ raise_exception('one\ntwo') }}", CHAT, "the chat template refuses a.jsonl:1: one"),

@@ -12,9 +12,14 @@ from surgeon.errors import DataError
 if LATER:
     import numpy as np
 
-    from surgeon.train.packing import fill, one_per_row, pack, repeat, split
+    from surgeon.train.packing import one_per_row, pack, repeat, split
 
 LENGTHS = st.lists(st.integers(1, 40), max_size=80)
+
+
+def fill(packing, lengths, row_length):
+    """Return the fraction of the rows' places that hold a token."""
+    return float(np.asarray(lengths)[packing.pieces].sum() / (len(packing) * row_length))
 
 
 def rows_of(packing):

@@ -9,7 +9,7 @@ import toys
 
 import surgeon
 from surgeon.anatomy.anatomy import Anatomy, read_anatomy
-from surgeon.train import parameters as scope
+from surgeon.train import model as scope
 
 EMBEDDING, HEAD, NORM = "model.embed_tokens.weight", "lm_head.weight", "model.norm.weight"
 

@@ -7,6 +7,7 @@ import pytest
 
 import surgeon
 from surgeon.train.settings import FULL_LR, LORA_LR, Settings
+from surgeon.verbs.finetune import FinetuneOptions
 
 WRONG: list[tuple[dict[str, Any], str]] = [
     ({"schedule": "step"}, "--schedule 'step'"),
@@ -52,11 +53,11 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"kd_weight": 1.5}, "--kd-weight is 1.5; it lies between 0 and 1"),
     ({"lora_dropout": 1.0}, "--lora-dropout is 1; it lies between 0 and 0.9"),
     ({"max_steps": 5, "epochs": 1.0}, "--max-steps and --epochs both say"),
-    ({"keep_adapter": True}, "--keep-adapter says nothing without --lora"),
-    ({"qlora": True}, "--qlora says nothing without --lora"),
-    ({"lora_alpha": 8.0}, "--lora-alpha says nothing without --lora"),
-    ({"teacher_top_k": 4}, "--teacher-top-k says nothing without --teacher"),
-    ({"hidden_weight": 1.0}, "--hidden-weight says nothing without --teacher"),
+    ({"keep_adapter": True}, "--keep-adapter has no effect without --lora"),
+    ({"qlora": True}, "--qlora has no effect without --lora"),
+    ({"lora_alpha": 8.0}, "--lora-alpha has no effect without --lora"),
+    ({"teacher_top_k": 4}, "--teacher-top-k has no effect without --teacher"),
+    ({"hidden_weight": 1.0}, "--hidden-weight has no effect without --teacher"),
     ({"lora": 4, "train": "new"}, "--lora trains adapters alone"),
     ({"lora": 4, "freeze": "head"}, "--lora trains adapters alone"),
     ({"teacher": "t", "hidden_weight": 1.0, "teacher_top_k": 4}, "hidden states are not kept on disk"),
@@ -100,6 +101,6 @@ def test_only_what_decides_no_number_of_the_result_may_change_in_a_resume() -> N
 
 
 def test_every_setting_has_a_help_text_that_fits_a_terminal() -> None:
-    texts = {item.name: item.metadata["help"] for item in fields(Settings)}
+    texts = {item.name: item.metadata["flag"].help for item in fields(FinetuneOptions)}
 
     assert all(text and len(text) <= 100 for text in texts.values()), max(texts.values(), key=len)

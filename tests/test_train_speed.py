@@ -6,7 +6,7 @@ from later import LATER
 from surgeon.anatomy.anatomy import Anatomy, read_anatomy
 from surgeon.checkpoint.source import open_source, spec_of
 from surgeon.cost.flops import attention_flops, flops_per_token, multiplied_parameters, peak_flops
-from surgeon.train.pace import Meter, peak_memory
+from surgeon.train.pace import PaceMeter, peak_memory
 
 if LATER:
     import torch
@@ -135,7 +135,7 @@ class Clock:
 
 def test_the_pace_leaves_out_the_first_step_and_pauses():
     clock = Clock()
-    meter = Meter(10, flops_per_token=5.0, peak=1000.0, memory=lambda: 7, clock=clock)
+    meter = PaceMeter(10, flops_per_token=5.0, peak=1000.0, memory=lambda: 7, clock=clock)
     clock.now += 60  # compiles
     first = meter.step(1, 50)
     clock.now += 2
@@ -155,7 +155,7 @@ def test_the_pace_leaves_out_the_first_step_and_pauses():
 
 def test_the_pace_is_of_the_last_steps_and_the_average_of_all():
     clock = Clock()
-    meter = Meter(200, clock=clock)
+    meter = PaceMeter(200, clock=clock)
     for step in range(1, 101):
         clock.now += 4.0 if step <= 50 else 1.0
         pace = meter.step(step, step * 8)
@@ -168,7 +168,7 @@ def test_the_pace_is_of_the_last_steps_and_the_average_of_all():
 
 def test_a_resumed_run_counts_its_own_steps():
     clock = Clock()
-    meter = Meter(100, done=90, tokens=9000, clock=clock)
+    meter = PaceMeter(100, done=90, tokens=9000, clock=clock)
     clock.now += 5
     pace = meter.step(91, 9100)
 
@@ -178,7 +178,7 @@ def test_a_resumed_run_counts_its_own_steps():
 
 
 def test_before_the_first_step_nothing_is_known():
-    pace = Meter(10).pace()
+    pace = PaceMeter(10).pace()
 
     assert pace.tokens_per_second is None
     assert pace.seconds_left is None

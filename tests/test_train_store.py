@@ -17,13 +17,15 @@ from talkers import TEXT, jsonl, tokenizer_of, written
 
 from surgeon.data.documents import documents
 from surgeon.errors import DataError, OutputError
-from surgeon.train.examples import example
+from surgeon.train.examples import examples
+from surgeon.train.settings import Settings
 
 if LATER:
     import numpy as np
 
     import surgeon.train.tokenise as module
     from surgeon.train.store import ARRAYS, HEADER, damage, fingerprint, open_store
+    from surgeon.train.task import Task
     from surgeon.train.tokenise import piece_lengths, prepare
 
 TEMPLATE = "{% for m in messages %}<s>{{ m.content }}<end>{% endfor %}{% if add_generation_prompt %}<s>{% endif %}"
@@ -47,8 +49,9 @@ def tokenizer():
 def make(tokenizer, tmp_path):
     """Return a function that makes a store of some data in the directory `store`."""
 
-    def make(*specs, length=16, **options):
-        return prepare(specs, tokenizer, directory=tmp_path / "store", sequence_length=length, **options)
+    def make(*specs, length=16, train_on="completion", **options):
+        task = Task(Settings(train_on=train_on))
+        return prepare(specs, tokenizer, directory=tmp_path / "store", sequence_length=length, task=task, **options)
 
     return make
 
@@ -69,12 +72,12 @@ def test_examples_come_back_as_they_were(make, tokenizer, tmp_path):
     store = make(spec, length=1000)
 
     for document, (ids, labels, start), number in zip(documents(spec), pieces(store), range(6), strict=True):
-        expected = example(document, tokenizer)
+        expected = examples([document], tokenizer)[0]
         assert ids.tolist() == list(expected.ids) == store.tokens[start : start + len(ids)].tolist()
         targets = [i if flag else -100 for i, flag in zip(expected.ids, expected.trained, strict=True)]
         assert labels.tolist() == [*targets[1:], -100]
         assert store.documents[number] == number
-    assert store.num_documents == store.num_pieces == 6
+    assert sum(source.num_documents for source in store.sources) == store.num_pieces == 6
     assert store.num_tokens == len(store.tokens) == sum(store.lengths)
     assert store.num_trained == sum(int((labels != -100).sum()) for _, labels, _ in pieces(store))
     assert (store.num_cut, store.num_dropped) == (0, 0)
@@ -88,7 +91,7 @@ def test_every_token_of_a_long_text_but_its_first_is_predicted_once_after_those_
     spec = written(tmp_path / "a.txt")
     store = make(spec, length=length)
 
-    whole = list(example(next(documents(spec)), tokenizer).ids)
+    whole = list(examples([next(documents(spec))], tokenizer)[0].ids)
     found = pieces(store)
     assert list(chain.from_iterable(ids.tolist() for ids, _, _ in found)) == whole
     assert [t for _, labels, _ in found for t in labels.tolist()] == [*whole[1:], -100]
@@ -119,10 +122,10 @@ def test_a_record_longer_than_a_row_is_cut_at_its_right_and_dropped_when_only_it
     store = make(spec)
 
     first, last = pieces(store)
-    assert first[0].tolist() == list(example(next(documents(spec)), tokenizer).ids[:16])
+    assert first[0].tolist() == list(examples([next(documents(spec))], tokenizer)[0].ids[:16])
     assert (first[1][-2] != -100, first[1][-1]) == (True, -100)  # what comes next was cut off
-    assert last[0].tolist() == list(example(list(documents(spec))[3], tokenizer).ids)
-    assert (store.num_documents, store.num_cut, store.num_dropped) == (4, 1, 2)
+    assert last[0].tolist() == list(examples([list(documents(spec))[3]], tokenizer)[0].ids)
+    assert (store.sources[0].num_documents, store.num_cut, store.num_dropped) == (4, 1, 2)
     assert store.documents.tolist() == [0, 3]
 
 
@@ -230,7 +233,7 @@ def test_a_store_of_other_settings_is_made_again(make, tmp_path):
     made = make(spec)
     for options in ({"length": 5}, {"train_on": "all"}, {"max_tokens": 20}):
         assert make(spec, **options).digest != made.digest
-    assert make(spec, spec).num_documents == 12
+    assert sum(source.num_documents for source in make(spec, spec).sources) == 12
     assert make(spec).digest == made.digest
 
 
@@ -278,7 +281,7 @@ def test_a_killed_process_leaves_no_store(tmp_path):
     with pytest.raises(DataError):
         open_store(store)
     made = prepare([spec], tokenizer_of(chat_template=TEMPLATE), directory=store, sequence_length=16)
-    assert made.num_documents == 6
+    assert made.sources[0].num_documents == 6
 
 
 # --- what goes wrong --------------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import toys
@@ -258,7 +259,7 @@ def test_what_is_interrupted_leaves_the_older_answers(store, pair, tmp_path):
 
 
 def test_a_disk_without_room_is_an_error_before_the_teacher_is_asked(store, pair, tmp_path, monkeypatch):
-    monkeypatch.setattr("os.statvfs", lambda place: type("Full", (), {"f_bavail": 0, "f_frsize": 4096}))
+    monkeypatch.setattr("shutil.disk_usage", lambda place: SimpleNamespace(total=0, used=0, free=0))
     with pytest.raises(OutputError, match="GB free"):
         cache_top_k(OnlineTeacher(pair[1]), store, tmp_path / "cache", 3)
     assert not (tmp_path / "cache").exists()

@@ -24,21 +24,21 @@ def plot(
 ) -> None:
     """Draw the losses of one or more training runs."""
     from surgeon.cli.terminal import emit, emit_json
-    from surgeon.plots.training import AXES, plot_runs
-    from surgeon.train.run_dir import numbers, read_metrics
+    from surgeon.plots.training import AXES, plot_losses, series
+    from surgeon.train.run_dir import read_metrics
 
     if x not in AXES:
         raise typer.BadParameter(f"{x!r} is none of {', '.join(AXES)}", param_hint="--x")
-    plot_runs(runs, output, x=x)
+    records_of = [(run, read_metrics(run)) for run in runs]
+    plot_losses(records_of, output, x=x)
     if not json:
         emit(f"{output}")
         return
-    found = []
-    for run in runs:
-        records = read_metrics(run)
-        losses, evaluations = numbers(records, "loss"), numbers(records, "eval_loss")
+    summaries = []
+    for run, records in records_of:
+        losses, evaluations = series(records, "loss"), series(records, "eval_loss")
         best = min(zip(evaluations[1], evaluations[0], strict=True), default=(None, None))
-        found.append(
+        summaries.append(
             {
                 "run": str(run),
                 "steps": records[-1]["step"],
@@ -48,4 +48,4 @@ def plot(
                 "best_step": best[1],
             }
         )
-    emit_json({"output": str(output), "runs": found})
+    emit_json({"output": str(output), "runs": summaries})

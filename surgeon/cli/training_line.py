@@ -1,4 +1,4 @@
-"""The line under which a model trains: on a terminal one that changes, elsewhere a plain one now and then."""
+"""The progress of training: on a terminal a line that changes, elsewhere a plain line now and then."""
 
 import atexit
 import sys
@@ -16,12 +16,12 @@ if TYPE_CHECKING:
 
 PATIENCE = 30.0  # seconds between plain lines
 REFRESH = 0.1  # seconds between changes of the line on a terminal
-SMOOTHING = 0.9  # of the loss before, in the loss that is shown
+SMOOTHING = 0.9  # the weight of the earlier losses in the shown loss
 BAR = 8  # columns, on a narrow terminal fewer
 
 
 class TrainingLine:
-    """Shows steps, losses and speed on standard error, or on `stream`; with `quiet` nothing at all."""
+    """Shows steps, losses and speed on standard error, or on `stream`; with `quiet` nothing."""
 
     def __init__(
         self, *, quiet: bool, stream: TextIO | None = None, clock: Callable[[], float] = time.monotonic
@@ -37,7 +37,7 @@ class TrainingLine:
         self._shown = clock()
 
     def begin(self, total_steps: int, *, done: int = 0) -> None:
-        """Show that there are so many steps, `done` of them before."""
+        """Show the number of steps, `done` of which an earlier process did."""
         self._total, self._done, self._shown = total_steps, done, self._clock()
         if self._quiet or not self._stream.isatty():
             return
@@ -47,10 +47,10 @@ class TrainingLine:
         console = Console(file=self._stream)
         self._live = Live(self._line(), console=console, auto_refresh=False, transient=True, redirect_stdout=False)
         self._live.start()
-        atexit.register(self.end)  # whatever ends the work, the terminal gets its cursor back
+        atexit.register(self.end)  # so that the terminal always gets its cursor back
 
     def step(self, report: StepReport) -> None:
-        """Show a step, if it is time to."""
+        """Show a step, if the last line is old enough."""
         self._last, self._done = report, report.step
         self._smooth.add(report.loss)
         now = self._clock()
@@ -60,10 +60,10 @@ class TrainingLine:
                 self._live.update(self._line(), refresh=True)
         elif now - self._shown >= PATIENCE:
             self._shown = now
-            self._print(" ".join(self._pieces()))
+            self._print(" ".join(self._parts()))
 
     def evaluated(self, report: EvalReport) -> None:
-        """Say what an evaluation found."""
+        """Print the losses of an evaluation."""
         words = [f"step {report.step:,}:"]
         if report.validation is not None:
             is_best = self._best is None or report.validation < self._best
@@ -73,16 +73,16 @@ class TrainingLine:
         if report.probe is not None:
             words += [f"trained text {report.probe:.4f}"]
         if self._live is None and self._last is not None:
-            words += self._pieces()[1:]
+            words += self._parts()[1:]
             self._shown = self._clock()
         self._print("  ".join(words))
 
     def note(self, text: str) -> None:
-        """Say a sentence above the line."""
+        """Print a sentence above the line."""
         self._print(f"note: {printable(text)}")
 
     def end(self) -> None:
-        """Take the line away."""
+        """Remove the line."""
         if self._live is not None:
             self._live.stop()
             self._live = None
@@ -98,7 +98,7 @@ class TrainingLine:
             self._stream.flush()
 
     def _line(self) -> "Text":
-        """Return the line: a bar, and as many pieces, the first ones first, as the terminal has room for."""
+        """Return the line: a bar, and the first parts, as many as the terminal has room for."""
         from rich.text import Text
 
         columns = 80 if self._live is None else self._live.console.width
@@ -106,44 +106,44 @@ class TrainingLine:
         filled = round(bar * self._done / self._total) if self._total else 0
         line = Text("━" * filled, style="green", no_wrap=True, overflow="ellipsis")
         line.append("━" * (bar - filled), style="dim")
-        for piece in self._pieces():
-            if line.cell_len + 2 + len(piece) > columns:
+        for part in self._parts():
+            if line.cell_len + 2 + len(part) > columns:
                 break
-            line.append(f"  {piece}", style="default")
+            line.append(f"  {part}", style="default")
         return line
 
-    def _pieces(self) -> Sequence[str]:
-        """Return what is known, the most wanted first."""
-        pieces = [f"{self._done:,}/{self._total:,}"]
+    def _parts(self) -> Sequence[str]:
+        """Return the known numbers as text, the most important first."""
+        parts = [f"{self._done:,}/{self._total:,}"]
         report = self._last
         if report is None:
-            return pieces
-        pieces += [f"loss {self._smooth.value:.3f}"]
+            return parts
+        parts += [f"loss {self._smooth.value:.3f}"]
         if report.seconds_left is not None:
-            pieces += [f"{duration(report.seconds_left)} left"]
+            parts += [f"{duration(report.seconds_left)} left"]
         if report.tokens_per_second is not None:
-            pieces += [f"{report.tokens_per_second:,.0f} tokens/s"]
+            parts += [f"{report.tokens_per_second:,.0f} tokens/s"]
         if report.mfu is not None:
-            pieces += [f"MFU {report.mfu:.0%}"]
-        if self._validation is not None and self._live is not None:  # elsewhere it has a line of its own
-            pieces += [f"validation {self._validation:.3f}"]
+            parts += [f"MFU {report.mfu:.0%}"]
+        if self._validation is not None and self._live is not None:  # without a terminal it has its own line
+            parts += [f"validation {self._validation:.3f}"]
         if report.memory is not None:
-            pieces += [text.size(report.memory)]
-        return [*pieces, f"lr {report.learning_rate:.2g}"]
+            parts += [text.size(report.memory)]
+        return [*parts, f"lr {report.learning_rate:.2g}"]
 
 
 class Smoothed:
-    """A mean in which each number counts `factor` times as much as the next one."""
+    """A moving mean in which each number has `factor` times the weight of the next one."""
 
     def __init__(self, factor: float) -> None:
         self._factor, self._sum, self._weight = factor, 0.0, 0.0
 
     def add(self, number: float) -> None:
-        """Count one more."""
+        """Add a number."""
         self._sum = self._factor * self._sum + number
         self._weight = self._factor * self._weight + 1.0
 
     @property
     def value(self) -> float:
-        """The mean of what was added."""
+        """The mean of the added numbers."""
         return self._sum / self._weight

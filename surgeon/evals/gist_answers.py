@@ -10,10 +10,10 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from surgeon.evals.generation import answer, decoded, stop_tokens
+from surgeon.gist.attention import EncoderDecoder, Masked, TwoPass, last_places
 from surgeon.gist.compress import encoded_behind
 from surgeon.gist.records import GIST, Record
 from surgeon.gist.states import encode, last_states, written_from
-from surgeon.gist.views import EncoderDecoder, Masked, TwoPass, last_places
 from surgeon.models.adapters import without_adapters
 from surgeon.models.loading import quiet_transformers
 from surgeon.models.split import AttentionLayout, Causal, SplitModel

@@ -1,6 +1,6 @@
-"""Whether the layers of a model allow gist tokens, as far as its config.json tells: nothing is loaded.
+"""Whether the layers of a model allow gist tokens, by its config.json alone.
 
-A gist works where a later token sees earlier ones through attention alone. A layer with a recurrent state, a
+Gists need models in which a later token sees earlier ones through attention alone. A layer with a recurrent state, a
 convolution or a summary carries the prompt past the mask; chunked attention moves its chunks when the prompt is gone.
 """
 
@@ -22,8 +22,8 @@ WHY = {
     "recurrent": "the prompt would leak through their state",
 }
 OTHERWISE = "they are neither full nor sliding attention, and what else they carry past a mask is not known"
-# ALiBi that is counted from the first token and rounded there is another bias once the prompt is gone: it is relative
-# only as far as it is exact. MPT's is, in float32.
+# ALiBi that is counted from the first token and rounded there is another bias once the prompt is gone: only exact ALiBi
+# is relative, as MPT's is in float32.
 NO_MASK = {
     "bloom": "it builds ALiBi from a mask of the padding, and takes no other; in 16 bits it changes without the prompt",
     "falcon": "with ALiBi it takes a mask of the padding, and no other; in bfloat16 that changes without the prompt",
@@ -31,7 +31,7 @@ NO_MASK = {
 
 
 def refusal(config: Mapping[str, Any], depth: int) -> str | None:
-    """Return why a model cannot have gist tokens, None where its config speaks of nothing that forbids them."""
+    """Return why a model cannot have gist tokens, None where nothing in its config forbids them."""
     text = text_config(config)
     name = str(text.get("model_type") or config.get("model_type"))
     if config.get("is_encoder_decoder") and name not in ENCODER_DECODERS:
@@ -55,7 +55,7 @@ def _of_kinds(kinds: Sequence[str], name: str) -> str | None:
     if not wrong:
         return None
     kind = wrong[0][1]
-    layers = _ranges([i for i, found in wrong if found == kind])
+    layers = _ranges([i for i, other in wrong if other == kind])
     return f"layers {layers} of {name} are {kind}: {WHY.get(kind, OTHERWISE)}"
 
 

@@ -1,9 +1,9 @@
-"""A prompt to the states of its gist, and the proof that they replace it in this model.
+"""Compressing a prompt to the states of its gist, with a check that they replace it in this model.
 
-The proof is the masked pass that the model is trained with, over prompt, gist and some text: the same text behind the
-cached gist alone must get the same logits. Where the positions allow it the prompt is run at negative positions, so
-that the gist comes to lie at 0 and nobody has to know how long the prompt was; that is measured too, and dropped where
-it is not the same (a rotation that changes with the length, a table of positions).
+The check compares with the masked pass of training, over prompt, gist and some text: the same text after the cached
+gist alone must have the same logits. Where the positions allow it, the prompt is run at negative positions, so that the
+gist begins at 0 and the length of the prompt no longer matters. That is measured too, and dropped where the logits
+differ (a rotation that changes with the length, a table of positions).
 """
 
 import inspect
@@ -23,15 +23,15 @@ from surgeon.gist.probes import has_position_table, logits_of, positions_from, r
 from surgeon.gist.states import GistStates, encode, last_states, states_of
 from surgeon.gist.support import EXACT, FLOOR
 
-PROBE_TOKENS = 12  # of text behind the gist
+PROBE_TOKENS = 12  # of text after the gist
 
 
 @dataclass(frozen=True, slots=True)
 class SelfCheck:
     """How far the cached gist is from the masked pass: largest difference of a logit, relative to the largest logit.
 
-    `rebased` is of the gist at position 0, None where it was not tried. `difference` is of what is kept, `allowed` what
-    it may be.
+    `rebased` is of the gist at position 0, None where it was not tried. `difference` is of the returned states,
+    `allowed` its limit.
     """
 
     difference: float
@@ -41,10 +41,10 @@ class SelfCheck:
 
 
 def compress_ids(model: Any, ids: Sequence[int], num_tokens: int) -> tuple[GistStates, SelfCheck]:
-    """Return the states of the gist that ends `ids`, in the model's dtype, and how they were checked.
+    """Return the states of the gist at the end of `ids`, in the model's dtype, and the check.
 
-    Raises DataError for more tokens than the model can see, VerificationError where the gist does not replace its
-    prompt to 1e-5 of the largest logit, or to a few times what rounding changes in this model if that is more.
+    Raises DataError for more tokens than the model has positions, VerificationError where the gist does not replace its
+    prompt to 1e-5 of the largest logit, or to a few times the rounding in this model if that is more.
     """
     num_probes = PROBE_TOKENS
     if (limit := position_limit(model)) is not None:
@@ -54,7 +54,7 @@ def compress_ids(model: Any, ids: Sequence[int], num_tokens: int) -> tuple[GistS
                 f"prompt and gist have {len(ids)} tokens, and the model sees {limit} with what follows",
                 hint="Shorten the prompt.",
             )
-    # The prompt's own words: random tokens throw a trained model off so far that rounding alone moves its logits.
+    # The prompt's own tokens: after random tokens rounding alone moves the logits of a trained model.
     probe = torch.tensor([(list(ids[:-num_tokens]) * num_probes)[-num_probes:]], device=model.device)
     row = torch.tensor([list(ids)], device=model.device)
     with torch.no_grad():
@@ -70,19 +70,19 @@ def compress_ids(model: Any, ids: Sequence[int], num_tokens: int) -> tuple[GistS
 
 
 def continued(model: Any, states: GistStates, text: Tensor) -> Tensor:
-    """Return the logits of a text, shape (1, T), behind a cached gist."""
+    """Return the logits of a text, shape (1, T), after a cached gist."""
     arguments = positions_from(model, states.offset + states.num_tokens, text.shape[1])
     return logits_of(model, text, past_key_values=states.cache(model.config), use_cache=True, **arguments)
 
 
 def encoded_behind(model: Any, states: GistStates, text: Tensor) -> Tensor:
-    """Return an encoder's states of a gist and the text behind it, shape (1, K + T, hidden)."""
+    """Return an encoder's states of a gist and the text after it, shape (1, K + T, hidden)."""
     assert states.encoded is not None, "states of an encoder have its output"
     return torch.cat([states.encoded, encode(model, text, cache=states.cache())], 1)
 
 
 def position_limit(model: Any) -> int | None:
-    """Return how many positions a model was made for, None where its config does not say, or they are relative."""
+    """Return how many positions a model has, None where its config does not say, or positions are relative."""
     return positions_in(model.config.to_dict())
 
 
@@ -92,9 +92,9 @@ def _compress_decoder(model: Any, row: Tensor, probe: Tensor, num_tokens: int) -
     masked = _tail(model, whole, probe.shape[1], attention_mask=masks)
     num_prompt = row.shape[1] - num_tokens
     takes_positions = bool(positions_from(model, 0, 1))
-    # A model that takes no positions counts from its cache: behind a gist it goes on from there, as if moved.
-    kept = _gist_of(model, row, num_tokens, first=0, offset=num_prompt if takes_positions else 0)
-    offset = relative_difference(masked, continued(model, kept, probe))
+    # A model without a positions argument counts from its cache, so that its gist is always moved.
+    unmoved = _gist_of(model, row, num_tokens, first=0, offset=num_prompt if takes_positions else 0)
+    offset = relative_difference(masked, continued(model, unmoved, probe))
     rounding = _rounding(model, row, probe=probe, masks=masks, masked=masked)
     allowed = max(EXACT, FLOOR * rounding, FLOOR * torch.finfo(model.dtype).eps)  # caching may happen to be exact
     rebased = None
@@ -103,7 +103,7 @@ def _compress_decoder(model: Any, row: Tensor, probe: Tensor, num_tokens: int) -
         rebased = relative_difference(masked, continued(model, moved, probe))
         if rebased <= allowed:
             return moved, SelfCheck(rebased, offset, rebased, allowed)
-    return kept, SelfCheck(offset, offset, rebased, allowed)
+    return unmoved, SelfCheck(offset, offset, rebased, allowed)
 
 
 def _compress_encoder(model: Any, row: Tensor, probe: Tensor, num_tokens: int) -> tuple[GistStates, SelfCheck]:
@@ -117,22 +117,22 @@ def _compress_encoder(model: Any, row: Tensor, probe: Tensor, num_tokens: int) -
 
     masked = decode(encode(model, whole, mask=mask), cross_mask(phases))
     states = last_states(model, row, num_tokens)
-    found = encoded_behind(model, states, probe)
-    difference = relative_difference(masked, decode(found, torch.ones_like(found[..., 0], dtype=torch.long)))
-    # An encoder looks ahead, so there is no ordinary caching to compare with: in 16 bits a few roundings.
+    encoded = encoded_behind(model, states, probe)
+    difference = relative_difference(masked, decode(encoded, torch.ones_like(encoded[..., 0], dtype=torch.long)))
+    # An encoder looks ahead, so there is no ordinary caching to compare with: in 16 bits a few roundings are allowed.
     allowed = max(EXACT, FLOOR * torch.finfo(model.dtype).eps)
     return states, SelfCheck(difference, difference, difference, allowed)
 
 
 def _gist_of(model: Any, row: Tensor, num_tokens: int, *, first: int, offset: int) -> GistStates:
     """Return the last `num_tokens` states of a row that is run at positions from `first`."""
-    cache = DynamicCache()  # one that forgets nothing: a gist may be longer than a sliding window
+    cache = DynamicCache()  # without sliding layers: a gist may be longer than a window
     _tail(model, row, 1, first=first, past_key_values=cache, use_cache=True)
     return states_of(cache, num_tokens, offset=offset)
 
 
 def _tail(model: Any, ids: Tensor, count: int, *, first: int = 0, **arguments: Any) -> Tensor:
-    """Return the last `count` logits of a row, computing no others where the model can leave them out."""
+    """Return the last `count` logits of a row; the others are not computed where the model can leave them out."""
     if "logits_to_keep" in inspect.signature(model.forward).parameters:
         arguments["logits_to_keep"] = count
     logits = logits_of(model, ids, **({"use_cache": False} | arguments), **positions_from(model, first, ids.shape[1]))
@@ -140,10 +140,10 @@ def _tail(model: Any, ids: Tensor, count: int, *, first: int = 0, **arguments: A
 
 
 def _rounding(model: Any, row: Tensor, *, probe: Tensor, masks: Any, masked: Tensor) -> float:
-    """Return what rounding changes in a text behind a gist: in 16 bits what ordinary caching of all of it does.
+    """Return the change by rounding in a text after a gist: in 16 bits the change by ordinary caching.
 
-    In float32, where caching says little of a text that must do without the prompt: what becomes of one rounding of
-    the embeddings, up to 1e-4 of the largest logit in SmolLM2-135M, whose tokens lean on the first.
+    In float32 ordinary caching changes too little to compare with, so it is the change by one rounding of the
+    embeddings: up to 1e-4 of the largest logit in SmolLM2-135M, whose first token is an attention sink.
     """
     whole, count = torch.cat([row, probe], 1), probe.shape[1]
     if model.dtype.itemsize < 4:

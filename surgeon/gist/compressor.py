@@ -1,4 +1,4 @@
-"""Adapters that compress prompts for a model that reads their gists untouched: what --gist-reader frozen trains."""
+"""Adapters that compress prompts for the model without adapters, as trained with --gist-reader frozen."""
 
 import hashlib
 import os
@@ -17,12 +17,12 @@ HOW = "surgeon finetune MODEL --gist --gist-reader frozen --lora 16 --keep-adapt
 
 @dataclass(frozen=True)
 class Compressor:
-    """Adapters in a directory. They are on while a prompt and its gist are read, and off for what follows."""
+    """Adapters in a directory. They are on for a prompt and its gist, and off for the tokens after it."""
 
     directory: Path
 
     def check(self, source: Source) -> None:
-        """Raises CheckpointError where there are no adapters, PlanError where they are for another model or reader."""
+        """Raise CheckpointError where there are no adapters, PlanError where they are for another model or reader."""
         if missing := next((name for name in (CONFIG, WEIGHTS) if not (self.directory / name).is_file()), None):
             raise CheckpointError(f"there is no adapter in {self.directory}: no {missing}", hint=HOW)
         record = read_receipt(self.directory) or {}
@@ -31,19 +31,19 @@ class Compressor:
                 f"{self.directory} does not say that it was trained with a frozen reader",
                 hint="Adapters that read too are merged: train without --keep-adapter, and compress with the result.",
             )
-        mine, theirs = source.provenance(), record.get("source")
-        theirs = theirs if isinstance(theirs, Mapping) else {}
-        # A directory and a repository have nothing in common that could differ; the user knows.
-        known = [key for key in ("fingerprint", "id", "commit") if key in mine and key in theirs]
-        if differs := next((key for key in known if mine[key] != theirs[key]), None):
+        model, trained = source.provenance(), record.get("source")
+        trained = trained if isinstance(trained, Mapping) else {}
+        # A directory and a repository share no key to compare.
+        known = [key for key in ("fingerprint", "id", "commit") if key in model and key in trained]
+        if differs := next((key for key in known if model[key] != trained[key]), None):
             raise PlanError(
                 f"{self.directory} was trained for another model than {source.label}: its {differs} is "
-                f"{theirs[differs]!r}",
+                f"{trained[differs]!r}",
                 hint="Name the model with gist tokens that was trained.",
             )
 
     def attach(self, model: Any) -> None:
-        """Put the adapters into a model of transformers, on. Raises PlanError where PEFT is missing or refuses them."""
+        """Add the adapters to a model of transformers, on. Raises PlanError where PEFT is missing or refuses them."""
         try:
             from peft import PeftModel
             from safetensors import SafetensorError
@@ -55,11 +55,11 @@ class Compressor:
             with quiet_transformers():
                 PeftModel.from_pretrained(model, str(self.directory))  # in place; its wrapper is not needed
         except (SafetensorError, ValueError, RuntimeError, KeyError, OSError) as error:
-            said = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            raise PlanError(f"PEFT cannot load {self.directory}: {said}", hint=HOW) from error
+            message = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise PlanError(f"PEFT cannot load {self.directory}: {message}", hint=HOW) from error
 
     def told(self) -> dict[str, Any]:
-        """Return what a compressed prompt says of what compressed it."""
+        """Return the adapters' entry in gist.json of a compressed prompt."""
         with (self.directory / WEIGHTS).open("rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
         return {"path": os.fspath(self.directory.resolve()), "sha256": digest}
@@ -69,5 +69,5 @@ def _settings(record: Mapping[str, Any]) -> Mapping[str, Any]:
     steps = record.get("steps")
     last = steps[-1] if isinstance(steps, list) and steps else {}
     step = last.get("finetune") if isinstance(last, Mapping) else {}
-    found = step.get("settings") if isinstance(step, Mapping) else {}
-    return found if isinstance(found, Mapping) else {}
+    settings = step.get("settings") if isinstance(step, Mapping) else {}
+    return settings if isinstance(settings, Mapping) else {}

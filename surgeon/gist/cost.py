@@ -1,8 +1,8 @@
-"""What a prompt costs: nothing cached, the whole prompt cached, and its gist cached.
+"""The cost of a prompt with nothing cached, with the whole prompt cached, and with its gist cached.
 
 Floating point operations are counted, not estimated: torch's counter follows a forward pass on the meta device, where
-tensors have shapes and no content, so that a config is enough. Keys and values are weighed in the cache. Only times are
-measured on this machine, each as the median of rounds in which the three take turns in random order.
+tensors have shapes and no content, so a config is enough. Bytes of keys and values are counted in the cache. Only times
+are measured on this machine, each as the median of rounds in which the three ways take turns in random order.
 """
 
 import random
@@ -41,9 +41,9 @@ LOOKS_AHEAD = "An encoder looks ahead: a whole prompt that is cached in one is n
 
 @dataclass(frozen=True, slots=True)
 class Cost:
-    """One way to use a prompt: tokens that are cached and computed, bytes kept between calls, operations, seconds.
+    """The cost of one way to use a prompt: cached and computed tokens, bytes of the cache, operations, seconds.
 
-    `first_token` is the time to the first token, `next_token` that of each further one. `flops` is None where the
+    `first_token` is the time to the first token, `next_token` that of each further token. `flops` is None where the
     model's code does not run without content (some experts).
     """
 
@@ -58,7 +58,7 @@ class Cost:
 
 @dataclass(frozen=True, slots=True)
 class CostTable:
-    """What a prompt of some tokens costs in a call with `input_tokens` behind it, and what compressing it costs."""
+    """The costs of a prompt in a call with `input_tokens` after it, and the cost of compressing it."""
 
     prompt_tokens: int
     gist_tokens: int
@@ -69,12 +69,12 @@ class CostTable:
 
     @property
     def ratio(self) -> float:
-        """How many tokens a gist token stands for, as the paper counts: prompt and gist over gist."""
+        """How many tokens a gist token replaces, by the paper's count: prompt and gist over gist."""
         return (self.prompt_tokens + self.gist_tokens) / self.gist_tokens
 
     @property
     def break_even(self) -> int | None:
-        """From how many calls on compressing takes fewer operations than computing the prompt each time."""
+        """The number of calls from which compressing takes fewer operations than computing the prompt each time."""
         nothing, gist = self.rows[0].flops, self.rows[-1].flops
         if nothing is None or gist is None or self.compress_flops is None or nothing <= gist:
             return None
@@ -100,15 +100,15 @@ class CostTable:
             for row in self.rows
         ]
         calls = "" if self.break_even is None else f" In operations it pays from call {self.break_even} on."
-        said = f"{self.prompt_tokens:,} prompt tokens to {self.gist_tokens:,}: {self.ratio:.0f}x.{calls}"
-        return "\n".join([text.table(header, lines), *(f"  {line}" for line in (said, *self.notes))])
+        summary = f"{self.prompt_tokens:,} prompt tokens to {self.gist_tokens:,}: {self.ratio:.0f}x.{calls}"
+        return "\n".join([text.table(header, lines), *(f"  {line}" for line in (summary, *self.notes))])
 
 
 def flops(model: Any, num_tokens: int, *, cached: int = 0) -> int:
-    """Return the operations of one forward pass over `num_tokens` tokens behind `cached` ones, with all their logits.
+    """Return the operations of one forward pass over `num_tokens` tokens after `cached` ones, with all their logits.
 
     `model` is a config, or a model on the meta device. Matrix products are counted, an addition and a multiplication
-    each, attention in full and not by halves. Of an encoder-decoder: the encoder, and the decoder's first token.
+    each, attention without regard to causality. Of an encoder-decoder: the encoder, and the decoder's first token.
     """
     if isinstance(model, PreTrainedConfig):
         model = meta_model(model)
@@ -120,12 +120,12 @@ def flops(model: Any, num_tokens: int, *, cached: int = 0) -> int:
 
 
 def meta_model(config: PreTrainedConfig) -> Any:
-    """Return a model of shapes without content. Eager attention: its products are those that any other computes."""
+    """Return a model of shapes without content. Its eager attention has the same products as any other."""
     kind: Any = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
     with torch.device("meta"):
-        # Experts in batches: the one implementation whose shapes do not depend on which tokens go to which expert.
+        # Experts in batches: the only implementation whose shapes do not depend on the routing.
         model = kind.from_config(deepcopy(config), attn_implementation="eager", experts_implementation="batched_mm")
-    model.config.pad_token_id = None  # some code looks for padding in the content of its input
+    model.config.pad_token_id = None  # some code searches its input for padding
     return model.eval()
 
 
@@ -139,39 +139,44 @@ def measure(
     rounds: int = ROUNDS,
     seed: int = 0,
 ) -> CostTable:
-    """Return what a prompt costs with and without its gist. `ids` are the prompt and the gist that `states` are of."""
+    """Return the costs of a prompt with and without its gist. `ids` are the prompt and the gist with these `states`."""
     count = states.num_tokens
     limit = position_limit(model)
-    if limit is not None:  # there is room for one token at least: the gist was checked with some
+    if limit is not None:  # there is room for at least one token, with which the gist was checked
         new_tokens = max(0, min(new_tokens, limit - len(ids) - 1))
         input_tokens = max(1, min(input_tokens, limit - len(ids) - new_tokens))
     prompt = torch.tensor([list(ids[:-count])], device=model.device)
-    given = prompt[:, torch.arange(input_tokens) % prompt.shape[1]]  # what is read does not change the cost
+    text_ids = prompt[:, torch.arange(input_tokens) % prompt.shape[1]]  # the cost does not depend on the tokens
     with torch.no_grad():
         whole = _states(model, prompt)
         ways: dict[str, tuple[GistStates | None, Tensor]] = {
-            NOTHING: (None, torch.cat([prompt, given], 1)),
-            WHOLE: (whole, given),
-            GIST: (states, given),
+            NOTHING: (None, torch.cat([prompt, text_ids], 1)),
+            WHOLE: (whole, text_ids),
+            GIST: (states, text_ids),
         }
         times = _times(model, ways, new_tokens=new_tokens, rounds=rounds, seed=seed)
     counted = _counted(model.config, prompt.shape[1], count, input_tokens)
     rows = []
     for name, (before, read) in ways.items():
-        cached, kept = (0, 0) if before is None else (before.num_tokens, _kept_bytes(model, before))
+        cached, num_bytes = (0, 0) if before is None else (before.num_tokens, _cache_bytes(model, before))
         first, following = (median(column) for column in zip(*times[name], strict=True))
-        rows.append(Cost(name, cached, read.shape[1], kept, counted[name], first, following))
+        rows.append(Cost(name, cached, read.shape[1], num_bytes, counted[name], first, following))
     notes = (SAME_SAVING, LOOKS_AHEAD) if model.config.is_encoder_decoder else (SAME_SAVING,)
     return CostTable(prompt.shape[1], count, input_tokens, tuple(rows), counted["compress"], notes)
 
 
-def _counted(config: Any, prompt: int, gist: int, given: int) -> Mapping[str, int | None]:
+def _counted(config: Any, prompt: int, gist: int, following: int) -> Mapping[str, int | None]:
     """Return the operations of each way, and of compressing; None where the code needs content to run."""
-    sizes = {NOTHING: (prompt + given, 0), WHOLE: (given, prompt), GIST: (given, gist), "compress": (prompt + gist, 0)}
+    sizes = {
+        NOTHING: (prompt + following, 0),
+        WHOLE: (following, prompt),
+        GIST: (following, gist),
+        "compress": (prompt + gist, 0),
+    }
     try:
         model = meta_model(config)
         return {name: flops(model, count, cached=cached) for name, (count, cached) in sizes.items()}
-    except (RuntimeError, NotImplementedError, ValueError):  # what code raises that looks at the content of tensors
+    except (RuntimeError, NotImplementedError, ValueError):  # from code that reads the content of tensors
         return dict.fromkeys(sizes)
 
 
@@ -180,14 +185,14 @@ def _times(
 ) -> dict[str, list[tuple[float, float]]]:
     """Return seconds to the first token and for each further one, of each way and round."""
     order, draw = list(ways), random.Random(seed)  # noqa: S311  # the order of measurements is no secret
-    found: dict[str, list[tuple[float, float]]] = {name: [] for name in ways}
+    times: dict[str, list[tuple[float, float]]] = {name: [] for name in ways}
     for turn in range(WARM_UP + rounds):
         draw.shuffle(order)
         for name in order:
-            times = _timed(model, *ways[name], new_tokens=new_tokens)
+            pair = _timed(model, *ways[name], new_tokens=new_tokens)
             if turn >= WARM_UP:
-                found[name].append(times)
-    return found
+                times[name].append(pair)
+    return times
 
 
 def _timed(model: Any, before: GistStates | None, ids: Tensor, *, new_tokens: int) -> tuple[float, float]:
@@ -201,7 +206,7 @@ def _timed(model: Any, before: GistStates | None, ids: Tensor, *, new_tokens: in
 
 
 def _begin(model: Any, before: GistStates | None, ids: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
-    """Return the logits of the first new token, shape (1, 1, vocab), and what gives those of the next from a token."""
+    """Return the logits of the first new token, shape (1, 1, vocab), and a function from a token to the next logits."""
     if model.config.is_encoder_decoder:
         return _begin_decoding(model, before, ids)
     cache = DynamicCache(config=model.config) if before is None else before.cache(model.config)
@@ -237,8 +242,8 @@ def _states(model: Any, ids: Tensor) -> GistStates:
     return states_of(cache, ids.shape[1], offset=0)
 
 
-def _kept_bytes(model: Any, states: GistStates) -> int:
-    """Return the bytes that stay between calls: in a sliding layer those of its window."""
+def _cache_bytes(model: Any, states: GistStates) -> int:
+    """Return the bytes of the cache between calls: in a sliding layer those of its window."""
     if states.encoded is not None:
         return states.num_bytes
     layers: list[Any] = list(states.cache(model.config).layers)
@@ -250,7 +255,7 @@ def _zeros(count: int) -> Tensor:
 
 
 def _now(model: Any) -> float:
-    """Return the time when all that was asked of the device is done."""
+    """Return the time after the device has finished its work."""
     if model.device.type == "cuda":
         torch.cuda.synchronize(model.device)
     elif model.device.type == "mps":

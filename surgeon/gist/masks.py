@@ -1,9 +1,9 @@
-"""The attention masks of gist training: what follows a gist sees the gist, and of what is before it nothing.
+"""The attention masks of gist training: tokens after a gist see the gist, and not the prompt before it.
 
-One rule, ANDed with whatever the model itself masks: a token after the last gist token does not attend to one before
-the first (arXiv:2304.08467, section 3). Masks are made by transformers' own builder, so that windows, kinds of layers
-and attention implementations are its business; a mask made by hand goes wrong in silence (a bool one is *added* by
-eager attention, one for all layers takes the window from sliding ones).
+One rule, ANDed with the model's own mask: a token after the last gist token does not attend to one before the first
+(arXiv:2304.08467, section 3). transformers' own builder makes the masks, with their windows, kinds of layers and
+attention implementations. A mask made by hand fails silently: eager attention *adds* a bool mask, and one mask for all
+layers removes the window of sliding layers.
 """
 
 from collections.abc import Callable, Sequence
@@ -18,21 +18,21 @@ from surgeon.errors import DataError, PlanError
 PROMPT, GIST, AFTER = 0, 1, 2
 IMPLEMENTATIONS = ("sdpa", "eager", "flex_attention")
 
-# gist: what the model is trained for. The paper's bounds: negative sees neither prompt nor gist, positive sees both.
+# gist: tokens after the gist see it alone. The paper's bounds: negative sees neither prompt nor gist, positive both.
 Condition = Literal["gist", "negative", "positive"]
 
 
 def document_numbers(position_ids: Tensor) -> Tensor:
-    """Return the number of the document that each token belongs to, shape (B, S): one begins at each position 0."""
+    """Return the number of each token's document, shape (B, S): a document begins at each position 0."""
     return (position_ids == 0).cumsum(-1)
 
 
 def gist_phases(input_ids: Tensor, gist_ids: Sequence[int], *, documents: Tensor | None = None) -> Tensor:
     """Return the phase of each token, shape (B, S): before the first gist token of its document, gist, or after it.
 
-    Where a document has no gist token, all its tokens have the phase of gists, which restricts nothing.
+    In a document without gist tokens all tokens have the phase of gists, which restricts nothing.
 
-    Raises DataError where something stands between gist tokens: it would be seen, as if it were gist.
+    Raises DataError for other tokens between gist tokens: they would be visible like a gist.
     """
     is_gist = torch.isin(input_ids, torch.tensor(list(gist_ids), device=input_ids.device))
     numbers = torch.zeros_like(input_ids) if documents is None else documents - documents.amin()
@@ -43,17 +43,17 @@ def gist_phases(input_ids: Tensor, gist_ids: Sequence[int], *, documents: Tensor
     first = first.scatter_reduce(1, numbers, place.masked_fill(~is_gist, length), "amin")
     last = torch.full(per_document, -1, device=input_ids.device)
     last = last.scatter_reduce(1, numbers, place.masked_fill(~is_gist, -1), "amax")
-    found = torch.zeros(per_document, dtype=torch.long, device=input_ids.device)
-    found = found.scatter_add(1, numbers, is_gist.long())
-    split = (found > 0) & (last - first + 1 != found)
+    counts = torch.zeros(per_document, dtype=torch.long, device=input_ids.device)
+    counts = counts.scatter_add(1, numbers, is_gist.long())
+    split = (counts > 0) & (last - first + 1 != counts)
     if split.any():
         raise DataError(
             f"row {int(split.any(1).nonzero()[0])} has gist tokens apart from each other",
             hint="Write the gist tokens of a prompt side by side, without spaces.",
         )
     phases = torch.full_like(input_ids, GIST)
-    phases[(place < first.gather(1, numbers)) & (found.gather(1, numbers) > 0)] = PROMPT
-    phases[(place > last.gather(1, numbers)) & (found.gather(1, numbers) > 0)] = AFTER
+    phases[(place < first.gather(1, numbers)) & (counts.gather(1, numbers) > 0)] = PROMPT
+    phases[(place > last.gather(1, numbers)) & (counts.gather(1, numbers) > 0)] = AFTER
     return phases
 
 
@@ -66,13 +66,13 @@ def gist_masks(
     padding: Tensor | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> Any:
-    """Return what a decoder takes as `attention_mask`: one mask, or one for each kind of layer, by its name.
+    """Return the `attention_mask` of a decoder: one mask, or one for each kind of layer, by its name.
 
-    `config` is the model's own, for it says which attention is in use: the masks are bool for sdpa, numbers of `dtype`
-    for eager, a BlockMask for flex attention. `documents` numbers the documents of packed rows, which never see each
-    other. `padding`, shape (B, S), is false where there is no token; padding that is a document of its own needs none.
+    `config` is the model's own, which names the attention in use: masks are bool for sdpa, numbers of `dtype` for
+    eager, a BlockMask for flex attention. `documents` numbers the documents of packed rows, which never see each other.
+    `padding`, shape (B, S), is false where there is no token; padding that is a document of its own needs none.
 
-    Pass `position_ids` to the model too: without a 2-D mask it cannot know of left padding, nor of documents.
+    Pass `position_ids` to the model too: without a 2-D mask it does not know left padding or documents.
 
     Raises PlanError where the attention in use takes no masks.
     """
@@ -81,8 +81,8 @@ def gist_masks(
         raise PlanError(
             f"{implementation} attention takes no gist mask", hint=f"Load the model with {', '.join(IMPLEMENTATIONS)}."
         )
-    # The builder reads shape, dtype and device of embeddings. It must not see position ids: it would number tokens
-    # anew in each document before it asks the rule, which counts along the row.
+    # The builder reads shape, dtype and device of embeddings. It must not see position ids: it would number the tokens
+    # of each document anew, while the rule counts along the row.
     embeddings = torch.empty((*phases.shape, 0), dtype=dtype, device=phases.device)
     return create_masks_for_generate(
         config=config,
@@ -104,16 +104,16 @@ def encoder_mask(
 ) -> Tensor:
     """Return the mask of an encoder's self-attention, shape (B, 1, S, S): bool for sdpa, numbers for eager.
 
-    An encoder looks both ways, so neither prompt nor gist may see what follows: the gist must be what it would be
-    before the input is known. A padding token sees itself, so that its state is a number and says nothing.
+    An encoder looks both ways, so neither prompt nor gist may see the tokens after them: the gist must not depend on
+    the input. A padding token sees only itself, so that its state is finite and holds no information.
     """
     _check(condition)
     query, key = phases[:, :, None], phases[:, None, :]
     if condition == "positive":
         allowed = torch.ones_like(query == key)
     else:
-        seen = PROMPT if condition == "gist" else GIST  # the last phase that is hidden from what follows
-        allowed = torch.where(query == AFTER, key > seen, key != AFTER)
+        hidden = PROMPT if condition == "gist" else GIST  # the last phase that is hidden from the tokens after the gist
+        allowed = torch.where(query == AFTER, key > hidden, key != AFTER)
     if padding is not None:
         allowed = allowed & padding[:, None, :].bool()
     allowed = (allowed | torch.eye(phases.shape[1], dtype=torch.bool, device=phases.device))[:, None]
@@ -123,10 +123,10 @@ def encoder_mask(
 
 
 def cross_mask(phases: Tensor, *, condition: Condition = "gist", padding: Tensor | None = None) -> Tensor:
-    """Return which states of the encoder a decoder sees, shape (B, S), int64: what it takes as `attention_mask`.
+    """Return the decoder's mask over the encoder's states, shape (B, S), int64.
 
-    No row may be empty: attention to nothing is attention to everything, the prompt included. Where nothing follows
-    the gist, the negative control sees one padding token, which `encoder_mask` lets see nothing but itself.
+    No row may be empty: a mask without any visible state shows all of them, also the prompt. Where nothing follows the
+    gist, the negative control sees one padding token, which in `encoder_mask` sees only itself.
 
     Raises DataError for such a row without padding.
     """
@@ -147,7 +147,7 @@ def cross_mask(phases: Tensor, *, condition: Condition = "gist", padding: Tensor
 
 
 def _rule(phases: Tensor, condition: Condition, documents: Tensor | None) -> Callable[..., Tensor]:
-    """Return whether a query may attend to a key, as transformers' builders ask it: by batch, head and places."""
+    """Return whether a query may attend to a key, as a function of row, head, query and key for the builder."""
     _check(condition)
 
     def allowed(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
-"""What a gist mask and a cached gist change in a model, measured on one row of random tokens.
+"""Changes by a gist mask and by a cached gist in a model, measured on one row of random tokens.
 
-The row is a prompt, a gist and an input. A leak is found by giving the row another prompt while the states of the gist
-are held, behind every layer, at what they were with the first: what the input still notices came past the gist.
+The row is a prompt, a gist and an input. To find a leak the row gets another prompt, while the gist's states after
+every layer are fixed at those of the first prompt: any change of the input's logits then came past the gist.
 """
 
 import inspect
@@ -21,15 +21,15 @@ from surgeon.gist.states import encode
 PROMPT_TOKENS, GIST_TOKENS, INPUT_TOKENS = 20, 2, 12
 HELD = slice(PROMPT_TOKENS, PROMPT_TOKENS + GIST_TOKENS)
 BEHIND = slice(PROMPT_TOKENS + GIST_TOKENS, None)
-# What models call a table of positions: of learned ones, or of angles that begin at position 0.
+# Names of tables of positions in models: of learned ones, or of angles that begin at position 0.
 POSITION_TABLES = frozenset({"wpe", "embed_positions", "position_embeddings", "position_embedding"})
 
 
 @dataclass(frozen=True, slots=True)
 class Differences:
-    """Largest differences of the input's logits, relative to the largest logit; Support says of what.
+    """Largest differences of the input's logits, relative to the largest logit, as explained in `Support`.
 
-    `caching` is what an ordinary cache of keys and values changes, which is rounding.
+    `caching` is the change by an ordinary cache of keys and values, which is rounding.
     """
 
     leak: float
@@ -49,7 +49,7 @@ class _Row:
 
 
 def probe_decoder(model: Any) -> Differences:
-    """Return what is measured of a decoder. Raises what its code raises where it takes no such mask."""
+    """Return the differences of a decoder. Raises the errors of its code where that takes no such mask."""
     row = _draw(model)
 
     def run(ids: Tensor, condition: Condition) -> Tensor:
@@ -73,7 +73,7 @@ def probe_decoder(model: Any) -> Differences:
 
 
 def probe_encoder(model: Any) -> Differences:
-    """Return what is measured of an encoder-decoder with T5's code; its relative positions need no moving."""
+    """Return the differences of an encoder-decoder with T5's code; its relative positions need no moving."""
     row = _draw(model)
     target = row.ids[:, BEHIND]
 
@@ -88,15 +88,15 @@ def probe_encoder(model: Any) -> Differences:
     def cached() -> Tensor:
         cache = DynamicCache()
         before = encode(model, row.ids[:, : BEHIND.start], cache=cache)
-        behind = encode(model, row.ids[:, BEHIND], cache=gist_slice(cache, None, GIST_TOKENS))
-        states = torch.cat([before[:, HELD], behind], 1)
+        after = encode(model, row.ids[:, BEHIND], cache=gist_slice(cache, None, GIST_TOKENS))
+        states = torch.cat([before[:, HELD], after], 1)
         return decode(states, torch.ones_like(states[..., 0], dtype=torch.long))
 
     def leak(condition: Condition) -> float:
-        # In an encoder the gist's states are read by the decoder too: they are held there as everywhere.
+        # The decoder reads the gist's states of the encoder too, and they are fixed there as well.
         return _leak(list(model.encoder.block), row, lambda ids: run(ids, condition))
 
-    # Without a gist mask an encoder cannot be cached at all, so that there is no ordinary caching to compare with.
+    # Without a gist mask an encoder cannot be cached at all, so there is no ordinary caching to compare with.
     difference = relative_difference(run(row.ids, "gist"), cached())
     return Differences(leak("gist"), leak("positive"), cached=difference, rebased=difference, caching=0.0)
 
@@ -106,41 +106,41 @@ def gist_slice(cache: Any, config: Any, num_tokens: int) -> DynamicCache:
 
     With the model's `config`, sliding layers get a layer of their kind; an encoder has none.
     """
-    kept = DynamicCache() if config is None else DynamicCache(config=config)
+    last = DynamicCache() if config is None else DynamicCache(config=config)
     for i, layer in enumerate(cache.layers):
         if getattr(layer, "keys", None) is not None:
-            kept.update(layer.keys[..., -num_tokens:, :].clone(), layer.values[..., -num_tokens:, :].clone(), i)
-    return kept
+            last.update(layer.keys[..., -num_tokens:, :].clone(), layer.values[..., -num_tokens:, :].clone(), i)
+    return last
 
 
 def _cached(model: Any, ids: Tensor, *, keep: int, shift: int = 0) -> Tensor:
-    """Return the input's logits where all that is cached is the last `keep` places before it.
+    """Return the input's logits with only the last `keep` places before it in the cache.
 
-    Positions begin at -`shift`: with the length of the prompt the gist comes to lie at position 0.
+    Positions begin at -`shift`: with the length of the prompt as `shift` the gist begins at position 0.
     """
     before, length = BEHIND.start, ids.shape[1]
     cache = DynamicCache(config=model.config)
     logits_of(model, ids[:, :before], past_key_values=cache, use_cache=True, **positions_from(model, -shift, before))
-    kept = cache if keep == before else gist_slice(cache, model.config, keep)
+    used = cache if keep == before else gist_slice(cache, model.config, keep)
     positions = positions_from(model, before - shift, length - before)
-    return logits_of(model, ids[:, before:], past_key_values=kept, use_cache=True, **positions)
+    return logits_of(model, ids[:, before:], past_key_values=used, use_cache=True, **positions)
 
 
 def positions_from(model: Any, first: int, count: int) -> dict[str, Tensor]:
-    """Return the argument that numbers `count` tokens from `first`, where a model takes one."""
+    """Return the position argument for `count` tokens from `first`, empty where a model has none."""
     if "position_ids" not in inspect.signature(model.forward).parameters:
         return {}
     return {"position_ids": torch.arange(first, first + count, device=model.device)[None]}
 
 
 def has_position_table(model: nn.Module) -> bool:
-    """Return whether a model looks positions up: it has none below 0, and others than those it was trained on."""
+    """Return whether a model looks up positions in a table, which has none below 0."""
     members = [name for name, _ in (*model.named_modules(), *model.named_buffers(), *model.named_parameters())]
     return any(name.rpartition(".")[2] in POSITION_TABLES for name in members)
 
 
 def _leak(layers: Sequence[nn.Module], row: _Row, run: Callable[[Tensor], Tensor]) -> float:
-    """Return what another prompt changes in what `run` makes of a row, while the gist's states are held."""
+    """Return the change of the result of `run` by another prompt, while the gist's states are fixed."""
     states: list[Tensor] = []
     with _hooked(layers, lambda i, hidden: states.append(hidden[:, HELD].clone())):
         first = run(row.ids)
@@ -154,7 +154,7 @@ def _leak(layers: Sequence[nn.Module], row: _Row, run: Callable[[Tensor], Tensor
 
 @contextmanager
 def _hooked(layers: Sequence[nn.Module], act: Callable[[int, Tensor], None]) -> Iterator[None]:
-    """Let `act` see, and change in place, the hidden states behind each layer, given with the layer's number."""
+    """Call `act` with each layer's number and the hidden states after it, which it may change in place."""
 
     def hook(i: int) -> Callable[..., Any]:
         def after(_: nn.Module, __: Any, output: Any) -> Any:
@@ -173,17 +173,17 @@ def _hooked(layers: Sequence[nn.Module], act: Callable[[int, Tensor], None]) -> 
 
 
 def _layers(model: Any) -> list[nn.Module]:
-    """Return the layers of a decoder: the first list of modules, from the outside, that is as long as it is deep."""
+    """Return the layers of a decoder: the outermost list of modules with as many entries as the model has layers."""
     depth = model.config.get_text_config(decoder=True).num_hidden_layers
-    found = (module for module in model.modules() if isinstance(module, nn.ModuleList) and len(module) == depth)
-    return list(next(found, []))
+    lists = (module for module in model.modules() if isinstance(module, nn.ModuleList) and len(module) == depth)
+    return list(next(lists, []))
 
 
 def _draw(model: Any) -> _Row:
     vocabulary = model.config.get_text_config(decoder=True).vocab_size
     random = torch.Generator().manual_seed(0)
     ids = torch.randint(vocabulary, (1, PROMPT_TOKENS + GIST_TOKENS + INPUT_TOKENS), generator=random)
-    ids[:, HELD] = vocabulary - 1  # any token will do: what makes it a gist is the mask
+    ids[:, HELD] = vocabulary - 1  # any token will do: the mask makes it a gist
     other = ids.clone()
     other[:, :PROMPT_TOKENS] = (ids[:, :PROMPT_TOKENS] + 1 + vocabulary // 3) % vocabulary
     phases = torch.tensor([[PROMPT] * PROMPT_TOKENS + [GIST] * GIST_TOKENS + [AFTER] * INPUT_TOKENS])
@@ -191,6 +191,7 @@ def _draw(model: Any) -> _Row:
 
 
 def logits_of(model: Any, ids: Tensor | None, **arguments: Any) -> Tensor:
+    """Return the logits of a forward pass, in float32 or wider."""
     logits: Tensor = model(input_ids=ids, **arguments).logits
     return logits.float() if logits.dtype.itemsize < 4 else logits
 

@@ -1,8 +1,8 @@
 """A compressed prompt in the place of its text, for transformers' `generate`: batched, with beams, with sampling.
 
-What goes wrong in silence when it is done by hand is done here: a cache grows when it is used, so each call gets its
-own; `generate` wants placeholders and a mask for what is cached; a batch is padded in front of the gist, never between
-it and the text, where it would push the gist out of a sliding window; a model must not write gist tokens.
+It avoids errors that stay unnoticed by hand: a cache grows when it is used, so each call gets its own; `generate` needs
+placeholders and a mask for cached tokens; a batch is padded before the gist, never between it and the text, where the
+padding would push the gist out of a sliding window; a model must not write gist tokens.
 """
 
 import os
@@ -31,10 +31,10 @@ def load(
 ) -> "GistPrompt":
     r"""Return the compressed prompt in `directory`, ready to be read by `model`, on its device and in its dtype.
 
-    `checkpoint` is where the model's weights come from; by default where transformers loaded them from. A model that
-    was changed in memory since is not noticed.
-    Raises CheckpointError for a damaged file, and for another model than the one that compressed the prompt: its
-    states would be read as fluent nonsense.
+    `checkpoint` is the source of the model's weights, by default the one that transformers loaded. Later changes of the
+    model in memory are not noticed.
+    Raises CheckpointError for a damaged file, and for another model than the one that compressed the prompt, which
+    would write fluent nonsense.
 
         model = AutoModelForCausalLM.from_pretrained("SmolLM2-gist")
         prompt = surgeon.gist.load("gists/bot", model)
@@ -57,25 +57,27 @@ class GistPrompt:
     about: Mapping[str, Any]
 
     def generate(self, input_ids: Tensor, attention_mask: Tensor | None = None, **options: Any) -> Tensor:
-        """Return what the model writes behind the prompt and each text, shape (B * sequences, new tokens).
+        """Return the generated tokens after the prompt and each text, shape (B * sequences, new tokens).
 
         `options` are those of transformers' `generate`. Raises DataError where there are not enough positions.
         """
-        wanted = options.get("max_new_tokens")
+        num_new = options.get("max_new_tokens")
         limit = position_limit(self.model)
-        if wanted is not None and limit is not None:
-            needed = self.states.offset + len(self.ids) + input_ids.shape[1] + wanted
+        if num_new is not None and limit is not None:
+            needed = self.states.offset + len(self.ids) + input_ids.shape[1] + num_new
             if needed > limit and self.states.offset:
                 raise DataError(
                     f"the text would end at position {needed}, and the model has {limit}",
                     hint="Write less (--max-new-tokens), or shorten the text.",
                 )
         copies = {key: options.pop(key) for key in ("num_beams", "num_return_sequences") if key in options}
-        given = self.generate_kwargs(input_ids, attention_mask, **copies)
-        given["suppress_tokens"] = sorted({*given["suppress_tokens"], *(options.pop("suppress_tokens", None) or [])})
+        arguments = self.generate_kwargs(input_ids, attention_mask, **copies)
+        arguments["suppress_tokens"] = sorted(
+            {*arguments["suppress_tokens"], *(options.pop("suppress_tokens", None) or [])}
+        )
         with torch.no_grad(), quiet_transformers():
-            written: Tensor = self.model.generate(**given, **options)
-        return written[:, 1 if "encoder_outputs" in given else given["input_ids"].shape[1] :]
+            written: Tensor = self.model.generate(**arguments, **options)
+        return written[:, 1 if "encoder_outputs" in arguments else arguments["input_ids"].shape[1] :]
 
     def generate_kwargs(
         self,
@@ -87,9 +89,9 @@ class GistPrompt:
     ) -> dict[str, Any]:
         """Return the arguments of one call of transformers' `generate`, in which the gist stands before each text.
 
-        Texts, shape (B, T), are those that follow the gist, without a begin-of-text token; `attention_mask` is 0 where
-        there is padding, on either side. Beams and sequences are asked for here, because the cache has to hold as many
-        rows. What comes back begins with placeholders for the gist, but for an encoder-decoder's.
+        `input_ids`, shape (B, T), are the texts after the gist, without a begin-of-text token; `attention_mask` is 0 at
+        padding, on either side. Beams and sequences are arguments here, because the cache must hold as many rows. The
+        result of `generate` begins with placeholders for the gist, except for an encoder-decoder.
 
         Raises DataError for a text without a token, or with a gist token.
         """
@@ -97,21 +99,21 @@ class GistPrompt:
         rows = [ids[seen.bool()].to(self.model.device) for ids, seen in zip(input_ids, mask, strict=True)]
         self._check(rows)
         config = self.model.generation_config
-        found = {
+        copies = {
             "num_beams": num_beams or config.num_beams or 1,
             "num_return_sequences": num_return_sequences or config.num_return_sequences or 1,
         }
         suppressed = sorted({*(config.suppress_tokens or []), *self.ids})
-        # A config may say that nothing is cached; `generate` then reads all tokens again and adds them to the gist's.
-        given = {**found, "use_cache": True, "suppress_tokens": suppressed}
+        # A config may switch caching off; `generate` then reads all tokens again and adds them to the gist's.
+        arguments = {**copies, "use_cache": True, "suppress_tokens": suppressed}
         if self.states.encoded is not None:
-            return given | self._encoded(rows)
-        return given | self._cached(rows, max(found.values()))
+            return arguments | self._encoded(rows)
+        return arguments | self._cached(rows, max(copies.values()))
 
     def _cached(self, rows: Sequence[Tensor], copies: int) -> dict[str, Any]:
-        """Return texts behind placeholders, padded in front of them, with a cache for all but their last token.
+        """Return texts after placeholders, padded before them, with a cache for all but their last token.
 
-        Texts of one length need no padding: there the cache holds the gist alone, and `generate` reads the texts.
+        Texts of one length need no padding: then the cache holds the gist alone, and `generate` reads the texts.
         """
         before = torch.tensor(self.ids, device=self.model.device)
         longest = max(map(len, rows))
@@ -126,17 +128,17 @@ class GistPrompt:
             cache = self._read(rows, ids.shape[1] - 1)
         if copies > 1:
             cache.batch_repeat_interleave(copies)
-        found: dict[str, Any] = {"input_ids": ids, "attention_mask": mask, "past_key_values": cache}
+        arguments: dict[str, Any] = {"input_ids": ids, "attention_mask": mask, "past_key_values": cache}
         if self.states.offset:
-            found["position_ids"] = (mask.cumsum(-1) - 1).clamp(min=0) + self.states.offset
-        return found
+            arguments["position_ids"] = (mask.cumsum(-1) - 1).clamp(min=0) + self.states.offset
+        return arguments
 
     def _read(self, rows: Sequence[Tensor], length: int) -> DynamicCache:
         """Return a cache of gist and text but its last token, each row read alone and then padded on the left."""
         caches = []
         with torch.no_grad():
             for row in rows:
-                cache = self.states.cache()  # one that forgets nothing: what a padded one forgets is counted anew
+                cache = self.states.cache()  # without sliding layers: the padded cache applies its windows itself
                 if len(row) > 1:
                     first = self.states.offset + len(self.ids)
                     arguments = positions_from(self.model, first, len(row) - 1)
@@ -149,7 +151,7 @@ class GistPrompt:
         return stacked
 
     def _encoded(self, rows: Sequence[Tensor]) -> dict[str, Any]:
-        """Return what an encoder makes of the texts behind the gist."""
+        """Return the encoder's states of the texts after the gist."""
         with torch.no_grad():
             return written_from([encoded_behind(self.model, self.states, row[None])[0] for row in rows])
 
@@ -162,13 +164,13 @@ class GistPrompt:
 
 
 def _stacked(rows: Sequence[Tensor], length: int) -> Tensor:
-    """Return keys or values, each (1, heads, T, dim), as (B, heads, length, dim) with zeros in front of short ones."""
+    """Return keys or values, each (1, heads, T, dim), as (B, heads, length, dim) with zeros before short ones."""
     padded = [torch.nn.functional.pad(row, (0, 0, length - row.shape[2], 0)) for row in rows]
     return torch.cat(padded)
 
 
 def check_model(about: Mapping[str, Any], source: Source, place: Path) -> None:
-    """Raises CheckpointError where `source` is not the checkpoint that compressed the prompt in `place`."""
+    """Raise CheckpointError where `source` is not the checkpoint that compressed the prompt in `place`."""
     made_by = about.get("model")
     if not isinstance(made_by, Mapping) or "fingerprint" not in made_by:
         raise CheckpointError(f"{place} does not say which model compressed it", hint="Compress the prompt again.")
@@ -181,7 +183,7 @@ def check_model(about: Mapping[str, Any], source: Source, place: Path) -> None:
 
 
 def _source_of(model: Any) -> Source:
-    """Return the checkpoint that transformers loaded a model from. Raises CheckpointError where it cannot be told."""
+    """Return the checkpoint from which transformers loaded a model. Raises CheckpointError where it is not known."""
     name = getattr(model, "name_or_path", "")
     if not name:
         raise CheckpointError("the model does not say which checkpoint it was loaded from", hint=NAME_IT)

@@ -1,8 +1,8 @@
-"""Examples of gist training: a prompt, its gist, and what follows, in the tokens that compressing and writing have.
+"""Records with gists: a prompt, its gist, and the rest, in the same tokens as when compressing and generating.
 
-The prompt that is compressed is the first field of a record (its instruction, prompt or question), or the system turn
-of a chat; the gist stands directly behind it. `surgeon compress` tokenises prompt and gist, `surgeon generate` what
-follows, each without the other: here every record is cut at the same place.
+The compressed prompt is the first field of a record (its instruction, prompt or question), or the system turn of a
+chat; the gist comes directly after it. `surgeon compress` tokenises prompt and gist, and `surgeon generate` the rest,
+each without the other, so here every record is cut at the same place.
 """
 
 from array import array
@@ -34,7 +34,7 @@ FORMS_HINT = (
 class Gists:
     """Which gist tokens records get, and how many: one of `counts`, drawn by `seed` and the record's number.
 
-    With `encoder` all up to the answer is read by one, and ends with the end-of-text token.
+    With `encoder` an encoder reads the record up to the answer, and the end-of-text token after that part.
     """
 
     tokens: GistTokens
@@ -43,13 +43,13 @@ class Gists:
     encoder: bool = False
 
     def __post_init__(self) -> None:
-        """Raises PlanError for a number of tokens that a gist of this model cannot have."""
+        """Raise PlanError for a number of tokens that a gist of this model cannot have."""
         for count in self.counts:
             self.tokens.ids_of(count)
 
     @property
-    def told(self) -> str:
-        """What decides the tokens of a record: equal for equal gists only."""
+    def fingerprint(self) -> str:
+        """A string that decides the tokens of a record, equal for equal gists only."""
         return f"{self.tokens.ids} {self.counts} {self.seed if len(self.counts) > 1 else 0} {self.encoder}"
 
     def count(self, number: int) -> int:
@@ -59,10 +59,10 @@ class Gists:
         return self.counts[int(np.random.default_rng((self.seed, number)).integers(len(self.counts)))]
 
 
-class Sides(NamedTuple):
-    """A record as text: what is compressed, what stands between its gist and the answer, and what comes then.
+class GistParts(NamedTuple):
+    """A record as text: the compressed prompt, the text between its gist and the answer, and the rest.
 
-    `rest` is the answer, or of a chat the answers and what stands between them. `is_chat`: its template writes the
+    `rest` is the answer, or of a chat the answers and the turns between them. `is_chat`: the chat template writes the
     tokens that begin and end a text.
     """
 
@@ -72,17 +72,17 @@ class Sides(NamedTuple):
     is_chat: bool
 
 
-def sides(document: Document, tokenizer: "PreTrainedTokenizerBase") -> Sides:
-    """Return a record in front of its gist and behind it.
+def gist_parts(document: Document, tokenizer: "PreTrainedTokenizerBase") -> GistParts:
+    """Return the parts of a record before and after its gist.
 
-    Raises DataError for one without a prompt or an answer, and for a chat whose template does not write the system turn
-    by itself.
+    Raises DataError for a record without a prompt or an answer, and for a chat whose template does not write the system
+    turn separately.
     """
-    found = _sides_of_chat(document, tokenizer) if document.messages else _sides_of_fields(document)
-    what = "no prompt" if not found.prompt.strip() else "nothing between its prompt and the answer"
-    if not found.prompt.strip() or not found.text:
-        raise DataError(f"{document.where} has {what}; the gist stands there", hint=FORMS_HINT)
-    return found
+    parts = _parts_of_chat(document, tokenizer) if document.messages else _parts_of_fields(document)
+    fault = "no prompt" if not parts.prompt.strip() else "nothing between its prompt and the answer"
+    if not parts.prompt.strip() or not parts.text:
+        raise DataError(f"{document.where} has {fault}; the gist stands there", hint=FORMS_HINT)
+    return parts
 
 
 def gist_examples(
@@ -95,40 +95,40 @@ def gist_examples(
 ) -> list[Example]:
     """Return the example of each document, of which the first one has the number `first`; answers are trained.
 
-    One that is longer than `length` loses tokens of its prompt, from the left, and then of its answer: never its gist.
-    Raises DataError as `sides` does, and for a record that has gist tokens of its own.
+    An example longer than `length` loses tokens of its prompt, from the left, and then of its answer: never its gist.
+    Raises DataError as `gist_parts` does, and for a record with gist tokens.
     """
     numbers = [gists.count(first + index) for index in range(len(documents))]
-    split = [sides(document, tokenizer) for document in documents]
-    tokens = _tokens(split, numbers, tokenizer, gists.tokens)
+    records = [gist_parts(document, tokenizer) for document in documents]
+    tokens = _tokens(records, numbers, tokenizer, gists.tokens)
     begin = [] if gists.encoder else begin_of_text(tokenizer)
-    found = []
-    for document, side, count in zip(documents, split, numbers, strict=True):
+    examples = []
+    for document, record, count in zip(documents, records, numbers, strict=True):
         prompt, text = next(tokens), next(tokens)
         example = Example(array("I"), bytearray(), is_text=False)
         extend(example, text, False)
         extend(example, end_of_text(tokenizer, document) if gists.encoder else [], False)
-        for segment in side.rest:
+        for segment in record.rest:
             extend(example, next(tokens), segment.trained)
         extend(example, end_of_text(tokenizer, document), True)
         gist = prompt[-count:]
         if gist != gists.tokens.ids_of(count) or {*prompt[:-count], *example.ids} & {*gists.tokens.ids}:
             name = gists.tokens.tokens[0]
-            hint = "Write records without gist tokens; they are put behind the prompt."
+            hint = "Write records without gist tokens; they are added after the prompt."
             raise DataError(f"{document.where} contains {name}, or the tokenizer does not know it", hint=hint)
-        found.append(_whole([] if side.is_chat else begin, prompt[:-count], gist, example, length))
-    return found
+        examples.append(_whole([] if record.is_chat else begin, prompt[:-count], gist, example, length))
+    return examples
 
 
-def _sides_of_fields(document: Document) -> Sides:
-    """Return the prompt that `surgeon evaluate` gives a model, its fields with a newline behind each, in two."""
+def _parts_of_fields(document: Document) -> GistParts:
+    """Return the prompt of `surgeon evaluate`, its fields each followed by a newline, cut after the first field."""
     if len(document.parts) < 2:
         raise DataError(f"{document.where} is a text: there is no prompt to compress", hint=FORMS_HINT)
     prompt, *between, answer = document.parts
-    return Sides(prompt, "\n" + "".join(f"{part}\n" for part in between), (Segment(answer, True),), False)
+    return GistParts(prompt, "\n" + "".join(f"{part}\n" for part in between), (Segment(answer, True),), False)
 
 
-def _sides_of_chat(document: Document, tokenizer: "PreTrainedTokenizerBase") -> Sides:
+def _parts_of_chat(document: Document, tokenizer: "PreTrainedTokenizerBase") -> GistParts:
     system = document.messages[0]
     if system["role"] != "system":
         raise DataError(
@@ -136,31 +136,31 @@ def _sides_of_chat(document: Document, tokenizer: "PreTrainedTokenizerBase") -> 
             hint="Put the prompt that is to be compressed first, with the role 'system'.",
         )
     head = templated([system], tokenizer, document.where)
-    asked, *rest = chat_segments(document, tokenizer)
-    if asked.trained or not asked.text.startswith(head):
+    opening, *rest = chat_segments(document, tokenizer)
+    if opening.trained or not opening.text.startswith(head):
         raise DataError(
             f"{document.where}: the chat template does not write the system turn by itself, so no gist can stand "
-            "behind it",
+            "after it",
             hint="Write the record with instruction, input and output.",
         )
     prompt = head if system["content"].strip() else ""
-    return Sides(prompt, asked.text[len(head) :], tuple(rest), True)
+    return GistParts(prompt, opening.text[len(head) :], tuple(rest), True)
 
 
 def _tokens(
-    split: Sequence[Sides], counts: Sequence[int], tokenizer: "PreTrainedTokenizerBase", gist: GistTokens
+    records: Sequence[GistParts], counts: Sequence[int], tokenizer: "PreTrainedTokenizerBase", gist: GistTokens
 ) -> Iterator[list[int]]:
-    """Yield the ids of each record: of prompt and gist, of what follows it, and of each segment of the rest."""
+    """Yield the ids of each record: of prompt and gist, of the text after it, and of each segment of the rest."""
     lead = gist.tokens[-1]
     lead_ids = encode(lead, tokenizer)
-    before = [side.prompt + gist.text(count) for side, count in zip(split, counts, strict=True)]
-    whole = [(text, False) for side, text in zip(split, before, strict=True) for text in (text, lead + side.text)]
+    before = [record.prompt + gist.text(count) for record, count in zip(records, counts, strict=True)]
+    whole = [(text, False) for record, text in zip(records, before, strict=True) for text in (text, lead + record.text)]
     tokenise = Tokenise(tokenizer)
-    ends, goes_on = tokenise(whole), tokenise([(part.text, True) for side in split for part in side.rest])
-    for side in split:
+    ends, goes_on = tokenise(whole), tokenise([(part.text, True) for record in records for part in record.rest])
+    for record in records:
         yield next(ends)
         yield next(ends)[len(lead_ids) :]
-        yield from chain(next(goes_on) for _ in side.rest)
+        yield from chain(next(goes_on) for _ in record.rest)
 
 
 def _whole(
@@ -168,7 +168,7 @@ def _whole(
 ) -> Example:
     """Return the example, cut to `length` tokens."""
     excess = 0 if length is None else len(begin) + len(prompt) + len(gist) + len(after.ids) - length
-    lost = max(0, min(excess, len(prompt) - 1))  # one token stays: what follows is to be read behind some prompt
+    lost = max(0, min(excess, len(prompt) - 1))  # one token stays, so that there is a prompt
     made = Example(array("I"), bytearray(), is_text=False, is_cut=excess > 0)
     extend(made, [*begin, *prompt[lost:], *gist], False)
     made.ids.extend(after.ids)
@@ -184,9 +184,9 @@ FORMS = (FULL, GIST, NONE)
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """A record's tokens: the begin-of-text token if there is one, its prompt, its gist, what follows, and the answer.
+    """A record's tokens: the begin-of-text token if there is one, the prompt, its gist, the text after it, the answer.
 
-    All forms have the very same tokens, but for those that they leave out; `reference` is the answer as text.
+    All forms have the same tokens, without the parts that they leave out; `reference` is the answer as text.
     """
 
     where: str
@@ -198,7 +198,7 @@ class Record:
     reference: str
 
     def asked(self, form: str) -> tuple[int, ...]:
-        """Return what the model is given to answer in a form."""
+        """Return the tokens of the question in a form."""
         assert form in FORMS, form
         before = {FULL: self.prompt, GIST: self.prompt + self.gist, NONE: ()}[form]
         return (*self.begin, *before, *self.behind)
@@ -215,10 +215,10 @@ def read_forms(
 ) -> list[Record]:
     """Return the first `samples` records, all with None, each with a gist of `num_tokens` tokens.
 
-    Of a chat the last answer is the one that is asked for. With `encoder` all in front of it is read by one.
+    In a chat the last answer is the wanted one. With `encoder` an encoder reads everything before it.
     Raises DataError for a record without a prompt or an answer, and PlanError for a gist that the model cannot have.
     """
-    streams = [documents(spec) for spec in specs]  # a name that is wrong is an error, whether or not it is reached
+    streams = [documents(spec) for spec in specs]  # a wrong name is an error, also where it is not reached
     gists = Gists(gist, (num_tokens,), encoder=encoder)
     return [_record(document, tokenizer, gists) for document in islice(chain(*streams), samples)]
 
@@ -230,7 +230,7 @@ def _record(document: Document, tokenizer: "PreTrainedTokenizerBase", gists: Gis
             f"{document.where}: the last message is of {role!r}, so there is nothing to answer", hint=ANSWER_HINT
         )
     example = gist_examples([document], tokenizer, gists)[0]
-    end = example.trained.rfind(1) + 1  # a template may write something behind the answer
+    end = example.trained.rfind(1) + 1  # a template may write something after the answer
     start = example.trained.rfind(0, 0, end) + 1
     ids = tuple(example.ids)
     (count,) = gists.counts

@@ -1,7 +1,7 @@
-"""A compressed prompt on the disk: gist.json, which says what it is, and one file of tensors.
+"""A compressed prompt on the disk: gist.json, which describes it, and one file of tensors.
 
-Where positions start at 0 and all layers have keys and values of one shape the tensors are a CARTRIDGE adapter, as PEFT
-writes it: `PeftModel.from_pretrained(model, directory)` then needs nothing of surgeon. Else they are gist.safetensors.
+Where positions start at 0 and all layers have keys and values of one shape, the tensors are a CARTRIDGE adapter of
+PEFT: `PeftModel.from_pretrained(model, directory)` then works without surgeon. Else they are gist.safetensors.
 """
 
 import hashlib
@@ -24,20 +24,20 @@ FORMAT = 1
 ABOUT = "gist.json"
 ADAPTER, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 TENSORS = "gist.safetensors"
-EMBEDDINGS = "prompt_embeddings"  # what PEFT calls its tensor: (K, layers * 2 * kv_heads * head_dim)
+EMBEDDINGS = "prompt_embeddings"  # PEFT's name of the tensor: (K, layers * 2 * kv_heads * head_dim)
 AGAIN = "Compress the prompt again: surgeon compress MODEL --prompt ..."
 
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Saved:
-    """A compressed prompt as it was read: what gist.json says, and the states."""
+    """A compressed prompt from the disk: the content of gist.json, and the states."""
 
     about: Mapping[str, Any]
     states: GistStates
 
 
 def storage_of(states: GistStates) -> str:
-    """Return in which file states are kept: the adapter where PEFT can load them, else our own."""
+    """Return the name of the file for the states: the adapter where PEFT can load them, else our own."""
     return ADAPTER if states.offset == 0 and states.encoded is None and states.is_uniform else TENSORS
 
 
@@ -57,7 +57,7 @@ def files_of(states: GistStates, about: Mapping[str, Any], *, base: str) -> dict
 def read(directory: Path) -> Saved:
     """Return the compressed prompt in a directory.
 
-    Raises CheckpointError where there is none, where it is damaged, or where a later surgeon wrote it.
+    Raises CheckpointError where there is none, or one that is damaged or written by a later version of surgeon.
     """
     about = _about(directory)
     try:
@@ -80,8 +80,8 @@ def read(directory: Path) -> Saved:
     except (SafetensorError, KeyError, TypeError, RuntimeError) as error:
         raise CheckpointError(f"{path} does not hold the states of a gist: {error}", hint=AGAIN) from error
     if not states.layers or {layer[0].shape[2] for layer in states.layers} != {count} or len(ids) != count:
-        found = states.num_tokens if states.layers else 0
-        raise CheckpointError(f"{path} has a gist of {found} tokens, {ABOUT} says {count}", hint=AGAIN)
+        num_tokens = states.num_tokens if states.layers else 0
+        raise CheckpointError(f"{path} has a gist of {num_tokens} tokens, {ABOUT} says {count}", hint=AGAIN)
     return Saved(about, states)
 
 
@@ -95,8 +95,8 @@ def _about(directory: Path) -> dict[str, Any]:
     except ValueError as error:
         raise CheckpointError(f"{path} is not JSON: {error}", hint=AGAIN) from error
     if not isinstance(about, dict) or about.get("format") != FORMAT:
-        found = about.get("format") if isinstance(about, dict) else about
-        raise CheckpointError(f"{path} has the format {found!r}, not {FORMAT}", hint="pip install -U surgeon")
+        version = about.get("format") if isinstance(about, dict) else about
+        raise CheckpointError(f"{path} has the format {version!r}, not {FORMAT}", hint="pip install -U surgeon")
     return about
 
 
@@ -118,7 +118,7 @@ def _adapter_config(states: GistStates, base: str) -> dict[str, Any]:
 
 
 def _packed(states: GistStates) -> Tensor:
-    """Return keys and values as PEFT keeps them: for each token, layer after layer, its key and its value."""
+    """Return keys and values in PEFT's order: for each token, layer after layer, its key and its value."""
     pairs = torch.stack([tensor[0].transpose(0, 1) for layer in states.layers for tensor in layer], 1)
     return pairs.reshape(states.num_tokens, -1).cpu().contiguous()
 

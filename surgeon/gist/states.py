@@ -1,4 +1,4 @@
-"""What a prompt is compressed into: keys and values of each layer at the gist, and of an encoder its output too."""
+"""The states of a gist: keys and values of each layer, and of an encoder also its output."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ from transformers.modeling_outputs import BaseModelOutput
 class GistStates:
     """Keys and values of each layer, shape (1, kv_heads, K, head_dim); `encoded` is (1, K, hidden) of an encoder.
 
-    `offset` is the position of the first gist token: 0, or the length of the prompt where it could not be moved.
+    `offset` is the position of the first gist token: 0, or the length of the prompt where the gist cannot be moved.
     """
 
     layers: Sequence[tuple[Tensor, Tensor]]
@@ -39,15 +39,15 @@ class GistStates:
         return len({tensor.shape for layer in self.layers for tensor in layer}) == 1
 
     def to(self, device: Any, dtype: torch.dtype) -> "GistStates":
-        """Return the states elsewhere, or in another dtype."""
+        """Return the states on another device, in another dtype."""
         moved = [(key.to(device, dtype), value.to(device, dtype)) for key, value in self.layers]
         encoded = None if self.encoded is None else self.encoded.to(device, dtype)
         return GistStates(moved, self.offset, encoded)
 
     def cache(self, config: Any = None, *, rows: int = 1) -> DynamicCache:
-        """Return a new cache that holds the gist, `rows` times. A forward pass grows it, so each needs its own.
+        """Return a new cache that holds the gist, `rows` times. A forward pass extends it, so each pass needs its own.
 
-        With the model's `config` sliding layers get a layer of their kind, which forgets; without, none forgets.
+        With the model's `config`, sliding layers of the cache drop old places; without it no layer does.
         """
         cache = DynamicCache() if config is None else DynamicCache(config=config)
         for i, (key, value) in enumerate(self.layers):
@@ -56,19 +56,19 @@ class GistStates:
 
 
 def states_of(cache: Any, num_tokens: int, *, offset: int, encoded: Tensor | None = None) -> GistStates:
-    """Return the states at the last `num_tokens` places of a cache that forgets nothing."""
+    """Return the states at the last `num_tokens` places of a cache without sliding layers."""
     layers = [
         (layer.keys[..., -num_tokens:, :].clone(), layer.values[..., -num_tokens:, :].clone()) for layer in cache.layers
     ]
-    assert all(key.shape[2] == num_tokens for key, _ in layers), "a sliding layer has forgotten a part of the gist"
+    assert all(key.shape[2] == num_tokens for key, _ in layers), "a sliding layer has dropped a part of the gist"
     return GistStates(layers, offset, encoded)
 
 
 def encode(model: Any, input_ids: Tensor, *, mask: Tensor | None = None, cache: Any = None) -> Tensor:
     """Return the encoder's last hidden states, shape (B, S, hidden).
 
-    With a `cache` its keys and values are seen before those of `input_ids`, which are added to it. Relative positions
-    count from the cache's length, so a gist that was cut out of one is where it was, next to what follows.
+    With a `cache`, the tokens see its keys and values before their own, which are added to it. Relative positions count
+    from the cache's length, so a gist that was cut out of a cache keeps its distance to the tokens that follow.
     """
     stack = model.encoder
     hidden, bias = stack.dropout(stack.embed_tokens(input_ids)), None
@@ -79,9 +79,9 @@ def encode(model: Any, input_ids: Tensor, *, mask: Tensor | None = None, cache: 
 
 
 def last_states(model: Any, input_ids: Tensor, num_tokens: int) -> GistStates:
-    """Return the encoder's states of the last tokens of a text, shape (1, S), with nothing behind it.
+    """Return the encoder's states of the last tokens of a text, shape (1, S).
 
-    Relative positions count from the cache's length: there they are where they were.
+    Relative positions count from the cache's length, so the states keep their positions.
     """
     cache = DynamicCache()
     encoded = encode(model, input_ids, cache=cache)[:, -num_tokens:]
@@ -89,7 +89,7 @@ def last_states(model: Any, input_ids: Tensor, num_tokens: int) -> GistStates:
 
 
 def written_from(states: Sequence[Tensor]) -> dict[str, Any]:
-    """Return what `generate` takes for texts whose states in the encoder are these, (T, hidden) each."""
+    """Return the arguments of `generate` for texts with these states of the encoder, (T, hidden) each."""
     padded = torch.nn.utils.rnn.pad_sequence(list(states), batch_first=True)
     lengths = torch.tensor([len(each) for each in states], device=padded.device)
     mask = (torch.arange(padded.shape[1], device=padded.device) < lengths[:, None]).long()

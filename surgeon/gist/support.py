@@ -1,4 +1,4 @@
-"""Whether a loaded model can be gisted, measured: does the prompt leak past the mask, does a cached gist replace it."""
+"""Whether a model can have gists, measured: does the prompt leak past the mask, does a cached gist replace it."""
 
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -15,22 +15,22 @@ from surgeon.gist.probes import Differences, probe_decoder, probe_encoder
 from surgeon.models.device import resolve_device
 from surgeon.models.loading import load_model
 
-ROUNDING = 16  # machine epsilons: experts that get other tokens beside ours sum ours in another order
-EXACT = 1e-5  # of the largest logit, in float32: docs/gist.md has what models show, 1e-7 to 4e-6
-FLOOR = 4  # times what ordinary caching of keys and values changes: in 16 bits that is the measure
+ROUNDING = 16  # machine epsilons: experts that get other tokens too sum ours in another order
+EXACT = 1e-5  # of the largest logit, in float32: models show 1e-7 to 4e-6, by docs/gist.md
+FLOOR = 4  # times the change by ordinary caching of keys and values, which decides in 16 bits
 LOAD_HINT = "A model is measured by running it; for one newer than this transformers: pip install -U transformers"
-# What models raise on a mask of four dimensions, or one for each kind of layer, that their code does not expect.
+# The errors of models whose code does not expect a mask of four dimensions, or one for each kind of layer.
 _FAILURES = (ValueError, RuntimeError, TypeError, AttributeError, KeyError, IndexError)
 
 
 @dataclass(frozen=True, slots=True)
 class Support:
-    """Whether a model can be gisted, and what was measured; all differences are relative to the largest logit.
+    """Whether a model can have gists, and the measured differences, relative to the largest logit.
 
-    `leak` is what other prompts change behind a gist whose states are held, `control` the same without the mask.
-    `cache_difference` is between a gist's keys and values in a cache and the masked pass over everything,
-    `rebased_difference` the same with the gist moved to position 0; None where positions are learned.
-    None everywhere where only the config was looked at, or the code cannot be run.
+    `leak` is the change by other prompts after a gist whose states are fixed, `control` the same without the mask.
+    `cache_difference` is between a gist's keys and values in a cache and the masked pass over all tokens,
+    `rebased_difference` the same with the gist moved to position 0; None where positions are learned. All are None
+    where only the config was read, or the model's code fails.
     """
 
     supported: bool
@@ -74,17 +74,17 @@ def check_support(model: Any) -> Support:
         with torch.no_grad():
             measured = probe_encoder(model) if config.is_encoder_decoder else probe_decoder(model)
     except (PlanError, *_FAILURES) as error:
-        said = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        return Support(supported=False, reason=f"{config.model_type} fails with a gist mask: {said}")
+        message = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        return Support(supported=False, reason=f"{config.model_type} fails with a gist mask: {message}")
     finally:
         model.train(was_training)
     return _judged(measured, model.dtype)
 
 
 def check_checkpoint(name: str, *, revision: str | None = None, device: str = "cpu") -> Support:
-    """Return whether a checkpoint can be gisted. Loads it in float32, unless its config alone forbids gists.
+    """Return whether a checkpoint can have gists. Loads it in float32, unless its config alone forbids gists.
 
-    Raises CheckpointError for what is no checkpoint, MeasureError where transformers cannot load it.
+    Raises CheckpointError where there is no checkpoint, MeasureError where transformers cannot load it.
     """
     place = resolve_device(device)
     source = open_source(name, revision=revision)
@@ -93,11 +93,11 @@ def check_checkpoint(name: str, *, revision: str | None = None, device: str = "c
     return check_support(load_model(source, dtype=torch.float32, hint=LOAD_HINT).to(place))
 
 
-def _judged(found: Differences, dtype: torch.dtype) -> Support:
-    allowed = max(EXACT, FLOOR * found.caching, FLOOR * torch.finfo(dtype).eps)  # caching may happen to be exact
+def _judged(measured: Differences, dtype: torch.dtype) -> Support:
+    allowed = max(EXACT, FLOOR * measured.caching, FLOOR * torch.finfo(dtype).eps)  # caching may happen to be exact
     reason = None
-    if not found.leak <= ROUNDING * torch.finfo(dtype).eps:  # "not": NaN is no small number
-        reason = f"the prompt leaks past the mask: it changes what follows by {found.leak:.1e} of the largest logit"
-    elif not found.cached <= allowed:
-        reason = f"a cached gist changes what follows by {found.cached:.1e} of the largest logit, not {allowed:.0e}"
-    return Support(reason is None, reason, found.leak, found.control, found.cached, found.rebased)
+    if not measured.leak <= ROUNDING * torch.finfo(dtype).eps:  # "not": NaN is no small number
+        reason = f"the prompt leaks past the mask: it changes what follows by {measured.leak:.1e} of the largest logit"
+    elif not measured.cached <= allowed:
+        reason = f"a cached gist changes what follows by {measured.cached:.1e} of the largest logit, not {allowed:.0e}"
+    return Support(reason is None, reason, measured.leak, measured.control, measured.cached, measured.rebased)

@@ -1,24 +1,16 @@
-"""Gist tokens as a checkpoint has them: the block `gist` of its config.
+"""The gist tokens of a checkpoint: the block `gist` of its config.
 
 Source: Mu, Li and Goodman 2023, arXiv:2304.08467.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeGuard
+from typing import Any, TypeGuard
 
 from surgeon.errors import CheckpointError, PlanError
 
-if TYPE_CHECKING:
-    pass
-
-
 VERSION = 1
-
-
 TOKEN = "<GIST>"  # noqa: S105  # no password
-
-
 KEY = "gist"  # of config.json
 
 
@@ -47,25 +39,25 @@ class GistTokens:
         return list(self.ids[:count]) if self.distinct else [self.ids[0]] * count
 
     def text(self, num_tokens: int | None = None) -> str:
-        """Return a gist as text. No spaces: a tokenizer would make tokens of them, and a gist is contiguous."""
+        """Return a gist as text, without spaces, which would be tokens within the gist."""
         place = dict(zip(self.ids, self.tokens, strict=True))
         return "".join(place[i] for i in self.ids_of(num_tokens))
 
     def to_config(self) -> dict[str, Any]:
-        """Return the block of config.json that says this."""
+        """Return the block of config.json."""
         named = {"tokens": list(self.tokens)} if self.distinct else {"token": TOKEN}
         return {"version": VERSION, **named, "token_ids": list(self.ids), "num_tokens": self.num_tokens}
 
 
 def names(num_tokens: int, *, distinct: bool) -> tuple[str, ...]:
-    """Return the names of the tokens that gists of `num_tokens` tokens need: one for all, or one for each place."""
+    """Return the names of the tokens for gists of `num_tokens` tokens: one for all, or one for each place."""
     return tuple(f"{TOKEN[:-1]}_{i}>" for i in range(num_tokens)) if distinct else (TOKEN,)
 
 
 def read_gist(config: Mapping[str, Any]) -> GistTokens | None:
-    """Return the gist tokens that a config.json speaks of, None where it speaks of none.
+    """Return the gist tokens in a config.json, None where it has none.
 
-    Raises CheckpointError for a block that is damaged, or that a later surgeon wrote.
+    Raises CheckpointError for a block that is damaged, or written by a later version of surgeon.
     """
     block = config.get(KEY)
     if block is None:

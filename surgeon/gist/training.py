@@ -1,63 +1,137 @@
-"""Which view of its tokens a run of gist training takes: what was asked for, the model and its attention decide."""
+"""The task of gist training: records with a gist after the prompt, and what each token sees of it.
+
+The options, the model and its attention decide whether a run takes one pass with a mask or two passes.
+"""
 
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from surgeon.anatomy.anatomy import read_anatomy
 from surgeon.checkpoint.source import Source, spec_of
+from surgeon.data.records import Document
 from surgeon.errors import PlanError
+from surgeon.gist import masks
 from surgeon.gist.architecture import refusal
-from surgeon.gist.masks import IMPLEMENTATIONS, Condition
-from surgeon.gist.records import Gists
+from surgeon.gist.attention import EncoderDecoder, Masked, TwoPass
+from surgeon.gist.records import Gists, gist_examples
+from surgeon.gist.settings import MASK, TWO_PASS, GistSettings
 from surgeon.gist.support import check_support
 from surgeon.gist.tokens import GistTokens, read_gist
-from surgeon.gist.views import EncoderDecoder, Masked, TwoPass
 from surgeon.models.split import AttentionLayout, Causal
+from surgeon.train.examples import Example
 from surgeon.train.settings import Settings
+from surgeon.train.task import Task
 from surgeon.train.teacher import OnlineTeacher
 
-MASK, TWO_PASS = "mask", "two-pass"
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+CONDITIONS: dict[str, masks.Condition] = {"none": "gist", "positive": "positive", "negative": "negative"}
 
 
-def gist_tokens(source: Source) -> GistTokens:
-    """Return the gist tokens of a checkpoint. Raises PlanError where it has none."""
-    found = read_gist(source.config)
-    if found is None:
-        raise PlanError(
-            f"{source.label} has no gist tokens to train", hint=f"surgeon gist {source.label} --tokens 4 adds them."
-        )
-    return found
+@dataclass(frozen=True, kw_only=True)
+class GistTask(Task):
+    """Answers of records, for which the prompt is read through its gist alone. `source` is the model that is trained.
+
+    With `gist_distill` the untrained model teaches, which sees the prompt and no gist.
+    """
+
+    source: Source
+    gist: GistSettings
+
+    takes_encoders: ClassVar[bool] = True
+
+    @property
+    def tokens(self) -> GistTokens:
+        """The gist tokens of the model. Raises PlanError where it has none."""
+        tokens = read_gist(self.source.config)
+        if tokens is None:
+            hint = f"surgeon gist {self.source.label} --tokens 4 adds them."
+            raise PlanError(f"{self.source.label} has no gist tokens to train", hint=hint)
+        return tokens
+
+    @property
+    def gists(self) -> Gists:
+        """The gists that records get. Raises PlanError for a model that cannot be trained with them."""
+        tokens = self.tokens
+        if (reason := refusal(self.source.config, read_anatomy(spec_of(self.source)).depth)) is not None:
+            raise self._refused(reason)
+        counts = self.gist.counts() or (tokens.num_tokens,)
+        return Gists(tokens, counts, self.settings.seed, encoder=self._has_encoder)
+
+    @property
+    def fingerprint(self) -> str | None:
+        """The gist tokens of a record, how many there are, and how their number is drawn."""
+        return self.gists.fingerprint
+
+    def examples(
+        self, documents: Sequence[Document], tokenizer: "PreTrainedTokenizerBase", *, first: int, length: int
+    ) -> list[Example]:
+        """Return the example of each document with its gist, cut to `length` tokens."""
+        return gist_examples(documents, tokenizer, self.gists, first=first, length=length)
+
+    def may_share_rows(self, attention: str) -> bool:
+        """Return whether a row may hold several documents: in one pass over a decoder."""
+        passes = implementation(self.gist, self.settings, attention, encoder=self._has_encoder)
+        return passes == MASK and not self._has_encoder
+
+    def layout(self, model: Any) -> AttentionLayout:
+        """Return how tokens see the prompt and its gist. Raises PlanError for a model that cannot be gisted."""
+        ids, attention = self.tokens.ids, str(model.config._attn_implementation)
+        if attention in masks.IMPLEMENTATIONS and (support := check_support(model)).reason is not None:
+            raise self._refused(support.reason)
+        condition = CONDITIONS[self.gist.gist_control]
+        encoder = bool(model.config.is_encoder_decoder)
+        if implementation(self.gist, self.settings, attention, encoder=encoder) == TWO_PASS:
+            return TwoPass(ids, condition, frozen=self.gist.is_frozen)
+        return EncoderDecoder(ids, condition) if encoder else Masked(ids, condition)
+
+    def embedding_rows(self) -> Sequence[int]:
+        """Return the ids of the gist tokens."""
+        return self.tokens.ids
+
+    @property
+    def kd_weight(self) -> float:
+        """The weight of the untrained model in the loss, 0 to 1."""
+        return self.gist.gist_distill
+
+    def teacher_source(self) -> Source | None:
+        """Return the model itself, None without distillation."""
+        return self.source if self.gist.gist_distill else None
+
+    def teacher(self, model: Any) -> OnlineTeacher:
+        """Return the untrained model as a teacher that reads the prompt without its gist."""
+        ids = self.tokens.ids
+        return WithoutGist(model, ids, layout=EncoderDecoder(ids) if self._has_encoder else Causal())
+
+    @property
+    def _has_encoder(self) -> bool:
+        return bool(self.source.config.get("is_encoder_decoder"))
+
+    def _refused(self, reason: str) -> PlanError:
+        hint = "surgeon gist --check MODEL measures whether a model can be gisted; docs/gist.md lists those that can."
+        return PlanError(f"{self.source.label} cannot be trained with gists: {reason}", hint=hint)
 
 
-def gists_of(source: Source, settings: Settings) -> Gists | None:
-    """Return the gists that records get in a run; None without --gist. Raises PlanError for a model without any."""
-    if not settings.gist:
-        return None
-    tokens = gist_tokens(source)
-    if (reason := refusal(source.config, read_anatomy(spec_of(source)).depth)) is not None:
-        raise _refused(source, reason)
-    encoder = bool(source.config.get("is_encoder_decoder"))
-    return Gists(tokens, settings.gist_counts() or (tokens.num_tokens,), settings.seed, encoder=encoder)
+def implementation(gist: GistSettings, settings: Settings, attention: str, *, encoder: bool = False) -> str:
+    """Return "mask" or "two-pass": the one that the options name, or that this attention allows.
 
-
-def implementation(settings: Settings, attention: str, *, encoder: bool = False) -> str:
-    """Return "mask" or "two-pass": what is asked for, or what is possible with this attention.
-
-    With `encoder` prompts are read by one, which looks ahead: a mask alone can tell it what it may see.
+    With `encoder` an encoder reads the prompt. It looks ahead, so only a mask can limit what it sees.
     Raises PlanError where neither is possible.
     """
-    takes_masks = attention in IMPLEMENTATIONS
-    if encoder and (settings.gist_reader == "frozen" or settings.gist_impl == TWO_PASS or not takes_masks):
+    takes_masks = attention in masks.IMPLEMENTATIONS
+    if encoder and (gist.is_frozen or gist.gist_impl == TWO_PASS or not takes_masks):
         raise PlanError(
             "an encoder-decoder is trained with gists behind a mask, in one pass, and reads them as it was trained",
             hint="Use --attention sdpa, without --gist-reader and --gist-impl.",
         )
-    if settings.gist_impl == MASK and not takes_masks:
+    if gist.gist_impl == MASK and not takes_masks:
         raise PlanError(f"{attention} attention takes no gist mask", hint="Use --gist-impl two-pass.")
-    if settings.gist_impl == MASK or (settings.gist_impl == "auto" and takes_masks and settings.gist_reader == "same"):
+    if gist.gist_impl == MASK or (gist.gist_impl == "auto" and takes_masks and not gist.is_frozen):
         return MASK
     if settings.activation_checkpointing:
         raise PlanError(
@@ -68,28 +142,8 @@ def implementation(settings: Settings, attention: str, *, encoder: bool = False)
     return TWO_PASS
 
 
-def view_of(model: Any, source: Source, settings: Settings) -> AttentionLayout:
-    """Return how the tokens of a run see each other. Raises PlanError for a model that cannot be gisted."""
-    if not settings.gist:
-        return Causal()
-    ids, attention = gist_tokens(source).ids, str(model.config._attn_implementation)
-    if attention in IMPLEMENTATIONS and (support := check_support(model)).reason is not None:
-        raise _refused(source, support.reason)
-    conditions: dict[str, Condition] = {"none": "gist", "positive": "positive", "negative": "negative"}
-    condition = conditions[settings.gist_control]
-    encoder = bool(model.config.is_encoder_decoder)
-    if implementation(settings, attention, encoder=encoder) == TWO_PASS:
-        return TwoPass(ids, condition, frozen=settings.gist_reader == "frozen")
-    return EncoderDecoder(ids, condition) if encoder else Masked(ids, condition)
-
-
-def _refused(source: Source, reason: str) -> PlanError:
-    hint = "surgeon gist --check MODEL measures whether a model can be gisted; docs/gist.md lists those that can."
-    return PlanError(f"{source.label} cannot be trained with gists: {reason}", hint=hint)
-
-
 class WithoutGist(OnlineTeacher):
-    """An online teacher from whom gist tokens, of which it may know nothing, are taken away. `ids` are theirs."""
+    """An online teacher that reads batches without their gist tokens, which it may not know. `ids` are their ids."""
 
     def __init__(self, model: Any, ids: tuple[int, ...], *, layout: AttentionLayout | None = None) -> None:
         super().__init__(model, layout=layout)
@@ -104,27 +158,27 @@ class WithoutGist(OnlineTeacher):
         *,
         layers: Sequence[int],
     ) -> tuple[tuple[Tensor, ...], dict[int, Tensor]]:
-        """Return the teacher's states of the tokens `chosen`, none of them a gist's, (N, D), and behind `layers`."""
+        """Return the teacher's states of the tokens `chosen`, no gist token, (N, D), and those after `layers`."""
         assert position_ids is not None, "positions tell documents apart"
         ids, positions, order = without_gist(input_ids, position_ids, self._ids)
         return super().see(ids, positions, None, chosen.gather(1, order), layers=layers)
 
 
 def without_gist(input_ids: Tensor, position_ids: Tensor, ids: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
-    """Return a batch without its gist tokens, and which token each of its places holds, all of shape (B, T).
+    """Return a batch without its gist tokens, and the place that each of its tokens had before, all of shape (B, T).
 
-    Documents stay where they were, and their positions have no gap. What is left over at the end of a row is a document
-    of its own, as padding is.
+    Documents keep their order, and their positions have no gap. The places that are left at the end of a row become a
+    document of their own, as padding is.
     """
     is_gist = torch.isin(input_ids, torch.tensor(ids, device=input_ids.device))
-    kept = (~is_gist).sum(1)
-    order = is_gist.long().argsort(dim=1, stable=True)[:, : int(kept.max())]
-    before = is_gist.long().cumsum(1)  # gist tokens up to each token, of the row
+    lengths = (~is_gist).sum(1)
+    order = is_gist.long().argsort(dim=1, stable=True)[:, : int(lengths.max())]
+    before = is_gist.long().cumsum(1)  # gist tokens of the row up to each token
     first = torch.zeros_like(before).masked_fill(position_ids == 0, 1) * (before - is_gist.long())
-    # Of a document's first token it is those of the documents before it; `cummax` hands it on to the others.
+    # For a document's first token these are the gist tokens of earlier documents; `cummax` copies them to the others.
     before = before - first.cummax(1).values
     positions = (position_ids - before).gather(1, order)
     place = torch.arange(order.shape[1], device=order.device).expand_as(order)
-    padding = place >= kept[:, None]
-    positions = torch.where(padding, place - kept[:, None], positions)
+    padding = place >= lengths[:, None]
+    positions = torch.where(padding, place - lengths[:, None], positions)
     return input_ids.gather(1, order), positions, order

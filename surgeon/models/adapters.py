@@ -1,9 +1,9 @@
-"""Low-rank adapters by PEFT: where they go, and how they become part of the weights again."""
+"""Low-rank adapters by PEFT: added to a model, switched off for a while, and merged into the weights."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -11,36 +11,40 @@ from surgeon.anatomy.anatomy import Anatomy
 from surgeon.errors import PlanError
 from surgeon.models.loading import quiet_transformers
 
-if TYPE_CHECKING:
-    from surgeon.train.settings import Settings
+_PARTS = {"attention": "attention", "ffn": "mlp"}  # the option's word: the part of the family's table
 
 
-_PARTS = {"attention": "attention", "ffn": "mlp"}  # our word: the part of the family's table
+def add_adapters(
+    model: Any,
+    anatomy: Anatomy,
+    *,
+    rank: int,
+    alpha: float,
+    dropout: float,
+    targets: str,
+    embedding_rows: Sequence[int] = (),
+) -> Any:
+    """Return the model with adapters on its layers' linear maps, and on some embedding rows; only they are trained.
 
-
-def add_adapters(model: Any, anatomy: Anatomy, settings: "Settings", *, tokens: Sequence[int] = ()) -> Any:
-    """Return the model with adapters on its layers' linear maps, and on the rows of `tokens`; only they are trained.
-
-    Raises PlanError where PEFT is missing, or there is no such map.
+    `targets` is "all", "attention" or "ffn"; adapters are scaled by `alpha` / `rank`.
+    Raises PlanError where PEFT is missing, or the model has no such map.
     """
     try:
         import peft
     except ImportError as error:
         raise PlanError("peft is needed for --lora", hint='pip install "surgeon[train]"') from error
 
-    targets = target_modules(model, anatomy, settings.lora_targets)
-    assert settings.lora is not None
     config = peft.LoraConfig(  # without a task_type: its wrapper hands every argument through as it is
-        r=settings.lora,
-        lora_alpha=settings.lora_alpha or 2 * settings.lora,  # type: ignore[arg-type]  # a scale may be any number
-        lora_dropout=settings.lora_dropout,
-        target_modules=targets,
-        trainable_token_indices=list(tokens) or None,
+        r=rank,
+        lora_alpha=alpha,  # type: ignore[arg-type]  # a scale may be any number
+        lora_dropout=dropout,
+        target_modules=target_modules(model, anatomy, targets),
+        trainable_token_indices=list(embedding_rows) or None,
     )
     with quiet_transformers():
         adapted = peft.get_peft_model(model, config)
     for parameter in adapted.parameters():
-        if parameter.requires_grad:  # PEFT makes adapters of a 16-bit model in 16 bits, where small steps vanish
+        if parameter.requires_grad:  # PEFT makes adapters of a 16-bit model in 16 bits, which lose small steps
             parameter.data = parameter.data.float()
     return adapted
 
@@ -48,26 +52,26 @@ def add_adapters(model: Any, anatomy: Anatomy, settings: "Settings", *, tokens: 
 def target_modules(model: Any, anatomy: Anatomy, which: str) -> list[str]:
     """Return the full names of the linear maps inside the layers that `which` ("all", "attention", "ffn") means.
 
-    Raises PlanError where a part is asked for and the family has no table, or no map of that part.
+    Raises PlanError for a part where the family has no table, or where the model has no map of that part.
     """
     from transformers.pytorch_utils import Conv1D
 
     if which != "all":
         anatomy.require_family()
     stack = anatomy.stacks[0]
-    found = []
+    names = []
     for name, module in model.named_modules():
         if not isinstance(module, torch.nn.Linear | Conv1D) or stack.locate(f"{name}.weight") is None:
             continue
         stored = f"{name}.weight"
         if which == "all" or (stored in anatomy.spec.tensors and anatomy.row(stored)[1] == _PARTS[which]):
-            found.append(name)
-    if not found:
+            names.append(name)
+    if not names:
         raise PlanError(
             f"no linear map of {anatomy.model_type} is in the part {which!r}",
             hint="Experts are no single maps; use --lora-targets attention, or train without --lora.",
         )
-    return found
+    return names
 
 
 def merged(model: Any, adapter: Path) -> Any:
@@ -80,7 +84,7 @@ def merged(model: Any, adapter: Path) -> Any:
 
 @contextmanager
 def without_adapters(model: Any) -> Iterator[None]:
-    """Return a context in which a model computes without its adapters, of its layers and of its tokens."""
+    """Return a context in which a model computes without its adapters, of layers and of token embeddings."""
     from peft.tuners.tuners_utils import BaseTunerLayer
     from peft.utils.other import AuxiliaryTrainingWrapper
 

@@ -1,7 +1,7 @@
-"""A language model split in two, of any family: a decoder that gives states, and a head that gives logits.
+"""A language model of any family as a split model: a decoder that returns states, and a head that returns logits.
 
-The head is the model's own forward pass around a decoder that stands still, so scales, caps and biases on the way to
-the logits are its own, and nothing is known of any family. Where that comes to one matrix it is used as one.
+The head is the model's own forward pass around a stub of the decoder, so scales, caps and biases on the way to the
+logits are the model's own, without a table of families. A head that is one matrix is used as one.
 """
 
 import inspect
@@ -16,19 +16,19 @@ from torch import Tensor, nn
 from surgeon.errors import PlanError
 from surgeon.models.skeleton import layer_list
 
-LOUD = 1000.0  # the largest logit of the probe: any cap on logits (30 is usual, 50 is large) would show there
-ROUNDING = 4  # units in the last place of the largest logit that two ways to compute it may differ by
-# By how much of its length rounding may move a state. Measured: 1e-7 in float64 in families that attend in float32,
-# 1e-6 in float32; another document in sight moves some state by its own length. 16 bits have units of 2^-8.
+LARGE = 1000.0  # the largest logit of the probe, far above any cap on logits (30 is usual, 50 is large)
+ROUNDING = 4  # two ways to compute logits may differ by so many units in the last place of the largest
+# The relative change of a state that rounding may cause. Measured: 1e-7 in float64 in families that attend in float32,
+# 1e-6 in float32; another visible document changes some state by its own length. 16 bits have units of 2^-8.
 APART = {torch.float64: 1e-5, torch.float32: 1e-4}
 APART_HALF = 0.1
 PROBE_LENGTHS = (5, 7)  # of the two documents that are packed
 
 
 class SplitModel:
-    """A model of transformers that writes, as its decoder and its head. Raises PlanError for one that is not the two.
+    """A generating model of transformers as decoder and head. Raises PlanError for a model without these two parts.
 
-    Of an encoder-decoder the decoder is given what it sees of the encoder, as options of `states`.
+    The decoder of an encoder-decoder takes the encoder's states as options of `states`.
     """
 
     def __init__(self, model: Any) -> None:
@@ -46,7 +46,7 @@ class SplitModel:
 
     @property
     def decoder(self) -> Any:
-        """The part that gives the states that the head reads."""
+        """The part that computes the states that the head reads."""
         return self.model.get_decoder()
 
     @property
@@ -61,57 +61,57 @@ class SplitModel:
 
     @property
     def device(self) -> torch.device:
-        """Where the model computes."""
-        found: torch.device = self.model.get_input_embeddings().weight.device
-        return found
+        """The device of the model."""
+        device: torch.device = self.model.get_input_embeddings().weight.device
+        return device
 
     def own_forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the model's forward pass as its class defines it, whatever its instance has in its place."""
+        """Run the forward pass of the model's class, also where the instance has another one."""
         return MethodType(type(self.model).forward, self.model)(*args, **kwargs)
 
     def states(self, input_ids: Tensor, position_ids: Tensor | None = None, **options: Any) -> Tensor:
-        """Return the states in front of the head, shape (B, S, D). Positions go to a decoder that takes them."""
+        """Return the states before the head, shape (B, S, D). Positions go to a decoder that takes them."""
         if position_ids is not None and "position_ids" in self._names:
             options["position_ids"] = position_ids
-        found: Tensor = self.decoder(input_ids=input_ids, **{"use_cache": False, **options})[0]
-        return found
+        states: Tensor = self.decoder(input_ids=input_ids, **{"use_cache": False, **options})[0]
+        return states
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Return the logits of states, (N, D) to (N, V), as the model itself computes them; differentiable."""
         dummy = torch.zeros((1, len(hidden)), dtype=torch.long, device=hidden.device)
         with stubbed(self.decoder, lambda *args, **kwargs: self._output(last_hidden_state=hidden[None])):
-            logits: Tensor = self._written(dummy).logits
+            logits: Tensor = self._generated(dummy).logits
         return logits[0]
 
-    def _written(self, ids: Tensor) -> Any:
-        """Run the model's own forward pass on what its decoder reads; an encoder has said nothing, which is a zero."""
+    def _generated(self, ids: Tensor) -> Any:
+        """Run the model's own forward pass on the decoder's tokens; an encoder's output is replaced by a zero state."""
         if not self.model.config.is_encoder_decoder:
             return self.own_forward(input_ids=ids, use_cache=False)
-        return self.own_forward(encoder_outputs=(self._silence(),), decoder_input_ids=ids, use_cache=False)
+        return self.own_forward(encoder_outputs=(self._zero_state(),), decoder_input_ids=ids, use_cache=False)
 
-    def _silence(self) -> Tensor:
+    def _zero_state(self) -> Tensor:
         return torch.zeros((1, 1, self.hidden_size), dtype=self.model.dtype, device=self.device)
 
     @property
     def linear_head(self) -> nn.Linear | None:
-        """The head, where all it does is to multiply by its weight and to add its bias; None where it does more.
+        """The head, where it only multiplies by its weight and adds its bias; None where it does more.
 
-        Adapters around it, or a quantized one in its place, are more.
+        A head with adapters, or a quantized one, does more.
         """
         return self._linear_head if self.model.get_output_embeddings() is self._linear_head else None
 
     def head_parameters(self) -> list[nn.Parameter]:
-        """Return the parameters that logits may depend on once the states are given, those to be trained."""
+        """Return the trained parameters that the logits of given states may depend on."""
         head = self.model.get_output_embeddings()
-        mine = {id(parameter): parameter for parameter in head.parameters()}
+        outside = {id(parameter): parameter for parameter in head.parameters()}
         stacks = [self.decoder] + ([self.model.get_encoder()] if self.model.config.is_encoder_decoder else [])
         inside = {id(parameter) for stack in stacks for parameter in stack.parameters()}
-        mine |= {id(p): p for p in self.model.parameters() if id(p) not in inside}
-        return [parameter for parameter in mine.values() if parameter.requires_grad]
+        outside |= {id(p): p for p in self.model.parameters() if id(p) not in inside}
+        return [parameter for parameter in outside.values() if parameter.requires_grad]
 
     @contextmanager
     def watched(self, layers: Sequence[int]) -> Iterator[dict[int, Tensor]]:
-        """Yield a dict that holds the states behind these layers, (B, S, D), once the decoder has run."""
+        """Yield a dict that holds the states after these layers, (B, S, D), once the decoder has run."""
         seen: dict[int, Tensor] = {}
         modules = layer_list(self.decoder, "", self.depth) if layers else ()
 
@@ -130,15 +130,15 @@ class SplitModel:
 
     @torch.no_grad()
     def _probe(self) -> int:
-        """Learn what the decoder returns and whether the head is linear; return the size of the vocabulary."""
+        """Find the decoder's output type and whether the head is linear; return the size of the vocabulary."""
         head = self.model.get_output_embeddings()
         device = head.weight.device
         tokens = torch.arange(4, device=device)[None]
-        seen = {"encoder_hidden_states": self._silence()} if self.model.config.is_encoder_decoder else {}
+        seen = {"encoder_hidden_states": self._zero_state()} if self.model.config.is_encoder_decoder else {}
         with _evaluated(self.model), torch.autocast(device.type, enabled=False):
             output = self.decoder(input_ids=tokens, use_cache=False, **seen)
             self._output, states = type(output), output[0]
-            whole = self._written(tokens).logits[0]
+            whole = self._generated(tokens).logits[0]
             if not _equal(self.logits(states[0]), whole):
                 raise PlanError(
                     f"the logits of {type(self.model).__name__} do not follow from what its decoder returns",
@@ -148,16 +148,16 @@ class SplitModel:
             noise = torch.randn(8, states.shape[-1], generator=generator).to(states)
             if isinstance(head, nn.Linear) and type(head).forward is nn.Linear.forward:
                 raw = nn.functional.linear(noise, head.weight, head.bias)
-                loud = noise * (LOUD / raw.abs().max().clamp(min=torch.finfo(raw.dtype).tiny))
-                if _equal(self.logits(loud), nn.functional.linear(loud, head.weight, head.bias)):
+                scaled = noise * (LARGE / raw.abs().max().clamp(min=torch.finfo(raw.dtype).tiny))
+                if _equal(self.logits(scaled), nn.functional.linear(scaled, head.weight, head.bias)):
                     self._linear_head = head
         return int(whole.shape[-1])
 
 
 def keeps_documents_apart(model: Any) -> bool:
-    """Return whether documents that share a row, told apart by positions that restart, do not see each other.
+    """Return whether documents in one row, whose positions restart, do not see each other.
 
-    Measured on the model itself: the states of two documents of random tokens, in a row and each in one of its own.
+    Measured on the model: the states of two documents of random tokens, in one row and each in a row of its own.
     """
     decoder = model.get_decoder()
     if "position_ids" not in inspect.signature(decoder.forward).parameters:
@@ -169,22 +169,22 @@ def keeps_documents_apart(model: Any) -> bool:
     parts = [torch.arange(length, device=embedding.device)[None] for length in PROBE_LENGTHS]
     with torch.no_grad(), _evaluated(model), torch.autocast(embedding.device.type, enabled=False):
         packed = decoder(input_ids=tokens, position_ids=torch.cat(parts, 1), use_cache=False)[0]
-        pieces = zip(torch.split(tokens, list(PROBE_LENGTHS), 1), parts, strict=True)
-        alone = [decoder(input_ids=ids, position_ids=places, use_cache=False)[0] for ids, places in pieces]
+        documents = zip(torch.split(tokens, list(PROBE_LENGTHS), 1), parts, strict=True)
+        alone = [decoder(input_ids=ids, position_ids=places, use_cache=False)[0] for ids, places in documents]
     apart = torch.cat(alone, 1)
     moved = (packed - apart).double().norm(dim=-1) / apart.double().norm(dim=-1)
     return float(moved.max()) <= APART.get(packed.dtype, APART_HALF)
 
 
 def _equal(one: Tensor, other: Tensor) -> bool:
-    """Return whether logits are the same but for rounding."""
+    """Return whether logits are equal up to rounding."""
     allowed = ROUNDING * torch.finfo(other.dtype).eps * float(other.abs().max())
     return one.shape == other.shape and float((one.double() - other.double()).abs().max()) <= allowed
 
 
 @contextmanager
 def stubbed(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
-    """Return a context in which a module does something else, and behind which it is as it was."""
+    """Return a context in which a module's forward pass is replaced by a stub."""
     before: Mapping[str, Any] = {name: module.__dict__[name] for name in ("forward",) if name in module.__dict__}
     module.forward = forward
     try:
@@ -196,7 +196,7 @@ def stubbed(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
 
 @contextmanager
 def _evaluated(model: nn.Module) -> Iterator[None]:
-    """Return a context in which a model drops nothing, and behind which each of its modules is as it was."""
+    """Return a context in which a model is in evaluation mode; after it each module has its former mode."""
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:
@@ -207,23 +207,26 @@ def _evaluated(model: nn.Module) -> Iterator[None]:
 
 
 class AttentionLayout:
-    """How the states in front of the head are computed. `has_encoder`: of a model that has one."""
+    """Which tokens each token sees, and so how the states before the head are computed.
+
+    `has_encoder`: it is for models with an encoder.
+    """
 
     has_encoder: ClassVar[bool] = False
 
     def states(
         self, split: SplitModel, input_ids: Tensor, position_ids: Tensor | None, chosen: Tensor, **options: Any
     ) -> Tensor:
-        """Return the states of a batch, shape (B, S, D), at least of the tokens `chosen`, (B, S): those trained."""
+        """Return the states of a batch, shape (B, S, D), at least of the trained tokens `chosen`, (B, S)."""
         raise NotImplementedError
 
     def reading(self, model: Any) -> AbstractContextManager[None]:
-        """Return a context in which the head reads them; one that changes nothing, unless a layout says otherwise."""
+        """Return a context for the head; by default one that changes nothing."""
         return nullcontext()
 
 
 class Causal(AttentionLayout):
-    """Every token sees those of its document before it, as the model itself has it."""
+    """Each token sees the earlier tokens of its document: the model's own attention."""
 
     def states(
         self, split: SplitModel, input_ids: Tensor, position_ids: Tensor | None, chosen: Tensor, **options: Any
@@ -233,7 +236,7 @@ class Causal(AttentionLayout):
 
 
 def check_layout(layout: AttentionLayout, split: SplitModel) -> None:
-    """Raises PlanError for a model with an encoder in a layout without one, and the other way round."""
+    """Raise PlanError for a model with an encoder in a layout without one, and the other way round."""
     if layout.has_encoder != bool(split.model.config.is_encoder_decoder):
         has, lacks = ("one stack of layers", "two") if layout.has_encoder else ("an encoder and a decoder", "one stack")
         raise PlanError(

@@ -1,15 +1,10 @@
-"""What pictures have in common."""
-
-from typing import TYPE_CHECKING
+"""The check that matplotlib, with which all pictures are drawn, is installed."""
 
 from surgeon.errors import PlanError
 
-if TYPE_CHECKING:
-    pass
-
 
 def require_matplotlib() -> None:
-    """Raises PlanError where matplotlib is not installed."""
+    """Raise PlanError where matplotlib is not installed."""
     from importlib.util import find_spec
 
     if find_spec("matplotlib") is None:

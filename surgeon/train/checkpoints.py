@@ -1,11 +1,10 @@
-"""Checkpoints of a run: each appears at once and whole, its manifest confirms it, and the newest whole one counts.
+"""Checkpoints of a run: each is written whole or not at all, and a resumed run takes the newest one that is whole.
 
-A checkpoint is filled under a hidden name, gets MANIFEST.json last, and is synced and renamed, so that a killed run
-leaves whole checkpoints and hidden leftovers, which the next one removes. A manifest finds damage; it is no signature:
-whoever can write into the directory can write a manifest too, so pickles are still to be read with weights_only.
+A checkpoint is filled under a hidden name, gets MANIFEST.json last, and is synced and renamed. So a killed run leaves
+whole checkpoints and hidden leftovers, and the next run removes the leftovers. A manifest finds damage; it is no
+signature: whoever can write into the directory can write a manifest too, so read pickles with weights_only.
 """
 
-import fcntl
 import hashlib
 import json
 import os
@@ -17,6 +16,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
 from typing import NoReturn
 
+from filelock import FileLock, Timeout
+
 from surgeon.anatomy.anatomy import read_anatomy
 from surgeon.checkpoint.header import Entry, read_header
 from surgeon.checkpoint.output import as_output_error, publish, sync_tree
@@ -26,12 +27,13 @@ from surgeon.errors import CheckpointError, OutputError
 MANIFEST = "MANIFEST.json"
 VERSION = 1
 NAME = re.compile(r"checkpoint-(0|[1-9]\d*)")
+LOCK = ".surgeon.lock"  # held while a run writes into its directory; the system drops it with the process
 LEFTOVER = re.compile(r"\.checkpoint-\d+\.(partial|surgeon-old-\d+)")
-THREADS = min(8, os.cpu_count() or 1)  # hashing lets go of the interpreter's lock
-CHUNK = 1 << 24  # bytes read at a time when looking for what is not finite
+THREADS = min(8, os.cpu_count() or 1)  # hashing releases the interpreter's lock
+CHUNK = 1 << 24  # bytes read at a time in the search for numbers that are not finite
 
-# What a resume needs, and the names under which one process, DDP, FSDP or DeepSpeed save it. Trainer goes on without
-# an optimizer, a schedule or a random state, and then trains something else than the run that was interrupted.
+# The files that a resume needs, under the names that one process, DDP, FSDP or DeepSpeed give them. Trainer goes on
+# without an optimizer, a schedule or a random state, and then no longer continues the run that was interrupted.
 _SHARDS = r"global_step\d+/.+"  # DeepSpeed's own directory
 REQUIRED: Mapping[str, tuple[str, ...]] = {
     "trainer_state.json": (r"trainer_state\.json",),
@@ -49,26 +51,33 @@ _BITS_OF_INFINITY = {"BF16": 0x7F80, "F16": 0x7C00}  # all ones in the exponent:
 
 
 class DamagedCheckpointError(CheckpointError):
-    """A run's checkpoint is not what its manifest says, lacks something, or holds weights that are no numbers."""
+    """A run's checkpoint differs from its manifest, lacks a file, or holds weights that are not finite."""
 
 
 @contextmanager
 def held(run_dir: Path) -> Iterator[None]:
-    """Make a run directory and keep other runs out of it. Raises OutputError when one is in it or it cannot be made."""
+    """Make a run directory and keep other runs out of it.
+
+    Raises OutputError where another run writes into it, or where it cannot be made.
+    """
+    lock = FileLock(run_dir / LOCK, timeout=0)
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
-        handle = os.open(run_dir, os.O_RDONLY)
+        lock.acquire()
+        while not (run_dir / LOCK).exists():  # a run that just ended removed it, so the next run would not see our lock
+            lock.release()
+            lock.acquire()
+    except Timeout as error:
+        raise OutputError(f"another run writes into {run_dir}", hint="Wait for it, or choose --run-dir.") from error
     except OSError as error:
         hint = "Choose another place with --run-dir."
         raise OutputError(f"cannot write {error.filename or run_dir}: {error.strerror}", hint=hint) from error
     try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise OutputError(f"another run writes into {run_dir}", hint="Wait for it, or choose --run-dir.") from error
         yield
     finally:
-        os.close(handle)
+        with suppress(OSError):
+            (run_dir / LOCK).unlink()
+        lock.release()
 
 
 def stage_path(run_dir: Path, step: int) -> Path:
@@ -77,9 +86,9 @@ def stage_path(run_dir: Path, step: int) -> Path:
 
 
 def begin(run_dir: Path, step: int) -> Path:
-    """Make the stage of checkpoint `step` and return it, after removing what killed runs left.
+    """Make the stage of checkpoint `step` and return it, after removing the leftovers of killed runs.
 
-    For one process alone: others that save with it wait, then fill `checkpoint-<step>` in `stage_path` too.
+    One process calls this; others that save with it wait, then fill `checkpoint-<step>` in `stage_path` too.
     Raises OutputError when it cannot be made.
     """
     stage = stage_path(run_dir, step)
@@ -92,10 +101,10 @@ def begin(run_dir: Path, step: int) -> Path:
 
 
 def commit(run_dir: Path, step: int) -> Path:
-    """Give a stage that all processes have filled its manifest, sync it, and make it the checkpoint that is returned.
+    """Write the manifest of a stage that all processes have filled, sync it, and return it as the new checkpoint.
 
-    Raises OutputError when the disk is full or refuses, DamagedCheckpointError where something lacks; then, and if
-    it is interrupted, there is no new checkpoint, and an older one of this step is still there.
+    Raises OutputError when the disk is full or refuses, DamagedCheckpointError where a file is missing. Then, and after
+    an interruption, there is no new checkpoint, and an older one of this step is still there.
     """
     stage, target = stage_path(run_dir, step), run_dir / _name(step)
     made = stage / _name(step)
@@ -116,23 +125,8 @@ def abandon(run_dir: Path, step: int) -> None:
 
 
 @contextmanager
-def staged_checkpoint(run_dir: Path, step: int) -> Iterator[Path]:
-    """Yield an empty directory to fill; on success it becomes checkpoint `step`, else nothing is left of it.
-
-    Raises OutputError when the disk is full or refuses.
-    """
-    stage = begin(run_dir, step)
-    try:
-        with explained(run_dir):
-            yield stage / _name(step)
-        commit(run_dir, step)
-    finally:
-        abandon(run_dir, step)
-
-
-@contextmanager
 def explained(run_dir: Path) -> Iterator[None]:
-    """Turn what is raised where a checkpoint cannot be written into an OutputError that says where and why."""
+    """Turn the errors of a checkpoint that cannot be written into an OutputError that says where and why."""
     from safetensors import SafetensorError
 
     try:
@@ -141,7 +135,7 @@ def explained(run_dir: Path) -> Iterator[None]:
         raise as_output_error(error, run_dir) from error
     except (RuntimeError, SafetensorError) as error:
         text = str(error)
-        # torch tells a full disk only by its zip writer's position; safetensors passes on what the system said
+        # of a full disk torch reports only the position of its zip writer; safetensors passes on the system's error
         if "inline_container" not in text and "PytorchStreamWriter" not in text and "os error" not in text:
             raise
         free = shutil.disk_usage(run_dir).free
@@ -152,21 +146,21 @@ def explained(run_dir: Path) -> Iterator[None]:
 
 
 def checkpoints(run_dir: Path) -> list[Path]:
-    """Return the checkpoint directories of a run, oldest first; whether they are whole is another question."""
+    """Return the checkpoint directories of a run, oldest first. They are not checked."""
     if not run_dir.is_dir():
         return []
     return sorted((path for path in run_dir.iterdir() if NAME.fullmatch(path.name) and path.is_dir()), key=step_of)
 
 
 def step_of(directory: Path) -> int:
-    """Return the step that a checkpoint's name says."""
+    """Return the step in a checkpoint's name."""
     match = NAME.fullmatch(directory.name)
     assert match is not None, f"{directory} is no checkpoint's name"
     return int(match[1])
 
 
 def newest(run_dir: Path, warn: Callable[[str], None]) -> Path | None:
-    """Return the newest checkpoint that verifies, None where there is none; `warn` is told of each that does not."""
+    """Return the newest checkpoint that verifies, None where there is none; call `warn` for each one that does not."""
     for directory in reversed(checkpoints(run_dir)):
         try:
             check(directory)
@@ -180,7 +174,7 @@ def newest(run_dir: Path, warn: Callable[[str], None]) -> Path | None:
 def rotate(run_dir: Path, keep: int, protect: Collection[int] = ()) -> list[int]:
     """Remove all but the `keep` newest checkpoints and those of the steps in `protect`; return the steps removed.
 
-    Each is hidden by a rename first: a kill in between leaves no half of one under its name.
+    Each is hidden by a rename first, so that a kill leaves no partial checkpoint under its name.
     """
     assert keep > 0, "a run keeps its newest checkpoint"
     old = [path for path in checkpoints(run_dir)[:-keep] if step_of(path) not in protect]
@@ -206,27 +200,27 @@ def sweep(run_dir: Path) -> None:
 def check(directory: Path) -> None:
     """Confirm that a checkpoint is whole, byte for byte, complete, and of finite weights.
 
-    Raises DamagedCheckpointError naming the file at fault. Nothing is unpickled. Every byte is read and hashed, those
-    of weights read twice.
+    Raises DamagedCheckpointError naming the file at fault. Nothing is unpickled. Every byte is read and hashed; the
+    bytes of weights are read twice.
     """
     files = _read_manifest(directory)
-    found = _files(directory)
+    present = _files(directory)
     for name in files:
-        if name not in found:
+        if name not in present:
             _refuse(directory, f"lacks {name}, which its manifest names")
-    for name in found:
+    for name in present:
         if name not in files:
             _refuse(directory, f"has a file {name} that its manifest does not name")
     _check_complete(directory, files)
     for name, (size, _) in files.items():
         if (real := (directory / name).stat().st_size) != size:
-            what = "is truncated" if real < size else "is too long"
-            _refuse(directory, f"is damaged: {name} {what}, {real} bytes instead of {size}")
+            fault = "is truncated" if real < size else "is too long"
+            _refuse(directory, f"is damaged: {name} {fault}, {real} bytes instead of {size}")
     with ThreadPoolExecutor(THREADS) as pool:
         for name, digest in zip(files, pool.map(lambda name: _sha256(directory / name), files), strict=True):
             if digest != files[name][1]:
                 _refuse(directory, f"is damaged: {name} is not what was written (its sha256 differs)")
-    _check_weights(directory, found)
+    _check_weights(directory, present)
 
 
 def _name(step: int) -> str:
@@ -234,7 +228,7 @@ def _name(step: int) -> str:
 
 
 def _write_manifest(directory: Path, step: int) -> None:
-    """Write the manifest of a directory that is complete."""
+    """Write the manifest of a complete directory."""
     names = _files(directory)
     _check_complete(directory, names)
     with ThreadPoolExecutor(THREADS) as pool:
@@ -245,14 +239,14 @@ def _write_manifest(directory: Path, step: int) -> None:
     }
     text = json.dumps({"version": VERSION, "step": step, "files": files}, indent=1)
     (directory / MANIFEST).write_text(text + "\n")
-    mode = (directory / MANIFEST).stat().st_mode & 0o777  # what the umask allows: safetensors lets the owner alone read
-    with suppress(OSError):  # of a file system that has no permissions
+    mode = (directory / MANIFEST).stat().st_mode & 0o777  # by the umask: safetensors lets only the owner read
+    with suppress(OSError):  # on a file system without permissions
         for name in names:
             (directory / name).chmod(mode)
 
 
 def _read_manifest(directory: Path) -> dict[str, tuple[int, str]]:
-    """Return size and sha256 of every file that a manifest names."""
+    """Return size and sha256 of every file in a manifest."""
     if not directory.is_dir():
         _refuse(directory, "is no directory")
     try:
@@ -280,20 +274,20 @@ def _files(directory: Path) -> list[str]:
     """Return all files below a directory by their relative POSIX names, without the manifest and hidden ones."""
     paths = (path.relative_to(directory) for path in directory.rglob("*") if not path.is_dir())
     visible = (path.as_posix() for path in paths if not any(part.startswith(".") for part in path.parts))
-    return sorted(name for name in visible if name != MANIFEST)  # hidden: what file systems and desktops leave
+    return sorted(name for name in visible if name != MANIFEST)  # file systems and desktops leave hidden files
 
 
 def _check_complete(directory: Path, names: Collection[str]) -> None:
-    for what, patterns in REQUIRED.items():
+    for part, patterns in REQUIRED.items():
         if not any(re.fullmatch(pattern, name) for pattern in patterns for name in names):
-            _refuse(directory, f"has no {what}; a run cannot go on from it exactly")
+            _refuse(directory, f"has no {part}; a run cannot go on from it exactly")
     ranks = {int(match[1]) for name in names if (match := _RANK.fullmatch(name))}
     if missing := set(range(max(ranks, default=-1) + 1)) - ranks:
         _refuse(directory, f"has no rng_state_{min(missing)}.pth, the random state of one of its processes")
 
 
 def _check_weights(directory: Path, names: Collection[str]) -> None:
-    """Refuse weights that are not all there, as far as headers and the family's table can tell, or not finite."""
+    """Refuse weights that are incomplete, as far as headers and the family's table can tell, or not finite."""
     weights = [name for name in names if name.endswith(".safetensors") and "/" not in name]
     try:
         if WEIGHTS in names or INDEX in names:
@@ -310,7 +304,7 @@ def _check_weights(directory: Path, names: Collection[str]) -> None:
 
 
 def _first_nonfinite(path: Path, entries: Mapping[str, Entry]) -> str | None:
-    """Return the first tensor with a value that is infinite or no number, None where there is none."""
+    """Return the first tensor with an infinity or a NaN, None where there is none."""
     with path.open("rb") as file:
         for name, entry in entries.items():
             file.seek(entry.start)
@@ -324,7 +318,7 @@ def _first_nonfinite(path: Path, entries: Mapping[str, Entry]) -> str | None:
 
 
 def _is_finite(raw: bytes, dtype: str) -> bool:
-    """Return whether all numbers are finite; integers are, and 8-bit floats are no training run's weights."""
+    """Return whether all numbers are finite. Integers are; no run trains 8-bit floats."""
     import numpy as np
 
     if bits := _BITS_OF_INFINITY.get(dtype):
@@ -341,5 +335,5 @@ def _sha256(path: Path) -> str:
 _HINT = "Resume from an older one, or start again: nothing of it can be trusted."
 
 
-def _refuse(directory: Path, what: str) -> NoReturn:
-    raise DamagedCheckpointError(f"{directory} {what}", hint=_HINT)
+def _refuse(directory: Path, fault: str) -> NoReturn:
+    raise DamagedCheckpointError(f"{directory} {fault}", hint=_HINT)

@@ -1,4 +1,4 @@
-"""The rows of a run: what is trained, what is held out, and what of the trained is looked at again as a probe."""
+"""The rows of a run: trained rows, held-out rows, and a sample of the trained rows that is evaluated as a probe."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -7,34 +7,26 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from numpy.typing import (
-    ArrayLike,
-    NDArray,
-)
+from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from surgeon.errors import DataError
-from surgeon.gist.records import Gists
-from surgeon.train.packing import one_per_row, pack, repeat, split
+from surgeon.train.packing import Numbers, one_per_row, pack, repeat, split
 from surgeon.train.settings import Settings
-from surgeon.train.store import TokenStore, open_store
+from surgeon.train.store import IGNORED, TokenStore, open_store
+from surgeon.train.task import Task
 from surgeon.train.tokenise import prepare
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from surgeon.train.packing import Packing
-    from surgeon.train.store import TokenStore
-
-
-IGNORED = -100  # the label of what is not trained
-Numbers = NDArray[np.int64]
 
 
 @dataclass(frozen=True, eq=False)
 class Row:
-    """One row of tokens, each array int64 of shape (T,). `index` says where in the store a token lies."""
+    """One row of tokens, each array int64 of shape (T,). `index` is the place of each token in the store."""
 
     ids: Numbers
     positions: Numbers
@@ -46,7 +38,7 @@ class Row:
 
 
 class RowDataset(Dataset[Row]):
-    """The rows of a packing of a store's pieces. May be pickled, for workers that fetch rows."""
+    """The rows of a packing of a store's pieces. It can be pickled, for worker processes."""
 
     def __init__(self, store: "TokenStore", packing: "Packing") -> None:
         self.store = store
@@ -79,9 +71,9 @@ class Collator:
     """Makes a batch of rows, each padded at its right to the longest one, int64 of shape (B, S).
 
     With `flatten` the rows become one, (1, their sum), for attention that takes the lengths of documents: then
-    `cu_seq_lens_q` and `_k`, int32, say where each begins and the last one ends, and `max_length_q` and `_k` how long
-    the longest is. S is a multiple of `pad_to_multiple_of`. With `with_index` `token_index` says where in the store
-    each token lies, -1 for padding.
+    `cu_seq_lens_q` and `_k`, int32, are the begins of the documents and the end of the last one, and `max_length_q` and
+    `_k` the length of the longest. S is a multiple of `pad_to_multiple_of`. With `with_index`, `token_index` is the
+    place of each token in the store, -1 for padding.
     """
 
     pad_id: int
@@ -93,11 +85,11 @@ class Collator:
         groups = [list(rows)] if self.flatten else [[row] for row in rows]
         width = max(sum(map(len, group)) for group in groups)
         width += -width % (self.pad_to_multiple_of or 1)
-        wanted = {"input_ids": "ids", "position_ids": "positions", "labels": "labels"}
-        wanted |= {"token_index": "index"} if self.with_index else {}
+        names = {"input_ids": "ids", "position_ids": "positions", "labels": "labels"}
+        names |= {"token_index": "index"} if self.with_index else {}
         padding = {"ids": self.pad_id, "labels": IGNORED, "index": -1}
         batch: dict[str, Any] = {}
-        for key, name in wanted.items():
+        for key, name in names.items():
             out = np.empty((len(groups), width), np.int64)
             for line, group in zip(out, groups, strict=True):
                 used = sum(map(len, group))
@@ -107,22 +99,22 @@ class Collator:
         return batch | self._lengths(batch["position_ids"]) if self.flatten else batch
 
     def _lengths(self, positions: Tensor) -> dict[str, Any]:
-        """Return where the documents of a single row, positions of shape (1, S), begin, as FlashAttention takes it."""
+        """Return the begins of the documents in one row, positions of shape (1, S), as FlashAttention takes them."""
         starts = (positions[0] == 0).nonzero()[:, 0]
         ends = torch.cat([starts, torch.tensor([positions.shape[1]])]).int()
         longest = int(ends.diff().max())
         return {"cu_seq_lens_q": ends, "cu_seq_lens_k": ends, "max_length_q": longest, "max_length_k": longest}
 
 
-TRAINED, HELD_OUT = "data", "eval"  # directories of the two stores, in the run's
+TRAINED, HELD_OUT = "data", "eval"  # the directories of the two stores, in the run's directory
 
 
 @dataclass(frozen=True, eq=False)
 class RunData:
-    """The rows that are trained, and those that are evaluated by name: "validation" where there are any, and "probe".
+    """The trained rows, and the evaluated ones by name: "validation" where there are any, and "probe".
 
     `stores` are the tokens of --data, and of --eval-data where it is given. `packed` says whether a row may hold
-    several documents; `notes` is what a user should hear.
+    several documents; `notes` are sentences for the user.
     """
 
     rows: RowDataset
@@ -133,22 +125,22 @@ class RunData:
     notes: tuple[str, ...]
 
     def describe(self, batch: Mapping[str, Any]) -> str:
-        """Return which documents a batch of trained rows holds, for people."""
+        """Return the documents in a batch of trained rows, as text for people."""
         store = self.stores[0]
         index = batch["token_index"]
         pieces = np.searchsorted(store.offsets, np.unique(index[index >= 0].cpu().numpy()), side="right") - 1
-        found: dict[str, list[str]] = {}
+        numbers_of: dict[str, list[str]] = {}
         for piece in np.unique(pieces).tolist():
             source = int(store.piece_sources[piece])
             first = sum(before.num_documents for before in store.sources[:source])
-            numbers = found.setdefault(store.sources[source].data, [])
+            numbers = numbers_of.setdefault(store.sources[source].data, [])
             number = str(int(store.documents[piece]) - first + 1)
             if number not in numbers:
                 numbers.append(number)
-        return "; ".join(f"document {_some(numbers)} of {data}" for data, numbers in found.items())
+        return "; ".join(f"document {_some(numbers)} of {data}" for data, numbers in numbers_of.items())
 
     def provenance(self) -> list[dict[str, Any]]:
-        """Return what was read, for the receipt: each argument, the SHA-256 of its texts, and the tokens it gave."""
+        """Return the data for the receipt: each argument, the SHA-256 of its texts, and its tokens."""
         return [
             {
                 "data": source.data,
@@ -163,7 +155,7 @@ class RunData:
 
 def read_data(
     specs: Sequence[str],
-    settings: Settings,
+    task: Task,
     tokenizer: "PreTrainedTokenizerBase",
     *,
     directory: Path,
@@ -171,19 +163,21 @@ def read_data(
     packed: bool,
     flatten: bool,
     max_rows: int | None,
-    gists: Gists | None = None,
     is_first: bool,
     wait: Callable[[], None],
     progress: Callable[[int], None] | None = None,
 ) -> RunData:
     """Return the rows of a run, tokenised in `directory` by its first process while the others `wait`.
 
-    With `max_rows` a run of fixed length reads no more than it needs. Raises DataError, OutputError.
+    With `max_rows` a run of fixed length reads only the data that it needs. Raises DataError, OutputError.
     """
+    settings = task.settings
     limit = None if max_rows is None else max_rows * sequence_length
-    asked = {TRAINED: (tuple(specs), limit)} | ({HELD_OUT: (settings.eval_data, None)} if settings.eval_data else {})
+    requests = {TRAINED: (tuple(specs), limit)}
+    if settings.eval_data:
+        requests[HELD_OUT] = (settings.eval_data, None)
     stores = []
-    for name, (data, most) in asked.items():
+    for name, (data, max_tokens) in requests.items():
         if not is_first:
             wait()
             stores.append(open_store(directory / name))
@@ -193,9 +187,8 @@ def read_data(
             tokenizer,
             directory=directory / name,
             sequence_length=sequence_length,
-            train_on=settings.train_on,
-            max_tokens=most,
-            gists=gists,
+            task=task,
+            max_tokens=max_tokens,
             progress=progress,
         )
         stores.append(store)
@@ -212,12 +205,12 @@ def assemble(
     packed: bool,
     flatten: bool,
 ) -> RunData:
-    """Return the rows that stores make under these settings. Decides, reads no token."""
+    """Return the rows of stores under these settings. Reads no token."""
     store, notes = stores[0], []
     fraction = settings.eval_fraction if len(stores) == 1 else 0.0
-    kept, held = split(store.documents, fraction, seed=settings.seed)
+    trained_pieces, held = split(store.documents, fraction, seed=settings.seed)
     passes = settings.weights(len(store.sources))
-    seen = repeat(store.piece_sources[kept], passes, seed=settings.seed)
+    seen = repeat(store.piece_sources[trained_pieces], passes, seed=settings.seed)
     if not len(seen):
         raise DataError("no piece of the data is left to train", hint="Raise --data-weights, or give more data.")
 
@@ -226,7 +219,7 @@ def assemble(
         made = pack(lengths, sequence_length, seed=settings.seed) if packed else one_per_row(lengths)
         return RowDataset(source, made.of(pieces))
 
-    trained = rows(store, kept[seen])
+    trained = rows(store, trained_pieces[seen])
     held_out = {}
     if len(stores) == 2:
         held_out["validation"] = rows(stores[1], np.arange(stores[1].num_pieces))
@@ -235,17 +228,17 @@ def assemble(
     else:
         notes.append("nothing is held out, so overfitting will not show; give --eval-data")
     held_out["probe"] = trained
-    some = {name: _first_rows(found, settings) for name, found in held_out.items()}
+    samples = {name: _sampled(each, settings) for name, each in held_out.items()}
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
     if store.num_cut or store.num_dropped:
         notes.append(
             f"{store.num_cut} records were cut at {sequence_length} tokens, {store.num_dropped} had nothing to train"
         )
-    return RunData(trained, some, Collator(int(pad), flatten=flatten, with_index=True), stores, packed, tuple(notes))
+    return RunData(trained, samples, Collator(int(pad), flatten=flatten, with_index=True), stores, packed, tuple(notes))
 
 
-def _first_rows(rows: RowDataset, settings: Settings) -> RowDataset:
-    """Return at most `eval_rows` rows, drawn once."""
+def _sampled(rows: RowDataset, settings: Settings) -> RowDataset:
+    """Return at most `eval_rows` rows, drawn by the seed."""
     chosen = np.random.default_rng(settings.seed).permutation(len(rows))[: settings.eval_rows]
     return rows.chosen(np.sort(chosen))
 

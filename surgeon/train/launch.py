@@ -1,4 +1,4 @@
-"""The same command again in several processes, one for each device, and how one process of several behaves."""
+"""Several processes of a run: starting the command again once per device, and the part of each process."""
 
 import os
 import signal
@@ -11,9 +11,9 @@ from contextlib import contextmanager
 
 from surgeon.errors import SurgeonError
 
-GRACE = 10.0  # seconds in which the first process may tell an error before another tells its own
-PATIENCE = 30.0  # seconds that a process has to end after another has failed
-LOOK = 0.1  # seconds between two looks at the processes
+GRACE = 10.0  # seconds in which the first process may report an error before another reports its own
+PATIENCE = 30.0  # seconds that a process has to end after another one failed
+LOOK = 0.1  # seconds between two checks of the processes
 LOST = ("closed by peer", "reset by peer", "Broken pipe", "Timed out", "NCCL", "remote process exited")
 
 
@@ -28,12 +28,12 @@ def processes() -> int:
 
 
 def is_first() -> bool:
-    """Return whether this process speaks and writes for all."""
+    """Return whether this process reports and writes for all."""
     return int(os.environ.get("RANK", "0")) == 0
 
 
 def is_loss(error: RuntimeError) -> bool:
-    """Return whether the error is what torch raises in the others when one process of several has ended."""
+    """Return whether torch raised the error because another process has ended."""
     from torch.distributed import DistError
 
     return is_launched() and (isinstance(error, DistError) or any(text in str(error) for text in LOST))
@@ -41,14 +41,14 @@ def is_loss(error: RuntimeError) -> bool:
 
 @contextmanager
 def second_to_the_first() -> Iterator[None]:
-    """Return a context in which a process that is not the first one dies at once when told to, and fails late.
+    """Return a context in which a process other than the first ends at once at SIGTERM, and reports errors late.
 
-    Most errors are met by all processes, and one report is enough: while the others wait, the launcher ends them.
+    All processes meet most errors, and one report is enough: while the others wait, the launcher ends them.
     """
     if is_first():
         yield
         return
-    before = signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a handler of Python would wait for the others first
+    before = signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a Python handler would first wait for the other processes
     try:
         yield
     except SurgeonError:
@@ -59,7 +59,7 @@ def second_to_the_first() -> Iterator[None]:
 
 
 def relaunch(arguments: Sequence[str], *, processes: int) -> int:
-    """Run `surgeon ARGUMENTS` in several processes of this machine; return the status of the first that failed, or 0.
+    """Run `surgeon ARGUMENTS` in several processes on this machine; return the status of the first that failed, or 0.
 
     torch's launcher would turn every status into 1, and add its own traceback to every error. SIGTERM to this process
     is passed on to all of them.
@@ -80,7 +80,7 @@ def relaunch(arguments: Sequence[str], *, processes: int) -> int:
             own = shared | {"RANK": rank, "LOCAL_RANK": rank}
             children.append(subprocess.Popen(command, env=own))  # noqa: S603
         return _watched(children)
-    except KeyboardInterrupt:  # the terminal has told them too
+    except KeyboardInterrupt:  # the terminal has sent it to them too
         _ended(children, signal.SIGINT, patience=GRACE)
         return 130
     finally:
@@ -89,7 +89,7 @@ def relaunch(arguments: Sequence[str], *, processes: int) -> int:
 
 
 def _watched(children: Sequence[subprocess.Popen[bytes]]) -> int:
-    """Wait for all; when one fails end the others. Return the status of the first that failed, or 0."""
+    """Wait for all processes; when one fails, end the others. Return the status of the first that failed, or 0."""
     while True:
         statuses = [child.poll() for child in children]
         if failed := next((status for status in statuses if status), 0):
@@ -102,7 +102,7 @@ def _watched(children: Sequence[subprocess.Popen[bytes]]) -> int:
 
 
 def _ended(children: Sequence[subprocess.Popen[bytes]], signum: int, *, patience: float = 0.0) -> None:
-    """Send a signal to those that have not ended by themselves after so many seconds."""
+    """Send a signal to the processes that have not ended by themselves after so many seconds."""
     end = time.monotonic() + patience
     while time.monotonic() < end and any(child.poll() is None for child in children):
         time.sleep(LOOK)
@@ -112,7 +112,7 @@ def _ended(children: Sequence[subprocess.Popen[bytes]], signum: int, *, patience
 
 
 def _free_port() -> int:
-    """Return a port of this machine that nobody listens to."""
+    """Return a free port of this machine."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         return int(listener.getsockname()[1])

@@ -1,7 +1,7 @@
-"""Losses of hidden states in front of a head, chunk by chunk: the logits of all tokens never exist at once.
+"""Losses of hidden states before a head, chunk by chunk: the logits of all tokens never exist at once.
 
-Gradients are taken in the forward pass, where a chunk's logits are at hand, so nothing is kept and nothing computed
-twice; the backward pass only scales them. Every loss is a sum over tokens: what it is divided by is the caller's.
+Gradients are computed in the forward pass, together with a chunk's logits, so no logits are stored or recomputed; the
+backward pass only scales them. Every loss is a sum over tokens, which the caller divides.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 Direction = Literal["forward", "reverse"]
 
-LOGITS_BYTES = 64 << 20  # of a chunk in float32: half of it makes a step 3 % slower, twice of it none faster
-HALVES = (torch.bfloat16, torch.float16)
-LEAST_REST = 1e-7  # what a sum of probabilities in float32 may lack of 1 by rounding: half a unit in the last place
+LOGITS_BYTES = 64 << 20  # of a chunk in float32: half of it makes a step 3 % slower, twice of it no faster
+_16_BITS = (torch.bfloat16, torch.float16)
+LEAST_REST = 1e-7  # by so much a sum of probabilities in float32 may round below 1: half a unit in the last place
 
 
 def chunk_rows(vocab: int) -> int:
@@ -23,12 +23,12 @@ def chunk_rows(vocab: int) -> int:
     return rows // 64 * 64 if rows >= 64 else max(1, rows)
 
 
-def wide(dtype: torch.dtype) -> torch.dtype:
-    """Return the dtype in which to sum numbers of `dtype`: float32 for a half, else itself."""
-    return torch.float32 if dtype in HALVES else dtype
+def sum_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype in which to sum numbers of `dtype`: float32 for 16 bits, else itself."""
+    return torch.float32 if dtype in _16_BITS else dtype
 
 
-# --- of a head that is a linear map ---------------------------------------------------------------------------
+# --- a linear head --------------------------------------------------------------------------------------------
 
 
 def linear_cross_entropy(
@@ -36,8 +36,8 @@ def linear_cross_entropy(
 ) -> Tensor:
     """Return the sum of the tokens' losses in nats, a scalar in float32 (float64 for states in float64).
 
-    `hidden` has shape (N, D), `weight` (V, D), `labels` (N,), ids all. Under autocast matrices are multiplied in its
-    dtype, and summed up over the chunks in float32. Can be gone back through once.
+    `hidden` has shape (N, D), `weight` (V, D), `labels` (N,), all of them ids. Under autocast, matrices are multiplied
+    in its dtype and summed over the chunks in float32. Allows one backward pass.
     """
     chunk = chunk or chunk_rows(len(weight))
     loss: Tensor = _LinearCrossEntropy.apply(hidden, weight, bias, labels, chunk, torch.is_grad_enabled())  # type: ignore[no-untyped-call]
@@ -53,12 +53,12 @@ class _LinearCrossEntropy(torch.autograd.Function):
         matrix, offset = weight.to(dtype), None if bias is None else bias.to(dtype)
         needed = [differentiable and need for need in ctx.needs_input_grad[:3]]
         grad_hidden = torch.empty_like(hidden, dtype=dtype) if needed[0] else None
-        grad_weight = torch.zeros_like(weight, dtype=wide(dtype)) if needed[1] else None
-        grad_bias = torch.zeros_like(bias, dtype=wide(dtype)) if needed[2] and bias is not None else None
-        total = torch.zeros((), dtype=wide(dtype), device=hidden.device)
+        grad_weight = torch.zeros_like(weight, dtype=sum_dtype(dtype)) if needed[1] else None
+        grad_bias = torch.zeros_like(bias, dtype=sum_dtype(dtype)) if needed[2] and bias is not None else None
+        total = torch.zeros((), dtype=sum_dtype(dtype), device=hidden.device)
         for rows in _chunks(len(hidden), chunk):
             states, target = hidden[rows].to(dtype), labels[rows, None]
-            scores = torch.log_softmax(nn.functional.linear(states, matrix, offset), -1, dtype=wide(dtype))
+            scores = torch.log_softmax(nn.functional.linear(states, matrix, offset), -1, dtype=sum_dtype(dtype))
             total -= scores.gather(1, target).sum()
             if not any(needed):
                 continue
@@ -67,7 +67,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             if grad_bias is not None:
                 grad_bias += wide_grad.sum(0)
             grad = wide_grad.to(dtype)
-            del scores, wide_grad  # so that of a half no wide copy stands beside the products
+            del scores, wide_grad  # of 16 bits no float32 copy is needed for the products
             if grad_hidden is not None:
                 torch.mm(grad, matrix, out=grad_hidden[rows])
             if grad_weight is not None:
@@ -92,11 +92,11 @@ def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
 def _matrix_dtype(hidden: Tensor) -> torch.dtype:
     """Return the dtype in which matrices are multiplied: that of autocast where it is on, else that of the states."""
     kind = hidden.device.type
-    autocast = torch.is_autocast_enabled(kind) and hidden.dtype != torch.float64  # which leaves float64 alone
+    autocast = torch.is_autocast_enabled(kind) and hidden.dtype != torch.float64  # autocast leaves float64 alone
     return torch.get_autocast_dtype(kind) if autocast else hidden.dtype
 
 
-# --- of any head ----------------------------------------------------------------------------------------------
+# --- any head -------------------------------------------------------------------------------------------------
 
 
 def chunked(
@@ -106,11 +106,11 @@ def chunked(
     *per_token: Tensor,
     chunk: int,
 ) -> tuple[Tensor, ...]:
-    """Return what `function` returns, summed over chunks of tokens: a loss to go back through, and detached sums.
+    """Return the results of `function`, summed over chunks of tokens: a differentiable loss, and detached sums.
 
-    It is called with a chunk of `hidden`, shape (n, D), and of each of `per_token`, and returns a scalar that is a sum
-    over tokens, or several. The first has gradients with respect to `hidden` and to those of `parameters` that it uses:
-    outputs and inputs of one node, so hooks on parameters fire as they always do. Can be gone back through once.
+    `function` takes a chunk of `hidden`, shape (n, D), and of each of `per_token`, and returns one or more scalars that
+    are sums over tokens. The first has gradients with respect to `hidden` and to the `parameters` that it uses. All are
+    inputs and outputs of one node, so hooks on parameters fire as usual. Allows one backward pass.
     """
     differentiable = torch.is_grad_enabled()
     arguments = (function, chunk, differentiable, len(parameters), hidden, *parameters, *per_token)
@@ -131,26 +131,26 @@ class _Chunked(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         parameters, per_token = tensors[:num_parameters], tensors[num_parameters:]
         needed = [differentiable and need for need in ctx.needs_input_grad[4 : 5 + num_parameters]]
-        wanted = [parameter for parameter, need in zip(parameters, needed[1:], strict=True) if need]
+        trained = [parameter for parameter, need in zip(parameters, needed[1:], strict=True) if need]
         grad_hidden = torch.empty_like(hidden) if needed[0] else None
-        grads: list[Tensor | None] = [None for _ in wanted]
+        grads: list[Tensor | None] = [None for _ in trained]
         sums: list[Tensor] = []
         for rows in _chunks(len(hidden), chunk):
             with torch.set_grad_enabled(any(needed)):
                 states = hidden[rows].detach().requires_grad_(needed[0])
-                found = function(states, *(tensor[rows] for tensor in per_token))
-                loss, *parts = found if isinstance(found, tuple) else (found,)
+                results = function(states, *(tensor[rows] for tensor in per_token))
+                loss, *parts = results if isinstance(results, tuple) else (results,)
             if any(needed):
-                inputs = [states, *wanted] if needed[0] else wanted
-                with torch.autocast(hidden.device.type, enabled=False):  # as a backward pass is run
+                inputs = [states, *trained] if needed[0] else trained
+                with torch.autocast(hidden.device.type, enabled=False):  # as in a backward pass
                     new = list(torch.autograd.grad(loss, inputs, allow_unused=True))
                 if grad_hidden is not None:
                     grad_hidden[rows] = new.pop(0)
                 grads = [_added(before, grad) for before, grad in zip(grads, new, strict=True)]
             values = [part.detach() for part in (loss, *parts)]
             sums = [before + value for before, value in zip(sums, values, strict=True)] if sums else values
-        waiting = iter(grads)
-        ctx.grads = [grad_hidden, *(next(waiting) if need else None for need in needed[1:])]
+        remaining = iter(grads)
+        ctx.grads = [grad_hidden, *(next(remaining) if need else None for need in needed[1:])]
         ctx.dtypes = [hidden.dtype, *(parameter.dtype for parameter in parameters)]
         ctx.num_per_token = len(per_token)
         ctx.mark_non_differentiable(*sums[1:])
@@ -165,18 +165,18 @@ def _added(before: Tensor | None, grad: Tensor | None) -> Tensor | None:
     """Return a sum of gradients, in float32 or wider."""
     if grad is None:
         return before
-    return grad.to(wide(grad.dtype)) if before is None else before.add_(grad)
+    return grad.to(sum_dtype(grad.dtype)) if before is None else before.add_(grad)
 
 
 def _chunks(num_rows: int, chunk: int) -> Iterator[slice]:
-    """Yield the rows of each chunk; where there are no rows an empty chunk, so that a sum of nothing is a zero."""
+    """Yield the rows of each chunk; without rows one empty chunk, so that an empty sum is a zero."""
     for start in range(0, max(num_rows, 1), chunk):
         yield slice(start, min(start + chunk, num_rows))
 
 
 def _scaled(ctx: Any, scale: Tensor) -> list[Tensor | None]:
-    """Return the gradients that the forward pass took, times what comes back: in place, for they are used once."""
-    assert ctx.grads is not None, "a second backward pass through a loss that keeps no logits"
+    """Return the gradients of the forward pass times the incoming gradient; in place, for they are used once."""
+    assert ctx.grads is not None, "a second backward pass through a loss that stores no logits"
     grads, ctx.grads = ctx.grads, None
     return [None if grad is None else grad.mul_(scale).to(dtype) for grad, dtype in zip(grads, ctx.dtypes, strict=True)]
 
@@ -198,34 +198,34 @@ def kl(student_logits: Tensor, teacher_logits: Tensor, *, temperature: float, di
 def top_k_kl(
     student_logits: Tensor, ids: Tensor, log_probs: Tensor, *, temperature: float, direction: Direction
 ) -> Tensor:
-    """Return `kl` to a teacher of whom only the k likeliest tokens are known: all others are one bucket.
+    """Return `kl` to a teacher of which only the k likeliest tokens are known: all other tokens are one bucket.
 
-    `ids` and `log_probs`, shape (N, k), are its largest log-probabilities at that temperature. What it gives to the
-    bucket is 1 less their sum, and the student's probability of it is that of all its other tokens together. Merging
-    tokens loses what lies within the bucket and nothing else, so this is at most the whole divergence, zero only for
-    a student who agrees on the k and on the rest as a whole, and exact for k = V.
+    `ids` and `log_probs`, shape (N, k), are its largest log-probabilities at that temperature. The teacher's
+    probability of the bucket is 1 minus their sum, the student's the sum over all its other tokens. Only the divergence
+    within the bucket is lost, so this is at most the whole divergence, zero only for a student that agrees on the k and
+    on the rest as a whole, and exact for k = V.
     """
-    student = _log_softmax(student_logits, temperature)
-    mine, theirs = student.gather(1, ids), log_probs.to(student.dtype)
-    if ids.shape[1] < student.shape[1]:
-        others = student.scatter(1, ids, -torch.inf).logsumexp(-1, keepdim=True)
-        rest = (1 - theirs.exp().sum(-1, keepdim=True)).clamp(min=LEAST_REST).log()
-        mine, theirs = torch.cat([mine, others], 1), torch.cat([theirs, rest], 1)
-    target, other = (theirs, mine) if direction == "forward" else (mine, theirs)
+    all_student = _log_softmax(student_logits, temperature)
+    student, teacher = all_student.gather(1, ids), log_probs.to(all_student.dtype)
+    if ids.shape[1] < all_student.shape[1]:
+        student_rest = all_student.scatter(1, ids, -torch.inf).logsumexp(-1, keepdim=True)
+        teacher_rest = (1 - teacher.exp().sum(-1, keepdim=True)).clamp(min=LEAST_REST).log()
+        student, teacher = torch.cat([student, student_rest], 1), torch.cat([teacher, teacher_rest], 1)
+    target, other = (teacher, student) if direction == "forward" else (student, teacher)
     return (target.exp() * (target - other)).sum() * temperature**2
 
 
 def hidden_loss(student: Tensor, teacher: Tensor) -> Tensor:
-    """Return the squared error of states, shape (N, D), each token's relative to the teacher's square, summed over N.
+    """Return the squared error of states, shape (N, D), per token relative to the teacher's square, summed over N.
 
-    Relative, because a residual stream grows with depth and has tokens that are hundreds of times larger than others;
-    token by token, because a mean over the batch would make the gradient depend on how the batch was cut.
+    It is relative, because a residual stream grows with depth and has tokens hundreds of times larger than others. It
+    is per token, because a mean over the batch would make the gradient depend on how the batch was cut.
     """
-    dtype = wide(student.dtype)
-    mine, theirs = student.to(dtype), teacher.to(dtype)
-    least = torch.finfo(dtype).tiny  # a state of zeros is no reason to divide by them
-    return ((mine - theirs).square().mean(-1) / theirs.square().mean(-1).clamp(min=least)).sum()
+    dtype = sum_dtype(student.dtype)
+    student, teacher = student.to(dtype), teacher.to(dtype)
+    least = torch.finfo(dtype).tiny  # for a state of zeros
+    return ((student - teacher).square().mean(-1) / teacher.square().mean(-1).clamp(min=least)).sum()
 
 
 def _log_softmax(logits: Tensor, temperature: float) -> Tensor:
-    return torch.log_softmax(logits.to(wide(logits.dtype)) / temperature, -1)
+    return torch.log_softmax(logits.to(sum_dtype(logits.dtype)) / temperature, -1)

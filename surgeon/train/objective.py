@@ -1,7 +1,7 @@
-"""What a model is trained for, put into its forward pass: that returns the loss, and logits never exist whole.
+"""The objective of training, put into the model's forward pass, which then returns the loss; logits never exist whole.
 
-The forward pass of the instance is replaced, and not wrapped, because whatever trains models (DDP, FSDP, DeepSpeed,
-PEFT) calls that one, with its hooks around it. Hooks around the head fire too: the loss is computed within its call.
+The forward pass of the instance is replaced, not wrapped, because DDP, FSDP, DeepSpeed and PEFT call that one, with
+their hooks around it. Hooks around the head fire too: the loss is computed within the head's call.
 """
 
 from collections.abc import Callable, Sequence
@@ -13,21 +13,18 @@ import torch
 from torch import Tensor, nn
 
 from surgeon.errors import PlanError
-from surgeon.models.split import AttentionLayout, Causal, SplitModel, check_layout, keeps_documents_apart, stubbed
-from surgeon.train.losses import Direction, chunk_rows, chunked, hidden_loss, linear_cross_entropy, wide
+from surgeon.models.split import AttentionLayout, Causal, SplitModel, check_layout, stubbed
+from surgeon.train.losses import Direction, chunk_rows, chunked, hidden_loss, linear_cross_entropy, sum_dtype
+from surgeon.train.store import IGNORED
 from surgeon.train.teacher import Teacher
-
-__all__ = ["Objective", "attach_loss", "detach_loss", "keeps_documents_apart"]
-
-IGNORED = -100  # the label of what is not trained
 
 
 @dataclass(frozen=True)
 class Objective:
-    """What is minimised: (1 - kd_weight) · cross-entropy + kd_weight · divergence + hidden_weight · states' error.
+    """The minimised loss: (1 - kd_weight) · cross-entropy + kd_weight · divergence + hidden_weight · states' error.
 
-    `layer_map` says which layer of the teacher each layer is compared with, None for none; the error of the states is
-    the mean over the layers that are compared. Without a map a teacher of the same depth is compared layer by layer.
+    `layer_map` has for each layer the layer of the teacher that it is compared with, or None; the states' error is the
+    mean over the compared layers. Without a map a teacher of the same depth is compared layer by layer.
     """
 
     kd_weight: float = 0.0
@@ -49,7 +46,7 @@ class Objective:
 
 @dataclass(frozen=True, eq=False)
 class _Attached:
-    """What a model with a loss carries. `pairs` are the layers to compare: mine, and the teacher's."""
+    """The loss of a model and its parts. `pairs` are the layers to compare: the student's, and the teacher's."""
 
     split: SplitModel
     objective: Objective
@@ -63,10 +60,10 @@ def attach_loss(
 ) -> None:
     """Make `model(input_ids=..., labels=..., position_ids=..., num_items=..., token_index=...)` return its loss.
 
-    `labels` are shifted already, -100 where nothing is trained. What comes back is a dict: `loss`, the sum over trained
-    tokens divided by `num_items` (None: by how many they are), and without gradients the sums `cross_entropy`, `kl` and
-    `hidden`, as far as they exist, and `num_tokens`. Without labels the model answers as it always did. `layout` says
-    what each token sees of the others, by default those of its document before it.
+    `labels` are already shifted, -100 where nothing is trained. The result is a dict: `loss`, the sum over trained
+    tokens divided by `num_items` (None: by their number), and without gradients the sums `cross_entropy`, `kl` and
+    `hidden`, where they exist, and `num_tokens`. Without labels the model works as before. `layout` says which tokens
+    each token sees, by default the earlier ones of its document.
     Raises PlanError where model, teacher and objective do not fit each other.
     """
     detach_loss(model)
@@ -74,17 +71,17 @@ def attach_loss(
     check_layout(layout, split)
     pairs = _check(split, objective, teacher)
     model._surgeon_loss = _Attached(split, objective, teacher, layout, pairs)
-    model.forward = MethodType(_forward, model)  # a bound method, which a deep copy of the model binds to the copy
+    model.forward = MethodType(_forward, model)  # a bound method, so that a deep copy of the model binds it to the copy
 
 
 def detach_loss(model: Any) -> None:
-    """Give a model its own forward pass back."""
+    """Restore the model's own forward pass."""
     if "_surgeon_loss" in model.__dict__:
         del model._surgeon_loss, model.forward
 
 
 def _check(split: SplitModel, objective: Objective, teacher: Teacher | None) -> list[tuple[int, int]]:
-    """Return which layers are compared. Raises PlanError where the teacher does not fit."""
+    """Return the pairs of layers to compare. Raises PlanError where the teacher does not fit."""
     if teacher is None:
         if objective.kd_weight or objective.hidden_weight:
             raise PlanError("there is no teacher to learn from", hint="Name one with --teacher MODEL.")
@@ -95,26 +92,31 @@ def _check(split: SplitModel, objective: Objective, teacher: Teacher | None) -> 
                 f"the teacher gives logits of {teacher.vocab} tokens, the model of {split.vocab}",
                 hint="Distil from a model with the same tokenizer and the same number of rows in its head.",
             )
-        teacher.check(objective.temperature)
+        if teacher.temperature not in (None, objective.temperature):
+            raise PlanError(
+                f"{teacher.name} holds a teacher's answers at temperature {teacher.temperature:g}, "
+                f"not {objective.temperature:g}",
+                hint="Remove it; the answers are then computed again.",
+            )
     if not objective.hidden_weight:
         return []
     if teacher.hidden_size != split.hidden_size:
-        found = "none" if teacher.hidden_size is None else f"states of width {teacher.hidden_size}"
+        width = "none" if teacher.hidden_size is None else f"states of width {teacher.hidden_size}"
         raise PlanError(
-            f"hidden states are compared in one width: the model has {split.hidden_size}, its teacher {found}",
+            f"hidden states are compared in one width: the model has {split.hidden_size}, its teacher {width}",
             hint="Leave out --hidden-weight.",
         )
     layer_map = objective.layer_map
     if layer_map is None and teacher.depth == split.depth:
         layer_map = tuple(range(split.depth))
     if layer_map is None or len(layer_map) != split.depth:
-        said = "there is none" if layer_map is None else f"it has {len(layer_map)} entries"
+        fault = "there is none" if layer_map is None else f"it has {len(layer_map)} entries"
         raise PlanError(
-            f"a layer map must name a teacher's layer for each of {split.depth} layers, and {said}",
+            f"a layer map must name a teacher's layer for each of {split.depth} layers, and {fault}",
             hint="A checkpoint that surgeon cut has one in its surgeon.json.",
         )
-    pairs = [(mine, theirs) for mine, theirs in enumerate(layer_map) if theirs is not None]
-    if missing := [theirs for _, theirs in pairs if not 0 <= theirs < teacher.depth]:
+    pairs = [(layer, other) for layer, other in enumerate(layer_map) if other is not None]
+    if missing := [other for _, other in pairs if not 0 <= other < teacher.depth]:
         raise PlanError(
             f"the layer map names layers {missing} of a teacher with {teacher.depth}",
             hint="The teacher must be the model that the map counts from.",
@@ -135,33 +137,33 @@ def _forward(
 ) -> Any:
     attached: _Attached = model._surgeon_loss
     split, objective, teacher = attached.split, attached.objective, attached.teacher
-    options = {name: value for name, value in options.items() if value is not None}  # wrappers name what they lack
+    options = {name: value for name, value in options.items() if value is not None}  # wrappers pass None
     if labels is None:
         placed = {} if position_ids is None else {"position_ids": position_ids}
         return split.own_forward(input_ids=input_ids, **placed, **options)
     chosen = labels != IGNORED
-    with split.watched([mine for mine, _ in attached.pairs]) as layers:
+    with split.watched([layer for layer, _ in attached.pairs]) as layers:
         hidden = attached.layout.states(split, input_ids, position_ids, chosen, **options)
     states, targets = hidden[chosen], labels[chosen]
     answers: tuple[Tensor, ...] = ()
     if teacher is not None and (objective.kd_weight or attached.pairs):
-        wanted = [theirs for _, theirs in attached.pairs]
-        answers, theirs = teacher.see(input_ids, position_ids, token_index, chosen, layers=wanted)
+        compared = [other for _, other in attached.pairs]
+        answers, teacher_layers = teacher.see(input_ids, position_ids, token_index, chosen, layers=compared)
     with attached.layout.reading(split.model):
         loss, parts = _head_loss(attached, states, targets, answers)
     if attached.pairs:
-        errors = [hidden_loss(layers[mine][chosen], theirs[other]) for mine, other in attached.pairs]
+        errors = [hidden_loss(layers[layer][chosen], teacher_layers[other]) for layer, other in attached.pairs]
         error = torch.stack(errors).sum() / len(errors)
         loss, parts["hidden"] = loss + objective.hidden_weight * error, error.detach()
     count = torch.tensor(len(targets), device=loss.device)
     return {"loss": loss / (count.clamp(min=1) if num_items is None else num_items), **parts, "num_tokens": count}
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]  # it takes gradients by itself
+@torch.compiler.disable  # type: ignore[untyped-decorator]  # it computes gradients by itself
 def _head_loss(
     attached: _Attached, states: Tensor, targets: Tensor, answers: tuple[Tensor, ...]
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Return the loss behind the head, a sum over tokens, and its parts without gradients."""
+    """Return the loss after the head, a sum over tokens, and its parts without gradients."""
     split, objective, teacher = attached.split, attached.objective, attached.teacher
     head = split.linear_head
     chunk = chunk_rows(split.vocab)
@@ -177,7 +179,7 @@ def _head_loss(
         logits_of: Callable[[Tensor], Tensor], hidden: Tensor, labels: Tensor, *seen: Tensor
     ) -> tuple[Tensor, ...]:
         logits = logits_of(hidden)
-        logits = logits.to(wide(logits.dtype))
+        logits = logits.to(sum_dtype(logits.dtype))
         entropy = nn.functional.cross_entropy(logits, labels, reduction="sum")
         if not objective.kd_weight:
             return entropy, entropy
@@ -204,6 +206,6 @@ def _head_loss(
 
 
 def _within(head: nn.Module, function: Callable[[Tensor], Any], states: Tensor) -> Any:
-    """Return a function of the states, called as the head is: what gathers its weights from other devices does so."""
+    """Return a function of the states, called as the head, so that FSDP gathers the head's weights for it."""
     with stubbed(head, function):
         return head(states)

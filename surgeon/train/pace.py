@@ -1,6 +1,6 @@
-"""How fast a run is: tokens a second, the floating-point operations of a token, and their share of a device's peak.
+"""The pace of a run: tokens per second, and the share of the devices' peak operations that it uses.
 
-The share (MFU, model FLOPs utilisation) counts what the model needs, not what is computed twice to save memory.
+The share (MFU, model FLOPs utilisation) counts the operations of the model, without those that checkpointing repeats.
 """
 
 import sys
@@ -11,12 +11,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import NamedTuple
 
-WINDOW = 30  # steps that the current speed is the mean of
+WINDOW = 30  # the current speed is the mean over so many steps
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Pace:
-    """How fast it goes now."""
+    """The pace of the last steps."""
 
     tokens_per_second: float | None
     mfu: float | None  # 0 to 1
@@ -25,15 +25,15 @@ class Pace:
 
 
 class _Stamp(NamedTuple):
-    """What was done by a time: the seconds of work, pauses left out, and the whole run's steps and tokens."""
+    """The steps and tokens of the whole run at a time: in seconds of work, without pauses."""
 
     seconds: float
     step: int
     tokens: int
 
 
-class Meter:
-    """Measures the pace of a run that is told of each step; what happens in `paused` counts for the time left only."""
+class PaceMeter:
+    """Measures the pace of a run from its steps. Time in `paused` counts only for the time left."""
 
     def __init__(
         self,
@@ -46,7 +46,7 @@ class Meter:
         memory: Callable[[], int | None] = lambda: None,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
-        """`peak` is that of all devices together; `done` steps and `tokens` were before, in a time not known here."""
+        """`peak` is that of all devices together; earlier processes did `done` steps with `tokens`."""
         self._total = total_steps
         self._flops, self._peak = flops_per_token, peak
         self._memory, self._clock = memory, clock
@@ -56,12 +56,12 @@ class Meter:
         self._window = deque([self._begin], maxlen=WINDOW + 1)
 
     def step(self, step: int, tokens: int) -> Pace:
-        """Know that `step` steps are done and `tokens` were read, of the whole run on all devices; return the pace."""
+        """Record that the whole run has done `step` steps and read `tokens` on all devices, and return the pace."""
         now = _Stamp(self._clock() - self._paused, step, tokens)
         if self._first is None:
             self._first = now
         elif self._window[0] is self._begin:
-            self._window.popleft()  # the first step compiles, allocates and reads; the others show the pace
+            self._window.popleft()  # the first step also compiles, allocates and reads
         self._window.append(now)
         return self.pace()
 
@@ -77,13 +77,13 @@ class Meter:
 
     @property
     def average(self) -> float | None:
-        """The tokens a second of all steps but the first, or of that one where it was the only one."""
+        """The tokens per second of all steps but the first, or of the first where it was the only one."""
         last = self._window[-1]
         return (self._first and _rate(self._first, last)) or _rate(self._begin, last)
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Return a context whose time is not that of steps: evaluating, saving."""
+        """Return a context whose time does not count as steps: evaluating, saving."""
         began = self._clock()
         try:
             yield
@@ -91,17 +91,17 @@ class Meter:
             self._paused += self._clock() - began
 
     def _seconds_left(self, speed: float | None) -> float | None:
-        """Return the time that the steps to come need at this speed, with as many pauses as there were until now."""
+        """Return the time that the remaining steps need at this speed, with as many pauses as before."""
         first, last = self._window[0], self._window[-1]
         if not speed:
             return None
-        a_step = (last.seconds - first.seconds) / (last.step - first.step)
+        per_step = (last.seconds - first.seconds) / (last.step - first.step)
         pauses = self._paused / (last.step - self._begin.step)
-        return max(0, self._total - last.step) * (a_step + pauses)
+        return max(0, self._total - last.step) * (per_step + pauses)
 
 
 def peak_memory(device_type: str) -> int | None:
-    """Return the most bytes that were in use at once: of a GPU by tensors, else of this process, as the system says."""
+    """Return the peak memory in bytes: of a GPU's tensors, else of this process."""
     if device_type == "cuda":
         import torch
 
@@ -109,11 +109,9 @@ def peak_memory(device_type: str) -> int | None:
     if device_type == "mps":
         import torch
 
-        return torch.mps.driver_allocated_memory()  # of now: there is no record of the most
-    try:
-        import resource
-    except ImportError:  # not a Unix
-        return None
+        return torch.mps.driver_allocated_memory()  # the current memory: torch does not record the peak
+    import resource
+
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 

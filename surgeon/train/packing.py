@@ -1,4 +1,4 @@
-"""Which pieces of data go into which row, and how often: pure functions over their lengths."""
+"""Packing: which pieces of data go into which row, and how often; pure functions of their lengths."""
 
 import math
 from bisect import bisect_left, insort
@@ -29,14 +29,14 @@ class Packing:
         return self.pieces[self.offsets[index] : self.offsets[index + 1]]
 
     def of(self, pieces: ArrayLike) -> "Packing":
-        """Return the rows in which i stands for `pieces[i]`: those that were packed, where they are not all."""
+        """Return the rows with `pieces[i]` in the place of i, for a packing of some of the pieces."""
         return Packing(np.asarray(pieces, np.int64)[self.pieces], self.offsets)
 
     def chosen(self, rows: ArrayLike) -> "Packing":
         """Return the rows with these numbers, in this order."""
-        found = [self.row(int(row)) for row in np.asarray(rows)]
-        sizes = [len(pieces) for pieces in found]
-        return Packing(np.concatenate([*found, self.pieces[:0]]), np.cumsum([0, *sizes]))
+        contents = [self.row(int(row)) for row in np.asarray(rows)]
+        sizes = [len(pieces) for pieces in contents]
+        return Packing(np.concatenate([*contents, self.pieces[:0]]), np.cumsum([0, *sizes]))
 
 
 def one_per_row(lengths: ArrayLike) -> Packing:
@@ -48,9 +48,9 @@ def one_per_row(lengths: ArrayLike) -> Packing:
 def pack(lengths: ArrayLike, row_length: int, *, seed: int) -> Packing:
     """Return rows of at most `row_length` tokens that hold every piece once; the rows are in random order.
 
-    Best fit, decreasing: the longest piece first, each into the row in which the least is left over. Equal pieces and
-    equal rows are dealt with together, so this takes a sort of the pieces and little besides. Which of equal pieces
-    meet, and the order of the rows, derive from `seed`.
+    Best fit, decreasing: the longest piece first, each into the row that it fills best. Pieces of one length and rows
+    with equal room are placed together, so the time is that of a sort. The choice among equal pieces, and the order of
+    the rows, derive from `seed`.
     Source: Ding et al. 2024, arXiv:2404.10830 (best fit for training data).
     """
     sizes = np.asarray(lengths, np.int64)
@@ -79,14 +79,14 @@ def _best_fit(sizes: Numbers, row_length: int) -> tuple[Numbers, int]:
                 needed = -(-(stop - start) // (row_length // size))
                 room.add(left, np.arange(num_rows, num_rows + needed))
                 num_rows += needed
-            each = left // size  # best fit: the row just chosen is the tightest one until it is full
-            found = room.take(left, -(-(stop - start) // each))
-            chosen = np.repeat(found, each)[: stop - start]
+            each = left // size  # best fit: the chosen row stays the tightest one until it is full
+            taken = room.take(left, -(-(stop - start) // each))
+            chosen = np.repeat(taken, each)[: stop - start]
             rows[start : start + len(chosen)] = chosen
             start += len(chosen)
-            in_last = len(chosen) - (len(found) - 1) * each
-            room.add(left - each * size, found[:-1])
-            room.add(left - in_last * size, found[-1:])
+            in_last = len(chosen) - (len(taken) - 1) * each
+            room.add(left - each * size, taken[:-1])
+            room.add(left - in_last * size, taken[-1:])
     return rows, num_rows
 
 
@@ -95,27 +95,27 @@ class _Room:
 
     def __init__(self) -> None:
         self._rows: dict[int, list[Numbers]] = {}
-        self._left: list[int] = []  # what is left in some row, ascending
+        self._left: list[int] = []  # the room of some row, ascending
 
     def least(self, size: int) -> int | None:
-        """Return the least room that a row has in which `size` tokens fit, None where they fit in none."""
+        """Return the least room of a row into which `size` tokens fit, None where they fit into no row."""
         at = bisect_left(self._left, size)
         return self._left[at] if at < len(self._left) else None
 
     def take(self, left: int, count: int) -> Numbers:
-        """Return at most `count` rows with this room, which are no longer here; at least one."""
-        stack, found = self._rows[left], []
+        """Remove and return at most `count` rows with this room, and at least one."""
+        stack, taken = self._rows[left], []
         while stack and count:
             rows = stack.pop()
             if len(rows) > count:
                 stack.append(rows[count:])
                 rows = rows[:count]
-            found.append(rows)
+            taken.append(rows)
             count -= len(rows)
         if not stack:
             del self._rows[left]
             self._left.remove(left)
-        return np.concatenate(found)
+        return np.concatenate(taken)
 
     def add(self, left: int, rows: Numbers) -> None:
         if not left or not len(rows):
@@ -127,34 +127,29 @@ class _Room:
 
 
 def _runs(sizes: Numbers) -> Iterator[tuple[int, int, int]]:
-    """Yield each size with where its pieces begin and end."""
+    """Yield each size with the begin and the end of its pieces."""
     borders = [*np.flatnonzero(np.diff(sizes, prepend=-1)).tolist(), len(sizes)]
     for start, stop in pairwise(borders):
         yield int(sizes[start]), start, stop
 
 
-def fill(packing: Packing, lengths: ArrayLike, row_length: int) -> float:
-    """Return the part of the rows' places that hold a token."""
-    return float(np.asarray(lengths)[packing.pieces].sum() / (len(packing) * row_length))
-
-
 def split(documents: ArrayLike, fraction: float, *, seed: int) -> tuple[Numbers, Numbers]:
     """Return the numbers of the pieces to train on and of those held out, each ascending.
 
-    `documents` says of which document each piece is. Whole documents are held out, drawn at random, up to `fraction` of
-    all pieces; where that is less than any that was drawn first, the shortest one. Of one document alone its last
-    pieces are; a single piece is trained on, and none held out.
+    `documents` is the document of each piece. Whole documents are held out, drawn at random, up to `fraction` of all
+    pieces; where every drawn document is longer than that, the shortest one. Of a single document the last pieces are
+    held out; a single piece is trained on.
     """
     numbers = np.asarray(documents)
     if fraction <= 0 or len(numbers) < 2:
         return np.arange(len(numbers)), np.arange(0)
-    wanted = max(1, round(fraction * len(numbers)))
+    num_held = max(1, round(fraction * len(numbers)))
     which, counts = np.unique(numbers, return_counts=True)
     if len(which) == 1:
-        wanted = min(wanted, len(numbers) - 1)
-        return np.arange(len(numbers) - wanted), np.arange(len(numbers) - wanted, len(numbers))
+        num_held = min(num_held, len(numbers) - 1)
+        return np.arange(len(numbers) - num_held), np.arange(len(numbers) - num_held, len(numbers))
     drawn = np.random.default_rng(seed).permutation(len(which))[: len(which) - 1]  # one at least is trained on
-    held = drawn[np.cumsum(counts[drawn]) <= wanted]
+    held = drawn[np.cumsum(counts[drawn]) <= num_held]
     if not len(held):
         held = np.argsort(counts, kind="stable")[:1]
     is_held = np.isin(numbers, which[held])
@@ -164,8 +159,8 @@ def split(documents: ArrayLike, fraction: float, *, seed: int) -> tuple[Numbers,
 def repeat(sources: ArrayLike, passes: Sequence[float], *, seed: int) -> Numbers:
     """Return the numbers of pieces, ascending, each as often as it is seen in an epoch.
 
-    `sources` says of which source each piece is. Source s is seen `passes[s]` times: 2 is twice, 0.5 half of its pieces
-    (rounded half up), drawn at random. Raises DataError for a number of passes that is none.
+    `sources` is the source of each piece. Source s is seen `passes[s]` times: 2 is twice, 0.5 is half of its pieces
+    (rounded half up), drawn at random. Raises DataError for a negative or infinite number of passes.
     """
     numbers = np.asarray(sources)
     assert not len(numbers) or numbers.max() < len(passes), "a source has its number of passes"

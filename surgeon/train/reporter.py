@@ -1,4 +1,4 @@
-"""What happens in a run, told to everyone: metrics.jsonl, status.json, the guard, and whoever watches."""
+"""Reports of steps and evaluations to metrics.jsonl, status.json and a watcher, with warnings of overfitting."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -7,20 +7,20 @@ from typing import Any
 
 from surgeon.errors import SurgeonError
 from surgeon.train.launch import is_first
-from surgeon.train.pace import Meter
-from surgeon.train.run_dir import EvalReport, MetricsLog, State, StepReport, Watcher, read_metrics, write_status
-from surgeon.train.trainer import Evaluated
+from surgeon.train.pace import PaceMeter
+from surgeon.train.run_dir import EvalReport, MetricsLog, State, StepReport, TrainingWatcher, read_metrics, write_status
+from surgeon.train.trainer import EvalLosses
 
-GAP = 0.2  # nats; the paper calls a set large enough where (train - validation)² stays below 0.04 at the best step
-RISES = 3  # in a row; one or two are what small validation sets do by chance
-# Below half the validation loss the trained text is known, not guessed: a small model on 300 lines of question
-# formation had 0.30 against 1.98 nats after 600 steps, on lines enough 0.997 against 0.993. A share, and not so many
-# nats, because what 0.5 nats mean depends on the text; and only with the gap, because near 0 a share is all noise.
+GAP = 0.2  # nats; the paper calls a data set large enough where (train - validation)² < 0.04 at the best step
+RISES = 3  # in a row; one or two happen by chance on small validation sets
+# Below half the validation loss the model has memorised the trained text: a small model on 300 lines of question
+# formation had 0.30 against 1.98 nats after 600 steps, on enough lines 0.997 against 0.993. It is a ratio, because the
+# meaning of 0.5 nats depends on the text, and it needs the gap too, because near 0 a ratio is noise.
 COLLAPSE = 0.5
 
 
 class Guard:
-    """Judges the evaluations of one run, told in order. Each warning comes once."""
+    """Judges the evaluations of one run, in their order. Each warning comes once."""
 
     def __init__(self) -> None:
         self._first: tuple[float, float] | None = None  # probe and validation at the start
@@ -31,7 +31,7 @@ class Guard:
 
     @classmethod
     def resumed(cls, records: Iterable[Mapping[str, Any]]) -> "Guard":
-        """Return a guard that has seen the evaluations in the records of metrics.jsonl, and warned of them."""
+        """Return a guard that has observed the evaluations in metrics.jsonl, and given their warnings."""
         guard = cls()
         for record in records:
             if "eval_loss" in record:
@@ -44,7 +44,7 @@ class Guard:
         return None if self._best is None else self._best[1]
 
     def observe(self, step: int, probe: float | None, validation: float | None) -> list[str]:
-        """Return the warnings that an evaluation gives rise to, a sentence each; the losses are in nats a token."""
+        """Return the new warnings after an evaluation, a sentence each; the losses are in nats per token."""
         warnings: dict[str, str] = {}
         if validation is not None:
             if self._best is None or validation < self._best[0]:
@@ -67,10 +67,10 @@ class Guard:
         )
 
     def _compare(self, step: int, probe: float, validation: float) -> dict[str, str]:
-        """Return warnings from both losses, against what they were at the start: either text may be the easier one.
+        """Return warnings from both losses, compared with those at the start: either text may be the easier one.
 
-        Held-out text must have come to cost more both beside the gap of the start and beside its ratio: where both
-        losses fall to a half, as they do while a model learns a new form, a gap halves too, and nothing is memorised.
+        The gap must have grown both absolutely and relative to the losses. When a model learns a new form both losses
+        may fall to a half; then the gap halves too, and nothing is memorised.
         """
         if self._first is None:
             self._first = probe, validation
@@ -94,54 +94,54 @@ class Guard:
         return warnings
 
 
-NOTHING_LOGGED = frozenset({"loss", "learning_rate", "grad_norm", "tokens", "epoch"})  # under these names elsewhere
+NOT_PARTS = frozenset({"loss", "learning_rate", "grad_norm", "tokens", "epoch"})  # a step's logs without loss parts
 
 
 class Reporter:
-    """Tells the first process's steps and evaluations. Other processes have one too; it tells nothing.
+    """Reports the steps and evaluations of the first process; in other processes it writes and shows nothing.
 
-    `losses` are the cross-entropies of this process's steps and `evaluations` all evaluations of the run, those before
-    a resume included.
+    `losses` are the cross-entropies of this process's steps. `evaluations` are all evaluations of the run, also those
+    before a resume.
     """
 
-    def __init__(self, run_dir: Path, watcher: Watcher | None) -> None:
+    def __init__(self, run_dir: Path, watcher: TrainingWatcher | None) -> None:
         self.run_dir, self.watcher = run_dir, watcher if is_first() else None
         self.losses: list[float] = []
-        self.evaluations: list[Evaluated] = []
+        self.evaluations: list[EvalLosses] = []
         self.notes: list[str] = []
         self._guard, self._step, self._tokens = Guard(), 0, 0  # tokens of the whole run
         self._log: MetricsLog | None = None
-        self._meter: Meter | None = None
+        self._meter: PaceMeter | None = None
 
     def status(self, state: State, **facts: Any) -> None:
-        """Say in status.json what the run does."""
+        """Write the state of the run into status.json."""
         if is_first():
             write_status(self.run_dir, state, step=self._step, **facts)
 
     def note(self, text: str) -> None:
-        """Say a sentence, once."""
+        """Show a sentence to the user, unless it was shown before."""
         if text not in self.notes:
             self.notes.append(text)
             if self.watcher is not None:
                 self.watcher.note(text)
 
-    def begin(self, *, steps: int, step: int, tokens: int, meter: Meter) -> None:
-        """Know that steps begin, after `step` ones of a run that is resumed: what was told of later ones is dropped."""
+    def begin(self, *, steps: int, step: int, tokens: int, meter: PaceMeter) -> None:
+        """Begin the steps of a run, after `step` earlier ones; records of later steps are dropped."""
         self._step, self._tokens, self._meter = step, tokens, meter
         if is_first():
             self._log = MetricsLog(self.run_dir)
             self._log.resume_at(step)
             for record in read_metrics(self.run_dir):
                 if "eval_loss" in record or "probe_loss" in record:
-                    found = Evaluated(record["step"], record.get("eval_loss"), record.get("probe_loss"))
-                    self.evaluations.append(found)
+                    losses = EvalLosses(record["step"], record.get("eval_loss"), record.get("probe_loss"))
+                    self.evaluations.append(losses)
             self._guard = Guard.resumed(read_metrics(self.run_dir))
         self.status("running")
         if self.watcher is not None:
             self.watcher.begin(steps, done=step)
 
     def step(self, logs: dict[str, float]) -> None:
-        """Tell a step: what the trainer logs of it."""
+        """Report a step, from the trainer's logs."""
         assert self._meter is not None
         self._step, self._tokens = int(logs["step"]), int(logs["tokens"])
         pace = self._meter.step(self._step, self._tokens)
@@ -158,20 +158,20 @@ class Reporter:
             seconds_left=pace.seconds_left,
         )
         if self._log is not None:
-            parts = {name: value for name, value in logs.items() if name not in NOTHING_LOGGED}
+            parts = {name: value for name, value in logs.items() if name not in NOT_PARTS}
             self._log.write(report.to_record() | parts)
         if self.watcher is not None:
             self.watcher.step(report)
 
-    def evaluated(self, found: Evaluated) -> None:
-        """Tell an evaluation, and what the guard thinks of it."""
-        self.evaluations.append(found)
-        report = EvalReport(step=found.step, tokens=self._tokens, validation=found.validation, probe=found.probe)
+    def evaluated(self, losses: EvalLosses) -> None:
+        """Report an evaluation, and the warnings that it gives rise to."""
+        self.evaluations.append(losses)
+        report = EvalReport(step=losses.step, tokens=self._tokens, validation=losses.validation, probe=losses.probe)
         if self._log is not None:
             self._log.write(report.to_record())
         if self.watcher is not None:
             self.watcher.evaluated(report)
-        for warning in self._guard.observe(found.step, found.probe, found.validation):
+        for warning in self._guard.observe(losses.step, losses.probe, losses.validation):
             self.note(warning)
 
     @property
@@ -181,18 +181,18 @@ class Reporter:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Return a context whose time is not that of steps."""
+        """Return a context whose time does not count as steps."""
         assert self._meter is not None
         with self._meter.paused():
             yield
 
     @property
     def tokens_per_second(self) -> float | None:
-        """How fast the steps of this process were, on all devices together."""
+        """The speed of this process's steps, on all devices together."""
         return None if self._meter is None else self._meter.average
 
     def end(self) -> None:
-        """Know that no step follows."""
+        """Close the watcher and metrics.jsonl after the last step."""
         if self.watcher is not None:
             self.watcher.end()
         if self._log is not None:
@@ -200,7 +200,7 @@ class Reporter:
             self._log = None
 
     def failed(self, error: BaseException) -> None:
-        """Say how the run ended, where it did not end well."""
+        """Write the error of a failed run into status.json."""
         self.end()
         code = error.code if isinstance(error, SystemExit) else 130 if isinstance(error, KeyboardInterrupt) else 1
         hint = error.hint if isinstance(error, SurgeonError) else None
@@ -208,4 +208,4 @@ class Reporter:
 
     def validations(self) -> Sequence[float]:
         """Return the validation losses so far."""
-        return [found.validation for found in self.evaluations if found.validation is not None]
+        return [losses.validation for losses in self.evaluations if losses.validation is not None]

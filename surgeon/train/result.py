@@ -1,18 +1,29 @@
-"""What a finetuning came to, as a person, a script or the next program reads it."""
+"""The result of a run: a summary of it, and its weights written as a checkpoint or as an adapter."""
 
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from surgeon import text
+from surgeon.anatomy.anatomy import read_anatomy
+from surgeon.checkpoint import output, receipt
+from surgeon.checkpoint.derived import TrainedSource
+from surgeon.checkpoint.receipt import model_card
+from surgeon.checkpoint.source import CARD, RECEIPT, LocalSource, Source, spec_of
+from surgeon.plan.plan import FLOAT_DTYPES, STORED_DTYPES, Cast, identity
+from surgeon.surgery import Surgery, parse_size
+
+TOKENIZER_FILES = ("tokenizer", "special_tokens", "added_tokens", "vocab", "merges", "chat_template", "spiece")
 
 
 @dataclass(frozen=True)
 class Training:
-    """What a run came to. Losses are means in nats a token; `train_loss` of the last tenth of its steps.
+    """The summary of a run. Losses are means in nats per token; `train_loss` is over the last tenth of the steps.
 
-    `output` is the checkpoint; None for a run that was stopped by SIGTERM, which `--resume` continues. `steps` and
-    `tokens` are of the whole run, `seconds` and `tokens_per_second` of this process's part of it.
+    `output` is the checkpoint; None for a run that SIGTERM stopped, which `--resume` continues. `steps` and `tokens`
+    are of the whole run, `seconds` and `tokens_per_second` of this process alone.
     """
 
     output: Path | None
@@ -29,7 +40,7 @@ class Training:
     notes: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the training as `--json` prints it."""
+        """Return the summary as `--json` prints it."""
         return {
             "output": None if self.output is None else str(self.output),
             "run_dir": str(self.run_dir),
@@ -46,7 +57,7 @@ class Training:
         }
 
     def to_text(self) -> str:
-        """Return the training for people."""
+        """Return the summary for people."""
         losses = [("train loss", self.train_loss), ("validation loss", self.eval_loss)]
         rows = [("steps", f"{self.steps:,}  ({self.tokens:,} tokens)")]
         rows += [(name, f"{loss:.4f} nats a token") for name, loss in losses if loss is not None]
@@ -57,3 +68,58 @@ class Training:
         rows += [("note", note) for note in self.notes]
         rows += [("seconds", f"{self.seconds:.1f}"), ("output", str(self.output))]
         return text.rows(rows)
+
+
+def trained_surgery(
+    source: Source, weights: Path, *, dtype: str, step: Mapping[str, Any], notes: tuple[str, ...]
+) -> Surgery:
+    """Return the surgery that writes the trained weights of `source`, read from the directory `weights`.
+
+    With dtype "keep" each tensor is stored in the source's dtype; a tensor that the source does not have, in the dtype
+    of most of its tensors.
+    """
+    trained = TrainedSource(source, LocalSource(weights, source.label))
+    plan = identity(spec_of(trained), depth=read_anatomy(spec_of(trained)).depth)
+    if dtype == "keep":
+        dtypes = Counter(item.spec.dtype for item in source.tensors.values() if item.spec.dtype in FLOAT_DTYPES)
+        usual = dtypes.most_common(1)[0][0] if dtypes else STORED_DTYPES["float32"]
+        stored = {name: item.spec.dtype for name, item in source.tensors.items()}
+        tensors = {name: Cast(expr, stored.get(name, usual)) for name, expr in plan.tensors.items()}
+        plan = replace(plan, tensors=tensors)
+    return Surgery(trained, replace(plan, steps=({"finetune": dict(step)},), notes=(*plan.notes, *notes)))
+
+
+def write_adapter(
+    source: Source,
+    adapter: Path,
+    target: Path,
+    step: Mapping[str, Any],
+    *,
+    command: str | None,
+    overwrite: bool,
+    max_shard_size: int | str,
+) -> None:
+    """Write a directory with an adapter, as PEFT does, and the tokenizer, card and receipt."""
+    assert parse_size(max_shard_size), "checked by the verb; an adapter is one file"
+    companions = {name: source.fetch(name) for name in source.companions if name.startswith(TOKENIZER_FILES)}
+    companions |= {path.name: path for path in adapter.glob("adapter_*")}
+    depth = read_anatomy(spec_of(source)).depth
+    record = receipt.receipt(
+        source=source.provenance(),
+        steps=[{"finetune": dict(step)}],
+        layer_map=range(depth),
+        axis_maps={},
+        options={},
+        command=command,
+        notes=(),
+    )
+    page = model_card(
+        title=target.name,
+        base_model=source.label,
+        done=f"A LoRA adapter for `{source.label}`, trained by surgeon; load it with PEFT.",
+        facts={"rank": str(step["settings"]["lora"]), "steps": f"{step['steps']:,}", "tokens": f"{step['tokens']:,}"},
+        command=command,
+    ).replace("library_name: transformers", "library_name: peft")
+    with output.staged(target, overwrite=overwrite) as stage:
+        output.copy_files(stage, companions)
+        output.write_files(stage, {CARD: page.encode(), RECEIPT: receipt.to_bytes(record)})

@@ -1,13 +1,13 @@
-"""What a run tells: a line of metrics.jsonl for each report, status.json for whoever waits, and those who watch live.
+"""The files of a run's directory: the request, metrics.jsonl with a line per report, and status.json with the state.
 
-metrics.jsonl has one JSON object a line, each with its "step". A line with "loss" is of training, one with "eval_loss"
-of an evaluation. JSON has no NaN: a number that is not finite is null there, and named under "not_finite".
+metrics.jsonl has one JSON object per line, each with its "step". A line with "loss" is of training, one with
+"eval_loss" of an evaluation. JSON has no NaN: a number that is not finite is null, and named under "not_finite".
 """
 
 import json
 import math
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -20,12 +20,12 @@ from surgeon.errors import DataError, OutputError, PlanError
 METRICS, STATUS = "metrics.jsonl", "status.json"
 NOT_FINITE = "not_finite"
 State = Literal["preparing", "running", "done", "stopped", "failed"]
-Record = Mapping[str, Any]
+MetricsRecord = Mapping[str, Any]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepReport:
-    """What a training step, or the mean of a few, came to. `loss` is in nats a trained token."""
+    """The numbers of a training step, or the means of a few. `loss` is in nats per trained token."""
 
     step: int
     tokens: int  # read since the run began
@@ -38,17 +38,17 @@ class StepReport:
     seconds_left: float | None = None
 
     def to_record(self) -> dict[str, Any]:
-        """Return what metrics.jsonl keeps of it."""
-        fields = {name: getattr(self, name) for name in _KEPT}
+        """Return the record of this step in metrics.jsonl."""
+        fields = {name: getattr(self, name) for name in _STEP_KEYS}
         return {name: value for name, value in fields.items() if value is not None}
 
 
-_KEPT = ("step", "tokens", "loss", "learning_rate", "grad_norm", "tokens_per_second", "mfu", "memory")
+_STEP_KEYS = ("step", "tokens", "loss", "learning_rate", "grad_norm", "tokens_per_second", "mfu", "memory")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EvalReport:
-    """The losses of an evaluation, in nats a token: of held-out rows, and of a fixed sample of trained ones."""
+    """The losses of an evaluation, in nats per token: of held-out rows, and of a fixed sample of trained rows."""
 
     step: int
     tokens: int
@@ -56,50 +56,51 @@ class EvalReport:
     probe: float | None = None
 
     def to_record(self) -> dict[str, Any]:
-        """Return what metrics.jsonl keeps of it."""
-        found = {"eval_loss": self.validation, "probe_loss": self.probe}
-        return {"step": self.step, "tokens": self.tokens} | {name: v for name, v in found.items() if v is not None}
+        """Return the record of this evaluation in metrics.jsonl."""
+        losses = {"eval_loss": self.validation, "probe_loss": self.probe}
+        known = {name: loss for name, loss in losses.items() if loss is not None}
+        return {"step": self.step, "tokens": self.tokens} | known
 
 
-class Watcher(Protocol):
-    """Who looks on while a model trains: a terminal, or nobody."""
+class TrainingWatcher(Protocol):
+    """Shows the progress of a training run, on a terminal for example."""
 
     def begin(self, total_steps: int, *, done: int = 0) -> None:
-        """Know how many steps there are, and how many were done before this process."""
+        """Begin a run of `total_steps` steps, `done` of which an earlier process did."""
 
     def step(self, report: StepReport) -> None:
-        """See a step."""
+        """Show a step."""
 
     def evaluated(self, report: EvalReport) -> None:
-        """See an evaluation."""
+        """Show an evaluation."""
 
     def note(self, text: str) -> None:
-        """See a sentence, such as a warning."""
+        """Show a sentence, such as a warning."""
 
     def end(self) -> None:
-        """Know that training is over, however it ended. May be told twice."""
+        """Close the display when training has ended, in whatever way. May be called twice."""
 
 
 class MetricsLog:
-    """metrics.jsonl of a run, to which records are added. Each line is with the system before `write` returns."""
+    """The metrics.jsonl of a run. Each line has been flushed when `write` returns."""
 
     def __init__(self, run_dir: Path) -> None:
         self._path = run_dir / METRICS
         self._file = self._open()
 
-    def write(self, record: Record) -> None:
-        """Add a record, which has at least a "step". Raises OutputError when the disk is full or refuses."""
+    def write(self, record: MetricsRecord) -> None:
+        """Append a record, which has at least a "step". Raises OutputError when the disk is full or refuses."""
         assert isinstance(record["step"], int), "a record without its step cannot be dropped when a run resumes"
         with _guarded(self._path):
             self._file.write(_to_json(record) + "\n")
             self._file.flush()
 
     def resume_at(self, step: int) -> None:
-        """Drop what was written after `step`, and half a last line: that part of the run is about to happen again."""
+        """Drop the records after `step` and an incomplete last line: the resumed run writes them again."""
         self.close()
-        kept = [record for record in _records(self._path) if record["step"] <= step]
+        earlier = [record for record in _records(self._path) if record["step"] <= step]
         with _guarded(self._path):
-            _replace(self._path, "".join(_to_json(record) + "\n" for record in kept))
+            _replace(self._path, "".join(_to_json(record) + "\n" for record in earlier))
         self._file = self._open()
 
     def close(self) -> None:
@@ -113,38 +114,23 @@ class MetricsLog:
 
 
 def read_metrics(run: Path) -> list[dict[str, Any]]:
-    """Return the records of a run directory, or of its metrics.jsonl, in order; half a last line is left out.
+    """Return the records of a run directory, or of its metrics.jsonl, in order, without an incomplete last line.
 
-    Raises DataError naming file and line where there is none, or something else.
+    Raises DataError where there is no run, and for a damaged file, naming file and line.
     """
     path = run / METRICS if run.is_dir() else run
     if not path.is_file():
-        what = f"{run} has no {METRICS}" if run.is_dir() else f"no such run: {run}"
-        raise DataError(what, hint="Name the directory of a run: OUT.run, or what --run-dir said.")
+        message = f"{run} has no {METRICS}" if run.is_dir() else f"no such run: {run}"
+        raise DataError(message, hint="Name the directory of a run: OUT.run, or the one of --run-dir.")
     return _records(path)
 
 
 def write_status(run_dir: Path, state: State, **facts: Any) -> None:
-    """Replace status.json at once: the state, the time, and facts such as step, exit_code, error."""
+    """Replace status.json: the state, the time, and facts such as step, exit_code, error."""
     content = {"state": state, "updated": datetime.now(UTC).isoformat(timespec="seconds"), "pid": os.getpid()} | facts
     path = run_dir / STATUS
     with _guarded(path):
         _replace(path, _to_json(content, indent=1) + "\n")
-
-
-def read_status(run_dir: Path) -> dict[str, Any] | None:
-    """Return status.json, None where there is none. Raises DataError when it is something else."""
-    path = run_dir / STATUS
-    try:
-        return _from_json(path.read_text(encoding="utf-8"), str(path))
-    except FileNotFoundError:
-        return None
-
-
-def numbers(records: Iterable[Record], key: str, *, x: str = "step") -> tuple[list[float], list[float]]:
-    """Return the values of `key` and their places, of all records that have both."""
-    found = [(record[x], record[key]) for record in records if key in record and x in record]
-    return [place for place, _ in found], [value for _, value in found]
 
 
 def _records(path: Path) -> list[dict[str, Any]]:
@@ -152,19 +138,19 @@ def _records(path: Path) -> list[dict[str, Any]]:
         lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
     except OSError as error:
         raise DataError(f"cannot read {path}: {error.strerror}", hint=f"Look at it: ls -l {path}") from error
-    whole = [line for line in lines if line.endswith("\n")]  # a run that was killed, or that writes just now
+    whole = [line for line in lines if line.endswith("\n")]  # not so where a run was killed, or is writing now
     records = [_from_json(line, f"{path}:{number}") for number, line in enumerate(whole, start=1)]
     if wrong := next((n for n, record in enumerate(records, start=1) if type(record.get("step")) is not int), None):
         raise DataError(f"{path}:{wrong}: a record without its step", hint="Is this a metrics.jsonl of surgeon?")
     return records
 
 
-def _to_json(record: Record, *, indent: int | None = None) -> str:
-    odd = {name: str(value) for name, value in record.items() if _is_odd(value)}
-    plain = {name: None if name in odd else value for name, value in record.items()} | (
-        {NOT_FINITE: odd} if odd else {}
-    )
-    return json.dumps(plain, allow_nan=False, indent=indent)
+def _to_json(record: MetricsRecord, *, indent: int | None = None) -> str:
+    not_finite = {
+        name: str(value) for name, value in record.items() if isinstance(value, float) and not math.isfinite(value)
+    }
+    plain = {name: None if name in not_finite else value for name, value in record.items()}
+    return json.dumps(plain | ({NOT_FINITE: not_finite} if not_finite else {}), allow_nan=False, indent=indent)
 
 
 def _from_json(text: str, where: str) -> dict[str, Any]:
@@ -177,12 +163,8 @@ def _from_json(text: str, where: str) -> dict[str, Any]:
         raise DataError(f"{where}: {error}", hint="The file is damaged; remove that line.") from error
 
 
-def _is_odd(value: Any) -> bool:
-    return isinstance(value, float) and not math.isfinite(value)
-
-
 def _replace(path: Path, text: str) -> None:
-    """Write a file anew so that there is the old one or the new one, whatever happens."""
+    """Replace a file so that a crash leaves the old content or the new one."""
     beside = path.with_name(f".{path.name}.new")
     with beside.open("w", encoding="utf-8") as file:
         file.write(text)
@@ -202,43 +184,43 @@ def _guarded(path: Path) -> Iterator[None]:
 
 
 REQUEST = "run.json"
-RATE = "lr.json"  # what --lr auto found
-DATA = "data.json"  # what was read: a resume reads the same
+RATE = "lr.json"  # the result of --lr auto
+DATA = "data.json"  # the data of the run: a resumed run must read the same
 
 
 def claim(
     run_dir: Path, *, resume: bool, model: Mapping[str, Any], data: Sequence[str], settings: Mapping[str, Any]
 ) -> None:
-    """Note in an empty directory what is asked, or check that it is what the run that is there was asked.
+    """Write the request into an empty directory, or check that the run in it began with the same request.
 
-    A run that failed before its first step, for want of data, say, was none: what is asked now takes its place.
-    Raises OutputError for a directory that holds a run without `resume`, or something else; PlanError for another run.
+    A run that failed before its first step, without data for example, does not count: the new request replaces it.
+    Raises OutputError for a directory that holds a run without `resume`, or other files; PlanError for another run.
     """
-    asked = {"model": dict(model), "data": list(data), "settings": dict(settings)}
+    request = {"model": dict(model), "data": list(data), "settings": dict(settings)}
     file = run_dir / REQUEST
     if not file.exists():
         if any(not path.name.startswith(".") for path in run_dir.iterdir()):
             raise OutputError(f"{run_dir} is not empty, and holds no run", hint="Choose another place with --run-dir.")
-        write_json(file, asked)
+        write_json(file, request)
         return
     if not (run_dir / METRICS).exists():
         for name in (RATE, DATA):
             (run_dir / name).unlink(missing_ok=True)
-        write_json(file, asked)
+        write_json(file, request)
         return
     if not resume:
         hint = "Continue it with --resume, remove it, or choose another place with --run-dir."
         raise OutputError(f"{run_dir} holds a run", hint=hint)
-    if differs := _difference(read_json(file), json.loads(to_bytes(asked))):
-        what, was, now = differs
+    if differs := _difference(read_json(file), json.loads(to_bytes(request))):
+        name, was, now = differs
         raise PlanError(
-            f"the run in {run_dir} began with {what} {was}, and {now} is asked for now",
+            f"the run in {run_dir} began with {name} {was}, and {now} is asked for now",
             hint="Resume it with what it began with, or begin anew with another --run-dir.",
         )
 
 
 def read_json(file: Path) -> Any:
-    """Return what a file of a run holds. Raises OutputError for one that is damaged."""
+    """Return the content of a run's JSON file. Raises OutputError for a damaged one."""
     try:
         return json.loads(file.read_bytes())
     except ValueError as error:
@@ -247,7 +229,7 @@ def read_json(file: Path) -> Any:
 
 
 def write_json(file: Path, content: Mapping[str, Any]) -> None:
-    """Write a file of a run, whole or not at all."""
+    """Write a run's JSON file, whole or not at all."""
     beside = file.with_name(f".{file.name}.new")
     try:
         beside.write_bytes(to_bytes(content))
@@ -258,7 +240,7 @@ def write_json(file: Path, content: Mapping[str, Any]) -> None:
 
 
 def _difference(before: Any, now: Mapping[str, Any]) -> tuple[str, Any, Any] | None:
-    """Return the first thing in which two requests differ: its name, and both values."""
+    """Return the first difference between two requests: its name, and both values."""
     if not isinstance(before, dict) or not isinstance(before.get("settings"), dict):
         return "a request", before, "this one"
     flat = [
@@ -266,5 +248,5 @@ def _difference(before: Any, now: Mapping[str, Any]) -> tuple[str, Any, Any] | N
         | {f"--{name.replace('_', '-')}": value for name, value in content["settings"].items()}
         for content in (before, now)
     ]
-    was, asked = flat
-    return next(((name, was.get(name), value) for name, value in asked.items() if was.get(name) != value), None)
+    old, new = flat
+    return next(((name, old.get(name), value) for name, value in new.items() if old.get(name) != value), None)

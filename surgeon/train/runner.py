@@ -1,10 +1,12 @@
-"""A run from its request to trained weights: everything around the loop, in the order in which it happens."""
+"""A training run from its request to its result, in the order in which things happen."""
 
 import math
 import shutil
+import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,73 +19,100 @@ from surgeon.errors import DataError, SurgeonError, TrainingError
 from surgeon.models import adapters
 from surgeon.models.device import resolve_device
 from surgeon.models.loading import load_model, quiet_transformers
-from surgeon.plots.figure import require_matplotlib
-from surgeon.plots.training import plot_runs
+from surgeon.plots.training import plot_losses
 from surgeon.train import checkpoints
-from surgeon.train import loop as run
 from surgeon.train.data import HELD_OUT, TRAINED, RunData
-from surgeon.train.export import trained_surgery, write_adapter
 from surgeon.train.inputs import TEACHER, Inputs
 from surgeon.train.launch import is_first, is_launched, is_loss, processes
-from surgeon.train.pace import Meter, peak_memory
+from surgeon.train.model import LOAD_HINT, load_trainable, trained_model
+from surgeon.train.pace import PaceMeter, peak_memory
 from surgeon.train.reporter import Reporter
-from surgeon.train.result import Training
-from surgeon.train.run_dir import DATA, RATE, claim, read_json, write_json
+from surgeon.train.result import Training, trained_surgery, write_adapter
+from surgeon.train.run_dir import DATA, RATE, claim, read_json, read_metrics, write_json
 from surgeon.train.settings import FULL_LR, LORA_LR, Settings
-from surgeon.train.trainer import Stop, stops_at_sigterm
+from surgeon.train.task import Task
+from surgeon.train.trainer import (
+    Control,
+    DivergedError,
+    EvalLosses,
+    Stop,
+    SurgeonTrainer,
+    arguments,
+    check_names,
+    check_optimizer,
+    is_launched_by_plugin,
+    stops_at_sigterm,
+)
 
 if TYPE_CHECKING:
-    from surgeon.train.run_dir import Watcher
+    from surgeon.train.run_dir import TrainingWatcher
 
 PLOT = "loss.png"
-WEIGHTS = ".weights"  # trained weights on their way to the output
+WEIGHTS = ".weights"  # trained weights, until the output is written
 PROBE_STEPS = 50  # of each of the two runs of --lr auto, or a tenth of the run
 FACTOR = 10.0  # between their rates
+MEMORY_HINT = (
+    "Lower --batch-size (and raise --gradient-accumulation by as much), lower --sequence-length, "
+    "or add --activation-checkpointing or --lora 16."
+)
+
+
+@dataclass(frozen=True)
+class TrainedSteps:
+    """The steps of the whole run. Losses are in nats per token; `train_loss` is over the last tenth of the steps."""
+
+    steps: int
+    tokens: int
+    train_loss: float | None
+    eval_loss: float | None
+    best_step: int | None
+    is_stopped: bool
 
 
 class Runner:
-    """One request, carried out: `train`, `write` and `finished` in this order, inside `held`."""
+    """Carries out one request: `fit`, `write` and `finished` in this order, inside `held`."""
 
     def __init__(
         self,
         source: Source,
         specs: tuple[str, ...],
-        settings: Settings,
+        task: Task,
         *,
         run_dir: Path,
         device: str,
-        watcher: "Watcher | None" = None,
+        watcher: "TrainingWatcher | None" = None,
     ) -> None:
-        self.source, self.specs, self.settings, self.run_dir = source, specs, settings, run_dir
+        self.source, self.specs, self.task, self.run_dir = source, specs, task, run_dir
+        self.settings = task.settings
         self.device, self.watcher = resolve_device(device), watcher
         self.began = time.perf_counter()
         self.stop = Stop()
-        self.inputs = Inputs(source, specs, settings, self.device, self._note, self.wait)
-        settings.weights(len(specs))
-        run.check_names(settings)
+        self.inputs = Inputs(source, specs, task, self.device, self._note, self.wait)
+        self.settings.weights(len(specs))
+        check_names(self.settings)
 
     # --- the run's directory ----------------------------------------------------------------------------------
 
     @contextmanager
     def held(self, *, resume: bool) -> Iterator[None]:
-        """Return a context in which the run directory is ours, and says how the run ended.
+        """Return a context that holds the run directory, and writes into status.json how the run ended.
 
-        Raises OutputError for one that holds a run without `resume`, PlanError where that run was asked something else.
+        Raises OutputError for a directory with a run without `resume`, PlanError where that run had another request.
         """
         with ExitStack() as stack:
             if is_first():
                 stack.enter_context(checkpoints.held(self.run_dir))
                 model = self.source.provenance()
-                settings = self.settings.deciding() | {"num_processes": processes()}  # their rows make the step
+                settings = self.task.record() | {"num_processes": processes()}  # a step has the rows of all of them
                 claim(self.run_dir, resume=resume, model=model, data=self.specs, settings=settings)
             self.reporter = Reporter(self.run_dir, self.watcher)
             stack.push(self._ended)
-            with run.memory_explained(self.settings, lambda: self.reporter.last_step), self._losses_explained():
+            with memory_explained(self.settings, lambda: self.reporter.last_step), self._losses_explained():
                 self.wait()
                 yield
 
     def _ended(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
-        """Say how the run ended, where it did not end well, and remove what was on its way to the output."""
+        """Report a run that failed, and remove the weights that were on their way to the output."""
         if error is not None:
             self.reporter.failed(error)
         if is_first():
@@ -91,7 +120,7 @@ class Runner:
 
     @contextmanager
     def _losses_explained(self) -> Iterator[None]:
-        """Turn what torch raises when another process has ended into an error that says so."""
+        """Turn torch's error of a process that has ended into one that says so."""
         try:
             yield
         except RuntimeError as error:
@@ -108,30 +137,30 @@ class Runner:
         if is_launched():
             from accelerate import PartialState
 
-            uses_cpu = self.device == "cpu" and not run.is_launched_by_plugin()  # as run.arguments says later
+            uses_cpu = self.device == "cpu" and not is_launched_by_plugin()  # as in `arguments`
             PartialState(cpu=uses_cpu).wait_for_everyone()
 
     # --- training ---------------------------------------------------------------------------------------------
 
-    def train(self) -> run.Outcome:
-        """Train, and keep the trained model for `result`. Looks for the learning rate first, where that is asked."""
+    def fit(self) -> "TrainedSteps":
+        """Train, and keep the trained model for `write`. With --lr auto the learning rate is searched for first."""
         self.reporter.status("preparing")
         resume_from = checkpoints.newest(self.run_dir, self.reporter.note)
         self.wait()
-        model, teacher_model = self._ready(), self.inputs.teacher_model()
+        model, teacher_model = self._loaded(), self.inputs.teacher_model()
         data = self.inputs.data(self.run_dir, model, teacher_model)
         for note in (*data.notes, *self._warnings()):
             self.reporter.note(note)
         self._check_data(data, resumed=resume_from is not None)
         steps = self.inputs.steps(data)
         teacher = self.inputs.teacher(teacher_model, data, self.run_dir)
-        self.rate = self.settings.learning_rate() or self._found_rate(data, steps, teacher)
-        model = self._trained(model, teacher)
+        self.rate = self.settings.learning_rate() or self._searched_rate(data, steps, teacher)
+        model = trained_model(model, self.source, self.task, teacher)
         step, tokens = (0, 0) if resume_from is None else _progress(resume_from)
-        meter = self._meter(model, data, steps, done=step, tokens=tokens)
+        meter = self._pace_meter(model, data, steps, done=step, tokens=tokens)
         self.reporter.begin(steps=steps, step=step, tokens=tokens, meter=meter)
         with stops_at_sigterm(self.stop):
-            self.trainer, outcome = run.train(
+            self.trainer, trained = run_steps(
                 model,
                 data,
                 self.settings,
@@ -144,10 +173,10 @@ class Runner:
                 stop=self.stop,
             )
         self.reporter.end()
-        return outcome
+        return trained
 
     def _check_data(self, data: RunData, *, resumed: bool) -> None:
-        """Note what a run reads, or refuse to go on with other texts than those it began with."""
+        """Record the data of the run, or raise DataError where a resumed run would read other texts."""
         self.provenance, file = data.provenance(), self.run_dir / DATA
         if is_first() and not resumed:
             write_json(file, {"data": self.provenance})
@@ -160,41 +189,40 @@ class Runner:
                 hint="Bring the old texts back, or begin anew with another --run-dir.",
             )
 
-    def _meter(self, model: Any, data: RunData, steps: int, *, done: int, tokens: int) -> Meter:
-        """Return what measures the pace: with the operations of a token, and the devices' peak where it is known."""
-        everything = sum(parameter.numel() for parameter in model.parameters())
-        trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad) / everything
-        anatomy, kind = read_anatomy(spec_of(self.source)), self.device.partition(":")[0]
-        length = float(data.stores[0].lengths.mean())
+    def _pace_meter(self, model: Any, data: RunData, steps: int, *, done: int, tokens: int) -> PaceMeter:
+        """Return the meter of the run, which knows the operations per token where it knows the devices' peak."""
+        kind = self.device.partition(":")[0]
         peak = peak_flops(torch.cuda.get_device_name()) if kind == "cuda" else None
-        return Meter(
+        flops = None
+        if peak is not None:
+            total = sum(parameter.numel() for parameter in model.parameters())
+            trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad) / total
+            length = max(1, round(float(data.stores[0].lengths.mean())))
+            flops = flops_per_token(read_anatomy(spec_of(self.source)), length, trained=trained)
+        return PaceMeter(
             steps,
             done=done,
             tokens=tokens,
-            flops_per_token=flops_per_token(anatomy, max(1, round(length)), trained=trained),
+            flops_per_token=flops,
             peak=None if peak is None else peak * processes(),
             memory=lambda: peak_memory(kind),
         )
 
     def _warnings(self) -> list[str]:
-        """Return what a user should hear of the settings."""
-        found = []
+        """Return warnings about the settings and the devices."""
+        warnings = []
         if self.inputs.precision == "pure-bf16":
-            found.append("weights of 16 bits lose small steps: at a rate of 1e-5 most of them never change")
+            warnings.append("weights of 16 bits lose small steps: at a rate of 1e-5 most of them never change")
         if self.device == "cuda" and torch.cuda.device_count() > 1 and not is_launched():
             count = torch.cuda.device_count()
-            found.append(f"one of {count} GPUs is used; --num-processes {count} uses all")
-        return found
+            warnings.append(f"one of {count} GPUs is used; --num-processes {count} uses all")
+        return warnings
 
-    def _ready(self) -> Any:
-        return run.ready_model(self.source, self.settings, precision=self.inputs.precision)
+    def _loaded(self) -> Any:
+        return load_trainable(self.source, self.settings, precision=self.inputs.precision)
 
-    def _trained(self, model: Any, teacher: Any) -> Any:
-        objective = run.objective_of(self.settings, self.source)
-        return run.trained_model(model, self.source, self.settings, objective, teacher)
-
-    def _found_rate(self, data: RunData, steps: int, teacher: Any) -> float:
-        """Return the better of two rates, each tried for a few steps from the same weights; kept for a resume."""
+    def _searched_rate(self, data: RunData, steps: int, teacher: Any) -> float:
+        """Return the better of two rates, each tried for a few steps from the same weights; a resume takes the same."""
         file = self.run_dir / RATE
         if file.exists():
             return float(read_json(file)["chosen"])
@@ -202,11 +230,11 @@ class Runner:
         length = max(2, min(PROBE_STEPS, steps // 10))
         losses: dict[float, float] = {}
         for rate in (low, low * FACTOR):
-            model = self._trained(self._ready(), teacher)
-            losses[rate] = run.loss_after(model, data, self.settings, lr=rate, steps=length, device=self.device)
+            model = trained_model(self._loaded(), self.source, self.task, teacher)
+            losses[rate] = loss_after(model, data, self.settings, lr=rate, steps=length, device=self.device)
         chosen = min(losses, key=lambda rate: losses[rate])
-        told = ", ".join(f"{rate:g} → {loss:.4f}" for rate, loss in losses.items())
-        self.reporter.note(f"learning rate {chosen:g}: losses after {length} steps were {told}")
+        listed = ", ".join(f"{rate:g} → {loss:.4f}" for rate, loss in losses.items())
+        self.reporter.note(f"learning rate {chosen:g}: losses after {length} steps were {listed}")
         if is_first():
             tried = {f"{rate:g}": loss if math.isfinite(loss) else None for rate, loss in losses.items()}
             write_json(file, {"chosen": chosen, "steps": length, "losses": tried})
@@ -215,99 +243,194 @@ class Runner:
 
     # --- the end ----------------------------------------------------------------------------------------------
 
-    def write(self, outcome: run.Outcome, output: Path, *, dtype: str, command: str | None, **options: Any) -> None:
-        """Write what was trained: the last step, or with --keep-best the best one; with --keep-adapter adapters alone.
+    def write(self, trained: TrainedSteps, output: Path, *, dtype: str, command: str | None, **options: Any) -> None:
+        """Write the weights of the last step, or with --keep-best the best one; with --keep-adapter only adapters.
 
         All processes call this, for each may hold a part of the weights; the first one writes.
         """
-        weights = self._weights(outcome)
+        weights = self._weights(trained)
         if not is_first():
             return
         if self.settings.keep_adapter:
-            write_adapter(self.source, weights, output, self._step(outcome), command=command, **options)
+            write_adapter(self.source, weights, output, self._step(trained), command=command, **options)
             return
         if self.settings.lora is not None:
             weights = self._merged(weights)
-        losses = [("train", outcome.train_loss), ("validation", outcome.eval_loss)]
-        told = ", ".join(f"{name} loss {loss:.4f}" for name, loss in losses if loss is not None)
-        notes = (f"trained for {outcome.steps:,} steps on {outcome.tokens:,} tokens: {told} nats a token",)
-        surgery = trained_surgery(self.source, weights, dtype=dtype, step=self._step(outcome), notes=notes)
+        losses = [("train", trained.train_loss), ("validation", trained.eval_loss)]
+        listed = ", ".join(f"{name} loss {loss:.4f}" for name, loss in losses if loss is not None)
+        notes = (f"trained for {trained.steps:,} steps on {trained.tokens:,} tokens: {listed} nats a token",)
+        surgery = trained_surgery(self.source, weights, dtype=dtype, step=self._step(trained), notes=notes)
         surgery.save(output, dtype=dtype, command=command, **options)
 
-    def _weights(self, outcome: run.Outcome) -> Path:
-        """Return a directory with the weights, or adapters, of the step that is the result."""
+    def _weights(self, trained: TrainedSteps) -> Path:
+        """Return a directory with the weights, or adapters, of the resulting step."""
         weights = self.run_dir / WEIGHTS
-        if self._best(outcome) != outcome.steps:
-            return self.run_dir / f"checkpoint-{outcome.best_step}"
+        if self._best(trained) != trained.steps:
+            return self.run_dir / f"checkpoint-{trained.best_step}"
         with quiet_transformers(), checkpoints.explained(self.run_dir):
             self.trainer.save_model(str(weights))
         self.wait()
         return weights
 
-    def _best(self, outcome: run.Outcome) -> int:
-        return outcome.best_step if self.settings.keep_best and outcome.best_step is not None else outcome.steps
+    def _best(self, trained: TrainedSteps) -> int:
+        return trained.best_step if self.settings.keep_best and trained.best_step is not None else trained.steps
 
-    def _step(self, outcome: run.Outcome) -> dict[str, Any]:
-        """Return what the receipt says of the run."""
+    def _step(self, trained: TrainedSteps) -> dict[str, Any]:
+        """Return the step of the receipt."""
         return {
             "data": self.provenance,
-            "steps": outcome.steps,
-            "tokens": outcome.tokens,
-            "result_of_step": self._best(outcome),
+            "steps": trained.steps,
+            "tokens": trained.tokens,
+            "result_of_step": self._best(trained),
             "learning_rate": self.rate,
-            "settings": self.settings.deciding(),
+            "settings": self.task.record(),
         }
 
     def _merged(self, adapter: Path) -> Path:
         """Return a directory with the base's weights in float32 and the adapter added to them."""
         merged = self.run_dir / WEIGHTS / "merged"
-        model = load_model(self.source, dtype=torch.float32, hint=run.LOAD_HINT)
+        model = load_model(self.source, dtype=torch.float32, hint=LOAD_HINT)
         with quiet_transformers(), checkpoints.explained(self.run_dir):
             adapters.merged(model, adapter).save_pretrained(merged)
         return merged
 
-    def told(self, outcome: run.Outcome, output: Path | None) -> Training:
-        """Return what the run came to, for one that was stopped too."""
-        if output is None:
-            self.reporter.status("stopped", exit_code=143)
+    def stopped(self, trained: TrainedSteps) -> Training:
+        """Return the summary of a run that was stopped before its end."""
+        self.reporter.status("stopped", exit_code=143)
+        return self._summary(trained, None)
+
+    def _summary(self, trained: TrainedSteps, output: Path | None) -> Training:
         return Training(
             output=output,
             run_dir=self.run_dir,
-            steps=outcome.steps,
-            tokens=outcome.tokens,
-            train_loss=outcome.train_loss,
-            eval_loss=outcome.eval_loss,
+            steps=trained.steps,
+            tokens=trained.tokens,
+            train_loss=trained.train_loss,
+            eval_loss=trained.eval_loss,
             learning_rate=self.rate,
-            best_step=outcome.best_step,
+            best_step=trained.best_step,
             tokens_per_second=self.reporter.tokens_per_second,
             seconds=time.perf_counter() - self.began,
             plot=self._plot(),
             notes=tuple(self.reporter.notes),
         )
 
-    def finished(self, outcome: run.Outcome, output: Path) -> Training:
-        """Return what the run came to, and clear away what only a resume would need again but checkpoints."""
-        found = self.told(outcome, output)
+    def finished(self, trained: TrainedSteps, output: Path) -> Training:
+        """Return the summary of a run whose output is written, and remove its tokens and its teacher's answers."""
+        summary = self._summary(trained, output)
         if is_first():
             for name in (TRAINED, HELD_OUT, TEACHER):
                 shutil.rmtree(self.run_dir / name, ignore_errors=True)
             self.reporter.status("done", exit_code=0, output=str(output))
         self.wait()
-        return found
+        return summary
 
     def _plot(self) -> Path | None:
         """Draw the losses into the run's directory, where matplotlib is installed."""
         if not is_first():
             return None
         try:
-            require_matplotlib()
-            return plot_runs([self.run_dir], self.run_dir / PLOT)
-        except SurgeonError as error:  # a run is no worse for want of a picture
+            return plot_losses([(self.run_dir, read_metrics(self.run_dir))], self.run_dir / PLOT)
+        except SurgeonError as error:  # a run without a picture has not failed
             self.reporter.note(f"no plot: {error}")
             return None
 
 
 def _progress(checkpoint: Path) -> tuple[int, int]:
-    """Return how many steps and tokens of the run are behind a checkpoint."""
+    """Return how many steps and tokens of the run came before a checkpoint."""
     state = read_json(checkpoint / "trainer_state.json")
     return checkpoints.step_of(checkpoint), int(state["num_input_tokens_seen"])
+
+
+def run_steps(
+    model: Any,
+    data: RunData,
+    settings: Settings,
+    *,
+    run_dir: Path,
+    lr: float,
+    steps: int,
+    device: str,
+    resume_from: Path | None,
+    reporter: Reporter,
+    stop: Stop,
+) -> tuple[SurgeonTrainer, TrainedSteps]:
+    """Train, and return the trainer, which holds the model, with a summary of the steps.
+
+    Raises TrainingError for a run that diverges, OutputError for a full disk.
+    """
+    resumed = resume_from is not None
+    trainer = SurgeonTrainer(
+        model,
+        arguments(settings, data, run_dir=run_dir, lr=lr, steps=steps, device=device, resumed=resumed),
+        data=data,
+        on_step=reporter.step,
+        on_evaluation=reporter.evaluated,
+        paused=reporter.paused,
+        keep=settings.keep_checkpoints,
+        keep_best=settings.keep_best,
+    )
+    check_optimizer(trainer, settings)
+    control = Control(stop, trainer, patience=settings.patience, history=reporter.validations())
+    trainer.add_callback(control)
+    with quiet_transformers():
+        if resume_from is not None and (checkpoints.step_of(resume_from) >= steps or control.is_over):
+            trainer.restore(resume_from)  # training had ended, and only the result was not written
+        else:
+            trainer.train(resume_from_checkpoint=str(resume_from) if resumed else None)
+    tail = reporter.losses[-max(1, len(reporter.losses) // 10) :]
+    validations = reporter.validations()
+    return trainer, TrainedSteps(
+        steps=trainer.state.global_step,
+        tokens=trainer.state.num_input_tokens_seen,
+        train_loss=sum(tail) / len(tail) if tail else None,
+        eval_loss=validations[-1] if validations else None,
+        best_step=trainer.state.best_global_step,
+        is_stopped=stop.is_requested,
+    )
+
+
+def loss_after(model: Any, data: RunData, settings: Settings, *, lr: float, steps: int, device: str) -> float:
+    """Return the loss of the held-out rows (without any, of trained rows) after a short run at a learning rate.
+
+    It is infinite for a run that diverges. Nothing of the run is kept.
+    """
+    evaluations: list[EvalLosses] = []
+    short = replace(
+        settings, max_steps=steps, epochs=None, eval_every=steps, save_every=0, keep_best=False, patience=None
+    )
+    with tempfile.TemporaryDirectory() as directory:
+        trainer = SurgeonTrainer(
+            model,
+            arguments(short, data, run_dir=Path(directory), lr=lr, steps=steps, device=device, resumed=True),
+            data=data,
+            on_step=lambda logs: None,
+            on_evaluation=evaluations.append,
+        )
+        try:
+            with quiet_transformers():
+                trainer.train()
+        except DivergedError:
+            return math.inf
+    last = evaluations[-1]
+    loss = last.probe if last.validation is None else last.validation
+    return math.inf if loss is None or not math.isfinite(loss) else loss
+
+
+@contextmanager
+def memory_explained(settings: Settings, step: Callable[[], int]) -> Iterator[None]:
+    """Turn an out-of-memory error into one that says what to lower. `step` returns how many steps are done."""
+    try:
+        yield
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        raise _out_of_memory(settings, step()) from error
+    except RuntimeError as error:
+        if "not enough memory" not in str(error) and "can't allocate memory" not in str(error):  # the CPU's allocator
+            raise
+        raise _out_of_memory(settings, step()) from error
+
+
+def _out_of_memory(settings: Settings, step: int) -> TrainingError:
+    return TrainingError(
+        f"the memory is full after step {step}, with {settings.batch_size} rows a batch", hint=MEMORY_HINT
+    )

@@ -1,11 +1,12 @@
-"""What a training run is told: every option of `surgeon finetune`, with its default, its help and its limits."""
+"""The settings of a training run: options of `surgeon finetune`, each with its default, help text and limits."""
 
 import math
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
 from typing import Any
 
 from surgeon.errors import PlanError
+from surgeon.options import flag_of, option
 
 SCHEDULES = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup"}  # ours: transformers'
 PRECISIONS = ("auto", "bf16", "float32", "pure-bf16")
@@ -14,113 +15,100 @@ TRAIN_ON = ("completion", "all")
 LORA_TARGETS = ("all", "attention", "ffn")
 PACKING = ("auto", "on", "off")
 KL_DIRECTIONS = ("forward", "reverse")
-GIST_CONTROLS = ("none", "positive", "negative")
-GIST_READERS = ("same", "frozen")
-GIST_IMPLS = ("auto", "mask", "two-pass")
 TRACKERS = ("tensorboard", "wandb", "trackio")
-FULL_LR, LORA_LR = 2e-5, 2e-4  # where none is given; a cut model may want another: --lr auto looks
-
-
-def _option(text: str, default: Any, *, metavar: str | None = None, rerun: bool = False) -> Any:
-    """Return a field; with `rerun` a resumed run may be given another value, for it decides no number of the result."""
-    return field(default=default, metadata={"help": text, "metavar": metavar, "rerun": rerun})
+FULL_LR, LORA_LR = 2e-5, 2e-4  # the defaults; a cut model may need another rate, which --lr auto searches
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settings:
-    """The options of a run, checked alone and together. Their help texts are those of `surgeon finetune --help`."""
+class LearningSettings:
+    """Which data a run reads, how long and how fast it trains, which parameters, and which teacher it follows."""
 
     # data
-    data_weights: str | None = _option("Passes over each --data in an epoch, in their order: 1,0.5", None, metavar="W")
-    sequence_length: int | None = _option("Tokens of a row. Default: 1024, or what the model sees.", None, metavar="T")
-    packing: str = _option("Put several documents into a row, kept apart: auto, on, off.", "auto", metavar="WHEN")
-    train_on: str = _option("What of records with an answer is trained: completion or all.", "completion", metavar="M")
-    eval_data: tuple[str, ...] = _option("Held-out data. Repeatable. Default: a part of --data.", (), metavar="DATA")
-    eval_fraction: float = _option("Without --eval-data: the part of the documents held out.", 0.01, metavar="F")
-    eval_rows: int = _option("At most so many rows are evaluated, and as many of the trained ones.", 64, metavar="N")
+    data_weights: str | None = option("Passes over each --data in an epoch, in their order: 1,0.5", None, metavar="W")
+    sequence_length: int | None = option(
+        "Tokens per sequence. Default: 1024, or the model's maximum.", None, metavar="T"
+    )
+    packing: str = option("Pack several documents into a sequence, kept apart: auto, on, off.", "auto", metavar="WHEN")
+    train_on: str = option(
+        "Train on the answer only (completion) or on prompt and answer (all).", "completion", metavar="M"
+    )
+    eval_data: tuple[str, ...] = option("Held-out data. Repeatable. Default: a part of --data.", (), metavar="DATA")
+    eval_fraction: float = option("Without --eval-data: the fraction of documents to hold out.", 0.01, metavar="F")
+    eval_rows: int = option("Evaluate at most N sequences, and as many of the trained ones.", 64, metavar="N")
     # length and rate
-    max_steps: int | None = _option("Optimiser steps.", None, metavar="N")
-    epochs: float | None = _option("Passes over the data. Default: 1, where no steps are given.", None, metavar="E")
-    batch_size: int = _option("Rows that a device computes at once.", 8, metavar="N")
-    gradient_accumulation: int = _option("Batches that one step sums up.", 1, metavar="N")
-    lr: str = _option(f"Peak rate, or auto: two short runs. Default: {FULL_LR:g}; LoRA {LORA_LR:g}.", "", metavar="LR")
-    warmup: float = _option("Steps until the peak; below 1 a part of all steps.", 0.03, metavar="N")
-    schedule: str = _option("After the warm-up: cosine, linear or constant.", "cosine", metavar="NAME")
-    optim: str = _option("Any optimiser of transformers' Trainer.", "adamw_torch_fused", metavar="NAME")
-    weight_decay: float = _option("On matrices, not on norms and biases.", 0.0, metavar="W")
-    max_grad_norm: float = _option("Longer gradients are scaled down to it; 0: never.", 1.0, metavar="G")
+    max_steps: int | None = option("Optimiser steps.", None, metavar="N")
+    epochs: float | None = option("Passes over the data. Default: 1, unless steps are given.", None, metavar="E")
+    batch_size: int = option("Sequences per device and forward pass.", 8, metavar="N")
+    gradient_accumulation: int = option("Batches per optimiser step.", 1, metavar="N")
+    lr: str = option(f"Peak rate, or auto: two short runs. Default: {FULL_LR:g}; LoRA {LORA_LR:g}.", "", metavar="LR")
+    warmup: float = option("Steps until the peak rate; below 1, a part of all steps.", 0.03, metavar="N")
+    schedule: str = option("After the warm-up: cosine, linear or constant.", "cosine", metavar="NAME")
+    optim: str = option("Any optimiser of transformers' Trainer.", "adamw_torch_fused", metavar="NAME")
+    weight_decay: float = option("Applied to matrices, not to norms and biases.", 0.0, metavar="W")
+    max_grad_norm: float = option("Clip gradients to this norm; 0: never.", 1.0, metavar="G")
     # what is trained
-    train: str = _option(
-        "all; new (layers and tokens that surgery made); cut (layers beside a cut).", "all", metavar="P"
+    train: str = option(
+        "Which layers to train: all, new (added by surgery), cut (next to removed layers).", "all", metavar="P"
     )
-    freeze: str | None = _option("What stays: embeddings, head, layers=0-11, comma-separated.", None, metavar="PARTS")
-    lora: int | None = _option("Train low-rank adapters of this rank instead; merged at the end.", None, metavar="R")
-    lora_alpha: float | None = _option("Scale of the adapters is alpha / rank. Default: 2 x rank.", None, metavar="A")
-    lora_dropout: float = _option("Dropout in front of the adapters.", 0.0, metavar="P")
-    lora_targets: str = _option("Where adapters go: all, attention or ffn.", "all", metavar="PART")
-    keep_adapter: bool = _option("Write the adapter alone, as PEFT does.", False)
-    qlora: bool = _option("Hold the base model in 4 bits (bitsandbytes); goes with --lora.", False)
+    freeze: str | None = option("Frozen parts: embeddings, head, layers=0-11, comma-separated.", None, metavar="PARTS")
+    lora: int | None = option("Train low-rank adapters of this rank instead; merged at the end.", None, metavar="R")
+    lora_alpha: float | None = option("Scale of the adapters is alpha / rank. Default: 2 x rank.", None, metavar="A")
+    lora_dropout: float = option("Dropout before the adapters.", 0.0, metavar="P")
+    lora_targets: str = option("Where adapters go: all, attention or ffn.", "all", metavar="PART")
+    keep_adapter: bool = option("Write the adapter alone, as PEFT does.", False)
+    qlora: bool = option("Hold the base model in 4 bits (bitsandbytes); goes with --lora.", False)
     # distillation
-    teacher: str | None = _option("Distil from this model: a directory or Hub id.", None, metavar="MODEL")
-    kd_weight: float = _option("Loss = (1 - w) cross-entropy + w KL.", 0.5, metavar="W")
-    temperature: float = _option("Both distributions are softened by it; KL is multiplied by T².", 1.0, metavar="T")
-    kl: str = _option("forward: KL(teacher, student); reverse: KL(student, teacher).", "forward", metavar="WAY")
-    hidden_weight: float = _option("Weight of the distance of hidden states, layer by layer map.", 0.0, metavar="W")
-    teacher_top_k: int | None = _option("Run the teacher once, keep its K likeliest tokens on disk.", None, metavar="K")
-    # gist tokens
-    gist: bool = _option("Train to compress prompts into the gist tokens that `surgeon gist` added.", False)
-    gist_control: str = _option(
-        "The paper's bounds: positive sees the prompt too, negative neither prompt nor gist; or none.",
-        "none",
-        metavar="NAME",
+    teacher: str | None = option("Distil from this model: a directory or Hub id.", None, metavar="MODEL")
+    kd_weight: float = option("Loss = (1 - w) cross-entropy + w KL.", 0.5, metavar="W")
+    temperature: float = option("Softens both distributions; KL is multiplied by T².", 1.0, metavar="T")
+    kl: str = option("forward: KL(teacher, student); reverse: KL(student, teacher).", "forward", metavar="WAY")
+    hidden_weight: float = option(
+        "Weight of the hidden states' error, by the layer map of the surgery.", 0.0, metavar="W"
     )
-    gist_random_tokens: str | None = _option(
-        "Draw the tokens of each record's gist from these: 1,2,4,8. Default: the model's number.", None, metavar="K,K"
+    teacher_top_k: int | None = option(
+        "Run the teacher once, and keep its K likeliest tokens on disk.", None, metavar="K"
     )
-    gist_reader: str = _option(
-        "frozen: adapters compress the prompt, the untouched model reads the gist; or same.", "same", metavar="WHO"
-    )
-    gist_distill: float = _option(
-        "Loss = (1 - w) cross-entropy + w KL to the untrained model, which sees the prompt.", 0.0, metavar="W"
-    )
-    gist_impl: str = _option(
-        "mask, two-pass (prompt, then the rest on its gist's cache), or auto.", "auto", metavar="I"
-    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ComputeSettings:
+    """How a run computes, and how often it evaluates and saves."""
+
     # numbers
-    precision: str = _option("bf16 (float32 weights, bf16 products), float32, pure-bf16.", "auto", metavar="P")
-    activation_checkpointing: bool = _option("Compute activations twice, store few.", False)
-    compile: bool = _option("torch.compile the layers.", False)
-    attention: str | None = _option("transformers' attn_implementation: sdpa, eager ...", None, metavar="NAME")
-    seed: int = _option("Everything random derives from it.", 0, metavar="N")
-    deterministic: bool = _option("Only deterministic kernels on a GPU; slower.", False)
+    precision: str = option("bf16 (float32 weights, bf16 products), float32, pure-bf16.", "auto", metavar="P")
+    activation_checkpointing: bool = option("Recompute activations to save memory.", False)
+    compile: bool = option("torch.compile the layers.", False)
+    attention: str | None = option("transformers' attn_implementation: sdpa, eager ...", None, metavar="NAME")
+    seed: int = option("Everything random derives from it.", 0, metavar="N")
+    deterministic: bool = option("Only deterministic kernels on a GPU; slower.", False)
     # how often
-    eval_every: int | None = _option("Steps between evaluations. Default: a tenth of the run.", None, metavar="N")
-    save_every: int | None = _option("Steps between checkpoints; 0: none. Default: --eval-every.", None, metavar="N")
-    keep_checkpoints: int = _option("How many are kept, the best one beside.", 2, metavar="N", rerun=True)
-    keep_best: bool = _option("The result is the step with the lowest validation loss, not the last.", False)
-    patience: int | None = _option("Stop after so many evaluations without a better one.", None, metavar="N")
-    workers: int = _option("Processes that fetch rows.", 0, metavar="N", rerun=True)
-    track: tuple[str, ...] = _option("Also log to tensorboard, wandb or trackio.", (), metavar="TOOL", rerun=True)
+    eval_every: int | None = option("Steps between evaluations. Default: a tenth of the run.", None, metavar="N")
+    save_every: int | None = option("Steps between checkpoints; 0: none. Default: --eval-every.", None, metavar="N")
+    keep_checkpoints: int = option("Checkpoints to keep, besides the best one.", 2, metavar="N", at_resume=True)
+    keep_best: bool = option("Write the step with the lowest validation loss, not the last one.", False)
+    patience: int | None = option("Stop after N evaluations without an improvement.", None, metavar="N")
+    workers: int = option("Processes that load data.", 0, metavar="N", at_resume=True)
+    track: tuple[str, ...] = option("Also log to tensorboard, wandb or trackio.", (), metavar="TOOL", at_resume=True)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings(ComputeSettings, LearningSettings):  # dataclasses take the fields of the last base first
+    """The settings of any run, checked alone and together."""
 
     def __post_init__(self) -> None:
-        """Raises PlanError for a value that makes no sense, alone or beside another."""
+        """Raise PlanError for a value that makes no sense, alone or beside another."""
         words = {"schedule": tuple(SCHEDULES), "precision": PRECISIONS, "train": TRAINED, "train_on": TRAIN_ON}
         words |= {"lora_targets": LORA_TARGETS, "packing": PACKING, "kl": KL_DIRECTIONS}
-        words |= {"gist_control": GIST_CONTROLS, "gist_reader": GIST_READERS, "gist_impl": GIST_IMPLS}
-        for name, known in words.items():
-            if getattr(self, name) not in known:
-                raise PlanError(f"unknown {_flag(name)} {getattr(self, name)!r}", hint=f"One of: {', '.join(known)}.")
+        check_words(self, words)
         if wrong := next((tool for tool in self.track if tool not in TRACKERS), None):
             raise PlanError(f"unknown --track {wrong!r}", hint=f"One of: {', '.join(TRACKERS)}.")
         self._check_numbers()
         self._check_pairs()
-        self._check_gist()
         self.learning_rate()
         self.weights(None)
-        self.gist_counts()
 
     def learning_rate(self) -> float | None:
-        """Return the peak learning rate, None where it is to be looked for. Raises PlanError for no number."""
+        """Return the peak learning rate, None for a search. Raises PlanError for text that is no rate."""
         if self.lr == "auto":
             return None
         if not self.lr:
@@ -134,37 +122,23 @@ class Settings:
         return rate
 
     def weights(self, count: int | None) -> tuple[float, ...]:
-        """Return how often each of `count` data arguments is seen in an epoch; None: as many as are written."""
+        """Return how often each of `count` data arguments is seen in an epoch; with None, the numbers as given."""
         hint = "As many numbers as there are --data, such as --data-weights 1,0.5"
         if self.data_weights is None:
             return (1.0,) * (count or 0)
         try:
-            found = tuple(float(word) for word in self.data_weights.split(","))
+            weights = tuple(float(word) for word in self.data_weights.split(","))
         except ValueError as error:
             raise PlanError(f"--data-weights {self.data_weights!r} is no list of numbers", hint=hint) from error
-        if any(not 0 <= weight <= 1000 for weight in found) or not any(found):
+        if any(not 0 <= weight <= 1000 for weight in weights) or not any(weights):
             raise PlanError(f"--data-weights {self.data_weights!r}: a weight is from 0 to 1000", hint=hint)
-        if count is not None and len(found) != count:
-            raise PlanError(f"--data-weights has {len(found)} numbers for {count} --data", hint=hint)
-        return found
-
-    def gist_counts(self) -> tuple[int, ...] | None:
-        """Return the numbers of gist tokens to draw from; None for the checkpoint's own."""
-        if self.gist_random_tokens is None:
-            return None
-        words = [word.strip() for word in self.gist_random_tokens.split(",")]
-        if not all(word.isdecimal() and int(word) > 0 for word in words):
-            hint = "Such as --gist-random-tokens 1,2,4,8"
-            raise PlanError(f"--gist-random-tokens {self.gist_random_tokens!r} is no list of numbers", hint=hint)
-        return tuple(int(word) for word in words)
+        if count is not None and len(weights) != count:
+            raise PlanError(f"--data-weights has {len(weights)} numbers for {count} --data", hint=hint)
+        return weights
 
     def deciding(self) -> dict[str, Any]:
         """Return the settings that decide numbers of the result: a run is resumed only with the same ones."""
-        return {name: value for name, value in self.to_dict().items() if name not in _RERUN}
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the settings as JSON holds them."""
-        return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
+        return deciding(self)
 
     def _check_numbers(self) -> None:
         least: Mapping[str, float] = {
@@ -175,16 +149,16 @@ class Settings:
         for name, lowest in least.items():
             value = getattr(self, name)
             if value is not None and not lowest <= value < math.inf:
-                raise PlanError(f"{_flag(name)} is {value:g}; {lowest:g} is the least", hint=_floor_hint(name, lowest))
+                raise PlanError(
+                    f"{flag_of(name)} is {value:g}; {lowest:g} is the least", hint=_floor_hint(name, lowest)
+                )
         above_zero = {"epochs": self.epochs, "temperature": self.temperature, "lora_alpha": self.lora_alpha}
         for name, value in above_zero.items():
             if value is not None and not 0 < value < math.inf:
                 raise PlanError(
-                    f"{_flag(name)} is {value:g}; it must be above 0, and finite", hint=f"Such as {_flag(name)} 1."
+                    f"{flag_of(name)} is {value:g}; it must be above 0, and finite", hint=f"Such as {flag_of(name)} 1."
                 )
-        for name, top in {"eval_fraction": 0.5, "kd_weight": 1.0, "lora_dropout": 0.9, "gist_distill": 1.0}.items():
-            if not 0 <= getattr(self, name) <= top:
-                raise PlanError(f"{_flag(name)} is {getattr(self, name):g}; it lies between 0 and {top:g}")
+        check_range(self, {"eval_fraction": 0.5, "kd_weight": 1.0, "lora_dropout": 0.9})
 
     def _check_pairs(self) -> None:
         if self.max_steps is not None and self.epochs is not None:
@@ -193,7 +167,9 @@ class Settings:
         needs |= {"teacher_top_k": "teacher", "hidden_weight": "teacher"}
         for name, other in needs.items():
             if getattr(self, name) and not getattr(self, other):
-                raise PlanError(f"{_flag(name)} says nothing without {_flag(other)}", hint=f"Add {_flag(other)}.")
+                raise PlanError(
+                    f"{flag_of(name)} has no effect without {flag_of(other)}", hint=f"Add {flag_of(other)}."
+                )
         if self.lora and (self.train != "all" or self.freeze):
             raise PlanError("--lora trains adapters alone; nothing else is to be frozen", hint="Leave out --train.")
         if self.train == "new" and self.weight_decay:
@@ -203,42 +179,27 @@ class Settings:
         if (self.keep_best or self.patience) and not self.eval_data and not self.eval_fraction:
             raise PlanError("the best step is found on held-out data", hint="Give --eval-data or --eval-fraction.")
 
-    def _check_gist(self) -> None:
-        words = {"gist_control": "none", "gist_reader": "same", "gist_impl": "auto"}
-        given = [name for name, neutral in words.items() if getattr(self, name) != neutral]
-        given += [name for name in ("gist_random_tokens", "gist_distill") if getattr(self, name)]
-        if given and not self.gist:
-            raise PlanError(f"{_flag(given[0])} says nothing without --gist", hint="Add --gist.")
-        if not self.gist:
-            return
-        if self.train_on == "all":
-            raise PlanError(
-                "--gist trains answers: a model must not learn to write gists", hint="Leave out --train-on."
-            )
-        if self.teacher:
-            hint = "--gist-distill W learns from the model itself, which sees the whole prompt."
-            raise PlanError("--teacher does not go with --gist", hint=hint)
-        if self.gist_reader == "frozen":
-            if not (self.lora and self.keep_adapter):
-                hint = "Add --lora 16 --keep-adapter."
-                raise PlanError("a frozen reader is the model without the adapters that compress", hint=hint)
-            if self.gist_impl == "mask":
-                hint = "Leave out --gist-impl."
-                raise PlanError("a frozen reader reads in a pass of its own, and --gist-impl mask has one", hint=hint)
-        if self.gist_impl == "two-pass" or self.gist_reader == "frozen":
-            if self.activation_checkpointing:
-                hint = "Leave out --activation-checkpointing."
-                raise PlanError("activation checkpointing empties the cache that a gist of two passes is in", hint=hint)
-            if self.packing == "on":
-                raise PlanError("in two passes each row holds one document", hint="Leave out --packing.")
+
+def deciding(options: Any) -> dict[str, Any]:
+    """Return the options of a dataclass that decide numbers of the result, as JSON holds them."""
+    names = [item.name for item in fields(options) if not item.metadata["flag"].at_resume]
+    values = {name: getattr(options, name) for name in names}
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
 
 
-def _flag(name: str) -> str:
-    return f"--{name.replace('_', '-')}"
+def check_words(settings: Any, words: Mapping[str, Sequence[str]]) -> None:
+    """Raise PlanError where a setting is none of its words."""
+    for name, known in words.items():
+        if getattr(settings, name) not in known:
+            raise PlanError(f"unknown {flag_of(name)} {getattr(settings, name)!r}", hint=f"One of: {', '.join(known)}.")
+
+
+def check_range(settings: Any, tops: Mapping[str, float]) -> None:
+    """Raise PlanError where a setting is not between 0 and its largest value."""
+    for name, top in tops.items():
+        if not 0 <= getattr(settings, name) <= top:
+            raise PlanError(f"{flag_of(name)} is {getattr(settings, name):g}; it lies between 0 and {top:g}")
 
 
 def _floor_hint(name: str, lowest: float) -> str:
-    return f"Set {_flag(name)} to {lowest:g} or more."
-
-
-_RERUN = frozenset(item.name for item in fields(Settings) if item.metadata["rerun"])
+    return f"Set {flag_of(name)} to {lowest:g} or more."

@@ -1,10 +1,10 @@
-"""What a teacher says of each token: a model that runs beside the student, or its likeliest tokens kept on disk."""
+"""Teachers: a model that runs beside the student, or its likeliest tokens for each token, stored on disk."""
 
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -13,25 +13,26 @@ from torch import Tensor
 from surgeon.checkpoint.output import check_space, staged
 from surgeon.errors import DataError, PlanError
 from surgeon.models.split import AttentionLayout, Causal, SplitModel, check_layout
-from surgeon.train.losses import Direction, chunk_rows, kl, top_k_kl, wide
+from surgeon.train.losses import Direction, chunk_rows, kl, sum_dtype, top_k_kl
+from surgeon.train.store import IGNORED, TokenStore
 
-if TYPE_CHECKING:
-    from surgeon.train.store import TokenStore
-
-BATCH_TOKENS = 4096  # that go through a teacher at once while its answers are kept
+BATCH_TOKENS = 4096  # tokens per forward pass of a teacher whose answers are stored
 HEADER, IDS, LOG_PROBS, PLACES = "teacher.json", "ids.u32", "log_probs.f32", "places.i64"
-HINT = "Remove the directory; the answers are then asked for again."
+HINT = "Remove the directory; the answers are then computed again."
 
 
 class Teacher(Protocol):
-    """What a loss needs of a teacher. `hidden_size` is None for one whose states are not known."""
+    """A teacher, as a loss uses it.
 
+    `temperature` is the only one at which it can answer, None for any. `hidden_size` is None where its states are not
+    known. `name` says in errors where its answers are.
+    """
+
+    name: str
     vocab: int
     hidden_size: int | None
     depth: int
-
-    def check(self, temperature: float) -> None:
-        """Raises PlanError where the teacher cannot answer at this temperature."""
+    temperature: float | None
 
     def see(
         self,
@@ -42,29 +43,28 @@ class Teacher(Protocol):
         *,
         layers: Sequence[int],
     ) -> tuple[tuple[Tensor, ...], dict[int, Tensor]]:
-        """Return what it knows of the N tokens `chosen`, N rows each, and its states behind `layers`, (N, D)."""
+        """Return its answers for the N tokens `chosen`, N rows each, and its states after `layers`, (N, D)."""
 
     def divergence(self, logits: Tensor, *seen: Tensor, temperature: float, direction: Direction) -> Tensor:
-        """Return the divergence of the student's logits, (n, V), from n rows of what it knows, summed, times T²."""
+        """Return the divergence of the student's logits, (n, V), from n rows of answers, summed, times T²."""
 
 
 class OnlineTeacher:
     """A model that runs beside the student, in evaluation mode and without gradients.
 
     It may be of another family, depth and width. Its logits exist for a chunk of tokens at a time, as the student's do.
-    `layout` is what its tokens see of each other, by default those of their document before them.
+    `layout` says which tokens each token sees, by default the earlier ones of its document.
     """
+
+    temperature: float | None = None
 
     def __init__(self, model: Any, *, layout: AttentionLayout | None = None) -> None:
         self._layout = layout or Causal()
         self._split = SplitModel(model.eval().requires_grad_(False))
         check_layout(self._layout, self._split)
-        self.vocab = self._split.vocab
+        self.name, self.vocab = type(model).__name__, self._split.vocab
         self.hidden_size: int | None = self._split.hidden_size
         self.depth = self._split.depth
-
-    def check(self, temperature: float) -> None:
-        """Return; a model answers at every temperature."""
 
     @torch.no_grad()
     def see(
@@ -76,19 +76,19 @@ class OnlineTeacher:
         *,
         layers: Sequence[int],
     ) -> tuple[tuple[Tensor, ...], dict[int, Tensor]]:
-        """Return the states of the tokens in front of the teacher's head, and those behind `layers`."""
+        """Return the states of the tokens before the teacher's head, and those after `layers`."""
         with self._split.watched(layers) as seen:
             hidden = self._layout.states(self._split, input_ids, position_ids, chosen)
         return (hidden[chosen],), {layer: states[chosen] for layer, states in seen.items()}
 
     @property
     def device(self) -> torch.device:
-        """Where the teacher computes."""
+        """The device of the teacher."""
         return self._split.device
 
     @torch.no_grad()
     def logits(self, hidden: Tensor) -> Tensor:
-        """Return the teacher's logits, (n, V), of states in front of its head, (n, D)."""
+        """Return the teacher's logits, (n, V), of states before its head, (n, D)."""
         return self._split.logits(hidden)
 
     def divergence(self, logits: Tensor, *seen: Tensor, temperature: float, direction: Direction) -> Tensor:
@@ -97,15 +97,16 @@ class OnlineTeacher:
 
 
 class CachedTeacher:
-    """A teacher's likeliest tokens, read from what `cache_top_k` wrote, by where in the store a token lies."""
+    """A teacher's likeliest tokens, as `cache_top_k` wrote them, read by the index of a token in the store."""
 
     hidden_size: int | None = None
     depth = 0
 
     def __init__(self, directory: Path) -> None:
         header = _read_header(directory)
-        self._directory = directory
-        self.k, self.temperature, self.vocab = int(header["k"]), float(header["temperature"]), int(header["vocab"])
+        self._directory, self.name = directory, str(directory)
+        self.temperature: float | None = float(header["temperature"])
+        self.k, self.vocab = int(header["k"]), int(header["vocab"])
         rows, tokens = int(header["num_trained"]), int(header["num_tokens"])
         self.store = str(header["store"])
         self._ids = self._mapped(IDS, np.uint32, (rows, self.k))
@@ -115,18 +116,10 @@ class CachedTeacher:
     def _mapped(self, name: str, dtype: Any, shape: tuple[int, ...]) -> Any:
         path = self._directory / name
         size = path.stat().st_size if path.is_file() else 0
-        wanted = int(np.prod(shape)) * np.dtype(dtype).itemsize
-        if size != wanted:
-            raise DataError(f"{path} has {size} bytes and should have {wanted}", hint=HINT)
-        return np.memmap(path, dtype, "r", shape=shape) if wanted else np.empty(shape, dtype)
-
-    def check(self, temperature: float) -> None:
-        """Raises PlanError where the answers were taken at another temperature."""
-        if temperature != self.temperature:
-            raise PlanError(
-                f"{self._directory} holds a teacher's answers at temperature {self.temperature:g}, not {temperature:g}",
-                hint=HINT,
-            )
+        expected = int(np.prod(shape)) * np.dtype(dtype).itemsize
+        if size != expected:
+            raise DataError(f"{path} has {size} bytes and should have {expected}", hint=HINT)
+        return np.memmap(path, dtype, "r", shape=shape) if expected else np.empty(shape, dtype)
 
     def see(
         self,
@@ -139,9 +132,9 @@ class CachedTeacher:
     ) -> tuple[tuple[Tensor, ...], dict[int, Tensor]]:
         """Return the likeliest ids of the tokens, int64, and their log-probabilities, both (N, k).
 
-        Raises DataError for a token that the teacher was not asked about.
+        Raises DataError for a token without a stored answer.
         """
-        assert token_index is not None, "a cache is read by where in the store tokens lie"
+        assert token_index is not None, "a cache is read by the index of tokens in the store"
         index = token_index[chosen].cpu().numpy()
         known = (index >= 0) & (index < len(self._places))
         places = np.where(known, self._places[np.where(known, index, 0)], -1) if len(self._places) else index * 0 - 1
@@ -158,8 +151,8 @@ class CachedTeacher:
 
 
 @dataclass(frozen=True, eq=False)
-class _Batch:
-    """Pieces of the store as rows, (B, S), each filled up at its right."""
+class TeacherBatch:
+    """Pieces of the store as rows, (B, S), each padded at its right."""
 
     ids: Tensor
     positions: Tensor
@@ -170,7 +163,7 @@ class _Batch:
 @torch.no_grad()
 def cache_top_k(
     teacher: OnlineTeacher,
-    store: "TokenStore",
+    store: TokenStore,
     directory: Path,
     k: int,
     *,
@@ -179,15 +172,15 @@ def cache_top_k(
 ) -> None:
     """Write a teacher's k largest log-probabilities at a temperature, for each token of a store that is trained.
 
-    The directory appears whole or not at all, and replaces an older one. A token takes 8 · k bytes: ids in uint32, and
-    float32, because in float16 rounding (2^-11 of each) is more than what the tail of a confident teacher sums to.
-    `progress` is told how many tokens are through. A document is asked about alone: what it is packed with later does
-    not matter to a teacher that sees one document at a time.
+    The directory is written whole or not at all, and replaces an older one. A token takes 8 · k bytes: ids in uint32,
+    and log-probabilities in float32, because float16 rounds by more (2^-11 of each) than the tail of a confident
+    teacher sums to. `progress` is called with the number of tokens of each batch. The teacher reads one document at a
+    time, so packing does not change its answers.
     Raises OutputError when the disk is full.
     """
     k = min(k, teacher.vocab)
     if k < 1:
-        raise PlanError(f"a teacher's {k} likeliest tokens cannot be kept", hint="64 are many, 1 is the least.")
+        raise PlanError(f"a teacher's {k} likeliest tokens cannot be stored", hint="64 are many, 1 is the least.")
     places = np.full(store.num_tokens, -1, np.int64)
     size = store.num_trained * k * 8 + places.nbytes
     count = 0
@@ -215,19 +208,19 @@ def cache_top_k(
         (stage / HEADER).write_text(json.dumps(header, indent=2) + "\n")
 
 
-def _top_k(teacher: OnlineTeacher, batch: _Batch, k: int, temperature: float) -> Iterator[tuple[Tensor, Tensor]]:
+def _top_k(teacher: OnlineTeacher, batch: TeacherBatch, k: int, temperature: float) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield the ids and log-probabilities of the trained tokens of a batch, in order, a chunk at a time."""
     ids, positions, chosen = (each.to(teacher.device) for each in (batch.ids, batch.positions, batch.chosen))
     (hidden,), _ = teacher.see(ids, positions, None, chosen, layers=())
     for states in torch.split(hidden, chunk_rows(teacher.vocab)):
         logits = teacher.logits(states)
-        log_probs = torch.log_softmax(logits.to(wide(logits.dtype)) / temperature, -1)
-        values, found = log_probs.topk(k)
-        yield found, values
+        log_probs = torch.log_softmax(logits.to(sum_dtype(logits.dtype)) / temperature, -1)
+        values, likeliest = log_probs.topk(k)
+        yield likeliest, values
 
 
-def _batches(store: "TokenStore") -> Iterator[_Batch]:
-    """Yield all pieces that have something to train, those of like length together, BATCH_TOKENS at a time or one."""
+def _batches(store: TokenStore) -> Iterator[TeacherBatch]:
+    """Yield all pieces in batches of similar length, of BATCH_TOKENS tokens or of one piece."""
     waiting: list[int] = []
     for number in np.argsort(store.lengths, kind="stable").tolist():
         if waiting and (len(waiting) + 1) * int(store.lengths[number]) > BATCH_TOKENS:
@@ -238,15 +231,17 @@ def _batches(store: "TokenStore") -> Iterator[_Batch]:
         yield _batch(store, waiting)
 
 
-def _batch(store: "TokenStore", numbers: Sequence[int]) -> _Batch:
+def _batch(store: TokenStore, numbers: Sequence[int]) -> TeacherBatch:
     pieces = [store.piece(number) for number in numbers]
     shape = (len(pieces), max(len(ids) for ids, _, _ in pieces))
-    all_ids, labels, index = np.zeros(shape, np.int64), np.full(shape, -100, np.int64), np.full(shape, -1, np.int64)
+    all_ids, labels, index = np.zeros(shape, np.int64), np.full(shape, IGNORED, np.int64), np.full(shape, -1, np.int64)
     for row, (ids, targets, start) in enumerate(pieces):
         all_ids[row, : len(ids)], labels[row, : len(ids)] = ids, targets
         index[row, : len(ids)] = np.arange(start, start + len(ids))
-    positions = torch.arange(shape[1]).expand(shape)  # no token sees the padding behind it
-    return _Batch(torch.from_numpy(all_ids), positions, torch.from_numpy(labels != -100), torch.from_numpy(index))
+    positions = torch.arange(shape[1]).expand(shape)  # no token sees the padding after it
+    return TeacherBatch(
+        torch.from_numpy(all_ids), positions, torch.from_numpy(labels != IGNORED), torch.from_numpy(index)
+    )
 
 
 def _read_header(directory: Path) -> dict[str, Any]:

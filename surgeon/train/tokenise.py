@@ -1,4 +1,4 @@
-"""Tokenise data once, into a token store: streamed, checked on the way, and there whole or not at all."""
+"""Tokenising data into a token store: streamed, checked on the way, and written whole or not at all."""
 
 import errno
 import hashlib
@@ -16,14 +16,14 @@ from surgeon.data.documents import documents
 from surgeon.data.records import Document
 from surgeon.data.rows import BETWEEN_TEXTS, check_shape, content
 from surgeon.errors import DataError, OutputError
-from surgeon.gist.records import Gists, gist_examples
-from surgeon.train.examples import COMPLETION, Example, examples
+from surgeon.train.examples import Example
+from surgeon.train.settings import Settings
 from surgeon.train.store import (
     ARRAYS,
     FORMAT,
     HEADER,
-    Request,
     SourceCounts,
+    StoreRequest,
     TokenStore,
     damage,
     fingerprint,
@@ -31,12 +31,13 @@ from surgeon.train.store import (
     open_store,
     stamps,
 )
+from surgeon.train.task import Task
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-BATCH_DOCUMENTS, BATCH_CHARACTERS = 1024, 1 << 20  # tokenised together; one longer document makes a batch by itself
-Progress = Callable[[int], object]  # is told how many more tokens there are
+BATCH_DOCUMENTS, BATCH_CHARACTERS = 1024, 1 << 20  # tokenised together; a longer document is a batch by itself
+TokenProgress = Callable[[int], object]  # called with the number of new tokens
 
 
 def prepare(
@@ -45,42 +46,37 @@ def prepare(
     *,
     directory: Path,
     sequence_length: int,
-    train_on: str = COMPLETION,
+    task: Task | None = None,
     max_tokens: int | None = None,
-    gists: Gists | None = None,
-    progress: Progress | None = None,
+    progress: TokenProgress | None = None,
 ) -> TokenStore:
-    """Return the store of some data in `directory`: the one that is there if it matches and is whole, else a new one.
+    """Return the store of some data in `directory`: the existing one if it matches and is whole, else a new one.
 
-    Every document is read, and so checked, but with `max_tokens`, which the data share in equal parts: of each no more
-    documents are read than reach its part, and what one leaves goes to those behind it. A text longer than a row is cut
-    into pieces; a prompt with its answer, or a chat, loses what goes beyond a row, and is dropped when nothing that is
-    trained is left. With `gists` each record has a gist behind its prompt. Memory is that of a batch of documents, and
-    of one .txt, however large the data.
-    Raises DataError for data that cannot be read or have nothing to train, OutputError when the disk is full or
-    refuses; nothing that looks like a store is left then. One process may do this at a time.
+    `task` makes the examples of documents, by default of texts, prompts with answers, and chats. Every document is read
+    and so checked. With `max_tokens`, which the data share in equal parts, documents are read until a part is reached;
+    tokens that one argument leaves go to the next ones. A text longer than a row is cut into pieces. A prompt with its
+    answer, or a chat, is cut to a row, and dropped when no trained token is left. Memory is that of a batch of
+    documents, and of one .txt, however large the data.
+    Raises DataError for data that cannot be read or have no token to train, OutputError when the disk is full or
+    refuses; then no store is left. One process may do this at a time.
     """
     assert not isinstance(specs, str)
     check_shape(1, sequence_length)
-    streams = [documents(spec) for spec in specs]  # a name that is wrong is an error before anything is touched
-    request = Request(
-        tuple(specs),
-        fingerprint(tokenizer),
-        sequence_length,
-        train_on,
-        max_tokens,
-        None if gists is None else gists.told,
+    streams = [documents(spec) for spec in specs]  # a wrong name is an error before any file is written
+    task = task or Task(Settings())
+    request = StoreRequest(
+        tuple(specs), fingerprint(tokenizer), sequence_length, task.settings.train_on, max_tokens, task.fingerprint
     )
     if (store := _reusable(directory, request)) is not None:
         return store
     with _writing(directory) as writer:
         sources: list[SourceCounts] = []
         for number, (spec, stream) in enumerate(zip(specs, streams, strict=True)):
-            files = stamps(spec)  # before it is read: what changes meanwhile does not match then
+            files = stamps(spec)  # before it is read, so that a file that changes meanwhile does not match later
             done = sum(source.num_tokens for source in sources)
             limit = None if max_tokens is None else -(-(max_tokens - done) // (len(specs) - number))
             first = sum(source.num_documents for source in sources)
-            reader = _Reader(tokenizer, writer, number, sequence_length, train_on, first, gists)
+            reader = _Reader(tokenizer, writer, number, sequence_length, first, task)
             reader.read(stream, limit, progress)
             sources.append(reader.counts(spec, files))
         if not sum(source.num_trained for source in sources):
@@ -92,8 +88,10 @@ def prepare(
     return open_store(directory)
 
 
-def _reusable(directory: Path, request: Request) -> TokenStore | None:
-    """Return the store in a directory if it is what is asked for and whole."""
+def _reusable(directory: Path, request: StoreRequest) -> TokenStore | None:
+    """Return the store in a directory if it matches the request and is whole."""
+    if not (directory / HEADER).exists():
+        return None
     try:
         store = open_store(directory)
     except DataError:
@@ -102,7 +100,7 @@ def _reusable(directory: Path, request: Request) -> TokenStore | None:
 
 
 class _Writer:
-    """The files of a store that is being written, each hashed on the way."""
+    """The files of a store that is being written, and their hashes."""
 
     def __init__(self, directory: Path, stack: ExitStack) -> None:
         self.directory = directory
@@ -124,8 +122,8 @@ class _Writer:
         self.num_tokens = int(ends[-1])
         self.largest_id = max(self.largest_id, max(example.ids))
 
-    def finish(self, request: Request, sources: Sequence[SourceCounts]) -> None:
-        """Write the header, once all else is on the disk."""
+    def finish(self, request: StoreRequest, sources: Sequence[SourceCounts]) -> None:
+        """Write the header, after all other files are on the disk."""
         files = {}
         for name, file in self.files.items():
             file.flush()
@@ -155,11 +153,11 @@ class _Writer:
 
 @contextmanager
 def _writing(directory: Path) -> Iterator[_Writer]:
-    """Yield what writes a store. Without a header at the end nothing is left of it. Raises OutputError."""
+    """Yield a writer of a store. Without a header at the end its files are removed. Raises OutputError."""
     names = [*ARRAYS, f"{HEADER}.part"]
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        (directory / HEADER).unlink(missing_ok=True)  # first, so that what is half written is no store
+        (directory / HEADER).unlink(missing_ok=True)  # first, so that an incomplete store has no header
         with ExitStack() as stack:
             yield _Writer(directory, stack)
     except OSError as error:
@@ -178,15 +176,14 @@ def _writing(directory: Path) -> Iterator[_Writer]:
 
 @dataclass
 class _Reader:
-    """Reads one data argument into a store, and counts."""
+    """Reads one data argument into a store, and counts its documents, pieces and tokens."""
 
     tokenizer: "PreTrainedTokenizerBase"
     writer: _Writer
     source: int
     sequence_length: int
-    train_on: str
     first: int  # how many documents were read before
-    gists: Gists | None
+    task: Task
     sha256: Any = field(default_factory=hashlib.sha256)
     num_documents: int = 0
     num_pieces: int = 0
@@ -195,13 +192,15 @@ class _Reader:
     num_cut: int = 0
     num_dropped: int = 0
 
-    def read(self, stream: Iterator[Document], limit: int | None, progress: Progress | None) -> None:
-        """Read documents, until there are `limit` tokens if it is given."""
+    def read(self, stream: Iterator[Document], limit: int | None, progress: TokenProgress | None) -> None:
+        """Read all documents, or with `limit` until there are so many tokens."""
         if limit is not None and limit <= 0:
             return
         for batch in _batches(stream):
             before = self.num_tokens
-            for document, example in zip(batch, self._examples(batch), strict=True):
+            first = self.first + self.num_documents
+            examples = self.task.examples(batch, self.tokenizer, first=first, length=self.sequence_length)
+            for document, example in zip(batch, examples, strict=True):
                 self.sha256.update((BETWEEN_TEXTS if self.num_documents else b"") + content(document))
                 self._add(example)
                 if limit is not None and self.num_tokens >= limit:
@@ -211,23 +210,17 @@ class _Reader:
             if limit is not None and self.num_tokens >= limit:
                 return
 
-    def _examples(self, batch: Sequence[Document]) -> list[Example]:
-        if self.gists is None:
-            return examples(batch, self.tokenizer, train_on=self.train_on)
-        first = self.first + self.num_documents
-        return gist_examples(batch, self.tokenizer, self.gists, first=first, length=self.sequence_length)
-
     def counts(self, spec: str, files: tuple[tuple[str, int, int, int], ...]) -> SourceCounts:
         counted = {name: value for name, value in vars(self).items() if name.startswith("num_")}
         return SourceCounts(spec, self.sha256.hexdigest(), files, **counted)
 
     def _add(self, example: Example) -> None:
-        """Write an example, cut to what a row holds, if there is something to train in it."""
+        """Write an example, cut to a row, if it has tokens to train."""
         number = self.first + self.num_documents
         self.num_documents += 1
         size = self.sequence_length
         is_cut = not example.is_text and len(example.ids) > size
-        if is_cut:  # a record with a gist is cut already
+        if is_cut:  # a task that cuts its examples did so before
             example = Example(example.ids[:size], example.trained[:size], is_text=False)
         num_trained = sum(example.trained)
         if not num_trained:
@@ -242,9 +235,9 @@ class _Reader:
 
 
 def piece_lengths(num_tokens: int, sequence_length: int) -> list[int]:
-    """Return the lengths of the pieces that so many tokens are cut into: full ones, and a rest.
+    """Return the lengths of the pieces into which so many tokens are cut: full ones, and a rest.
 
-    A rest of one token, which predicts nothing, takes another from the piece before it.
+    A rest of one token predicts nothing, so it takes another token from the piece before it.
     """
     full, rest = divmod(num_tokens, sequence_length)
     lengths = [sequence_length] * full + [rest] * bool(rest)
@@ -254,7 +247,7 @@ def piece_lengths(num_tokens: int, sequence_length: int) -> list[int]:
 
 
 def _batches(stream: Iterator[Document]) -> Iterator[list[Document]]:
-    """Yield documents together as long as they are few and short."""
+    """Yield batches of documents, limited in number and in characters."""
     batch: list[Document] = []
     size = 0
     for document in stream:

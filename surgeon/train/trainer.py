@@ -1,8 +1,8 @@
-"""The training loop: transformers' Trainer with our loss, our checkpoints, and nothing that fails in silence.
+"""The training loop: transformers' Trainer with our loss and our checkpoints, and no silent failures.
 
-What is changed, and why: the loss is summed over tokens and divided by the tokens of the whole step, so that
-accumulation and several processes give what one batch gives; a loss or a gradient that is not finite ends the run
-before the weights are touched; checkpoints appear whole; evaluation counts tokens instead of averaging batches.
+The changes: the loss is summed over tokens and divided by the tokens of the whole step, so that accumulation and
+several processes give the result of one batch; a loss or a gradient that is not finite ends the run before the weights
+change; checkpoints are written whole; evaluation counts tokens instead of averaging batches.
 """
 
 import math
@@ -13,37 +13,38 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from importlib.util import find_spec
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import (
-    Trainer,
-    TrainerCallback,
-    TrainingArguments,
-)
+from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import PrinterCallback, ProgressCallback, TrainerState
+from transformers.training_args import OptimizerNames
 
-from surgeon.errors import TrainingError
+from surgeon.errors import PlanError, TrainingError
 from surgeon.train import checkpoints
 from surgeon.train.data import RunData
+from surgeon.train.model import precision_of
+from surgeon.train.settings import SCHEDULES, Settings
+from surgeon.train.store import IGNORED
 
-ECHO = 5.0  # seconds; launchers pass a SIGTERM on that the whole group of processes got already
+ECHO = 5.0  # seconds in which a second SIGTERM is the first one again, passed on by a launcher
 
 
 class Stop:
-    """Whether the run was asked to stop. The first SIGTERM asks; one that is no echo of it ends the process."""
+    """A request to stop the run. The first SIGTERM makes it; a later one, after ECHO seconds, ends the process."""
 
     def __init__(self) -> None:
-        self.asked = False
+        self.is_requested = False
 
 
 @contextmanager
 def stops_at_sigterm(stop: Stop) -> Iterator[None]:
-    """Return a context in which SIGTERM asks for a stop after the step that runs, instead of ending the process."""
+    """Return a context in which SIGTERM requests a stop after the current step, instead of ending the process."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -51,14 +52,14 @@ def stops_at_sigterm(stop: Stop) -> Iterator[None]:
 
     first: list[float] = []
 
-    def ask(signum: int, frame: Any) -> None:
-        stop.asked = True
+    def request(signum: int, frame: Any) -> None:
+        stop.is_requested = True
         first.append(time.monotonic())
         if first[-1] - first[0] > ECHO:
             signal.signal(signal.SIGTERM, before)
             os.kill(os.getpid(), signal.SIGTERM)
 
-    signal.signal(signal.SIGTERM, ask)
+    signal.signal(signal.SIGTERM, request)
     try:
         yield
     finally:
@@ -66,7 +67,7 @@ def stops_at_sigterm(stop: Stop) -> Iterator[None]:
 
 
 class Control(TrainerCallback):
-    """Evaluates at the last step, stops when asked, and when validation has not been better for `patience` times."""
+    """Evaluates at the last step; stops at a request, and after `patience` evaluations without an improvement."""
 
     def __init__(self, stop: Stop, trainer: Any, *, patience: int | None, history: Sequence[float] = ()) -> None:
         self.stop, self.trainer, self.patience = stop, trainer, patience
@@ -75,8 +76,8 @@ class Control(TrainerCallback):
             self._judge(loss)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self._anyone_asked(args.world_size):
-            self.stop.asked = True
+        if self._is_stop_requested(args.world_size):
+            self.stop.is_requested = True
             control.should_save = control.should_training_stop = True
         elif state.global_step >= state.max_steps:
             control.should_evaluate = True
@@ -97,38 +98,38 @@ class Control(TrainerCallback):
         self.worse = 0 if loss < self.best else self.worse + 1
         self.best = min(self.best, loss)
 
-    def _anyone_asked(self, processes: int) -> bool:
-        """Return whether any process was asked to stop: all must stop at the same step."""
+    def _is_stop_requested(self, processes: int) -> bool:
+        """Return whether any process is to stop: all must stop at the same step."""
         if processes == 1:
-            return self.stop.asked
+            return self.stop.is_requested
         accelerator = self.trainer.accelerator
-        asked = torch.tensor([int(self.stop.asked)], device=accelerator.device)
-        return bool(accelerator.gather(asked).any())
+        requests = torch.tensor([int(self.stop.is_requested)], device=accelerator.device)
+        return bool(accelerator.gather(requests).any())
 
 
-COUNTS = ("num_tokens", "num_trained")  # of a batch, as numbers of Python: on a GPU, counting tensors waits for it
+COUNTS = ("num_tokens", "num_trained")  # of a batch, as Python numbers: reading tensors would wait for the GPU
 TRAINING_ARGS = "training_args.bin"  # a pickle that nothing of ours reads
 
 
 class DivergedError(TrainingError):
-    """The loss, or the gradient, is no finite number."""
+    """The loss or the gradient is not finite."""
 
 
 class Counted:
-    """A collator that says of each batch how many tokens it has, and how many of them are trained."""
+    """A collator that adds to each batch how many tokens it has, and how many of them are trained."""
 
     def __init__(self, collate: Callable[[Sequence[Any]], dict[str, Tensor]]) -> None:
         self.collate = collate
 
     def __call__(self, rows: Sequence[Any]) -> dict[str, Any]:
         batch = self.collate(rows)
-        tokens, trained = int((batch["token_index"] >= 0).sum()), int((batch["labels"] != -100).sum())
+        tokens, trained = int((batch["token_index"] >= 0).sum()), int((batch["labels"] != IGNORED).sum())
         return {**batch, "num_tokens": tokens, "num_trained": trained}
 
 
 @dataclass(frozen=True)
-class Evaluated:
-    """Mean losses in nats a token at a step: of held-out rows, and of trained ones; None where there are none."""
+class EvalLosses:
+    """Mean losses in nats per token at a step: of held-out rows, and of trained rows; None where there are none."""
 
     step: int
     validation: float | None
@@ -138,8 +139,8 @@ class Evaluated:
 class SurgeonTrainer(Trainer):
     """A Trainer whose model returns its own loss (train/objective.py) and counts what it was given.
 
-    `told` is called with the numbers of each step, `evaluated` with the losses of each evaluation, which like saving
-    happens in a `paused` context. `keep` is how many checkpoints are kept, with `keep_best` the best one beside.
+    `on_step` is called with the numbers of each step, `on_evaluation` with the losses of each evaluation. Evaluating
+    and saving happen in a `paused` context. The `keep` newest checkpoints are kept, with `keep_best` also the best.
     """
 
     def __init__(
@@ -148,8 +149,8 @@ class SurgeonTrainer(Trainer):
         args: TrainingArguments,
         *,
         data: RunData,
-        told: Callable[[dict[str, float]], None],
-        evaluated: Callable[[Evaluated], None],
+        on_step: Callable[[dict[str, float]], None],
+        on_evaluation: Callable[[EvalLosses], None],
         paused: Callable[[], AbstractContextManager[None]] = nullcontext,
         keep: int = 1,
         keep_best: bool = False,
@@ -165,7 +166,7 @@ class SurgeonTrainer(Trainer):
             self.remove_callback(callback)
         self.model_accepts_loss_kwargs = True
         self.loss_is_scaled_for_ga = True
-        self.data, self.told, self.evaluated, self.paused = data, told, evaluated, paused
+        self.data, self.on_step, self.on_evaluation, self.paused = data, on_step, on_evaluation, paused
         self.keep, self.keep_best = keep, keep_best
         self._stage: Path | None = None
         self._step: list[tuple[Tensor, Mapping[str, Any]]] = []  # loss and batch of each part of a step
@@ -208,22 +209,22 @@ class SurgeonTrainer(Trainer):
 
     def _diverged(self, losses: list[float], norm: float) -> None:
         wrong = next((index for index, loss in enumerate(losses) if not abs(loss) < float("inf")), None)
-        what = f"the gradient's norm is {norm}" if wrong is None else f"the loss is {losses[wrong]}"
+        fault = f"the gradient's norm is {norm}" if wrong is None else f"the loss is {losses[wrong]}"
         batch = self._step[wrong or 0][1]
         last = self.state.global_step
         raise DivergedError(
-            f"{what} at step {last + 1}, on {self.data.describe(batch)}",
+            f"{fault} at step {last + 1}, on {self.data.describe(batch)}",
             hint="Nothing was stored since. Lower --lr, lengthen --warmup, or look at those documents.",
         )
 
     def floating_point_ops(self, inputs: Mapping[str, Any]) -> int:
-        """Return 0: counted once for the run (train/speed.py), not in every batch."""
+        """Return 0: operations are counted once for the run, not in every batch."""
         return 0
 
-    # --- what is told -----------------------------------------------------------------------------------------
+    # --- reports ----------------------------------------------------------------------------------------------
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Hand the numbers of a step on: the loss that was trained, and its parts per trained token."""
+        """Report the numbers of a step: the loss, and its parts per trained token."""
         if "loss" not in logs:  # the summary at the end
             return
         items = max(1, int(self._parts["num_trained"]))
@@ -236,25 +237,25 @@ class SurgeonTrainer(Trainer):
             "tokens": self.state.num_input_tokens_seen,
             "epoch": float(self.state.epoch or 0),
         }
-        self.told(logs)
+        self.on_step(logs)
         self.control = self.callback_handler.on_log(self.args, self.state, self.control, logs)
 
     def evaluate(self, *args: Any, **options: Any) -> dict[str, float]:
-        """Return the mean losses of the held-out rows, in nats a token, and tell them."""
+        """Return the mean losses of the held-out rows, in nats per token, and report them."""
         with self.paused():
-            found = {name: self._mean_loss(rows) for name, rows in self.data.held_out.items()}
-        if wrong := next((name for name, loss in found.items() if not math.isfinite(loss)), None):
+            losses = {name: self._mean_loss(rows) for name, rows in self.data.held_out.items()}
+        if wrong := next((name for name, loss in losses.items() if not math.isfinite(loss)), None):
             raise DivergedError(
-                f"the {wrong} loss is {found[wrong]} after step {self.state.global_step}",
+                f"the {wrong} loss is {losses[wrong]} after step {self.state.global_step}",
                 hint="The model puts out numbers that are not finite; surgeon evaluate shows since when.",
             )
-        self.evaluated(Evaluated(self.state.global_step, found.get("validation"), found.get("probe")))
-        metrics = {f"eval_{name}_loss": loss for name, loss in found.items()}
+        self.on_evaluation(EvalLosses(self.state.global_step, losses.get("validation"), losses.get("probe")))
+        metrics = {f"eval_{name}_loss": loss for name, loss in losses.items()}
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
     def _mean_loss(self, rows: Any) -> float:
-        """Return the cross-entropy of rows, in nats a token. Each process takes its share, all as many batches."""
+        """Return the cross-entropy of rows, in nats per token. All processes compute the same number of batches."""
         model, size = self.model_wrapped, self.args.per_device_eval_batch_size
         rank, world = self.args.process_index, self.args.world_size
         sums = torch.zeros(2, dtype=torch.float64)
@@ -273,8 +274,8 @@ class SurgeonTrainer(Trainer):
             sums = self.accelerator.gather(sums.float().to(self.args.device)[None]).double().sum(0).cpu()
         return float(sums[0] / sums[1])
 
-    def take(self, checkpoint: Path) -> None:
-        """Take weights and progress from a checkpoint, and train no further."""
+    def restore(self, checkpoint: Path) -> None:
+        """Load weights and progress from a checkpoint, without training."""
         self._load_from_checkpoint(str(checkpoint))
         self.state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
 
@@ -309,3 +310,84 @@ class SurgeonTrainer(Trainer):
             if is_first:
                 checkpoints.abandon(run_dir, step)
         self.accelerator.wait_for_everyone()
+
+
+# --- its arguments -----------------------------------------------------------------------------------------------
+
+
+def arguments(
+    settings: Settings, data: RunData, *, run_dir: Path, lr: float, steps: int, device: str, resumed: bool
+) -> TrainingArguments:
+    """Return the arguments of the Trainer for a run of so many steps."""
+    every, saves = cadence(settings, steps)
+    uses_cpu = device == "cpu" and not is_launched_by_plugin()
+    made = TrainingArguments(
+        output_dir=str(run_dir),
+        max_steps=steps,
+        per_device_train_batch_size=settings.batch_size,
+        per_device_eval_batch_size=settings.batch_size,
+        gradient_accumulation_steps=settings.gradient_accumulation,
+        learning_rate=lr,
+        lr_scheduler_type=SCHEDULES[settings.schedule],
+        warmup_steps=settings.warmup,
+        optim=settings.optim,
+        weight_decay=settings.weight_decay,
+        max_grad_norm=settings.max_grad_norm,
+        bf16=precision_of(settings, device) == "bf16",
+        use_cpu=uses_cpu,
+        seed=settings.seed,
+        data_seed=settings.seed,
+        full_determinism=settings.deterministic,
+        logging_steps=1,
+        logging_nan_inf_filter=False,  # it logs a loss of 0 for a NaN, and goes on
+        eval_strategy="steps",
+        eval_steps=every,
+        eval_on_start=not resumed,
+        save_strategy="steps" if saves else "no",
+        save_steps=saves or 500,
+        metric_for_best_model=f"eval_{'validation' if 'validation' in data.held_out else 'probe'}_loss",
+        greater_is_better=False,
+        remove_unused_columns=False,
+        include_num_input_tokens_seen="no",  # it waits for the GPU in every batch; we count in the collator
+        dataloader_drop_last=False,
+        dataloader_num_workers=settings.workers,
+        report_to=list(settings.track) or "none",
+        disable_tqdm=True,
+        log_level="error",
+        ddp_find_unused_parameters=False,
+    )
+    if made.n_gpu > 1:
+        made._n_gpu = 1  # two GPUs in one process would be torch's DataParallel: slower than one
+    return made
+
+
+def cadence(settings: Settings, steps: int) -> tuple[int, int]:
+    """Return how many steps lie between evaluations, and between checkpoints (0: none are written)."""
+    every = settings.eval_every or max(1, math.ceil(steps / 10))
+    return every, every if settings.save_every is None else settings.save_every
+
+
+def is_launched_by_plugin() -> bool:
+    """Return whether accelerate uses DeepSpeed or FSDP, which `use_cpu` would silently switch off."""
+    return any(os.environ.get(name) == "true" for name in ("ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_FSDP"))
+
+
+def check_names(settings: Settings) -> None:
+    """Raise PlanError for an unknown optimiser, or a tracker that is not installed."""
+    known = [item.value for item in OptimizerNames]
+    if settings.optim not in known:
+        raise PlanError(f"unknown --optim {settings.optim!r}", hint=f"One of: {', '.join(known)}.")
+    if missing := next((tool for tool in settings.track if find_spec(tool) is None), None):
+        raise PlanError(f"{missing} is needed for --track {missing}", hint=f"pip install {missing}")
+
+
+def check_optimizer(trainer: "SurgeonTrainer", settings: Settings) -> None:
+    """Raise PlanError for an optimiser whose package is missing, or that needs more arguments."""
+    model: Any = trainer.model
+    try:
+        trainer.get_optimizer_cls_and_kwargs(trainer.args, model)
+    except (ImportError, ValueError, RuntimeError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise PlanError(
+            f"--optim {settings.optim} cannot be used: {reason}", hint="Leave it out for fused AdamW."
+        ) from error

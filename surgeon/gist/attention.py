@@ -1,8 +1,8 @@
-"""The forward pass of gist training: what follows a gist sees the gist, and of its prompt nothing.
+"""Attention layouts of gist training: tokens after a gist see the gist, and not its prompt.
 
-In one pass a mask says so. In two passes the prompt and its gist are read first, and what follows reads the keys and
-values of the gist, through which gradients flow back: no mask is needed, so any attention will do, and adapters may be
-on in the first pass alone. Both are the same function of the weights.
+In one pass a mask ensures that. In two passes the model reads the prompt and its gist first, and then the rest with the
+keys and values of the gist, through which gradients flow back. The second way needs no mask, so it works with any
+attention, and adapters can be on in the first pass alone. Both are the same function of the weights.
 """
 
 from contextlib import AbstractContextManager, nullcontext
@@ -33,7 +33,7 @@ FIRST_SEEN = {"positive": PROMPT, "gist": GIST, "negative": AFTER}  # by conditi
 
 @dataclass(frozen=True)
 class Masked(AttentionLayout):
-    """One pass over whole rows, which may hold several documents. `ids` are those of gist tokens."""
+    """One pass over rows, which may hold several documents. `ids` are the ids of gist tokens."""
 
     ids: tuple[int, ...]
     condition: Condition = "gist"
@@ -56,9 +56,9 @@ class Masked(AttentionLayout):
 
 @dataclass(frozen=True)
 class TwoPass(AttentionLayout):
-    """Prompt and gist in one pass, what follows in another; a row holds one document, and padding at its right.
+    """Prompt and gist in one pass, the rest in another; a row holds one document, padded at its right.
 
-    With `frozen` the second pass, and the head, are the model without its adapters.
+    With `frozen` the second pass and the head use the model without its adapters.
     """
 
     ids: tuple[int, ...]
@@ -68,36 +68,37 @@ class TwoPass(AttentionLayout):
     def states(
         self, split: SplitModel, input_ids: Tensor, position_ids: Tensor | None, chosen: Tensor, **options: Any
     ) -> Tensor:
-        """Return the states of a batch, shape (B, S, D); they are zeros in front of what follows a gist."""
+        """Return the states of a batch, shape (B, S, D), with zeros up to the end of the gist."""
         assert position_ids is not None, "positions tell padding from a document"
         documents = document_numbers(position_ids)
         phases = gist_phases(input_ids, self.ids, documents=documents)
-        is_ours = documents == 1
-        after = is_ours & (phases == AFTER)
+        is_document = documents == 1  # padding is another document
+        after = is_document & (phases == AFTER)
         if not after.any(-1).all():
             missing = int((~after.any(-1)).nonzero()[0])
-            raise DataError(f"row {missing} has nothing behind a gist", hint="Each row is a record with its gist.")
-        before, behind = Side(input_ids, position_ids, is_ours & ~after), Side(input_ids, position_ids, after)
-        cache = DynamicCache()  # one that forgets nothing: masks alone say what a sliding layer sees
+            raise DataError(f"row {missing} has nothing after its gist", hint="Each row is a record with its gist.")
+        before = LeftAligned(input_ids, position_ids, is_document & ~after)
+        rest = LeftAligned(input_ids, position_ids, after)
+        cache = DynamicCache()  # without sliding layers: masks alone limit what they see
         first = split.states(before.ids, before.positions, attention_mask=before.mask, **_caching(cache), **options)
-        is_seen = is_ours & ~after & (phases >= FIRST_SEEN[self.condition])
-        kept, mask = last_places(cache, ends=before.mask.sum(1), counts=is_seen.sum(1))
+        is_seen = is_document & ~after & (phases >= FIRST_SEEN[self.condition])
+        gist_cache, mask = last_places(cache, ends=before.mask.sum(1), counts=is_seen.sum(1))
         with self.reading(split.model):
-            mask = torch.cat([mask, behind.mask], 1)
-            states = split.states(behind.ids, behind.positions, attention_mask=mask, **_caching(kept), **options)
-        # What comes after the last layer's keys and values touches nothing that is read: adapters there have a gradient
-        # of zero, and not none, for which processes that train together would wait.
+            mask = torch.cat([mask, rest.mask], 1)
+            states = split.states(rest.ids, rest.positions, attention_mask=mask, **_caching(gist_cache), **options)
+        # The first pass is used only up to the last layer's keys and values. Adapters after them get a gradient of zero
+        # here, and not None, for which processes that train together would wait.
         states = states + first[:1, :1, :1] * 0
         whole = states.new_zeros((*input_ids.shape, states.shape[-1]))
-        return whole.index_put(torch.where(after), states[behind.mask.bool()])
+        return whole.index_put(torch.where(after), states[rest.mask.bool()])
 
     def reading(self, model: Any) -> AbstractContextManager[None]:
-        """Return a context in which what follows the gist is read."""
+        """Return a context in which the model reads the tokens after the gist."""
         return without_adapters(model) if self.frozen else nullcontext()
 
 
-class Side:
-    """The chosen tokens of each row moved to its left: `ids`, `positions` and `mask`, shape (B, T); 0 for padding."""
+class LeftAligned:
+    """The chosen tokens of each row, moved to its left: `ids`, `positions` and `mask`, shape (B, T); 0 for padding."""
 
     def __init__(self, input_ids: Tensor, position_ids: Tensor, chosen: Tensor) -> None:
         width = int(chosen.sum(1).max())
@@ -107,21 +108,21 @@ class Side:
 
 
 def last_places(cache: Any, *, ends: Tensor, counts: Tensor) -> tuple[DynamicCache, Tensor]:
-    """Return a cache with the last `counts` of the `ends` places of each row, and which of its (B, W) places they are.
+    """Return a cache with the last `counts` of the first `ends` places of each row, and its mask, (B, W).
 
-    They are moved to the right, so that nothing lies between them and what follows, where a window would count it.
+    The places are moved to the right, next to the tokens that follow, because a sliding window counts what is between.
     """
     place = torch.arange(int(counts.max()), device=ends.device) - counts.max()  # -W to -1
     index = (ends[:, None] + place).clamp(min=0)[:, None, :, None]
-    kept = DynamicCache()
+    last = DynamicCache()
     for number, layer in enumerate(cache.layers):
         pair = (layer.keys, layer.values)  # of different widths in some models
-        kept.update(*(states.gather(2, _like(index, states)) for states in pair), number)
-    return kept, (place >= -counts[:, None]).long()
+        last.update(*(states.gather(2, _like(index, states)) for states in pair), number)
+    return last, (place >= -counts[:, None]).long()
 
 
 def _like(index: Tensor, states: Tensor) -> Tensor:
-    """Return the places to gather, (B, 1, W, 1), as `gather` takes them."""
+    """Return the places to gather, (B, 1, W, 1), in the shape that `gather` needs."""
     return index.expand(-1, states.shape[1], -1, states.shape[3])
 
 
@@ -131,9 +132,9 @@ def _caching(cache: DynamicCache) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class EncoderDecoder(AttentionLayout):
-    """The encoder reads up to the answer, the decoder writes it. `ids` are those of gist tokens.
+    """The encoder reads up to the answer, the decoder writes the answer. `ids` are the ids of gist tokens.
 
-    Of a prompt neither what follows its gist in the encoder sees anything, nor the decoder.
+    Neither the encoder's tokens after a gist nor the decoder see the prompt.
     """
 
     has_encoder: ClassVar[bool] = True
@@ -143,16 +144,16 @@ class EncoderDecoder(AttentionLayout):
     def states(
         self, split: SplitModel, input_ids: Tensor, position_ids: Tensor | None, chosen: Tensor, **options: Any
     ) -> Tensor:
-        """Return the decoder's states, shape (B, S, D); they are zeros in front of the answer."""
+        """Return the decoder's states, shape (B, S, D), with zeros before the answer."""
         assert position_ids is not None, "positions tell padding from a document"
-        is_ours = document_numbers(position_ids) == 1
+        is_document = document_numbers(position_ids) == 1  # padding is another document
         place = torch.arange(input_ids.shape[1], device=input_ids.device)
-        # A row that lost its answer trains nothing: the decoder starts at its end.
-        last = torch.where(chosen.any(1), chosen.long().argmax(1), is_ours.sum(1) - 1)[:, None]
-        read = Side(input_ids, position_ids, is_ours & (place <= last))
-        is_written = is_ours & (place >= last)
+        # In a row whose answer was cut off nothing is trained: the decoder starts at its end.
+        last = torch.where(chosen.any(1), chosen.long().argmax(1), is_document.sum(1) - 1)[:, None]
+        read = LeftAligned(input_ids, position_ids, is_document & (place <= last))
+        is_written = is_document & (place >= last)
         start = split.model.config.decoder_start_token_id
-        written = Side(input_ids.masked_fill(place == last, start), position_ids, is_written)
+        written = LeftAligned(input_ids.masked_fill(place == last, start), position_ids, is_written)
         encoded, seen = self._encoded(split.model, read)
         states = split.states(
             written.ids,
@@ -164,8 +165,8 @@ class EncoderDecoder(AttentionLayout):
         whole = states.new_zeros((*input_ids.shape, states.shape[-1]))
         return whole.index_put(torch.where(is_written), states[written.mask.bool()])
 
-    def _encoded(self, model: Any, read: Side) -> tuple[Tensor, Tensor]:
-        """Return the encoder's states of each row, shape (B, T, D), and which of them the decoder sees, (B, T)."""
+    def _encoded(self, model: Any, read: LeftAligned) -> tuple[Tensor, Tensor]:
+        """Return the encoder's states of each row, shape (B, T, D), and the decoder's mask over them, (B, T)."""
         phases = gist_phases(read.ids, self.ids, documents=read.mask)
         mask = encoder_mask(model.config, phases, condition=self.condition, padding=read.mask, dtype=model.dtype)
         states: Tensor = model.get_encoder()(input_ids=read.ids, attention_mask=mask)[0]

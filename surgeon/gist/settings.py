@@ -1,0 +1,89 @@
+"""The settings of gist training: the gist options of `surgeon finetune`, and which of its other options fit them."""
+
+from dataclasses import dataclass
+
+from surgeon.errors import PlanError
+from surgeon.options import flag_of, option
+from surgeon.train.settings import Settings, check_range, check_words
+
+MASK, TWO_PASS = "mask", "two-pass"
+CONTROLS = ("none", "positive", "negative")
+READERS = ("same", "frozen")
+IMPLEMENTATIONS = ("auto", MASK, TWO_PASS)
+
+
+@dataclass(frozen=True, kw_only=True)
+class GistSettings:
+    """The gist options of a run. `check` checks them, alone and beside the other settings."""
+
+    gist: bool = option("Train to compress prompts into the gist tokens that `surgeon gist` added.", False)
+    gist_control: str = option(
+        "The paper's bounds: positive sees the prompt too, negative neither prompt nor gist; or none.",
+        "none",
+        metavar="NAME",
+    )
+    gist_random_tokens: str | None = option(
+        "Draw the tokens of each record's gist from these: 1,2,4,8. Default: the model's number.", None, metavar="K,K"
+    )
+    gist_reader: str = option(
+        "frozen: adapters compress the prompt, the untouched model reads the gist; or same.", "same", metavar="WHO"
+    )
+    gist_distill: float = option(
+        "Loss = (1 - w) cross-entropy + w KL to the untrained model, which sees the prompt.", 0.0, metavar="W"
+    )
+    gist_impl: str = option("mask, two-pass (prompt, then the rest on its gist's cache), or auto.", "auto", metavar="I")
+
+    @property
+    def is_frozen(self) -> bool:
+        """Whether the model without adapters reads the gist."""
+        return self.gist_reader == "frozen"
+
+    def counts(self) -> tuple[int, ...] | None:
+        """Return the numbers of gist tokens to draw from; None for the checkpoint's own."""
+        if self.gist_random_tokens is None:
+            return None
+        words = [word.strip() for word in self.gist_random_tokens.split(",")]
+        if not all(word.isdecimal() and int(word) > 0 for word in words):
+            hint = "Such as --gist-random-tokens 1,2,4,8"
+            raise PlanError(f"--gist-random-tokens {self.gist_random_tokens!r} is no list of numbers", hint=hint)
+        return tuple(int(word) for word in words)
+
+    def check(self, settings: Settings) -> None:
+        """Raise PlanError for a value that makes no sense, alone or beside the settings of the run."""
+        check_words(self, {"gist_control": CONTROLS, "gist_reader": READERS, "gist_impl": IMPLEMENTATIONS})
+        check_range(self, {"gist_distill": 1.0})
+        self.counts()
+        if not self.gist:
+            self._check_unused()
+            return
+        if settings.train_on == "all":
+            raise PlanError(
+                "--gist trains answers: a model must not learn to write gists", hint="Leave out --train-on."
+            )
+        if settings.teacher:
+            hint = "--gist-distill W learns from the model itself, which sees the whole prompt."
+            raise PlanError("--teacher does not go with --gist", hint=hint)
+        if self.is_frozen:
+            self._check_frozen(settings)
+        if self.gist_impl == TWO_PASS or self.is_frozen:
+            if settings.activation_checkpointing:
+                hint = "Leave out --activation-checkpointing."
+                raise PlanError("activation checkpointing empties the cache that a gist of two passes is in", hint=hint)
+            if settings.packing == "on":
+                raise PlanError("in two passes each row holds one document", hint="Leave out --packing.")
+
+    def _check_unused(self) -> None:
+        """Raise PlanError where an option has a value that only --gist reads."""
+        words = {"gist_control": "none", "gist_reader": "same", "gist_impl": "auto"}
+        unused = [name for name, neutral in words.items() if getattr(self, name) != neutral]
+        unused += [name for name in ("gist_random_tokens", "gist_distill") if getattr(self, name)]
+        if unused:
+            raise PlanError(f"{flag_of(unused[0])} has no effect without --gist", hint="Add --gist.")
+
+    def _check_frozen(self, settings: Settings) -> None:
+        if not (settings.lora and settings.keep_adapter):
+            hint = "Add --lora 16 --keep-adapter."
+            raise PlanError("a frozen reader is the model without the adapters that compress", hint=hint)
+        if self.gist_impl == MASK:
+            hint = "Leave out --gist-impl."
+            raise PlanError("a frozen reader reads in a pass of its own, and --gist-impl mask has one", hint=hint)
