@@ -21,7 +21,6 @@ import torch
 from shared import finetune
 
 import surgeon
-from surgeon.checkpoint.source import open_source
 from surgeon.evals.generation import load_whole
 from surgeon.evals.gist import EXACT, LOSS, ROUGE, GistEvaluation
 from surgeon.evals.gist_answers import answer_losses, answers
@@ -29,6 +28,7 @@ from surgeon.evals.metrics import exact_match, rouge_l
 from surgeon.gist.records import FULL, GIST, NONE, Record, read_forms
 from surgeon.gist.tokens import read_gist
 from surgeon.models.loading import load_tokenizer, loadable
+from surgeon.surgery import open_source
 
 CONTROLS = {"gist": "none", "positive": "positive", "negative": "negative"}
 SEES = {"positive": FULL, "gist": GIST, "negative": NONE}  # the form in which each model sees a record

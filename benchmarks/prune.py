@@ -47,9 +47,9 @@ def compare(model: str, rounds: int, threads: int) -> None:
     import torch
     from transformers import AutoModel
 
-    from surgeon.checkpoint.source import open_source
     from surgeon.measure.scoring import score_states
     from surgeon.models.streaming import BATCH_TOKENS, StreamedModel
+    from surgeon.surgery import open_source
 
     torch.set_num_threads(threads)
     plain = AutoModel.from_pretrained(model, dtype=torch.float32).eval()
@@ -96,9 +96,9 @@ def limited(directory: Path) -> None:
     """Score the checkpoint in this process, and print its peak."""
     import torch
 
-    from surgeon.checkpoint.source import open_source
     from surgeon.measure.scoring import score_states
     from surgeon.models.streaming import StreamedModel
+    from surgeon.surgery import open_source
 
     tokens = torch.randint(3, CONFIG["vocab_size"], (4, 64), generator=torch.Generator().manual_seed(0))
     layers, _, _ = score_states(StreamedModel(open_source(directory)), tokens)

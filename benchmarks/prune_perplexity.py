@@ -20,8 +20,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import surgeon
-from surgeon.checkpoint.source import open_source
 from surgeon.measure.scoring import perplexity, removal_curve, score
+from surgeon.surgery import open_source
 from surgeon.transforms.choose import choose_layers
 from surgeon.transforms.scores import GREEDY_PROTECT, METHODS
 

@@ -11,7 +11,7 @@ Options are one frozen dataclass, whose fields are the command's options and the
     def truncate(model: str, options: TruncateOptions) -> Surgery: ...
 
     truncate("gpt2", layers=6)          # the Python call
-    surgeon truncate gpt2 --layers 6    # the command, by `surgeon.cli.options.spread`
+    surgeon truncate gpt2 --layers 6    # the command, by `surgeon.cli.command.spread`
 
 So a default, a help text and a check stand once. `VERB` in the same file says what all steps of the verb have in
 common, so that nobody else lists the verbs.

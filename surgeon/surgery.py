@@ -1,8 +1,10 @@
-"""A surgery: a source and the plan for it. Can be looked at, continued, and saved."""
+"""Opening a model, and a surgery on it: a source and the plan for it, which can be looked at, continued and saved."""
 
 import os
+import re
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -14,8 +16,8 @@ from surgeon.checkpoint import output, receipt
 from surgeon.checkpoint.derived import JoinedSource
 from surgeon.checkpoint.header import CheckpointSpec, read_header
 from surgeon.checkpoint.output import CountBytes
-from surgeon.checkpoint.source import CARD, CONFIG, RECEIPT, LocalSource, Source, open_source, spec_of
-from surgeon.errors import OutputError, PlanError
+from surgeon.checkpoint.source import CARD, CONFIG, RECEIPT, LocalSource, Source, open_directory, spec_of
+from surgeon.errors import CheckpointError, OutputError, PlanError
 from surgeon.options import verb_named
 from surgeon.plan.execute import Shard, execute, lay_out, peak_memory
 from surgeon.plan.plan import Plan, changed_keys, identity
@@ -292,3 +294,26 @@ def open_model(model: "str | os.PathLike[str] | Surgery", *, revision: str | Non
     source = open_source(model, revision=revision)
     anatomy = read_anatomy(spec_of(source))
     return Surgery(source, identity(anatomy.spec, depth=anatomy.depth), begun_with=anatomy)
+
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}(/[A-Za-z0-9][\w.-]{0,95})?")  # a local path can look like this too
+
+
+def open_source(model: str | os.PathLike[str], *, revision: str | None = None) -> Source:
+    """Return the checkpoint that `model` names. `revision` is a branch, tag or commit on the Hub.
+
+    Raises CheckpointError for a path that is no checkpoint, HubError for an id that the Hub does not have.
+    """
+    text = os.fspath(model)
+    path = Path(text)
+    with suppress(RuntimeError):  # ~name of a user without a home here
+        path = path.expanduser()
+    if not _HUB_ID.fullmatch(text) or path.exists():
+        if revision is not None:
+            raise CheckpointError(
+                f"{text} is a local path; a revision is for a model on the Hub", hint="Leave out --revision."
+            )
+        return open_directory(path, label=text)
+    from surgeon.checkpoint.hub import open_hub
+
+    return open_hub(text, revision=revision)

@@ -8,8 +8,8 @@ import toys
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from surgeon.checkpoint.source import open_source
 from surgeon.models.streaming import StreamedModel
+from surgeon.surgery import open_source
 
 
 def stream(directory: Path, **options: Any) -> StreamedModel:

@@ -9,10 +9,10 @@ from later import LATER
 from talkers import jsonl, talker, written
 
 import surgeon
-from surgeon.checkpoint.source import open_source
 from surgeon.errors import DataError, MeasureError, OutputError
 from surgeon.evals.metrics import rouge_l
 from surgeon.models.loading import load_tokenizer
+from surgeon.surgery import open_source
 
 if LATER:
     import torch

@@ -13,8 +13,9 @@ from surgeon.anatomy.anatomy import read_anatomy
 from surgeon.anatomy.axes import Places, parse, places, shape
 from surgeon.anatomy.families import FAMILIES
 from surgeon.checkpoint.header import TensorSpec
-from surgeon.checkpoint.source import open_source, spec_of
+from surgeon.checkpoint.source import spec_of
 from surgeon.errors import CheckpointError, PlanError
+from surgeon.surgery import open_source
 
 if LATER:
     import torch

@@ -53,7 +53,7 @@ def test_integers_cannot_be_drawn(toy):
     from dataclasses import replace
 
     from surgeon.checkpoint.header import TensorSpec
-    from surgeon.transforms.fresh import fresh
+    from surgeon.transforms.layers import fresh
 
     name = "model.layers.0.mlp.up_proj.weight"
     spec = replace(anatomy.spec, tensors={**anatomy.spec.tensors, name: TensorSpec("I8", (52, 80))})

@@ -24,7 +24,8 @@ if LATER:
     from surgeon.gist.compress import compress_ids, continued, encoded_behind
     from surgeon.gist.masks import Condition
     from surgeon.models.split import SplitModel
-    from surgeon.train.objective import IGNORED, Objective, attach_loss, detach_loss
+    from surgeon.train.objective import Objective, attach_loss, detach_loss
+    from surgeon.train.store import IGNORED
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

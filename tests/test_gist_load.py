@@ -8,8 +8,9 @@ import toys
 from later import LATER
 
 import surgeon.gist
-from surgeon.checkpoint.source import fingerprint, open_source
+from surgeon.checkpoint.source import fingerprint
 from surgeon.errors import CheckpointError, DataError
+from surgeon.surgery import open_source
 
 if LATER:
     import torch

@@ -14,10 +14,10 @@ from later import LATER
 from tokenizers import Regex, normalizers
 
 import surgeon
-from surgeon.checkpoint.source import open_source
 from surgeon.errors import DataError, MeasureError, PlanError
 from surgeon.evals.judge import ASK, LABELS, Case, Judge, likelihoods, read_cases
 from surgeon.evals.verdicts import FIRST, LOSS, NEITHER, SECOND, TIE, WIN, Judgement, Verdict
+from surgeon.surgery import open_source
 
 if LATER:
     import torch

@@ -6,8 +6,8 @@ import pytest
 import toys
 from later import LATER
 
-from surgeon.checkpoint.source import open_source
 from surgeon.errors import MeasureError, PlanError
+from surgeon.surgery import open_source
 
 if LATER:
     import torch

@@ -16,10 +16,9 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 import surgeon
 from surgeon.anatomy.families import FAMILIES
 from surgeon.checkpoint.header import TensorSpec, format_header
-from surgeon.checkpoint.source import open_source
 from surgeon.errors import DataError, MeasureError, PlanError
 from surgeon.measure.record import Scores, read_scores
-from surgeon.surgery import open_model
+from surgeon.surgery import open_model, open_source
 from surgeon.transforms.choose import CRITERIA, choose_layers
 from surgeon.transforms.uniform import uniform
 

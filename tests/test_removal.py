@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from later import LATER
 
-from surgeon.checkpoint.source import open_source
 from surgeon.errors import MeasureError
+from surgeon.surgery import open_source
 
 if LATER:
     import torch

@@ -5,8 +5,8 @@ import sys
 
 import pytest
 
-from surgeon.checkpoint.source import open_source
 from surgeon.measure.record import Scores
+from surgeon.surgery import open_source
 
 HEAVY = (
     "torch",

@@ -7,9 +7,9 @@ import pytest
 import toys
 from later import LATER
 
-from surgeon.checkpoint.source import open_source
 from surgeon.errors import MeasureError
 from surgeon.measure.record import Scores, check_model, read_scores
+from surgeon.surgery import open_source
 
 if LATER:
     import torch

@@ -9,8 +9,9 @@ import pytest
 from handmade import checkpoint, edit_config, llama, read_index, safetensors, shard_name, write_index
 
 from surgeon.checkpoint.header import TensorSpec
-from surgeon.checkpoint.source import fingerprint, is_companion, open_directory, open_source
+from surgeon.checkpoint.source import fingerprint, is_companion, open_directory
 from surgeon.errors import CheckpointError
+from surgeon.surgery import open_source
 
 FIRST = shard_name(1, 3)
 

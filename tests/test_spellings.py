@@ -11,7 +11,8 @@ from surgeon.anatomy.anatomy import EXPERT_NUMBER, Anatomy, read_anatomy
 from surgeon.anatomy.config import positions_in, size_of, spelled
 from surgeon.anatomy.families import FAMILIES
 from surgeon.anatomy.spellings import SPELLINGS
-from surgeon.checkpoint.source import open_source, spec_of
+from surgeon.checkpoint.source import spec_of
+from surgeon.surgery import open_source
 
 TABLED = [name for name in toys.TOYS if name.partition("-")[0] in FAMILIES]
 NO_FFN_KEY = ("bloom", "mpt")  # their code makes an MLP four times as wide as the state

@@ -10,10 +10,11 @@ import pytest
 from later import LATER
 
 from surgeon.anatomy.anatomy import Anatomy, read_anatomy
-from surgeon.checkpoint.source import open_source, spec_of
+from surgeon.checkpoint.source import spec_of
 from surgeon.cost.estimate import Memory, Workload, estimate, lora_parameters, matmul_throughput, memory
 from surgeon.cost.flops import flops_per_token, multiplied_parameters
 from surgeon.cost.memory import LOGITS, BatchShape, activation_bytes, loss_bytes
+from surgeon.surgery import open_source
 from surgeon.text import duration
 
 if LATER:

@@ -8,14 +8,7 @@ import sys
 import pytest
 
 from surgeon.errors import DataError, OutputError
-from surgeon.train.run_dir import (
-    METRICS,
-    EvalReport,
-    MetricsLog,
-    StepReport,
-    read_metrics,
-    write_status,
-)
+from surgeon.train.run_dir import METRICS, EvalReport, MetricsLog, StepReport, read_metrics, write_status
 
 
 def test_each_record_is_a_line_that_is_there_at_once(tmp_path):

@@ -4,8 +4,9 @@ import pytest
 from later import LATER
 
 from surgeon.anatomy.anatomy import Anatomy, read_anatomy
-from surgeon.checkpoint.source import open_source, spec_of
+from surgeon.checkpoint.source import spec_of
 from surgeon.cost.flops import attention_flops, flops_per_token, multiplied_parameters, peak_flops
+from surgeon.surgery import open_source
 from surgeon.train.pace import PaceMeter, peak_memory
 
 if LATER:

@@ -340,7 +340,7 @@ def test_without_it_and_in_a_dry_run_nothing_is_loaded(toy, tmp_path):
 
 
 def test_a_large_model_is_verified_on_request(toy, tmp_path, run, monkeypatch):
-    monkeypatch.setattr("surgeon.cli.write.VERIFIED_BELOW", 10_000)
+    monkeypatch.setattr("surgeon.cli.command.VERIFIED_BELOW", 10_000)
     words = ["grow", toy("llama"), "--layers", 8]
 
     assert "  verified  " not in run(*words, "-o", tmp_path / "a").out

@@ -9,7 +9,6 @@ import json
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path, PurePosixPath
@@ -161,28 +160,6 @@ class LocalSource:
 
 
 # Opening
-
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}(/[A-Za-z0-9][\w.-]{0,95})?")  # a local path can look like this too
-
-
-def open_source(model: str | os.PathLike[str], *, revision: str | None = None) -> Source:
-    """Return the checkpoint that `model` names. `revision` is a branch, tag or commit on the Hub.
-
-    Raises CheckpointError for a path that is no checkpoint, HubError for an id that the Hub does not have.
-    """
-    text = os.fspath(model)
-    path = Path(text)
-    with suppress(RuntimeError):  # ~name of a user without a home here
-        path = path.expanduser()
-    if not _HUB_ID.fullmatch(text) or path.exists():
-        if revision is not None:
-            raise CheckpointError(
-                f"{text} is a local path; a revision is for a model on the Hub", hint="Leave out --revision."
-            )
-        return open_directory(path, label=text)
-    from surgeon.checkpoint.hub import open_hub
-
-    return open_hub(text, revision=revision)
 
 
 def open_directory(directory: Path, *, label: str | None = None) -> LocalSource:

@@ -5,8 +5,7 @@ from typing import Annotated
 
 import typer
 
-from surgeon.cli.options import spread
-from surgeon.cli.write import Writing, run
+from surgeon.cli.command import Writing, run, spread
 from surgeon.verbs import convert as verb
 
 GROUP = "formats"

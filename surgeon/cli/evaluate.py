@@ -4,7 +4,7 @@ from typing import Annotated
 
 import typer
 
-from surgeon.cli.options import Debug, Json, Model, Quiet, spread
+from surgeon.cli.command import Debug, Json, Model, Quiet, spread
 from surgeon.cli.terminal import TokenMeter, emit, emit_json
 from surgeon.options import OptionError
 from surgeon.verbs import evaluate as verb

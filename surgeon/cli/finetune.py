@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from surgeon.cli.options import Debug, Device, Json, Model, Revision, spread
+from surgeon.cli.command import Debug, Device, Json, Model, Revision, spread
 from surgeon.options import keywords_of
 from surgeon.verbs import finetune as verb
 

@@ -4,8 +4,7 @@ from typing import Annotated
 
 import typer
 
-from surgeon.cli.options import Model, spread
-from surgeon.cli.write import Writing, run
+from surgeon.cli.command import Model, Writing, run, spread
 from surgeon.options import keywords_of
 from surgeon.verbs import grow as verb
 

@@ -4,7 +4,7 @@ from typing import Annotated
 
 import typer
 
-from surgeon.cli.options import Debug, Json, Model, spread
+from surgeon.cli.command import Debug, Json, Model, spread
 from surgeon.cli.terminal import emit, emit_json
 from surgeon.options import keywords_of
 from surgeon.verbs import inspect as verb

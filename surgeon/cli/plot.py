@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from surgeon.cli import options
+from surgeon.cli import command as options
 
 GROUP = "training"
 EXAMPLE = "surgeon plot healed.run other.run -o loss.png"

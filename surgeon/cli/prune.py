@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from surgeon import text
-from surgeon.cli import options
-from surgeon.cli.write import Writing
+from surgeon.cli import command as options
+from surgeon.cli.command import Writing
 from surgeon.errors import OutputError, PlanError
 from surgeon.options import numbers
 from surgeon.plots.pruning import NOTHING, NOTHING_HINT, has_picture
@@ -98,7 +98,7 @@ def prune(
 ) -> None:
     """Remove the layers, neurons, heads and experts that matter least."""
     import surgeon
-    from surgeon.cli import write
+    from surgeon.cli import command as write
     from surgeon.cli.terminal import TokenMeter
 
     if tokens not in ("last", "all"):

@@ -1,7 +1,6 @@
 """`surgeon truncate`."""
 
-from surgeon.cli.options import Model, spread
-from surgeon.cli.write import Writing, run
+from surgeon.cli.command import Model, Writing, run, spread
 from surgeon.options import keywords_of
 from surgeon.verbs import truncate as verb
 

@@ -14,14 +14,7 @@ from surgeon.data.records import ANSWER_HINT, Document
 from surgeon.data.rows import begin_of_text, encode, templated
 from surgeon.errors import DataError
 from surgeon.evals.compare import Scored, estimate
-from surgeon.evals.evaluation import (
-    BATCH_SIZE,
-    MAX_NEW_TOKENS,
-    EvalContext,
-    Evaluation,
-    EvaluationOptions,
-    sha256_of,
-)
+from surgeon.evals.evaluation import BATCH_SIZE, MAX_NEW_TOKENS, EvalContext, Evaluation, EvaluationOptions, sha256_of
 from surgeon.evals.generation import answer, load_whole
 from surgeon.evals.metrics import exact_match, extracted, rouge_l
 from surgeon.evals.verdicts import WIN_RATE

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from surgeon import text
 from surgeon.anatomy.anatomy import read_anatomy
 from surgeon.anatomy.config import positions_of
-from surgeon.checkpoint.source import Source, open_source, spec_of
+from surgeon.checkpoint.source import Source, spec_of
 from surgeon.errors import DataError, MeasureError, OutputError, PlanError
 from surgeon.evals.compare import (
     PairedDifference,
@@ -27,6 +27,7 @@ from surgeon.evals.compare import (
 )
 from surgeon.evals.verdicts import Judgement, card_sentences
 from surgeon.options import OptionError, device_option, flag_of, in_python, option, revision_option
+from surgeon.surgery import open_source
 
 if TYPE_CHECKING:
     from torch import Tensor

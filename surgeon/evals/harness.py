@@ -15,11 +15,12 @@ from time import monotonic
 from typing import Any
 
 from surgeon import text
-from surgeon.checkpoint.source import Source, open_source
+from surgeon.checkpoint.source import Source
 from surgeon.errors import MeasureError, PlanError
 from surgeon.evals.compare import Estimate, markdown_table, plus_minus, recovery, short_label
 from surgeon.evals.evaluation import MetricOptions
 from surgeon.options import device_option, in_python, option, revision_option, same_option
+from surgeon.surgery import open_source
 
 COMMAND = "lm-eval"
 INSTALL_HINT = 'pip install "surgeon[eval]"'

@@ -15,13 +15,14 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from surgeon.checkpoint.source import Source, fingerprint, open_source
+from surgeon.checkpoint.source import Source, fingerprint
 from surgeon.errors import CheckpointError, DataError, SurgeonError
 from surgeon.gist.compress import encoded_behind, position_limit
 from surgeon.gist.probes import logits_of, positions_from
 from surgeon.gist.saved import read
 from surgeon.gist.states import GistStates, written_from
 from surgeon.models.loading import quiet_transformers
+from surgeon.surgery import open_source
 
 NAME_IT = "surgeon.gist.load(directory, model, checkpoint=DIR) names what the model was loaded from."
 

@@ -8,12 +8,13 @@ from transformers import PreTrainedConfig
 
 from surgeon import text
 from surgeon.anatomy.anatomy import read_anatomy
-from surgeon.checkpoint.source import open_source, spec_of
+from surgeon.checkpoint.source import spec_of
 from surgeon.errors import PlanError
 from surgeon.gist.architecture import refusal
 from surgeon.gist.probes import Differences, probe_decoder, probe_encoder
 from surgeon.models.device import resolve_device
 from surgeon.models.loading import load_model
+from surgeon.surgery import open_source
 
 ROUNDING = 16  # machine epsilons: experts that get other tokens too sum ours in another order
 EXACT = 1e-5  # of the largest logit, in float32: models show 1e-7 to 4e-6, by docs/gist.md

@@ -10,11 +10,12 @@ import torch
 
 from surgeon.anatomy.anatomy import read_anatomy
 from surgeon.anatomy.config import positions_of
-from surgeon.checkpoint.source import Source, open_source, spec_of
+from surgeon.checkpoint.source import Source, spec_of
 from surgeon.cost.estimate import RunEstimate, Workload, estimate, matmul_throughput
 from surgeon.errors import PlanError
 from surgeon.models.loading import load_model, load_tokenizer, loadable
 from surgeon.models.split import keeps_documents_apart
+from surgeon.surgery import open_source
 from surgeon.train.data import RunData, read_data
 from surgeon.train.launch import is_first, processes
 from surgeon.train.model import LOAD_HINT, num_trained, precision_of

@@ -8,9 +8,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from surgeon.checkpoint.source import Source, open_source
+from surgeon.checkpoint.source import Source
 from surgeon.data.records import Document
 from surgeon.models.split import AttentionLayout, Causal
+from surgeon.surgery import open_source
 from surgeon.train.examples import Example, examples
 from surgeon.train.settings import Settings
 from surgeon.train.teacher import OnlineTeacher

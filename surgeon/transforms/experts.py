@@ -16,7 +16,7 @@ from surgeon.anatomy.families import FAMILIES
 from surgeon.checkpoint.header import CheckpointSpec, TensorSpec
 from surgeon.errors import PlanError
 from surgeon.plan.plan import Expr, Plan, Read
-from surgeon.transforms.fresh import fresh
+from surgeon.transforms.layers import fresh
 
 MOST_EXPERTS = 1024  # twice what any model in use has
 EQUAL = (

@@ -11,7 +11,7 @@ from surgeon.anatomy.anatomy import Anatomy, written_and_read
 from surgeon.anatomy.axes import Dim, Places, axes_of, places, shape
 from surgeon.anatomy.families import Row
 from surgeon.plan.plan import Add, Affine, Expr, Gather, Plan, Read, Uniform
-from surgeon.transforms.fresh import initial_std
+from surgeon.transforms.layers import initial_std
 from surgeon.transforms.widths import Widths
 
 RESIDUAL = frozenset({"hidden", "embed"})  # "embed" has a map only where it is the residual stream itself

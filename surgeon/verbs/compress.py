@@ -13,12 +13,13 @@ from surgeon import text
 from surgeon.anatomy.anatomy import read_anatomy
 from surgeon.checkpoint.output import check_space, check_target, staged, write_files
 from surgeon.checkpoint.receipt import versions
-from surgeon.checkpoint.source import CONFIG, Source, fingerprint, open_source, spec_of
+from surgeon.checkpoint.source import CONFIG, Source, fingerprint, spec_of
 from surgeon.errors import OutputError, PlanError
 from surgeon.gist.architecture import refusal
 from surgeon.gist.compressor import Compressor
 from surgeon.gist.tokens import GistTokens, read_gist
 from surgeon.options import adapter_option, device_option, option, revision_option, takes
+from surgeon.surgery import open_source
 
 if TYPE_CHECKING:
     from surgeon.gist.cost import CostTable

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from surgeon.anatomy.anatomy import read_anatomy
 from surgeon.checkpoint import output as outputs
-from surgeon.checkpoint.source import Source, open_source, spec_of
+from surgeon.checkpoint.source import Source, spec_of
 from surgeon.errors import MeasureError, OutputError, PlanError
 from surgeon.gist.settings import GistSettings
-from surgeon.surgery import parse_size
+from surgeon.surgery import open_source, parse_size
 from surgeon.train.result import Training
 from surgeon.train.settings import ComputeSettings, LearningSettings, Settings, deciding
 

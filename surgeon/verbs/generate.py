@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 from surgeon.anatomy.anatomy import read_anatomy
 from surgeon.anatomy.config import text_config
-from surgeon.checkpoint.source import Source, open_source, spec_of
+from surgeon.checkpoint.source import Source, spec_of
 from surgeon.errors import DataError, PlanError
 from surgeon.gist.tokens import read_gist
 from surgeon.options import device_option, option, revision_option, seed_option, takes
+from surgeon.surgery import open_source
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -6,11 +6,11 @@ from dataclasses import dataclass, replace
 
 from surgeon.anatomy.anatomy import read_anatomy
 from surgeon.checkpoint.derived import DONOR, JoinedSource
-from surgeon.checkpoint.source import open_source, spec_of
+from surgeon.checkpoint.source import spec_of
 from surgeon.errors import PlanError
 from surgeon.options import Verb, numbers, option, revision_option, seed_option, takes
 from surgeon.plan.plan import Read
-from surgeon.surgery import Surgery, open_model
+from surgeon.surgery import Surgery, open_model, open_source
 from surgeon.transforms.deepen import donate
 from surgeon.transforms.grow import grow as plan_grow
 from surgeon.transforms.grow import grown_depth

@@ -12,9 +12,10 @@ from surgeon import text
 from surgeon.anatomy.anatomy import Anatomy, read_anatomy
 from surgeon.anatomy.config import layer_kinds
 from surgeon.checkpoint.receipt import read_receipt
-from surgeon.checkpoint.source import LocalSource, Source, StoredTensor, open_source, spec_of
+from surgeon.checkpoint.source import LocalSource, Source, StoredTensor, spec_of
 from surgeon.options import option, revision_option, takes
 from surgeon.plan.plan import changed_keys
+from surgeon.surgery import open_source
 
 CHUNK = 4 * 1024 * 1024
 

@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from surgeon.anatomy.anatomy import read_anatomy
-from surgeon.checkpoint.source import SCORES, Source, open_source, spec_of
+from surgeon.checkpoint.source import SCORES, Source, spec_of
 from surgeon.errors import PlanError
 from surgeon.measure.record import Scores, check_model, read_scores
 from surgeon.options import Verb
-from surgeon.surgery import Surgery, open_model
+from surgeon.surgery import Surgery, open_model, open_source
 from surgeon.transforms.choose import Choice, check_criterion, choose_layers
 from surgeon.transforms.prune import prune as plan_prune
 from surgeon.transforms.prune import pruned_sizes, resolve_count

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from surgeon.anatomy.anatomy import Anatomy, read_anatomy
-from surgeon.checkpoint.source import Source, open_source, spec_of
+from surgeon.checkpoint.source import Source, spec_of
 from surgeon.errors import PlanError
 from surgeon.measure.record import Scores
-from surgeon.surgery import parse_size
+from surgeon.surgery import open_source, parse_size
 from surgeon.transforms.choose import Choice, choose_layers
 from surgeon.transforms.layers import resolve_depth
 from surgeon.transforms.scores import GREEDY_PROTECT, METHODS
