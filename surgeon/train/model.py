@@ -61,7 +61,9 @@ def trained_model(model: Any, source: Source, task: Task, teacher: "Teacher | No
     """
     settings, anatomy = task.settings, read_anatomy(spec_of(source))
     set_seed(settings.seed)  # adapters are drawn
-    attach_loss(model, objective_of(task, source), teacher, layout=task.layout(model))
+    layer_map = (receipt_of(source) or {}).get("layer_map") if settings.hidden_weight else None
+    objective = Objective.of(settings, kd_weight=task.kd_weight, layer_map=layer_map)
+    attach_loss(model, objective, teacher, layout=task.layout(model))
     if settings.activation_checkpointing:
         enable = getattr(model, "activation_checkpointing_enable", None)
         if enable is not None:
@@ -90,19 +92,6 @@ def trained_model(model: Any, source: Source, task: Task, teacher: "Teacher | No
     if not count:
         raise PlanError("nothing is left to train", hint="Freeze less.")
     return model
-
-
-def objective_of(task: Task, source: Source) -> Objective:
-    """Return the objective of a run, with the layer map of the surgery's receipt where hidden states are compared."""
-    settings = task.settings
-    layer_map = (receipt_of(source) or {}).get("layer_map") if settings.hidden_weight else None
-    return Objective(
-        kd_weight=task.kd_weight,
-        temperature=settings.temperature,
-        direction="forward" if settings.kl == "forward" else "reverse",
-        hidden_weight=settings.hidden_weight,
-        layer_map=None if layer_map is None else tuple(layer_map),
-    )
 
 
 def num_trained(source: Source, settings: Settings) -> int:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from surgeon.errors import PlanError
 from surgeon.models.split import AttentionLayout, Causal, SplitModel, check_layout, stubbed
 from surgeon.train.losses import Direction, chunk_rows, chunked, hidden_loss, linear_cross_entropy, sum_dtype
+from surgeon.train.settings import Settings
 from surgeon.train.store import IGNORED
 from surgeon.train.teacher import Teacher
 
@@ -32,6 +33,17 @@ class Objective:
     direction: Direction = "forward"
     hidden_weight: float = 0.0
     layer_map: tuple[int | None, ...] | None = None
+
+    @classmethod
+    def of(cls, settings: Settings, *, kd_weight: float, layer_map: Sequence[int | None] | None) -> "Objective":
+        """Return the objective of a run: the task gives the teacher's weight, the surgery's receipt the layer map."""
+        return cls(
+            kd_weight=kd_weight,
+            temperature=settings.temperature,
+            direction="forward" if settings.kl == "forward" else "reverse",
+            hidden_weight=settings.hidden_weight,
+            layer_map=None if layer_map is None else tuple(layer_map),
+        )
 
     def __post_init__(self) -> None:
         if not 0 <= self.kd_weight <= 1:
