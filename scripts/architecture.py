@@ -97,8 +97,8 @@ def page(text: str) -> str:
 
 
 def table() -> str:
-    """Return a row for each package, from the top floor down: its files, and what it holds."""
-    rows = ["| package | files | holds |", "| --- | --- | --- |"]
+    """Return a row for each package, from the top floor down, with the first sentence of its docstring."""
+    rows = ["| package | holds |", "| --- | --- |"]
     known = modules()
     for floor in reversed(FLOORS):
         files = [path for module, path in known.items() if package_of(module) == floor]
@@ -106,7 +106,7 @@ def table() -> str:
         docstring = ast.get_docstring(ast.parse(home.read_text(encoding="utf-8"))) or ""
         first = docstring.split("\n\n")[0].replace("\n", " ")
         place = floor.replace(".", "/") if len(files) > 1 else f"{floor}.py"
-        rows.append(f"| `{place}` | {len(files)} | {first} |")
+        rows.append(f"| `{place}` | {first} |")
     return "\n".join(rows)
 
 
