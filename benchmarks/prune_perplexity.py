@@ -21,9 +21,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import surgeon
 from surgeon.checkpoint.source import open_source
-from surgeon.measure.scoring import perplexity, removal_curve, score
+from surgeon.measure.scoring import ScoreRequest, perplexity, removal_curve, score
 from surgeon.transforms.choose import choose_layers
-from surgeon.transforms.scores import GREEDY_PROTECT, METHODS
+from surgeon.transforms.scores import METHODS
 
 COUNTS = (4, 8, 12)
 CALIBRATION = (32, 256)
@@ -39,11 +39,13 @@ def choices(source, tokens) -> dict[str, dict[int, list[int]]]:
     depth = len(surgeon.open_model(source).plan.layer_map)
     opened = open_source(source)
     began = time.perf_counter()
-    states = score(opened, tokens, {"angular", "magnitude"})
+    states = score(opened, tokens, ScoreRequest(layers=("angular", "magnitude")))
     print(f"states and magnitudes: {time.perf_counter() - began:.0f} s", flush=True)
-    costly = score(opened, tokens[:FEW], {"perplexity", "taylor"})
+    costly = score(opened, tokens[:FEW], ScoreRequest(layers=("perplexity", "taylor")))
     print(f"one by one, gradients: {time.perf_counter() - began:.0f} s", flush=True)
-    rounds = score(opened, tokens[:FEW], {"perplexity"}, rounds=max(COUNTS), protect=GREEDY_PROTECT)
+    protect = METHODS["perplexity"].greedy.protect
+    request = ScoreRequest(layers=("perplexity",), rounds=max(COUNTS), protect=protect)
+    rounds = score(opened, tokens[:FEW], request)
     print(f"greedy: {time.perf_counter() - began:.0f} s", flush=True)
     values = states.layers | {name: costly.layers[name] for name in ("perplexity", "taylor")}
     found: dict[str, dict[int, list[int]]] = {}

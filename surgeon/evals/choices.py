@@ -14,8 +14,7 @@ from surgeon.data.records import checked_text
 from surgeon.data.rows import begin_of_text, encode
 from surgeon.errors import DataError
 from surgeon.evals.perplexity import Piece, row_losses
-from surgeon.measure.removal import Progress
-from surgeon.models.streaming import BATCH_TOKENS, StreamedModel
+from surgeon.models.streaming import BATCH_TOKENS, Progress, StreamedModel
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -25,8 +25,8 @@ if TYPE_CHECKING:
     from surgeon.evals.judge import Case, Judge
     from surgeon.evals.runs import Bench
     from surgeon.gist.records import Record
-    from surgeon.measure.removal import Progress
     from surgeon.measure.scoring import Meter
+    from surgeon.models.streaming import Progress
 
 LOSS, ROUGE, EXACT = "loss", "rouge_l", "exact_match"
 FORMS = ("full", "gist", "none")

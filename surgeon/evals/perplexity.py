@@ -8,9 +8,8 @@ from torch import Tensor, nn
 
 from surgeon.checkpoint.source import Source
 from surgeon.errors import MeasureError
-from surgeon.measure.removal import STATES_BYTES, Progress, groups
 from surgeon.models.device import compute_dtype
-from surgeon.models.streaming import HEAD_TOKENS, Batch, StreamedModel
+from surgeon.models.streaming import HEAD_TOKENS, STATES_BYTES, Batch, Progress, StreamedModel, groups
 
 HARNESS_HINT = "lm-evaluation-harness may be able to run it: --tasks NAME."
 PROBE = ((0, 0, 0, 0), (0, 0, 0, 1))  # rows of tokens that differ in the last one

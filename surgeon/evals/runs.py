@@ -22,9 +22,9 @@ from surgeon.evals.perplexity import pieces_of, row_losses, streamed, windows
 from surgeon.evals.prompts import Prompt, read_prompts
 from surgeon.evals.stream import check_same_tokens, digest, read_stream
 from surgeon.evals.verdicts import WIN_RATE, Judgement
-from surgeon.measure.removal import Progress
 from surgeon.models.device import compute_dtype
 from surgeon.models.loading import load_tokenizer, loadable
+from surgeon.models.streaming import Progress
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
