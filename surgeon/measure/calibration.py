@@ -1,4 +1,4 @@
-"""The text that scores are taken on: what the user gives, or what the model itself writes."""
+"""The text that scores are taken on: the user's, or one that the model writes."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -59,8 +59,8 @@ def sample_calibration(source: Source, *, samples: int, sequence_length: int, de
                 name, revision=revision, dtype=torch.float32, trust_remote_code=False
             )
     except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
-        said = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise MeasureError(f"transformers cannot load {source.label}: {said}", hint="Give a text: --data.") from error
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise MeasureError(f"transformers cannot load {source.label}: {reason}", hint="Give a text: --data.") from error
     model.to(device)
     with torch.random.fork_rng(), torch.no_grad(), quiet_transformers():
         torch.manual_seed(seed)
@@ -81,8 +81,8 @@ def sample_calibration(source: Source, *, samples: int, sequence_length: int, de
     return Calibration(tokens, _origin(digest(tokens), tokens, []))
 
 
-def _origin(found: str, tokens: "Tensor", sources: list[dict[str, str]]) -> dict[str, Any]:
-    return {"sources": sources, "sha256": found, "rows": tokens.shape[0], "sequence_length": tokens.shape[1]}
+def _origin(sha256: str, tokens: "Tensor", sources: list[dict[str, str]]) -> dict[str, Any]:
+    return {"sources": sources, "sha256": sha256, "rows": tokens.shape[0], "sequence_length": tokens.shape[1]}
 
 
 def _check_length(source: Source, length: int) -> None:

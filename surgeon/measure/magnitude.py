@@ -89,10 +89,10 @@ def _labels(dim: Dim, sizes: Mapping[str, int], axis: str) -> Tensor | None:
     if axis not in present:
         return None
 
-    wanted, size = axis, sizes[axis]
+    labelled, size = axis, sizes[axis]
 
     def mark(axis: str, block: frozenset[str]) -> Places | None:
-        if axis != wanted:
+        if axis != labelled:
             return None
         return Places(tuple(range(size)), tuple(float(i + 2) for i in range(size)))
 

@@ -1,4 +1,4 @@
-"""Load checkpoints as anyone would load them, with transformers, and run them on the same random tokens."""
+"""Load checkpoints with transformers, as any user does, and run them on the same random tokens."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -94,7 +94,7 @@ def result_logits(written: LocalSource, ids: "Tensor") -> "tuple[Tensor, dict[st
 
 
 def _load(name: str, revision: str | None, device: str) -> tuple[Any, dict[str, Any]]:
-    """Return a model in float32, ready for inference, and what transformers says about loading it."""
+    """Return a model in float32, ready for inference, and the loading report of transformers."""
     import torch
     import transformers
 
@@ -107,20 +107,20 @@ def _load(name: str, revision: str | None, device: str) -> tuple[Any, dict[str, 
 
 
 def _logits(model: Any, ids: "Tensor") -> "Tensor":
-    """Return what a model puts out, shape (rows, length, vocabulary), or its last hidden states if it has no head."""
+    """Return the logits of a model, shape (rows, length, vocabulary), or its last hidden states if it has no head."""
     inputs = {"input_ids": ids} | ({"decoder_input_ids": ids} if model.config.is_encoder_decoder else {})
     output = model(**inputs, use_cache=False)
-    found: Tensor = output.logits if "logits" in output else output.last_hidden_state
-    return found.float()
+    logits: Tensor = output.logits if "logits" in output else output.last_hidden_state
+    return logits.float()
 
 
 def _explained(load: Any, name: str, **options: Any) -> Any:
-    """Return what `load` makes of a model. Raises VerificationError when transformers cannot."""
+    """Return the result of `load` for a model. Raises VerificationError when transformers cannot."""
     try:
         return load(name, **options)
     except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
-        said = str(error).strip().splitlines() or [type(error).__name__]
+        reason = str(error).strip().splitlines() or [type(error).__name__]
         raise VerificationError(
-            f"transformers cannot load {name}: {said[0]}",
+            f"transformers cannot load {name}: {reason[0]}",
             hint="A result that was written stays where it is; --no-verify writes it without this check.",
         ) from error

@@ -1,6 +1,6 @@
-"""Whether what a growth added can learn: no new weight without gradient, no copies that stay copies forever.
+"""Whether the added weights of a grown model can learn: each has a gradient, and copies can become different.
 
-Judged from the weights as they are stored and from one gradient. The tables of the families say which slices of which
+Judged from the stored weights and from one gradient. The tables of the families say which slices of which
 tensors belong to a position of an axis; no family is named here.
 """
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 LOUD = 100.0  # times its neighbours' gradient: a new layer of a model with norms on its branches can have 600
 BLOCK = 1 << 22  # numbers hashed at a time: bounds the memory of a hash to 64 MB
-# One axis under two names: the embedding's where it is the residual stream; queries' dims, which the keys' dims meet.
+# One axis under two names: the residual stream and the embedding; the dims of queries and those of keys.
 _ONE_AXIS = ({"hidden", "embed"}, {"q_dim", "k_dim"})
 _MET_IN_PRODUCT = frozenset({"q_dim", "k_dim"})  # positions differ by their rotary frequency, whatever they hold
 
@@ -42,10 +42,10 @@ class AxisHealth:
 
 @dataclass(frozen=True)
 class Trainability:
-    """What keeps the new weights of a model from learning: nothing, where it `is_sound`.
+    """The obstacles that keep new weights of a model from learning: none where it `is_sound`.
 
-    `dead_layers` are new layers in which no parameter has a gradient; `loud_layers` says how many times the gradient
-    of its neighbours a new layer has, where that is more than 100 times. `noise` is what was put beside copies.
+    `dead_layers` are new layers in which no parameter has a gradient; `loud_layers` maps a new
+    layer to its gradient relative to its neighbours', where that is over 100 times. `noise` is that added to copies.
     """
 
     axes: Mapping[str, AxisHealth]
@@ -55,7 +55,7 @@ class Trainability:
 
     @property
     def is_sound(self) -> bool:
-        """Whether everything that was added can learn."""
+        """Whether all added weights can learn."""
         return not self.dead_layers and not any(axis.dead or axis.symmetric for axis in self.axes.values())
 
     def to_dict(self) -> dict[str, Any]:
@@ -70,7 +70,7 @@ class Trainability:
         }
 
     def rows(self) -> list[tuple[str, str]]:
-        """Return this for people: one line, or one for each thing to know."""
+        """Return this for people: one line, or one per warning."""
         lines: list[tuple[str, str]] = []
         for name, axis in self.axes.items():
             if axis.dead:
@@ -99,7 +99,7 @@ def trainability(
     layer_map: Sequence[int | None],
     noise: float = 0.0,
 ) -> Trainability:
-    """Return how what was added to the checkpoint `source` can learn.
+    """Return whether the weights added to the checkpoint `source` can learn.
 
     `gradients` are those of a loss, by the names of the stored tensors (a tensor without one is tied to another);
     `axes` and `layer_map` are those of the plan: which positions and layers are new, and which are copies.
@@ -109,10 +109,10 @@ def trainability(
     fresh = {layer for layer, origin in enumerate(layer_map) if origin is None}
     tallies = _tallies(anatomy, axes)
     for name, stored in source.tensors.items():
-        mine = [tally for tally in tallies if tally.holds(anatomy, name)]
-        if mine:
+        having = [tally for tally in tallies if tally.holds(anatomy, name)]
+        if having:
             weights = read(stored, source.fetch(stored.file))
-            for tally in mine:
+            for tally in having:
                 tally.add(anatomy, name, weights, gradients.get(name))
     dead, loud = _layers(anatomy, gradients, fresh)
     return Trainability({tally.name: tally.health(fresh) for tally in tallies if tally.layers}, dead, loud, noise)
@@ -142,7 +142,7 @@ def _layers(
 
 @dataclass
 class _Positions:
-    """What is known of each position of an axis: sums of |gradient| and of |what writes it|, and a hash of it all."""
+    """Facts of each position of an axis: sums of |gradient| and of its |writing weights|, and a hash of all weights."""
 
     gradient: "Tensor"
     written: "Tensor"
@@ -151,7 +151,7 @@ class _Positions:
 
 @dataclass
 class _Tally:
-    """An axis, and what its positions hold: in each layer where the axis lives inside layers, else in all (None)."""
+    """An axis and facts of its positions: per layer where the axis is inside layers, else of all layers (None)."""
 
     name: str
     names: frozenset[str]
@@ -172,7 +172,7 @@ class _Tally:
         row, _ = anatomy.row(name)
         place = anatomy.stacks[0].locate(name) if self.inside_layers else None
         size = len(self.index)
-        found = self.layers.setdefault(
+        positions = self.layers.setdefault(
             place[0] if place else None,
             _Positions(torch.zeros(size), torch.zeros(size), torch.zeros(size, dtype=torch.int64)),
         )
@@ -181,14 +181,14 @@ class _Tally:
             if not axes_of(axes) & self.names:
                 continue
             where, order = self._where(axes, anatomy.sizes)
-            kept = where >= 0
+            present = where >= 0
             inside = name if place is None else place[1]
             hashes = _hashes(_rows(weights, dim), inside + str(dim)) * order
-            found.hash.index_add_(0, where[kept], hashes[kept])
+            positions.hash.index_add_(0, where[present], hashes[present])
             if dim == write and row.kind != "gain":
-                found.written.index_add_(0, where[kept], _largest(weights, dim)[kept])
+                positions.written.index_add_(0, where[present], _largest(weights, dim)[present])
             if gradient is not None:
-                found.gradient.index_add_(0, where[kept], _largest(gradient, dim)[kept])
+                positions.gradient.index_add_(0, where[present], _largest(gradient, dim)[present])
 
     def _where(self, axes: Dim, sizes: Mapping[str, int]) -> "tuple[Tensor, Tensor]":
         """Return, for each position of a dimension, its position on this axis (-1: none), and a factor for its hash.
@@ -199,8 +199,8 @@ class _Tally:
 
         if axes not in self._known:
             numbered = Places(tuple(range(len(self.index))), tuple(float(j + 2) for j in range(len(self.index))))
-            found = places(axes, sizes, lambda axis, block: numbered if axis in self.names else None)
-            where = [int(scale) - 2 if scale > 1 else -1 for scale in found.scale]  # other axes scale by 1
+            numbering = places(axes, sizes, lambda axis, block: numbered if axis in self.names else None)
+            where = [int(scale) - 2 if scale > 1 else -1 for scale in numbering.scale]  # other axes scale by 1
             seen: Counter[int] = Counter()
             order = []
             for j in where:
@@ -210,21 +210,21 @@ class _Tally:
         return self._known[axes]
 
     def health(self, fresh: set[int]) -> AxisHealth:
-        """Return the counts over all layers. New layers wake as a whole, so in them nothing counts as dead."""
+        """Return the counts over all layers. A new layer starts to learn as a whole: none of it is dead."""
         import torch
 
         copies = Counter(self.index)
         index = torch.tensor(self.index)
         added = torch.tensor([i < 0 or copies[i] > 1 for i in self.index])
         num_dead = num_symmetric = 0
-        for layer, found in self.layers.items():
-            dead = added & (found.gradient == 0) & (found.written == 0)
+        for layer, positions in self.layers.items():
+            dead = added & (positions.gradient == 0) & (positions.written == 0)
             if layer not in fresh:
                 num_dead += int(dead.sum())
             if not self.names & _MET_IN_PRODUCT:
                 judged = added & ~dead
-                held = torch.stack([index[judged], found.hash[judged]], dim=1)
-                num_symmetric += len(held) - len(held.unique(dim=0))  # type: ignore[no-untyped-call]
+                contents = torch.stack([index[judged], positions.hash[judged]], dim=1)
+                num_symmetric += len(contents) - len(contents.unique(dim=0))  # type: ignore[no-untyped-call]
         return AxisHealth(int(added.sum()) * len(self.layers), num_dead, num_symmetric)
 
 

@@ -158,7 +158,7 @@ class Cut:
 
     @property
     def criterion(self) -> str:
-        """The name in WIDTHS of what ranks the positions of an axis."""
+        """The ranking of positions in width, by its name in WIDTHS."""
         return self.method.width
 
     @cached_property

@@ -1,4 +1,4 @@
-"""The table of scores: how each is taken, and how it chooses what goes.
+"""The table of scores: how each is taken, and how it chooses the layers that go.
 
 A score is one file in `surgeon/measure/` and one row here. The command line, the record in scores.json, the choice of
 layers and the pictures read the row.
@@ -91,12 +91,12 @@ METHODS: Mapping[str, Method] = {
     "random": Method(help="drawn from the seed", chosen="random", width="random"),
     "last": Method(help="the deepest layers but the final one", block=True, protect=(0, 1), chosen="deepest"),
     "uniform": Method(
-        help="the deepest layers, and evenly spaced widths", block=True, chosen="deepest", width="uniform"
+        help="the deepest layers; widths keep evenly spaced positions", block=True, chosen="deepest", width="uniform"
     ),
 }
 
 
-# What ranks the positions of an axis, and what is read for it.
+# The rankings of positions in width (neurons, heads, channels, experts), and the input of each.
 WIDTHS: Mapping[str, Literal["text", "weights", "nothing"]] = {
     "activation": "text",
     "magnitude": "weights",

@@ -1,7 +1,7 @@
-"""Evenly spaced positions: what to keep of an axis when nothing says which positions matter.
+"""Evenly spaced positions to keep of an axis, without scores.
 
-Source: weight selection (arXiv:2311.18823), here along whole axes: a head is kept or not, and of a head that turns by
-position those dims stay whose frequencies a smaller head has.
+Source: weight selection (arXiv:2311.18823), here along whole axes: a head stays or goes as a whole, and a rotary head
+keeps the dims whose frequencies a smaller head has.
 """
 
 from collections.abc import Iterator, Sequence
@@ -29,10 +29,10 @@ def uniform(old: int, new: int) -> tuple[int, ...]:
 
 
 def uniform_head_dim(anatomy: Anatomy, new: int) -> tuple[int, ...]:
-    """Return the dims to keep of a head, the same in all: of what turns every n-th pair, of the rest evenly spaced.
+    """Return the dims to keep of every head: each n-th rotary pair, and evenly spaced dims of the rest.
 
-    The frequencies of the smaller head then are those that the kept pairs had.
-    Raises PlanError, with the sizes that are legal, where a head of `new` dims turns otherwise.
+    So the smaller head has the frequencies of the pairs that stay.
+    Raises PlanError, with the legal sizes, where a head of `new` dims has other frequencies.
     """
     old, turning = anatomy.sizes["head_dim"], _turning(anatomy)
     kept = turning_dims(anatomy, new)
@@ -43,7 +43,7 @@ def uniform_head_dim(anatomy: Anatomy, new: int) -> tuple[int, ...]:
 def turning_dims(anatomy: Anatomy, new: int) -> tuple[int, ...]:
     """Return which of a head's turning dims a head of `new` dims keeps, () where none turn.
 
-    Raises PlanError, with the sizes that are legal, where a head of `new` dims turns otherwise.
+    Raises PlanError, with the sizes that are legal, where a head of `new` dims has other frequencies.
     """
     family, old, turning = anatomy.require_family(), anatomy.sizes["head_dim"], _turning(anatomy)
     if not turning or new == old:
@@ -60,7 +60,7 @@ def turning_dims(anatomy: Anatomy, new: int) -> tuple[int, ...]:
             f"a rotary head of {old} dims cannot shrink to {new}: the frequencies would be others",
             hint=f"Sizes of a head that fit: {', '.join(map(str, legal))}." if legal else INSTEAD,
         )
-    assert family.rotary is not None, "dims turn"
+    assert family.rotary is not None, "rotary dims"
     times = old // new
     spread = rotary_places(turning // times, turning // times, times, family.rotary)
     return tuple(j for j, i in enumerate(spread) if i >= 0)
@@ -68,17 +68,17 @@ def turning_dims(anatomy: Anatomy, new: int) -> tuple[int, ...]:
 
 def check_head_dim(anatomy: Anatomy, kept: Sequence[int]) -> None:
     """Raises PlanError unless the dims `kept` of a head, ascending, turn by the frequencies of a head of that size."""
-    wanted, turning = turning_dims(anatomy, len(kept)), _turning(anatomy)
-    found = tuple(i for i in kept if i < turning)
-    if found != wanted:
+    legal, turning = turning_dims(anatomy, len(kept)), _turning(anatomy)
+    given = tuple(i for i in kept if i < turning)
+    if given != legal:
         raise PlanError(
-            f"of a head's {turning} turning dims a head of {len(kept)} has {list(wanted)}, not {list(found)}",
-            hint=f"Keep such as {list(uniform_head_dim(anatomy, len(kept)))}.",
+            f"of the {turning} rotary dims a head of {len(kept)} has {list(legal)}, not {list(given)}",
+            hint=f"Keep for example {list(uniform_head_dim(anatomy, len(kept)))}.",
         )
 
 
 def _turning(anatomy: Anatomy) -> int:
-    """Return how many dims of a head turn with the position: the first ones."""
+    """Return how many dims of a head are rotary: the first ones."""
     if anatomy.require_family().rotary is None:
         return 0
     return int(anatomy.sizes["head_dim"] * rotary_share(anatomy.spec.config))

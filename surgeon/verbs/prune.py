@@ -37,6 +37,12 @@ SELF_SAMPLED = "the calibration text was written by the model itself; give --dat
 HEAVY = "more than a quarter of the layers goes: expect a broken model until it is healed (finetuned)"
 _UNCHANGED = "Default: unchanged."
 _SCORES = ", ".join(f"{name} ({method.help})" for name, method in METHODS.items())
+_BLOCK = ", ".join(name for name, method in METHODS.items() if method.block)
+_GREEDY = " or ".join(name for name, method in METHODS.items() if method.greedy)
+_TOKENS = " or ".join(name for name, method in METHODS.items() if method.token_choice)
+_PROTECT = ", ".join(
+    f"{first},{last} for {name}" for name, method in METHODS.items() for first, last in [method.protect] if first + last
+)
 
 
 def _first_and_last(text: str) -> tuple[int, int]:
@@ -65,25 +71,26 @@ class CutOptions:
     key_value_heads: int | None = option(
         f"Key-value heads of the result; each goes with its group of heads. {_UNCHANGED}", None, metavar="N"
     )
-    experts: int | None = option(f"Experts of each layer of the result. {_UNCHANGED}", None, metavar="N")
+    experts: int | None = option(f"Experts per layer of the result. {_UNCHANGED}", None, metavar="N")
     like: str | os.PathLike[str] | None = option(
         "Take the depth and all sizes from this smaller model; goes with --score uniform.", None, metavar="SMALL"
     )
     contiguous: bool | None = option(
-        "Remove one block of layers, or any layers. Default: one block for angular, last and uniform, else any.",
+        f"Remove one block of layers, or any layers. Default: one block for {_BLOCK}; else any.",
         None,
         names=("--contiguous/--free",),
     )
     protect: tuple[int, int] | None = option(
-        "How many first and last layers to keep. Default: 4,2 for taylor and magnitude, 0,1 for last, 1,1 with "
-        "--greedy, else 0,0.",
+        f"How many first and last layers to keep. Default: {_PROTECT}, 1,1 with --greedy; else 0,0.",
         None,
         metavar="FIRST,LAST",
         parse=_first_and_last,
     )
-    greedy: bool = option("With --score perplexity: score the model again after each removed layer (SLEB).", False)
+    greedy: bool = option(f"With --score {_GREEDY}: score the model again after each removed layer (SLEB).", False)
     tokens: str = option(
-        "With --score angular: measure at the last token of each sequence, or at all.", "last", metavar="last|all"
+        f"With --score {_TOKENS}: measure at the last token of each sequence, or at all tokens.",
+        "last",
+        metavar="last|all",
     )
     data: tuple[str, ...] = option(
         "Text to measure on: .txt, .jsonl, .parquet or a Hub dataset. Repeatable. Default: the model writes one.",
@@ -105,8 +112,7 @@ class CutOptions:
         if self.score not in METHODS:
             raise PlanError(f"unknown score {self.score!r}", hint=f"One of: {', '.join(METHODS)}.")
         if self.greedy and METHODS[self.score].greedy is None:
-            able = " or ".join(name for name, method in METHODS.items() if method.greedy)
-            raise PlanError(f"{self.score} has no greedy form", hint=f"--greedy goes with --score {able}.")
+            raise PlanError(f"{self.score} has no greedy form", hint=f"--greedy goes with --score {_GREEDY}.")
         if self.greedy and self.contiguous:
             hint = "Leave out --contiguous."
             raise PlanError("a greedy removal chooses layers one by one, not as a block", hint=hint)
@@ -130,7 +136,7 @@ class CutOptions:
 
     @property
     def parameters(self) -> int | None:
-        """The most parameters that the result may have. Raises PlanError for a number that is none."""
+        """The most parameters that the result may have. Raises PlanError for infinity and NaN."""
         if self.target_parameters is None:
             return None
         if not 0 <= self.target_parameters < 1e18:
@@ -139,7 +145,7 @@ class CutOptions:
 
     @property
     def nbytes(self) -> int | None:
-        """The most bytes of weights that the result may have. Raises PlanError for what is no size."""
+        """The most bytes of weights that the result may have. Raises PlanError for text that is no size."""
         return None if self.target_memory is None else parse_size(self.target_memory)
 
     @property
@@ -303,7 +309,7 @@ def _step(cut: Cut, options: PruneOptions, choice: Choice, scores: Scores | None
     }
 
 
-# --- what goes ------------------------------------------------------------------------------------------------
+# --- the cut --------------------------------------------------------------------------------------------------
 
 
 def _cut(anatomy: Anatomy, options: PruneOptions) -> tuple[Cut, tuple[str, ...]]:
@@ -412,6 +418,6 @@ def _check_unbegun(surgery: Surgery) -> None:
     if surgery.plan.steps:
         done = ", then ".join(next(iter(step)) for step in surgery.plan.steps)
         raise PlanError(
-            f"scores are taken from a checkpoint, and this one is still to be made ({done})",
-            hint="Save it, and prune what was saved.",
+            f"scores are taken from a checkpoint, and this one is not saved yet: it is still to be made ({done})",
+            hint="Save it, and prune the saved checkpoint.",
         )
