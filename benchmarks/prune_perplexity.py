@@ -1,12 +1,12 @@
-"""Perplexity with 4, 8 and 12 layers removed, by every score and at random, before and after a short training.
+"""Perplexity with 4, 8 and 12 layers removed by every score and at random, before and after a short healing run.
 
     python benchmarks/prune_perplexity.py MODEL --data wikitext2-valid.txt [--steps 16] [--record FILE]
 
 The text is tokenised whole. Scores: its first 32 rows of 256 tokens (the gradient's and the removals': the first 8).
 Perplexity: tokens 100,000 to 104,096 as 8 rows of 512, a loss inside each row, in float32. Healing: AdamW on rows of
-128 tokens drawn from tokens 8,192 to 100,000, which neither the scores nor the perplexity see; cosine schedule, float32
-weights, bfloat16 autocast, and the same rate, rows and number of steps for every cut. With --record, cuts that are
-in the file are not healed again.
+128 tokens drawn from tokens 8,192 to 100,000, which neither the scores nor the perplexity see; cosine schedule, the
+same rate, rows and number of steps for every cut, master weights in float32 and bfloat16 autocast. With --record, cuts
+that are in the file are not healed again.
 """
 
 import argparse
@@ -20,10 +20,10 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import surgeon
-from surgeon.measure.scoring import perplexity, removal_curve, score
+from surgeon.measure.scoring import ScoreRequest, perplexity, removal_curve, score
 from surgeon.surgery import open_source
 from surgeon.transforms.choose import choose_layers
-from surgeon.transforms.scores import GREEDY_PROTECT, METHODS
+from surgeon.transforms.scores import METHODS
 
 COUNTS = (4, 8, 12)
 CALIBRATION = (32, 256)
@@ -35,30 +35,30 @@ RANDOM_SEEDS = (0, 1)
 
 
 def choices(source, tokens) -> dict[str, dict[int, list[int]]]:
-    """Return, for each score, the layers that it removes when 4, 8 or 12 are removed."""
+    """Return, for each score, the layers that go when 4, 8 or 12 do."""
     depth = len(surgeon.open_model(source).plan.layer_map)
     opened = open_source(source)
     began = time.perf_counter()
-    states = score(opened, tokens, {"angular", "magnitude"})
+    states = score(opened, tokens, ScoreRequest(layers=("angular", "magnitude")))
     print(f"states and magnitudes: {time.perf_counter() - began:.0f} s", flush=True)
-    costly = score(opened, tokens[:FEW], {"perplexity", "taylor"})
+    costly = score(opened, tokens[:FEW], ScoreRequest(layers=("perplexity", "taylor")))
     print(f"one by one, gradients: {time.perf_counter() - began:.0f} s", flush=True)
-    rounds = score(opened, tokens[:FEW], {"perplexity"}, rounds=max(COUNTS), protect=GREEDY_PROTECT)
+    protect = METHODS["perplexity"].greedy.protect
+    request = ScoreRequest(layers=("perplexity",), rounds=max(COUNTS), protect=protect)
+    rounds = score(opened, tokens[:FEW], request)
     print(f"greedy: {time.perf_counter() - began:.0f} s", flush=True)
     values = states.layers | {name: costly.layers[name] for name in ("perplexity", "taylor")}
-    dropped: dict[str, dict[int, list[int]]] = {}
+    found: dict[str, dict[int, list[int]]] = {}
     for name in METHODS:
         if name not in ("random", "uniform"):
             cut = {n: choose_layers(name, n, depth, values=values.get(name)) for n in COUNTS}
-            dropped[name] = {n: list(choice.dropped) for n, choice in cut.items()}
+            found[name] = {n: list(choice.dropped) for n, choice in cut.items()}
     order = rounds.greedy["order"]
-    dropped["perplexity, greedy"] = {n: sorted(order[:n]) for n in COUNTS}
-    dropped["truncate"] = {n: list(range(depth - n, depth)) for n in COUNTS}
+    found["perplexity, greedy"] = {n: sorted(order[:n]) for n in COUNTS}
+    found["truncate"] = {n: list(range(depth - n, depth)) for n in COUNTS}
     for seed in RANDOM_SEEDS:
-        dropped[f"random, seed {seed}"] = {
-            n: list(choose_layers("random", n, depth, seed=seed).dropped) for n in COUNTS
-        }
-    return dropped
+        found[f"random, seed {seed}"] = {n: list(choose_layers("random", n, depth, seed=seed).dropped) for n in COUNTS}
+    return found
 
 
 def heal(directory: Path, tokens: torch.Tensor, steps: int) -> None:
@@ -114,19 +114,17 @@ def main() -> None:
     before = record.setdefault("before", {})
     missing = [cut for cut in sorted(cuts) if str(list(cut)) not in before]
     if missing:
-        perplexities = removal_curve(open_source(options.model), evaluation, [(), *missing])
-        record["whole"] = perplexities[0]
-        before |= {str(list(cut)): value for cut, value in zip(missing, perplexities[1:], strict=True)}
+        found = removal_curve(open_source(options.model), evaluation, [(), *missing])
+        record["whole"] = found[0]
+        before |= {str(list(cut)): value for cut, value in zip(missing, found[1:], strict=True)}
         keep()
     for cut in [(), *sorted(cuts, key=lambda cut: (abs(len(cut) - COUNTS[1]), len(cut), cut))]:
         if (name := str(list(cut))) in healed:
             continue
         with tempfile.TemporaryDirectory() as work:
             out = Path(work) / "cut"
-            kept_layers = [
-                layer for layer in range(len(surgeon.open_model(options.model).plan.layer_map)) if layer not in cut
-            ]
-            cut_to(options.model, kept_layers, out)
+            kept = [layer for layer in range(len(surgeon.open_model(options.model).plan.layer_map)) if layer not in cut]
+            cut_to(options.model, kept, out)
             heal(out, tokens, options.steps)
             healed[name] = perplexity(open_source(out), evaluation)
         print(f"{name}: {before.get(name, record['whole']):.4g} -> {healed[name]:.4g}", flush=True)
@@ -134,18 +132,18 @@ def main() -> None:
     report(record, options.steps)
 
 
-def cut_to(model: str, layers: list[int], out: Path) -> None:
-    """Write the model with only these layers."""
+def cut_to(model: str, kept: list[int], out: Path) -> None:
+    """Write the model with these layers."""
     from dataclasses import replace
 
     from surgeon.transforms.layers import keep_layers
 
-    opened = surgeon.open_model(model)
-    replace(opened, plan=opened.plan.then(keep_layers(opened.anatomy, layers))).save(out)
+    begun = surgeon.open_model(model)
+    replace(begun, plan=begun.plan.then(keep_layers(begun.anatomy, kept))).save(out)
 
 
 def report(record: dict, steps: int) -> None:
-    """Print the table, one row per score."""
+    """Print the table, a row a score."""
     print(f"whole model: {record['whole']:.2f}, after {steps} steps of the same training {record['healed']['[]']:.2f}")
     print("| score | " + " | ".join(f"{n} removed | healed" for n in COUNTS) + " |")
     print("| --- |" + " --- | --- |" * len(COUNTS))

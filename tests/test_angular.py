@@ -10,7 +10,6 @@ if LATER:
     import torch
     from streamed import padded, plain, plain_states, stream, tokens
 
-    from surgeon.measure import removal
     from surgeon.measure import scoring as score
     from surgeon.measure.residual import Angular, distances, last_tokens
     from surgeon.measure.scoring import observe, score_states
@@ -143,7 +142,7 @@ def test_rows_in_groups_score_as_rows_at_once(all_tokens, toy, monkeypatch):
     ids, streamed, calls = tokens(5), stream(toy("llama")), []
     whole, *_ = score_states(streamed, ids, all_tokens=all_tokens)
     row = ids.shape[1] * streamed.hidden_size * 4 * (9 if all_tokens else 2)  # bytes of a row's states
-    split = removal.groups
+    split = score.groups
 
     def small(rows, bytes_per_row):
         calls.append(split(rows, bytes_per_row, 2 * row))

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from surgeon.errors import PlanError
-from surgeon.transforms.choose import Choice, choose_layers
+from surgeon.transforms.choose import Choice, choose_in_order, choose_layers
 from surgeon.transforms.scores import METHODS
 
 
@@ -169,12 +169,12 @@ def test_a_random_block_lies_anywhere():
 
 
 def test_a_greedy_order_gives_its_first_layers():
-    assert choose_layers("perplexity", 3, 8, order=[5, 2, 6, 1]).dropped == (2, 5, 6)
+    assert choose_in_order([5, 2, 6, 1], 3, 8, protect=(0, 0)).dropped == (2, 5, 6)
 
 
 def test_a_greedy_order_that_is_too_short_is_refused():
     with pytest.raises(PlanError, match="goes 2 layers deep, not 3"):
-        choose_layers("perplexity", 3, 8, order=[5, 2])
+        choose_in_order([5, 2], 3, 8, protect=(0, 0))
 
 
 # --- what holds for all ---------------------------------------------------------------------------------------

@@ -6,7 +6,6 @@ import math
 import sys
 import warnings
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -31,7 +30,7 @@ def pruning(
     """Return what a picture needs of a pruning."""
     layers = {} if values is None else {score: values}
     scores = Scores(model={}, depth=4, data=None, tokens=0, seed=0, layers=layers, greedy=greedy, loss=loss)
-    return SimpleNamespace(score=score, scores=scores, choice=SimpleNamespace(dropped=dropped) if dropped else None)
+    return {"score": score, "scores": scores, "dropped": dropped}
 
 
 def pixels(path: Path) -> np.ndarray:
@@ -52,7 +51,7 @@ def no_warnings():
 
 
 def draw(surgery: Any, path: Path, **options: Any) -> np.ndarray:
-    plots.plot_pruning(surgery, path, **options)
+    plots.plot_pruning(path, **surgery, **options)
     return pixels(path)
 
 
@@ -70,7 +69,7 @@ def test_a_picture_is_a_file_of_one_panel_or_two(tmp_path):
     ("suffix", "begins"), [(".png", b"\x89PNG"), (".svg", b"<?xml"), (".pdf", b"%PDF"), (".PNG", b"\x89PNG")]
 )
 def test_the_name_says_the_format(suffix, begins, tmp_path):
-    plots.plot_pruning(pruning("angular", MATRIX, (1,)), tmp_path / f"a{suffix}")
+    plots.plot_pruning(tmp_path / f"a{suffix}", **pruning("angular", MATRIX, (1,)))
 
     assert (tmp_path / f"a{suffix}").read_bytes().startswith(begins)
 
@@ -121,7 +120,7 @@ def test_a_greedy_removal_is_drawn_as_its_perplexities(tmp_path):
 
 def test_nothing_to_draw_is_an_error(tmp_path):
     with pytest.raises(PlanError, match="random has nothing to draw"):
-        plots.plot_pruning(pruning("random", dropped=(1,)), tmp_path / "a.png")
+        plots.plot_pruning(tmp_path / "a.png", **pruning("random", dropped=(1,)))
     assert not (tmp_path / "a.png").exists()
 
 
@@ -129,7 +128,7 @@ def test_a_file_that_cannot_be_written_is_an_error_that_names_it(tmp_path):
     (tmp_path / "a.png").mkdir()
 
     with pytest.raises(OutputError, match=r"cannot write .*a\.png"):
-        plots.plot_pruning(pruning("angular", MATRIX), tmp_path / "a.png")
+        plots.plot_pruning(tmp_path / "a.png", **pruning("angular", MATRIX))
 
 
 def test_without_matplotlib_the_hint_says_what_to_install(monkeypatch):

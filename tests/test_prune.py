@@ -19,7 +19,8 @@ from surgeon.checkpoint.header import TensorSpec, format_header
 from surgeon.errors import DataError, MeasureError, PlanError
 from surgeon.measure.record import Scores, read_scores
 from surgeon.surgery import open_model, open_source
-from surgeon.transforms.choose import CRITERIA, choose_layers
+from surgeon.transforms.choose import choose_layers
+from surgeon.transforms.scores import WIDTHS
 from surgeon.transforms.uniform import uniform
 
 if LATER:
@@ -504,7 +505,7 @@ def options_for(sizes):
     return {OPTIONS[axis]: size for axis, size in sizes.items()}
 
 
-@pytest.mark.parametrize("criterion", CRITERIA)
+@pytest.mark.parametrize("criterion", WIDTHS)
 @pytest.mark.parametrize("name", TABLED)
 def test_a_cut_in_width_and_depth_loads_whole_with_the_sizes_asked_for(name, criterion, toy, tmp_path):
     sizes = sizes_for(name)
@@ -816,12 +817,12 @@ def test_a_plan_without_scores_says_so_and_chooses_nothing(toy):
 
     assert surgery.choice is None
     assert surgery.text is None
-    assert any("none were taken" in note for note in surgery.plan.notes)
+    assert any("No scores yet" in note for note in surgery.plan.notes)
     assert (
         surgery.spec.num_parameters
         == surgeon.prune(toy("llama"), score="random", layers=4, intermediate_size=40).spec.num_parameters
     )
-    assert not any("none were taken" in note for note in surgeon.prune(toy("llama"), score="last", layers=4).plan.notes)
+    assert not any("No scores yet" in note for note in surgeon.prune(toy("llama"), score="last", layers=4).plan.notes)
 
 
 def test_what_cannot_be_is_refused_without_reading_a_weight(toy, tmp_path):

@@ -190,7 +190,7 @@ def test_every_score_can_be_named(score, model, text, tmp_path, run):
 
     assert found["score"] == score
     assert len(found["dropped"]) == 2
-    assert (score in found["scores"]) == METHODS[score].measured
+    assert (score in found["scores"]) == (METHODS[score].chosen == "lowest")
     assert found["perplexity"]["after"] > 1
 
 
@@ -258,7 +258,7 @@ def test_a_dry_run_without_scores_shows_sizes_and_no_choice(model, text, tmp_pat
     plain, found = run(*command), json.loads(run(*command, "--json").out)
 
     assert "llama-prune-4L (not written)" in plain.out
-    assert "none were taken" in plain.out
+    assert "No scores yet" in plain.out
     assert "dropped" not in plain.out
     assert found.keys() == SUMMARY | CHOICE
     assert (found["dropped"], found["value"], found["next_best"], found["scores"]) == (None, None, None, {})
@@ -286,7 +286,7 @@ def test_a_dry_run_of_what_needs_no_scores_says_which_layers_go(score, model, tm
     planned = json.loads(run(*command, "--dry-run", "--json").out)
 
     assert len(planned["dropped"]) == 2
-    assert not any("none were taken" in note for note in planned["notes"])
+    assert not any("No scores yet" in note for note in planned["notes"])
     assert json.loads(run(*command, "--json").out)["dropped"] == planned["dropped"]
 
 

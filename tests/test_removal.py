@@ -17,10 +17,11 @@ if LATER:
     import torch
     from streamed import mean_loss, padded, plain, stream, tokens
 
-    from surgeon.measure import removal
     from surgeon.measure import scoring as score
-    from surgeon.measure.removal import greedy, groups, losses_without, one_by_one, perplexities
-    from surgeon.measure.scoring import perplexity, removal_curve, score_states
+    from surgeon.measure.record import perplexities
+    from surgeon.measure.removal import greedy, one_by_one
+    from surgeon.measure.scoring import losses_without, perplexity, removal_curve, score_states
+    from surgeon.models.streaming import groups
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -82,13 +83,13 @@ def test_every_set_of_two_layers_has_its_own_loss(toy):
 def test_rows_in_groups_and_batches_give_the_same_losses(toy, monkeypatch):
     ids, streamed, sets = tokens(5), stream(toy("llama")), [frozenset(), frozenset({1}), frozenset({1, 4})]
     whole = losses_without(streamed, ids, sets)
-    split, calls = removal.groups, []
+    split, calls = score.groups, []
 
     def small(rows, bytes_per_row):
         calls.append(split(rows, bytes_per_row, 2 * bytes_per_row))
         return calls[-1]
 
-    monkeypatch.setattr(removal, "groups", small)
+    monkeypatch.setattr(score, "groups", small)
 
     assert losses_without(streamed, ids, sets) == pytest.approx(whole, abs=CLOSE)
     assert calls == [[(0, 1), (1, 3), (3, 5)]]
@@ -96,7 +97,7 @@ def test_rows_in_groups_and_batches_give_the_same_losses(toy, monkeypatch):
 
 def test_the_budget_of_a_group_is_of_the_states_of_all_choices(toy, monkeypatch):
     seen = []
-    monkeypatch.setattr(removal, "groups", lambda rows, size: seen.append((rows, size)) or [(0, rows)])
+    monkeypatch.setattr(score, "groups", lambda rows, size: seen.append((rows, size)) or [(0, rows)])
 
     losses_without(stream(toy("llama")), tokens(5), [frozenset({layer % 3}) for layer in range(6)])
 
@@ -148,7 +149,7 @@ def test_one_by_one_runs_each_layer_only_for_states_that_differ(toy):
     ids, streamed, told, calls = tokens(3), stream(toy("llama")), [], []
     watch(streamed, lambda module, _: calls.append(module))
 
-    one_by_one(streamed, ids, progress=told.append)
+    one_by_one(streamed, ids, meter=lambda *_: told.append)
 
     depth = streamed.depth
     assert [calls.count(streamed.module(layer)) for layer in range(depth)] == [1, 2, 3, 4, 5, 5]

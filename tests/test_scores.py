@@ -15,7 +15,7 @@ if LATER:
     import torch
     from streamed import tokens
 
-    from surgeon.measure.scoring import score
+    from surgeon.measure.scoring import ScoreRequest, score
 
 DEPTH = 3
 SCORES = Scores(
@@ -219,7 +219,7 @@ def test_scores_of_other_weights_are_refused(scored, asked, message):
 
 def test_a_models_own_scores_are_its_own_and_no_others(toy, tmp_path):
     source, other = open_source(str(toy("llama"))), open_source(str(toys.build("llama", tmp_path / "toy", seed=1)))
-    scores = score(source, None, {"magnitude"})
+    scores = score(source, None, ScoreRequest(layers={"magnitude"}))
 
     check_model(scores, source.provenance(), source.label)
     with pytest.raises(MeasureError, match="of other weights"):
@@ -234,10 +234,12 @@ def test_every_score_of_a_model_is_recorded_and_read_back(toy, tmp_path):
     scores = score(
         open_source(str(toy("mixtral"))),
         tokens(),
-        {"angular", "perplexity", "taylor", "magnitude"},
-        widths={"activation", "magnitude"},
-        evaluate=True,
-        seed=3,
+        ScoreRequest(
+            layers={"angular", "perplexity", "taylor", "magnitude"},
+            widths={"activation", "magnitude"},
+            evaluate=True,
+            seed=3,
+        ),
     )
     path = tmp_path / "scores.json"
     path.write_bytes(scores.to_bytes())
@@ -257,7 +259,9 @@ def test_every_score_of_a_model_is_recorded_and_read_back(toy, tmp_path):
 
 @pytest.mark.usefixtures("one_thread")
 def test_a_greedy_removal_is_recorded_and_read_back(toy, tmp_path):
-    scores = score(open_source(str(toy("llama"))), tokens(), {"perplexity"}, rounds=2, protect=(1, 2))
+    scores = score(
+        open_source(str(toy("llama"))), tokens(), ScoreRequest(layers={"perplexity"}, rounds=2, protect=(1, 2))
+    )
     path = tmp_path / "scores.json"
     path.write_bytes(scores.to_bytes())
 
@@ -269,7 +273,7 @@ def test_a_greedy_removal_is_recorded_and_read_back(toy, tmp_path):
 
 def test_scores_that_read_no_text_run_no_model(toy, tmp_path):
     for name in ("llama", "t5"):  # an encoder-decoder cannot be run, and need not be
-        scores = score(open_source(str(toy(name))), None, {"magnitude"})
+        scores = score(open_source(str(toy(name))), None, ScoreRequest(layers={"magnitude"}))
         path = tmp_path / "scores.json"
         path.write_bytes(scores.to_bytes())
 
@@ -279,7 +283,7 @@ def test_scores_that_read_no_text_run_no_model(toy, tmp_path):
 
 
 def test_scores_of_widths_alone_know_the_depth(toy, tmp_path):
-    scores = score(open_source(str(toy("llama"))), None, (), widths={"magnitude"})
+    scores = score(open_source(str(toy("llama"))), None, ScoreRequest(widths={"magnitude"}))
     path = tmp_path / "scores.json"
     path.write_bytes(scores.to_bytes())
 

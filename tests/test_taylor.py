@@ -75,6 +75,6 @@ def test_no_gradient_and_no_weight_is_left_behind(resident, toy):
 def test_progress_is_told_of_one_pass_forward_and_two_backward(toy):
     told = []
 
-    taylor(stream(toy("llama")), tokens(2, 12), progress=told.append)
+    taylor(stream(toy("llama")), tokens(2, 12), meter=lambda *_: told.append)
 
     assert told == [24] * 6 + [48] * 6

@@ -18,7 +18,7 @@ from surgeon.evals.evaluation import BATCH_SIZE, MAX_NEW_TOKENS, EvalContext, Ev
 from surgeon.evals.generation import answer, load_whole
 from surgeon.evals.metrics import exact_match, extracted, rouge_l
 from surgeon.evals.verdicts import WIN_RATE
-from surgeon.measure.removal import Progress
+from surgeon.models.streaming import Progress
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

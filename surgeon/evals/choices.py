@@ -18,8 +18,7 @@ from surgeon.evals.answers import of_records
 from surgeon.evals.compare import Scored
 from surgeon.evals.evaluation import EvalContext, Evaluation, EvaluationOptions, sha256_of
 from surgeon.evals.perplexity import WindowBatch, row_losses, streamed
-from surgeon.measure.removal import Progress
-from surgeon.models.streaming import BATCH_TOKENS, StreamedModel
+from surgeon.models.streaming import BATCH_TOKENS, Progress, StreamedModel
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -42,8 +42,8 @@ from surgeon.options import adapter_option, device_option, in_python, option, re
 if TYPE_CHECKING:
     from surgeon.evals.judge import Case, Judge
     from surgeon.gist.records import Record
-    from surgeon.measure.removal import Progress
     from surgeon.measure.scoring import Meter
+    from surgeon.models.streaming import Progress
 
 LOSS, ROUGE, EXACT = "loss", "rouge_l", "exact_match"
 FORMS = ("full", "gist", "none")

@@ -16,9 +16,8 @@ from surgeon.data.rows import read_rows, text_of
 from surgeon.errors import MeasureError
 from surgeon.evals.compare import Scored, estimate, exponential
 from surgeon.evals.evaluation import SAMPLES, SEQUENCE_LENGTH, EvalContext, Evaluation, EvaluationOptions
-from surgeon.measure.removal import STATES_BYTES, Progress, groups
 from surgeon.models.device import compute_dtype
-from surgeon.models.streaming import HEAD_TOKENS, Batch, StreamedModel
+from surgeon.models.streaming import HEAD_TOKENS, STATES_BYTES, Batch, Progress, StreamedModel, groups
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

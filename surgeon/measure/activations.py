@@ -1,8 +1,8 @@
-"""The importance of neurons, heads and channels by what they put out on a text.
+"""The importance of neurons, heads and channels by their activations on a text.
 
 Source: Muralidharan et al. 2024 (Minitron), arXiv:2407.14679, section 2.2: |activation| averaged over a sample's
 tokens, then the L2 norm over samples. A neuron is seen where the down projection reads it, a head where the output
-projection does, a channel of the residual stream behind the norms in front of attention and MLP.
+projection does, a channel of the residual stream after the norms before attention and MLP.
 """
 
 from collections.abc import Iterator
@@ -14,16 +14,15 @@ from torch import Tensor, nn
 
 from surgeon.anatomy.anatomy import Anatomy
 from surgeon.anatomy.axes import axes_of
-from surgeon.models.streaming import Batch
+from surgeon.measure.scoring import Watcher
 
 
-class Activations:
+class Activations(Watcher):
     """Sums the squares of mean activations, in float32, over the samples of a text."""
 
     def __init__(self, anatomy: Anatomy) -> None:
         family = anatomy.require_family()
         self._anatomy = anatomy
-        self._batch: Batch | None = None
         norms = [
             rest for rest, row in family.norm.items() if row.kind == "gain" and axes_of(row.axes[-1]) == {"hidden"}
         ]
@@ -35,7 +34,7 @@ class Activations:
 
     @contextmanager
     def watch(self, layer: int, module: nn.Module) -> Iterator[None]:
-        """Return a context in which what a layer's parts read and put out is counted."""
+        """Return a context in which the inputs and outputs of a layer's parts are counted."""
         handles = [
             part.register_forward_pre_hook(self._reads(layer, axis)) for part, axis in self._readers(layer, module)
         ]
@@ -48,10 +47,6 @@ class Activations:
             for handle in handles:
                 handle.remove()
 
-    def enter(self, batch: Batch) -> None:
-        """Say which batch goes through the layer now."""
-        self._batch = batch
-
     def result(self) -> dict[str, Tensor]:
         """Return "hidden" (D,), "ffn" (L, F), "heads" (L, kv_heads, group), "kv_heads" (L, kv_heads).
 
@@ -59,13 +54,13 @@ class Activations:
         """
         sizes = self._anatomy.sizes
         heads = self._heads.view(-1, sizes["kv_heads"], sizes["group"])
-        found = {
+        importance = {
             "hidden": self._hidden.sqrt().sum((0, 1)),
             "ffn": self._ffn.sqrt(),
             "heads": heads.sqrt(),
             "kv_heads": heads.sum(-1).sqrt(),
         }
-        return {axis: scores.double() for axis, scores in found.items() if bool(scores.any())}
+        return {axis: scores.double() for axis, scores in importance.items() if bool(scores.any())}
 
     def _readers(self, layer: int, module: nn.Module) -> Iterator[tuple[nn.Module, str]]:
         """Yield the modules that read neurons or heads, by the table's rows of this layer's tensors."""
@@ -100,7 +95,7 @@ class Activations:
 
     def _squares(self, states: Tensor) -> Tensor:
         """Return Σ over samples of (mean over tokens of |x|)², shape (F,)."""
-        batch = self._batch
+        batch = self.batch
         assert batch is not None, "a layer runs on a batch"
         sizes = states.detach().abs().float().view(*batch.tokens.shape, -1)
         if batch.real is None:

@@ -18,7 +18,7 @@ from surgeon.plan.arithmetic import TORCH_DTYPES, read
 def layer_magnitudes(source: Source) -> list[float]:
     """Return the sum of the absolute values of each layer's weights; of an encoder-decoder, of layer i in both stacks.
 
-    Raises MeasureError for a quantized checkpoint, whose numbers are none until they are scaled.
+    Raises MeasureError for a quantized checkpoint, whose numbers mean nothing until they are scaled.
     """
     anatomy = read_anatomy(spec_of(source))
     sums = [0.0] * anatomy.depth
@@ -50,10 +50,10 @@ def width_magnitudes(source: Source) -> dict[str, Tensor]:
     sums = {axis: torch.zeros(shape, dtype=torch.float64) for axis, shape in shapes.items()}
     for name, tensor in _tensors(source):
         _add(sums, anatomy, name, tensor)
-    found = {axis: total for axis, total in sums.items() if bool(total.any())}
-    found["hidden"] = found["hidden"][0]
-    found["heads"] = found["heads"].view(anatomy.depth, sizes["kv_heads"], sizes["group"])
-    return found
+    importance = {axis: total for axis, total in sums.items() if bool(total.any())}
+    importance["hidden"] = importance["hidden"][0]
+    importance["heads"] = importance["heads"].view(anatomy.depth, sizes["kv_heads"], sizes["group"])
+    return importance
 
 
 def _add(sums: Mapping[str, Tensor], anatomy: Anatomy, name: str, tensor: Tensor) -> None:
@@ -89,10 +89,10 @@ def _labels(dim: Dim, sizes: Mapping[str, int], axis: str) -> Tensor | None:
     if axis not in present:
         return None
 
-    wanted, size = axis, sizes[axis]
+    labelled, size = axis, sizes[axis]
 
     def mark(axis: str, block: frozenset[str]) -> Places | None:
-        if axis != wanted:
+        if axis != labelled:
             return None
         return Places(tuple(range(size)), tuple(float(i + 2) for i in range(size)))
 
@@ -103,7 +103,7 @@ def _tensors(source: Source) -> Iterator[tuple[str, Tensor]]:
     """Yield the floating tensors of a source, one at a time, in the order of its files."""
     if source.config.get("quantization_config") is not None:
         raise MeasureError(
-            f"{source.label} is quantized; scores are taken from weights as they were trained",
+            f"{source.label} is quantized; scores are taken from unquantized weights",
             hint="Score the unquantized checkpoint, then cut this one: --scores-from scores.json.",
         )
     stored = {name: item for name, item in source.tensors.items() if item.spec.dtype in TORCH_DTYPES}

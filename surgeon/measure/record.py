@@ -1,4 +1,4 @@
-"""The scores of a model on a text, as a record: what scores.json holds. Pure data; neither torch nor weights."""
+"""The scores of a model on a text, as the record in scores.json. Pure data: no torch, no weights."""
 
 import json
 import math
@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from surgeon.checkpoint.receipt import to_bytes, versions
-from surgeon.errors import MeasureError
+from surgeon.errors import MeasureError, PlanError
+from surgeon.transforms.scores import METHODS
 
 FORMAT = 1
 AGAIN = "Score again: leave out --scores-from."
@@ -16,20 +17,21 @@ AGAIN = "Score again: leave out --scores-from."
 
 @dataclass(frozen=True)
 class Scores:
-    """Scores of layers and widths, and what they were taken from.
+    """Scores of layers and widths, with the model and the text that they were taken on.
 
-    `layers` maps each score to one number a layer, and "angular" to a matrix: entry [s][e] is the distance in units of
-    π between the states before layer s and before layer e, None where e <= s. `widths` maps "activation" and
-    "magnitude" to nested lists by axis, as `surgeon.measure.activations` and `magnitude` give them. `greedy` is the
-    order in which layers go, with the perplexity behind each. `loss` is the whole model's on the text, in nats.
+    `layers` maps each score to one number per layer, or to a matrix where its row in METHODS says so. That of
+    "angular": entry [s][e] is the distance in units of π between the states before layer s and before layer e, None
+    where e <= s. `widths` maps "activation" and "magnitude" to nested lists by axis, as `surgeon.measure.activations`
+    and `magnitude` return them. `greedy` is the order in which layers go, with the perplexity after each. `loss` is
+    that of the whole model on the text, in nats per token.
     """
 
     model: Mapping[str, Any]  # provenance: an id and a commit, or a path and a fingerprint
     depth: int
-    data: Mapping[str, Any] | None  # what was read, None for scores that read no text
+    data: Mapping[str, Any] | None  # the text, None for scores that read none
     tokens: int
     seed: int
-    options: Mapping[str, Any] = field(default_factory=dict)  # what else decides the numbers: tokens, dtype, device
+    options: Mapping[str, Any] = field(default_factory=dict)  # of the numbers: tokens, dtype, device
     layers: Mapping[str, list[Any]] = field(default_factory=dict)
     widths: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     greedy: Mapping[str, Any] | None = None
@@ -58,7 +60,7 @@ class Scores:
 
 
 def read_scores(path: Path) -> Scores:
-    """Return the record in a file. Raises MeasureError when it is none."""
+    """Return the record in a file. Raises MeasureError for a file that holds none."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -73,7 +75,7 @@ def read_scores(path: Path) -> Scores:
     if not isinstance(layers, dict) or not isinstance(widths, dict):
         raise MeasureError(f"{path} holds no scores", hint=AGAIN)
     for name, values in layers.items():
-        if not _fits(values, depth, matrix=name == "angular"):
+        if not _fits(values, depth, matrix=name in METHODS and METHODS[name].matrix):
             raise MeasureError(f"{path}: the scores {name!r} are not those of {depth} layers", hint=AGAIN)
     for criterion, axes in widths.items():
         if not isinstance(axes, dict) or not all(_fits_axis(axis, values, depth) for axis, values in axes.items()):
@@ -101,12 +103,43 @@ def read_scores(path: Path) -> Scores:
 def check_model(scores: Scores, provenance: Mapping[str, Any], label: str) -> None:
     """Raises MeasureError when the scores are of another model than the one of this provenance."""
     for key in ("fingerprint", "commit"):
-        known, found = scores.model.get(key), provenance.get(key)
-        if known is not None and found is not None:
-            if known != found:
+        scored, present = scores.model.get(key), provenance.get(key)
+        if scored is not None and present is not None:
+            if scored != present:
                 raise MeasureError(f"the scores are of other weights than those of {label}", hint=AGAIN)
             return
     raise MeasureError(f"the scores do not say that they are of {label}", hint=AGAIN)
+
+
+def check_ranking(
+    scores: Scores, name: str, *, all_tokens: bool = False, greedy_protect: tuple[int, int] | None = None
+) -> None:
+    """Raises PlanError when the record does not hold the score `name` as it is needed.
+
+    `greedy_protect` is the number of first and last layers that a greedy removal protects, None without one.
+    """
+    if greedy_protect is not None and scores.greedy is None:
+        raise PlanError("the scores hold no greedy order", hint=AGAIN)
+    if greedy_protect is not None and scores.greedy and list(greedy_protect) != scores.greedy.get("protect"):
+        raise PlanError(
+            f"the greedy order was found with --protect {scores.greedy.get('protect')}, not {list(greedy_protect)}",
+            hint=AGAIN,
+        )
+    if greedy_protect is None and name not in scores.layers:
+        there = ", ".join(scores.layers) or "none"
+        raise PlanError(f"there are no {name} scores (there are: {there})", hint="Leave out --scores-from.")
+    recorded = scores.options.get("tokens", "last")
+    needed = "all" if all_tokens else "last"
+    if METHODS[name].token_choice and recorded != needed:
+        raise PlanError(
+            f"the scores were taken with --tokens {recorded}, not {needed}",
+            hint=f"Use --tokens {recorded}, or leave out --scores-from.",
+        )
+
+
+def perplexities(losses: Sequence[float]) -> list[float]:
+    """Return exp of each loss; infinite where that is beyond a float."""
+    return [math.exp(loss) if loss < 700 else math.inf for loss in losses]
 
 
 def _fits(values: object, depth: int, *, matrix: bool) -> bool:
@@ -121,7 +154,7 @@ def _fits(values: object, depth: int, *, matrix: bool) -> bool:
 
 
 def _fits_axis(axis: str, values: object, depth: int) -> bool:
-    """Return whether these are the scores of an axis: a number each, of each layer but for those of "hidden"."""
+    """Return whether these are the scores of an axis: of the whole model for "hidden", else of each layer."""
     if axis == "hidden":
         return _are_numbers(values, nested=0)
     return (
@@ -149,7 +182,7 @@ def _are_layers(order: object, depth: int) -> bool:
     )
 
 
-# What else a record holds.
+# The other entries of a record.
 _REST: Mapping[str, Callable[[object], bool]] = {
     "tokens": lambda value: type(value) is int,
     "seed": lambda value: type(value) is int,

@@ -1,7 +1,9 @@
-"""The angular distance between the states before any two layers, for blocks of every size at once.
+"""Scores of the residual stream: the angular distance across blocks, block influence, and relative magnitude.
 
-Source: Gromov et al. 2024, arXiv:2403.17887: d(s, e) = arccos(cosine of x_s and x_e) / π, of the last token of a
-sample, averaged over samples. x_e of the last e is taken before the final norm, which would bend it.
+Angular distance of the states before any two layers, for blocks of every size at once. Source: Gromov et al. 2024,
+arXiv:2403.17887: d(s, e) = arccos(cosine of x_s and x_e) / π, of the last token of a sample, averaged over samples. The
+x_e of the last e is taken before the final norm, which would change its direction. Block influence: arXiv:2403.03853;
+relative magnitude: arXiv:2312.09299; both are means over all tokens.
 """
 
 import math
@@ -9,29 +11,31 @@ import math
 import torch
 from torch import Tensor
 
+from surgeon.measure.scoring import Observer
 from surgeon.models.device import wide
 from surgeon.models.streaming import Batch
 
 
-class Angular:
-    """Collects states and gives the matrix of their distances. With `all_tokens` every token counts, not the last."""
+class Angular(Observer):
+    """Collects states for the matrix of their distances: of the last token of each row, or of `all_tokens`."""
 
     def __init__(self, depth: int, *, all_tokens: bool) -> None:
         self._all_tokens = all_tokens
+        self.kept_states = depth + 1 if all_tokens else 0  # those of last tokens are few
         self._sum = torch.zeros(depth + 1, depth + 1, dtype=torch.float64)
         self._count = 0
         self._states: list[list[Tensor]] = [[] for _ in range(depth + 1)]
 
     def begin(self, batch: Batch) -> None:
-        """Take in the states before the first layer."""
+        """Keep the states before the first layer."""
         self._keep(0, batch, batch.hidden)
 
     def see(self, layer: int, batch: Batch, before: Tensor, after: Tensor) -> None:
-        """Take in the states behind a layer, shape (B, T, D)."""
+        """Keep the states after a layer, shape (B, T, D)."""
         self._keep(layer + 1, batch, after)
 
     def end_group(self) -> None:
-        """Fold what was collected into the sum, and let go of it."""
+        """Add the distances of the collected states to the sum, and free the states."""
         states = [torch.cat(parts) for parts in self._states]
         step = (1 << 22) // (len(states) * states[0].shape[-1]) + 1  # rows whose states fit a cache
         for at in range(0, len(states[0]), step):
@@ -67,8 +71,8 @@ def distances(states: Tensor) -> Tensor:
     return (unit @ unit.mT).clamp(-1.0, 1.0).arccos().cpu() / math.pi
 
 
-class Influence:
-    """Sums both scores of each layer over tokens."""
+class Influence(Observer):
+    """Sums block influence and relative magnitude of each layer over tokens."""
 
     def __init__(self, depth: int) -> None:
         self._cosine = torch.zeros(depth, dtype=torch.float64)
@@ -80,20 +84,17 @@ class Influence:
         self._count += batch.hidden[..., 0].numel() if batch.real is None else int(batch.real.sum())
 
     def see(self, layer: int, batch: Batch, before: Tensor, after: Tensor) -> None:
-        """Take in the states before and behind a layer, shape (B, T, D)."""
+        """Add the scores of a layer, from its input and output, shape (B, T, D)."""
         x, y = batch.chosen(before).float(), batch.chosen(after).float()
         size = torch.linalg.vector_norm(y, dim=-1)
         product = torch.linalg.vector_norm(x, dim=-1) * size
         self._cosine[layer] += wide((x * y).sum(-1) / product).sum().cpu()
         self._magnitude[layer] += wide(torch.linalg.vector_norm(y - x, dim=-1) / size).sum().cpu()
 
-    def end_group(self) -> None:
-        """Nothing waits for the end of a group."""
-
     def block_influence(self) -> list[float]:
-        """Return 1 minus the mean cosine, a number a layer."""
+        """Return 1 minus the mean cosine of each layer's input and output."""
         return [1.0 - value for value in (self._cosine / self._count).tolist()]
 
     def relative_magnitude(self) -> list[float]:
-        """Return the mean share of what a layer adds, a number a layer."""
+        """Return the mean size of each layer's update, relative to its output."""
         return list((self._magnitude / self._count).tolist())

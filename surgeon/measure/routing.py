@@ -1,8 +1,8 @@
-"""The importance of experts by what the router sends them and what they put out.
+"""The importance of experts by their gates and their outputs.
 
 Source: REAP (arXiv:2510.13999): S_j = mean, over the tokens that reach expert j, of g_j · |f_j|₂, with the gates of a
 token's chosen experts summing to 1. Experts run one slot at a time, which costs no more than all slots at once and
-shows what each adds.
+gives each expert's part of the sum.
 """
 
 from collections.abc import Iterator
@@ -12,17 +12,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from surgeon.measure.scoring import Watcher
 from surgeon.models.device import wide
-from surgeon.models.streaming import Batch
 
 
-class Routing:
+class Routing(Watcher):
     """Sums each expert's contributions, and counts its tokens."""
 
     def __init__(self, depth: int, experts: int) -> None:
         self._sum = torch.zeros(depth, experts, dtype=torch.float64)
         self._count = torch.zeros(depth, experts, dtype=torch.float64)
-        self._batch: Batch | None = None
 
     @contextmanager
     def watch(self, layer: int, module: nn.Module) -> Iterator[None]:
@@ -50,18 +49,14 @@ class Routing:
         finally:
             del experts.forward
 
-    def enter(self, batch: Batch) -> None:
-        """Say which batch goes through the layer now."""
-        self._batch = batch
-
     def result(self) -> dict[str, Tensor]:
         """Return "experts", shape (L, E): 0 for an expert that no token reached."""
         return {"experts": self._sum / self._count.clamp(min=1)}
 
     def _count_slot(self, layer: int, chosen: Tensor, part: Tensor, gates: Tensor) -> None:
         contribution = wide(torch.linalg.vector_norm(part.float(), dim=-1) / gates.float())
-        if self._batch is not None and self._batch.real is not None:
-            real = self._batch.real.flatten()
+        if self.batch is not None and self.batch.real is not None:
+            real = self.batch.real.flatten()
             chosen, contribution = chosen[real], contribution[real]
         self._sum[layer].index_add_(0, chosen.cpu(), contribution.cpu())
         self._count[layer] += torch.bincount(chosen.cpu(), minlength=self._count.shape[1])

@@ -1,62 +1,84 @@
-"""Score a model on a text: one streamed pass for all scores that can share it, one more for each that cannot."""
+"""Score a model on a text: one streamed pass for all scores that can share it, one more for each that cannot.
 
-from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
-from typing import Any, Protocol
+Losses without layers are computed for any number of choices in one pass. Choices that leave out the same of the first
+layers share their states up to there, so scoring every layer's removal costs half of as many separate passes, exactly.
+"""
+
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from surgeon.anatomy.anatomy import read_anatomy
+from surgeon.anatomy.anatomy import Anatomy, read_anatomy
 from surgeon.checkpoint.source import Source, spec_of
-from surgeon.measure.activations import Activations
-from surgeon.measure.magnitude import layer_magnitudes, width_magnitudes
-from surgeon.measure.record import Scores
-from surgeon.measure.removal import (
-    Progress,
-    greedy,
-    groups,
-    loss_sum,
-    losses_without,
-    mean_loss,
-    one_by_one,
-    perplexities,
-)
-from surgeon.measure.residual import Angular, Influence
-from surgeon.measure.routing import Routing
-from surgeon.measure.taylor import taylor
+from surgeon.errors import MeasureError
+from surgeon.measure.record import Scores, perplexities
 from surgeon.models.device import available_memory, compute_dtype
-from surgeon.models.streaming import Batch, StreamedModel
+from surgeon.models.streaming import HEAD_TOKENS, Batch, Progress, StreamedModel, groups
+from surgeon.transforms.scores import METHODS, WIDTHS
 
-# Is told what work begins, how many tokens it takes and through how many layers each goes; returns what counts their
-# product. For people that is a bar, with tokens a second.
+# Is called when work begins: with its name, its number of tokens, and the number of layers that each goes through.
+# Returns the function that counts them. For people that is a bar, with tokens per second.
 Meter = Callable[[str, int, int], Progress | None]
 
 
-class Observer(Protocol):
-    """What looks on while batches go through layers."""
+def no_meter(what: str, tokens: int, layers: int) -> Progress | None:
+    """A meter that counts nothing."""
+    return None
+
+
+class Observer:
+    """Sees the states between layers while batches go through them. A subclass overrides what it needs.
+
+    `kept_states` is how many states of each token it keeps until its group of rows is done.
+    """
+
+    kept_states = 0
 
     def begin(self, batch: Batch) -> None:
-        """See a batch in front of the first layer."""
+        """See a batch before the first layer."""
 
     def see(self, layer: int, batch: Batch, before: Tensor, after: Tensor) -> None:
-        """See the states before and behind a layer."""
+        """See the states before and after a layer, shape (B, T, D)."""
 
     def end_group(self) -> None:
-        """Know that a group of rows is through."""
+        """See the end of a group of rows: the hidden states of its batches are the final ones now."""
 
 
-class Watcher(Protocol):
-    """What looks on inside a layer."""
+class Watcher:
+    """Sees the inside of a layer. `batch` is the one that goes through it."""
+
+    batch: Batch | None = None
 
     def watch(self, layer: int, module: nn.Module) -> AbstractContextManager[None]:
-        """Return a context in which what happens inside a layer is seen."""
-
-    def enter(self, batch: Batch) -> None:
-        """Know which batch goes through the layer now."""
+        """Return a context in which the inside of a layer is seen."""
+        return nullcontext()
 
     def result(self) -> dict[str, Tensor]:
         """Return the importance of positions, by axis."""
+        return {}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoreRequest:
+    """The scores to take: of `layers` by names of METHODS, of `widths` by names of WIDTHS.
+
+    With `rounds`, so many layers are removed greedily, with the first and last `protect` kept. With `evaluate` the loss
+    of the whole model is taken too.
+    """
+
+    layers: Collection[str] = ()
+    widths: Collection[str] = ()
+    all_tokens: bool = False
+    rounds: int | None = None
+    protect: tuple[int, int] = (1, 1)
+    evaluate: bool = False
+    device: str = "cpu"
+    seed: int = 0
 
 
 def observe(
@@ -66,13 +88,13 @@ def observe(
     *,
     watchers: Sequence[Watcher] = (),
     real: Tensor | None = None,
-    held: int = 2,
     progress: Progress | None = None,
 ) -> None:
-    """Run the rows, shape (R, T), through all layers under the eyes of `observers` and, inside them, of `watchers`.
+    """Run the rows, shape (R, T), through all layers; `observers` see the states between them, `watchers` the inside.
 
-    `held` says how many states of each token are in memory at once, those that observers keep included.
+    `real` is False for padding.
     """
+    held = 2 + sum(observer.kept_states for observer in observers)  # states of each token in memory at once
     with torch.no_grad():
         for start, stop in groups(len(tokens), tokens.shape[1] * model.hidden_size * 4 * held):
             batches = model.embed(tokens[start:stop], None if real is None else real[start:stop])
@@ -83,7 +105,7 @@ def observe(
                 with model.layer(index) as apply, _watched(watchers, index, model.module(index)):
                     for batch in batches:
                         for watcher in watchers:
-                            watcher.enter(batch)
+                            watcher.batch = batch
                         after = apply(batch, batch.hidden)
                         for observer in observers:
                             observer.see(index, batch, batch.hidden, after)
@@ -112,35 +134,49 @@ def score_states(
     evaluate: bool = False,
     progress: Progress | None = None,
 ) -> tuple[dict[str, list[Any]], dict[str, Any], float | None]:
-    """Return the scores of layers that one pass gives, and with `widths` the importance of each axis's positions.
+    """Return all scores of layers that share one pass, and with `widths` the importance of each axis's positions.
 
     With `evaluate` the mean next-token loss too, which costs the head. `real` is False for padding.
     """
-    depth = model.depth
-    angular, influence = Angular(depth, all_tokens=all_tokens), Influence(depth)
-    observers: list[Observer] = [angular, influence]
-    watchers: list[Watcher] = []
-    if widths:
-        watchers.append(Activations(model.anatomy))
-        if "experts" in model.anatomy.sizes:
-            watchers.append(Routing(depth, model.anatomy.sizes["experts"]))
+    observers = _observers(model.depth, all_tokens=all_tokens)
+    watchers = _watchers(model.anatomy) if widths else []
     loss = FinalLoss(model) if evaluate else None
-    observers += [loss] if loss else []
-    held = depth + 3 if all_tokens else 2
-    observe(model, tokens, observers, watchers=watchers, real=real, held=held, progress=progress)
-    layers: dict[str, list[Any]] = {
-        "angular": angular.result(),
-        "block-influence": influence.block_influence(),
-        "relative-magnitude": influence.relative_magnitude(),
+    looking_on = [*observers.values(), *([] if loss is None else [loss])]
+    observe(model, tokens, looking_on, watchers=watchers, real=real, progress=progress)
+    layers = {
+        name: getattr(observers[method.observer], method.result)()
+        for name, method in METHODS.items()
+        if method.observer
     }
-    found: dict[str, Any] = {}
-    for watcher in watchers:
-        found |= {axis: values.tolist() for axis, values in watcher.result().items()}
-    return layers, found, None if loss is None else loss.result()
+    importance = {axis: values.tolist() for watcher in watchers for axis, values in watcher.result().items()}
+    return layers, importance, None if loss is None else loss.result()
 
 
-class FinalLoss:
-    """Sums the next-token loss of the whole model at the end of the pass that others look on."""
+def _observers(depth: int, *, all_tokens: bool) -> dict[str, Observer]:
+    """Return the observers of the scores that share the pass, by their names: one may give two scores."""
+    return {
+        method.observer: load(method.observer)(depth, **({"all_tokens": all_tokens} if method.token_choice else {}))
+        for method in METHODS.values()
+        if method.observer
+    }
+
+
+def _watchers(anatomy: Anatomy) -> list[Watcher]:
+    from surgeon.measure.activations import Activations
+    from surgeon.measure.routing import Routing
+
+    experts = anatomy.sizes.get("experts")
+    return [Activations(anatomy), *([] if experts is None else [Routing(anatomy.depth, experts)])]
+
+
+def load(place: str) -> Any:
+    """Return what a row of METHODS names: "surgeon.measure.taylor:taylor"."""
+    module, _, name = place.partition(":")
+    return getattr(import_module(module), name)
+
+
+class FinalLoss(Observer):
+    """Sums the next-token loss of the whole model, at the end of the pass that other observers share."""
 
     def __init__(self, model: StreamedModel) -> None:
         self._model = model
@@ -151,11 +187,8 @@ class FinalLoss:
         """Remember a batch; its hidden states are the final ones when the group ends."""
         self._batches.append(batch)
 
-    def see(self, layer: int, batch: Batch, before: Tensor, after: Tensor) -> None:
-        """Nothing is counted between the layers."""
-
     def end_group(self) -> None:
-        """Take the loss of the group."""
+        """Add the loss of the group."""
         with self._model.head() as head:
             for batch in self._batches:
                 total, count = loss_sum(head, batch, batch.hidden)
@@ -171,74 +204,71 @@ class FinalLoss:
 def score(
     source: Source,
     tokens: Tensor | None,
-    wanted: Collection[str],
+    request: ScoreRequest,
     *,
-    data: Any = None,
-    all_tokens: bool = False,
-    widths: Collection[str] = (),
-    rounds: int | None = None,
-    protect: tuple[int, int] = (1, 1),
-    evaluate: bool = False,
-    device: str = "cpu",
-    dtype: torch.dtype = torch.float32,
-    seed: int = 0,
+    data: Mapping[str, Any] | None = None,
     meter: Meter | None = None,
 ) -> Scores:
-    """Return the scores `wanted` of a model, and those that come with them for nothing.
+    """Return the scores of a model that `request` names, and those that the shared pass gives with them.
 
-    `tokens` has shape (R, T); None where no score reads text. `widths` are "activation" and "magnitude". With `rounds`
-    layers are removed greedily, so many of them. With `evaluate` the whole model's loss is taken too.
+    `tokens` has shape (R, T), None where no score reads text; `data` says where they are from.
 
     Raises MeasureError when the model cannot run on text.
     """
-    meter = meter or _no_meter
     layers: dict[str, list[Any]] = {}
-    found: dict[str, Any] = {}
-    order: dict[str, Any] | None = None
-    loss: float | None = None
+    widths: dict[str, Any] = {}
+    order, loss = None, None
     if tokens is not None:
-        passes = ("perplexity" in wanted) + ("taylor" in wanted)
-        model = _streamed(source, device, dtype, resident=bool(passes))
-        layers, activations, loss = score_states(
+        runs_again = any(METHODS[name].function for name in request.layers)
+        model = _streamed(source, request.device, resident=runs_again)
+        layers, importance, loss = score_states(
             model,
             tokens,
-            all_tokens=all_tokens,
-            widths="activation" in widths,
-            evaluate=evaluate,
-            progress=meter("scoring", tokens.numel(), model.depth),
+            all_tokens=request.all_tokens,
+            widths=any(WIDTHS[name] == "text" for name in request.widths),
+            evaluate=request.evaluate,
+            progress=(meter or no_meter)("scoring", tokens.numel(), model.depth),
         )
-        found |= {"activation": activations} if activations else {}
-        if "perplexity" in wanted and rounds is None:
-            steps = model.depth * (model.depth + 1) // 2 - 1
-            progress = meter("removing each layer", tokens.numel(), steps)
-            layers["perplexity"] = one_by_one(model, tokens, progress=progress)
-        if rounds is not None:
-            steps = rounds * model.depth * (model.depth + 1) // 2
-            progress = meter("removing layers greedily", tokens.numel(), steps)
-            removed, after = greedy(model, tokens, rounds, protect=protect, progress=progress)
-            order = {"order": removed, "perplexity": after, "protect": list(protect)}
-        if "taylor" in wanted:
-            layers["taylor"] = taylor(model, tokens, progress=meter("gradients", tokens.numel(), 3 * model.depth))
-    if "magnitude" in wanted:
-        layers["magnitude"] = layer_magnitudes(source)
-    if "magnitude" in widths:
-        found["magnitude"] = {axis: values.tolist() for axis, values in width_magnitudes(source).items()}
+        widths |= {"activation": importance} if importance else {}
+        own_passes, order = _scores_by_own_pass(model, tokens, request, meter or no_meter)
+        layers |= own_passes
+    of_weights = {name: method.weights for name, method in METHODS.items() if name in request.layers and method.weights}
+    layers |= {name: load(function)(source) for name, function in of_weights.items()}
+    if "magnitude" in request.widths:
+        from surgeon.measure.magnitude import width_magnitudes
+
+        widths["magnitude"] = {axis: values.tolist() for axis, values in width_magnitudes(source).items()}
+    dtype = str(compute_dtype(source, request.device)).removeprefix("torch.")
     return Scores(
         model=source.provenance(),
         depth=read_anatomy(spec_of(source)).depth,
         data=data,
         tokens=0 if tokens is None else tokens.numel(),
-        seed=seed,
-        options={
-            "tokens": "all" if all_tokens else "last",
-            "dtype": str(dtype).removeprefix("torch."),
-            "device": device,
-        },
+        seed=request.seed,
+        options={"tokens": "all" if request.all_tokens else "last", "dtype": dtype, "device": request.device},
         layers=layers,
-        widths=found,
+        widths=widths,
         greedy=order,
         loss=loss,
     )
+
+
+def _scores_by_own_pass(
+    model: StreamedModel, tokens: Tensor, request: ScoreRequest, meter: Meter
+) -> tuple[dict[str, list[Any]], dict[str, Any] | None]:
+    """Return the scores that run the model themselves, and the order of a greedy removal, None where there is none."""
+    layers: dict[str, list[Any]] = {}
+    order: dict[str, Any] | None = None
+    for name, method in METHODS.items():
+        if name not in request.layers or not method.function:
+            continue
+        if request.rounds is not None and method.greedy is not None:
+            remove = load(method.greedy.by)
+            removed, after = remove(model, tokens, request.rounds, protect=request.protect, meter=meter)
+            order = {"order": removed, "perplexity": after, "protect": list(request.protect)}
+        else:
+            layers[name] = load(method.function)(model, tokens, meter=meter)
+    return layers, order
 
 
 def perplexity(source: Source, tokens: Tensor, *, device: str = "cpu", meter: Meter | None = None) -> float:
@@ -254,19 +284,108 @@ def removal_curve(
     device: str = "cpu",
     meter: Meter | None = None,
 ) -> list[float]:
-    """Return the perplexity of a model without each of these sets of layers, all in one streamed pass."""
-    model = _streamed(source, device, compute_dtype(source, device), resident=False)
+    """Return the perplexity of a model without each of these sets of layers, in one streamed pass."""
+    model = _streamed(source, device, resident=False)
     steps = sum(model.depth - len(dropped) for dropped in removed)
-    progress = (meter or _no_meter)("perplexity", tokens.numel(), steps)
+    progress = (meter or no_meter)("perplexity", tokens.numel(), steps)
     return perplexities(losses_without(model, tokens, [frozenset(dropped) for dropped in removed], progress=progress))
 
 
-def _streamed(source: Source, device: str, dtype: torch.dtype, *, resident: bool) -> StreamedModel:
-    """Return the model; where it is gone through often and memory allows, its weights stay there."""
+def _streamed(source: Source, device: str, *, resident: bool) -> StreamedModel:
+    """Return the model; with `resident` its weights stay in memory once they are read, where memory allows."""
+    dtype = compute_dtype(source, device)
     size = sum(item.spec.num_parameters for item in source.tensors.values()) * dtype.itemsize
     fits = resident and 2 * size < available_memory(device)
     return StreamedModel(source, device=device, dtype=dtype, resident=fits)
 
 
-def _no_meter(what: str, tokens: int, layers: int) -> Progress | None:
-    return None
+# --- losses ---------------------------------------------------------------------------------------------------
+
+
+def losses_without(
+    model: StreamedModel,
+    tokens: Tensor,
+    removed: Sequence[frozenset[int]],
+    *,
+    real: Tensor | None = None,
+    progress: Progress | None = None,
+) -> list[float]:
+    """Return the mean next-token loss, in nats, of the model without each of these sets of layers.
+
+    `tokens` has shape (R, T); the loss is taken inside rows, over targets that are no padding.
+    """
+    totals = torch.zeros(len(removed), dtype=torch.float64)
+    count = 0
+    row_bytes = tokens.shape[1] * model.hidden_size * 4 * (len(set(removed)) + 1)
+    with torch.no_grad():
+        for start, stop in groups(len(tokens), row_bytes):
+            batches = model.embed(tokens[start:stop], None if real is None else real[start:stop])
+            paths = _through(model, batches, removed, progress)
+            count += sum(int(targets_of(batch)[1].sum()) for batch in batches)
+            with model.head() as head:
+                for variants, states in paths:
+                    sums = [loss_sum(head, batch, state) for batch, state in zip(batches, states, strict=True)]
+                    totals[variants] += sum(total for total, _ in sums)
+    return [mean_loss(float(total), count) for total in totals]
+
+
+def _through(
+    model: StreamedModel,
+    batches: Sequence[Batch],
+    removed: Sequence[frozenset[int]],
+    progress: Progress | None,
+) -> list[tuple[list[int], list[Tensor]]]:
+    """Return the final states of each choice, once for choices that agree, with the numbers of those choices."""
+    paths = [(list(range(len(removed))), [batch.hidden for batch in batches])]
+    for index in range(model.depth):
+        skipping, waiting = [], []
+        for variants, states in paths:
+            through = [v for v in variants if index not in removed[v]]
+            if len(through) < len(variants):
+                skipping.append(([v for v in variants if index in removed[v]], states))
+            if through:
+                waiting.append((through, states))
+        paths = skipping
+        if waiting:
+            with model.layer(index) as apply:
+                while waiting:  # free each path's states once they are through: those of all would double the memory
+                    through, states = waiting.pop()
+                    moved = [apply(batch, state) for batch, state in zip(batches, states, strict=True)]
+                    paths.append((through, moved))
+                    if progress:
+                        progress(sum(batch.tokens.numel() for batch in batches))
+    return paths
+
+
+def targets_of(batch: Batch) -> tuple[Tensor, Tensor]:
+    """Return the next tokens, shape (B, T - 1), and which of them count: a token after a token, no padding."""
+    following = batch.tokens[:, 1:]
+    if batch.real is None:
+        return following, torch.ones_like(following, dtype=torch.bool)
+    return following, batch.real[:, 1:] & batch.real[:, :-1]
+
+
+def losses_of(head: Callable[[Tensor], Tensor], batch: Batch, states: Tensor) -> Iterator[tuple[Tensor, int]]:
+    """Yield the sum of next-token losses, in nats, of a few of a batch's tokens at a time, and how many they are."""
+    following, counted = targets_of(batch)
+    flat, targets = states[:, :-1][counted], following[counted]
+    size = min(HEAD_TOKENS, batch.tokens.shape[1])  # no more than the model has positions for
+    for at in range(0, len(flat), size):
+        logits, next_tokens = head(flat[at : at + size]).float(), targets[at : at + size]
+        yield nn.functional.cross_entropy(logits, next_tokens, reduction="sum"), len(next_tokens)
+
+
+def loss_sum(head: Callable[[Tensor], Tensor], batch: Batch, states: Tensor) -> tuple[float, int]:
+    """Return the sum of a batch's next-token losses, in nats, and the number of tokens in it."""
+    total, count = 0.0, 0
+    for loss, number in losses_of(head, batch, states):
+        total += float(loss)
+        count += number
+    return total, count
+
+
+def mean_loss(total: float, count: int) -> float:
+    """Return the mean loss of a next token. Raises MeasureError when there is none."""
+    if not count:
+        raise MeasureError("a text of one token predicts nothing", hint="Give --data with more text.")
+    return total / count

@@ -1,4 +1,4 @@
-"""The Taylor estimate of what a layer's removal costs: Σ |w · g| over its weights.
+"""The Taylor estimate of the cost of removing a layer: Σ |w · g| over its weights.
 
 Source: Kim et al. 2024 (Shortened LLaMA, arXiv:2402.02834): the first order of the change of the loss when weights
 become zero, with gradients summed over the calibration text before the absolute value is taken.
@@ -7,17 +7,18 @@ become zero, with gradients summed over the calibration text before the absolute
 import torch
 from torch import Tensor
 
-from surgeon.measure.removal import Progress, losses_of, targets_of
+from surgeon.measure.scoring import Meter, losses_of, no_meter, targets_of
 from surgeon.models.device import wide
 from surgeon.models.streaming import Batch, StreamedModel
 
 
-def taylor(model: StreamedModel, tokens: Tensor, *, progress: Progress | None = None) -> list[float]:
+def taylor(model: StreamedModel, tokens: Tensor, *, meter: Meter = no_meter) -> list[float]:
     """Return Σ |w · ∂loss/∂w| of each layer, over all its weights; the loss is the mean over the next tokens.
 
     Runs forward and then backward through the layers, each of which is read twice. In memory are the states before
     every layer, one layer and its gradients.
     """
+    progress = meter("gradients", tokens.numel(), 3 * model.depth)
     batches = model.embed(tokens)
     inputs: list[list[Tensor]] = [[batch.hidden for batch in batches]]
     with torch.no_grad():
@@ -58,7 +59,7 @@ def _gradients_of_loss(model: StreamedModel, batches: list[Batch], states: list[
         for batch, state in zip(batches, states, strict=True):
             leaf = state.detach().requires_grad_(True)
             for loss, _ in losses_of(head, batch, leaf):
-                torch.autograd.backward(loss / count, retain_graph=True)  # what they share: which states count
+                torch.autograd.backward(loss / count, retain_graph=True)  # losses share the selection of states
             assert leaf.grad is not None, "rows have at least two tokens"
             gradients.append(leaf.grad)
     return gradients

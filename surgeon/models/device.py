@@ -1,4 +1,4 @@
-"""Where to compute, and in which precision."""
+"""The device and the precision to compute in."""
 
 import os
 from typing import TYPE_CHECKING
@@ -16,7 +16,7 @@ DEVICES = ("auto", "cpu", "cuda", "mps")
 def resolve_device(device: str) -> str:
     """Return the device that `device` names; "auto" is CUDA, then MPS, then the CPU.
 
-    Raises MeasureError for one that is not here.
+    Raises MeasureError for one that this machine does not have.
     """
     import torch
 
@@ -26,14 +26,14 @@ def resolve_device(device: str) -> str:
     kind, _, number = device.partition(":")
     if kind not in DEVICES or (number and not number.isdigit()):
         raise MeasureError(f"unknown device {device!r}", hint=f"One of: {', '.join(DEVICES)}, cuda:1.")
-    here = {"cpu": True, "cuda": cuda and int(number or 0) < torch.cuda.device_count(), "mps": mps}
-    if not here[kind]:
+    available = {"cpu": True, "cuda": cuda and int(number or 0) < torch.cuda.device_count(), "mps": mps}
+    if not available[kind]:
         raise MeasureError(f"there is no device {device!r} here", hint="Use --device auto, or cpu.")
     return device
 
 
 def compute_dtype(source: Source, device: str) -> "torch.dtype":
-    """Return the dtype to compute in: float32, but on a GPU the 16 bits in which the weights are stored."""
+    """Return the dtype to compute in: float32, but on CUDA the 16-bit dtype of the stored weights."""
     import torch
 
     stored = {item.spec.dtype for item in source.tensors.values()}
@@ -43,12 +43,12 @@ def compute_dtype(source: Source, device: str) -> "torch.dtype":
 
 
 def wide(numbers: "Tensor") -> "Tensor":
-    """Return numbers in float64: where they are, or on the CPU when their device has none (MPS)."""
+    """Return numbers in float64, on their device, or on the CPU when it has no float64 (MPS)."""
     return (numbers.cpu() if numbers.device.type == "mps" else numbers).double()
 
 
 def available_memory(device: str) -> int:
-    """Return how many bytes are free on a device; on the CPU what the system and this process's limits leave."""
+    """Return how many bytes are free on a device; on the CPU as far as the system and this process's limits allow."""
     import torch
 
     if device.startswith("cuda"):

@@ -8,10 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import (
-    Tensor,
-    nn,
-)
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from surgeon.checkpoint.header import DOWNLOAD_HINT
@@ -24,7 +21,7 @@ from surgeon.plan.plan import identity
 
 @dataclass
 class Skeleton:
-    """A model of transformers whose parameters are nowhere yet."""
+    """A model of transformers whose parameters have no memory yet (they are on the meta device)."""
 
     label: str
     module: Any
@@ -60,9 +57,9 @@ def build_skeleton(source: Source, dtype: torch.dtype) -> Skeleton:
             config = CONFIG_MAPPING[known].from_dict(dict(safe))
             module: Any = AutoModelForCausalLM.from_config(config, dtype=dtype)  # type: ignore[no-untyped-call]
     except (ValueError, TypeError, KeyError, ImportError) as error:
-        said = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise MeasureError(
-            f"transformers cannot build {source.label}: {said}", hint="Perplexity and scores need a language model."
+            f"transformers cannot build {source.label}: {reason}", hint="Perplexity and scores need a language model."
         ) from error
     module.eval()
     parameters = inspect.signature(module.base_model.forward).parameters
@@ -71,16 +68,16 @@ def build_skeleton(source: Source, dtype: torch.dtype) -> Skeleton:
 
 
 def layer_list(model: nn.Module, prefix: str, depth: int) -> nn.ModuleList:
-    """Return the model's list of layers: the one of that depth, by the name that the files use where it is unclear."""
-    found = {
+    """Return the model's list of layers: the one of that depth, and of several the one that the files name `prefix`."""
+    lists = {
         name: module
         for name, module in model.named_modules()
         if isinstance(module, nn.ModuleList) and len(module) == depth
     }
     path = prefix.rstrip(".")
-    named = [module for name, module in found.items() if name == path or name.endswith(f".{path}")]
-    assert named or found, f"transformers builds no list of {depth} layers"
-    return named[0] if named else next(iter(found.values()))
+    named = [module for name, module in lists.items() if name == path or name.endswith(f".{path}")]
+    assert named or lists, f"transformers builds no list of {depth} layers"
+    return named[0] if named else next(iter(lists.values()))
 
 
 def empty(module: nn.Module) -> None:
@@ -89,19 +86,19 @@ def empty(module: nn.Module) -> None:
 
 
 def empty_own(module: nn.Module) -> None:
-    """Let go of a module's own parameters: they are nowhere again."""
+    """Free a module's own parameters: they are on the meta device again."""
     for name, parameter in module._parameters.items():
         if parameter is not None and not parameter.is_meta:
             module._parameters[name] = nn.Parameter(parameter.to("meta"), requires_grad=False)
 
 
 class _Nowhere(TorchFunctionMode):
-    """A context in which large empty tensors take no memory: what accelerate would allocate and then let go of.
+    """A context in which large empty tensors take no memory.
 
-    Freed at once, but in such an order that the heap keeps a hole for each: gigabytes of addresses.
+    accelerate would allocate and free each, in an order that leaves as many holes in the heap: gigabytes of addresses.
     """
 
-    LARGE = 1 << 20  # numbers; no buffer that a model fills itself begins as so many empty ones
+    LARGE = 1 << 20  # numbers: no model fills a buffer of its own that began as so many empty ones
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
@@ -110,7 +107,7 @@ class _Nowhere(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-# Not shared with child processes, which is what Python asks for by default, where the system makes a difference.
+# Not shared with child processes, as Python would by default on systems that distinguish.
 _PRIVATE = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_PRIVATE") else {}
 BLOCK = 1 << 22  # bytes that are in memory in both precisions
 
@@ -120,20 +117,20 @@ def read_as(stored: StoredTensor, path: Path, dtype: torch.dtype) -> Tensor:
 
     Raises CheckpointError when the file has become shorter.
     """
-    have = TORCH_DTYPES[stored.spec.dtype]
+    stored_as = TORCH_DTYPES[stored.spec.dtype]
     count = stored.spec.num_parameters
-    found = _own_memory(count * dtype.itemsize).view(dtype)
-    block = _own_memory(min(BLOCK, count * have.itemsize))
+    values = _own_memory(count * dtype.itemsize).view(dtype)
+    block = _own_memory(min(BLOCK, count * stored_as.itemsize))
     at = 0
     with path.open("rb", buffering=0) as file:
         file.seek(stored.start)
         while at < count:
-            wanted = min(len(block), (count - at) * have.itemsize)
-            _fill(file, block[:wanted], path)
-            numbers = block[:wanted].view(have)
-            found[at : at + len(numbers)].copy_(numbers)
+            nbytes = min(len(block), (count - at) * stored_as.itemsize)
+            _fill(file, block[:nbytes], path)
+            numbers = block[:nbytes].view(stored_as)
+            values[at : at + len(numbers)].copy_(numbers)
             at += len(numbers)
-    return found.view(stored.spec.shape)
+    return values.view(stored.spec.shape)
 
 
 def read_rows_as(stored: StoredTensor, path: Path, rows: list[int], dtype: torch.dtype) -> Tensor:

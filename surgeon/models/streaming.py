@@ -1,14 +1,16 @@
 """A forward pass that streams: layer by layer, with the weights of one layer in memory.
 
 Every batch goes through a layer before the next one is read, so that a model larger than memory runs from the disk.
-What is not a layer (embeddings, positions, masks, the final norm, the head) is the model's own forward pass around
-layers that stand still; nothing of it is written here, and so nothing of it is known of any family.
+The rest (embeddings, positions, masks, the final norm, the head) is computed by the model's own forward pass, in which
+the layers are stubs. So this file knows nothing of any family.
 """
 
+import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -24,57 +26,58 @@ from surgeon.models.loading import quiet_transformers
 from surgeon.models.skeleton import build_skeleton, empty, empty_own, layer_list, read_as, read_rows_as
 from surgeon.plan.arithmetic import TORCH_DTYPES
 
+HEAD_TOKENS = 512  # logits of so many tokens exist at once: 0.3 GB in float32 for a vocabulary of 150,000
+BATCH_TOKENS = 2048  # tokens that go through a layer at once; more make no matrix product faster on a CPU
+STATES_BYTES = 2_000_000_000  # the states of a group of rows take no more memory
+Progress = Callable[[int], None]  # is called with the number of tokens that just went through a layer
+
 
 @dataclass(frozen=True)
 class Call:
-    """What the model hands to one of its layers beside the hidden states: masks, positions."""
+    """The arguments that the model passes to one of its layers beside the hidden states: masks, positions."""
 
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any]
 
     @classmethod
-    def noted(cls, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> "tuple[Tensor, Call]":
-        """Return the hidden states of a call, and the rest of it."""
+    def split(cls, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> "tuple[Tensor, Call]":
+        """Return the hidden states of a call, and its other arguments."""
         if args:
             return args[0], cls((None, *args[1:]), kwargs)
         return kwargs["hidden_states"], cls((), {key: value for key, value in kwargs.items() if key != "hidden_states"})
 
     def with_hidden(self, hidden: Tensor) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Return the arguments of this call for other states, by position and by name."""
+        """Return the arguments of this call with other states, by position and by name."""
         if self.args:
             return (hidden, *self.args[1:]), dict(self.kwargs)
         return (), {"hidden_states": hidden, **self.kwargs}
 
 
-def alike(one: object, other: object) -> bool:
-    """Return whether two calls hand over the same: tensors (some depend on the tokens), flags, and tuples of them."""
+def equal_calls(one: object, other: object) -> bool:
+    """Return whether two calls have equal arguments: tensors (some depend on the tokens), flags, and tuples of them."""
     match one, other:
         case Tensor(), Tensor():
             return one.shape == other.shape and torch.equal(one, other)
         case Call(), Call():
-            return alike(one.args, other.args) and alike(one.kwargs, other.kwargs)
+            return equal_calls(one.args, other.args) and equal_calls(one.kwargs, other.kwargs)
         case (tuple() | list(), tuple() | list()):
-            return len(one) == len(other) and all(map(alike, one, other))
+            return len(one) == len(other) and all(map(equal_calls, one, other))
         case Mapping(), Mapping():
-            return one.keys() == other.keys() and all(alike(value, other[key]) for key, value in one.items())
+            return one.keys() == other.keys() and all(equal_calls(value, other[key]) for key, value in one.items())
         case _:
             return one is other or (type(one) is type(other) and isinstance(one, (int, float, str)) and one == other)
 
 
-class StandIn(Tensor):
+class StubOutput(Tensor):
     """A tensor that is also the first of several outputs: some models take a layer's output, some its item 0."""
 
-    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]  # what is computed from it is a plain tensor
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]  # results are plain tensors
 
     def __getitem__(self, key: Any) -> Tensor:
         return self if isinstance(key, int) and key == 0 else super().__getitem__(key)
 
     def __iter__(self) -> Iterator[Any]:
         return iter((self, None))
-
-
-HEAD_TOKENS = 512  # logits of so many tokens exist at once: 0.3 GB in float32 for a vocabulary of 150,000
-BATCH_TOKENS = 2048  # tokens that go through a layer at once; more make no matrix product faster on a CPU
 
 
 @dataclass
@@ -94,8 +97,16 @@ class Batch:
         return states.flatten(0, 1) if self.real is None else states[self.real]
 
 
+def groups(rows: int, bytes_per_row: int, budget: int = STATES_BYTES) -> list[tuple[int, int]]:
+    """Return ranges of rows whose states fit in memory together, as equal as they can be; a row is never split."""
+    most = max(1, budget // bytes_per_row)
+    count = math.ceil(rows / most)
+    edges = [rows * i // count for i in range(count + 1)] if rows else []
+    return list(pairwise(edges))
+
+
 def check_runs(source: Source) -> None:
-    """Raises MeasureError for a model whose layers cannot be run one by one on a text. Reads nothing but the config."""
+    """Raises MeasureError for a model whose layers cannot be run one by one on a text. Reads the config only."""
     if source.config.get("is_encoder_decoder"):
         raise MeasureError(
             f"{source.label} has an encoder and a decoder; layers are scored in a model with one stack",
@@ -103,23 +114,23 @@ def check_runs(source: Source) -> None:
         )
     if source.config.get("quantization_config") is not None:
         raise MeasureError(
-            f"{source.label} is quantized; scores are taken from weights as they were trained",
+            f"{source.label} is quantized; scores are taken from unquantized weights",
             hint="Prune the unquantized checkpoint, then quantize the result.",
         )
     if any(str(name).endswith("ForMaskedLM") for name in source.config.get("architectures") or ()):
         raise MeasureError(
-            f"{source.label} reads both ways, and scores are of models that predict the next token",
+            f"{source.label} sees tokens on both sides, and scores need a model that predicts the next token",
             hint="Scores that read no text work: --score random, last or magnitude.",
         )
     if text_config(source.config).get("num_kv_shared_layers"):
         raise MeasureError(
-            f"late layers of {source.label} use the keys and values of early ones, so none of them runs alone",
+            f"late layers of {source.label} use the keys and values of early ones, so they cannot run alone",
             hint="Scores that read no text work: --score random, last or magnitude.",
         )
 
 
 class StreamedModel:
-    """A checkpoint that computes from its files. `resident` keeps a layer's weights once they are read."""
+    """A checkpoint that computes from its files. With `resident`, layers stay in memory once they are read."""
 
     def __init__(
         self, source: Source, *, device: str = "cpu", dtype: torch.dtype = torch.float32, resident: bool = False
@@ -164,7 +175,7 @@ class StreamedModel:
         if int(tokens.max()) >= vocabulary:
             raise MeasureError(
                 f"the text holds token {int(tokens.max())}, and {self.label} knows {vocabulary} tokens",
-                hint="The tokenizer is of another model; fetch the checkpoint again.",
+                hint="The tokenizer belongs to another model; fetch the checkpoint again.",
             )
         rows = max(1, BATCH_TOKENS // tokens.shape[1])
         with self._embedding(tokens):
@@ -186,8 +197,8 @@ class StreamedModel:
         def apply(batch: Batch, hidden: Tensor) -> Tensor:
             args, kwargs = batch.calls[index].with_hidden(hidden)
             output = module(*args, **kwargs)
-            found: Tensor = output[0] if isinstance(output, (tuple, list)) else output
-            return found
+            states: Tensor = output[0] if isinstance(output, (tuple, list)) else output
+            return states
 
         try:
             yield apply
@@ -198,7 +209,7 @@ class StreamedModel:
 
     @contextmanager
     def head(self) -> Iterator[Callable[[Tensor], Tensor]]:
-        """Return a context with a function from states behind the last layer, (..., D), to logits, (..., V)."""
+        """Return a context with a function from the states after the last layer, (..., D), to logits, (..., V)."""
         model = self._model.module
         if model.get_output_embeddings() is None:
             raise MeasureError(f"{self.label} has no language model head", hint="Perplexity needs one.")
@@ -206,7 +217,7 @@ class StreamedModel:
         def apply(hidden: Tensor) -> Tensor:
             flat = hidden.reshape(1, -1, hidden.shape[-1])
             dummy = torch.zeros(flat.shape[:2], dtype=torch.long, device=self.device)
-            with self._standing({self.depth - 1: flat}):
+            with self._stubbed({self.depth - 1: flat}):
                 logits: Tensor = model(input_ids=dummy, use_cache=False).logits
             return logits.view(*hidden.shape[:-1], -1)
 
@@ -222,7 +233,7 @@ class StreamedModel:
 
     @contextmanager
     def _embedding(self, tokens: Tensor) -> Iterator[None]:
-        """Return a context with what lies in front of the layers: of the token embedding the rows that are needed."""
+        """Return a context with the weights used before the layers: of the token embedding only the rows needed."""
         family = self.anatomy.family
         heads = {name for name in self._outer if family and self.anatomy.row(name)[0].kind == "head"}
         table = next((name for name in self._outer if family and self._is_token_embedding(name)), None)
@@ -241,12 +252,12 @@ class StreamedModel:
 
     @contextmanager
     def _needed_rows(self, name: str, used: Tensor) -> Iterator[None]:
-        """Return a context in which the token embedding holds the rows of the tokens `used`, ascending, only."""
+        """Return a context in which the token embedding holds only the rows of the tokens `used`, ascending."""
         module = self._model.module.get_input_embeddings()
         whole, padding = module.weight, module.padding_idx
         rows = read_rows_as(self._stored[name], self._paths[self._stored[name].file], used.tolist(), whole.dtype)
         module._parameters["weight"] = nn.Parameter(rows.to(self.device), requires_grad=False)
-        module.padding_idx = None  # it would be another row's number; it matters to gradients only
+        module.padding_idx = None  # it would number another row; it matters to gradients only
         places = used.to(self.device)
         hook = module.register_forward_pre_hook(lambda _, args: (torch.searchsorted(places, args[0]), *args[1:]))
         try:
@@ -266,36 +277,36 @@ class StreamedModel:
             if self._model.takes_positions:
                 options["position_ids"] = (mask.long().cumsum(-1) - 1).clamp(min=0)
         seen: dict[int, tuple[Tensor, Call]] = {}
-        with self._standing({}, seen=seen), torch.no_grad():
+        with self._stubbed({}, seen=seen), torch.no_grad():
             base(input_ids=tokens, **options)
         if seen[0][0].shape[:-1] != tokens.shape:
             raise MeasureError(
-                f"the layers of {self.label} pass on states of shape {list(seen[0][0].shape)}, not one a token",
+                f"the layers of {self.label} pass on states of shape {list(seen[0][0].shape)}, not one per token",
                 hint="Scores that read no text work: --score random, last or magnitude.",
             )
         calls = [seen[layer][1] for layer in range(self.depth)]
-        if mask is None:  # rows of one shape are mostly masked alike, so that one set of masks serves them all
+        if mask is None:  # rows of one shape mostly have equal masks: keep one set of them
             known = self._calls.setdefault(tokens.shape, calls)
-            calls = [before if alike(before, call) else call for before, call in zip(known, calls, strict=True)]
+            calls = [before if equal_calls(before, call) else call for before, call in zip(known, calls, strict=True)]
         return Batch(tokens, mask, seen[0][0], calls)
 
     @contextmanager
-    def _standing(
+    def _stubbed(
         self, given: Mapping[int, Tensor], *, seen: dict[int, tuple[Tensor, Call]] | None = None
     ) -> Iterator[None]:
-        """Make every layer return what it is given, or `given` of it, without computing; note what was `seen`."""
+        """Make every layer a stub that returns its input, or the states `given` for it; record its calls in `seen`."""
 
-        def stand(index: int) -> Callable[..., Tensor]:
+        def stub(index: int) -> Callable[..., Tensor]:
             def forward(*args: Any, **kwargs: Any) -> Tensor:
-                hidden, call = Call.noted(args, kwargs)
+                hidden, call = Call.split(args, kwargs)
                 if seen is not None:
                     seen[index] = (hidden.as_subclass(Tensor), call)
-                return given.get(index, hidden).as_subclass(StandIn)
+                return given.get(index, hidden).as_subclass(StubOutput)
 
             return forward
 
         for index, layer in enumerate(self._layers):
-            layer.forward = stand(index)
+            layer.forward = stub(index)
         try:
             yield
         finally:
@@ -369,5 +380,5 @@ class _Unread:
 
 def _used(tokens: Tensor) -> Tensor:
     """Return the ids that occur in a text, ascending."""
-    found: Tensor = tokens.unique()  # type: ignore[no-untyped-call]
-    return found
+    ids: Tensor = tokens.unique()  # type: ignore[no-untyped-call]
+    return ids

@@ -16,9 +16,9 @@ from surgeon.transforms.uniform import uniform, uniform_head_dim
 
 @dataclass(frozen=True)
 class Choice:
-    """The layers that go, the score of having them go, and the next best choice with its score.
+    """The layers that go with the score of that choice, and the next best choice with its score.
 
-    Scores are None where the method has none. The lower, the less a choice is thought to change.
+    Scores are None where the method measures nothing. The lower, the less a choice is thought to change.
     """
 
     dropped: tuple[int, ...]
@@ -33,43 +33,36 @@ def choose_layers(
     depth: int,
     *,
     values: Sequence[Any] | None = None,
-    order: Sequence[int] | None = None,
     contiguous: bool | None = None,
     protect: tuple[int, int] | None = None,
     seed: int = 0,
 ) -> Choice:
-    """Return which `count` of `depth` layers go by the score `name`.
+    """Return which `count` of `depth` layers go by the score `name`, a row of the table METHODS.
 
-    `values` are its scores (of "angular" the matrix); `order` is the order of a greedy removal instead. `contiguous`
-    and `protect` (how many first and last layers stay) override what the method's authors do.
+    `values` are its scores: a number per layer, or the matrix of a method that has one. `contiguous` and `protect` (how
+    many first and last layers stay) override the choice of the method's authors.
 
     Raises PlanError when so many layers cannot go.
     """
     if name not in METHODS:
         raise PlanError(f"unknown score {name!r}", hint=f"One of: {', '.join(METHODS)}.")
-    first, last = METHODS[name].protect if protect is None else protect
-    block = METHODS[name].block if contiguous is None else contiguous
-    free = range(first, depth - last)
+    method = METHODS[name]
+    free = free_layers(count, depth, method.protect if protect is None else protect)
+    block = method.block if contiguous is None else contiguous
     if count == 0:
         return Choice(())
-    if not 0 < count <= len(free) or count == depth:
-        raise PlanError(
-            f"cannot remove {count} of {depth} layers when the first {first} and the last {last} stay",
-            hint="Ask for more layers, or protect fewer: --protect 0,0.",
-        )
-    if order is not None:
-        return _by_order(order, count)
-    if name == "random":
-        drawn = random.Random(seed)  # noqa: S311  (no secret)
-        start = drawn.choice(range(first, depth - last - count + 1))
-        return Choice(tuple(range(start, start + count)) if block else tuple(sorted(drawn.sample(free, count))))
-    if name in ("last", "uniform"):
+    if method.chosen == "random":
+        return _drawn(count, free, seed, block=block)
+    if method.chosen == "deepest":
         return Choice(tuple(free[-count:]))
     assert values is not None, f"{name} has values"
-    return _best_block(name, values, count, free) if block else _lowest(name, values, count, free)
+    choose = _best_block if block else _lowest
+    return choose(name, values, count, free)
 
 
-def _by_order(order: Sequence[int], count: int) -> Choice:
+def choose_in_order(order: Sequence[int], count: int, depth: int, *, protect: tuple[int, int]) -> Choice:
+    """Return the first `count` layers of the order of a greedy removal. Raises PlanError where it is shorter."""
+    free_layers(count, depth, protect)
     if count > len(order):
         raise PlanError(
             f"the greedy order goes {len(order)} layers deep, not {count}", hint="Score again: leave out --scores-from."
@@ -77,11 +70,29 @@ def _by_order(order: Sequence[int], count: int) -> Choice:
     return Choice(tuple(sorted(order[:count])))
 
 
+def free_layers(count: int, depth: int, protect: tuple[int, int]) -> range:
+    """Return the layers that are not protected. Raises PlanError where `count` of them cannot go."""
+    first, last = protect
+    free = range(first, depth - last)
+    if count and (not 0 < count <= len(free) or count == depth):
+        raise PlanError(
+            f"cannot remove {count} of {depth} layers when the first {first} and the last {last} stay",
+            hint="Ask for more layers, or protect fewer: --protect 0,0.",
+        )
+    return free
+
+
+def _drawn(count: int, free: range, seed: int, *, block: bool) -> Choice:
+    drawn = random.Random(seed)  # noqa: S311  (no secret)
+    start = drawn.choice(range(free.start, free.stop - count + 1))
+    return Choice(tuple(range(start, start + count)) if block else tuple(sorted(drawn.sample(free, count))))
+
+
 def _best_block(name: str, values: Sequence[Any], count: int, free: range) -> Choice:
     starts = range(free.start, free.stop - count + 1)
 
     def cost(start: int) -> float:
-        if name == "angular":
+        if METHODS[name].matrix:
             return float(values[start][start + count])
         return math.fsum(values[start : start + count])
 
@@ -98,7 +109,7 @@ def _best_block(name: str, values: Sequence[Any], count: int, free: range) -> Ch
 
 
 def _lowest(name: str, values: Sequence[Any], count: int, free: range) -> Choice:
-    single = [float(row[layer + 1]) if name == "angular" else float(row) for layer, row in enumerate(values)]
+    single = [float(row[layer + 1]) if METHODS[name].matrix else float(row) for layer, row in enumerate(values)]
     _check_numbers(name, single)
     ranked = sorted(free, key=lambda layer: (single[layer], layer))
     best = tuple(sorted(ranked[:count]))
@@ -110,16 +121,12 @@ def _lowest(name: str, values: Sequence[Any], count: int, free: range) -> Choice
 
 
 def _check_numbers(name: str, costs: Sequence[float]) -> None:
-    """Refuse to rank what is no number: any order would do."""
+    """Raises PlanError for scores that are NaN: they have no order."""
     if any(map(math.isnan, costs)):
         raise PlanError(
             f"the scores {name!r} are not all numbers (NaN): the model overflows on this text",
             hint="Score in float32, or on other data.",
         )
-
-
-# What ranks the positions of an axis, for each score of layers that a user may name.
-CRITERIA = ("activation", "magnitude", "uniform", "random")
 
 
 def choose_widths(
@@ -131,10 +138,11 @@ def choose_widths(
     layers: Sequence[int] | None = None,
     seed: int = 0,
 ) -> Kept:
-    """Return what stays of each axis when `anatomy` shrinks to `sizes`; an axis that keeps its size stays whole.
+    """Return the positions to keep of each axis when `anatomy` shrinks to `sizes`; an axis of unchanged size is whole.
 
-    `values` holds the importance of positions, by axis: "hidden" (D,), and for each layer of the scored model "ffn",
-    "heads" (kv_heads, group), "kv_heads" and "experts". `layers` are the layers of the scored model that this one has.
+    `criterion` is a name of the table WIDTHS. `values` holds the importance of positions, by axis: "hidden" (D,), and
+    for each layer of the scored model "ffn", "heads" (kv_heads, group), "kv_heads" and "experts". `layers` are the
+    layers of the scored model that this one has.
 
     Raises PlanError when an axis has no scores, or cannot have that size.
     """
@@ -173,7 +181,7 @@ def choose_widths(
 
 
 def check_criterion(anatomy: Anatomy, sizes: Mapping[str, int], criterion: str) -> None:
-    """Raises PlanError where a criterion has no scores for what shrinks; known before anything is scored."""
+    """Raises PlanError where a criterion has no scores for an axis that shrinks: known before scoring starts."""
     old = anatomy.sizes
     if sizes["head_dim"] != old["head_dim"] and criterion != "uniform":
         raise PlanError(
@@ -208,12 +216,12 @@ class _Picker:
         if self._criterion == "random":
             drawn = random.Random(f"{self._seed}/{axis}/{layer}/{inside}")  # noqa: S311  (no secret)
             return tuple(sorted(drawn.sample(range(old), new)))
-        found = self._values.get(axis)
-        if found is None:
+        scores = self._values.get(axis)
+        if scores is None:
             raise PlanError(
                 f"there are no {self._criterion} scores of {axis}", hint="Score the model again, without --scores-from."
             )
-        row = found if layer is None else found[layer]
+        row = scores if layer is None else scores[layer]
         row = row if inside is None else row[inside]
         ranked = sorted(range(old), key=lambda i: (-row[i], i))
         return tuple(sorted(ranked[:new]))

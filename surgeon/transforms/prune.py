@@ -1,14 +1,24 @@
 """Prune a model: leave out layers, then narrow what is left. One plan."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from surgeon.anatomy.anatomy import Anatomy, read_anatomy
 from surgeon.errors import PlanError
 from surgeon.plan.plan import Plan, identity
-from surgeon.transforms.choose import choose_widths
-from surgeon.transforms.layers import keep_layers
+from surgeon.transforms.choose import (
+    Choice,
+    check_criterion,
+    choose_in_order,
+    choose_layers,
+    choose_widths,
+    free_layers,
+)
+from surgeon.transforms.layers import keep_layers, resolve_depth
 from surgeon.transforms.narrow import narrow
+from surgeon.transforms.scores import METHODS, WIDTHS, Method
 
 
 def prune(
@@ -29,33 +39,33 @@ def prune(
     if sizes is None:
         return plan
     shorter = read_anatomy(plan.result(anatomy.spec))
-    stays = choose_widths(shorter, sizes, criterion, values=values, layers=kept, seed=seed)
-    return plan.then(narrow(shorter, stays))
+    positions = choose_widths(shorter, sizes, criterion, values=values, layers=kept, seed=seed)
+    return plan.then(narrow(shorter, positions))
 
 
-def pruned_sizes(anatomy: Anatomy, asked: Mapping[str, int | None]) -> dict[str, int] | None:
-    """Return the size of every axis of the result, None where none is asked for.
+def pruned_sizes(anatomy: Anatomy, sizes: Mapping[str, int | None]) -> dict[str, int] | None:
+    """Return the size of every axis of the result, None where `sizes` gives none.
 
     Key-value heads follow heads where each head has its own; heads follow key-value heads, whole groups at a time.
     Raises PlanError for an axis that the model does not have.
     """
-    if all(size is None for size in asked.values()):
+    if all(size is None for size in sizes.values()):
         return None
     anatomy.require_family()
     old = anatomy.sizes
-    if asked.get("experts") is not None and "experts" not in old:
+    if sizes.get("experts") is not None and "experts" not in old:
         raise PlanError(f"this {anatomy.model_type} has no experts", hint="Leave out --experts.")
     axes = [axis for axis in ("hidden", "ffn", "heads", "kv_heads", "head_dim", "experts") if axis in old]
-    new = {axis: old[axis] if (size := asked.get(axis)) is None else size for axis in axes}
+    new = {axis: old[axis] if (size := sizes.get(axis)) is None else size for axis in axes}
     for axis, size in new.items():
         if not 0 < size <= old[axis]:
             raise PlanError(
                 f"cannot prune {axis} from {old[axis]} to {size}",
                 hint=f"Ask for 1 to {old[axis]}; to grow: surgeon grow.",
             )
-    if asked.get("kv_heads") is None and old["group"] == 1:
+    if sizes.get("kv_heads") is None and old["group"] == 1:
         new["kv_heads"] = new["heads"]
-    elif asked.get("heads") is None and new["kv_heads"] != old["kv_heads"]:
+    elif sizes.get("heads") is None and new["kv_heads"] != old["kv_heads"]:
         new["heads"] = new["kv_heads"] * old["group"]
     heads, kv_heads = new["heads"], new["kv_heads"]
     if heads % kv_heads:
@@ -64,6 +74,17 @@ def pruned_sizes(anatomy: Anatomy, asked: Mapping[str, int | None]) -> dict[str,
             hint=f"Attention heads must be a multiple of key-value heads: {-(-heads // kv_heads) * kv_heads}.",
         )
     return new
+
+
+def removed_count(anatomy: Anatomy, layers: int | str) -> int:
+    """Return how many layers go for a result of `layers`: 24, or "75%". Raises PlanError for more than there are."""
+    count = anatomy.depth - resolve_depth(layers, anatomy.depth)
+    if count < 0:
+        raise PlanError(
+            f"cannot prune {anatomy.depth} layers to {anatomy.depth - count}",
+            hint="--layers is the depth of the result; to grow: surgeon grow.",
+        )
+    return count
 
 
 def resolve_count(
@@ -83,3 +104,117 @@ def resolve_count(
         "left, more than the budget",
         hint="Prune in width too, or ask for more.",
     )
+
+
+def sizes_like(anatomy: Anatomy, small: Anatomy, name: str) -> tuple[dict[str, int | None], tuple[str, ...]]:
+    """Return the sizes of another model, called `name`, and notes on what the result does not take from it.
+
+    Raises PlanError when it has another vocabulary.
+    """
+    anatomy.require_family()
+    small.require_family()
+    if small.sizes["vocab"] != anatomy.sizes["vocab"]:
+        raise PlanError(
+            f"{name} has a vocabulary of {small.sizes['vocab']}, the model of {anatomy.sizes['vocab']}",
+            hint="Weight selection needs models with one vocabulary.",
+        )
+    axes = ("hidden", "ffn", "heads", "kv_heads", "head_dim", "experts")
+    sizes: dict[str, int | None] = {
+        axis: small.sizes[axis] for axis in axes if axis in anatomy.sizes and axis in small.sizes
+    }
+    key = "tie_word_embeddings"
+    ties = [bool(spec.config.get(key)) for spec in (anatomy.spec, small.spec)]
+    notes = (f"{key} stays {str(ties[0]).lower()}, though {name} has {str(ties[1]).lower()}",)
+    return sizes, notes if ties[0] != ties[1] else ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cut:
+    """How much goes, and by which score: `count` layers (None: a budget decides), and widths down to `sizes`.
+
+    `protect` is how many first and last layers stay. `sizes` is None where no width changes.
+    """
+
+    anatomy: Anatomy
+    score: str
+    count: int | None
+    sizes: Mapping[str, int] | None
+    contiguous: bool | None
+    protect: tuple[int, int]
+    seed: int
+
+    def check(self) -> None:
+        """Raises PlanError for a result that no scores could make possible."""
+        if self.count:
+            free_layers(self.count, self.anatomy.depth, self.protect)
+        if self.sizes is not None:  # every choice has these sizes
+            check_criterion(self.anatomy, self.sizes, self.criterion)
+            prune(self.anatomy, sizes=self.sizes, criterion="uniform")
+
+    @property
+    def method(self) -> Method:
+        """The row of the score."""
+        return METHODS[self.score]
+
+    @property
+    def criterion(self) -> str:
+        """The ranking of positions in width, by its name in WIDTHS."""
+        return self.method.width
+
+    @cached_property
+    def ranks_layers(self) -> bool:
+        """Whether scores of layers are needed."""
+        return self.count != 0 and self.method.chosen == "lowest"
+
+    @cached_property
+    def ranks_widths(self) -> bool:
+        """Whether scores of neurons, heads, channels or experts are needed."""
+        old = self.anatomy.sizes
+        narrows = self.sizes is not None and any(size != old[axis] for axis, size in self.sizes.items())
+        return narrows and WIDTHS[self.criterion] != "nothing"
+
+    @property
+    def needs_scores(self) -> bool:
+        """Whether any scores are needed."""
+        return self.ranks_layers or self.ranks_widths
+
+    @property
+    def reads_text(self) -> bool:
+        """Whether the scores that are needed are taken on a text."""
+        of_text = self.ranks_layers and not self.method.weights
+        return of_text or (self.ranks_widths and WIDTHS[self.criterion] == "text")
+
+    @property
+    def most_removable(self) -> int:
+        """How many layers can go."""
+        return max(0, min(self.anatomy.depth - sum(self.protect), self.anatomy.depth - 1))
+
+    def choose(self, count: int, *, values: Sequence[Any] | None, order: Sequence[int] | None) -> Choice:
+        """Return which `count` layers go by the values of the score, or by the order of a greedy removal."""
+        depth = self.anatomy.depth
+        if order is not None:
+            return choose_in_order(order, count, depth, protect=self.protect)
+        return choose_layers(
+            self.score,
+            count,
+            depth,
+            values=values,
+            contiguous=self.contiguous,
+            protect=self.protect,
+            seed=self.seed,
+        )
+
+    def placeholder(self, count: int) -> Choice:
+        """Return some `count` layers: they give the sizes of the result while there are no scores."""
+        return Choice(tuple(range(self.anatomy.depth - count, self.anatomy.depth)))
+
+    def plan(self, choice: Choice, criterion: str, *, values: Mapping[str, Any] | None) -> Plan:
+        """Return the plan that drops the chosen layers and keeps the positions that `criterion` ranks highest."""
+        return prune(
+            self.anatomy,
+            dropped=choice.dropped,
+            sizes=self.sizes,
+            criterion=criterion,
+            values=values,
+            seed=self.seed,
+        )

@@ -1,33 +1,105 @@
-"""The scores that choose which layers go, in one table."""
+"""The table of scores: how each is taken, and how it chooses the layers that go.
+
+A score is one file in `surgeon/measure/` and one row here. The command line, the record in scores.json, the choice of
+layers and the pictures read the row.
+"""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 
-@dataclass(frozen=True, slots=True)
-class Method:
-    """How a score is used: whether one block goes or any layers, how many first and last layers its authors keep.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Greedy:
+    """A removal that scores the model anew after each layer that goes.
 
-    `measured` says whether it has numbers, `width` what ranks neurons, heads, channels and experts beside it.
+    `by` is a function (model, tokens, count, protect=, meter=) that returns the order in which layers go and the
+    perplexity after each. `protect` is the number of first and last layers that its authors keep.
     """
 
-    block: bool
+    by: str
+    protect: tuple[int, int]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Method:
+    """How a score is taken and used. `help` describes it in one line.
+
+    One of three names, "module:name", says how it is taken; a method with none measures nothing:
+    `observer` is a `surgeon.measure.scoring.Observer` on the streamed pass that all such scores share, made of the
+    depth (and `all_tokens`, where `token_choice` lets the user decide which tokens count); its method `result` returns
+    the values. `function` is one (model, tokens, meter=) that runs the streamed model itself. `weights` is a
+    function of the source and reads no text.
+
+    Values are a number per layer, or of a `matrix` one per block: entry [s][e] for layers s to e - 1. The lower, the
+    less the removal is thought to change. `label` names the values in a picture.
+
+    `block` removes one block of layers, not any; `protect` is how many first and last layers stay: both the choice of
+    the method's authors. `chosen` says which layers go. `width` ranks neurons, heads, channels and experts.
+    """
+
+    help: str
+    observer: str = ""
+    result: str = "result"
+    function: str = ""
+    weights: str = ""
+    token_choice: bool = False
+    matrix: bool = False
+    label: str = ""
+    block: bool = False
     protect: tuple[int, int] = (0, 0)
-    measured: bool = True
+    chosen: Literal["lowest", "deepest", "random"] = "lowest"
     width: str = "activation"
+    greedy: Greedy | None = None
 
 
 METHODS: Mapping[str, Method] = {
-    "angular": Method(block=True),
-    "block-influence": Method(block=False),
-    "relative-magnitude": Method(block=False),
-    "perplexity": Method(block=False),
-    "taylor": Method(block=False, protect=(4, 2)),
-    "magnitude": Method(block=False, protect=(4, 2), width="magnitude"),
-    "random": Method(block=False, measured=False, width="random"),
-    "last": Method(block=True, protect=(0, 1), measured=False),
-    "uniform": Method(block=True, measured=False, width="uniform"),
+    "angular": Method(
+        help="angle between the states before and after a block",
+        observer="surgeon.measure.residual:Angular",
+        token_choice=True,
+        matrix=True,
+        label="angular distance / π",
+        block=True,
+    ),
+    "block-influence": Method(
+        help="1 - cosine of a layer's input and output",
+        observer="surgeon.measure.residual:Influence",
+        result="block_influence",
+    ),
+    "relative-magnitude": Method(
+        help="size of a layer's update relative to its output",
+        observer="surgeon.measure.residual:Influence",
+        result="relative_magnitude",
+    ),
+    "perplexity": Method(
+        help="perplexity without the layer",
+        function="surgeon.measure.removal:one_by_one",
+        greedy=Greedy(by="surgeon.measure.removal:greedy", protect=(1, 1)),  # SLEB
+    ),
+    "taylor": Method(
+        help="sum of |weight x gradient|",
+        function="surgeon.measure.taylor:taylor",
+        protect=(4, 2),
+    ),
+    "magnitude": Method(
+        help="sum of |weight|",
+        weights="surgeon.measure.magnitude:layer_magnitudes",
+        protect=(4, 2),
+        width="magnitude",
+    ),
+    "random": Method(help="drawn from the seed", chosen="random", width="random"),
+    "last": Method(help="the deepest layers but the final one", block=True, protect=(0, 1), chosen="deepest"),
+    "uniform": Method(
+        help="the deepest layers; widths keep evenly spaced positions", block=True, chosen="deepest", width="uniform"
+    ),
 }
 
 
-GREEDY_PROTECT = (1, 1)  # SLEB removes neither the first nor the last of the layers that are left
+# The rankings of positions in width (neurons, heads, channels, experts), and the input of each.
+WIDTHS: Mapping[str, Literal["text", "weights", "nothing"]] = {
+    "activation": "text",
+    "magnitude": "weights",
+    "uniform": "nothing",
+    "random": "nothing",
+}

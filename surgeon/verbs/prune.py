@@ -1,39 +1,194 @@
 """The verb `prune`: measure, choose, plan. Scores are kept, so that another cut takes the time of a copy."""
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from surgeon.anatomy.anatomy import read_anatomy
+from surgeon.anatomy.anatomy import Anatomy, read_anatomy
 from surgeon.checkpoint.source import SCORES, Source, spec_of
 from surgeon.errors import PlanError
-from surgeon.measure.record import Scores, check_model, read_scores
-from surgeon.options import Verb
-from surgeon.surgery import Surgery, open_model, open_source
-from surgeon.transforms.choose import Choice, check_criterion, choose_layers
-from surgeon.transforms.prune import prune as plan_prune
-from surgeon.transforms.prune import pruned_sizes, resolve_count
-from surgeon.verbs.prune_options import Budget, Request, count_removed, sizes_like
+from surgeon.measure.record import Scores, check_model, check_ranking, perplexities, read_scores
+from surgeon.options import (
+    OptionError,
+    Verb,
+    device_option,
+    in_python,
+    numbers,
+    option,
+    revision_option,
+    seed_option,
+    takes,
+)
+from surgeon.surgery import Surgery, open_model, open_source, parse_size
+from surgeon.transforms.choose import Choice
+from surgeon.transforms.prune import Cut, pruned_sizes, removed_count, resolve_count, sizes_like
+from surgeon.transforms.scores import METHODS
 
 if TYPE_CHECKING:
     from surgeon.measure.calibration import Calibration
     from surgeon.measure.scoring import Meter
 
 VERB = Verb(counts_layers=True)
-SAMPLES, SEQUENCE_LENGTH = 32, 256
-UNSCORED = "scores decide which parts go, and none were taken; layers, parameters and bytes are those of any choice"
+UNSCORED = "No scores yet: the layer list is a placeholder; counts and sizes are exact."
 SELF_SAMPLED = "the calibration text was written by the model itself; give --data for a text of your own"
 HEAVY = "more than a quarter of the layers goes: expect a broken model until it is healed (finetuned)"
+_UNCHANGED = "Default: unchanged."
+_SCORES = ", ".join(f"{name} ({method.help})" for name, method in METHODS.items())
+_BLOCK = ", ".join(name for name, method in METHODS.items() if method.block)
+_GREEDY = " or ".join(name for name, method in METHODS.items() if method.greedy)
+_TOKENS = " or ".join(name for name, method in METHODS.items() if method.token_choice)
+_PROTECT = ", ".join(
+    f"{first},{last} for {name}" for name, method in METHODS.items() for first, last in [method.protect] if first + last
+)
+
+
+def _first_and_last(text: str) -> tuple[int, int]:
+    """Return the two numbers in "1,1". Raises ValueError for anything else."""
+    counts = numbers(text)
+    if len(counts) != 2:
+        raise ValueError(f"{text!r} is not two numbers such as 1,1")
+    return counts[0], counts[1]
+
+
+@dataclass(frozen=True, kw_only=True)
+class CutOptions:
+    """The options that say how much goes, and by which scores."""
+
+    score: str = option(f"The score that decides what goes: {_SCORES}.", "angular", metavar="SCORE")
+    layers: int | str | None = option("Layers of the result: 24, or 75% of the source's.", None, metavar="N")
+    target_parameters: float | None = option(
+        "Remove the fewest layers that leave at most so many parameters: 6.7e9.", None, metavar="N"
+    )
+    target_memory: int | str | None = option(
+        "Remove the fewest layers that leave at most so many bytes of weights: 12GB.", None, metavar="SIZE"
+    )
+    hidden_size: int | None = option(f"Hidden size of the result. {_UNCHANGED}", None, metavar="N")
+    intermediate_size: int | None = option(f"Neurons of each MLP of the result. {_UNCHANGED}", None, metavar="N")
+    attention_heads: int | None = option(f"Attention heads of the result. {_UNCHANGED}", None, metavar="N")
+    key_value_heads: int | None = option(
+        f"Key-value heads of the result; each goes with its group of heads. {_UNCHANGED}", None, metavar="N"
+    )
+    experts: int | None = option(f"Experts per layer of the result. {_UNCHANGED}", None, metavar="N")
+    like: str | os.PathLike[str] | None = option(
+        "Take the depth and all sizes from this smaller model; goes with --score uniform.", None, metavar="SMALL"
+    )
+    contiguous: bool | None = option(
+        f"Remove one block of layers, or any layers. Default: one block for {_BLOCK}; else any.",
+        None,
+        names=("--contiguous/--free",),
+    )
+    protect: tuple[int, int] | None = option(
+        f"How many first and last layers to keep. Default: {_PROTECT}, 1,1 with --greedy; else 0,0.",
+        None,
+        metavar="FIRST,LAST",
+        parse=_first_and_last,
+    )
+    greedy: bool = option(f"With --score {_GREEDY}: score the model again after each removed layer (SLEB).", False)
+    tokens: str = option(
+        f"With --score {_TOKENS}: measure at the last token of each sequence, or at all tokens.",
+        "last",
+        metavar="last|all",
+    )
+    data: tuple[str, ...] = option(
+        "Text to measure on: .txt, .jsonl, .parquet or a Hub dataset. Repeatable. Default: the model writes one.",
+        (),
+        metavar="DATA",
+    )
+    samples: int = option("Number of sequences taken from the text.", 32, metavar="N")
+    sequence_length: int = option("Tokens per sequence.", 256, metavar="T")
+    scores_from: str | os.PathLike[str] | None = option(
+        "Choose by the scores in this scores.json instead of running the model.", None, metavar="FILE"
+    )
+    evaluate: bool = option(
+        "Measure the perplexity on the text before and after.", True, names=("--evaluate/--no-evaluate",)
+    )
+
+    def __post_init__(self) -> None:
+        if self.tokens not in ("last", "all"):
+            raise OptionError("tokens", f"{self.tokens!r} is neither last nor all")
+        if self.score not in METHODS:
+            raise PlanError(f"unknown score {self.score!r}", hint=f"One of: {', '.join(METHODS)}.")
+        if self.greedy and METHODS[self.score].greedy is None:
+            raise PlanError(f"{self.score} has no greedy form", hint=f"--greedy goes with --score {_GREEDY}.")
+        if self.greedy and self.contiguous:
+            hint = "Leave out --contiguous."
+            raise PlanError("a greedy removal chooses layers one by one, not as a block", hint=hint)
+        if self.protect is not None and min(self.protect) < 0:
+            raise PlanError(f"cannot protect {min(self.protect)} layers", hint="Write --protect 1,1.")
+        self._check_sizes()
+
+    def _check_sizes(self) -> None:
+        """Raises PlanError where the size of the result is missing, unreadable, or given more than once."""
+        narrows = any(size is not None for size in self.sizes.values())
+        if self.like is not None and (self.layers is not None or narrows):
+            raise PlanError("sizes are given beside a model to take them from", hint="Give --like, or sizes.")
+        budgets = [target for target in (self.parameters, self.nbytes) if target is not None]
+        depths = [depth for depth in (self.layers, self.like) if depth is not None]
+        if len(budgets) + len(depths) > 1:
+            raise PlanError("the depth is asked for more than once", hint="Give one of --layers and the targets.")
+        if budgets and narrows:
+            raise PlanError("a budget decides the depth, not the width", hint="Give --layers beside sizes.")
+        if not (budgets or depths or narrows):
+            raise PlanError("nothing to prune", hint="Give --layers, a size such as --intermediate-size, or a target.")
+
+    @property
+    def parameters(self) -> int | None:
+        """The most parameters that the result may have. Raises PlanError for infinity and NaN."""
+        if self.target_parameters is None:
+            return None
+        if not 0 <= self.target_parameters < 1e18:
+            raise PlanError(f"cannot read {self.target_parameters!r} as a number of parameters", hint="Write 6.7e9.")
+        return int(self.target_parameters)
+
+    @property
+    def nbytes(self) -> int | None:
+        """The most bytes of weights that the result may have. Raises PlanError for text that is no size."""
+        return None if self.target_memory is None else parse_size(self.target_memory)
+
+    @property
+    def sizes(self) -> dict[str, int | None]:
+        """The sizes that were given, by axis."""
+        return {
+            "hidden": self.hidden_size,
+            "ffn": self.intermediate_size,
+            "heads": self.attention_heads,
+            "kv_heads": self.key_value_heads,
+            "experts": self.experts,
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunOptions:
+    """The options that say where the model is run, from which seed, and which of its revisions."""
+
+    device: str = device_option()
+    seed: int = seed_option()
+    revision: str | None = revision_option()
+
+
+@dataclass(frozen=True, kw_only=True)
+class PruneOptions(RunOptions, CutOptions):
+    """The options of `prune`."""
+
+    all_tokens: bool = in_python('The same as tokens="all".', False)
+    measure: bool = in_python("False: read headers only; the plan then has exact sizes, and `choice` is None.", True)
+    meter: "Meter | None" = in_python("Called when a pass over the text begins; returns a function that counts tokens.")
+
+    @property
+    def measures_all_tokens(self) -> bool:
+        """Whether the score is taken at all tokens of a sequence."""
+        return self.all_tokens or self.tokens == "all"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Pruning(Surgery):
     """A surgery that scores decided.
 
-    `choice` is None where none was chosen yet, `text` where none was read. removable(n) says which
-    layers go when n do, of which `most_removable` is the most.
+    `choice` is None where no scores are there yet, `text` where none was read. removable(n) returns the layers that
+    go when n do; it works for n up to `most_removable`.
     """
 
     score: str
@@ -48,7 +203,6 @@ class Pruning(Surgery):
         """Return the perplexity of the source and of the written result on the text, None where none was read."""
         if self.text is None:
             return None
-        from surgeon.measure.removal import perplexities
         from surgeon.measure.scoring import perplexity
 
         scored_on = None if self.scores is None or self.scores.data is None else self.scores.data.get("sha256")
@@ -59,10 +213,10 @@ class Pruning(Surgery):
         return before, perplexity(open_source(result), self.text.tokens, device=self.device, meter=meter)
 
     def curve(self, most: int | None = None, *, meter: "Meter | None" = None) -> list[float] | None:
-        """Return the perplexity with 0, 1, 2 ... `most` layers removed as the scores say, None without a text.
+        """Return the perplexity with 0, 1, 2 ... `most` layers removed by the scores, None without a text.
 
-        All in one streamed pass over the source; `most` is half its depth by default, or what the scores say of. Widths
-        are those of the source.
+        One streamed pass over the source, in its full width. `most` is half its depth by default, and never more than
+        `most_removable`.
         """
         if self.text is None:
             return None
@@ -74,187 +228,196 @@ class Pruning(Surgery):
         return removal_curve(self.source, self.text.tokens, choices, device=self.device, meter=meter)
 
 
-def prune(
-    model: "str | os.PathLike[str] | Surgery",
-    *,
-    score: str = "angular",
-    layers: int | str | None = None,
-    target_parameters: float | None = None,
-    target_memory: int | str | None = None,
-    hidden_size: int | None = None,
-    intermediate_size: int | None = None,
-    attention_heads: int | None = None,
-    key_value_heads: int | None = None,
-    experts: int | None = None,
-    like: str | os.PathLike[str] | None = None,
-    contiguous: bool | None = None,
-    protect: tuple[int, int] | None = None,
-    greedy: bool = False,
-    all_tokens: bool = False,
-    data: Sequence[str] = (),
-    samples: int = SAMPLES,
-    sequence_length: int = SEQUENCE_LENGTH,
-    scores_from: str | os.PathLike[str] | None = None,
-    measure: bool = True,
-    evaluate: bool = True,
-    device: str = "auto",
-    seed: int = 0,
-    revision: str | None = None,
-    meter: "Meter | None" = None,
-) -> Pruning:
+@takes(PruneOptions)
+def prune(model: "str | os.PathLike[str] | Surgery", options: PruneOptions) -> Pruning:
     """Return the surgery that removes the layers, neurons, heads, channels and experts that matter least.
 
-    `layers` is the depth of the result; or it follows from a budget, `target_parameters` or `target_memory` (bytes of
-    weights, "12GB"). `score` ranks layers and, where sizes are given, what is cut in width: by magnitude, uniformly or
-    at random as it says, else by activation (Minitron) and, for experts, by REAP. `like` takes all sizes from another
-    model. `protect` is how many first and last layers stay, `contiguous` whether one block goes: by default what the
-    method's authors do.
+    The depth of the result is `layers`, or follows from a budget: `target_parameters` or `target_memory`. `score` ranks
+    layers and, where sizes are given, positions in width: by magnitude, evenly or at random with the scores of that
+    name, else by activation (Minitron) and, for experts, by REAP.
 
-    Scores are taken in one streamed pass over the first `samples` rows of `sequence_length` tokens of `data`; without
-    it over a text that the model writes. With `scores_from`, a scores.json, nothing is run. With `measure` false
-    nothing but headers is read: the plan then shows sizes, and `choice` is None. With `evaluate`, the perplexity of
-    the source is taken with the scores.
+    Scores are taken in one streamed pass over the first `samples` sequences of `data`. `scores_from` replaces the pass.
 
-    Raises PlanError when the result cannot be, MeasureError and DataError when scores cannot be taken.
+    Raises PlanError for a result that is impossible, MeasureError and DataError when scores cannot be taken.
 
-        surgeon.prune("meta-llama/Llama-3.1-8B", layers=26, data=["c4.jsonl"]).save("llama-26")
+        surgeon.prune("meta-llama/Llama-3.1-8B", layers=26, data=("c4.jsonl",)).save("llama-26")
     """
-    begun = open_model(model, revision=revision)
-    anatomy = begun.anatomy
-    request = Request(anatomy, score, contiguous, protect, greedy, all_tokens, seed)
-    asked = {
-        "hidden": hidden_size,
-        "ffn": intermediate_size,
-        "heads": attention_heads,
-        "kv_heads": key_value_heads,
-        "experts": experts,
-    }
-    notes: tuple[str, ...] = ()
-    if like is not None:
-        if layers is not None or any(size is not None for size in asked.values()):
-            raise PlanError("sizes are given beside a model to take them from", hint="Give --like, or sizes.")
-        layers, asked, notes = sizes_like(anatomy, like)
-    sizes = pruned_sizes(anatomy, asked)
-    budget = Budget.of(target_parameters, target_memory)
-    count = count_removed(anatomy, layers, budget, sizes)
-    if count:
-        choose_layers("last", count, anatomy.depth, protect=request.guard)  # refuses what no score could choose
-    if sizes is not None:  # whatever is chosen, the result has these sizes: refuse them before an hour of scoring
-        check_criterion(anatomy, sizes, request.criterion)
-        plan_prune(anatomy, sizes=sizes, criterion="uniform")
-    narrows = sizes is not None and any(size != anatomy.sizes[axis] for axis, size in sizes.items())
-    wanted, widths = request.needs(removes=count != 0, narrows=narrows)
+    return plan_pruning(open_model(model, revision=options.revision), options)
 
-    measured = _Measured(None, None, device)
-    if scores_from is not None:
-        _check_unbegun(begun)
-        measured = replace(measured, scores=_read(scores_from, begun.source))
-    if measure and (data or (measured.scores is None and (wanted or widths))):
-        _check_unbegun(begun)
-        text_asked = _TextAsked(tuple(data), samples, sequence_length)
-        measured = _measure(begun.source, request, wanted, widths, measured, text_asked, count, evaluate, meter)
-        notes += () if data or measured.text is None else (SELF_SAMPLED,)
+
+def plan_pruning(begun: Surgery, options: PruneOptions) -> Pruning:
+    """Return the surgery that `prune` returns, of a model that is open: measure, choose, plan."""
+    cut, notes = _cut(begun.anatomy, options)
+    measured = _measure(begun, cut, options)
     scores = measured.scores
-
-    known = scores is not None or not (wanted or widths)
-    if wanted and known:
-        request.check_scored(scores)
-
-    def removable(number: int) -> Choice:
-        return request.choose(number, scores)
-
-    pick = removable if known else request.any_choice
+    is_scored = scores is not None or not cut.needs_scores
+    removable, most_removable = _ranking(cut, options, scores)
+    pick = removable if is_scored else cut.placeholder
+    count = cut.count
     if count is None:
-        choices = [pick(number).dropped for number in range(request.most_chosen(scores) + 1)]
-        count = resolve_count(anatomy, choices, parameters=budget.parameters, nbytes=budget.nbytes)
+        choices = [pick(number).dropped for number in range(most_removable + 1)]
+        count = resolve_count(cut.anatomy, choices, parameters=options.parameters, nbytes=options.nbytes)
     choice = pick(count)
-    plan = plan_prune(
-        anatomy,
-        dropped=choice.dropped,
-        sizes=sizes,
-        criterion=request.criterion if known else "uniform",
-        values=None if scores is None else scores.widths.get(request.criterion),
-        seed=seed,
-    )
-    notes += (UNSCORED,) if not known else (HEAVY,) if 4 * count > anatomy.depth else ()
-    step = request.step(choice, sizes, scores) if known else {"score": score}
+    notes += (SELF_SAMPLED,) if measured.text is not None and not options.data else ()
+    notes += (UNSCORED,) if not is_scored else (HEAVY,) if 4 * count > cut.anatomy.depth else ()
+    criterion = cut.criterion if is_scored else "uniform"
+    plan = cut.plan(choice, criterion, values=None if scores is None else scores.widths.get(criterion))
+    step = _step(cut, options, choice, scores) if is_scored else {"score": options.score}
     plan = replace(plan, steps=({"prune": step},), notes=(*plan.notes, *notes))
     return Pruning(
         source=begun.source,
         plan=begun.plan.then(plan),
         attachments={**begun.attachments, **({} if scores is None else {SCORES: scores.to_bytes()})},
-        score=score,
+        score=options.score,
         scores=scores,
-        choice=choice if known or not count else None,
+        choice=choice if is_scored or not count else None,
         text=measured.text,
         removable=removable,
-        most_removable=request.most_chosen(scores),
+        most_removable=most_removable,
         device=measured.device,
     )
 
 
+def _ranking(cut: Cut, options: PruneOptions, scores: Scores | None) -> tuple[Callable[[int], Choice], int]:
+    """Return the choice of any number of layers by the scores, and the most layers that they can choose.
+
+    Raises PlanError for scores that do not rank layers as they should.
+    """
+    order: list[int] | None = None
+    if scores is not None and cut.ranks_layers:
+        protect = cut.protect if options.greedy else None
+        check_ranking(scores, options.score, all_tokens=options.measures_all_tokens, greedy_protect=protect)
+    if scores is not None and options.greedy and scores.greedy is not None:
+        order = scores.greedy["order"]
+    values = None if scores is None else scores.layers.get(options.score)
+    most = cut.most_removable if order is None else min(cut.most_removable, len(order))
+    return partial(cut.choose, values=values, order=order), most
+
+
+def _step(cut: Cut, options: PruneOptions, choice: Choice, scores: Scores | None) -> dict[str, Any]:
+    """Return the entry of the receipt: the cut, and the scores that decided it."""
+    return {
+        "score": options.score,
+        "greedy": options.greedy,
+        "dropped": list(choice.dropped),
+        "value": choice.score,
+        "protect": list(cut.protect),
+        "sizes": None if cut.sizes is None else dict(cut.sizes),
+        "width_criterion": None if cut.sizes is None else cut.criterion,
+        "seed": options.seed,
+        "data": None if scores is None or scores.data is None else dict(scores.data),
+    }
+
+
+# --- the cut --------------------------------------------------------------------------------------------------
+
+
+def _cut(anatomy: Anatomy, options: PruneOptions) -> tuple[Cut, tuple[str, ...]]:
+    """Return the cut that the options ask for, and notes. Raises PlanError for an impossible one: nothing is scored."""
+    notes: tuple[str, ...] = ()
+    layers, given = options.layers, options.sizes
+    if options.like is not None:
+        small = read_anatomy(spec_of(open_source(options.like)))
+        layers = small.depth
+        given, notes = sizes_like(anatomy, small, os.fspath(options.like))
+    sizes = pruned_sizes(anatomy, given)
+    has_budget = options.target_parameters is not None or options.target_memory is not None
+    count = None if has_budget else 0 if layers is None else removed_count(anatomy, layers)
+    method = METHODS[options.score]
+    greedy = method.greedy if options.greedy else None
+    default = method.protect if greedy is None else greedy.protect
+    cut = Cut(
+        anatomy=anatomy,
+        score=options.score,
+        count=count,
+        sizes=sizes,
+        contiguous=options.contiguous,
+        protect=default if options.protect is None else options.protect,
+        seed=options.seed,
+    )
+    cut.check()
+    return cut, notes
+
+
+# --- the scores -----------------------------------------------------------------------------------------------
+
+
 @dataclass(frozen=True)
 class _Measured:
-    """The scores and the text, as far as they are there, and where it was computed."""
+    """The scores and the text, None where there are none, and the device that computed."""
 
     scores: Scores | None
     text: "Calibration | None"
     device: str
 
 
-@dataclass(frozen=True)
-class _TextAsked:
-    """The text that scores are to be taken on; without `data` the model's own."""
-
-    data: tuple[str, ...]
-    samples: int
-    sequence_length: int
-
-
-def _measure(
-    source: Source,
-    request: Request,
-    wanted: set[str],
-    widths: set[str],
-    before: _Measured,
-    asked: _TextAsked,
-    count: int | None,
-    evaluate: bool,
-    meter: "Meter | None",
-) -> _Measured:
-    """Return the text, and the scores unless they are there already."""
-    from surgeon.measure.calibration import read_calibration, sample_calibration
+def _measure(begun: Surgery, cut: Cut, options: PruneOptions) -> _Measured:
+    """Return the scores, read or taken, and the text, as far as the options ask for them."""
+    source = begun.source
+    scores: Scores | None = None
+    if options.scores_from is not None:
+        _check_unbegun(begun)
+        scores = _read(options.scores_from, source)
+    takes_scores = scores is None and cut.needs_scores
+    if not options.measure or not (options.data or takes_scores):
+        return _Measured(scores, None, options.device)
+    _check_unbegun(begun)
     from surgeon.models.device import resolve_device
-    from surgeon.models.streaming import check_runs
 
-    device = resolve_device(before.device)
-    if asked.data or request.reads_text(wanted, widths):
-        check_runs(source)
-    shape = {"samples": asked.samples, "sequence_length": asked.sequence_length}
-    text: Calibration | None = None
-    if asked.data:
-        text = read_calibration(source, asked.data, **shape)
-    elif request.reads_text(wanted, widths):
-        text = sample_calibration(source, **shape, device=device, seed=request.seed)
-    scores = before.scores
+    device = resolve_device(options.device)
+    text = _text(source, cut, options, device)
     if scores is None:
-        scores = request.score(source, wanted, widths, text, count, evaluate, device, meter)
+        scores = _score(source, cut, options, text, device)
     return _Measured(scores, text, device)
 
 
+def _text(source: Source, cut: Cut, options: PruneOptions, device: str) -> "Calibration | None":
+    """Return the text to measure on: the user's, else one that the model writes where scores need it."""
+    if not options.data and not cut.reads_text:
+        return None
+    from surgeon.measure.calibration import read_calibration, sample_calibration
+    from surgeon.models.streaming import check_runs
+
+    check_runs(source)
+    shape = {"samples": options.samples, "sequence_length": options.sequence_length}
+    if options.data:
+        return read_calibration(source, options.data, **shape)
+    return sample_calibration(source, **shape, device=device, seed=options.seed)
+
+
+def _score(source: Source, cut: Cut, options: PruneOptions, text: "Calibration | None", device: str) -> Scores:
+    """Return the scores of the source."""
+    from surgeon.measure.scoring import ScoreRequest, score
+
+    if options.greedy and cut.count is None:
+        raise PlanError("a greedy removal needs the number of layers that go", hint="Give --layers.")
+    request = ScoreRequest(
+        layers=[options.score] if cut.ranks_layers else [],
+        widths=[cut.criterion] if cut.ranks_widths else [],
+        all_tokens=options.measures_all_tokens,
+        rounds=cut.count if options.greedy else None,
+        protect=cut.protect,
+        evaluate=options.evaluate,
+        device=device,
+        seed=options.seed,
+    )
+    tokens, origin = (None, None) if text is None else (text.tokens, text.origin)
+    return score(source, tokens, request, data=origin, meter=options.meter)
+
+
 def _read(path: str | os.PathLike[str], source: Source) -> Scores:
-    """Return the scores in a file, or in the scores.json of a directory, after checking that they are of `source`."""
-    found = Path(path)
-    scores = read_scores(found / SCORES if found.is_dir() else found)
+    """Return the scores in a file, or in the scores.json of a directory. Raises MeasureError for another model's."""
+    place = Path(path)
+    scores = read_scores(place / SCORES if place.is_dir() else place)
     check_model(scores, source.provenance(), source.label)
     return scores
 
 
 def _check_unbegun(surgery: Surgery) -> None:
-    """Refuse to score what is not on the disk yet."""
+    """Raises PlanError for a model that is planned but not yet on the disk: it cannot be scored."""
     if surgery.plan.steps:
         done = ", then ".join(next(iter(step)) for step in surgery.plan.steps)
         raise PlanError(
-            f"scores are taken from a checkpoint, and this one is still to be made ({done})",
-            hint="Save it, and prune what was saved.",
+            f"scores are taken from a checkpoint, and this one is not saved yet: it is still to be made ({done})",
+            hint="Save it, and prune the saved checkpoint.",
         )

@@ -15,8 +15,8 @@ if LATER:
     from streamed import plain, plain_states, stream
     from transformers import AutoTokenizer
 
-    from surgeon.measure.removal import losses_without, perplexities
-    from surgeon.measure.scoring import score_states
+    from surgeon.measure.record import perplexities
+    from surgeon.measure.scoring import losses_without, score_states
 
 pytestmark = [pytest.mark.real, pytest.mark.xdist_group("smollm2"), pytest.mark.timeout(900)]
 
