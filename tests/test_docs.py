@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import toys
+from architecture import PAGE, PICTURE, page, picture
 
 import surgeon
 from surgeon.anatomy.families import FAMILIES
@@ -98,3 +99,9 @@ def test_the_public_names_are_documented_and_exist():
     for name in surgeon.__all__:
         assert getattr(surgeon, name).__doc__, name
         assert name in page, name
+
+
+def test_the_picture_and_the_paths_of_the_design_page_are_those_of_the_code():
+    """`python scripts/architecture.py` writes them anew."""
+    assert PICTURE.read_text(encoding="utf-8") == picture()
+    assert PAGE.read_text(encoding="utf-8") == page(PAGE.read_text(encoding="utf-8"))

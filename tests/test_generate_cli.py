@@ -184,7 +184,7 @@ def test_a_gist_of_another_model_is_refused_before_the_model_is_loaded(bots, run
 def test_a_text_that_is_empty_or_too_long_or_has_a_gist_token_is_refused(bots, run):
     found = bots["gpt2"]
 
-    assert "no text to go on from" in run("generate", found.model, "", "--gist", found.bot).err
+    assert "there is no text after the gist" in run("generate", found.model, "", "--gist", found.bot).err
     assert "the text ends at position" in run("generate", found.model, TEXT * 30).err
     assert "the text contains <GIST>" in run("generate", found.model, "a<GIST>", "--gist", found.bot).err
     assert run("generate", found.model).code == 2

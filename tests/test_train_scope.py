@@ -6,10 +6,14 @@ from typing import Any
 
 import pytest
 import toys
+from later import LATER
 
 import surgeon
 from surgeon.anatomy.anatomy import Anatomy, read_anatomy
-from surgeon.train import model as scope
+
+if LATER:
+    from surgeon.train import model as scope
+
 
 EMBEDDING, HEAD, NORM = "model.embed_tokens.weight", "lm_head.weight", "model.norm.weight"
 
