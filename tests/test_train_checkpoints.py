@@ -211,6 +211,14 @@ def test_an_error_of_the_model_is_not_taken_for_the_disk(tmp_path):
         raise RuntimeError("shape [3] is invalid")
 
 
+def test_who_holds_a_run_directory_removes_what_killed_runs_left(tmp_path):
+    for name in (".checkpoint-3.partial", ".checkpoint-2.surgeon-old-17"):
+        (tmp_path / "run" / name).mkdir(parents=True)
+
+    with checkpoints.held(tmp_path / "run"):
+        assert [path.name for path in (tmp_path / "run").iterdir()] == [checkpoints.LOCK]
+
+
 def test_one_run_has_a_directory_to_itself(tmp_path):
     second = checkpoints.held(tmp_path / "run")
     with checkpoints.held(tmp_path / "run"), pytest.raises(OutputError, match="another run writes into"):

@@ -56,7 +56,7 @@ class DamagedCheckpointError(CheckpointError):
 
 @contextmanager
 def held(run_dir: Path) -> Iterator[None]:
-    """Make a run directory and keep other runs out of it.
+    """Make a run directory, keep other runs out of it, and remove the leftovers of killed ones.
 
     Raises OutputError where another run writes into it, or where it cannot be made.
     """
@@ -73,6 +73,7 @@ def held(run_dir: Path) -> Iterator[None]:
         hint = "Choose another place with --run-dir."
         raise OutputError(f"cannot write {error.filename or run_dir}: {error.strerror}", hint=hint) from error
     try:
+        sweep(run_dir)
         yield
     finally:
         with suppress(OSError):
