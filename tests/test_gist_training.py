@@ -23,7 +23,7 @@ from surgeon.gist.tokens import GistTokens
 from surgeon.train.run_dir import read_metrics
 from surgeon.train.settings import Settings
 from surgeon.verbs.evaluate import evaluate_gist
-from surgeon.verbs.finetune import FinetuneOptions, checked
+from surgeon.verbs.finetune import TrainingOptions, checked
 
 if LATER:
     import torch
@@ -495,7 +495,7 @@ def test_with_a_frozen_reader_the_reader_is_the_untouched_model(data: str, tmp_p
 )
 def test_options_that_contradict_each_other_are_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(PlanError, match=message):
-        checked(FinetuneOptions(**options))
+        checked(TrainingOptions(**options))
 
 
 def test_attention_that_takes_no_mask_is_trained_in_two_passes() -> None:

@@ -7,7 +7,7 @@ import pytest
 
 import surgeon
 from surgeon.train.settings import FULL_LR, LORA_LR, Settings
-from surgeon.verbs.finetune import FinetuneOptions
+from surgeon.verbs.finetune import TrainingOptions
 
 WRONG: list[tuple[dict[str, Any], str]] = [
     ({"schedule": "step"}, "--schedule 'step'"),
@@ -101,6 +101,6 @@ def test_only_what_decides_no_number_of_the_result_may_change_in_a_resume() -> N
 
 
 def test_every_setting_has_a_help_text_that_fits_a_terminal() -> None:
-    texts = {item.name: item.metadata["flag"].help for item in fields(FinetuneOptions)}
+    texts = {item.name: item.metadata["flag"].help for item in fields(TrainingOptions)}
 
     assert all(text and len(text) <= 100 for text in texts.values()), max(texts.values(), key=len)

@@ -3,7 +3,7 @@
 import inspect
 import shlex
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import MISSING, dataclass, fields, is_dataclass
 from pathlib import Path
 from types import UnionType
@@ -125,7 +125,8 @@ def _without_none(hint: Any) -> Any:
 
 
 def _is_repeatable(hint: Any) -> bool:
-    return get_origin(hint) is tuple and get_args(hint)[-1] is Ellipsis
+    """Return whether a field holds any number of texts, so that its option may be given more than once."""
+    return hint in (tuple[str, ...], Sequence[str])
 
 
 VERIFIED_BELOW = 1_000_000_000  # parameters; a larger result is verified on request, for it takes a while

@@ -60,7 +60,7 @@ _NOT_WITH = {
 class EvaluateOptions(MetricOptions):
     """The options of the command `evaluate`, which is one of three evaluations: of a metric, of tasks, or of gists."""
 
-    data: tuple[str, ...] = same_option(MetricOptions, "data", default=())
+    data: Sequence[str] = same_option(MetricOptions, "data", default=())
     tasks: Sequence[str] | None = option(
         "Run these tasks of lm-evaluation-harness instead: arc_easy,boolq", None, metavar="NAMES", parse=words
     )

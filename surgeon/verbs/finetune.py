@@ -5,13 +5,14 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from surgeon.anatomy.anatomy import read_anatomy
 from surgeon.checkpoint import output as outputs
 from surgeon.checkpoint.source import Source, spec_of
 from surgeon.errors import MeasureError, OutputError, PlanError
 from surgeon.gist.settings import GistSettings
+from surgeon.options import device_option, in_python, option, revision_option, same_option, takes
 from surgeon.surgery import open_source, parse_size
 from surgeon.train.result import Training
 from surgeon.train.settings import ComputeSettings, LearningSettings, Settings, deciding
@@ -25,8 +26,35 @@ Group = TypeVar("Group")
 
 
 @dataclass(frozen=True, kw_only=True)
-class FinetuneOptions(ComputeSettings, GistSettings, LearningSettings):
-    """The options of `finetune`: those of all runs, and those of each task.
+class PlaceOptions:
+    """Where the data is, and where the run and its result are written."""
+
+    data: Sequence[str] = option(
+        "Text, or records with text, prompt and completion, instruction and output, or messages: .txt, .jsonl, "
+        ".parquet, a directory of them, or a Hub dataset. Repeatable.",
+        metavar="DATA",
+    )
+    output: str | os.PathLike[str] | None = option(
+        "The result. Default: MODEL-finetune.", None, names=("--output", "-o"), metavar="DIR"
+    )
+    run_dir: str | os.PathLike[str] | None = option(
+        "Checkpoints, metrics, plot. Default: OUTPUT.run.", None, metavar="DIR"
+    )
+    resume: bool = option("Continue the run in the run directory, or begin one there.", False)
+    overwrite: bool = option("Replace an existing output once the new one is complete.", False)
+
+
+@dataclass(frozen=True, kw_only=True)
+class StorageOptions:
+    """How the result is stored."""
+
+    dtype: str = option("Of the result: keep (the source's), float32, bfloat16 or float16.", "keep", metavar="DTYPE")
+    max_shard_size: int | str = option("Largest weight file: 5GB, 500MB.", "5GB", metavar="SIZE")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingOptions(ComputeSettings, GistSettings, LearningSettings):
+    """The options of all runs, and those of each task.
 
     Their order is that of --help, run.json and the receipt: dataclasses take the fields of the last base first.
     """
@@ -37,28 +65,36 @@ class FinetuneOptions(ComputeSettings, GistSettings, LearningSettings):
         return group(**{name: getattr(self, name) for name in names})
 
 
-def finetune(
-    model: str | os.PathLike[str],
-    *,
-    data: Sequence[str],
-    output: str | os.PathLike[str] | None = None,
-    run_dir: str | os.PathLike[str] | None = None,
-    resume: bool = False,
-    overwrite: bool = False,
-    dtype: str = "keep",
-    max_shard_size: int | str = "5GB",
-    device: str = "auto",
-    revision: str | None = None,
-    watcher: "TrainingWatcher | None" = None,
-    command: str | None = None,
-    **options: Any,
-) -> Training:
+@dataclass(frozen=True, kw_only=True)
+class MachineOptions:
+    """Which model is trained on which device."""
+
+    device: str = device_option()
+    revision: str | None = revision_option()
+
+
+@dataclass(frozen=True, kw_only=True)
+class FinetuneOptions(MachineOptions, TrainingOptions, StorageOptions, PlaceOptions):
+    """The options of `finetune`."""
+
+    watcher: "TrainingWatcher | None" = in_python("An object that is called with each step and evaluation.")
+    command: str | None = in_python("The command line, for the card and the receipt.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EstimateOptions(MachineOptions, TrainingOptions):
+    """The options of `estimate_finetune`."""
+
+    data: Sequence[str] = same_option(PlaceOptions, "data")
+    num_processes: int | None = in_python("Processes that would train. Default: as many as a launcher has started.")
+
+
+@takes(FinetuneOptions)
+def finetune(model: str | os.PathLike[str], options: FinetuneOptions) -> Training:
     """Train a checkpoint directory or Hub model on data, write the result to `output`, and return a summary.
 
     To heal a cut model is to train it on until its loss recovers.
 
-    `options` are the fields of `FinetuneOptions`, as `surgeon finetune --help` explains them. The run keeps its
-    checkpoints and metrics in `run_dir` ("OUTPUT.run"); with `resume` a run in that directory is continued.
     Raises DataError, PlanError, MeasureError, OutputError before anything is trained, and TrainingError for a run that
     diverges or does not fit into memory.
 
@@ -66,57 +102,50 @@ def finetune(
     """
     from surgeon.train.runner import Runner
 
-    chosen = checked(FinetuneOptions(**options))
-    source = opened(model, revision, gist=chosen.gist)
-    target = Path(output or default_output(source))
-    outputs.check_target(target, overwrite=overwrite, source=source.origin)
-    if dtype not in ("keep", "float32", "bfloat16", "float16"):
-        raise PlanError(f"unknown dtype {dtype!r}", hint="One of: keep, float32, bfloat16, float16.")
-    parse_size(max_shard_size)
-    place = Path(run_dir or f"{target}.run")
+    training = checked(options.of(TrainingOptions))
+    source = opened(model, options.revision, gist=training.gist)
+    target = Path(options.output or default_output(source))
+    outputs.check_target(target, overwrite=options.overwrite, source=source.origin)
+    if options.dtype not in ("keep", "float32", "bfloat16", "float16"):
+        raise PlanError(f"unknown dtype {options.dtype!r}", hint="One of: keep, float32, bfloat16, float16.")
+    parse_size(options.max_shard_size)
+    place = Path(options.run_dir or f"{target}.run")
     _check_places(target, place)
-    runner = Runner(source, tuple(data), task_of(source, chosen), run_dir=place, device=device, watcher=watcher)
-    with runner.held(resume=resume):
+    task = task_of(source, training)
+    device, watcher = options.device, options.watcher
+    runner = Runner(source, tuple(options.data), task, run_dir=place, device=device, watcher=watcher)
+    with runner.held(resume=options.resume):
         steps = runner.fit()
         if steps.is_stopped:
             return runner.stopped(steps)
-        runner.write(steps, target, dtype=dtype, max_shard_size=max_shard_size, overwrite=overwrite, command=command)
+        storage = {name: getattr(options, name) for name in ("dtype", "max_shard_size", "overwrite", "command")}
+        runner.write(steps, target, **storage)
         return runner.finished(steps, target)
 
 
-def estimate_finetune(
-    model: str | os.PathLike[str],
-    *,
-    data: Sequence[str],
-    device: str = "auto",
-    revision: str | None = None,
-    num_processes: int | None = None,
-    **options: Any,
-) -> "RunEstimate":
-    """Return an estimate of `finetune` with these options: steps, tokens, memory, time. Trains and keeps nothing.
-
-    `num_processes` is the number of processes that would train; None: as many as a launcher has started.
-    """
+@takes(EstimateOptions)
+def estimate_finetune(model: str | os.PathLike[str], options: EstimateOptions) -> "RunEstimate":
+    """Return an estimate of `finetune` with these options: steps, tokens, memory, time. Trains and keeps nothing."""
     from surgeon.models.device import resolve_device
     from surgeon.train.inputs import Inputs
     from surgeon.train.launch import processes
 
-    chosen = checked(FinetuneOptions(**options))
-    source = opened(model, revision, gist=chosen.gist)
+    training = checked(options.of(TrainingOptions))
+    source = opened(model, options.revision, gist=training.gist)
     inputs = Inputs(
         source,
-        tuple(data),
-        task_of(source, chosen),
-        resolve_device(device),
+        tuple(options.data),
+        task_of(source, training),
+        resolve_device(options.device),
         lambda note: None,
         lambda: None,
-        num_processes=num_processes or processes(),
+        num_processes=options.num_processes or processes(),
     )
     with tempfile.TemporaryDirectory() as directory:
         return inputs.estimate(Path(directory))
 
 
-def checked(options: FinetuneOptions) -> FinetuneOptions:
+def checked(options: TrainingOptions) -> TrainingOptions:
     """Return the options. Raises PlanError where one makes no sense, alone or beside another."""
     settings, gist = options.of(Settings), options.of(GistSettings)
     if gist != GistSettings():
@@ -124,7 +153,7 @@ def checked(options: FinetuneOptions) -> FinetuneOptions:
     return options
 
 
-def task_of(source: Source, options: FinetuneOptions) -> "Task":
+def task_of(source: Source, options: TrainingOptions) -> "Task":
     """Return the task that the options choose."""
     from surgeon.train.task import Task
 

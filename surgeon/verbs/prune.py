@@ -1,7 +1,7 @@
 """The verb `prune`: measure, choose, plan. Scores are kept, so that another cut takes the time of a copy."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -92,7 +92,7 @@ class CutOptions:
         "last",
         metavar="last|all",
     )
-    data: tuple[str, ...] = option(
+    data: Sequence[str] = option(
         "Text to measure on: .txt, .jsonl, .parquet or a Hub dataset. Repeatable. Default: the model writes one.",
         (),
         metavar="DATA",
