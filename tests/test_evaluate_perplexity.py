@@ -262,7 +262,7 @@ def test_weights_that_are_not_finite_are_refused(model, text, tmp_path):
 
 def test_a_model_that_sees_ahead_is_refused_whatever_it_is_called(text, tmp_path):
     bert = talker(tmp_path / "bert", "bert")
-    with pytest.raises(MeasureError, match="reads both ways"):
+    with pytest.raises(MeasureError, match="sees tokens on both sides"):
         evaluate(bert, text, sequence_length=16)
 
     edit_config(bert, architectures=["BertForPreTraining"])
