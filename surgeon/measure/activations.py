@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from surgeon.anatomy.anatomy import Anatomy
 from surgeon.anatomy.axes import axes_of
-from surgeon.measure.scoring import Watcher
+from surgeon.models.streaming import Watcher
 
 
 class Activations(Watcher):

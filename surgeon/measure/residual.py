@@ -11,9 +11,8 @@ import math
 import torch
 from torch import Tensor
 
-from surgeon.measure.scoring import Observer
 from surgeon.models.device import wide
-from surgeon.models.streaming import Batch
+from surgeon.models.streaming import Batch, Observer
 
 
 class Angular(Observer):

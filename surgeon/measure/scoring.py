@@ -5,7 +5,7 @@ layers share their states up to there, so scoring every layer's removal costs ha
 """
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
@@ -18,7 +18,7 @@ from surgeon.checkpoint.source import Source, spec_of
 from surgeon.errors import MeasureError
 from surgeon.measure.record import Scores, perplexities
 from surgeon.models.device import available_memory, compute_dtype
-from surgeon.models.streaming import HEAD_TOKENS, Batch, Progress, StreamedModel, groups
+from surgeon.models.streaming import HEAD_TOKENS, Batch, Observer, Progress, StreamedModel, Watcher, groups
 from surgeon.transforms.scores import METHODS, WIDTHS
 
 # Is called when work begins: with its name, its number of tokens, and the number of layers that each goes through.
@@ -29,38 +29,6 @@ Meter = Callable[[str, int, int], Progress | None]
 def no_meter(what: str, tokens: int, layers: int) -> Progress | None:
     """A meter that counts nothing."""
     return None
-
-
-class Observer:
-    """Sees the states between layers while batches go through them. A subclass overrides what it needs.
-
-    `kept_states` is how many states of each token it keeps until its group of rows is done.
-    """
-
-    kept_states = 0
-
-    def begin(self, batch: Batch) -> None:
-        """See a batch before the first layer."""
-
-    def see(self, layer: int, batch: Batch, before: Tensor, after: Tensor) -> None:
-        """See the states before and after a layer, shape (B, T, D)."""
-
-    def end_group(self) -> None:
-        """See the end of a group of rows: the hidden states of its batches are the final ones now."""
-
-
-class Watcher:
-    """Sees the inside of a layer. `batch` is the one that goes through it."""
-
-    batch: Batch | None = None
-
-    def watch(self, layer: int, module: nn.Module) -> AbstractContextManager[None]:
-        """Return a context in which the inside of a layer is seen."""
-        return nullcontext()
-
-    def result(self) -> dict[str, Tensor]:
-        """Return the importance of positions, by axis."""
-        return {}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,7 +8,7 @@ the layers are stubs. So this file knows nothing of any family.
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -127,6 +127,38 @@ def check_runs(source: Source) -> None:
             f"late layers of {source.label} use the keys and values of early ones, so they cannot run alone",
             hint="Scores that read no text work: --score random, last or magnitude.",
         )
+
+
+class Observer:
+    """Sees the states between layers while batches go through them. A subclass overrides what it needs.
+
+    `kept_states` is how many states of each token it keeps until its group of rows is done.
+    """
+
+    kept_states = 0
+
+    def begin(self, batch: Batch) -> None:
+        """See a batch before the first layer."""
+
+    def see(self, layer: int, batch: Batch, before: Tensor, after: Tensor) -> None:
+        """See the states before and after a layer, shape (B, T, D)."""
+
+    def end_group(self) -> None:
+        """See the end of a group of rows: the hidden states of its batches are the final ones now."""
+
+
+class Watcher:
+    """Sees the inside of a layer. `batch` is the one that goes through it."""
+
+    batch: Batch | None = None
+
+    def watch(self, layer: int, module: nn.Module) -> AbstractContextManager[None]:
+        """Return a context in which the inside of a layer is seen."""
+        return nullcontext()
+
+    def result(self) -> dict[str, Tensor]:
+        """Return the importance of positions, by axis."""
+        return {}
 
 
 class StreamedModel:

@@ -26,7 +26,7 @@ class Method:
     """How a score is taken and used. `help` describes it in one line.
 
     One of three names, "module:name", says how it is taken; a method with none measures nothing:
-    `observer` is a `surgeon.measure.scoring.Observer` on the streamed pass that all such scores share, made of the
+    `observer` is a `surgeon.models.streaming.Observer` on the streamed pass that all such scores share, made of the
     depth (and `all_tokens`, where `token_choice` lets the user decide which tokens count); its method `result` returns
     the values. `function` is one (model, tokens, meter=) that runs the streamed model itself. `weights` is a
     function of the source and reads no text.
