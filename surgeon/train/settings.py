@@ -54,8 +54,7 @@ class LearningSettings:
     max_grad_norm: float = option("Clip gradients to this norm; 0: never.", 1.0, metavar="G")
     # what is trained
     train: str = option(
-        "Parameters to train: all, new (layers and tokens that surgery added), cut (layers next to removed ones, "
-        "final norm, head).",
+        "Parameters to train: all, new (added by surgery), cut (beside removed layers; final norm, head).",
         "all",
         metavar="P",
     )
