@@ -1,11 +1,11 @@
-"""What a verb declares: its options, and what its steps do to a model.
+"""The declarations of a verb: its options, and facts about all its steps.
 
 Options are one frozen dataclass, whose fields are the command's options and the Python call's keywords.
 
     @dataclass(frozen=True, kw_only=True)
     class TruncateOptions:
         layers: int | str = option("Layers of the result: 12, or 50% of the source's.", metavar="N")
-        seed: int = option("Everything random derives from it.", 0)
+        seed: int = option("Seed of every random draw.", 0)
 
     @takes(TruncateOptions)
     def truncate(model: str, options: TruncateOptions) -> Surgery: ...
@@ -51,7 +51,7 @@ class Verb:
 
 
 def verb_named(name: str) -> Verb:
-    """Return what a verb says of itself; of a name that no verb has, nothing is promised."""
+    """Return the facts that a verb declares; for a name that no verb has, the defaults, which promise nothing."""
     home = f"surgeon.verbs.{name}"
     if not name.isidentifier() or find_spec(home) is None:
         return Verb()
@@ -96,7 +96,7 @@ def in_python(help: str, default: Any = None) -> Any:  # noqa: A002
 
 def seed_option() -> Any:
     """Return the field `seed`."""
-    return option("Everything random derives from it; same seed, same bytes.", 0)
+    return option("Seed of every random draw; the same seed gives the same result.", 0)
 
 
 def revision_option() -> Any:
@@ -106,13 +106,15 @@ def revision_option() -> Any:
 
 def device_option(default: str = "auto") -> Any:
     """Return the field `device`."""
-    return option("What computes: auto (CUDA, then MPS, then the CPU), cpu, cuda, mps.", default)
+    return option("Device to compute on: auto (CUDA, then MPS, then the CPU), cpu, cuda, mps.", default)
 
 
 def adapter_option() -> Any:
     """Return the field `adapter`."""
     return option(
-        "Adapters trained with a frozen reader; the gist is made with them, and read without.", None, metavar="DIR"
+        "Adapters trained with a frozen reader: they are on while the gist is made, off while it is read.",
+        None,
+        metavar="DIR",
     )
 
 

@@ -1,1 +1,1 @@
-"""What a checkpoint is made of: named axes, the families' tables, and the config that follows the layers."""
+"""The parts of a checkpoint: named axes, the families' tables, and the config that follows the layers."""

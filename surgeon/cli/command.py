@@ -17,13 +17,16 @@ from surgeon.surgery import Draft, Surgery
 
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="A checkpoint directory, or a Hub id (gpt2-large).")]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hub model.")]
-Seed = Annotated[int, typer.Option(help="Everything random derives from it; same seed, same bytes.")]
+Seed = Annotated[int, typer.Option(help="Seed of every random draw; the same seed gives the same result.")]
 Adapter = Annotated[
     str | None,
-    typer.Option(metavar="DIR", help="Adapters trained for a frozen reader: they compress, the model reads."),
+    typer.Option(
+        metavar="DIR",
+        help="Adapters trained with a frozen reader: they are on while the gist is made, off while it is read.",
+    ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output and nothing else.")]
-Device = Annotated[str, typer.Option(help="What computes: auto (CUDA, then MPS, then the CPU), cpu, cuda, mps.")]
+Device = Annotated[str, typer.Option(help="Device to compute on: auto (CUDA, then MPS, then the CPU), cpu, cuda, mps.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Full tracebacks.")]
 
@@ -137,13 +140,13 @@ class Writing:
     """The options of every command that writes a checkpoint."""
 
     output: Path | None = option(
-        "Where the result goes. Default: the model's name with what was done.",
+        "Where the result goes. Default: the source's name with the surgery.",
         None,
         names=("--output", "-o"),
         metavar="DIR",
     )
     overwrite: bool = option("Replace an existing output once the new one is complete.", False)
-    dry_run: bool = option("Print the plan and write nothing; reads no weights.", False)
+    dry_run: bool = option("Print the plan and write nothing; reads headers only (a .gguf file is read whole).", False)
     dtype: str = option("keep (the source's bytes), float32, bfloat16 or float16.", "keep", metavar="DTYPE")
     max_shard_size: str = option("Largest weight file: 5GB, 500MB.", "5GB", metavar="SIZE")
     push_to_hub: str | None = option("Upload the finished output to this Hub repository.", None, metavar="REPO")

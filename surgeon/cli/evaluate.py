@@ -23,7 +23,7 @@ def evaluate(
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
-    """Measure perplexity, answers and choices, and the recovery of a baseline."""
+    """Measure perplexity, answers and choices, and compare them with a baseline."""
     if json and markdown:
         raise OptionError("markdown", "--markdown goes without --json")
     evaluation = verb.run(model, options, quiet=quiet, meter=TokenMeter(quiet=quiet))

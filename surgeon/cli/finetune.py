@@ -38,7 +38,7 @@ def finetune(
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
-    """Train a model on data: heal a cut (until its loss recovers), train new layers, distil from a teacher."""
+    """Train a model on data: heal a cut model (until its loss recovers), train new layers, distil from a teacher."""
     from surgeon.cli.terminal import emit, emit_json, log, results_alone
     from surgeon.train.launch import is_first, is_launched, relaunch, second_to_the_first
 

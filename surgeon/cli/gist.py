@@ -17,7 +17,7 @@ def gist(
     model: Model,
     options: verb.GistOptions,
     check: Annotated[
-        bool, typer.Option("--check", help="Load the model, measure whether it can have gists, and write nothing.")
+        bool, typer.Option("--check", help="Load the model, measure whether it can use gists, and write nothing.")
     ] = False,
     device: Device = "cpu",
     *,

@@ -1,1 +1,1 @@
-"""What a run costs: operations, memory, time. For progress, dry runs and advice."""
+"""The cost of a run: operations, memory, time. For progress, dry runs and advice."""

@@ -56,26 +56,28 @@ class MetricOptions:
     """The options of one metric on data, in the Python call and on the command line."""
 
     data: Sequence[str] = option(
-        "Text, or records with an answer: .txt, .jsonl, .parquet or a Hub dataset. Repeatable.", metavar="DATA"
+        "Text, or records with an answer: .txt, .jsonl, .json, .parquet or a Hub dataset. Repeatable.", metavar="DATA"
     )
     metric: str = option("perplexity, exact-match, rouge-l or choice.", "perplexity", metavar="METRIC")
     baseline: str | os.PathLike[str] | None = option(
-        "Evaluate this model too, on the same tokens; adds differences, recovery.", None, metavar="ORIGINAL"
+        "Evaluate this model too, on the same tokens; adds differences and recovery.", None, metavar="ORIGINAL"
     )
-    samples: int | None = option("How many rows or records. Default: 64 rows; all records.", None, metavar="N")
-    sequence_length: int | None = option("Tokens per row. Default: 512.", None, metavar="T")
+    samples: int | None = option(
+        "Use the first N rows of a text, or records. Default: 64 rows; all records.", None, metavar="N"
+    )
+    sequence_length: int | None = option("Tokens per row of a text. Default: 512.", None, metavar="T")
     stride: int | None = option("Slide windows of T tokens over the text, S apart, instead of rows.", None, metavar="S")
-    max_new_tokens: int | None = option("Longest generated answer. Default: 256.", None, metavar="N")
+    max_new_tokens: int | None = option("Longest generated answer, in tokens. Default: 256.", None, metavar="N")
     batch_size: int | None = option("Prompts per batch. Default: 8.", None, metavar="N")
     extract: str | None = option(
-        r"For exact-match: compare the last match's first group: '#### (-?[\d,]+)'", None, metavar="REGEX"
+        r"With exact-match: compare the first group of the last match: '#### (-?[\d,]+)'", None, metavar="REGEX"
     )
     chat: bool = option("Put every prompt into the chat template, as messages always are.", False)
     predictions: str | os.PathLike[str] | None = option(
         "Write prompt, reference, prediction and score to this .jsonl.", None, metavar="FILE"
     )
     judge: str | os.PathLike[str] | None = option(
-        "A model that compares the answers with those of --baseline, or of --gist's full prompt: adds a win rate.",
+        "A model that compares the answers with the baseline's, or, with --gist, the full prompt's; adds a win rate.",
         None,
         metavar="JUDGE",
     )

@@ -18,20 +18,26 @@ class GistSettings:
 
     gist: bool = option("Train to compress prompts into the gist tokens that `surgeon gist` added.", False)
     gist_control: str = option(
-        "The paper's bounds: positive sees the prompt too, negative neither prompt nor gist; or none.",
+        "Train a control of the paper: positive sees the prompt too, negative neither prompt nor gist.",
         "none",
         metavar="NAME",
     )
     gist_random_tokens: str | None = option(
-        "Draw the tokens of each record's gist from these: 1,2,4,8. Default: the model's number.", None, metavar="K,K"
+        "Draw each record's number of gist tokens from these: 1,2,4,8. Default: the model's number.",
+        None,
+        metavar="K,K",
     )
     gist_reader: str = option(
-        "frozen: adapters compress the prompt, the untouched model reads the gist; or same.", "same", metavar="WHO"
+        "same: one model compresses and reads; frozen: adapters compress, the original model reads.",
+        "same",
+        metavar="WHO",
     )
     gist_distill: float = option(
-        "Loss = (1 - w) cross-entropy + w KL to the untrained model, which sees the prompt.", 0.0, metavar="W"
+        "Loss = (1 - W) cross-entropy + W KL to the untrained model, which sees the prompt.", 0.0, metavar="W"
     )
-    gist_impl: str = option("mask, two-pass (prompt, then the rest on its gist's cache), or auto.", "auto", metavar="I")
+    gist_impl: str = option(
+        "mask (one pass), two-pass (prompt and gist, then the rest on the gist's cache), or auto.", "auto", metavar="I"
+    )
 
     @property
     def is_frozen(self) -> bool:

@@ -1,1 +1,1 @@
-"""Pictures, drawn with matplotlib (the extra `plot`), one a file."""
+"""Pictures, drawn with matplotlib (the extra `plot`), one per file."""

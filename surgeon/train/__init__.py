@@ -1,1 +1,1 @@
-"""Training: data as rows of tokens, losses whose logits never exist whole, and runs that can be killed."""
+"""Training: data as rows of tokens, losses that never hold all logits at once, and runs that can be resumed."""

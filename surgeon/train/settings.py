@@ -26,47 +26,59 @@ class LearningSettings:
     # data
     data_weights: str | None = option("Passes over each --data in an epoch, in their order: 1,0.5", None, metavar="W")
     sequence_length: int | None = option(
-        "Tokens per sequence. Default: 1024, or the model's maximum.", None, metavar="T"
+        "Tokens per sequence. Default: 1024, or the model's maximum if smaller.", None, metavar="T"
     )
-    packing: str = option("Pack several documents into a sequence, kept apart: auto, on, off.", "auto", metavar="WHEN")
+    packing: str = option(
+        "Pack several documents into a sequence, each attending only to itself: auto, on, off.", "auto", metavar="WHEN"
+    )
     train_on: str = option(
         "Train on the answer only (completion) or on prompt and answer (all).", "completion", metavar="M"
     )
     eval_data: tuple[str, ...] = option("Held-out data. Repeatable. Default: a part of --data.", (), metavar="DATA")
     eval_fraction: float = option("Without --eval-data: the fraction of documents to hold out.", 0.01, metavar="F")
-    eval_rows: int = option("Evaluate at most N sequences, and as many of the trained ones.", 64, metavar="N")
+    eval_rows: int = option("Evaluate at most N held-out sequences, and as many trained ones.", 64, metavar="N")
     # length and rate
-    max_steps: int | None = option("Optimiser steps.", None, metavar="N")
+    max_steps: int | None = option("Number of optimiser steps.", None, metavar="N")
     epochs: float | None = option("Passes over the data. Default: 1, unless steps are given.", None, metavar="E")
     batch_size: int = option("Sequences per device and forward pass.", 8, metavar="N")
     gradient_accumulation: int = option("Batches per optimiser step.", 1, metavar="N")
-    lr: str = option(f"Peak rate, or auto: two short runs. Default: {FULL_LR:g}; LoRA {LORA_LR:g}.", "", metavar="LR")
-    warmup: float = option("Steps until the peak rate; below 1, a part of all steps.", 0.03, metavar="N")
-    schedule: str = option("After the warm-up: cosine, linear or constant.", "cosine", metavar="NAME")
+    lr: str = option(
+        f"Peak learning rate; auto: the better of two, by short runs. Default: {FULL_LR:g}; with --lora {LORA_LR:g}.",
+        "",
+        metavar="LR",
+    )
+    warmup: float = option("Steps until the peak rate; below 1, a fraction of all steps.", 0.03, metavar="N")
+    schedule: str = option("Learning rate after the warm-up: cosine, linear or constant.", "cosine", metavar="NAME")
     optim: str = option("Any optimiser of transformers' Trainer.", "adamw_torch_fused", metavar="NAME")
-    weight_decay: float = option("Applied to matrices, not to norms and biases.", 0.0, metavar="W")
+    weight_decay: float = option("Weight decay of matrices; norms and biases have none.", 0.0, metavar="W")
     max_grad_norm: float = option("Clip gradients to this norm; 0: never.", 1.0, metavar="G")
     # what is trained
     train: str = option(
-        "Which layers to train: all, new (added by surgery), cut (next to removed layers).", "all", metavar="P"
+        "Parameters to train: all, new (added by surgery), cut (beside removed layers; final norm, head).",
+        "all",
+        metavar="P",
     )
-    freeze: str | None = option("Frozen parts: embeddings, head, layers=0-11, comma-separated.", None, metavar="PARTS")
-    lora: int | None = option("Train low-rank adapters of this rank instead; merged at the end.", None, metavar="R")
+    freeze: str | None = option(
+        "Parts not to train: embeddings, head, layers=0-11, comma-separated.", None, metavar="PARTS"
+    )
+    lora: int | None = option("Train low-rank adapters of this rank; they are merged at the end.", None, metavar="R")
     lora_alpha: float | None = option("Scale of the adapters is alpha / rank. Default: 2 x rank.", None, metavar="A")
     lora_dropout: float = option("Dropout before the adapters.", 0.0, metavar="P")
-    lora_targets: str = option("Where adapters go: all, attention or ffn.", "all", metavar="PART")
-    keep_adapter: bool = option("Write the adapter alone, as PEFT does.", False)
+    lora_targets: str = option("Linear maps that get adapters: all, attention or ffn.", "all", metavar="PART")
+    keep_adapter: bool = option("Write only the adapter, as PEFT does, instead of merging it.", False)
     qlora: bool = option("Hold the base model in 4 bits (bitsandbytes); goes with --lora.", False)
     # distillation
     teacher: str | None = option("Distil from this model: a directory or Hub id.", None, metavar="MODEL")
-    kd_weight: float = option("Loss = (1 - w) cross-entropy + w KL.", 0.5, metavar="W")
-    temperature: float = option("Softens both distributions; KL is multiplied by T².", 1.0, metavar="T")
-    kl: str = option("forward: KL(teacher, student); reverse: KL(student, teacher).", "forward", metavar="WAY")
+    kd_weight: float = option("With --teacher: loss = (1 - W) cross-entropy + W KL.", 0.5, metavar="W")
+    temperature: float = option("Divide the logits of both models by T, and multiply KL by T².", 1.0, metavar="T")
+    kl: str = option(
+        "Direction of KL: forward is KL(teacher, student), reverse KL(student, teacher).", "forward", metavar="WAY"
+    )
     hidden_weight: float = option(
-        "Weight of the hidden states' error, by the layer map of the surgery.", 0.0, metavar="W"
+        "Weight of the distance between hidden states of layers matched by the surgery's layer map.", 0.0, metavar="W"
     )
     teacher_top_k: int | None = option(
-        "Run the teacher once, and keep its K likeliest tokens on disk.", None, metavar="K"
+        "Run the teacher once, and store its K likeliest tokens per trained token on disk.", None, metavar="K"
     )
 
 
@@ -75,20 +87,28 @@ class ComputeSettings:
     """How a run computes, and how often it evaluates and saves."""
 
     # numbers
-    precision: str = option("bf16 (float32 weights, bf16 products), float32, pure-bf16.", "auto", metavar="P")
+    precision: str = option(
+        "auto (bf16 on CUDA, else float32), bf16 (float32 weights, bf16 products), float32, pure-bf16.",
+        "auto",
+        metavar="P",
+    )
     activation_checkpointing: bool = option("Recompute activations to save memory.", False)
-    compile: bool = option("torch.compile the layers.", False)
+    compile: bool = option("Compile the layers with torch.compile.", False)
     attention: str | None = option("transformers' attn_implementation: sdpa, eager ...", None, metavar="NAME")
-    seed: int = option("Everything random derives from it.", 0, metavar="N")
-    deterministic: bool = option("Only deterministic kernels on a GPU; slower.", False)
+    seed: int = option("Seed of every random draw.", 0, metavar="N")
+    deterministic: bool = option("Use only deterministic kernels on a GPU; slower.", False)
     # how often
     eval_every: int | None = option("Steps between evaluations. Default: a tenth of the run.", None, metavar="N")
     save_every: int | None = option("Steps between checkpoints; 0: none. Default: --eval-every.", None, metavar="N")
-    keep_checkpoints: int = option("Checkpoints to keep, besides the best one.", 2, metavar="N", at_resume=True)
+    keep_checkpoints: int = option(
+        "Newest checkpoints to keep; with --keep-best the best one too.", 2, metavar="N", at_resume=True
+    )
     keep_best: bool = option("Write the step with the lowest validation loss, not the last one.", False)
     patience: int | None = option("Stop after N evaluations without an improvement.", None, metavar="N")
     workers: int = option("Processes that load data.", 0, metavar="N", at_resume=True)
-    track: tuple[str, ...] = option("Also log to tensorboard, wandb or trackio.", (), metavar="TOOL", at_resume=True)
+    track: tuple[str, ...] = option(
+        "Also log to tensorboard, wandb or trackio. Repeatable.", (), metavar="TOOL", at_resume=True
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

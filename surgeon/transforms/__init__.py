@@ -1,1 +1,1 @@
-"""Surgeries: pure functions from an anatomy and options to a plan, one verb a file."""
+"""Surgeries: pure functions from an anatomy and options to a plan."""

@@ -1,1 +1,1 @@
-"""One file a command: what the command and the Python call of that name do."""
+"""One file for each command: the work of the command and of the Python call of that name."""

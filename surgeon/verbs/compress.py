@@ -71,10 +71,12 @@ class Compression:
 class CompressOptions:
     """The options of `compress`."""
 
-    tokens: int | None = option("Tokens of the gist. Default: as surgeon gist set it.", None, metavar="K")
-    chat: bool = option("The prompt is the system turn of the chat template.", False)
-    keep_text: bool = option("Keep the prompt in gist.json, which otherwise holds its SHA-256.", False)
-    bench: bool = option("Measure a call with nothing cached, with the whole prompt, and with the gist.", False)
+    tokens: int | None = option("Number of gist tokens. Default: the --tokens of surgeon gist.", None, metavar="K")
+    chat: bool = option("Use the prompt as the system turn of the chat template.", False)
+    keep_text: bool = option("Store the prompt itself in gist.json, not only its SHA-256.", False)
+    bench: bool = option(
+        "Measure the cost of a call with nothing cached, with the whole prompt cached, and with the gist cached.", False
+    )
     adapter: str | os.PathLike[str] | None = adapter_option()
     output: str | os.PathLike[str] | None = option(
         "Where the result goes. Default: MODEL-compress-KT.", None, names=("--output", "-o"), metavar="DIR"

@@ -69,7 +69,7 @@ class EvaluateOptions(MetricOptions):
         "Score records with the whole prompt, its gist, and no prompt: loss, ROUGE-L, exact match.", False
     )
     gist_tokens: int | None = option(
-        "With --gist: tokens of a gist. Default: the model's own number.", None, metavar="K"
+        "With --gist: number of gist tokens. Default: the model's number.", None, metavar="K"
     )
     adapter: str | os.PathLike[str] | None = adapter_option()
     device: str = device_option()

@@ -30,15 +30,15 @@ class PlaceOptions:
     """Where the data is, and where the run and its result are written."""
 
     data: Sequence[str] = option(
-        "Text, or records with text, prompt and completion, instruction and output, or messages: .txt, .jsonl, "
-        ".parquet, a directory of them, or a Hub dataset. Repeatable.",
+        "Text, or records (text; prompt, completion; instruction, output; question, answer; messages): .txt, "
+        ".jsonl, .json, .parquet, a directory of them, or a Hub dataset. Repeatable.",
         metavar="DATA",
     )
     output: str | os.PathLike[str] | None = option(
-        "The result. Default: MODEL-finetune.", None, names=("--output", "-o"), metavar="DIR"
+        "Where the result goes. Default: MODEL-finetune.", None, names=("--output", "-o"), metavar="DIR"
     )
     run_dir: str | os.PathLike[str] | None = option(
-        "Checkpoints, metrics, plot. Default: OUTPUT.run.", None, metavar="DIR"
+        "Directory for checkpoints, metrics and plot. Default: OUTPUT.run.", None, metavar="DIR"
     )
     resume: bool = option("Continue the run in the run directory, or begin one there.", False)
     overwrite: bool = option("Replace an existing output once the new one is complete.", False)
@@ -48,7 +48,9 @@ class PlaceOptions:
 class StorageOptions:
     """How the result is stored."""
 
-    dtype: str = option("Of the result: keep (the source's), float32, bfloat16 or float16.", "keep", metavar="DTYPE")
+    dtype: str = option(
+        "Dtype of the result: keep (the source's), float32, bfloat16 or float16.", "keep", metavar="DTYPE"
+    )
     max_shard_size: int | str = option("Largest weight file: 5GB, 500MB.", "5GB", metavar="SIZE")
 
 

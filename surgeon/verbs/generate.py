@@ -46,7 +46,7 @@ class GenerateOptions:
     gist: str | os.PathLike[str] | None = option(
         "A prompt from surgeon compress, placed before the text.", None, metavar="DIR"
     )
-    max_new_tokens: int = option("Longest continuation.", 256, metavar="N")
+    max_new_tokens: int = option("Longest continuation, in tokens.", 256, metavar="N")
     temperature: float = option("Sample at this temperature; 0 is greedy.", 0.0, metavar="T")
     top_p: float = option("Sample from the likeliest tokens that make up this probability.", 1.0, metavar="P")
     beams: int = option("Number of beams of a beam search.", 1, metavar="N")

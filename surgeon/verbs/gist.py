@@ -17,8 +17,8 @@ from surgeon.transforms.vocabulary import add_tokens
 class GistOptions:
     """The options of `gist`."""
 
-    tokens: int = option("Tokens of a gist.", 1, metavar="K")
-    distinct: bool = option("Add K tokens, one for each position, instead of one that is repeated.", False)
+    tokens: int = option("Number of tokens that make up a gist.", 1, metavar="K")
+    distinct: bool = option("Add K different tokens, instead of one that a gist repeats K times.", False)
     revision: str | None = revision_option()
 
 

@@ -25,15 +25,18 @@ class GrowOptions:
 
     layers: int | str | None = option("Layers of the result: a number, 2x or 150%.", None, metavar="N")
     depth_method: str = option(
-        "identity (keeps the function), stack, interleave, solar or interpolate (which do not).",
+        "New layers: identity (keeps the function), stack, interleave, solar or interpolate (these do not).",
         "identity",
         metavar="METHOD",
     )
     at: Sequence[int] | None = option(
-        "Put a new layer after each of these: 3,7,11. Default: evenly.", None, metavar="LAYERS", parse=numbers
+        "Put a new layer after each of these source layers: 3,7,11. Default: spread evenly.",
+        None,
+        metavar="LAYERS",
+        parse=numbers,
     )
     donor: str | os.PathLike[str] | None = option(
-        "Append this model's next layers instead (Inheritune).", None, metavar="MODEL"
+        "Append this model's next layers instead of copies (Inheritune).", None, metavar="MODEL"
     )
     hidden_size: int | str | None = option(f"Hidden size: {_SIZE}.", None, metavar="N")
     intermediate_size: int | str | None = option(f"Size of the MLP: {_SIZE}.", None, metavar="N")
@@ -41,11 +44,13 @@ class GrowOptions:
     key_value_heads: int | str | None = option(f"Key-value heads: {_SIZE}.", None, metavar="N")
     head_dim: int | str | None = option(f"Size of a head: {_SIZE}.", None, metavar="N")
     width_method: str = option(
-        "auto (clone for multiples, else pad), clone, pad; or zero-pad, uneven, advanced (approximate).",
+        "New width: auto (clone for multiples, else pad), clone, pad; or zero-pad, uneven, advanced (approximate).",
         "auto",
         metavar="METHOD",
     )
-    noise: float = option("Noise that sets copies apart, relative to the weights; the function is kept. 0: none.", 0.5)
+    noise: float = option(
+        "Noise that makes copies differ, relative to the weights; the function is kept. 0: none.", 0.5
+    )
     experts: int | None = option("Turn every MLP into N experts that start as copies of it.", None, metavar="N")
     experts_per_token: int = option("Experts that each token uses.", 2, metavar="K")
     seed: int = seed_option()

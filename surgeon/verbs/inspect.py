@@ -190,7 +190,7 @@ class Inspection:
 class InspectOptions:
     """The options of `inspect`."""
 
-    against: str | os.PathLike[str] | None = option("Show what differs from this model.", None, metavar="OTHER")
+    against: str | os.PathLike[str] | None = option("Show the differences from this model.", None, metavar="OTHER")
     revision: str | None = revision_option()
 
 

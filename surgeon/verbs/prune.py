@@ -69,14 +69,14 @@ class CutOptions:
     intermediate_size: int | None = option(f"Neurons of each MLP of the result. {_UNCHANGED}", None, metavar="N")
     attention_heads: int | None = option(f"Attention heads of the result. {_UNCHANGED}", None, metavar="N")
     key_value_heads: int | None = option(
-        f"Key-value heads of the result; each goes with its group of heads. {_UNCHANGED}", None, metavar="N"
+        f"Key-value heads of the result; each is removed with its group of heads. {_UNCHANGED}", None, metavar="N"
     )
     experts: int | None = option(f"Experts per layer of the result. {_UNCHANGED}", None, metavar="N")
     like: str | os.PathLike[str] | None = option(
         "Take the depth and all sizes from this smaller model; goes with --score uniform.", None, metavar="SMALL"
     )
     contiguous: bool | None = option(
-        f"Remove one block of layers, or any layers. Default: one block for {_BLOCK}; else any.",
+        f"Remove one block of adjacent layers, or any layers. Default: one block for {_BLOCK}; else any.",
         None,
         names=("--contiguous/--free",),
     )
@@ -93,7 +93,7 @@ class CutOptions:
         metavar="last|all",
     )
     data: Sequence[str] = option(
-        "Text to measure on: .txt, .jsonl, .parquet or a Hub dataset. Repeatable. Default: the model writes one.",
+        "Text to measure on: .txt, .json, .jsonl, .parquet, Hub dataset. Repeatable. Default: the model writes one.",
         (),
         metavar="DATA",
     )

@@ -17,7 +17,7 @@ class TruncateOptions:
 
     layers: int | str = option("Layers of the result: 12, or 50% of the source's.", metavar="N")
     inherit: Collection[str] | None = option(
-        "Keep only these parts of the source (attention,mlp,norm,embedding) and draw the rest anew.",
+        "Keep only these parts of the source (attention,mlp,norm,embedding); initialise the rest at random.",
         None,
         metavar="PARTS",
         parse=words,
