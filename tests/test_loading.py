@@ -1,6 +1,8 @@
 """Models of transformers are loaded in one place, and no code of a checkpoint is run."""
 
 import ast
+import json
+import shutil
 from pathlib import Path
 
 import surgeon
@@ -43,3 +45,17 @@ def test_no_loader_runs_code_of_a_checkpoint():
     for keywords in found:
         assert isinstance(keywords["trust_remote_code"], ast.Constant)
         assert keywords["trust_remote_code"].value is False
+
+
+def test_a_kernel_that_a_config_names_is_not_fetched(toy, tmp_path):
+    from surgeon.models.loading import load_architecture
+
+    model = tmp_path / "model"
+    shutil.copytree(toy("llama"), model)
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | {"_attn_implementation": "nobody/kernel"}))
+
+    loaded, report = load_architecture(str(model), None, dtype="float32")
+
+    assert loaded.config._attn_implementation == "sdpa"
+    assert not any(report.values())

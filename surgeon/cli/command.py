@@ -16,15 +16,6 @@ from surgeon.options import Flag, OptionError, flag_of, option
 from surgeon.surgery import Draft, Surgery
 
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="A checkpoint directory, or a Hub id (gpt2-large).")]
-Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hub model.")]
-Seed = Annotated[int, typer.Option(help="Seed of every random draw; the same seed gives the same result.")]
-Adapter = Annotated[
-    str | None,
-    typer.Option(
-        metavar="DIR",
-        help="Adapters trained with a frozen reader: they are on while the gist is made, off while it is read.",
-    ),
-]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output and nothing else.")]
 Device = Annotated[str, typer.Option(help="Device to compute on: auto (CUDA, then MPS, then the CPU), cpu, cuda, mps.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")]

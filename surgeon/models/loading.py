@@ -15,7 +15,7 @@ from surgeon.checkpoint.derived import JoinedSource
 from surgeon.checkpoint.source import Source, spec_of
 from surgeon.errors import DataError, MeasureError, SurgeonError, first_line
 from surgeon.models.device import available_memory, compute_dtype
-from surgeon.plan.plan import identity
+from surgeon.plan.plan import chooses_kernel, identity
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -79,16 +79,19 @@ def load_config(name: str, revision: str | None) -> Any:
 def load_architecture(name: str, revision: str | None, *, dtype: Any) -> tuple[Any, dict[str, Any]]:
     """Return a model of the class that its config names, and transformers' report of missing and unexpected keys.
 
-    A class that transformers does not have is replaced by that of a language model.
+    A class that transformers does not have is replaced by that of a language model. Config keys that choose a kernel,
+    which may be code on the Hub, are left out.
     """
     import transformers
 
-    config = load_config(name, revision)
+    raw, _ = transformers.PreTrainedConfig.get_config_dict(name, revision=revision)
+    safe = {key: value for key, value in raw.items() if not chooses_kernel(key)}
+    config = type(load_config(name, revision)).from_dict(safe)
     classes = [getattr(transformers, architecture, None) for architecture in config.architectures or []]
     usual = transformers.AutoModelForSeq2SeqLM if config.is_encoder_decoder else transformers.AutoModelForCausalLM
     kind: Any = next(filter(None, classes), usual)
     model, report = kind.from_pretrained(
-        name, revision=revision, dtype=dtype, trust_remote_code=False, output_loading_info=True
+        name, config=config, revision=revision, dtype=dtype, trust_remote_code=False, output_loading_info=True
     )
     return model, report
 

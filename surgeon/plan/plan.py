@@ -369,12 +369,17 @@ def _simplify(expr: Expr, source: CheckpointSpec) -> Expr:
     return inner if spec.dtype == expr.dtype or spec.dtype not in FLOAT_DTYPES else replace(expr, source=inner)
 
 
+def chooses_kernel(key: str) -> bool:
+    """Return whether a config key chooses the kernel that runs a model, which may be code on the Hub."""
+    return key.lstrip("_").startswith(("attn_implementation", "experts_impl"))
+
+
 def identity(source: CheckpointSpec, *, depth: int) -> Plan:
     """Return the plan that changes nothing, except that the config no longer chooses the code that runs the model.
 
     Keys such as _attn_implementation override the user's choice at loading, and may name code on the Hub.
     """
-    dropped = [key for key in source.config if key.lstrip("_").startswith(("attn_implementation", "experts_impl"))]
+    dropped = [key for key in source.config if chooses_kernel(key)]
     config = {key: value for key, value in source.config.items() if key not in dropped}
     notes = tuple(f"left out of the config: {key} = {source.config[key]!r}" for key in dropped)
     return Plan(config, {name: Read(name) for name in source.tensors}, tuple(range(depth)), notes=notes)
