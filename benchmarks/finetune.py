@@ -86,7 +86,7 @@ def train_surgeon(options, clock):
     from transformers import TrainerCallback
 
     from surgeon.train import trainer as loop
-    from surgeon.train.data import Collator, Row, RowDataset
+    from surgeon.train.data import Collator, RowDataset, TrainingRow
     from surgeon.train.objective import Objective, attach_loss
     from surgeon.train.packing import one_per_row
     from surgeon.train.settings import Settings
@@ -94,7 +94,7 @@ def train_surgeon(options, clock):
     class Rows(RowDataset):
         def __getitem__(self, index):
             ids = tokens[index]
-            return Row(ids, np.arange(len(ids)), np.append(ids[1:], -100), np.arange(len(ids)))
+            return TrainingRow(ids, np.arange(len(ids)), np.append(ids[1:], -100), np.arange(len(ids)))
 
     class Step(TrainerCallback):
         def on_step_end(self, *args, **kwargs):

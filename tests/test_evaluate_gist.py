@@ -26,7 +26,7 @@ if LATER:
     from surgeon.evals.gist_answers import answer_losses, answers
     from surgeon.gist.masks import cross_mask, encoder_mask, gist_masks, gist_phases
     from surgeon.gist.records import FORMS, FULL, GIST, NONE, Record, read_forms
-    from surgeon.gist.states import encode
+    from surgeon.gist.states import encoder_states
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -156,7 +156,7 @@ def decoded(model: Any, record: Record, gist: GistTokens, form: str, written: li
     """Return the logits of what a decoder has written, (1 + T, V), the record in one masked encoder pass."""
     row = torch.tensor([record.asked(form)])
     phases = gist_phases(row, gist.ids)
-    states = encode(model, row, mask=encoder_mask(model.config, phases))
+    states = encoder_states(model, row, mask=encoder_mask(model.config, phases))
     begun = torch.tensor([[model.config.decoder_start_token_id, *written]])
     with torch.no_grad():
         logits: torch.Tensor = model(

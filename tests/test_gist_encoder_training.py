@@ -29,7 +29,7 @@ if LATER:
     from surgeon.gist.compress import compress_ids, encoded_behind
     from surgeon.gist.probes import gist_slice
     from surgeon.gist.records import Gists, gist_examples
-    from surgeon.gist.states import encode
+    from surgeon.gist.states import encoder_states
     from surgeon.gist.training import WithoutGist
     from surgeon.models.split import SplitModel
     from surgeon.train.losses import kl
@@ -89,12 +89,12 @@ def by_hand(model: Any, condition: str) -> Tensor:
         before, behind, written = line[None].split([prompt + gist, text, line.numel() - prompt - gist - text], 1)
         cache = DynamicCache()
         if condition == "positive":
-            states = encode(model, torch.cat([before, behind], 1))
+            states = encoder_states(model, torch.cat([before, behind], 1))
         elif condition == "negative":
-            states = encode(model, behind)
+            states = encoder_states(model, behind)
         else:
-            read = encode(model, before, cache=cache)
-            after = encode(model, behind, cache=gist_slice(cache, None, gist))
+            read = encoder_states(model, before, cache=cache)
+            after = encoder_states(model, behind, cache=gist_slice(cache, None, gist))
             states = torch.cat([read[:, -gist:], after], 1)
         target = written[:, :answer]
         start = torch.tensor([[START]])

@@ -19,7 +19,7 @@ if LATER:
 
     from surgeon.gist import saved
     from surgeon.gist.masks import cross_mask, encoder_mask, gist_phases
-    from surgeon.gist.states import encode
+    from surgeon.gist.states import encoder_states
 
     SAMPLING = WRITE | {"do_sample": True, "temperature": 0.7, "top_k": 0}
 
@@ -105,7 +105,7 @@ def test_an_encoder_writes_what_it_writes_by_the_mask(model_of):
     ids = torch.cat([before, TEXTS], 1)
     phases = gist_phases(ids, [GIST])
     with torch.no_grad():
-        states = encode(model, ids, mask=encoder_mask(model.config, phases))
+        states = encoder_states(model, ids, mask=encoder_mask(model.config, phases))
     for options in (WRITE, WRITE | {"num_beams": 3}, SAMPLING):
         torch.manual_seed(1)
         by_mask = model.generate(

@@ -23,7 +23,7 @@ if LATER:
         gist_masks,
         gist_phases,
     )
-    from surgeon.gist.states import encode
+    from surgeon.gist.states import encoder_states
 
 G = 130  # the id of the gist token
 ROW = [7, 8, 9, G, G, 4, 5]  # prompt 3, gist 2, input 2
@@ -381,7 +381,7 @@ def t5_logits(model, ids, there, condition):
     phases = gist_phases(ids, [G])
     mask = encoder_mask(model.config, phases, condition=condition, padding=there)
     with torch.no_grad():
-        states = encode(model, ids, mask=mask)
+        states = encoder_states(model, ids, mask=mask)
         seen = cross_mask(phases, condition=condition, padding=there)
         return model(encoder_outputs=(states,), attention_mask=seen, decoder_input_ids=ids_of([0, 5, 6])).logits
 
@@ -405,7 +405,7 @@ def test_trap_an_empty_cross_mask_is_attention_to_the_prompt(model):
 
     def run(row):
         with torch.no_grad():
-            states = encode(t5, ids_of(row), mask=None)
+            states = encoder_states(t5, ids_of(row), mask=None)
             nothing = torch.zeros(1, len(row), dtype=torch.long)
             return t5(encoder_outputs=(states,), attention_mask=nothing, decoder_input_ids=ids_of([0, 5, 6])).logits
 

@@ -41,7 +41,7 @@ if LATER:
     from surgeon.gist.masks import cross_mask, encoder_mask, gist_masks, gist_phases
     from surgeon.gist.probes import relative_difference
     from surgeon.gist.records import Gists, gist_examples
-    from surgeon.gist.states import GistStates, encode
+    from surgeon.gist.states import GistStates, encoder_states
     from surgeon.gist.support import check_support
 
     ROW = torch.tensor([[*PROMPT, GIST, GIST, *TEXTS[0].tolist()]])
@@ -413,7 +413,7 @@ def test_one_call_of_t5_gives_the_encoders_mask_to_the_decoder_too(attention, mo
 
     def ours(condition):
         with torch.no_grad():
-            states = encode(t5, ROW, mask=encoder_mask(t5.config, phases, condition=condition))
+            states = encoder_states(t5, ROW, mask=encoder_mask(t5.config, phases, condition=condition))
         return decoded(t5, states, cross_mask(phases, condition=condition))
 
     with torch.no_grad():
@@ -427,7 +427,7 @@ def test_the_encoder_of_t5_throws_a_cache_away_and_its_blocks_do_not(model_of):
 
     with torch.no_grad():
         t5.encoder(input_ids=ROW, past_key_values=thrown_away)
-        encode(t5, ROW, cache=kept)
+        encoder_states(t5, ROW, cache=kept)
 
     assert thrown_away.get_seq_length() == 0
     assert kept.get_seq_length() == ROW.shape[1]
@@ -443,7 +443,7 @@ def test_the_negative_control_of_the_authors_sees_the_padding_and_ours_does_not(
     def states(ids, phases, padding=None):
         with torch.no_grad():
             mask = encoder_mask(t5.config, phases, condition="negative", padding=padding)
-            return encode(t5, ids, mask=mask)
+            return encoder_states(t5, ids, mask=mask)
 
     theirs = 1 - (torch.arange(padded.shape[1]) < BEHIND.start).long()[None]
     alone = decoded(t5, states(ROW, short), cross_mask(short, condition="negative"))
@@ -461,7 +461,7 @@ def test_the_negative_control_of_the_authors_sees_the_prompt_where_there_is_noth
 
     def run(ids, seen):
         with torch.no_grad():
-            return decoded(t5, encode(t5, ids), seen)
+            return decoded(t5, encoder_states(t5, ids), seen)
 
     assert differs(run(row, theirs), run(other_prompt(row), theirs))
     with pytest.raises(DataError, match="row 0 has nothing after its gist"):

@@ -7,7 +7,7 @@ from surgeon.anatomy.anatomy import Anatomy, read_anatomy
 from surgeon.checkpoint.source import spec_of
 from surgeon.cost.flops import attention_flops, flops_per_token, multiplied_parameters, peak_flops
 from surgeon.surgery import open_source
-from surgeon.train.pace import PaceMeter, peak_memory
+from surgeon.train.pace import PaceMeter, most_memory_used
 
 if LATER:
     import torch
@@ -186,9 +186,9 @@ def test_before_the_first_step_nothing_is_known():
 
 
 def test_a_process_knows_its_peak():
-    before = peak_memory("cpu")
+    before = most_memory_used("cpu")
     held = bytearray(200_000_000)
-    after = peak_memory("cpu")
+    after = most_memory_used("cpu")
 
     assert before is not None
     assert after is not None

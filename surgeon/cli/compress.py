@@ -12,14 +12,14 @@ from surgeon.verbs import compress as verb
 
 GROUP = "prompts"
 EXAMPLE = "surgeon compress gpt2-gist --prompt-file system.txt -o bot"
-Prompt = Annotated[str | None, typer.Option(metavar="TEXT", help="The prompt.")]
+PromptText = Annotated[str | None, typer.Option(metavar="TEXT", help="The prompt.")]
 PromptFile = Annotated[Path | None, typer.Option(metavar="FILE", help="A file with the prompt, in UTF-8.")]
 
 
 @spread
 def compress(
     model: Model,
-    prompt: Prompt = None,
+    prompt: PromptText = None,
     prompt_file: PromptFile = None,
     *,
     options: verb.CompressOptions,

@@ -10,11 +10,13 @@ from surgeon.verbs import convert as verb
 
 GROUP = "formats"
 EXAMPLE = "surgeon convert model.Q8_0.gguf -o model --dtype bfloat16"
-Source = Annotated[Path, typer.Argument(metavar="SRC", help="A directory with pytorch_model*.bin, or a .gguf file.")]
+SourceArgument = Annotated[
+    Path, typer.Argument(metavar="SRC", help="A directory with pytorch_model*.bin, or a .gguf file.")
+]
 
 
 @spread
-def convert(source: Source, *, writing: Writing) -> None:
+def convert(source: SourceArgument, *, writing: Writing) -> None:
     """Turn pytorch_model*.bin or a .gguf file into a safetensors checkpoint."""
     staging = writing.output.absolute().parent if writing.output else Path.cwd()
     run(verb.convert(source, staging=staging), writing)

@@ -1,7 +1,7 @@
 """A model on records in each of their forms: the losses of the reference answers, and its own greedy answers."""
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
@@ -13,15 +13,14 @@ from surgeon.evals.generation import answer, decoded, stop_tokens
 from surgeon.gist.attention import EncoderDecoder, Masked, TwoPass, last_places
 from surgeon.gist.compress import encoded_behind
 from surgeon.gist.records import GIST, Record
-from surgeon.gist.states import encode, last_states, written_from
+from surgeon.gist.states import encoder_states, last_states, written_from
 from surgeon.models.adapters import without_adapters
 from surgeon.models.loading import quiet_transformers
 from surgeon.models.split import AttentionLayout, Causal, SplitModel
+from surgeon.models.streaming import Progress
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-Progress = Callable[[int], None]
 
 
 @torch.no_grad()
@@ -129,7 +128,7 @@ def _decoder_answers(model: Any, records: Sequence[Record], form: str, **options
             for ids in (record.asked(form), record.prompt + record.gist, record.behind)
         )
         if form != GIST:
-            states.append(encode(model, text)[0])
+            states.append(encoder_states(model, text)[0])
             continue
         states.append(encoded_behind(model, last_states(model, prompt, len(record.gist)), after)[0])
     with quiet_transformers():

@@ -20,7 +20,7 @@ from surgeon.anatomy.config import positions_in
 from surgeon.errors import DataError, VerificationError
 from surgeon.gist.masks import cross_mask, encoder_mask, gist_masks, gist_phases
 from surgeon.gist.probes import has_position_table, logits_of, positions_from, relative_difference
-from surgeon.gist.states import GistStates, encode, last_states, states_of
+from surgeon.gist.states import GistStates, encoder_states, last_states, states_of
 from surgeon.gist.support import EXACT, FLOOR
 
 PROBE_TOKENS = 12  # of text after the gist
@@ -78,7 +78,7 @@ def continued(model: Any, states: GistStates, text: Tensor) -> Tensor:
 def encoded_behind(model: Any, states: GistStates, text: Tensor) -> Tensor:
     """Return an encoder's states of a gist and the text after it, shape (1, K + T, hidden)."""
     assert states.encoded is not None, "states of an encoder have its output"
-    return torch.cat([states.encoded, encode(model, text, cache=states.cache())], 1)
+    return torch.cat([states.encoded, encoder_states(model, text, cache=states.cache())], 1)
 
 
 def position_limit(model: Any) -> int | None:
@@ -115,7 +115,7 @@ def _compress_encoder(model: Any, row: Tensor, probe: Tensor, num_tokens: int) -
         encoded = BaseModelOutput(last_hidden_state=states)
         return logits_of(model, None, encoder_outputs=encoded, attention_mask=seen, decoder_input_ids=probe)
 
-    masked = decode(encode(model, whole, mask=mask), cross_mask(phases))
+    masked = decode(encoder_states(model, whole, mask=mask), cross_mask(phases))
     states = last_states(model, row, num_tokens)
     encoded = encoded_behind(model, states, probe)
     difference = relative_difference(masked, decode(encoded, torch.ones_like(encoded[..., 0], dtype=torch.long)))

@@ -28,7 +28,7 @@ from transformers.modeling_outputs import BaseModelOutput
 from surgeon import text
 from surgeon.gist.compress import encoded_behind, position_limit
 from surgeon.gist.probes import logits_of, positions_from
-from surgeon.gist.states import GistStates, encode, last_states, states_of
+from surgeon.gist.states import GistStates, encoder_states, last_states, states_of
 
 INPUT_TOKENS, NEW_TOKENS, ROUNDS, WARM_UP = 32, 8, 5, 1
 NOTHING, WHOLE, GIST = "nothing cached", "whole prompt cached", "gist cached"
@@ -222,7 +222,7 @@ def _begin(model: Any, before: GistStates | None, ids: Tensor) -> tuple[Tensor, 
 
 
 def _begin_decoding(model: Any, before: GistStates | None, ids: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
-    states = encode(model, ids) if before is None else encoded_behind(model, before, ids)
+    states = encoder_states(model, ids) if before is None else encoded_behind(model, before, ids)
     cache = EncoderDecoderCache(DynamicCache(), DynamicCache())
 
     def step(tokens: Tensor) -> Tensor:

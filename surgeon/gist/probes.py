@@ -16,7 +16,7 @@ from transformers import DynamicCache
 from transformers.modeling_outputs import BaseModelOutput
 
 from surgeon.gist.masks import AFTER, GIST, PROMPT, Condition, cross_mask, encoder_mask, gist_masks
-from surgeon.gist.states import encode
+from surgeon.gist.states import encoder_states
 
 PROMPT_TOKENS, GIST_TOKENS, INPUT_TOKENS = 20, 2, 12
 HELD = slice(PROMPT_TOKENS, PROMPT_TOKENS + GIST_TOKENS)
@@ -79,7 +79,7 @@ def probe_encoder(model: Any) -> Differences:
 
     def run(ids: Tensor, condition: Condition) -> Tensor:
         mask = encoder_mask(model.config, row.phases, condition=condition, dtype=model.dtype)
-        return decode(encode(model, ids, mask=mask), cross_mask(row.phases, condition=condition))
+        return decode(encoder_states(model, ids, mask=mask), cross_mask(row.phases, condition=condition))
 
     def decode(states: Tensor, seen: Tensor) -> Tensor:
         encoded = BaseModelOutput(last_hidden_state=states)
@@ -87,8 +87,8 @@ def probe_encoder(model: Any) -> Differences:
 
     def cached() -> Tensor:
         cache = DynamicCache()
-        before = encode(model, row.ids[:, : BEHIND.start], cache=cache)
-        after = encode(model, row.ids[:, BEHIND], cache=gist_slice(cache, None, GIST_TOKENS))
+        before = encoder_states(model, row.ids[:, : BEHIND.start], cache=cache)
+        after = encoder_states(model, row.ids[:, BEHIND], cache=gist_slice(cache, None, GIST_TOKENS))
         states = torch.cat([before[:, HELD], after], 1)
         return decode(states, torch.ones_like(states[..., 0], dtype=torch.long))
 

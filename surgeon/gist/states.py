@@ -64,7 +64,7 @@ def states_of(cache: Any, num_tokens: int, *, offset: int, encoded: Tensor | Non
     return GistStates(layers, offset, encoded)
 
 
-def encode(model: Any, input_ids: Tensor, *, mask: Tensor | None = None, cache: Any = None) -> Tensor:
+def encoder_states(model: Any, input_ids: Tensor, *, mask: Tensor | None = None, cache: Any = None) -> Tensor:
     """Return the encoder's last hidden states, shape (B, S, hidden).
 
     With a `cache`, the tokens see its keys and values before their own, which are added to it. Relative positions count
@@ -84,7 +84,7 @@ def last_states(model: Any, input_ids: Tensor, num_tokens: int) -> GistStates:
     Relative positions count from the cache's length, so the states keep their positions.
     """
     cache = DynamicCache()
-    encoded = encode(model, input_ids, cache=cache)[:, -num_tokens:]
+    encoded = encoder_states(model, input_ids, cache=cache)[:, -num_tokens:]
     return states_of(cache, num_tokens, offset=0, encoded=encoded.clone())
 
 

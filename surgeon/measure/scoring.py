@@ -123,7 +123,7 @@ def score_states(
 def _observers(depth: int, *, all_tokens: bool) -> dict[str, Observer]:
     """Return the observers of the scores that share the pass, by their names: one may give two scores."""
     return {
-        method.observer: load(method.observer)(depth, **({"all_tokens": all_tokens} if method.token_choice else {}))
+        method.observer: named(method.observer)(depth, **({"all_tokens": all_tokens} if method.token_choice else {}))
         for method in METHODS.values()
         if method.observer
     }
@@ -137,7 +137,7 @@ def _watchers(anatomy: Anatomy) -> list[Watcher]:
     return [Activations(anatomy), *([] if experts is None else [Routing(anatomy.depth, experts)])]
 
 
-def load(place: str) -> Any:
+def named(place: str) -> Any:
     """Return what a row of METHODS names: "surgeon.measure.taylor:taylor"."""
     module, _, name = place.partition(":")
     return getattr(import_module(module), name)
@@ -201,7 +201,7 @@ def score(
         own_passes, order = _scores_by_own_pass(model, tokens, request, meter or no_meter)
         layers |= own_passes
     of_weights = {name: method.weights for name, method in METHODS.items() if name in request.layers and method.weights}
-    layers |= {name: load(function)(source) for name, function in of_weights.items()}
+    layers |= {name: named(function)(source) for name, function in of_weights.items()}
     if "magnitude" in request.widths:
         from surgeon.measure.magnitude import width_magnitudes
 
@@ -231,11 +231,11 @@ def _scores_by_own_pass(
         if name not in request.layers or not method.function:
             continue
         if request.rounds is not None and method.greedy is not None:
-            remove = load(method.greedy.by)
+            remove = named(method.greedy.by)
             removed, after = remove(model, tokens, request.rounds, protect=request.protect, meter=meter)
             order = {"order": removed, "perplexity": after, "protect": list(request.protect)}
         else:
-            layers[name] = load(method.function)(model, tokens, meter=meter)
+            layers[name] = named(method.function)(model, tokens, meter=meter)
     return layers, order
 
 

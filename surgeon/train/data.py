@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, eq=False)
-class Row:
+class TrainingRow:
     """One row of tokens, each array int64 of shape (T,). `index` is the place of each token in the store."""
 
     ids: Numbers
@@ -37,7 +37,7 @@ class Row:
         return len(self.ids)
 
 
-class RowDataset(Dataset[Row]):
+class RowDataset(Dataset[TrainingRow]):
     """The rows of a packing of a store's pieces. It can be pickled, for worker processes."""
 
     def __init__(self, store: "TokenStore", packing: "Packing") -> None:
@@ -56,9 +56,9 @@ class RowDataset(Dataset[Row]):
         """Return the rows with these numbers."""
         return RowDataset(self.store, self.packing.chosen(rows))
 
-    def __getitem__(self, index: int) -> Row:
+    def __getitem__(self, index: int) -> TrainingRow:
         pieces = [self.store.piece(int(number)) for number in self.packing.row(index)]
-        return Row(
+        return TrainingRow(
             np.concatenate([ids for ids, _, _ in pieces]).astype(np.int64),
             np.concatenate([np.arange(len(ids)) for ids, _, _ in pieces]),
             np.concatenate([labels for _, labels, _ in pieces]),
@@ -81,7 +81,7 @@ class Collator:
     flatten: bool = False
     with_index: bool = False
 
-    def __call__(self, rows: Sequence[Row]) -> dict[str, Any]:
+    def __call__(self, rows: Sequence[TrainingRow]) -> dict[str, Any]:
         groups = [list(rows)] if self.flatten else [[row] for row in rows]
         width = max(sum(map(len, group)) for group in groups)
         width += -width % (self.pad_to_multiple_of or 1)

@@ -100,7 +100,7 @@ class PaceMeter:
         return max(0, self._total - last.step) * (per_step + pauses)
 
 
-def peak_memory(device_type: str) -> int | None:
+def most_memory_used(device_type: str) -> int | None:
     """Return the peak memory in bytes: of a GPU's tensors, else of this process."""
     if device_type == "cuda":
         import torch

@@ -25,7 +25,7 @@ from surgeon.train.data import HELD_OUT, TRAINED, RunData
 from surgeon.train.inputs import TEACHER, Inputs
 from surgeon.train.launch import is_first, is_launched, is_loss, processes
 from surgeon.train.model import LOAD_HINT, load_trainable, trained_model
-from surgeon.train.pace import PaceMeter, peak_memory
+from surgeon.train.pace import PaceMeter, most_memory_used
 from surgeon.train.reporter import Reporter
 from surgeon.train.result import Training, trained_surgery, write_adapter
 from surgeon.train.run_dir import DATA, RATE, claim, read_json, read_metrics, write_json
@@ -205,7 +205,7 @@ class Runner:
             tokens=tokens,
             flops_per_token=flops,
             peak=None if peak is None else peak * processes(),
-            memory=lambda: peak_memory(kind),
+            memory=lambda: most_memory_used(kind),
         )
 
     def _warnings(self) -> list[str]:
