@@ -173,19 +173,20 @@ def takes(options: Callable[Keywords, Options]) -> Taking[Keywords, Options]:
     def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
         make: Any = options
         *arguments, _ = inspect.signature(function).parameters.values()
-        keywords = inspect.signature(options).parameters.values()
+        signature = inspect.Signature(
+            [*arguments, *inspect.signature(options).parameters.values()],
+            return_annotation=inspect.signature(function).return_annotation,
+        )
 
         @wraps(function)
         def call(*given: Any, **named: Any) -> Any:
-            rest = [named.pop(item.name) for item in arguments[len(given) :] if item.name in named]
-            if len(given) + len(rest) != len(arguments):
-                names = ", ".join(item.name for item in arguments)
-                raise TypeError(f"{function.__name__}() takes {names}, and its options by their names")
-            return function(*given, *rest, make(**named))
+            try:
+                values = signature.bind(*given, **named).arguments
+            except TypeError as error:  # which names the argument, but not the function
+                raise TypeError(f"{function.__name__}(): {error}") from None
+            return function(*(values.pop(item.name) for item in arguments), make(**values))
 
-        call.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
-            [*arguments, *keywords], return_annotation=inspect.signature(function).return_annotation
-        )
+        call.__signature__ = signature  # type: ignore[attr-defined]
         call.__doc__ = f"{inspect.cleandoc(function.__doc__ or '')}\n\nOptions:\n{_listed(options)}\n"
         return call
 

@@ -57,6 +57,7 @@ def test_gist_json_says_what_it_is_and_keeps_the_prompt_to_itself(gisted, tmp_pa
     assert "text" not in about["prompt"]
     assert about["model"]["fingerprint"].startswith("sha256-sampled:")
     assert about["layout"] == "text"
+    assert list(about)[:7] == ["format", "model", "dtype", "token_ids", "layout", "prompt", "check"]
     assert about["dtype"] == "float32"
     assert about["check"]["difference"] <= 1e-5
     assert about["versions"]["transformers"]
@@ -126,6 +127,17 @@ def test_a_mistake_is_one_line_and_a_hint(options, said, gisted, tmp_path, run):
     assert len(done.err.splitlines()) == 2
     assert "\nhint: " in done.err
     assert list(tmp_path.iterdir()) == []
+
+
+def test_an_empty_output_is_no_name_to_be_made(gisted, tmp_path, run, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "notes.txt").touch()
+
+    done = run("compress", gisted("llama"), "--prompt", "a", "-o", "", "-q")
+
+    assert done.code == 1
+    assert ". exists and is not empty" in done.err
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
 
 
 @pytest.mark.parametrize("options", [[], ["--prompt", "a", "--prompt-file", "b"]])

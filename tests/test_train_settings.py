@@ -38,6 +38,8 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"save_every": -1}, "--save-every is -1; 0 is the least"),
     ({"keep_checkpoints": 0}, "--keep-checkpoints is 0; 1 is the least"),
     ({"patience": 0}, "--patience is 0; 1 is the least"),
+    ({"seed": -1}, "--seed is -1; it lies between 0 and 4294967295"),
+    ({"seed": 2**32}, "--seed is 4294967296; it lies between 0 and 4294967295"),
     ({"workers": -1}, "--workers is -1; 0 is the least"),
     ({"warmup": -0.1}, "--warmup is -0.1; 0 is the least"),
     ({"warmup": float("nan")}, "--warmup is nan; 0 is the least"),

@@ -179,6 +179,8 @@ class Settings(ComputeSettings, LearningSettings):  # dataclasses take the field
                     f"{flag_of(name)} is {value:g}; it must be above 0, and finite", hint=f"Such as {flag_of(name)} 1."
                 )
         check_range(self, {"eval_fraction": 0.5, "kd_weight": 1.0, "lora_dropout": 0.9})
+        if not 0 <= self.seed < 2**32:  # the range of NumPy's seeds, which transformers sets
+            raise PlanError(f"--seed is {self.seed}; it lies between 0 and {2**32 - 1}", hint="Such as --seed 1.")
 
     def _check_pairs(self) -> None:
         if self.max_steps is not None and self.epochs is not None:

@@ -79,7 +79,7 @@ class CompressOptions:
     )
     adapter: str | os.PathLike[str] | None = adapter_option()
     output: str | os.PathLike[str] | None = option(
-        "Where the result goes. Default: MODEL-compress-KT.", None, names=("--output", "-o"), metavar="DIR"
+        "Where the result goes. Default: MODEL-compress-KT.", None, names=("--output", "-o"), metavar="DIR", parse=Path
     )
     overwrite: bool = option("Replace an existing compressed prompt once the new one is complete.", False)
     device: str = device_option()
@@ -125,14 +125,16 @@ def compress(model: str | os.PathLike[str], prompt: str, options: CompressOption
     if compressor is not None:
         compressor.attach(loaded)
     states, check = compress_ids(loaded, ids, count)
-    about = _about(source, compressor) | {
+    base = source.provenance()
+    about = {
+        "model": base | {"fingerprint": fingerprint(source), "type": str(source.config.get("model_type"))},
         "dtype": str(loaded.dtype).removeprefix("torch."),
         "token_ids": ids[-count:],
         "layout": layout,
         "prompt": _described(prompt, len(ids) - count, keep_text=options.keep_text),
         "check": asdict(check),
-    }
-    base = source.provenance()
+        "versions": versions(),
+    } | ({} if compressor is None else {"compressor": compressor.told()})
     _write(saved.files_of(states, about, base=base.get("path") or base["id"]), target, overwrite=options.overwrite)
     cost = _cost(loaded, ids, states, has_adapters=compressor is not None) if options.bench else None
     return Compression(
@@ -146,12 +148,6 @@ def compress(model: str | os.PathLike[str], prompt: str, options: CompressOption
         cost=cost,
         seconds=monotonic() - began,
     )
-
-
-def _about(source: Source, compressor: Compressor | None) -> dict[str, Any]:
-    """Return the entries of gist.json about the model, its adapters and the versions of libraries."""
-    model = source.provenance() | {"fingerprint": fingerprint(source), "type": str(source.config.get("model_type"))}
-    return {"model": model, "versions": versions()} | ({} if compressor is None else {"compressor": compressor.told()})
 
 
 def _write(files: Mapping[str, bytes], target: Path, *, overwrite: bool) -> None:

@@ -381,7 +381,7 @@ def _text(source: Source, cut: Cut, options: PruneOptions, device: str) -> "Cali
     check_runs(source)
     shape = {"samples": options.samples, "sequence_length": options.sequence_length}
     if options.data:
-        return read_calibration(source, options.data, **shape)
+        return read_calibration(source, tuple(options.data), **shape)
     return sample_calibration(source, **shape, device=device, seed=options.seed)
 
 
