@@ -19,12 +19,13 @@ common, so that nobody else lists the verbs.
 
 import inspect
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import MISSING, dataclass, field, fields
 from functools import wraps
 from importlib import import_module
 from importlib.util import find_spec
-from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar, overload
+from types import UnionType
+from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar, Union, get_args, get_origin, overload
 
 from surgeon.errors import PlanError
 
@@ -97,6 +98,12 @@ def in_python(help: str, default: Any = None) -> Any:  # noqa: A002
 def seed_option() -> Any:
     """Return the field `seed`."""
     return option("Seed of every random draw; the same seed gives the same result.", 0)
+
+
+def check_seed(seed: int) -> None:
+    """Raises OptionError for a seed that a random generator of NumPy, transformers or torch would refuse."""
+    if not 0 <= seed < 2**32:
+        raise OptionError("seed", f"--seed is {seed}; it lies between 0 and {2**32 - 1}", hint="Such as --seed 1.")
 
 
 def revision_option() -> Any:
@@ -184,6 +191,9 @@ def takes(options: Callable[Keywords, Options]) -> Taking[Keywords, Options]:
                 values = signature.bind(*given, **named).arguments
             except TypeError as error:  # which names the argument, but not the function
                 raise TypeError(f"{function.__name__}(): {error}") from None
+            for name, value in values.items():
+                if fault := _fault(signature.parameters[name].annotation, value):
+                    raise TypeError(f"{function.__name__}(): {name} is {value!r}, {fault}")
             return function(*(values.pop(item.name) for item in arguments), make(**values))
 
         call.__signature__ = signature  # type: ignore[attr-defined]
@@ -191,6 +201,17 @@ def takes(options: Callable[Keywords, Options]) -> Taking[Keywords, Options]:
         return call
 
     return decorate
+
+
+def _fault(annotation: Any, value: Any) -> str | None:
+    """Return what is wrong with one text given for a list, which Python would take apart, or with the opposite."""
+    kinds = get_args(annotation) if get_origin(annotation) in (Union, UnionType) else (annotation,)
+    takes_text, takes_list = str in kinds, Sequence in [get_origin(kind) for kind in kinds]
+    if isinstance(value, str) and takes_list and not takes_text:
+        return "one text where a list belongs"
+    if isinstance(value, list | tuple) and takes_text and not takes_list:
+        return "a list where one text belongs"
+    return None
 
 
 def _listed(options: Any) -> str:

@@ -43,6 +43,27 @@ def test_a_call_with_other_arguments_is_refused(given, named, said):
         join(*given, **named)
 
 
+@pytest.mark.parametrize("name", ["evaluate", "prune", "finetune", "evaluate_gist"])
+def test_one_text_in_place_of_a_list_is_refused(name):
+    with pytest.raises(TypeError, match=rf"{name}\(\): data is 'a\.txt', one text where a list belongs"):
+        getattr(surgeon, name)("model", data="a.txt")
+
+
+@pytest.mark.parametrize("named", [{"freeze": ["embeddings"]}, {"data_weights": [1, 0.5]}])
+def test_a_list_in_place_of_one_text_is_refused(named):
+    with pytest.raises(TypeError, match="a list where one text belongs"):
+        surgeon.finetune("model", data=["a.txt"], **named)
+
+
+@pytest.mark.parametrize("seed", [-1, 2**32])
+@pytest.mark.parametrize(
+    ("name", "options"), [("finetune", {"data": ["a.txt"]}), ("generate", {"text": "a"}), ("prune", {"layers": 2})]
+)
+def test_a_seed_that_no_random_generator_takes_is_refused(name, options, seed):
+    with pytest.raises(OptionError, match=f"--seed is {seed}"):
+        getattr(surgeon, name)("model", **options, seed=seed)
+
+
 def test_an_option_of_two_commands_is_declared_once():
     @dataclass(frozen=True, kw_only=True)
     class Others:

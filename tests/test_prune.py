@@ -238,11 +238,6 @@ def test_a_text_is_scored_and_what_it_chooses_is_cut(name, score, speaking, text
     assert AutoTokenizer.from_pretrained(tmp_path / "cut")("w5 w7")["input_ids"] == [5, 7]
 
 
-def test_one_text_in_place_of_a_list_is_refused(speaking, text):
-    with pytest.raises(DataError, match="no such file or directory"):
-        surgeon.prune(speaking("llama"), layers=4, data=text, **TEXT)
-
-
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
 def test_perplexity_before_and_after_is_that_of_the_plain_models_on_the_text(name, speaking, text, tmp_path):
     surgery = surgeon.prune(speaking(name), layers=4, data=[text], **TEXT)

@@ -6,7 +6,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from surgeon.errors import PlanError
-from surgeon.options import flag_of, option
+from surgeon.options import check_seed, flag_of, option
 
 SCHEDULES = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup"}  # ours: transformers'
 PRECISIONS = ("auto", "bf16", "float32", "pure-bf16")
@@ -179,8 +179,7 @@ class Settings(ComputeSettings, LearningSettings):  # dataclasses take the field
                     f"{flag_of(name)} is {value:g}; it must be above 0, and finite", hint=f"Such as {flag_of(name)} 1."
                 )
         check_range(self, {"eval_fraction": 0.5, "kd_weight": 1.0, "lora_dropout": 0.9})
-        if not 0 <= self.seed < 2**32:  # the range of NumPy's seeds, which transformers sets
-            raise PlanError(f"--seed is {self.seed}; it lies between 0 and {2**32 - 1}", hint="Such as --seed 1.")
+        check_seed(self.seed)
 
     def _check_pairs(self) -> None:
         if self.max_steps is not None and self.epochs is not None:

@@ -11,7 +11,7 @@ from surgeon.anatomy.config import text_config
 from surgeon.checkpoint.source import Source, spec_of
 from surgeon.errors import DataError, PlanError
 from surgeon.gist.tokens import read_gist
-from surgeon.options import device_option, option, revision_option, seed_option, takes
+from surgeon.options import check_seed, device_option, option, revision_option, seed_option, takes
 from surgeon.surgery import open_source
 
 if TYPE_CHECKING:
@@ -56,6 +56,7 @@ class GenerateOptions:
     revision: str | None = revision_option()
 
     def __post_init__(self) -> None:
+        check_seed(self.seed)
         for flag, number in (("--max-new-tokens", self.max_new_tokens), ("--beams", self.beams)):
             if number < 1:
                 raise PlanError(f"{flag} is {number}; the least is 1", hint=f"Set {flag} to 1 or more.")

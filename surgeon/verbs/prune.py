@@ -14,6 +14,7 @@ from surgeon.measure.record import Scores, check_model, check_ranking, perplexit
 from surgeon.options import (
     OptionError,
     Verb,
+    check_seed,
     device_option,
     in_python,
     numbers,
@@ -176,6 +177,10 @@ class PruneOptions(RunOptions, CutOptions):
     all_tokens: bool = in_python('The same as tokens="all".', False)
     measure: bool = in_python("False: read headers only; the plan then has exact sizes, and `choice` is None.", True)
     meter: "Meter | None" = in_python("Called when a pass over the text begins; returns a function that counts tokens.")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_seed(self.seed)
 
     @property
     def measures_all_tokens(self) -> bool:
@@ -381,7 +386,7 @@ def _text(source: Source, cut: Cut, options: PruneOptions, device: str) -> "Cali
     check_runs(source)
     shape = {"samples": options.samples, "sequence_length": options.sequence_length}
     if options.data:
-        return read_calibration(source, tuple(options.data), **shape)
+        return read_calibration(source, options.data, **shape)
     return sample_calibration(source, **shape, device=device, seed=options.seed)
 
 
