@@ -23,6 +23,10 @@ from later import import_late
 
 SLOW_FIXTURES = {"toy", "toy64", "smollm2"}
 
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    # A shell starts a background job so, and the commands that tests interrupt would inherit it.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark the tests that need torch or a toy: by the imports of their file, or by their fixtures."""
