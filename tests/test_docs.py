@@ -106,6 +106,7 @@ def test_the_public_names_are_documented_and_exist():
         assert name in page, name
 
 
+@pytest.mark.slow  # it runs two commands on toys, and follows them
 def test_the_picture_and_the_paths_of_the_design_page_are_those_of_the_code():
     """`python scripts/architecture.py` writes them anew."""
     text = architecture.PAGE.read_text(encoding="utf-8")
