@@ -64,9 +64,6 @@ def held(run_dir: Path) -> Iterator[None]:
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
         lock.acquire()
-        while not (run_dir / LOCK).exists():  # a run that just ended removed it, so the next run would not see our lock
-            lock.release()
-            lock.acquire()
     except Timeout as error:
         raise OutputError(f"another run writes into {run_dir}", hint="Wait for it, or choose --run-dir.") from error
     except OSError as error:
