@@ -12,6 +12,7 @@ from typing import Any
 
 from surgeon import text
 from surgeon.anatomy.anatomy import Anatomy, read_anatomy
+from surgeon.anatomy.config import runtime_notes
 from surgeon.checkpoint import output, receipt
 from surgeon.checkpoint.derived import JoinedSource
 from surgeon.checkpoint.header import QUANTIZATION_FILES, CheckpointSpec, read_header
@@ -152,6 +153,8 @@ class Surgery:
             plan = replace(plan, notes=(*plan.notes, *dtype_cost(plan, source.tensors)))
         result = plan.result(source)
         read_anatomy(result)
+        if plan.layer_map != tuple(range(len(plan.layer_map))):
+            plan = replace(plan, notes=(*plan.notes, *runtime_notes(result.config, len(plan.layer_map))))
         attachments = {**self._quantization_files(plan), **self.attachments}
         shards = lay_out(plan, result, self.source, max_shard_bytes=parse_size(max_shard_size))
         before = self.before.spec

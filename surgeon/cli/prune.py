@@ -66,6 +66,8 @@ class PruneReport:
         """Raises PlanError for a curve or a picture without data, before anything is written."""
         if self.curve and self.surgery.text is None:
             raise PlanError("a curve is measured on a text, and there is none", hint="Give one: --data FILE.")
+        if self.curve and self.surgery.period > 1:
+            raise PlanError("a curve removes layers one by one, not in whole periods", hint="Leave out --keep-pattern.")
         score, scores = self.surgery.score, self.surgery.scores
         if self.plot is not None and not self.curve and not has_picture(score, scores):
             raise PlanError(NOTHING.format(score), hint=NOTHING_HINT)

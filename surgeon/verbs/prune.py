@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from surgeon.anatomy.anatomy import Anatomy, read_anatomy
+from surgeon.anatomy.config import period_of
 from surgeon.checkpoint.source import SCORES, Source, spec_of
 from surgeon.errors import PlanError
 from surgeon.measure.record import Scores, check_model, check_ranking, perplexities, read_scores
@@ -87,6 +88,10 @@ class CutOptions:
         metavar="FIRST,LAST",
         parse=_first_and_last,
     )
+    keep_pattern: bool = option(
+        "Remove whole periods of a pattern such as 5 sliding layers, 1 full: llama.cpp counts on it.",
+        False,
+    )
     greedy: bool = option(f"With --score {_GREEDY}: score the model again after each removed layer (SLEB).", False)
     tokens: str = option(
         f"With --score {_TOKENS}: measure at the last token of each sequence, or at all tokens.",
@@ -117,6 +122,9 @@ class CutOptions:
         if self.greedy and self.contiguous:
             hint = "Leave out --contiguous."
             raise PlanError("a greedy removal chooses layers one by one, not as a block", hint=hint)
+        if self.greedy and self.keep_pattern:
+            hint = "Leave out --greedy."
+            raise PlanError("a greedy removal chooses layers one by one, not in whole periods", hint=hint)
         if self.protect is not None and min(self.protect) < 0:
             raise PlanError(f"cannot protect {min(self.protect)} layers", hint="Write --protect 1,1.")
         self._check_sizes()
@@ -193,7 +201,7 @@ class Pruning(Surgery):
     """A surgery that scores decided.
 
     `choice` is None where no scores are there yet, `text` where none was read. removable(n) returns the layers that
-    go when n do; it works for n up to `most_removable`.
+    go when n do; it works for n up to `most_removable`, and with a `period` over 1 for whole periods.
     """
 
     score: str
@@ -203,6 +211,7 @@ class Pruning(Surgery):
     removable: Callable[[int], Choice]
     most_removable: int
     device: str
+    period: int
 
     def evaluate(self, result: str | os.PathLike[str], *, meter: "Meter | None" = None) -> tuple[float, float] | None:
         """Return the perplexity of the source and of the written result on the text, None where none was read."""
@@ -260,7 +269,7 @@ def plan_pruning(begun: Surgery, options: PruneOptions) -> Pruning:
     pick = removable if is_scored else cut.placeholder
     count = cut.count
     if count is None:
-        choices = [pick(number).dropped for number in range(most_removable + 1)]
+        choices = [pick(number).dropped for number in range(0, most_removable + 1, cut.period)]
         count = resolve_count(cut.anatomy, choices, parameters=options.parameters, nbytes=options.nbytes)
     choice = pick(count)
     notes += (SELF_SAMPLED,) if measured.text is not None and not options.data else ()
@@ -280,6 +289,7 @@ def plan_pruning(begun: Surgery, options: PruneOptions) -> Pruning:
         removable=removable,
         most_removable=most_removable,
         device=measured.device,
+        period=cut.period,
     )
 
 
@@ -339,9 +349,18 @@ def _cut(anatomy: Anatomy, options: PruneOptions) -> tuple[Cut, tuple[str, ...]]
         contiguous=options.contiguous,
         protect=default if options.protect is None else options.protect,
         seed=options.seed,
+        period=_period(anatomy) if options.keep_pattern else 1,
     )
     cut.check()
     return cut, notes
+
+
+def _period(anatomy: Anatomy) -> int:
+    """Return after how many layers the kinds of layers repeat. Raises PlanError where they never do."""
+    period = period_of(anatomy.spec.config, anatomy.depth)
+    if period == anatomy.depth > 1:
+        raise PlanError("the kinds of this model's layers do not repeat", hint="Leave out --keep-pattern.")
+    return period
 
 
 # --- the scores -----------------------------------------------------------------------------------------------
