@@ -103,7 +103,7 @@ class TaskEvaluationOptions:
 
     baseline: str | os.PathLike[str] | None = same_option(MetricOptions, "baseline")
     task_dir: str | os.PathLike[str] | None = option(
-        "With --tasks: a directory with your own task files.", None, metavar="DIR"
+        "With --tasks: a directory with your own task files.", None, metavar="DIR", reads=True
     )
     samples: int | None = option("Records per task. Default: all.", None)
     batch_size: int | None = option("Prompts per batch. Default: 1.", None)

@@ -36,7 +36,8 @@ def convert(source: str | os.PathLike[str], *, staging: str | os.PathLike[str] |
     if buffers := [name for name in plan.tensors if anatomy.family and anatomy.row(name)[1] == "buffer"]:
         notes = (*notes, f"left out, as every loader ignores them: {buffers[0]} and {len(buffers) - 1} more buffers")
     tensors = {name: expr for name, expr in plan.tensors.items() if name not in buffers}
-    return Surgery(opened, replace(plan, tensors=tensors, steps=({"convert": step},), notes=(*plan.notes, *notes)))
+    plan = replace(plan, tensors=tensors, steps=({"convert": step},), notes=(*plan.notes, *notes))
+    return Surgery(opened, plan, reads={"SRC": (str(path),)})
 
 
 def _open(path: Path, staging: Path | None) -> tuple[Source, Mapping[str, Any], tuple[str, ...]]:

@@ -19,6 +19,7 @@ from surgeon.options import (
     in_python,
     numbers,
     option,
+    reads_of,
     revision_option,
     seed_option,
     takes,
@@ -74,7 +75,10 @@ class CutOptions:
     )
     experts: int | None = option(f"Experts per layer of the result. {_UNCHANGED}", None, metavar="N")
     like: str | os.PathLike[str] | None = option(
-        "Take the depth and all sizes from this smaller model; goes with --score uniform.", None, metavar="SMALL"
+        "Take the depth and all sizes from this smaller model; goes with --score uniform.",
+        None,
+        metavar="SMALL",
+        reads=True,
     )
     contiguous: bool | None = option(
         f"Remove one block of adjacent layers, or any layers. Default: one block for {_BLOCK}; else any.",
@@ -97,11 +101,12 @@ class CutOptions:
         "Text to measure on: .txt, .json, .jsonl, .parquet, Hub dataset. Repeatable. Default: the model writes one.",
         (),
         metavar="DATA",
+        reads=True,
     )
     samples: int = option("Number of sequences taken from the text.", 32, metavar="N")
     sequence_length: int = option("Tokens per sequence.", 256, metavar="T")
     scores_from: str | os.PathLike[str] | None = option(
-        "Choose by the scores in this scores.json instead of running the model.", None, metavar="FILE"
+        "Choose by the scores in this scores.json instead of running the model.", None, metavar="FILE", reads=True
     )
     evaluate: bool = option(
         "Measure the perplexity on the text before and after.", True, names=("--evaluate/--no-evaluate",)
@@ -272,6 +277,7 @@ def plan_pruning(begun: Surgery, options: PruneOptions) -> Pruning:
     return Pruning(
         source=begun.source,
         plan=begun.plan.then(plan),
+        reads={**begun.reads, **reads_of(options)},
         attachments={**begun.attachments, **({} if scores is None else {SCORES: scores.to_bytes()})},
         score=options.score,
         scores=scores,
