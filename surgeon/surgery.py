@@ -217,8 +217,9 @@ class Draft:
     reads: Reads  # none of which may lie in the output
 
     def check(self, *, overwrite: bool) -> None:
-        """Raises OutputError where the output may not be written."""
+        """Raises OutputError where the output may not be written, CheckpointError where a companion cannot be read."""
         output.check_target(self.summary.output, overwrite=overwrite, reads=self.reads)
+        _ = self.source.companions  # one that is no file of the checkpoint is refused now, and not after hours
 
     def write(
         self, *, overwrite: bool = False, progress: CountBytes | None = None, command: str | None = None

@@ -6,13 +6,11 @@ from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
-from surgeon.checkpoint.source import RECEIPT
+from surgeon.checkpoint.source import RESULTS
 from surgeon.errors import HubError, OutputError
 from surgeon.options import Reads
 
 MOST_LINKS = 40  # that a path may lead through, as in the kernel
-# A directory with one of these inside a directory that is read is a result that was saved there, and no part of it.
-RESULTS = (RECEIPT, "gist.json", "run.json")
 HINT = "Choose another place with -o."
 Identity = tuple[int, int]  # a file system and a number in it: a bind mount gives a directory a second path
 

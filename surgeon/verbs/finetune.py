@@ -122,6 +122,7 @@ def finetune(model: str | os.PathLike[str], options: FinetuneOptions) -> Trainin
     parse_size(options.max_shard_size)
     place = Path(options.run_dir or f"{target}.run")
     _check_places(target, place, reads)
+    _ = source.companions  # one that is no file of the checkpoint is refused now, and not after hours
 
     from surgeon.train.runner import Runner
 

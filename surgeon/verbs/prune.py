@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from surgeon.anatomy.anatomy import Anatomy, read_anatomy
-from surgeon.checkpoint.source import SCORES, Source, spec_of
+from surgeon.checkpoint.source import SCORES, Source, inside, spec_of
 from surgeon.errors import PlanError
 from surgeon.measure.record import Scores, check_model, check_ranking, perplexities, read_scores
 from surgeon.options import (
@@ -419,7 +419,7 @@ def _score(source: Source, cut: Cut, options: PruneOptions, text: "Calibration |
 def _read(path: str | os.PathLike[str], source: Source) -> Scores:
     """Return the scores in a file, or in the scores.json of a directory. Raises MeasureError for another model's."""
     place = Path(path)
-    scores = read_scores(place / SCORES if place.is_dir() else place)
+    scores = read_scores(inside(place, SCORES) if place.is_dir() else place)
     check_model(scores, source.provenance(), source.label)
     return scores
 
