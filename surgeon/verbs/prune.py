@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from surgeon.anatomy.anatomy import Anatomy, read_anatomy
 from surgeon.anatomy.config import period_of
-from surgeon.checkpoint.source import SCORES, Source, spec_of
+from surgeon.checkpoint.source import SCORES, Source, inside, spec_of
 from surgeon.errors import PlanError
 from surgeon.measure.record import Scores, check_model, check_ranking, perplexities, read_scores
 from surgeon.options import (
@@ -20,6 +20,7 @@ from surgeon.options import (
     in_python,
     numbers,
     option,
+    reads_of,
     revision_option,
     seed_option,
     takes,
@@ -75,7 +76,10 @@ class CutOptions:
     )
     experts: int | None = option(f"Experts per layer of the result. {_UNCHANGED}", None, metavar="N")
     like: str | os.PathLike[str] | None = option(
-        "Take the depth and all sizes from this smaller model; goes with --score uniform.", None, metavar="SMALL"
+        "Take the depth and all sizes from this smaller model; goes with --score uniform.",
+        None,
+        metavar="SMALL",
+        reads=True,
     )
     contiguous: bool | None = option(
         f"Remove one block of adjacent layers, or any layers. Default: one block for {_BLOCK}; else any.",
@@ -102,11 +106,12 @@ class CutOptions:
         "Text to measure on: .txt, .json, .jsonl, .parquet, Hub dataset. Repeatable. Default: the model writes one.",
         (),
         metavar="DATA",
+        reads=True,
     )
     samples: int = option("Number of sequences taken from the text.", 32, metavar="N")
     sequence_length: int = option("Tokens per sequence.", 256, metavar="T")
     scores_from: str | os.PathLike[str] | None = option(
-        "Choose by the scores in this scores.json instead of running the model.", None, metavar="FILE"
+        "Choose by the scores in this scores.json instead of running the model.", None, metavar="FILE", reads=True
     )
     evaluate: bool = option(
         "Measure the perplexity on the text before and after.", True, names=("--evaluate/--no-evaluate",)
@@ -281,6 +286,7 @@ def plan_pruning(begun: Surgery, options: PruneOptions) -> Pruning:
     return Pruning(
         source=begun.source,
         plan=begun.plan.then(plan),
+        reads={**begun.reads, **reads_of(options)},
         attachments={**begun.attachments, **({} if scores is None else {SCORES: scores.to_bytes()})},
         score=options.score,
         scores=scores,
@@ -432,7 +438,7 @@ def _score(source: Source, cut: Cut, options: PruneOptions, text: "Calibration |
 def _read(path: str | os.PathLike[str], source: Source) -> Scores:
     """Return the scores in a file, or in the scores.json of a directory. Raises MeasureError for another model's."""
     place = Path(path)
-    scores = read_scores(place / SCORES if place.is_dir() else place)
+    scores = read_scores(inside(place, SCORES) if place.is_dir() else place)
     check_model(scores, source.provenance(), source.label)
     return scores
 
