@@ -22,6 +22,8 @@ from surgeon.checkpoint.source import (
     CONFIG,
     INDEX,
     WEIGHTS,
+    FilePart,
+    Ranges,
     StoredTensor,
     assemble,
     is_companion,
@@ -95,7 +97,7 @@ class HubSource:
     def companions(self) -> Sequence[str]:
         return [name for name in self.files if is_companion(name)]
 
-    def fetch(self, file: str, ranges: Sequence[tuple[int, int]] | None = None) -> Path:
+    def fetch(self, file: str) -> Path:
         """Return `file` in the cache; the whole file is downloaded if it is not there yet.
 
         Raises HubError when the download fails, CheckpointError when its size is not the one that its header gives.
@@ -112,6 +114,16 @@ class HubSource:
                     hint=f"Delete {path.resolve()} and run the command again.",
                 )
         return path
+
+    def parts(self, wanted: Ranges, *, among: Ranges | None = None) -> dict[str, FilePart]:
+        return {file: FilePart(self.fetch(file)) for file in wanted}
+
+    def missing(self, wanted: Ranges) -> int:
+        return 0
+
+    @property
+    def downloaded(self) -> int:
+        return 0
 
     def provenance(self) -> dict[str, Any]:
         revision = {} if self.revision is None else {"revision": self.revision}

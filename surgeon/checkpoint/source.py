@@ -1,18 +1,21 @@
 """Where a checkpoint comes from. A source answers two questions: *headers*, and *these byte ranges*.
 
-Its callers do not know whether it is a directory, the Hub, or a pickle. `Source.fetch` may return the whole file, or a
-sparse one that holds only the requested ranges: the caller reads nothing else.
+Its callers do not know whether it is a directory, the Hub, or a pickle. `Source.parts` may return whole files, or
+sparse ones that hold only some ranges. A missing byte of a sparse file reads as zero, and zeros are a valid tensor; so
+weights are read through a `FilePart`, which knows what is there and refuses the rest.
 """
 
 import hashlib
 import json
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from bisect import bisect_right
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path, PurePosixPath
-from typing import Any, Protocol
+from typing import Any, BinaryIO, Protocol
 
 from surgeon.checkpoint.header import DOWNLOAD_HINT, CheckpointSpec, Entry, TensorSpec, read_header
 from surgeon.errors import CheckpointError
@@ -47,6 +50,7 @@ WEIGHT_INDEXES = (".safetensors.index.json", ".bin.index.json", ".h5.index.json"
 CARD = "README.md"
 RECEIPT = "surgeon.json"
 SCORES = "scores.json"  # the scores that decided a cut; they do not apply to a model that is made from the result
+CHANGED_HINT = "Something else changed the source; let it finish, then run the command again."
 MISMATCH_HINT = "The files do not belong together; fetch the whole checkpoint again."
 
 
@@ -58,6 +62,9 @@ class StoredTensor:
     file: str
     start: int
     end: int
+
+
+Ranges = Mapping[str, Sequence[tuple[int, int]]]  # half-open byte ranges by file
 
 
 class Source(Protocol):
@@ -83,8 +90,21 @@ class Source(Protocol):
     def companions(self) -> Sequence[str]:
         """The files that go with the weights (tokenizer, chat template, licence ...), by their relative POSIX path."""
 
-    def fetch(self, file: str, ranges: Sequence[tuple[int, int]] | None = None) -> Path:
-        """Return a local file that holds `ranges` of `file` at their own offsets (None: all of it)."""
+    def fetch(self, file: str) -> Path:
+        """Return `file` on this machine, whole."""
+
+    def parts(self, wanted: Ranges, *, among: Ranges | None = None) -> "dict[str, FilePart]":
+        """Return for each file a part that holds at least the ranges in `wanted`, at their own offsets.
+
+        `among` is all that the caller will have asked for in the end, where that is more.
+        """
+
+    def missing(self, wanted: Ranges) -> int | None:
+        """Return how many bytes `parts` would download for `wanted`; None for a source on this machine."""
+
+    @property
+    def downloaded(self) -> int | None:
+        """The bytes of weights that were downloaded so far; None for a source on this machine."""
 
     def provenance(self) -> dict[str, Any]:
         """Return the identity of these weights: an id and a commit, or a path and a fingerprint."""
@@ -131,8 +151,18 @@ class LocalSource:
         relative = (path.relative_to(self.directory).as_posix() for path in own)
         return [name for name in relative if is_companion(name) and _is_there(self.directory / name)]
 
-    def fetch(self, file: str, ranges: Sequence[tuple[int, int]] | None = None) -> Path:
+    def fetch(self, file: str) -> Path:
         return self.directory / file
+
+    def parts(self, wanted: Ranges, *, among: Ranges | None = None) -> "dict[str, FilePart]":
+        return {file: FilePart(self.fetch(file)) for file in wanted}
+
+    def missing(self, wanted: Ranges) -> None:
+        return None
+
+    @property
+    def downloaded(self) -> None:
+        return None
 
     def provenance(self) -> dict[str, Any]:
         return {"path": str(self.directory.resolve()), "fingerprint": fingerprint(self)}
@@ -157,6 +187,88 @@ class LocalSource:
         if (self.directory / "adapter_config.json").is_file():
             return "This is a PEFT adapter; merge it into its base model first."
         return f"A checkpoint is a directory with {CONFIG} and {WEIGHTS}; look with: ls {self.directory}"
+
+
+# Reading weights
+
+
+@dataclass(frozen=True, slots=True)
+class FilePart:
+    """A file of which the bytes in `present` are there (sorted, apart; None: all), and no other byte can be read.
+
+    `held` keeps it open, so that it stays readable where another process removes it; None: it is opened by its path.
+    """
+
+    path: Path
+    present: tuple[tuple[int, int], ...] | None = None
+    held: BinaryIO | None = None
+
+    def range(self, start: int, end: int) -> "FileRange":
+        """Return the bytes [start, end). Raises CheckpointError where one of them is not there."""
+        if self.present is not None and start < end:
+            place = bisect_right(self.present, start, key=lambda span: span[0]) - 1
+            if place < 0 or end > self.present[place][1]:
+                raise CheckpointError(
+                    f"bytes {start} to {end} of {self.path} were not fetched",
+                    hint="Fetch the whole checkpoint (hf download), and give its directory.",
+                )
+        return FileRange(self, start, end)
+
+    def open(self) -> int:
+        """Return a new descriptor of the file, to be closed. Raises CheckpointError where it cannot be opened."""
+        try:
+            return os.open(self.path, os.O_RDONLY) if self.held is None else os.dup(self.held.fileno())
+        except OSError as error:
+            raise CheckpointError(f"cannot read {self.path}: {error.strerror}", hint=CHANGED_HINT) from error
+
+    @contextmanager
+    def opened(self) -> "Iterator[OpenPart]":
+        """Return a context in which ranges of the file can be read."""
+        descriptor = self.open()
+        try:
+            yield OpenPart(self, descriptor)
+        finally:
+            os.close(descriptor)
+
+
+@dataclass(frozen=True, slots=True)
+class FileRange:
+    """The bytes [start, end) of a file, which are there: only `FilePart.range` makes one."""
+
+    file: FilePart
+    start: int
+    end: int
+
+    @property
+    def path(self) -> Path:
+        """The path of the file; of a partial one, another process may remove it. `file.open` still opens it then."""
+        return self.file.path
+
+    def until(self, end: int) -> "FileRange":
+        """Return the bytes from the same start to another end."""
+        return self.file.range(self.start, end)
+
+
+@dataclass(frozen=True, slots=True)
+class OpenPart:
+    """A part of a file, open for reading."""
+
+    part: FilePart
+    descriptor: int
+
+    def read_into(self, buffer: bytearray | memoryview, start: int) -> None:
+        """Fill `buffer` with the bytes from `start` on. Raises CheckpointError where one is not there."""
+        view, path = memoryview(buffer).cast("B"), self.part.path
+        self.part.range(start, start + len(view))
+        done = 0
+        while done < len(view):
+            try:
+                count = os.preadv(self.descriptor, [view[done:]], start + done)
+            except OSError as error:
+                raise CheckpointError(f"cannot read {path}: {error.strerror}", hint=CHANGED_HINT) from error
+            if not count:
+                raise CheckpointError(f"{path} has become shorter while it was read", hint=CHANGED_HINT)
+            done += count
 
 
 # Opening
@@ -308,14 +420,13 @@ def fingerprint(source: Source) -> str:
     by_file: dict[str, list[tuple[int, int]]] = {}
     for item in source.tensors.values():
         by_file.setdefault(item.file, []).append((item.start, min(item.end, item.start + FINGERPRINT_BYTES)))
-    handles = {file: os.open(source.fetch(file, ranges), os.O_RDONLY) for file, ranges in by_file.items()}
-    try:
+    with ExitStack() as stack:
+        files = {file: stack.enter_context(part.opened()) for file, part in source.parts(by_file).items()}
         for name, item in sorted(source.tensors.items()):
             digest.update(f"\0{name}\0{item.spec.dtype}{list(item.spec.shape)}\0".encode())
-            digest.update(os.pread(handles[item.file], min(FINGERPRINT_BYTES, item.end - item.start), item.start))
-    finally:
-        for handle in handles.values():
-            os.close(handle)
+            sample = bytearray(min(FINGERPRINT_BYTES, item.end - item.start))
+            files[item.file].read_into(sample, item.start)
+            digest.update(sample)
     return f"sha256-sampled:{digest.hexdigest()}"
 
 
