@@ -11,8 +11,9 @@ import pytest
 from later import LATER
 
 import surgeon
+from surgeon.checkpoint.header import FilePart
 from surgeon.checkpoint.output import copy_range
-from surgeon.checkpoint.source import FilePart, LocalSource, Ranges, fingerprint
+from surgeon.checkpoint.source import LocalSource, Ranges, fingerprint
 from surgeon.errors import CheckpointError
 
 if LATER:
@@ -139,4 +140,4 @@ def test_only_a_checked_part_makes_a_range_of_a_file():
     """Whoever copies a range got it from FilePart.range, which refuses bytes that are not there."""
     makers = [path.name for path in CODE.rglob("*.py") if re.search(r"\bFileRange\(", path.read_text())]
 
-    assert makers == ["source.py"]
+    assert makers == ["header.py"]

@@ -7,8 +7,8 @@ import toys
 from later import LATER
 
 import surgeon
-from surgeon.checkpoint.header import CheckpointSpec, TensorSpec, read_header
-from surgeon.checkpoint.source import FilePart, ranges_by_file, spec_of, stored
+from surgeon.checkpoint.header import CheckpointSpec, FilePart, TensorSpec, read_header
+from surgeon.checkpoint.source import ranges_by_file, spec_of, stored
 from surgeon.errors import PlanError
 from surgeon.plan.execute import peak_memory
 from surgeon.plan.plan import (

@@ -14,9 +14,9 @@ from later import LATER
 from safetensors import safe_open
 
 import surgeon
-from surgeon.checkpoint.header import TensorSpec, read_header
+from surgeon.checkpoint.header import FilePart, TensorSpec, read_header
 from surgeon.checkpoint.output import PAGE, TensorWrite, write_safetensors
-from surgeon.checkpoint.source import FilePart, open_directory, spec_of
+from surgeon.checkpoint.source import open_directory, spec_of
 from surgeon.errors import CheckpointError
 from surgeon.plan.execute import execute, lay_out
 from surgeon.plan.plan import Plan, identity

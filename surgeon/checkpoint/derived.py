@@ -6,7 +6,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
 
-from surgeon.checkpoint.source import FilePart, LocalSource, Ranges, Source, StoredTensor
+from surgeon.checkpoint.header import FilePart
+from surgeon.checkpoint.source import LocalSource, Ranges, Source, StoredTensor, Transfer
 
 
 @dataclass(frozen=True)
@@ -53,11 +54,15 @@ class DerivedSource:
 
     def missing(self, wanted: Ranges) -> int | None:
         theirs, own = self._split(wanted)
-        return _sum(self.base.missing(own), self.other.missing(theirs))
+        numbers = [number for number in (self.base.missing(own), self.other.missing(theirs)) if number is not None]
+        return sum(numbers) if numbers else None
 
     @property
-    def downloaded(self) -> int | None:
-        return _sum(self.base.downloaded, self.other.downloaded)
+    def transfer(self) -> Transfer | None:
+        base, other = self.base.transfer, self.other.transfer
+        if other is None or base is None:
+            return base if other is None else other
+        return Transfer(base.nbytes + other.nbytes, base.ranges | {self.prefix + file for file in other.ranges})
 
     def provenance(self) -> dict[str, Any]:
         return self.base.provenance()
@@ -67,12 +72,6 @@ class DerivedSource:
         theirs = {file: spans for file, spans in ranges.items() if file.startswith(self.prefix)}
         own = {file: spans for file, spans in ranges.items() if file not in theirs}
         return {file.removeprefix(self.prefix): spans for file, spans in theirs.items()}, own
-
-
-def _sum(*numbers: int | None) -> int | None:
-    """Return the sum of those that are known, None where none is."""
-    known = [number for number in numbers if number is not None]
-    return sum(known) if known else None
 
 
 DONOR = "donor:"  # no tensor of a model has a colon in its name

@@ -17,8 +17,8 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from surgeon.checkpoint.header import TensorSpec, format_header
-from surgeon.checkpoint.source import CHANGED_HINT, CONFIG, FilePart, FileRange
+from surgeon.checkpoint.header import CHANGED_HINT, FilePart, FileRange, TensorSpec, format_header
+from surgeon.checkpoint.source import CONFIG
 from surgeon.errors import CheckpointError, OutputError
 
 # The output directory

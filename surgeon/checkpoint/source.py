@@ -1,23 +1,21 @@
 """Where a checkpoint comes from. A source answers two questions: *headers*, and *these byte ranges*.
 
 Its callers do not know whether it is a directory, the Hub, or a pickle. `Source.parts` may return whole files, or
-sparse ones that hold only some ranges. A missing byte of a sparse file reads as zero, and zeros are a valid tensor; so
-weights are read through a `FilePart`, which knows what is there and refuses the rest.
+sparse ones that hold only some ranges; no other byte of a `FilePart` can be read.
 """
 
 import hashlib
 import json
 import os
 import re
-from bisect import bisect_right
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path, PurePosixPath
-from typing import Any, BinaryIO, Protocol
+from typing import Any, Protocol
 
-from surgeon.checkpoint.header import DOWNLOAD_HINT, CheckpointSpec, Entry, TensorSpec, read_header
+from surgeon.checkpoint.header import DOWNLOAD_HINT, CheckpointSpec, Entry, FilePart, TensorSpec, read_header
 from surgeon.errors import CheckpointError
 
 WEIGHTS = "model.safetensors"
@@ -50,7 +48,6 @@ WEIGHT_INDEXES = (".safetensors.index.json", ".bin.index.json", ".h5.index.json"
 CARD = "README.md"
 RECEIPT = "surgeon.json"
 SCORES = "scores.json"  # the scores that decided a cut; they do not apply to a model that is made from the result
-CHANGED_HINT = "Something else changed the source; let it finish, then run the command again."
 MISMATCH_HINT = "The files do not belong together; fetch the whole checkpoint again."
 
 
@@ -93,7 +90,7 @@ class Source(Protocol):
     def fetch(self, file: str) -> Path:
         """Return `file` on this machine, whole."""
 
-    def parts(self, wanted: Ranges, *, among: Ranges | None = None) -> "dict[str, FilePart]":
+    def parts(self, wanted: Ranges, *, among: Ranges | None = None) -> dict[str, FilePart]:
         """Return for each file a part that holds at least the ranges in `wanted`, at their own offsets.
 
         `among` is all that the caller will have asked for in the end, where that is more.
@@ -103,11 +100,22 @@ class Source(Protocol):
         """Return how many bytes `parts` would download for `wanted`; None for a source on this machine."""
 
     @property
-    def downloaded(self) -> int | None:
-        """The bytes of weights that were downloaded so far; None for a source on this machine."""
+    def transfer(self) -> "Transfer | None":
+        """What was downloaded of the weights so far; None for a source on this machine."""
 
     def provenance(self) -> dict[str, Any]:
         """Return the identity of these weights: an id and a commit, or a path and a fingerprint."""
+
+
+@dataclass
+class Transfer:
+    """The bytes of weights that were downloaded, and the files of which only `ranges` are here.
+
+    The Hub names a hash of a whole file and none of a part, so those of these files were not checked.
+    """
+
+    nbytes: int = 0
+    ranges: set[str] = field(default_factory=set)
 
 
 def spec_of(source: Source) -> CheckpointSpec:
@@ -154,14 +162,14 @@ class LocalSource:
     def fetch(self, file: str) -> Path:
         return self.directory / file
 
-    def parts(self, wanted: Ranges, *, among: Ranges | None = None) -> "dict[str, FilePart]":
+    def parts(self, wanted: Ranges, *, among: Ranges | None = None) -> dict[str, FilePart]:
         return {file: FilePart(self.fetch(file)) for file in wanted}
 
     def missing(self, wanted: Ranges) -> None:
         return None
 
     @property
-    def downloaded(self) -> None:
+    def transfer(self) -> None:
         return None
 
     def provenance(self) -> dict[str, Any]:
@@ -187,88 +195,6 @@ class LocalSource:
         if (self.directory / "adapter_config.json").is_file():
             return "This is a PEFT adapter; merge it into its base model first."
         return f"A checkpoint is a directory with {CONFIG} and {WEIGHTS}; look with: ls {self.directory}"
-
-
-# Reading weights
-
-
-@dataclass(frozen=True, slots=True)
-class FilePart:
-    """A file of which the bytes in `present` are there (sorted, apart; None: all), and no other byte can be read.
-
-    `held` keeps it open, so that it stays readable where another process removes it; None: it is opened by its path.
-    """
-
-    path: Path
-    present: tuple[tuple[int, int], ...] | None = None
-    held: BinaryIO | None = None
-
-    def range(self, start: int, end: int) -> "FileRange":
-        """Return the bytes [start, end). Raises CheckpointError where one of them is not there."""
-        if self.present is not None and start < end:
-            place = bisect_right(self.present, start, key=lambda span: span[0]) - 1
-            if place < 0 or end > self.present[place][1]:
-                raise CheckpointError(
-                    f"bytes {start} to {end} of {self.path} were not fetched",
-                    hint="Fetch the whole checkpoint (hf download), and give its directory.",
-                )
-        return FileRange(self, start, end)
-
-    def open(self) -> int:
-        """Return a new descriptor of the file, to be closed. Raises CheckpointError where it cannot be opened."""
-        try:
-            return os.open(self.path, os.O_RDONLY) if self.held is None else os.dup(self.held.fileno())
-        except OSError as error:
-            raise CheckpointError(f"cannot read {self.path}: {error.strerror}", hint=CHANGED_HINT) from error
-
-    @contextmanager
-    def opened(self) -> "Iterator[OpenPart]":
-        """Return a context in which ranges of the file can be read."""
-        descriptor = self.open()
-        try:
-            yield OpenPart(self, descriptor)
-        finally:
-            os.close(descriptor)
-
-
-@dataclass(frozen=True, slots=True)
-class FileRange:
-    """The bytes [start, end) of a file, which are there: only `FilePart.range` makes one."""
-
-    file: FilePart
-    start: int
-    end: int
-
-    @property
-    def path(self) -> Path:
-        """The path of the file; of a partial one, another process may remove it. `file.open` still opens it then."""
-        return self.file.path
-
-    def until(self, end: int) -> "FileRange":
-        """Return the bytes from the same start to another end."""
-        return self.file.range(self.start, end)
-
-
-@dataclass(frozen=True, slots=True)
-class OpenPart:
-    """A part of a file, open for reading."""
-
-    part: FilePart
-    descriptor: int
-
-    def read_into(self, buffer: bytearray | memoryview, start: int) -> None:
-        """Fill `buffer` with the bytes from `start` on. Raises CheckpointError where one is not there."""
-        view, path = memoryview(buffer).cast("B"), self.part.path
-        self.part.range(start, start + len(view))
-        done = 0
-        while done < len(view):
-            try:
-                count = os.preadv(self.descriptor, [view[done:]], start + done)
-            except OSError as error:
-                raise CheckpointError(f"cannot read {path}: {error.strerror}", hint=CHANGED_HINT) from error
-            if not count:
-                raise CheckpointError(f"{path} has become shorter while it was read", hint=CHANGED_HINT)
-            done += count
 
 
 # Opening

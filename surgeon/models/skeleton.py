@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from surgeon.checkpoint.source import FilePart, Ranges, Source, StoredTensor, ranges_by_file, spec_of
+from surgeon.checkpoint.header import FilePart
+from surgeon.checkpoint.source import Ranges, Source, StoredTensor, ranges_by_file, spec_of
 from surgeon.errors import MeasureError, SurgeonError
 from surgeon.models.loading import quiet_transformers
 from surgeon.plan.arithmetic import TORCH_DTYPES

@@ -21,8 +21,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from surgeon.checkpoint.header import TensorSpec
-from surgeon.checkpoint.source import FilePart, StoredTensor
+from surgeon.checkpoint.header import FilePart, TensorSpec
+from surgeon.checkpoint.source import StoredTensor
 from surgeon.plan.plan import Add, Affine, Cast, Constant, Expr, Gather, Normal, Read, Rounded, Uniform, infer
 
 TORCH_DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}

@@ -8,13 +8,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from surgeon.checkpoint.header import DTYPE_BITS, CheckpointSpec, TensorSpec
+from surgeon.checkpoint.header import DTYPE_BITS, CheckpointSpec, FilePart, FileRange, TensorSpec
 from surgeon.checkpoint.output import CountBytes, TensorWrite, write_safetensors
 from surgeon.checkpoint.source import (
     INDEX,
     WEIGHTS,
-    FilePart,
-    FileRange,
     Ranges,
     Source,
     StoredTensor,
@@ -102,9 +100,9 @@ def execute(
     return written
 
 
-def ranges_read(plan: Plan, source: Source) -> Ranges:
-    """Return the byte ranges that carrying out the plan reads, by file."""
-    return ranges_by_file(source.tensors, {name for expr in plan.tensors.values() for name in reads(expr)})
+def ranges_read(plan: Plan, source: Source, *, also: Iterable[str] = ()) -> Ranges:
+    """Return the byte ranges that carrying out the plan reads, by file, and those of the tensors in `also`."""
+    return ranges_by_file(source.tensors, {name for expr in plan.tensors.values() for name in reads(expr)}.union(also))
 
 
 def _content(
