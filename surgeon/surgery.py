@@ -3,7 +3,7 @@
 import os
 import re
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -20,25 +20,24 @@ from surgeon.checkpoint.output import CountBytes
 from surgeon.checkpoint.source import CARD, CONFIG, RECEIPT, LocalSource, Source, open_directory, spec_of
 from surgeon.errors import CheckpointError, OutputError, PlanError
 from surgeon.options import Reads, verb_named
-from surgeon.plan.execute import Shard, execute, lay_out, peak_memory
+from surgeon.plan.execute import Shard, execute, lay_out, peak_memory, ranges_read
 from surgeon.plan.plan import Plan, changed_keys, identity
 from surgeon.plan.rounding import dtype_cost
-
-_UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
-_UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 
 
 @dataclass(frozen=True)
 class Summary:
     """The effect of a surgery: everything but `seconds` is known before a byte of weights is read.
 
-    Sizes are in bytes; `bytes_read` and `bytes_written` count tensors, `peak_memory` is an estimate.
+    Sizes are in bytes; `bytes_read` and `bytes_written` count tensors, `peak_memory` is an estimate. `bytes_downloaded`
+    are those of weight files on the Hub that are to be downloaded, or were in this process; None for a local source.
     """
 
     output: Path
     layers: tuple[int, int]  # before, after
     parameters: tuple[int, int]
     bytes_read: int
+    bytes_downloaded: int | None
     bytes_written: int
     layer_map: tuple[int | None, ...]
     files: tuple[str, ...]  # weight files
@@ -47,6 +46,10 @@ class Summary:
     peak_memory: int
     seconds: float
 
+    def downloaded_from(self, source: Source) -> "Summary":
+        """Return the summary with the bytes that were downloaded from `source` until now."""
+        return replace(self, bytes_downloaded=None if source.transfer is None else source.transfer.nbytes)
+
     def to_dict(self) -> dict[str, Any]:
         """Return the summary as `--json` prints it."""
         return {
@@ -54,6 +57,7 @@ class Summary:
             "layers": {"before": self.layers[0], "after": self.layers[1]},
             "parameters": {"before": self.parameters[0], "after": self.parameters[1]},
             "bytes_read": self.bytes_read,
+            **({} if self.bytes_downloaded is None else {"bytes_downloaded": self.bytes_downloaded}),
             "bytes_written": self.bytes_written,
             "layer_map": list(self.layer_map),
             "files": list(self.files),
@@ -73,6 +77,7 @@ class Summary:
             ("layers", f"{self.layers[0]} → {self.layers[1]}  (source layers {text.layers(self.layer_map)})"),
             ("parameters", f"{before:,} → {after:,}  ({100 * after / before:.1f} %)"),
             ("reads", text.size(self.bytes_read)),
+            *([] if self.bytes_downloaded is None else [("downloads", text.size(self.bytes_downloaded))]),
             ("writes", f"{text.size(self.bytes_written)} in {text.few(self.files)}"),
         ]
         lines += [
@@ -133,6 +138,11 @@ class Surgery:
         return self.source.fetch(file).read_bytes() if file in self.source.companions else None
 
     @property
+    def also_read(self) -> Iterable[str]:
+        """The tensors of the source that are to be read before the plan is carried out; most surgeries read none."""
+        return ()
+
+    @property
     def name(self) -> str:
         """The result's name where the user gives none: the source's, and what was done."""
         label = Path(self.source.label)
@@ -165,6 +175,7 @@ class Surgery:
             layers=(self.before.depth, len(plan.layer_map)),
             parameters=(before.num_parameters, result.num_parameters),
             bytes_read=plan.bytes_read(source),
+            bytes_downloaded=self.source.missing(ranges_read(plan, self.source, also=self.also_read)),
             bytes_written=result.nbytes,
             layer_map=plan.layer_map,
             files=tuple(shard.file for shard in shards),
@@ -261,12 +272,13 @@ class Draft:
                 command=command,
                 notes=plan.all_notes,
                 approximate=plan.approximate,
+                transfer=self.source.transfer,
             )
             page = self._card(command=command, card=card)
             output.copy_files(stage, companions)
             output.write_files(stage, {CARD: page.encode(), RECEIPT: receipt.to_bytes(record), **self.attachments})
             output.write_files(stage, {CONFIG: receipt.to_bytes(plan.config)})  # last: now it is a checkpoint
-        return replace(self.summary, seconds=time.perf_counter() - began)
+        return replace(self.summary.downloaded_from(self.source), seconds=time.perf_counter() - began)
 
     def _card(self, *, command: str | None, card: Path | None) -> str:
         source = self.source.label if not isinstance(self.source, LocalSource) else self.source.directory.resolve().name
@@ -290,14 +302,8 @@ class Draft:
 
 def parse_size(size: int | str) -> int:
     """Return a number of bytes: `size` itself, or "5GB", "500MB", "2GiB". Raises PlanError for anything else."""
-    written = str(size).strip().upper()
-    number = written.rstrip("KMGTIB")
-    unit = written[len(number) :]
-    try:
-        result = int(float(number) * _UNITS[unit])
-    except (ValueError, KeyError, OverflowError):
-        result = 0
-    if result < 1:
+    result = text.parse_size(str(size))
+    if result is None:
         raise PlanError(f"cannot read {size!r} as a size", hint="Write 5GB, 500MB or a number of bytes.")
     return result
 

@@ -17,7 +17,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from surgeon.checkpoint.header import TensorSpec, format_header
+from surgeon.checkpoint.header import CHANGED_HINT, FilePart, FileRange, TensorSpec, format_header
 from surgeon.checkpoint.source import CONFIG
 from surgeon.errors import CheckpointError, OutputError
 from surgeon.options import Reads
@@ -190,7 +190,7 @@ def copy_files(directory: Path, files: Mapping[str, Path]) -> None:
         target = directory / relative
         target.parent.mkdir(parents=True, exist_ok=True)
         with target.open("xb") as file:
-            copy_range(FileRange(source, 0, source.stat().st_size), file.fileno(), 0, lambda count: None)
+            copy_range(FilePart(source).range(0, source.stat().st_size), file.fileno(), 0, lambda count: None)
 
 
 def write_files(directory: Path, files: Mapping[str, bytes]) -> None:
@@ -206,18 +206,8 @@ STEP = 64 * 1024 * 1024  # bytes for each call into the kernel: often enough for
 BUFFER = 4 * 1024 * 1024
 # The errors of copy_file_range where the file system or the kernel does not support it.
 _UNSUPPORTED = {errno.EXDEV, errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP, errno.EPERM, errno.ETXTBSY}
-CHANGED_HINT = "Something else changed the source; let it finish, then run the command again."
 
 CountBytes = Callable[[int], object]  # called with the number of bytes written since the last call
-
-
-@dataclass(frozen=True, slots=True)
-class FileRange:
-    """The bytes [start, end) of a file."""
-
-    path: Path
-    start: int
-    end: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -275,7 +265,7 @@ def _copy_runs(writes: Sequence[TensorWrite]) -> list[CopyRun]:
                 and last.source.end == source.start
                 and last.target + (last.source.end - last.source.start) == target
             ):
-                runs[-1] = CopyRun(FileRange(source.path, last.source.start, source.end), last.target)
+                runs[-1] = CopyRun(last.source.until(source.end), last.target)
             else:
                 runs.append(CopyRun(source, target))
         target += write.spec.nbytes
@@ -320,10 +310,7 @@ def copy_range(source: FileRange, target: int, offset: int, count_bytes: CountBy
 
     Raises CheckpointError when the file cannot be opened, or has become shorter since its header was read.
     """
-    try:
-        handle = os.open(source.path, os.O_RDONLY)
-    except OSError as error:
-        raise CheckpointError(f"cannot read {source.path}: {error.strerror}", hint=CHANGED_HINT) from error
+    handle = source.file.open()
     try:
         position = source.start
         copy = _copy_file_range if hasattr(os, "copy_file_range") else _read_write

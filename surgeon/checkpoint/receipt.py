@@ -8,7 +8,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from surgeon.checkpoint.source import RECEIPT, inside
+from surgeon.checkpoint.source import RECEIPT, Transfer, inside
 
 # The receipt
 
@@ -26,10 +26,12 @@ def receipt(
     command: str | None,
     notes: Sequence[str],
     approximate: Sequence[str] = (),
+    transfer: Transfer | None = None,
 ) -> dict[str, Any]:
     """Return the receipt of a surgery; `options` are those that change bytes (dtype, shard size, seed).
 
-    `approximate` lists why the result may compute something else than its source; if empty, there is no entry.
+    `approximate` lists why the result may compute something else than its source; if empty, there is no entry. Where
+    `transfer` says that only ranges of files were downloaded, "fetched" is "ranges" and "sha256_unchecked" names them.
     """
     return {
         "format": FORMAT,
@@ -41,6 +43,7 @@ def receipt(
         "command": command,
         "notes": list(notes),
         **({"approximate": list(approximate)} if approximate else {}),
+        **({"fetched": "ranges", "sha256_unchecked": sorted(transfer.ranges)} if transfer and transfer.ranges else {}),
         "versions": versions(),
     }
 

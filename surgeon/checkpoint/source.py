@@ -1,7 +1,7 @@
 """Where a checkpoint comes from. A source answers two questions: *headers*, and *these byte ranges*.
 
-Its callers do not know whether it is a directory, the Hub, or a pickle. `Source.fetch` may return the whole file, or a
-sparse one that holds only the requested ranges: the caller reads nothing else.
+Its callers do not know whether it is a directory, the Hub, or a pickle. `Source.parts` may return whole files, or
+sparse ones that hold only some ranges; no other byte of a `FilePart` can be read.
 """
 
 import hashlib
@@ -9,12 +9,13 @@ import json
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from contextlib import ExitStack
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import Any, Protocol
 
-from surgeon.checkpoint.header import DOWNLOAD_HINT, CheckpointSpec, Entry, TensorSpec, read_header
+from surgeon.checkpoint.header import DOWNLOAD_HINT, CheckpointSpec, Entry, FilePart, TensorSpec, read_header
 from surgeon.errors import CheckpointError
 
 WEIGHTS = "model.safetensors"
@@ -62,6 +63,9 @@ class StoredTensor:
     end: int
 
 
+Ranges = Mapping[str, Sequence[tuple[int, int]]]  # half-open byte ranges by file
+
+
 class Source(Protocol):
     """A checkpoint to read from. Frozen: asking twice gives the same answer."""
 
@@ -85,11 +89,35 @@ class Source(Protocol):
     def companions(self) -> Sequence[str]:
         """The files that go with the weights (tokenizer, chat template, licence ...), by their relative POSIX path."""
 
-    def fetch(self, file: str, ranges: Sequence[tuple[int, int]] | None = None) -> Path:
-        """Return a local file that holds `ranges` of `file` at their own offsets (None: all of it)."""
+    def fetch(self, file: str) -> Path:
+        """Return `file` on this machine, whole."""
+
+    def parts(self, wanted: Ranges, *, among: Ranges | None = None) -> dict[str, FilePart]:
+        """Return for each file a part that holds at least the ranges in `wanted`, at their own offsets.
+
+        `among` is all that the caller will have asked for in the end, where that is more.
+        """
+
+    def missing(self, wanted: Ranges) -> int | None:
+        """Return how many bytes `parts` would download for `wanted`; None for a source on this machine."""
+
+    @property
+    def transfer(self) -> "Transfer | None":
+        """What was downloaded of the weights so far; None for a source on this machine."""
 
     def provenance(self) -> dict[str, Any]:
         """Return the identity of these weights: an id and a commit, or a path and a fingerprint."""
+
+
+@dataclass
+class Transfer:
+    """The bytes of weights that were downloaded, and the files of which only `ranges` are here.
+
+    The Hub names a hash of a whole file and none of a part, so those of these files were not checked.
+    """
+
+    nbytes: int = 0
+    ranges: set[str] = field(default_factory=set)
 
 
 def spec_of(source: Source) -> CheckpointSpec:
@@ -136,8 +164,18 @@ class LocalSource:
             inside(self.directory, name)
         return names
 
-    def fetch(self, file: str, ranges: Sequence[tuple[int, int]] | None = None) -> Path:
+    def fetch(self, file: str) -> Path:
         return inside(self.directory, file)
+
+    def parts(self, wanted: Ranges, *, among: Ranges | None = None) -> dict[str, FilePart]:
+        return {file: FilePart(self.fetch(file)) for file in wanted}
+
+    def missing(self, wanted: Ranges) -> None:
+        return None
+
+    @property
+    def transfer(self) -> None:
+        return None
 
     def provenance(self) -> dict[str, Any]:
         return {"path": str(self.directory.resolve()), "fingerprint": fingerprint(self)}
@@ -368,14 +406,13 @@ def fingerprint(source: Source) -> str:
     by_file: dict[str, list[tuple[int, int]]] = {}
     for item in source.tensors.values():
         by_file.setdefault(item.file, []).append((item.start, min(item.end, item.start + FINGERPRINT_BYTES)))
-    handles = {file: os.open(source.fetch(file, ranges), os.O_RDONLY) for file, ranges in by_file.items()}
-    try:
+    with ExitStack() as stack:
+        files = {file: stack.enter_context(part.opened()) for file, part in source.parts(by_file).items()}
         for name, item in sorted(source.tensors.items()):
             digest.update(f"\0{name}\0{item.spec.dtype}{list(item.spec.shape)}\0".encode())
-            digest.update(os.pread(handles[item.file], min(FINGERPRINT_BYTES, item.end - item.start), item.start))
-    finally:
-        for handle in handles.values():
-            os.close(handle)
+            sample = bytearray(min(FINGERPRINT_BYTES, item.end - item.start))
+            files[item.file].read_into(sample, item.start)
+            digest.update(sample)
     return f"sha256-sampled:{digest.hexdigest()}"
 
 

@@ -8,9 +8,16 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from surgeon.checkpoint.header import DTYPE_BITS, CheckpointSpec, TensorSpec
-from surgeon.checkpoint.output import CountBytes, FileRange, TensorWrite, write_safetensors
-from surgeon.checkpoint.source import INDEX, WEIGHTS, Source, StoredTensor, ranges_by_file
+from surgeon.checkpoint.header import DTYPE_BITS, CheckpointSpec, FilePart, FileRange, TensorSpec
+from surgeon.checkpoint.output import CountBytes, TensorWrite, write_safetensors
+from surgeon.checkpoint.source import (
+    INDEX,
+    WEIGHTS,
+    Ranges,
+    Source,
+    StoredTensor,
+    ranges_by_file,
+)
 from surgeon.plan.plan import Expr, Plan, Read, reads
 
 # Measured peaks of a whole process that only moves bytes, and of one that has imported torch, in bytes.
@@ -32,12 +39,12 @@ class _ComputedTensor:
 
     expr: Expr
     tensors: Mapping[str, StoredTensor]
-    paths: Mapping[str, Path]
+    parts: Mapping[str, FilePart]
 
     def __call__(self) -> Iterable[memoryview]:
         from surgeon.plan.arithmetic import Arithmetic
 
-        return Arithmetic(self.tensors, self.paths).make(self.expr)
+        return Arithmetic(self.tensors, self.parts).make(self.expr)
 
 
 def lay_out(plan: Plan, result: CheckpointSpec, source: Source, *, max_shard_bytes: int) -> list[Shard]:
@@ -78,12 +85,11 @@ def execute(
 ) -> int:
     """Return the number of bytes after writing the weights of the result and their index into an existing directory."""
     tensors = source.tensors
-    names = {name for expr in plan.tensors.values() for name in reads(expr)}
-    paths = {file: source.fetch(file, ranges) for file, ranges in ranges_by_file(tensors, names).items()}
+    parts = source.parts(ranges_read(plan, source))
     written = 0
     for shard in shards:
         writes = [
-            TensorWrite(name, spec, _content(plan.tensors[name], tensors, paths))
+            TensorWrite(name, spec, _content(plan.tensors[name], tensors, parts))
             for name, spec in shard.tensors.items()
         ]
         written += write_safetensors(directory / shard.file, writes, progress=progress)
@@ -94,11 +100,18 @@ def execute(
     return written
 
 
-def _content(expr: Expr, tensors: Mapping[str, StoredTensor], paths: Mapping[str, Path]) -> FileRange | _ComputedTensor:
+def ranges_read(plan: Plan, source: Source, *, also: Iterable[str] = ()) -> Ranges:
+    """Return the byte ranges that carrying out the plan reads, by file, and those of the tensors in `also`."""
+    return ranges_by_file(source.tensors, {name for expr in plan.tensors.values() for name in reads(expr)}.union(also))
+
+
+def _content(
+    expr: Expr, tensors: Mapping[str, StoredTensor], parts: Mapping[str, FilePart]
+) -> FileRange | _ComputedTensor:
     if isinstance(expr, Read):
         stored = tensors[expr.name]
-        return FileRange(paths[stored.file], stored.start, stored.end)
-    return _ComputedTensor(expr, tensors, paths)
+        return parts[stored.file].range(stored.start, stored.end)
+    return _ComputedTensor(expr, tensors, parts)
 
 
 def _index(shards: Sequence[Shard]) -> str:

@@ -1,7 +1,7 @@
 """The verb `prune`: measure, choose, plan. Scores are kept, so that another cut takes the time of a copy."""
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -25,6 +25,7 @@ from surgeon.options import (
     seed_option,
     takes,
 )
+from surgeon.plan.plan import FLOAT_DTYPES
 from surgeon.surgery import Surgery, open_model, open_source, parse_size
 from surgeon.transforms.choose import Choice
 from surgeon.transforms.prune import Cut, pruned_sizes, removed_count, resolve_count, sizes_like
@@ -217,6 +218,13 @@ class Pruning(Surgery):
     most_removable: int
     device: str
     period: int
+    is_measured: bool
+
+    @property
+    def also_read(self) -> Iterable[str]:
+        """The tensors that scores or a perplexity are still to be taken from."""
+        tensors = self.source.tensors
+        return () if self.is_measured else [name for name in tensors if tensors[name].spec.dtype in FLOAT_DTYPES]
 
     def evaluate(self, result: str | os.PathLike[str], *, meter: "Meter | None" = None) -> tuple[float, float] | None:
         """Return the perplexity of the source and of the written result on the text, None where none was read."""
@@ -296,6 +304,7 @@ def plan_pruning(begun: Surgery, options: PruneOptions) -> Pruning:
         most_removable=most_removable,
         device=measured.device,
         period=cut.period,
+        is_measured=is_scored and (options.measure or not (options.data and options.evaluate)),
     )
 
 

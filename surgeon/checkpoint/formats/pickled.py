@@ -7,7 +7,7 @@ import re
 import shutil
 import tempfile
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -53,8 +53,8 @@ class PickledSource(LocalSource):
         ignored = [name for content in self._files.values() for name in content.ignored]
         return (*tied, *(f"{name} is not a tensor and is left out" for name in ignored))
 
-    def fetch(self, file: str, ranges: Sequence[tuple[int, int]] | None = None) -> Path:
-        return self._reordered if file == REORDERED else super().fetch(file, ranges)
+    def fetch(self, file: str) -> Path:
+        return self._reordered if file == REORDERED else super().fetch(file)
 
     @cached_property
     def _files(self) -> Mapping[str, TorchFile]:
