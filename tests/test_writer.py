@@ -15,10 +15,10 @@ from safetensors import safe_open
 
 import surgeon
 from surgeon.checkpoint.header import TensorSpec, read_header
-from surgeon.checkpoint.output import PAGE, FileRange, TensorWrite, write_safetensors
+from surgeon.checkpoint.output import PAGE, FileRange
 from surgeon.checkpoint.source import open_directory, spec_of
 from surgeon.errors import CheckpointError
-from surgeon.plan.execute import execute, lay_out
+from surgeon.plan.execute import TensorWrite, execute, lay_out, write_safetensors
 from surgeon.plan.plan import Plan, identity
 
 if LATER:
@@ -71,9 +71,9 @@ def copies(monkeypatch):
 def test_neighbours_are_copied_in_one_run_and_land_on_the_same_place_in_a_page(source, copies, tmp_path):
     kept = {name: spec for name, spec in BIG.items() if name != "t2"}
 
-    size = write_safetensors(tmp_path / "out.safetensors", copies_of(source, kept))
+    written = write_safetensors(tmp_path / "out.safetensors", copies_of(source, kept))
 
-    assert size == (tmp_path / "out.safetensors").stat().st_size
+    assert written.size == (tmp_path / "out.safetensors").stat().st_size
     assert bytes_of(tmp_path / "out.safetensors") == expected(kept)
     assert [count for count, *_ in copies] == [8 + 100_000, 7_000_000 + 4096 + 1 + 300]
     _, position, offset = copies[1]

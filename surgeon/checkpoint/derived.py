@@ -54,6 +54,11 @@ class JoinedSource(DerivedSource):
             return self.donor.fetch(file.removeprefix(DONOR), ranges)
         return self.base.fetch(file, ranges)
 
+    def at_hand(self, file: str) -> Path | None:
+        if file.startswith(DONOR):
+            return self.donor.at_hand(file.removeprefix(DONOR))
+        return self.base.at_hand(file)
+
     def provenance(self) -> dict[str, Any]:
         return super().provenance() | {"donor": self.donor.provenance()}
 
@@ -78,3 +83,8 @@ class TrainedSource(DerivedSource):
         if file.startswith(TRAINED):
             return self.weights.fetch(file.removeprefix(TRAINED), ranges)
         return self.base.fetch(file, ranges)
+
+    def at_hand(self, file: str) -> Path | None:
+        if file.startswith(TRAINED):
+            return self.weights.at_hand(file.removeprefix(TRAINED))
+        return self.base.at_hand(file)

@@ -113,6 +113,10 @@ class HubSource:
                 )
         return path
 
+    def at_hand(self, file: str) -> Path | None:
+        path = self.snapshot / file
+        return path if path.exists() else None
+
     def provenance(self) -> dict[str, Any]:
         revision = {} if self.revision is None else {"revision": self.revision}
         return {"id": self.repo_id, "commit": self.commit} | revision

@@ -1,23 +1,24 @@
-"""Writing a result: the output directory, which appears whole or not at all, and the weight files in it.
+"""Writing a result: the output directory, which appears whole or not at all, and bytes copied or shared into it.
 
 The directory: everything is written under a hidden temporary name beside the target, config.json last, then synced and
 renamed. A killed process leaves only that hidden directory, without a config.json; the next run with the same output
 removes it.
 
-A weight file: the header first, then each tensor at its offset. The kernel copies each tensor that is only moved.
+Bytes of other files are copied by the kernel. Where the file system can share blocks between files (btrfs, XFS), whole
+blocks are shared instead.
 """
 
 import errno
+import fcntl
 import os
 import re
 import shutil
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+import struct
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from surgeon.checkpoint.header import TensorSpec, format_header
 from surgeon.checkpoint.source import CONFIG
 from surgeon.errors import CheckpointError, OutputError
 
@@ -180,7 +181,7 @@ def write_files(directory: Path, files: Mapping[str, bytes]) -> None:
         (directory / name).write_bytes(content)
 
 
-# One weight file
+# Copying bytes of files
 
 PAGE = 4096
 STEP = 64 * 1024 * 1024  # bytes for each call into the kernel: often enough for a progress bar and for Ctrl-C
@@ -200,100 +201,9 @@ class FileRange:
     start: int
     end: int
 
-
-@dataclass(frozen=True, slots=True)
-class TensorWrite:
-    """A tensor to write: bytes of a file, or a function that makes them."""
-
-    name: str
-    spec: TensorSpec
-    content: FileRange | Callable[[], Iterable[memoryview]]
-
-
-@dataclass(frozen=True, slots=True)
-class CopyRun:
-    """Tensors that follow each other both in a source file and in the result: one copy.
-
-    `target` is the offset in the result, counted from the start of its data.
-    """
-
-    source: FileRange
-    target: int
-
-
-def write_safetensors(path: Path, writes: Sequence[TensorWrite], *, progress: CountBytes | None = None) -> int:
-    """Return the size of the new file `path` after writing `writes` to it in their order and syncing it."""
-    count_bytes = progress or (lambda count: None)
-    runs = _copy_runs(writes)
-    header = format_header({write.name: write.spec for write in writes}, align=_best_alignment(runs))
-    size = len(header) + sum(write.spec.nbytes for write in writes)
-    target = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
-    try:
-        _allocate(target, size)
-        os.pwrite(target, header, 0)
-        for run in runs:
-            copy_range(run.source, target, len(header) + run.target, count_bytes)
-        offset = len(header)
-        for write in writes:
-            if not isinstance(write.content, FileRange):
-                _write_computed(target, write, offset, count_bytes)
-            offset += write.spec.nbytes
-        os.fsync(target)
-    finally:
-        os.close(target)
-    return size
-
-
-def _copy_runs(writes: Sequence[TensorWrite]) -> list[CopyRun]:
-    runs: list[CopyRun] = []
-    target = 0
-    for write in writes:
-        if isinstance(source := write.content, FileRange) and source.end > source.start:
-            last = runs[-1] if runs else None
-            if (
-                last
-                and last.source.path == source.path
-                and last.source.end == source.start
-                and last.target + (last.source.end - last.source.start) == target
-            ):
-                runs[-1] = CopyRun(FileRange(source.path, last.source.start, source.end), last.target)
-            else:
-                runs.append(CopyRun(source, target))
-        target += write.spec.nbytes
-    return runs
-
-
-def _best_alignment(runs: Sequence[CopyRun]) -> int:
-    """Return where, modulo a page, the data should begin so that most bytes keep their place within a page."""
-    votes: Counter[int] = Counter()
-    for run in runs:
-        votes[(run.source.start - run.target) % PAGE] += run.source.end - run.source.start
-    return next((phase for phase, _ in votes.most_common() if phase % 8 == 0), 0)
-
-
-def _allocate(target: int, size: int) -> None:
-    """Give an open file its size, and its blocks where the system can: a full disk is then known at once."""
-    if hasattr(os, "posix_fallocate"):
-        os.posix_fallocate(target, 0, size)
-    else:
-        os.ftruncate(target, size)
-
-
-def _write_computed(target: int, write: TensorWrite, offset: int, count_bytes: CountBytes) -> None:
-    assert not isinstance(write.content, FileRange)
-    end = offset + write.spec.nbytes
-    unsent = offset  # the kernel has not begun to write the bytes from here to `offset` to the disk
-    for chunk in write.content():
-        view = memoryview(chunk)
-        view = view.cast("B") if view.nbytes else memoryview(b"")  # an empty view cannot be cast
-        while view:
-            done = os.pwrite(target, view[:STEP], offset)
-            offset, view = offset + done, view[done:]
-            count_bytes(done)
-            if offset - unsent >= STEP:
-                _start_writeback(target, unsent, offset - unsent)
-                unsent = offset
-    assert offset == end, f"{write.name} was planned {write.spec.nbytes} bytes long, made {offset - end:+d}"
+    @property
+    def size(self) -> int:
+        return self.end - self.start
 
 
 def copy_range(source: FileRange, target: int, offset: int, count_bytes: CountBytes) -> None:
@@ -301,11 +211,7 @@ def copy_range(source: FileRange, target: int, offset: int, count_bytes: CountBy
 
     Raises CheckpointError when the file cannot be opened, or has become shorter since its header was read.
     """
-    try:
-        handle = os.open(source.path, os.O_RDONLY)
-    except OSError as error:
-        raise CheckpointError(f"cannot read {source.path}: {error.strerror}", hint=CHANGED_HINT) from error
-    try:
+    with _opened(source.path) as handle:
         position = source.start
         copy = _copy_file_range if hasattr(os, "copy_file_range") else _read_write
         while position < source.end:
@@ -324,10 +230,21 @@ def copy_range(source: FileRange, target: int, offset: int, count_bytes: CountBy
                 raise CheckpointError(
                     f"{source.path} became shorter while it was read: it ends at byte {position}", hint=CHANGED_HINT
                 )
-            _start_writeback(target, offset, done)
+            start_writeback(target, offset, done)
             position += done
             offset += done
             count_bytes(done)
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[int]:
+    """Yield a file that is copied from, open to read. Raises CheckpointError when it cannot be opened."""
+    try:
+        handle = os.open(path, os.O_RDONLY)
+    except OSError as error:
+        raise CheckpointError(f"cannot read {path}: {error.strerror}", hint=CHANGED_HINT) from error
+    try:
+        yield handle
     finally:
         os.close(handle)
 
@@ -340,10 +257,64 @@ def _read_write(source: int, target: int, count: int, position: int, offset: int
     return os.pwrite(target, os.pread(source, min(count, BUFFER), position), offset)
 
 
-def _start_writeback(target: int, offset: int, count: int) -> None:
+def start_writeback(target: int, offset: int, count: int) -> None:
     """Let the kernel begin to write these bytes to the disk, so that little is left for the sync at the end.
 
     On Linux this advice starts the writing of dirty pages; they stay in memory until they are written.
     """
     if hasattr(os, "posix_fadvise"):
         os.posix_fadvise(target, offset, count, os.POSIX_FADV_DONTNEED)
+
+
+# Sharing blocks
+
+# The request of ioctl, which Python names from 3.12 on. The few processors with another number refuse this one.
+_FICLONERANGE: int = getattr(fcntl, "FICLONERANGE", 0x4020940D)
+
+
+def shareable(files: Mapping[str, Path], target: Path) -> dict[str, int]:
+    """Return the files whose blocks an output `target` can share, each with the size of a block. Leaves no trace."""
+    import tempfile
+
+    try:
+        with tempfile.TemporaryFile(dir=_existing_parent(target.parent)) as probe:
+            blocks = {file: shared_block(path, probe.fileno()) for file, path in files.items()}
+    except OSError:  # no place to write to: nothing will be shared there, and writing says why
+        return {}
+    return {file: block for file, block in blocks.items() if block}
+
+
+def shared_block(source: Path, target: int) -> int:
+    """Return the size of the blocks of `source` that the empty open file `target` can share; 0 if it cannot.
+
+    It is found out by sharing the first one, for a moment.
+    """
+    with _opened(source) as handle:
+        block = max(os.fstatvfs(handle).f_bsize, os.fstatvfs(target).f_bsize)
+        if block & (block - 1) or not 512 <= block <= 65536:
+            block = PAGE  # a network's transfer size, not a block
+        can = _share(handle, target, block, 0, 0)
+    if can:
+        os.ftruncate(target, 0)
+    return block if can else 0
+
+
+def share_range(source: FileRange, target: int, offset: int, count_bytes: CountBytes) -> int:
+    """Return how many of the bytes of `source` the open file `target` shares at `offset` now. It stops at a refusal."""
+    with _opened(source.path) as handle:
+        done = 0
+        while (count := min(STEP, source.size - done)) and _share(
+            handle, target, count, source.start + done, offset + done
+        ):
+            done += count
+            count_bytes(count)
+    return done
+
+
+def _share(source: int, target: int, count: int, position: int, offset: int) -> bool:
+    """Return whether two open files share these blocks now. Where not, the caller copies, and meets any real fault."""
+    try:
+        fcntl.ioctl(target, _FICLONERANGE, struct.pack("qQQQ", source, position, count, offset))
+    except OSError:
+        return False
+    return True

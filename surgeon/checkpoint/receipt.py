@@ -26,10 +26,12 @@ def receipt(
     command: str | None,
     notes: Sequence[str],
     approximate: Sequence[str] = (),
+    bytes_shared: int = 0,
 ) -> dict[str, Any]:
-    """Return the receipt of a surgery; `options` are those that change bytes (dtype, shard size, seed).
+    """Return the receipt of a surgery; `options` are those that change bytes (dtype, shard size, seed, block).
 
-    `approximate` lists why the result may compute something else than its source; if empty, there is no entry.
+    `approximate` lists why the result may compute something else than its source, `bytes_shared` counts the bytes whose
+    blocks on the disk were the source's when this was written; if empty, there is no entry.
     """
     return {
         "format": FORMAT,
@@ -41,6 +43,7 @@ def receipt(
         "command": command,
         "notes": list(notes),
         **({"approximate": list(approximate)} if approximate else {}),
+        **({"bytes_shared": bytes_shared} if bytes_shared else {}),
         "versions": versions(),
     }
 

@@ -86,6 +86,9 @@ class Source(Protocol):
     def fetch(self, file: str, ranges: Sequence[tuple[int, int]] | None = None) -> Path:
         """Return a local file that holds `ranges` of `file` at their own offsets (None: all of it)."""
 
+    def at_hand(self, file: str) -> Path | None:
+        """Return `file` where this machine has it as it is; None where `fetch` would have to get or make it first."""
+
     def provenance(self) -> dict[str, Any]:
         """Return the identity of these weights: an id and a commit, or a path and a fingerprint."""
 
@@ -132,6 +135,9 @@ class LocalSource:
         return [name for name in relative if is_companion(name) and _is_there(self.directory / name)]
 
     def fetch(self, file: str, ranges: Sequence[tuple[int, int]] | None = None) -> Path:
+        return self.directory / file
+
+    def at_hand(self, file: str) -> Path | None:
         return self.directory / file
 
     def provenance(self) -> dict[str, Any]:

@@ -56,6 +56,9 @@ class PickledSource(LocalSource):
     def fetch(self, file: str, ranges: Sequence[tuple[int, int]] | None = None) -> Path:
         return self._reordered if file == REORDERED else super().fetch(file, ranges)
 
+    def at_hand(self, file: str) -> Path | None:
+        return None if file == REORDERED else super().at_hand(file)
+
     @cached_property
     def _files(self) -> Mapping[str, TorchFile]:
         if not self.weights.endswith(".json"):
