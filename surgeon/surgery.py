@@ -14,7 +14,7 @@ from surgeon import text
 from surgeon.anatomy.anatomy import Anatomy, read_anatomy
 from surgeon.checkpoint import output, receipt
 from surgeon.checkpoint.derived import JoinedSource
-from surgeon.checkpoint.header import CheckpointSpec, read_header
+from surgeon.checkpoint.header import QUANTIZATION_FILES, CheckpointSpec, read_header
 from surgeon.checkpoint.output import CountBytes
 from surgeon.checkpoint.source import CARD, CONFIG, RECEIPT, LocalSource, Source, open_directory, spec_of
 from surgeon.errors import CheckpointError, OutputError, PlanError
@@ -164,6 +164,7 @@ class Surgery:
         result = plan.result(source)
         read_anatomy(result)
         target = Path(out or self.name)
+        attachments = {**self._quantization_files(plan), **self.attachments}
         shards = lay_out(plan, result, self.source, max_shard_bytes=parse_size(max_shard_size))
         shards, block, shared = self._placed(shards, plan, target, block)
         before = self.before.spec
@@ -182,7 +183,20 @@ class Surgery:
             seconds=0.0,
         )
         options = {"dtype": dtype, "max_shard_size": max_shard_size, "block": block}
-        return Draft(self.source, plan, tuple(shards), summary, options, self.attachments)
+        return Draft(self.source, plan, tuple(shards), summary, options, attachments)
+
+    def _quantization_files(self, plan: Plan) -> dict[str, bytes]:
+        """Return the files beside the weights that name quantized layers, as they must be where layers have moved."""
+        names = [name for name in QUANTIZATION_FILES if name in self.source.companions]
+        if not names:
+            return {}
+        from surgeon.anatomy.quantized import follow_quantization_file
+
+        contents = {name: self.source.fetch(name).read_bytes() for name in names}
+        return {
+            name: follow_quantization_file(name, content, self.before, plan.layer_map)
+            for name, content in contents.items()
+        }
 
     def _placed(self, shards: list[Shard], plan: Plan, target: Path, block: int | None) -> tuple[list[Shard], int, int]:
         """Return the shards in an order that lets disk blocks be shared, the size of a block, and the bytes shared.

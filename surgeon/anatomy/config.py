@@ -33,7 +33,6 @@ from surgeon.errors import CheckpointError, PlanError
 _SUSPECT = re.compile(
     r"(layer|attn|attention|moe|expert|sparse|global|window|shared).*(interval|period|step|freq|every|pattern)"
 )
-_NUMBERED_LAYER = re.compile(r"\b(?:layers?|h|blocks?)\\?\.\d+")
 
 CONFIG_HINT = "config.json is damaged or edited; fetch it again: its values must be those the weights were made with."
 
@@ -182,11 +181,6 @@ def _refuse_what_cannot_move(config: Mapping[str, Any], names: set[str], keep: S
                 f"{name} {PLACE_BOUND[name]}; moving layers would change them",
                 hint="Only layers at the end can be removed: surgeon truncate.",
             )
-    if named := _NUMBERED_LAYER.search(str(config.get("quantization_config", ""))):
-        raise PlanError(
-            f"quantization_config names single layers ({named.group()}); removing layers would shift them",
-            hint="Cut the unquantized checkpoint and quantize the result.",
-        )
 
 
 def _slice_lists(edit: ConfigEdit, keep: Sequence[int], depth: int, *, tabled: bool) -> None:

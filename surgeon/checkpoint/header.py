@@ -78,6 +78,17 @@ class CheckpointSpec:
         return sum(tensor.nbytes for tensor in self.tensors.values())
 
 
+QUANTIZATION_KEYS = ("quantization_config", "compression_config")  # the second is older compressed-tensors
+QUANTIZATION_FILES = ("hf_quant_config.json", "quantize_config.json", "quant_config.json")  # ModelOpt, GPTQ, AWQ
+
+
+def is_quantized(config: Mapping[str, Any]) -> bool:
+    """Return whether a config says that the weights are stored as codes, which no table of tensors here describes."""
+    nested = config.get("text_config")
+    parts = (config, nested) if isinstance(nested, Mapping) else (config,)
+    return any(part.get(key) is not None for part in parts for key in QUANTIZATION_KEYS)
+
+
 # The header of one file
 
 MAX_HEADER_BYTES = 100_000_000  # safetensors: MAX_HEADER_SIZE

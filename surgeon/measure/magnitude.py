@@ -10,6 +10,7 @@ from torch import Tensor
 
 from surgeon.anatomy.anatomy import EXPERT_NUMBER, Anatomy, read_anatomy
 from surgeon.anatomy.axes import Dim, Places, axes_of, places
+from surgeon.checkpoint.header import is_quantized
 from surgeon.checkpoint.source import Source, ranges_by_file, spec_of
 from surgeon.errors import MeasureError
 from surgeon.plan.arithmetic import TORCH_DTYPES, read
@@ -101,7 +102,7 @@ def _labels(dim: Dim, sizes: Mapping[str, int], axis: str) -> Tensor | None:
 
 def _tensors(source: Source) -> Iterator[tuple[str, Tensor]]:
     """Yield the floating tensors of a source, one at a time, in the order of its files."""
-    if source.config.get("quantization_config") is not None:
+    if is_quantized(source.config):
         raise MeasureError(
             f"{source.label} is quantized; scores are taken from unquantized weights",
             hint="Score the unquantized checkpoint, then cut this one: --scores-from scores.json.",

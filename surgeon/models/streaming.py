@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from surgeon.anatomy.anatomy import read_anatomy
 from surgeon.anatomy.axes import axes_of
 from surgeon.anatomy.config import text_config
+from surgeon.checkpoint.header import is_quantized
 from surgeon.checkpoint.source import Source, StoredTensor, ranges_by_file, spec_of
 from surgeon.errors import MeasureError
 from surgeon.models.loading import quiet_transformers
@@ -112,7 +113,7 @@ def check_runs(source: Source) -> None:
             f"{source.label} has an encoder and a decoder; layers are scored in a model with one stack",
             hint="Scores that read no text work: --score random, last or magnitude.",
         )
-    if source.config.get("quantization_config") is not None:
+    if is_quantized(source.config):
         raise MeasureError(
             f"{source.label} is quantized; scores are taken from unquantized weights",
             hint="Prune the unquantized checkpoint, then quantize the result.",

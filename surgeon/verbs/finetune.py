@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from surgeon.anatomy.anatomy import read_anatomy
 from surgeon.checkpoint import output as outputs
+from surgeon.checkpoint.header import is_quantized
 from surgeon.checkpoint.source import Source, spec_of
 from surgeon.errors import MeasureError, OutputError, PlanError
 from surgeon.gist.settings import GistSettings
@@ -188,7 +189,7 @@ def opened(model: str | os.PathLike[str], revision: str | None, *, gist: bool = 
             f"{source.label} has an encoder and a decoder; such models are trained with gists only",
             hint="Add --gist, or train it with a script of transformers.",
         )
-    if source.config.get("quantization_config") is not None:
+    if is_quantized(source.config):
         raise MeasureError(
             f"{source.label} is quantized; what is trained are weights as numbers",
             hint="Train the unquantized checkpoint; --qlora quantizes it while it trains.",
