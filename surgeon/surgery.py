@@ -298,6 +298,7 @@ class Draft:
             output.copy_files(stage, companions)
             output.write_files(stage, {CARD: page.encode(), RECEIPT: receipt.to_bytes(record), **self.attachments})
             output.write_files(stage, {CONFIG: receipt.to_bytes(plan.config)})  # last: now it is a checkpoint
+            self.source.check_unchanged()
         return replace(self.summary, bytes_shared=written.shared, seconds=time.perf_counter() - began)
 
     def _card(self, *, command: str | None, card: Path | None) -> str:

@@ -112,7 +112,7 @@ def test_a_whole_file_is_copied_in_one_run_in_phase_whatever_its_header(align, c
 
 
 @pytest.mark.parametrize(
-    "code", [errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM, errno.ETXTBSY]
+    "code", [errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM, errno.ETXTBSY, errno.EIO]
 )
 def test_bytes_are_read_and_written_where_the_kernel_cannot_copy(code, source, tmp_path, monkeypatch):
     def refuse(*_):
@@ -137,12 +137,27 @@ def test_bytes_are_read_and_written_where_the_kernel_copies_nothing_or_does_not_
 
 def test_an_error_that_is_no_lack_of_support_is_raised(source, tmp_path, monkeypatch):
     def fail(*_):
-        raise OSError(errno.EIO, "input/output error")
+        raise OSError(errno.ENOSPC, "no space left")
 
     monkeypatch.setattr(os, "copy_file_range", fail)
 
-    with pytest.raises(OSError, match="input/output error"):
+    with pytest.raises(OSError, match="no space left"):
         write_safetensors(tmp_path / "out.safetensors", copies_of(source, BIG))
+
+
+@pytest.mark.parametrize("failing", ["pread", "pwrite"])
+def test_of_a_failing_disk_it_is_said_whether_it_is_that_of_the_source(failing, source, tmp_path, monkeypatch):
+    writes = copies_of(source, BIG)
+
+    def fail(*_):
+        raise OSError(errno.EIO, "input/output error")
+
+    monkeypatch.setattr(os, "copy_file_range", fail)
+    monkeypatch.setattr(os, failing, fail)
+
+    with pytest.raises(CheckpointError if failing == "pread" else OSError) as raised:
+        write_safetensors(tmp_path / "out.safetensors", writes)
+    assert ("cannot read" in str(raised.value)) == (failing == "pread")
 
 
 def test_short_copies_reads_and_writes_are_continued(source, tmp_path, monkeypatch):

@@ -31,6 +31,9 @@ class DerivedSource:
     def companions(self) -> Sequence[str]:
         return self.base.companions
 
+    def check_unchanged(self) -> None:
+        self.base.check_unchanged()
+
     def provenance(self) -> dict[str, Any]:
         return self.base.provenance()
 
@@ -58,6 +61,10 @@ class JoinedSource(DerivedSource):
         if file.startswith(DONOR):
             return self.donor.at_hand(file.removeprefix(DONOR))
         return self.base.at_hand(file)
+
+    def check_unchanged(self) -> None:
+        super().check_unchanged()
+        self.donor.check_unchanged()
 
     def provenance(self) -> dict[str, Any]:
         return super().provenance() | {"donor": self.donor.provenance()}
@@ -88,3 +95,7 @@ class TrainedSource(DerivedSource):
         if file.startswith(TRAINED):
             return self.weights.at_hand(file.removeprefix(TRAINED))
         return self.base.at_hand(file)
+
+    def check_unchanged(self) -> None:
+        super().check_unchanged()
+        self.weights.check_unchanged()

@@ -117,6 +117,9 @@ class HubSource:
         path = self.snapshot / file
         return path if path.exists() else None
 
+    def check_unchanged(self) -> None:
+        """Do nothing: a commit does not change."""
+
     def provenance(self) -> dict[str, Any]:
         revision = {} if self.revision is None else {"revision": self.revision}
         return {"id": self.repo_id, "commit": self.commit} | revision

@@ -19,7 +19,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from surgeon.checkpoint.source import CONFIG
+from surgeon.checkpoint.source import CHANGED_HINT, CONFIG
 from surgeon.errors import CheckpointError, OutputError
 
 # The output directory
@@ -83,6 +83,7 @@ def staged(target: Path, *, overwrite: bool) -> Iterator[Path]:
     lock = FileLock(_lock_of(stage))
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
+        _restore(target, overwrite=overwrite)
         _remove_leftovers(target)
         with lock:
             stage.mkdir()
@@ -105,17 +106,44 @@ def _lock_of(stage: Path) -> Path:
     return stage.with_name(f"{stage.name}.lock")
 
 
+def _restore(target: Path, *, overwrite: bool) -> None:
+    """Put back an old output whose replacement was killed between its two renames (see `publish`).
+
+    Raises OutputError for one that is not to be replaced: the user takes the output to be missing.
+    """
+    from filelock import FileLock, Timeout
+
+    old = [path for path, match in _leftovers(target) if match["old"] and not match["lock"]]
+    if not old or target.exists():
+        return
+    newest = max(old, key=lambda path: path.stat().st_ctime_ns)  # a rename sets it
+    try:
+        with FileLock(_lock_of(target.parent / newest.name.replace(".surgeon-old-", ".surgeon-")), blocking=False):
+            newest.rename(target)
+    except Timeout:
+        return  # the run is alive, and between its renames just now
+    if not overwrite:
+        raise OutputError(
+            f"{target} was being replaced by a run that was killed; it is there again, as it was",
+            hint="Replace it with --overwrite, or choose -o.",
+        )
+
+
+def _leftovers(target: Path) -> list[tuple[Path, re.Match[str]]]:
+    """Return what runs have or had beside `target`: stages, old outputs and locks, each with its name's parts."""
+    name = re.compile(rf"\.{re.escape(target.name)}\.surgeon-(?P<old>old-)?(?P<process>\d+)(?P<lock>\.lock)?")
+    found = ((path, name.fullmatch(path.name)) for path in sorted(target.parent.iterdir()))
+    return [(path, match) for path, match in found if match]
+
+
 def _remove_leftovers(target: Path) -> None:
     """Remove the stages of killed runs beside `target`. A running process holds its lock."""
     from filelock import FileLock, Timeout
 
-    leftover = re.compile(rf"\.{re.escape(target.name)}\.surgeon-(old-)?(\d+)(\.lock)?")
-    for path in sorted(target.parent.iterdir()):
-        if not (match := leftover.fullmatch(path.name)):
-            continue
-        if match[1] and not target.exists():
-            continue  # the run was killed between its two renames: this is the only copy of the old output
-        lock = _lock_of(target.parent / f".{target.name}.surgeon-{match[2]}")
+    for path, match in _leftovers(target):
+        if match["old"] and not target.exists():
+            continue  # of a run that is between its two renames just now: this is the only copy of the old output
+        lock = _lock_of(target.parent / f".{target.name}.surgeon-{match['process']}")
         try:
             with FileLock(lock, blocking=False):
                 if path != lock:
@@ -141,10 +169,18 @@ def _sync(path: Path) -> None:
 
 
 def publish(stage: Path, target: Path, *, overwrite: bool) -> None:
-    """Rename `stage` to `target`. With `overwrite` an old target is removed once the new one has its name."""
-    if target.exists() and any(target.iterdir()):
-        if not overwrite:
-            raise OutputError(f"{target} appeared while its new content was written", hint="Choose another -o.")
+    """Rename `stage` to `target`. With `overwrite` an old target is removed once the new one has its name.
+
+    Where the file system can swap two names, one of the two has the name at any moment. Elsewhere the old one is
+    renamed away just before, and a run that is killed right then leaves it there: the next one restores it.
+    """
+    if not target.exists() or not any(target.iterdir()):
+        stage.rename(target)  # an empty target is replaced
+        _sync(target.parent)
+        return
+    if not overwrite:
+        raise OutputError(f"{target} appeared while its new content was written", hint="Choose another -o.")
+    if not exchange(stage, target):
         old = target.parent / f".{target.name}.surgeon-old-{os.getpid()}"
         try:
             target.rename(old)
@@ -152,10 +188,25 @@ def publish(stage: Path, target: Path, *, overwrite: bool) -> None:
         finally:
             if old.exists() and not target.exists():  # Ctrl-C between the two renames, or the second one failed
                 old.rename(target)
-        shutil.rmtree(old, ignore_errors=True)
-    else:
-        stage.rename(target)  # an empty target is replaced
+        old.rename(stage)  # what is called old is whole
     _sync(target.parent)
+    shutil.rmtree(stage, ignore_errors=True)
+
+
+def exchange(one: Path, other: Path) -> bool:
+    """Return whether two names were swapped, at once: that takes Linux, and a file system that can."""
+    import ctypes
+
+    rename = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    if rename is None:
+        return False
+    here, swap = -100, 2  # AT_FDCWD and RENAME_EXCHANGE of the system's headers
+    if rename(here, os.fsencode(one), here, os.fsencode(other), swap) == 0:
+        return True
+    code = ctypes.get_errno()
+    if code in (errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP):
+        return False
+    raise OSError(code, os.strerror(code), str(other))
 
 
 def as_output_error(error: OSError, target: Path) -> OutputError:
@@ -171,8 +222,10 @@ def copy_files(directory: Path, files: Mapping[str, Path]) -> None:
     for relative, source in files.items():
         target = directory / relative
         target.parent.mkdir(parents=True, exist_ok=True)
+        with _opened(source) as handle:
+            size = os.fstat(handle).st_size
         with target.open("xb") as file:
-            copy_range(FileRange(source, 0, source.stat().st_size), file.fileno(), 0, lambda count: None)
+            copy_range(FileRange(source, 0, size), file.fileno(), 0, lambda count: None)
 
 
 def write_files(directory: Path, files: Mapping[str, bytes]) -> None:
@@ -186,9 +239,9 @@ def write_files(directory: Path, files: Mapping[str, bytes]) -> None:
 PAGE = 4096
 STEP = 64 * 1024 * 1024  # bytes for each call into the kernel: often enough for a progress bar and for Ctrl-C
 BUFFER = 4 * 1024 * 1024
-# The errors of copy_file_range where the file system or the kernel does not support it.
-_UNSUPPORTED = {errno.EXDEV, errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP, errno.EPERM, errno.ETXTBSY}
-CHANGED_HINT = "Something else changed the source; let it finish, then run the command again."
+# The errors of copy_file_range after which bytes are read and written: where the file system or the kernel does not
+# support it, and a failing disk (EIO), of which only reading and writing say which of the two it is.
+_UNSUPPORTED = {errno.EXDEV, errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP, errno.EPERM, errno.ETXTBSY, errno.EIO}
 
 CountBytes = Callable[[int], object]  # called with the number of bytes written since the last call
 
@@ -209,27 +262,25 @@ class FileRange:
 def copy_range(source: FileRange, target: int, offset: int, count_bytes: CountBytes) -> None:
     """Copy `source` to `offset` of the open file `target`, by the kernel where it can.
 
-    Raises CheckpointError when the file cannot be opened, or has become shorter since its header was read.
+    Raises CheckpointError when the file cannot be read, or has become shorter since its header was read.
     """
     with _opened(source.path) as handle:
         position = source.start
-        copy = _copy_file_range if hasattr(os, "copy_file_range") else _read_write
+        by_kernel = hasattr(os, "copy_file_range")
         while position < source.end:
             count = min(STEP, source.end - position)
-            try:
-                done = copy(handle, target, count, position, offset)
-            except OSError as error:
-                if copy is _read_write or error.errno not in _UNSUPPORTED:
-                    raise
-                copy = _read_write
-                continue
-            if done == 0:
-                if copy is not _read_write:  # some file systems return 0 where they cannot copy
-                    copy = _read_write
+            if by_kernel:
+                try:
+                    done = os.copy_file_range(handle, target, count, position, offset)
+                except OSError as error:
+                    if error.errno not in _UNSUPPORTED:
+                        raise
+                    done = 0
+                by_kernel = done > 0  # some file systems return 0 where they cannot copy
+                if not by_kernel:
                     continue
-                raise CheckpointError(
-                    f"{source.path} became shorter while it was read: it ends at byte {position}", hint=CHANGED_HINT
-                )
+            else:
+                done = os.pwrite(target, _read(source.path, handle, min(count, BUFFER), position), offset)
             start_writeback(target, offset, done)
             position += done
             offset += done
@@ -249,12 +300,15 @@ def _opened(path: Path) -> Iterator[int]:
         os.close(handle)
 
 
-def _copy_file_range(source: int, target: int, count: int, position: int, offset: int) -> int:
-    return os.copy_file_range(source, target, count, position, offset)
-
-
-def _read_write(source: int, target: int, count: int, position: int, offset: int) -> int:
-    return os.pwrite(target, os.pread(source, min(count, BUFFER), position), offset)
+def _read(path: Path, handle: int, count: int, position: int) -> bytes:
+    """Return some of the next bytes of a file that is copied from. Raises CheckpointError where there are none."""
+    try:
+        content = os.pread(handle, count, position)
+    except OSError as error:
+        raise CheckpointError(f"cannot read {path}: {error.strerror}", hint=f"Look at it: ls -l {path}") from error
+    if not content:
+        raise CheckpointError(f"{path} became shorter while it was read: it ends at byte {position}", hint=CHANGED_HINT)
+    return content
 
 
 def start_writeback(target: int, offset: int, count: int) -> None:

@@ -9,7 +9,7 @@ import json
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import Any, Protocol
@@ -47,6 +47,7 @@ WEIGHT_INDEXES = (".safetensors.index.json", ".bin.index.json", ".h5.index.json"
 CARD = "README.md"
 RECEIPT = "surgeon.json"
 SCORES = "scores.json"  # the scores that decided a cut; they do not apply to a model that is made from the result
+CHANGED_HINT = "Something else changed the source; let it finish, then run the command again."
 MISMATCH_HINT = "The files do not belong together; fetch the whole checkpoint again."
 
 
@@ -89,6 +90,9 @@ class Source(Protocol):
     def at_hand(self, file: str) -> Path | None:
         """Return `file` where this machine has it as it is; None where `fetch` would have to get or make it first."""
 
+    def check_unchanged(self) -> None:
+        """Raise CheckpointError where a file has changed since it was first looked at: a result may mix two states."""
+
     def provenance(self) -> dict[str, Any]:
         """Return the identity of these weights: an id and a commit, or a path and a fingerprint."""
 
@@ -115,11 +119,13 @@ class LocalSource:
 
     @cached_property
     def config(self) -> Mapping[str, Any]:
+        self.look_at(self.directory / CONFIG)
         return read_config(self.directory / CONFIG)
 
     @cached_property
     def tensors(self) -> Mapping[str, StoredTensor]:
         if _is_there(self.directory / WEIGHTS):  # where both exist, transformers reads this one too
+            self.look_at(self.directory / WEIGHTS)
             return {name: stored(WEIGHTS, entry) for name, entry in read_header(self.directory / WEIGHTS).items()}
         if _is_there(self.directory / INDEX):
             return self._sharded()
@@ -135,7 +141,29 @@ class LocalSource:
         return [name for name in relative if is_companion(name) and _is_there(self.directory / name)]
 
     def fetch(self, file: str, ranges: Sequence[tuple[int, int]] | None = None) -> Path:
+        self.look_at(self.directory / file)
         return self.directory / file
+
+    def look_at(self, path: Path) -> None:
+        """Keep the size and the time of change of a file that will be read, unless they are kept already."""
+        if path not in self._looks:
+            self._looks[path] = _look(path)
+
+    def check_unchanged(self) -> None:
+        for path, look in self._looks.items():
+            if _look(path) != look:
+                raise CheckpointError(f"{path} changed while it was read", hint=CHANGED_HINT)
+        again = replace(self)  # a file can also change within one tick of the clock
+        try:
+            is_same = again.config == self.config and ("tensors" not in vars(self) or again.tensors == self.tensors)
+        except CheckpointError as error:
+            raise CheckpointError(f"{self.label} changed while it was read: {error}", hint=CHANGED_HINT) from error
+        if not is_same:
+            raise CheckpointError(f"{self.label} changed while it was read", hint=CHANGED_HINT)
+
+    @cached_property
+    def _looks(self) -> dict[Path, tuple[int, int] | None]:
+        return {}
 
     def at_hand(self, file: str) -> Path | None:
         return self.directory / file
@@ -144,6 +172,7 @@ class LocalSource:
         return {"path": str(self.directory.resolve()), "fingerprint": fingerprint(self)}
 
     def _sharded(self) -> Mapping[str, StoredTensor]:
+        self.look_at(self.directory / INDEX)
         weight_map = read_index(self.directory / INDEX)
         shards = sorted(set(weight_map.values()))
         for number, shard in enumerate(shards, start=1):
@@ -152,6 +181,8 @@ class LocalSource:
                     f"shard {number} of {len(shards)} is missing: {self.directory / shard}",
                     hint="The download did not finish; fetch the checkpoint again.",
                 )
+        for shard in shards:
+            self.look_at(self.directory / shard)
         return assemble({shard: read_header(self.directory / shard) for shard in shards}, weight_map)
 
     def _hint_without_weights(self) -> str:
@@ -163,6 +194,15 @@ class LocalSource:
         if (self.directory / "adapter_config.json").is_file():
             return "This is a PEFT adapter; merge it into its base model first."
         return f"A checkpoint is a directory with {CONFIG} and {WEIGHTS}; look with: ls {self.directory}"
+
+
+def _look(path: Path) -> tuple[int, int] | None:
+    """Return the size of a file and when it was last changed; None where it cannot be looked at."""
+    try:
+        found = path.stat()
+    except (OSError, ValueError):  # ValueError: a NUL in the name
+        return None
+    return found.st_size, found.st_mtime_ns
 
 
 # Opening
@@ -314,11 +354,15 @@ def fingerprint(source: Source) -> str:
     by_file: dict[str, list[tuple[int, int]]] = {}
     for item in source.tensors.values():
         by_file.setdefault(item.file, []).append((item.start, min(item.end, item.start + FINGERPRINT_BYTES)))
-    handles = {file: os.open(source.fetch(file, ranges), os.O_RDONLY) for file, ranges in by_file.items()}
+    handles: dict[str, int] = {}
     try:
+        for file, ranges in by_file.items():
+            handles[file] = os.open(source.fetch(file, ranges), os.O_RDONLY)
         for name, item in sorted(source.tensors.items()):
             digest.update(f"\0{name}\0{item.spec.dtype}{list(item.spec.shape)}\0".encode())
             digest.update(os.pread(handles[item.file], min(FINGERPRINT_BYTES, item.end - item.start), item.start))
+    except OSError as error:
+        raise CheckpointError(f"cannot read {source.label}: {error.strerror}", hint=CHANGED_HINT) from error
     finally:
         for handle in handles.values():
             os.close(handle)

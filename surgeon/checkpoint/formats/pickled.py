@@ -61,6 +61,7 @@ class PickledSource(LocalSource):
 
     @cached_property
     def _files(self) -> Mapping[str, TorchFile]:
+        self.look_at(self.directory / self.weights)
         if not self.weights.endswith(".json"):
             return {self.weights: read_torch_file(self.directory / self.weights)}
         weight_map = read_index(self.directory / self.weights)
@@ -70,6 +71,8 @@ class PickledSource(LocalSource):
                 raise CheckpointError(
                     f"shard {number} of {len(shards)} is missing: {self.directory / shard}", hint=DOWNLOAD_HINT
                 )
+        for shard in shards:
+            self.look_at(self.directory / shard)
         files = {shard: read_torch_file(self.directory / shard) for shard in shards}
         for name, shard in weight_map.items():
             if name not in files[shard].tensors and name not in files[shard].ignored:
