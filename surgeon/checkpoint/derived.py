@@ -64,6 +64,15 @@ class DerivedSource:
             return base if other is None else other
         return Transfer(base.nbytes + other.nbytes, base.ranges | {self.prefix + file for file in other.ranges})
 
+    def at_hand(self, file: str) -> Path | None:
+        if file.startswith(self.prefix):
+            return self.other.at_hand(file.removeprefix(self.prefix))
+        return self.base.at_hand(file)
+
+    def check_unchanged(self) -> None:
+        self.base.check_unchanged()
+        self.other.check_unchanged()
+
     def provenance(self) -> dict[str, Any]:
         return self.base.provenance()
 
