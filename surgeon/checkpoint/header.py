@@ -8,12 +8,14 @@ tensor given as a list, a dtype given as an object, and lengths of 2^63 and more
 """
 
 import json
+import stat
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, BinaryIO, NoReturn
 
 from surgeon.errors import CheckpointError
 
@@ -80,7 +82,9 @@ class CheckpointSpec:
 
 # The header of one file
 
-MAX_HEADER_BYTES = 100_000_000  # safetensors: MAX_HEADER_SIZE
+# The format allows 100 MB, of which Python makes gigabytes. An entry has some 100 bytes, and a file of a large model a
+# few thousand entries.
+MAX_HEADER_BYTES = 25_000_000
 LONGEST_QUOTE = 200
 DOWNLOAD_HINT = "The file is damaged or incomplete; fetch it again."
 
@@ -99,15 +103,37 @@ def read_header(path: Path) -> dict[str, Entry]:
 
     Raises CheckpointError when the file is damaged; memory and time are bounded by the header's real size.
     """
+    with opened(path) as file:
+        file_size = file.seek(0, 2)
+        file.seek(0)
+        length = header_length(file.read(8), file_size=file_size, where=path.name)
+        raw = file.read(length)
+    return parse_header(raw, file_size=file_size, where=path.name)
+
+
+@contextmanager
+def opened(path: Path) -> Iterator[BinaryIO]:
+    """Yield a regular file, open for reading. Raises CheckpointError for what is none, or cannot be read."""
     try:
+        if (what := not_regular(path)) is not None:
+            raise CheckpointError(f"{path} is {what}, not a file", hint=f"Look at it: ls -l {path}")
         with path.open("rb") as file:
-            file_size = file.seek(0, 2)
-            file.seek(0)
-            length = header_length(file.read(8), file_size=file_size, where=path.name)
-            raw = file.read(length)
+            yield file
     except OSError as error:
         raise CheckpointError(f"cannot read {path}: {error.strerror}", hint=f"Look at it: ls -l {path}") from error
-    return parse_header(raw, file_size=file_size, where=path.name)
+
+
+def not_regular(path: Path) -> str | None:
+    """Return what a path is that a reader would wait for, or read without end; None for files and directories."""
+    mode = path.stat().st_mode
+    kinds = {"a pipe": stat.S_ISFIFO, "a device": stat.S_ISCHR, "a disk": stat.S_ISBLK, "a socket": stat.S_ISSOCK}
+    return next((what for what, is_one in kinds.items() if is_one(mode)), None)
+
+
+def is_dense(raw: bytes) -> bool:
+    """Return whether JSON has so many objects, lists and keys that Python would take 20 and more times its size."""
+    most = 100_000 + len(raw) // 12
+    return len(raw) > 100_000 and (raw.count(b"[") + raw.count(b"{") > most or raw.count(b":") > most)
 
 
 def header_length(prefix: bytes, *, file_size: int, where: str) -> int:
@@ -116,7 +142,7 @@ def header_length(prefix: bytes, *, file_size: int, where: str) -> int:
         _refuse(where, f"is {file_size} bytes long, too short for a safetensors header")
     length = int.from_bytes(prefix, "little")
     if length > MAX_HEADER_BYTES:
-        _refuse(where, f"claims a header of {length} bytes; the format allows {MAX_HEADER_BYTES}")
+        _refuse(where, f"claims a header of {length} bytes; at most {MAX_HEADER_BYTES} are read")
     if length > file_size - 8:
         _refuse(where, f"is truncated: its header needs {length} bytes, the file has {max(file_size - 8, 0)}")
     return length
@@ -126,6 +152,8 @@ def parse_header(raw: bytes, *, file_size: int, where: str) -> dict[str, Entry]:
     """Return the tensors that the header `raw` describes, in the order of their data in a file of `file_size` bytes."""
     if not raw.startswith(b"{"):
         _refuse(where, "has no safetensors header: it does not begin with '{'")
+    if is_dense(raw):
+        _refuse(where, "has a header with more lists, objects and keys than tensors of its size can have")
     try:
         header = json.loads(raw.decode("utf-8"), object_pairs_hook=_without_duplicates)
     except _DuplicateKeyError as error:

@@ -14,13 +14,23 @@ from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import Any, Protocol
 
-from surgeon.checkpoint.header import DOWNLOAD_HINT, CheckpointSpec, Entry, TensorSpec, read_header
+from surgeon.checkpoint.header import (
+    DOWNLOAD_HINT,
+    MAX_HEADER_BYTES,
+    CheckpointSpec,
+    Entry,
+    TensorSpec,
+    is_dense,
+    opened,
+    read_header,
+)
 from surgeon.errors import CheckpointError
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 CONFIG = "config.json"
 FINGERPRINT_BYTES = 512
+MAX_DEPTH = 64  # of lists and objects in one another
 
 # Files that hold weights of this model in some form. A surgery makes them stale, so it never copies them.
 WEIGHT_SUFFIXES = frozenset(
@@ -209,7 +219,7 @@ def _is_there(path: Path) -> bool:
 
 def read_config(path: Path) -> dict[str, Any]:
     """Return config.json as a dictionary. Raises CheckpointError when it is not one."""
-    config = _read_json(path)
+    config = read_json(path)
     if not isinstance(config, dict):
         raise CheckpointError(
             f"{path} is not a model config: it holds a {type(config).__name__}, not an object", hint=DOWNLOAD_HINT
@@ -223,7 +233,7 @@ def read_index(path: Path) -> dict[str, str]:
     Raises CheckpointError when there is none, or when a shard's name leaves the directory: a reader that trusts such a
     name loads, and republishes, any file that it points to.
     """
-    index = _read_json(path)
+    index = read_json(path)
     weight_map = index.get("weight_map") if isinstance(index, dict) else None
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{path} has no weight_map", hint=DOWNLOAD_HINT)
@@ -236,15 +246,35 @@ def read_index(path: Path) -> dict[str, str]:
     return weight_map
 
 
-def _read_json(path: Path) -> Any:
+def read_json(path: Path, *, most: int = MAX_HEADER_BYTES) -> Any:
+    """Return the content of a JSON file of at most `most` bytes.
+
+    Raises CheckpointError for one that is missing, no regular file, no JSON, or larger or deeper than any that is one.
+    """
+    with opened(path) as file:
+        raw = file.read(most + 1)
+    if len(raw) > most:
+        raise CheckpointError(f"{path} has over {most / 1e6:.0f} MB, more than is read", hint=DOWNLOAD_HINT)
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(raw.decode("utf-8")) if not is_dense(raw) else None
     except json.JSONDecodeError as error:
         raise CheckpointError(f"{path} is not JSON: {error.msg} at line {error.lineno}", hint=DOWNLOAD_HINT) from error
     except (ValueError, RecursionError) as error:  # ValueError: not UTF-8, or a number of thousands of digits
         raise CheckpointError(f"{path} is not JSON: {error}", hint=DOWNLOAD_HINT) from error
-    except OSError as error:
-        raise CheckpointError(f"cannot read {path}: {error.strerror}", hint=f"Look at it: ls -l {path}") from error
+    if is_dense(raw) or _is_deep(content):
+        raise CheckpointError(f"{path} has more lists and objects in one another than is read", hint=DOWNLOAD_HINT)
+    return content
+
+
+def _is_deep(content: Any) -> bool:
+    """Return whether JSON is nested deeper than code that follows it can go."""
+    level = [content]
+    for _ in range(MAX_DEPTH):
+        inside = (item.values() if isinstance(item, dict) else item for item in level if isinstance(item, (dict, list)))
+        level = [value for values in inside for value in values if isinstance(value, (dict, list))]
+        if not level:
+            return False
+    return True
 
 
 def _is_plain_name(name: str) -> bool:

@@ -12,7 +12,7 @@ from surgeon.checkpoint import output as outputs
 from surgeon.checkpoint.source import Source, spec_of
 from surgeon.errors import MeasureError, OutputError, PlanError
 from surgeon.gist.settings import GistSettings
-from surgeon.options import device_option, in_python, option, revision_option, same_option, takes
+from surgeon.options import device_option, in_python, option, revision_option, same_option, takes, trust_option
 from surgeon.surgery import open_source, parse_size
 from surgeon.train.result import Training
 from surgeon.train.settings import ComputeSettings, LearningSettings, Settings, deciding
@@ -73,6 +73,7 @@ class MachineOptions:
 
     device: str = device_option()
     revision: str | None = revision_option()
+    trust_remote_code: bool = trust_option()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,6 +103,7 @@ def finetune(model: str | os.PathLike[str], options: FinetuneOptions) -> Trainin
 
         surgeon.finetune("SmolLM2-135M-24L", data=["wiki.txt"], output="healed", max_steps=300, teacher="SmolLM2-135M")
     """
+    from surgeon.models.loading import runs
     from surgeon.train.runner import Runner
 
     training = checked(options.of(TrainingOptions))
@@ -115,8 +117,12 @@ def finetune(model: str | os.PathLike[str], options: FinetuneOptions) -> Trainin
     _check_places(target, place)
     task = task_of(source, training)
     device, watcher = options.device, options.watcher
-    runner = Runner(source, tuple(options.data), task, run_dir=place, device=device, watcher=watcher)
-    with runner.held(resume=options.resume):
+    with (
+        runs(source.label, trust_remote_code=options.trust_remote_code),
+        (runner := Runner(source, tuple(options.data), task, run_dir=place, device=device, watcher=watcher)).held(
+            resume=options.resume
+        ),
+    ):
         steps = runner.fit()
         if steps.is_stopped:
             return runner.stopped(steps)
@@ -129,6 +135,7 @@ def finetune(model: str | os.PathLike[str], options: FinetuneOptions) -> Trainin
 def estimate_finetune(model: str | os.PathLike[str], options: EstimateOptions) -> "RunEstimate":
     """Return an estimate of `finetune` with these options: steps, tokens, memory, time. Trains and keeps nothing."""
     from surgeon.models.device import resolve_device
+    from surgeon.models.loading import runs
     from surgeon.train.inputs import Inputs
     from surgeon.train.launch import processes
 
@@ -143,7 +150,8 @@ def estimate_finetune(model: str | os.PathLike[str], options: EstimateOptions) -
         lambda: None,
         num_processes=options.num_processes or processes(),
     )
-    with tempfile.TemporaryDirectory() as directory:
+    running = runs(source.label, trust_remote_code=options.trust_remote_code)
+    with running, tempfile.TemporaryDirectory() as directory:
         return inputs.estimate(Path(directory))
 
 

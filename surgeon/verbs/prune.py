@@ -11,6 +11,7 @@ from surgeon.anatomy.anatomy import Anatomy, read_anatomy
 from surgeon.checkpoint.source import SCORES, Source, spec_of
 from surgeon.errors import PlanError
 from surgeon.measure.record import Scores, check_model, check_ranking, perplexities, read_scores
+from surgeon.models.loading import runs
 from surgeon.options import (
     OptionError,
     Verb,
@@ -22,6 +23,7 @@ from surgeon.options import (
     revision_option,
     seed_option,
     takes,
+    trust_option,
 )
 from surgeon.surgery import Surgery, open_model, open_source, parse_size
 from surgeon.transforms.choose import Choice
@@ -168,6 +170,7 @@ class RunOptions:
     device: str = device_option()
     seed: int = seed_option()
     revision: str | None = revision_option()
+    trust_remote_code: bool = trust_option()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -193,7 +196,7 @@ class Pruning(Surgery):
     """A surgery that scores decided.
 
     `choice` is None where no scores are there yet, `text` where none was read. removable(n) returns the layers that
-    go when n do; it works for n up to `most_removable`.
+    go when n do, up to `most_removable`.
     """
 
     score: str
@@ -203,19 +206,32 @@ class Pruning(Surgery):
     removable: Callable[[int], Choice]
     most_removable: int
     device: str
+    trust_remote_code: bool = False
 
-    def evaluate(self, result: str | os.PathLike[str], *, meter: "Meter | None" = None) -> tuple[float, float] | None:
-        """Return the perplexity of the source and of the written result on the text, None where none was read."""
+    def evaluate(
+        self, result: str | os.PathLike[str], *, before: float | None = None, meter: "Meter | None" = None
+    ) -> tuple[float, float] | None:
+        """Return the perplexity of the source (`before` if known) and of the written result, None without a text."""
+        if self.text is None:
+            return None
+        from surgeon.measure.scoring import perplexity
+
+        known = self.perplexity(meter=meter) if before is None else before
+        assert known is not None, "there is a text"
+        with runs(self.source.label, trust_remote_code=self.trust_remote_code):
+            return known, perplexity(open_source(result), self.text.tokens, device=self.device, meter=meter)
+
+    def perplexity(self, *, meter: "Meter | None" = None) -> float | None:
+        """Return the perplexity of the source on the text, None where none was read."""
         if self.text is None:
             return None
         from surgeon.measure.scoring import perplexity
 
         scored_on = None if self.scores is None or self.scores.data is None else self.scores.data.get("sha256")
         if self.scores is not None and self.scores.loss is not None and scored_on == self.text.origin["sha256"]:
-            before = perplexities([self.scores.loss])[0]
-        else:
-            before = perplexity(self.source, self.text.tokens, device=self.device, meter=meter)
-        return before, perplexity(open_source(result), self.text.tokens, device=self.device, meter=meter)
+            return perplexities([self.scores.loss])[0]
+        with runs(self.source.label, trust_remote_code=self.trust_remote_code):
+            return perplexity(self.source, self.text.tokens, device=self.device, meter=meter)
 
     def curve(self, most: int | None = None, *, meter: "Meter | None" = None) -> list[float] | None:
         """Return the perplexity with 0, 1, 2 ... `most` layers removed by the scores, None without a text.
@@ -230,7 +246,8 @@ class Pruning(Surgery):
         half = read_anatomy(spec_of(self.source)).depth // 2
         last = min(half if most is None else most, self.most_removable)
         choices = [self.removable(count).dropped for count in range(last + 1)]
-        return removal_curve(self.source, self.text.tokens, choices, device=self.device, meter=meter)
+        with runs(self.source.label, trust_remote_code=self.trust_remote_code):
+            return removal_curve(self.source, self.text.tokens, choices, device=self.device, meter=meter)
 
 
 @takes(PruneOptions)
@@ -253,7 +270,8 @@ def prune(model: "str | os.PathLike[str] | Surgery", options: PruneOptions) -> P
 def plan_pruning(begun: Surgery, options: PruneOptions) -> Pruning:
     """Return the surgery that `prune` returns, of a model that is open: measure, choose, plan."""
     cut, notes = _cut(begun.anatomy, options)
-    measured = _measure(begun, cut, options)
+    with runs(begun.source.label, trust_remote_code=options.trust_remote_code):
+        measured = _measure(begun, cut, options)
     scores = measured.scores
     is_scored = scores is not None or not cut.needs_scores
     removable, most_removable = _ranking(cut, options, scores)
@@ -280,6 +298,7 @@ def plan_pruning(begun: Surgery, options: PruneOptions) -> Pruning:
         removable=removable,
         most_removable=most_removable,
         device=measured.device,
+        trust_remote_code=options.trust_remote_code,
     )
 
 
@@ -311,6 +330,7 @@ def _step(cut: Cut, options: PruneOptions, choice: Choice, scores: Scores | None
         "width_criterion": None if cut.sizes is None else cut.criterion,
         "seed": options.seed,
         "data": None if scores is None or scores.data is None else dict(scores.data),
+        **({"trust_remote_code": True} if options.trust_remote_code else {}),
     }
 
 

@@ -144,14 +144,9 @@ def _ties_embeddings(config: Mapping[str, Any]) -> bool:
     """
     if config.get("tie_word_embeddings") is True:
         return True
-    from huggingface_hub.errors import StrictDataclassError
-    from transformers import AutoConfig
+    from surgeon.models.loading import ties_embeddings
 
-    try:
-        parsed = AutoConfig.for_model(**config)
-    except (ValueError, KeyError, TypeError, AttributeError, StrictDataclassError):
-        return False  # unknown to transformers: store every tensor by itself
-    return bool(getattr(parsed, "tie_word_embeddings", False))
+    return ties_embeddings(config)  # False where transformers does not know: every tensor is stored by itself
 
 
 def _elements(path: Path, tensor: StridedTensor) -> memoryview:
