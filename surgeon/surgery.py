@@ -3,7 +3,7 @@
 import os
 import re
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -213,9 +213,17 @@ class Draft:
         output.check_target(self.summary.output, overwrite=overwrite, source=self.source.origin)
 
     def write(
-        self, *, overwrite: bool = False, progress: CountBytes | None = None, command: str | None = None
+        self,
+        *,
+        overwrite: bool = False,
+        progress: CountBytes | None = None,
+        command: str | None = None,
+        confirm: Callable[[Path], object] | None = None,
     ) -> Summary:
-        """Write the result, at once and whole, and return the summary with the seconds that this took."""
+        """Write the result, at once and whole, and return the summary with the seconds that this took.
+
+        `confirm` is called with the directory that will be the result. Where it raises an error there is no result.
+        """
         began = time.perf_counter()
         target, plan = self.summary.output, self.plan
         self.check(overwrite=overwrite)
@@ -240,6 +248,8 @@ class Draft:
             output.copy_files(stage, companions)
             output.write_files(stage, {CARD: page.encode(), RECEIPT: receipt.to_bytes(record), **self.attachments})
             output.write_files(stage, {CONFIG: receipt.to_bytes(plan.config)})  # last: now it is a checkpoint
+            if confirm is not None:
+                confirm(stage)
         return replace(self.summary, seconds=time.perf_counter() - began)
 
     def _card(self, *, command: str | None, card: Path | None) -> str:
