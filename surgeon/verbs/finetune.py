@@ -22,6 +22,7 @@ from surgeon.options import (
     revision_option,
     same_option,
     takes,
+    trust_option,
 )
 from surgeon.surgery import open_source, parse_size
 from surgeon.train.result import Training
@@ -84,6 +85,7 @@ class MachineOptions:
 
     device: str = device_option()
     revision: str | None = revision_option()
+    trust_remote_code: bool = trust_option()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,6 +115,8 @@ def finetune(model: str | os.PathLike[str], options: FinetuneOptions) -> Trainin
 
         surgeon.finetune("SmolLM2-135M-24L", data=["wiki.txt"], output="healed", max_steps=300, teacher="SmolLM2-135M")
     """
+    from surgeon.models.loading import runs
+
     training = checked(options.of(TrainingOptions))
     source = opened(model, options.revision, gist=training.gist)
     target = Path(options.output or default_output(source))
@@ -129,8 +133,12 @@ def finetune(model: str | os.PathLike[str], options: FinetuneOptions) -> Trainin
 
     task = task_of(source, training)
     device, watcher = options.device, options.watcher
-    runner = Runner(source, tuple(options.data), task, run_dir=place, device=device, watcher=watcher)
-    with runner.held(resume=options.resume):
+    with (
+        runs(source.label, trust_remote_code=options.trust_remote_code),
+        (runner := Runner(source, tuple(options.data), task, run_dir=place, device=device, watcher=watcher)).held(
+            resume=options.resume
+        ),
+    ):
         steps = runner.fit()
         if steps.is_stopped:
             return runner.stopped(steps)
@@ -143,6 +151,7 @@ def finetune(model: str | os.PathLike[str], options: FinetuneOptions) -> Trainin
 def estimate_finetune(model: str | os.PathLike[str], options: EstimateOptions) -> "RunEstimate":
     """Return an estimate of `finetune` with these options: steps, tokens, memory, time. Trains and keeps nothing."""
     from surgeon.models.device import resolve_device
+    from surgeon.models.loading import runs
     from surgeon.train.inputs import Inputs
     from surgeon.train.launch import processes
 
@@ -157,7 +166,8 @@ def estimate_finetune(model: str | os.PathLike[str], options: EstimateOptions) -
         lambda: None,
         num_processes=options.num_processes or processes(),
     )
-    with tempfile.TemporaryDirectory() as directory:
+    running = runs(source.label, trust_remote_code=options.trust_remote_code)
+    with running, tempfile.TemporaryDirectory() as directory:
         return inputs.estimate(Path(directory))
 
 
