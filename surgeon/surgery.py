@@ -187,8 +187,9 @@ class Surgery:
             plan = replace(plan, notes=(*plan.notes, *dtype_cost(plan, source.tensors)))
         result = plan.result(source)
         read_anatomy(result)
-        if plan.layer_map != tuple(range(len(plan.layer_map))):
-            plan = replace(plan, notes=(*plan.notes, *runtime_notes(result.config, len(plan.layer_map))))
+        known = runtime_notes(self.before.spec.config, self.before.depth)
+        new = (note for note in runtime_notes(result.config, len(plan.layer_map)) if note not in known)
+        plan = replace(plan, notes=(*plan.notes, *new))
         target = Path(out or self.name)
         attachments = {**self._quantization_files(plan), **self.attachments}
         shards = lay_out(plan, result, self.source, max_shard_bytes=parse_size(max_shard_size))
