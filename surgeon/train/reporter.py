@@ -2,13 +2,23 @@
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
 from surgeon.errors import SurgeonError
 from surgeon.train.launch import is_first
 from surgeon.train.pace import PaceMeter
-from surgeon.train.run_dir import EvalReport, MetricsLog, State, StepReport, TrainingWatcher, read_metrics, write_status
+from surgeon.train.run_dir import (
+    EvalReport,
+    MetricsLog,
+    State,
+    StepReport,
+    TrainingWatcher,
+    read_metrics,
+    write_done,
+    write_status,
+)
 from surgeon.train.trainer import EvalLosses
 
 GAP = 0.2  # nats; the paper calls a data set large enough where (train - validation)² < 0.04 at the best step
@@ -117,6 +127,11 @@ class Reporter:
         """Write the state of the run into status.json."""
         if is_first():
             write_status(self.run_dir, state, step=self._step, **facts)
+
+    def done(self, output: Path, summary: Mapping[str, Any]) -> None:
+        """Write into status.json that the run is done, with its result."""
+        summary = {name: None if isinstance(x, float) and not isfinite(x) else x for name, x in summary.items()}
+        write_done(self.run_dir, output=output, summary=summary, step=self._step, exit_code=0)
 
     def note(self, text: str) -> None:
         """Show a sentence to the user, unless it was shown before."""
