@@ -13,13 +13,18 @@ SurgeonError
 Any other exception is a bug in surgeon.
 """
 
+from surgeon.text import scrubbed
+
 
 class SurgeonError(Exception):
-    """A problem that the user can fix: one sentence, and a hint to type or to read."""
+    """A problem that the user can fix: one sentence, and a hint to type or to read.
+
+    Neither holds a token or password: an answer of the Hub may repeat one, and an endpoint hold one.
+    """
 
     def __init__(self, message: str, *, hint: str | None = None) -> None:
-        super().__init__(message)
-        self.hint = hint
+        super().__init__(scrubbed(message))
+        self.hint = None if hint is None else scrubbed(hint)
 
 
 class CheckpointError(SurgeonError):

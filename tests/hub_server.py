@@ -56,6 +56,9 @@ class HubServer:
         self.ignore_range = False
         self.hide_commit = False  # answer like something that is no Hub
         self.use_cdn = False  # redirect weights to another host, as the Hub does; it must not see the token
+        self.away = False  # redirect every GET, and take every upload of a large file, at another name of this host
+        self.repeats_token = False  # put the token into the message of a refusal
+        self.leaks: list[str] = []  # what was asked for with a token at another name of this host
         self.renamed: dict[str, str] = {}  # old id to new: redirected, as the Hub does
         self.blobs: dict[str, bytes] = {}
         self.closing = threading.Event()
@@ -113,7 +116,9 @@ class _Handler(BaseHTTPRequestHandler):
         if path == "/api/agent-harnesses":  # huggingface_hub's telemetry, once a day
             self.reply(404, record=False)
         elif self.hub.fail_with:
-            self.reply(self.hub.fail_with)
+            self.fail()
+        elif self.hub.away and self.headers["Host"].startswith("127.0.0.1"):
+            self.reply(307, headers={"Location": self.elsewhere() + self.path})
         elif match := CDN.fullmatch(path):
             assert "Authorization" not in self.headers
             self.send_file(self.hub.blobs[match["oid"]], {})
@@ -138,7 +143,7 @@ class _Handler(BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         path, body = unquote(urlsplit(self.path).path), self.body()
         if self.hub.fail_with:
-            self.reply(self.hub.fail_with)
+            self.fail()
         elif path == "/api/validate-yaml":
             self.reply(200, {"errors": [], "warnings": []})
         elif self.token() not in (TOKEN, READ_ONLY_TOKEN):
@@ -155,7 +160,8 @@ class _Handler(BaseHTTPRequestHandler):
         elif LFS_BATCH.fullmatch(path):
             objects = json.loads(body)["objects"]
             for item in objects:
-                item["actions"] = {"upload": {"href": f"{self.hub.endpoint}/lfs/{item['oid']}"}}
+                place = self.elsewhere() if self.hub.away else self.hub.endpoint
+                item["actions"] = {"upload": {"href": f"{place}/lfs/{item['oid']}"}}
             self.reply(200, {"objects": objects, "transfer": "basic"})
         elif match := COMMIT.fullmatch(path):
             self.add_commit(match["repo"], body)
@@ -234,6 +240,19 @@ class _Handler(BaseHTTPRequestHandler):
         else:
             start, end = int(asked[1]), min(int(asked[2] or size - 1) + 1, size)
             self.reply(206, content[start:end], headers | {"Content-Range": f"bytes {start}-{end - 1}/{size}"})
+
+    def fail(self) -> None:
+        repeated = f"no: {self.headers.get('Authorization')}" if self.hub.repeats_token else ""
+        self.reply(self.hub.fail_with or 500, headers={"X-Error-Message": repeated} if repeated else None)
+
+    def elsewhere(self) -> str:
+        return self.hub.endpoint.replace("127.0.0.1", "localhost")
+
+    def parse_request(self) -> bool:
+        parsed = super().parse_request()
+        if parsed and "Authorization" in self.headers and self.headers.get("Host", "").startswith("localhost"):
+            self.hub.leaks.append(self.path)
+        return parsed
 
     def refuse(self, status: int, code: str, *, message: str = "", headers: Mapping[str, str] | None = None) -> None:
         self.reply(status, headers={**(headers or {}), "X-Error-Code": code, "X-Error-Message": message or code})

@@ -32,6 +32,7 @@ from surgeon.checkpoint.source import (
 )
 from surgeon.errors import CheckpointError, HubError
 from surgeon.options import Reads
+from surgeon.text import scrubbed
 
 # Reading
 
@@ -236,4 +237,4 @@ def push(directory: Path, repo_id: str, *, private: bool, reads: Reads) -> str:
         hub.upload_folder(
             repo_id=url.repo_id, folder_path=directory, commit_message=f"Upload {directory.name} made with surgeon"
         )
-    return str(url)
+    return scrubbed(str(url))

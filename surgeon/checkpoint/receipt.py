@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from surgeon.checkpoint.source import RECEIPT, inside
+from surgeon.text import scrubbed
 
 # The receipt
 
@@ -38,7 +39,7 @@ def receipt(
         "options": dict(options),
         "layer_map": list(layer_map),
         "axis_maps": dict(axis_maps),
-        "command": command,
+        "command": None if command is None else scrubbed(command),
         "notes": list(notes),
         **({"approximate": list(approximate)} if approximate else {}),
         "versions": versions(),
@@ -101,7 +102,7 @@ def model_card(
     lines += [f"| {name} | {value} |" for name, value in facts.items()]
     lines += ["", *(f"- {note}" for note in notes)]
     if command:
-        lines += ["", "Made with:", "", "```bash", command, "```"]
+        lines += ["", "Made with:", "", "```bash", scrubbed(command), "```"]
     lines += ["", "`surgeon.json` holds the layer map, the source's identity and the versions.", ""]
     return "\n".join(lines).encode("utf-8", "backslashreplace").decode()  # a path need not be UTF-8
 

@@ -5,16 +5,17 @@ import io
 import os
 import signal
 import sys
+import traceback
 from importlib import import_module
 from pathlib import Path
 from types import FrameType, ModuleType
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any, NoReturn, TextIO
 
 import typer
 from typer.core import TyperGroup
 
 from surgeon.errors import SurgeonError
-from surgeon.text import printable
+from surgeon.text import printable, scrubbed
 
 EXAMPLE = "surgeon truncate gpt2-large --layers 6 -o gpt2-large-6"
 # The order of --help: by what a command is for (`GROUP` in its file), then by its name.
@@ -109,12 +110,36 @@ def main() -> NoReturn:
     signal.signal(signal.SIGTERM, _terminate)
     if isinstance(sys.stdout, io.TextIOWrapper):  # a path need not be text, and a terminal need not know "→"
         sys.stdout.reconfigure(errors="backslashreplace")
+    standard_error, sys.stderr = sys.stderr, _WithoutSecrets(sys.stderr)
+    try:
+        _run()
+    finally:
+        sys.stderr = standard_error
+
+
+class _WithoutSecrets:
+    """Standard error without tokens and passwords: a library's log or a traceback may repeat them."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, written: str) -> int:
+        """Write text, and return how many characters were asked for."""
+        self._stream.write(scrubbed(written))
+        return len(written)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+def _run() -> NoReturn:
     try:
         app()
     except SurgeonError as error:
         if "--debug" in sys.argv:
-            raise
-        _show(error)
+            traceback.print_exc()
+        else:
+            _show(error)
         sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(130)

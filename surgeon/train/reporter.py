@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from surgeon.errors import SurgeonError
+from surgeon.text import scrubbed
 from surgeon.train.launch import is_first
 from surgeon.train.pace import PaceMeter
 from surgeon.train.run_dir import (
@@ -219,7 +220,7 @@ class Reporter:
         self.end()
         code = error.code if isinstance(error, SystemExit) else 130 if isinstance(error, KeyboardInterrupt) else 1
         hint = error.hint if isinstance(error, SurgeonError) else None
-        self.status("failed", exit_code=code, error=str(error) or type(error).__name__, hint=hint)
+        self.status("failed", exit_code=code, error=scrubbed(str(error)) or type(error).__name__, hint=hint)
 
     def validations(self) -> Sequence[float]:
         """Return the validation losses so far."""

@@ -131,19 +131,17 @@ def finetune(model: str | os.PathLike[str], options: FinetuneOptions) -> Trainin
     training = checked(options.of(TrainingOptions))
     source = opened(model, options.revision, gist=training.gist)
     target, place = places_of(model, options)
+    done = _finished(place, target) if options.resume else None
+    if done is None:
+        _check_places(target, place, options, reads_of(options) | {"MODEL": (os.fspath(model),)})
+        _ = source.companions  # one that is no file of the checkpoint is refused now, and not after hours
     task = task_of(source, training)
     settings = task.record() | {"num_processes": processes(), "dtype": options.dtype}  # a step has the rows of all
     others = {name: getattr(options, name) for name in OTHERS} | {"output": str(target.absolute())}
     request = Request(model=source.provenance(), data=options.data, settings=settings, others=others)
-    if options.resume and (done := _finished(place, target, request)) is not None:
+    if done is not None:
+        check_same(place, request)
         return replace(done, seconds=time.perf_counter() - began)
-    reads = reads_of(options) | {"MODEL": (os.fspath(model),)}
-    outputs.check_target(target, overwrite=options.overwrite, reads=reads)
-    if options.dtype not in ("keep", "float32", "bfloat16", "float16"):
-        raise PlanError(f"unknown dtype {options.dtype!r}", hint="One of: keep, float32, bfloat16, float16.")
-    parse_size(options.max_shard_size)
-    _check_places(target, place, reads)
-    _ = source.companions  # one that is no file of the checkpoint is refused now, and not after hours
 
     from surgeon.train.runner import Runner
 
@@ -206,11 +204,10 @@ def places_of(model: str | os.PathLike[str], options: FinetuneOptions) -> tuple[
     return target, Path(options.run_dir or f"{target}.run")
 
 
-def _finished(run_dir: Path, target: Path, request: Request) -> Training | None:
-    """Return the summary of a finished run with the same request, whose output is `target`; None for any other run."""
+def _finished(run_dir: Path, target: Path) -> Training | None:
+    """Return the summary of a finished run whose output is `target`, as it was written; None for any other run."""
     if begun(run_dir) is None or (summary := summary_of(run_dir, target)) is None:
         return None
-    check_same(run_dir, request)
     with suppress(KeyError, TypeError):
         return replace(Training.of_finished(summary), output=target, run_dir=run_dir)
     return None
@@ -257,8 +254,12 @@ def task_of(source: Source, options: TrainingOptions) -> "Task":
     return GistTask(settings=settings, recorded=recorded, source=source, gist=options.of(GistSettings))
 
 
-def _check_places(target: Path, run_dir: Path, reads: Reads) -> None:
+def _check_places(target: Path, run_dir: Path, options: FinetuneOptions, reads: Reads) -> None:
     """Raise OutputError for places that would fail only at the end, or whose files are read."""
+    outputs.check_target(target, overwrite=options.overwrite, reads=reads)
+    if options.dtype not in ("keep", "float32", "bfloat16", "float16"):
+        raise PlanError(f"unknown dtype {options.dtype!r}", hint="One of: keep, float32, bfloat16, float16.")
+    parse_size(options.max_shard_size)
     outputs.check_apart(run_dir, reads)
     if run_dir.resolve() in target.resolve().parents:
         raise OutputError(
