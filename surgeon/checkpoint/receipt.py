@@ -12,7 +12,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from surgeon.checkpoint.source import RECEIPT, LocalSource, Source, inside
+from surgeon.checkpoint.source import RECEIPT, LocalSource, Source, Transfer, inside
 from surgeon.text import scrubbed
 
 # The receipt
@@ -31,10 +31,14 @@ def receipt(
     command: str | None,
     notes: Sequence[str],
     approximate: Sequence[str] = (),
+    transfer: Transfer | None = None,
+    bytes_shared: int = 0,
 ) -> dict[str, Any]:
-    """Return the receipt of a surgery; `options` are those that change bytes (dtype, shard size, seed).
+    """Return the receipt of a surgery; `options` are those that change bytes (dtype, shard size, seed, block).
 
-    `approximate` lists why the result may compute something else than its source; if empty, there is no entry.
+    `approximate` lists why the result may compute something else than its source, `bytes_shared` counts the bytes whose
+    blocks on the disk were the source's when this was written; if empty, there is no entry. Where `transfer` says that
+    only ranges of files were downloaded, "fetched" is "ranges" and "sha256_unchecked" names them.
     """
     return {
         "format": FORMAT,
@@ -46,6 +50,8 @@ def receipt(
         "command": None if command is None else scrubbed(command),
         "notes": list(notes),
         **({"approximate": list(approximate)} if approximate else {}),
+        **({"fetched": "ranges", "sha256_unchecked": sorted(transfer.ranges)} if transfer and transfer.ranges else {}),
+        **({"bytes_shared": bytes_shared} if bytes_shared else {}),
         "versions": versions(),
     }
 

@@ -1,6 +1,7 @@
 """How a command is made: its options, spread from dataclasses, and how it carries out a surgery and prints it."""
 
 import inspect
+import os
 import shlex
 import sys
 from collections.abc import Callable, Sequence
@@ -39,6 +40,8 @@ def spread(command: Callable[..., None]) -> Callable[..., None]:
             parameters.append(item.replace(kind=inspect.Parameter.KEYWORD_ONLY, annotation=hint))
 
     def flat(**given: Any) -> None:
+        if given.get("quiet"):
+            os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"  # huggingface_hub reads it when it is imported
         for name, kind in groups.items():
             given[name] = _made(kind, given)
         try:
@@ -190,6 +193,7 @@ def run(surgery: Surgery, writing: Writing, *, verify: bool | None = False, repo
     if report:
         more = report.after(summary.output)
         rows, entries = rows + more[0], entries | more[1]
+        summary = summary.downloaded_from(surgery.source)  # it may have read more of it
     if writing.push_to_hub is not None:
         from surgeon.checkpoint.hub import push
 

@@ -42,6 +42,8 @@ def prune(
     options = verb.PruneOptions(**vars(cut), **vars(running), meter=meter)
     if plot is not None:
         check_picture(plot, reads_of(options) | {"MODEL": (model,)})
+    if curve and options.keep_pattern:
+        raise PlanError("a curve removes layers one by one, not in whole periods", hint="Leave out --keep-pattern.")
     begun = open_model(model, revision=options.revision)
     surgery = verb.plan_pruning(begun, replace(options, measure=False))
     if not writing.dry_run:

@@ -1,7 +1,7 @@
 """The verb `prune`: measure, choose, plan. Scores are kept, so that another cut takes the time of a copy."""
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -24,9 +24,10 @@ from surgeon.options import (
     seed_option,
     takes,
 )
+from surgeon.plan.plan import FLOAT_DTYPES
 from surgeon.surgery import Surgery, open_model, open_source, parse_size
 from surgeon.transforms.choose import Choice
-from surgeon.transforms.prune import Cut, pruned_sizes, removed_count, resolve_count, sizes_like
+from surgeon.transforms.prune import Cut, pruned_sizes, removed_count, repeating_period, resolve_count, sizes_like
 from surgeon.transforms.scores import METHODS
 
 if TYPE_CHECKING:
@@ -91,6 +92,10 @@ class CutOptions:
         metavar="FIRST,LAST",
         parse=_first_and_last,
     )
+    keep_pattern: bool = option(
+        "Remove whole periods of a pattern such as 5 sliding layers, 1 full: llama.cpp counts on it.",
+        False,
+    )
     greedy: bool = option(f"With --score {_GREEDY}: score the model again after each removed layer (SLEB).", False)
     tokens: str = option(
         f"With --score {_TOKENS}: measure at the last token of each sequence, or at all tokens.",
@@ -122,6 +127,9 @@ class CutOptions:
         if self.greedy and self.contiguous:
             hint = "Leave out --contiguous."
             raise PlanError("a greedy removal chooses layers one by one, not as a block", hint=hint)
+        if self.greedy and self.keep_pattern:
+            hint = "Leave out --greedy."
+            raise PlanError("a greedy removal chooses layers one by one, not in whole periods", hint=hint)
         if self.protect is not None and min(self.protect) < 0:
             raise PlanError(f"cannot protect {min(self.protect)} layers", hint="Write --protect 1,1.")
         self._check_sizes()
@@ -198,7 +206,7 @@ class Pruning(Surgery):
     """A surgery that scores decided.
 
     `choice` is None where no scores are there yet, `text` where none was read. removable(n) returns the layers that
-    go when n do; it works for n up to `most_removable`.
+    go when n do; it works for n up to `most_removable`, with `keep_pattern` for whole periods.
     """
 
     score: str
@@ -208,6 +216,13 @@ class Pruning(Surgery):
     removable: Callable[[int], Choice]
     most_removable: int
     device: str
+    is_measured: bool
+
+    @property
+    def also_read(self) -> Iterable[str]:
+        """The tensors that scores or a perplexity are still to be taken from."""
+        tensors = self.source.tensors
+        return () if self.is_measured else [name for name in tensors if tensors[name].spec.dtype in FLOAT_DTYPES]
 
     def evaluate(self, result: str | os.PathLike[str], *, meter: "Meter | None" = None) -> tuple[float, float] | None:
         """Return the perplexity of the source and of the written result on the text, None where none was read."""
@@ -265,7 +280,7 @@ def plan_pruning(begun: Surgery, options: PruneOptions) -> Pruning:
     pick = removable if is_scored else cut.placeholder
     count = cut.count
     if count is None:
-        choices = [pick(number).dropped for number in range(most_removable + 1)]
+        choices = [pick(number).dropped for number in range(0, most_removable + 1, cut.period)]
         count = resolve_count(cut.anatomy, choices, parameters=options.parameters, nbytes=options.nbytes)
     choice = pick(count)
     notes += (SELF_SAMPLED,) if measured.text is not None and not options.data else ()
@@ -286,6 +301,7 @@ def plan_pruning(begun: Surgery, options: PruneOptions) -> Pruning:
         removable=removable,
         most_removable=most_removable,
         device=measured.device,
+        is_measured=is_scored and (options.measure or not (options.data and options.evaluate)),
     )
 
 
@@ -345,6 +361,7 @@ def _cut(anatomy: Anatomy, options: PruneOptions) -> tuple[Cut, tuple[str, ...]]
         contiguous=options.contiguous,
         protect=default if options.protect is None else options.protect,
         seed=options.seed,
+        period=repeating_period(anatomy) if options.keep_pattern else 1,
     )
     cut.check()
     return cut, notes
