@@ -121,6 +121,11 @@ def device_option(default: str = "auto") -> Any:
     return option("Device to compute on: auto (CUDA, then MPS, then the CPU), cpu, cuda, mps.", default)
 
 
+def trust_option() -> Any:
+    """Return the field `trust_remote_code`."""
+    return option("Run the code that the checkpoint brings along (auto_map). Read that code first.", False)
+
+
 def adapter_option() -> Any:
     """Return the field `adapter`."""
     return option(

@@ -3,7 +3,7 @@
 import os
 import re
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -160,6 +160,15 @@ class Surgery:
         done = [f"{verb}-{depth}L" if verb_named(verb).counts_layers else verb for verb in verbs]
         return "-".join([base, *done])
 
+    def check_saved(self) -> None:
+        """Raises PlanError for a model that is planned but not yet on the disk: it cannot be scored."""
+        if self.plan.steps:
+            done = ", then ".join(next(iter(step)) for step in self.plan.steps)
+            raise PlanError(
+                f"scores are taken from a checkpoint, and this one is not saved yet: it is still to be made ({done})",
+                hint="Save it, and prune the saved checkpoint.",
+            )
+
     def prepare(
         self,
         out: str | os.PathLike[str] | None = None,
@@ -294,9 +303,17 @@ class Draft:
         _ = self.source.companions  # one that is no file of the checkpoint is refused now, and not after hours
 
     def write(
-        self, *, overwrite: bool = False, progress: CountBytes | None = None, command: str | None = None
+        self,
+        *,
+        overwrite: bool = False,
+        progress: CountBytes | None = None,
+        command: str | None = None,
+        confirm: Callable[[Path], object] | None = None,
     ) -> Summary:
-        """Write the result, at once and whole, and return the summary with the seconds that this took."""
+        """Write the result, at once and whole, and return the summary with the seconds that this took.
+
+        `confirm` is called with the directory that will be the result. Where it raises an error there is no result.
+        """
         began = time.perf_counter()
         target, plan = self.summary.output, self.plan
         self.check(overwrite=overwrite)
@@ -324,6 +341,8 @@ class Draft:
             output.copy_files(stage, companions)
             output.write_files(stage, {CARD: page.encode(), RECEIPT: receipt.to_bytes(record), **self.attachments})
             output.write_files(stage, {CONFIG: receipt.to_bytes(plan.config)})  # last: now it is a checkpoint
+            if confirm is not None:
+                confirm(stage)
             self.source.check_unchanged()
         done = replace(self.summary.downloaded_from(self.source), bytes_shared=written.shared)
         return replace(done, seconds=time.perf_counter() - began)

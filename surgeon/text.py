@@ -10,7 +10,7 @@ from typing import Any
 
 def printable(text: str) -> str:
     """Return text without the control characters that a hostile checkpoint could put into a name."""
-    return "".join(char if char.isprintable() else repr(char)[1:-1] for char in text)
+    return text if text.isprintable() else "".join(char if char.isprintable() else repr(char)[1:-1] for char in text)
 
 
 SCRUBBED = "***"

@@ -517,3 +517,13 @@ def test_a_record_of_the_run_that_was_edited_is_refused(name, value, run, finish
 
     outcome = run("finetune", talker, "--resume", "-o", tmp_path / "out")
     refused(outcome, f"run.json is damaged: --{name.replace('_', '-')} cannot be")
+
+
+def test_an_edited_record_of_a_run_replaces_nothing_and_trusts_nobody(run, finished, talker, tmp_path):
+    """These options are never taken from a run, whatever its record says."""
+    content = json.loads((finished / "run.json").read_text())
+    content["others"] |= {"overwrite": True, "trust_remote_code": True, "run_dir": "elsewhere", "push_to_hub": "me/x"}
+    (finished / "run.json").write_text(json.dumps(content))
+    (tmp_path / "out/surgeon.json").write_text("{}")  # another result, in the place of the run's own
+
+    refused(run("finetune", talker, "--resume", "-o", tmp_path / "out"), "exists and is not empty")

@@ -64,7 +64,8 @@ def test_a_receipt_and_a_card_hold_the_command_without_them(tmp_path, monkeypatc
     surgeon.truncate(checkpoint(tmp_path / "model"), layers=2).save(tmp_path / "out", command=command)
 
     written = "".join(path.read_text() for path in (tmp_path / "out").iterdir() if path.suffix in (".json", ".md"))
-    assert written.count("surgeon truncate m --layers 2 --token *** https://***@host ***") == 2
+    assert "surgeon truncate m --layers 2 --token *** https://***@host ***" in written  # the receipt
+    assert "surgeon truncate m --layers 2 --token '***' 'https://***@host' '***'" in written  # the card
     assert CANARY not in written
     assert PASSWORD not in written
 

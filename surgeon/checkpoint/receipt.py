@@ -6,18 +6,22 @@ import platform
 import re
 import shlex
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from surgeon.checkpoint.header import read_json
 from surgeon.checkpoint.source import RECEIPT, LocalSource, Source, Transfer, inside
+from surgeon.errors import CheckpointError
 from surgeon.text import scrubbed
 
 # The receipt
 
 FORMAT = 1
+MOST_POSITIONS = 2**24  # of an axis; the largest vocabulary has some 2**18
+_ENTRIES: Mapping[str, Callable[[], Any]] = {"layer_map": list, "axis_maps": dict, "steps": list}
 _PACKAGES = ("surgeon", "torch", "transformers", "safetensors", "huggingface-hub")
 
 
@@ -70,10 +74,31 @@ def read_receipt(directory: Path) -> dict[str, Any] | None:
     Raises CheckpointError for a link that leads out of the directory.
     """
     try:
-        content = json.loads(inside(directory, RECEIPT).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        content = read_json(inside(directory, RECEIPT))
+    except CheckpointError:
         return None
-    return content if isinstance(content, dict) else None
+    return content if isinstance(content, dict) and _is_sound(content) else None
+
+
+def _is_sound(content: Mapping[str, Any]) -> bool:
+    """Return whether the entries of a receipt that surgeon reads again have the form that it writes."""
+    layers, axes, steps = (content.get(key, kind()) for key, kind in _ENTRIES.items())
+    return (
+        isinstance(layers, list)
+        and all(layer is None or (type(layer) is int and layer >= 0) for layer in layers)
+        and isinstance(axes, dict)
+        and all(isinstance(runs, list) and all(map(_is_run, runs)) for runs in axes.values())
+        and isinstance(steps, list)
+        and all(isinstance(step, dict) and all(isinstance(told, dict) for told in step.values()) for step in steps)
+    )
+
+
+def _is_run(run: object) -> bool:
+    """Return whether this is a run of positions of an axis: the first, or -1 for new ones, and how many."""
+    if not isinstance(run, list) or len(run) != 2 or not all(type(number) is int for number in run):
+        return False
+    first, count = run
+    return bool(first >= -1 and 0 < count <= MOST_POSITIONS)
 
 
 def versions() -> dict[str, str]:
@@ -147,6 +172,7 @@ def public_name(source: Source) -> str:
 
 # The model card
 
+MAX_CARD = 50_000  # characters: the block stands at the beginning, and PyYAML reads some 100 kB a second
 _COPIED_METADATA = ("license", "license_name", "license_link", "language", "pipeline_tag")
 
 
@@ -185,7 +211,8 @@ def _source_metadata(card: Path | None) -> dict[str, Any]:
     if card is None:
         return {}
     try:
-        head, block, *_ = card.read_text(encoding="utf-8").split("---\n", 2)
+        with card.open(encoding="utf-8") as file:
+            head, block, *_ = file.read(MAX_CARD).split("---\n", 2)
         # BaseLoader makes only strings, lists and dictionaries: "no" stays Norwegian, and no tag can run code.
         metadata = yaml.load(block, Loader=yaml.BaseLoader) if not head.strip() else None  # noqa: S506
     except (OSError, ValueError, RecursionError, yaml.YAMLError):

@@ -14,8 +14,8 @@ from typing import Annotated, Any, NoReturn, TextIO
 import typer
 from typer.core import TyperGroup
 
-from surgeon.errors import SurgeonError
-from surgeon.text import printable, scrubbed
+from surgeon.errors import SurgeonError, failure_of_library, library_of, reason
+from surgeon.text import scrubbed
 
 EXAMPLE = "surgeon truncate gpt2-large --layers 6 -o gpt2-large-6"
 # The order of --help: by what a command is for (`GROUP` in its file), then by its name.
@@ -104,7 +104,7 @@ def _root(
 
 
 def main() -> NoReturn:
-    """Run the command line and exit: 0 done, 1 refused or failed, 2 bad usage, 130 Ctrl-C, 143 SIGTERM."""
+    """Run the command line and exit: 0 done, 1 refused or failed, 2 bad usage, 130 Ctrl-C, 143 SIGTERM, 70 a bug."""
     if os.name != "posix":
         sys.exit("error: surgeon runs on Linux and macOS\nhint: On Windows, run it inside WSL.")
     signal.signal(signal.SIGTERM, _terminate)
@@ -133,6 +133,7 @@ class _WithoutSecrets:
 
 
 def _run() -> NoReturn:
+    """Run the command, and exit as `main` says. A traceback is printed here, where standard error has no secrets."""
     try:
         app()
     except SurgeonError as error:
@@ -141,11 +142,18 @@ def _run() -> NoReturn:
         else:
             _show(error)
         sys.exit(1)
-    except KeyboardInterrupt:
-        sys.exit(130)
     except BrokenPipeError:  # `surgeon inspect ... | head`: the reader has closed the pipe
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
+    except SystemExit:
+        raise
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except BaseException as error:  # a panic of a library in Rust is no Exception
+        if "--debug" in sys.argv:
+            traceback.print_exc()
+            sys.exit(1)
+        sys.exit(_show_unexpected(error))
     sys.exit(0)
 
 
@@ -154,6 +162,19 @@ def _terminate(signum: int, frame: FrameType | None) -> NoReturn:
 
 
 def _show(error: SurgeonError) -> None:
-    sys.stderr.write(f"error: {printable(str(error))}\n")
+    sys.stderr.write(f"error: {error}\n")
     if error.hint:
-        sys.stderr.write(f"hint: {printable(error.hint)}\n")
+        sys.stderr.write(f"hint: {error.hint}\n")
+
+
+BUG = 70  # the exit code: EX_SOFTWARE of sysexits.h
+
+
+def _show_unexpected(error: BaseException) -> int:
+    """Show an error that nothing in surgeon foresaw, and return the exit code: 1 for a library's, BUG for our own."""
+    if (said := failure_of_library(error)) is not None:
+        _show(SurgeonError(f"{library_of(error)} fails: {said}", hint="--debug shows where."))
+        return 1
+    what = f"surgeon fails with {type(error).__name__}: {reason(error)}"
+    _show(SurgeonError(what, hint="This is a bug in surgeon: please report it with what --debug shows."))
+    return BUG

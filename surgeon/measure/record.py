@@ -2,12 +2,14 @@
 
 import json
 import math
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from surgeon.checkpoint.receipt import to_bytes, versions
+from surgeon.checkpoint.source import SCORES, Source, inside
 from surgeon.errors import MeasureError, PlanError
 from surgeon.transforms.scores import METHODS
 
@@ -109,6 +111,14 @@ def check_model(scores: Scores, provenance: Mapping[str, Any], label: str) -> No
                 raise MeasureError(f"the scores are of other weights than those of {label}", hint=AGAIN)
             return
     raise MeasureError(f"the scores do not say that they are of {label}", hint=AGAIN)
+
+
+def read_scores_of(path: str | os.PathLike[str], source: Source) -> Scores:
+    """Return the scores in a file, or in the scores.json of a directory. Raises MeasureError for another model's."""
+    place = Path(path)
+    scores = read_scores(inside(place, SCORES) if place.is_dir() else place)
+    check_model(scores, source.provenance(), source.label)
+    return scores
 
 
 def check_ranking(

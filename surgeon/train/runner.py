@@ -18,7 +18,7 @@ from surgeon.cost.flops import flops_per_token, peak_flops
 from surgeon.errors import DataError, SurgeonError, TrainingError
 from surgeon.models import adapters
 from surgeon.models.device import resolve_device
-from surgeon.models.loading import load_model, quiet_transformers
+from surgeon.models.loading import code_is_trusted, load_model, quiet_transformers
 from surgeon.plots.training import plot_losses
 from surgeon.train import checkpoints
 from surgeon.train.data import HELD_OUT, TRAINED, RunData
@@ -282,6 +282,7 @@ class Runner:
             "result_of_step": self._best(trained),
             "learning_rate": self.rate,
             "settings": self.task.record(),
+            **({"trust_remote_code": True} if code_is_trusted() else {}),
         }
 
     def _merged(self, adapter: Path) -> Path:

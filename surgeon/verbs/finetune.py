@@ -27,6 +27,7 @@ from surgeon.options import (
     revision_option,
     same_option,
     takes,
+    trust_option,
 )
 from surgeon.surgery import open_source, parse_size
 from surgeon.train.launch import processes
@@ -94,6 +95,7 @@ class MachineOptions:
 
     device: str = device_option()
     revision: str | None = revision_option()
+    trust_remote_code: bool = trust_option()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,17 +145,19 @@ def finetune(model: str | os.PathLike[str], options: FinetuneOptions) -> Trainin
         check_same(place, request)
         return replace(done, seconds=time.perf_counter() - began)
 
+    from surgeon.models.loading import runs
     from surgeon.train.runner import Runner
 
     device, watcher = options.device, options.watcher
-    runner = Runner(source, tuple(options.data), task, run_dir=place, device=device, watcher=watcher)
-    with runner.held(request, resume=options.resume):
-        steps = runner.fit()
-        if steps.is_stopped:
-            return runner.stopped(steps)
-        storage = {name: getattr(options, name) for name in ("dtype", "max_shard_size", "overwrite", "command")}
-        runner.write(steps, target, **storage)
-        return runner.finished(steps, target)
+    with runs(source.label, trust_remote_code=options.trust_remote_code):
+        runner = Runner(source, tuple(options.data), task, run_dir=place, device=device, watcher=watcher)
+        with runner.held(request, resume=options.resume):
+            steps = runner.fit()
+            if steps.is_stopped:
+                return runner.stopped(steps)
+            storage = {name: getattr(options, name) for name in ("dtype", "max_shard_size", "overwrite", "command")}
+            runner.write(steps, target, **storage)
+            return runner.finished(steps, target)
 
 
 # Options that decide no number of the result: a resumed run takes them from its own where they are not given.
@@ -171,8 +175,9 @@ def continued(model: str | os.PathLike[str], options: FinetuneOptions) -> Finetu
     own = {**request.settings, **request.others, "data": request.data}
     groups = (MachineOptions, TrainingOptions, StorageOptions, PlaceOptions)
     hints = {name: hint for group in groups for name, hint in get_type_hints(group).items()}
+    names = {item.name for item in fields(TrainingOptions)} | {"data", "dtype", "output", *OTHERS}
     taken: dict[str, Any] = {}
-    for name in hints.keys() & own.keys() - set(options.given):
+    for name in names & own.keys() - set(options.given):
         value = tuple(own[name]) if isinstance(own[name], list) else own[name]
         if not _fits(hints[name], value):
             raise OutputError(
@@ -217,6 +222,7 @@ def _finished(run_dir: Path, target: Path) -> Training | None:
 def estimate_finetune(model: str | os.PathLike[str], options: EstimateOptions) -> "RunEstimate":
     """Return an estimate of `finetune` with these options: steps, tokens, memory, time. Trains and keeps nothing."""
     from surgeon.models.device import resolve_device
+    from surgeon.models.loading import runs
     from surgeon.train.inputs import Inputs
 
     training = checked(options.of(TrainingOptions))
@@ -230,7 +236,8 @@ def estimate_finetune(model: str | os.PathLike[str], options: EstimateOptions) -
         lambda: None,
         num_processes=options.num_processes or processes(),
     )
-    with tempfile.TemporaryDirectory() as directory:
+    running = runs(source.label, trust_remote_code=options.trust_remote_code)
+    with running, tempfile.TemporaryDirectory() as directory:
         return inputs.estimate(Path(directory))
 
 
