@@ -17,7 +17,7 @@ from surgeon.checkpoint import output, receipt
 from surgeon.checkpoint.derived import JoinedSource
 from surgeon.checkpoint.header import QUANTIZATION_FILES, CheckpointSpec, read_header
 from surgeon.checkpoint.output import CountBytes
-from surgeon.checkpoint.source import CARD, CONFIG, RECEIPT, LocalSource, Source, open_directory, spec_of
+from surgeon.checkpoint.source import CARD, CONFIG, RECEIPT, Source, open_directory, spec_of
 from surgeon.errors import CheckpointError, OutputError, PlanError
 from surgeon.options import Reads, verb_named
 from surgeon.plan.execute import Shard, execute, lay_out, peak_memory, ranges_read, shareable_files
@@ -349,7 +349,7 @@ class Draft:
         return replace(done, seconds=time.perf_counter() - began)
 
     def _card(self, *, command: str | None, card: Path | None) -> str:
-        source = self.source.label if not isinstance(self.source, LocalSource) else self.source.directory.resolve().name
+        source = receipt.public_name(self.source)
         verbs = ", then ".join(next(iter(step)) for step in self.plan.steps)
         layers, parameters = self.summary.layers, self.summary.parameters
         facts = {

@@ -5,15 +5,17 @@ import io
 import os
 import signal
 import sys
+import traceback
 from importlib import import_module
 from pathlib import Path
 from types import FrameType, ModuleType
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any, NoReturn, TextIO
 
 import typer
 from typer.core import TyperGroup
 
 from surgeon.errors import SurgeonError, failure_of_library, library_of, reason
+from surgeon.text import scrubbed
 
 EXAMPLE = "surgeon truncate gpt2-large --layers 6 -o gpt2-large-6"
 # The order of --help: by what a command is for (`GROUP` in its file), then by its name.
@@ -108,12 +110,37 @@ def main() -> NoReturn:
     signal.signal(signal.SIGTERM, _terminate)
     if isinstance(sys.stdout, io.TextIOWrapper):  # a path need not be text, and a terminal need not know "→"
         sys.stdout.reconfigure(errors="backslashreplace")
+    standard_error, sys.stderr = sys.stderr, _WithoutSecrets(sys.stderr)
+    try:
+        _run()
+    finally:
+        sys.stderr = standard_error
+
+
+class _WithoutSecrets:
+    """Standard error without tokens and passwords: a library's log or a traceback may repeat them."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, written: str) -> int:
+        """Write text, and return how many characters were asked for."""
+        self._stream.write(scrubbed(written))
+        return len(written)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+def _run() -> NoReturn:
+    """Run the command, and exit as `main` says. A traceback is printed here, where standard error has no secrets."""
     try:
         app()
     except SurgeonError as error:
         if "--debug" in sys.argv:
-            raise
-        _show(error)
+            traceback.print_exc()
+        else:
+            _show(error)
         sys.exit(1)
     except BrokenPipeError:  # `surgeon inspect ... | head`: the reader has closed the pipe
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -124,7 +151,8 @@ def main() -> NoReturn:
         sys.exit(130)
     except BaseException as error:  # a panic of a library in Rust is no Exception
         if "--debug" in sys.argv:
-            raise
+            traceback.print_exc()
+            sys.exit(1)
         sys.exit(_show_unexpected(error))
     sys.exit(0)
 
