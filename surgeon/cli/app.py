@@ -13,7 +13,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 from typer.core import TyperGroup
 
-from surgeon.errors import SurgeonError, failure_of_library, library_of, reason
+from surgeon.errors import SurgeonError, failure_of_library, first_line, library_of
 
 EXAMPLE = "surgeon truncate gpt2-large --layers 6 -o gpt2-large-6"
 # The order of --help: by what a command is for (`GROUP` in its file), then by its name.
@@ -122,6 +122,11 @@ def main() -> NoReturn:
         raise
     except KeyboardInterrupt:
         sys.exit(130)
+    except MemoryError:
+        if "--debug" in sys.argv:
+            raise
+        _show(SurgeonError("the memory is full", hint="Use a smaller model, shorter rows, or another machine."))
+        sys.exit(1)
     except BaseException as error:  # a panic of a library in Rust is no Exception
         if "--debug" in sys.argv:
             raise
@@ -147,6 +152,6 @@ def _show_unexpected(error: BaseException) -> int:
     if (said := failure_of_library(error)) is not None:
         _show(SurgeonError(f"{library_of(error)} fails: {said}", hint="--debug shows where."))
         return 1
-    what = f"surgeon fails with {type(error).__name__}: {reason(error)}"
+    what = f"surgeon fails with {type(error).__name__}: {first_line(error)}"
     _show(SurgeonError(what, hint="This is a bug in surgeon: please report it with what --debug shows."))
     return BUG

@@ -14,8 +14,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal, Protocol, TextIO
 
+from surgeon.checkpoint.header import not_regular
 from surgeon.checkpoint.receipt import to_bytes
-from surgeon.errors import DataError, OutputError, PlanError
+from surgeon.checkpoint.source import read_json as parsed_file
+from surgeon.errors import CheckpointError, DataError, OutputError, PlanError
 
 METRICS, STATUS = "metrics.jsonl", "status.json"
 NOT_FINITE = "not_finite"
@@ -44,6 +46,7 @@ class StepReport:
 
 
 _STEP_KEYS = ("step", "tokens", "loss", "learning_rate", "grad_norm", "tokens_per_second", "mfu", "memory")
+_NUMBERS = (*_STEP_KEYS, "eval_loss", "probe_loss")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -140,8 +143,11 @@ def _records(path: Path) -> list[dict[str, Any]]:
         raise DataError(f"cannot read {path}: {error.strerror}", hint=f"Look at it: ls -l {path}") from error
     whole = [line for line in lines if line.endswith("\n")]  # not so where a run was killed, or is writing now
     records = [_from_json(line, f"{path}:{number}") for number, line in enumerate(whole, start=1)]
-    if wrong := next((n for n, record in enumerate(records, start=1) if type(record.get("step")) is not int), None):
-        raise DataError(f"{path}:{wrong}: a record without its step", hint="Is this a metrics.jsonl of surgeon?")
+    for number, record in enumerate(records, start=1):
+        if type(record.get("step")) is not int:
+            raise DataError(f"{path}:{number}: a record without its step", hint="Is this a metrics.jsonl of surgeon?")
+        if wrong := next((key for key in _NUMBERS if not isinstance(record.get(key), int | float | None)), None):
+            raise DataError(f"{path}:{number}: {wrong!r} is no number", hint="Is this a metrics.jsonl of surgeon?")
     return records
 
 
@@ -159,7 +165,7 @@ def _from_json(text: str, where: str) -> dict[str, Any]:
         if not isinstance(record, dict):
             raise ValueError("not an object")
         return record | {name: float(value) for name, value in record.pop(NOT_FINITE, {}).items()}
-    except (ValueError, TypeError, AttributeError) as error:
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:
         raise DataError(f"{where}: {error}", hint="The file is damaged; remove that line.") from error
 
 
@@ -198,6 +204,8 @@ def claim(
     """
     request = {"model": dict(model), "data": list(data), "settings": dict(settings)}
     file = run_dir / REQUEST
+    if odd := next((path for path in sorted(run_dir.iterdir()) if path.exists() and not_regular(path)), None):
+        raise OutputError(f"{odd} is {not_regular(odd)}, not a file", hint="Remove it, or choose another --run-dir.")
     if not file.exists():
         if any(not path.name.startswith(".") for path in run_dir.iterdir()):
             raise OutputError(f"{run_dir} is not empty, and holds no run", hint="Choose another place with --run-dir.")
@@ -222,10 +230,10 @@ def claim(
 def read_json(file: Path) -> Any:
     """Return the content of a run's JSON file. Raises OutputError for a damaged one."""
     try:
-        return json.loads(file.read_bytes())
-    except ValueError as error:
+        return parsed_file(file)
+    except CheckpointError as error:
         hint = "Remove the run's directory, or choose another with --run-dir."
-        raise OutputError(f"{file} is damaged: it is no JSON", hint=hint) from error
+        raise OutputError(f"the run's directory is damaged: {error}", hint=hint) from error
 
 
 def write_json(file: Path, content: Mapping[str, Any]) -> None:
