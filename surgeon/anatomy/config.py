@@ -66,6 +66,12 @@ def model_type(config: Mapping[str, Any]) -> str:
     return name
 
 
+def class_names(config: Mapping[str, Any]) -> list[str]:
+    """Return the classes of transformers that a config names; none where they are no list of words."""
+    names = config.get("architectures")
+    return [name for name in names if isinstance(name, str)] if isinstance(names, list) else []
+
+
 def spelled(config: Mapping[str, Any], quantity: Quantity) -> dict[str, Any]:
     """Return the keys under which a config holds a quantity, with their values; {} where it does not say.
 

@@ -14,7 +14,7 @@ from typing import Annotated, Any, NoReturn, TextIO
 import typer
 from typer.core import TyperGroup
 
-from surgeon.errors import SurgeonError, failure_of_library, library_of, reason
+from surgeon.errors import SurgeonError, failure_of_library, first_line, library_of
 from surgeon.text import scrubbed
 
 EXAMPLE = "surgeon truncate gpt2-large --layers 6 -o gpt2-large-6"
@@ -136,12 +136,6 @@ def _run() -> NoReturn:
     """Run the command, and exit as `main` says. A traceback is printed here, where standard error has no secrets."""
     try:
         app()
-    except SurgeonError as error:
-        if "--debug" in sys.argv:
-            traceback.print_exc()
-        else:
-            _show(error)
-        sys.exit(1)
     except BrokenPipeError:  # `surgeon inspect ... | head`: the reader has closed the pipe
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
@@ -152,8 +146,8 @@ def _run() -> NoReturn:
     except BaseException as error:  # a panic of a library in Rust is no Exception
         if "--debug" in sys.argv:
             traceback.print_exc()
-            sys.exit(1)
-        sys.exit(_show_unexpected(error))
+            raise SystemExit(1) from error
+        raise SystemExit(_shown(error)) from error
     sys.exit(0)
 
 
@@ -170,11 +164,16 @@ def _show(error: SurgeonError) -> None:
 BUG = 70  # the exit code: EX_SOFTWARE of sysexits.h
 
 
-def _show_unexpected(error: BaseException) -> int:
-    """Show an error that nothing in surgeon foresaw, and return the exit code: 1 for a library's, BUG for our own."""
-    if (said := failure_of_library(error)) is not None:
+def _shown(error: BaseException) -> int:
+    """Show an error, and return the exit code: BUG for one that is surgeon's own, which nothing foresaw, else 1."""
+    if isinstance(error, SurgeonError):
+        _show(error)
+    elif isinstance(error, MemoryError):
+        _show(SurgeonError("the memory is full", hint="Use a smaller model, shorter rows, or another machine."))
+    elif (said := failure_of_library(error)) is not None:
         _show(SurgeonError(f"{library_of(error)} fails: {said}", hint="--debug shows where."))
-        return 1
-    what = f"surgeon fails with {type(error).__name__}: {reason(error)}"
-    _show(SurgeonError(what, hint="This is a bug in surgeon: please report it with what --debug shows."))
-    return BUG
+    else:
+        what = f"surgeon fails with {type(error).__name__}: {first_line(error)}"
+        _show(SurgeonError(what, hint="This is a bug in surgeon: please report it with what --debug shows."))
+        return BUG
+    return 1
