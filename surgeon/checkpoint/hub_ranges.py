@@ -38,7 +38,7 @@ JOINED_GAP = 256 << 10  # a gap that costs less time to read than a request take
 JOINED_SHARE = 0.02  # of the bytes that are wanted: gaps add no more
 WRONG_ANSWERS = 6  # in a row, until the server is held to be one without ranges
 IGNORED = 3  # as many wrong answers is a whole file in place of a range
-ADDED_EVERY = 2.0  # seconds between two additions to the map: a killed process loses no more
+ADDED_EVERY = 0.5  # seconds between two additions to the map: a killed process loses no more
 
 
 class RangesRefused(Exception):  # noqa: N818  # the caller fetches the whole file then

@@ -4,6 +4,7 @@ A file is taken whole, through huggingface_hub's cache, where it is in that cach
 read anyway, and where the server does not answer ranges. Else its ranges go to the range store.
 """
 
+import errno
 import shutil
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,6 +19,7 @@ from surgeon.checkpoint.range_store import (
     Block,
     RangeFile,
     Span,
+    as_hub_error,
     budget,
     digest_of,
     has_budget,
@@ -141,11 +143,10 @@ class HubWeights:
             self._refuse_offline({file: self._todo(file, spans)})
             try:
                 stored = self._download(file, spans, show)
-            except (RangesRefused, PermissionError):  # a store that cannot be written is done without
+            except RangesRefused:
                 return FilePart(self._fetch_whole(file))
         assert stored is not None
-        if not stored.is_verified:
-            self.transfer.ranges.add(file)
+        (self.transfer.ranges.discard if stored.is_verified else self.transfer.ranges.add)(file)
         return stored.part()
 
     def _download(self, file: str, spans: Sequence[Span], show: Callable[[int], object]) -> RangeFile:
@@ -159,13 +160,21 @@ class HubWeights:
         etag = download.find().etag
         stored = self._find(file)
         if stored is None or stored.etag != etag:
-            stored = self._stored[file] = RangeFile.create(self.directory, file, size=size, etag=etag)
+            stored = self._stored[file] = self._create(file, etag)
         with stored.downloading():
             stored.check(spans)
             self._keep_beginning(file, spans, stored, count)
             download.run(self._todo(file, spans), stored)
         stored.verify()
         return stored
+
+    def _create(self, file: str, etag: str) -> RangeFile:
+        try:
+            return RangeFile.create(self.directory, file, size=self._size(file), etag=etag)
+        except OSError as error:
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise as_hub_error(error, file, self.directory) from error
+            raise RangesRefused(f"cannot write {self.directory}") from error  # what cannot be stored is done without
 
     def _keep_beginning(
         self, file: str, spans: Sequence[Span], stored: RangeFile, count: Callable[[int], None]
