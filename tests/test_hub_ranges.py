@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,9 @@ from test_hub import go_offline, use_endpoint, use_home
 import surgeon
 from surgeon import text
 from surgeon.checkpoint import hub_http, hub_ranges, range_store
+from surgeon.checkpoint.derived import JoinedSource
 from surgeon.checkpoint.hub import FIRST_REQUEST_BYTES, open_hub
+from surgeon.checkpoint.source import open_directory
 from surgeon.errors import CheckpointError, HubError
 
 LAYERS = 32
@@ -472,3 +475,32 @@ def test_a_part_outlives_the_removal_of_its_file(hub, deep, tmp_path, monkeypatc
             assert read == whole[start : start + 100_000]
             with pytest.raises(CheckpointError, match="were not fetched"):
                 opened.read_into(read, start + 1_000)
+
+
+def test_of_a_donor_on_the_hub_only_the_ranges_are_downloaded(hub, deep):
+    publish(hub, deep)
+    joined = JoinedSource(open_directory(deep), open_hub("org/deep"))
+    here, there = (joined.tensors[f"{prefix}model.norm.weight"] for prefix in ("", "donor:"))
+    wanted = {item.file: [(item.start, item.end)] for item in (here, there)}
+
+    assert joined.missing(wanted) == there.spec.nbytes
+    parts = joined.parts(wanted)
+
+    read = [bytearray(item.spec.nbytes) for item in (here, there)]
+    for item, buffer in zip((here, there), read, strict=True):
+        with parts[item.file].opened() as opened:
+            opened.read_into(buffer, item.start)
+    assert read[0] == read[1]
+    assert (joined.transfer.nbytes, joined.transfer.ranges) == (there.spec.nbytes, {"donor:model.safetensors"})
+    assert joined.missing(wanted) == 0
+
+
+def test_a_store_that_is_removed_during_a_run_is_made_again(hub, deep, tmp_path):
+    publish(hub, deep)
+    source = open_hub("org/deep")
+    source.parts({"model.safetensors": [(300_000, 400_000)]})
+    shutil.rmtree(ranges_of(tmp_path / "home"))
+
+    part = source.parts({"model.safetensors": [(600_000, 700_000)]})["model.safetensors"]
+
+    assert part.present == ((600_000, 700_000),)

@@ -9,6 +9,7 @@ from hub_server import HubServer
 from later import LATER
 from test_hub import use_endpoint, use_home
 
+import surgeon
 from surgeon.checkpoint.hub import open_hub
 from surgeon.checkpoint.source import Source, open_directory
 
@@ -61,6 +62,18 @@ def test_scores_from_the_hub_are_those_of_the_disk(budget, hub, toy, tmp_path, m
 
     assert (source.snapshot / "model.safetensors").exists() == (budget is None)
     assert (source.transfer.nbytes == size) == (budget is None)
+
+
+def test_a_dry_run_of_a_scored_cut_counts_what_the_scores_read(hub, toy):
+    size = (toy("llama") / "model.safetensors").stat().st_size
+
+    def planned(**options: Any) -> int:
+        return surgeon.prune("org/llama", layers=2, protect=(0, 0), measure=False, **options).summary().bytes_downloaded
+
+    assert planned(score="angular", data=["text.txt"]) == planned(score="magnitude") == size
+    assert planned(score="last", data=["text.txt"]) == size  # for the perplexity
+    assert planned(score="last") < size / 2
+    assert planned(score="last", data=["text.txt"], evaluate=False) < size / 2
 
 
 def test_ranges_are_no_model_to_transformers(hub, tmp_path):

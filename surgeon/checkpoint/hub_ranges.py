@@ -17,6 +17,7 @@ from urllib.parse import urlsplit
 
 from surgeon.checkpoint.hub_http import (
     BACKOFF,
+    SLOWEST,
     TRIES,
     WrongAnswer,
     explained,
@@ -194,7 +195,8 @@ class RangeDownload:
                     raise RangesRefused(str(error)) from error
                 self._addressed(address)
             except failures() as error:
-                tries = 1 if piece.at - before >= SMALLEST_PART else tries + 1
+                enough = SMALLEST_PART if isinstance(error, http_library().TimeoutException) else SLOWEST
+                tries = 1 if piece.at - before >= enough else tries + 1
                 if tries == TRIES or not passes(error):
                     raise
                 self._delay(error, 0.0 if piece.at > before else BACKOFF[tries - 1])

@@ -10,6 +10,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -72,7 +73,7 @@ class HubWeights:
         """Return how many bytes `parts` would download."""
         whole = self._whole(wanted, at_once=True)
         return sum(
-            (0 if self._is_cached(file) else self._size(file)) if file in whole else total(self._todo(file, spans))
+            (0 if self._is_cached(file) else self._sizes[file]) if file in whole else total(self._todo(file, spans))
             for file, spans in wanted.items()
         )
 
@@ -89,21 +90,25 @@ class HubWeights:
         if constants.HF_HUB_OFFLINE:
             return cached
         missing = {file: total(self._todo(file, spans)) for file, spans in read.items() if file not in cached}
-        nearly = {file for file, nbytes in missing.items() if nbytes and self._size(file) <= (1 + WASTE) * nbytes}
+        nearly = {file for file, nbytes in missing.items() if nbytes and self._sizes[file] <= (1 + WASTE) * nbytes}
         return cached | nearly if at_once or self._fits(nearly) else cached
 
     def _fits(self, files: set[str]) -> bool:
         room = shutil.disk_usage(self.snapshot).free * (1 - SPARE)
         if has_budget():
             room = min(room, budget(self.root))
-        return sum(map(self._size, files)) <= room
+        return sum(self._sizes[file] for file in files) <= room
 
     def _is_cached(self, file: str) -> bool:
         return (self.snapshot / file).exists()
 
-    def _size(self, file: str) -> int:
-        """Return the size of a file: its header promises it."""
-        return max(tensor.end for tensor in self.tensors.values() if tensor.file == file)
+    @cached_property
+    def _sizes(self) -> dict[str, int]:
+        """The size of each file: its header promises it."""
+        sizes: dict[str, int] = {}
+        for tensor in self.tensors.values():
+            sizes[tensor.file] = max(tensor.end, sizes.get(tensor.file, 0))
+        return sizes
 
     def _todo(self, file: str, spans: Sequence[Span]) -> list[Span]:
         """Return the spans to download, small gaps between them included."""
@@ -117,7 +122,7 @@ class HubWeights:
         is_new = not self._is_cached(file)
         path = self.fetch(file)
         if is_new:
-            self.transfer.nbytes += self._size(file)
+            self.transfer.nbytes += self._sizes[file]
         self.transfer.ranges.discard(file)
         return path
 
@@ -127,7 +132,7 @@ class HubWeights:
         """Return what is stored of a file, with every block of an earlier run that was used before read back."""
         stored = self._stored.get(file)
         if stored is None or not stored.path.exists():  # another process, or the budget, has removed it
-            stored = RangeFile.find(self.directory, file, size=self._size(file))
+            stored = RangeFile.find(self.directory, file, size=self._sizes[file])
             if stored is None:
                 self._stored.pop(file, None)
             else:
@@ -143,7 +148,7 @@ class HubWeights:
             self._refuse_offline({file: self._todo(file, spans)})
             try:
                 stored = self._download(file, spans, show)
-            except RangesRefused:
+            except RangesRefused:  # nor does a store that cannot be written
                 return FilePart(self._fetch_whole(file))
         assert stored is not None
         (self.transfer.ranges.discard if stored.is_verified else self.transfer.ranges.add)(file)
@@ -155,22 +160,25 @@ class HubWeights:
                 self.transfer.nbytes += nbytes
                 show(nbytes)
 
-        size = self._size(file)
+        size = self._sizes[file]
         download = RangeDownload(self.repo_id, file, commit=self.snapshot.name, size=size, count=count)
         etag = download.find().etag
         stored = self._find(file)
         if stored is None or stored.etag != etag:
             stored = self._stored[file] = self._create(file, etag)
-        with stored.downloading():
-            stored.check(spans)
-            self._keep_beginning(file, spans, stored, count)
-            download.run(self._todo(file, spans), stored)
+        try:
+            with stored.downloading():
+                stored.check(spans)
+                self._keep_beginning(file, spans, stored, count)
+                download.run(self._todo(file, spans), stored)
+        except OSError as error:  # its directory was removed
+            raise as_hub_error(error, file, self.directory) from error
         stored.verify()
         return stored
 
     def _create(self, file: str, etag: str) -> RangeFile:
         try:
-            return RangeFile.create(self.directory, file, size=self._size(file), etag=etag)
+            return RangeFile.create(self.directory, file, size=self._sizes[file], etag=etag)
         except OSError as error:
             if error.errno in (errno.ENOSPC, errno.EDQUOT):
                 raise as_hub_error(error, file, self.directory) from error
