@@ -12,13 +12,14 @@ from typing import Any
 
 from surgeon import text
 from surgeon.anatomy.anatomy import Anatomy, read_anatomy
+from surgeon.anatomy.config import runtime_notes
 from surgeon.checkpoint import output, receipt
 from surgeon.checkpoint.derived import JoinedSource
 from surgeon.checkpoint.header import QUANTIZATION_FILES, CheckpointSpec, read_header
 from surgeon.checkpoint.output import CountBytes
 from surgeon.checkpoint.source import CARD, CONFIG, RECEIPT, LocalSource, Source, open_directory, spec_of
 from surgeon.errors import CheckpointError, OutputError, PlanError
-from surgeon.options import verb_named
+from surgeon.options import Reads, verb_named
 from surgeon.plan.execute import Shard, execute, lay_out, peak_memory, ranges_read
 from surgeon.plan.plan import Plan, changed_keys, identity
 from surgeon.plan.rounding import dtype_cost
@@ -102,13 +103,15 @@ class Summary:
 class Surgery:
     """A source and the plan for it. Only headers are read until `save`, which writes `attachments` too.
 
-    `begun_with` is the anatomy of the source, where the caller has read it already.
+    `begun_with` is the anatomy of the source, where the caller has read it already. `reads` are the files, directories
+    and names on the Hub that decide the plan, by the options that name them: the result must not replace any.
     """
 
     source: Source
     plan: Plan
     attachments: Mapping[str, bytes] = field(default_factory=dict, repr=False)  # file name: content
     begun_with: Anatomy | None = field(default=None, repr=False, compare=False)
+    reads: Reads = field(default_factory=dict, repr=False, compare=False)
 
     @cached_property
     def before(self) -> Anatomy:
@@ -162,6 +165,8 @@ class Surgery:
             plan = replace(plan, notes=(*plan.notes, *dtype_cost(plan, source.tensors)))
         result = plan.result(source)
         read_anatomy(result)
+        if plan.layer_map != tuple(range(len(plan.layer_map))):
+            plan = replace(plan, notes=(*plan.notes, *runtime_notes(result.config, len(plan.layer_map))))
         attachments = {**self._quantization_files(plan), **self.attachments}
         shards = lay_out(plan, result, self.source, max_shard_bytes=parse_size(max_shard_size))
         before = self.before.spec
@@ -180,7 +185,12 @@ class Surgery:
             seconds=0.0,
         )
         options = {"dtype": dtype, "max_shard_size": max_shard_size}
-        return Draft(self.source, plan, tuple(shards), summary, options, attachments)
+        return Draft(self.source, plan, tuple(shards), summary, options, attachments, self._all_reads())
+
+    def _all_reads(self) -> Reads:
+        """Return what is read, with the source that is open: it may be another than the option named."""
+        origin = self.source.origin
+        return self.reads if origin is None else {**self.reads, "this command": (str(origin),)}
 
     def _quantization_files(self, plan: Plan) -> dict[str, bytes]:
         """Return the files beside the weights that name quantized layers, as they must be where layers have moved."""
@@ -232,10 +242,12 @@ class Draft:
     summary: Summary
     options: Mapping[str, Any]  # those that decide bytes
     attachments: Mapping[str, bytes]
+    reads: Reads  # none of which may lie in the output
 
     def check(self, *, overwrite: bool) -> None:
-        """Raises OutputError where the output may not be written."""
-        output.check_target(self.summary.output, overwrite=overwrite, source=self.source.origin)
+        """Raises OutputError where the output may not be written, CheckpointError where a companion cannot be read."""
+        output.check_target(self.summary.output, overwrite=overwrite, reads=self.reads)
+        _ = self.source.companions  # one that is no file of the checkpoint is refused now, and not after hours
 
     def write(
         self, *, overwrite: bool = False, progress: CountBytes | None = None, command: str | None = None
@@ -307,13 +319,23 @@ def _verify(directory: Path, shards: Sequence[Shard]) -> None:
             )
 
 
-def open_model(model: "str | os.PathLike[str] | Surgery", *, revision: str | None = None) -> Surgery:
-    """Return the model as a surgery that changes nothing yet; one that is already a surgery is continued."""
+def open_model(
+    model: "str | os.PathLike[str] | Surgery", *, revision: str | None = None, reads: Reads | None = None
+) -> Surgery:
+    """Return the model as a surgery that changes nothing yet; one that is already a surgery is continued.
+
+    `reads` is what the options of this step name to be read.
+    """
     if isinstance(model, Surgery):
-        return model
+        return replace(model, reads={**model.reads, **reads}) if reads else model
     source = open_source(model, revision=revision)
     anatomy = read_anatomy(spec_of(source))
-    return Surgery(source, identity(anatomy.spec, depth=anatomy.depth), begun_with=anatomy)
+    return Surgery(
+        source,
+        identity(anatomy.spec, depth=anatomy.depth),
+        begun_with=anatomy,
+        reads={"MODEL": (os.fspath(model),), **(reads or {})},
+    )
 
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}(/[A-Za-z0-9][\w.-]{0,95})?")  # a local path can look like this too

@@ -19,6 +19,7 @@ from typing import Any, NoReturn
 from surgeon.checkpoint.header import Entry, FilePart, header_length, parse_header, read_header
 from surgeon.checkpoint.hub_http import LOGIN, explained, fetch_bytes, hide_progress_bars, passes_for_get, patiently
 from surgeon.checkpoint.hub_weights import HubWeights
+from surgeon.checkpoint.overlap import check_uploaded
 from surgeon.checkpoint.source import (
     CONFIG,
     INDEX,
@@ -33,6 +34,7 @@ from surgeon.checkpoint.source import (
     stored,
 )
 from surgeon.errors import CheckpointError, HubError
+from surgeon.options import Reads
 
 # Reading
 
@@ -252,11 +254,12 @@ def open_hub(repo_id: str, *, revision: str | None = None) -> HubSource:
 # Uploading
 
 
-def push(directory: Path, repo_id: str, *, private: bool) -> str:
+def push(directory: Path, repo_id: str, *, private: bool, reads: Reads) -> str:
     """Return the URL of the model repository after uploading every file of `directory` to it.
 
     Creates the repository when there is none: private if `private`, else as its owner's settings say. An existing
-    repository keeps its visibility; if it is public and `private` is set, it is refused. Raises HubError.
+    repository keeps its visibility; if it is public and `private` is set, it is refused, as one is that was read.
+    Raises HubError.
     """
     from huggingface_hub import HfApi, constants, get_token
 
@@ -274,6 +277,7 @@ def push(directory: Path, repo_id: str, *, private: bool) -> str:
             f"{url.repo_id} exists and is public; nothing was uploaded",
             hint=f"Make it private first: hf repos settings {url.repo_id} --private, or push to another name.",
         )
+    check_uploaded(url.repo_id, reads)  # a name without an owner is one of the user's own
     with explained(f"the upload to {repo_id}", repo_id=repo_id):
         hub.upload_folder(
             repo_id=url.repo_id, folder_path=directory, commit_message=f"Upload {directory.name} made with surgeon"

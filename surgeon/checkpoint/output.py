@@ -20,17 +20,18 @@ from pathlib import Path
 from surgeon.checkpoint.header import CHANGED_HINT, FilePart, FileRange, TensorSpec, format_header
 from surgeon.checkpoint.source import CONFIG
 from surgeon.errors import CheckpointError, OutputError
+from surgeon.options import Reads
 
 # The output directory
 
 SPARE = 1.05  # free space to require, relative to the bytes that will be written
 
 
-def check_target(target: Path, *, overwrite: bool, source: Path | None = None) -> None:
+def check_target(target: Path, *, overwrite: bool, reads: Reads) -> None:
     """Refuse an output that must not be written, before anything is read.
 
-    Raises OutputError when it exists and is not empty without `overwrite`, when it holds something that is no
-    checkpoint, or when replacing it would remove `source`, the directory that is read.
+    Raises OutputError when replacing it would change something that is read, when it exists and is not empty without
+    `overwrite`, or when it holds something that is no checkpoint.
     """
     try:
         is_other = target.is_symlink() or (target.exists() and not target.is_dir())
@@ -39,8 +40,7 @@ def check_target(target: Path, *, overwrite: bool, source: Path | None = None) -
         raise as_output_error(error, target) from error
     if is_other:
         raise OutputError(f"{target} exists and is not a directory", hint="Choose another place with -o.")
-    if source is not None and target.resolve() in (source.resolve(), *source.resolve().parents):
-        raise OutputError(f"{target} holds the source itself", hint="Choose another place with -o.")
+    check_apart(target, reads)
     if is_empty:
         return
     if not overwrite:
@@ -49,6 +49,25 @@ def check_target(target: Path, *, overwrite: bool, source: Path | None = None) -
         raise OutputError(
             f"{target} is not a checkpoint, so it is not replaced", hint="Remove it yourself, or choose -o."
         )
+
+
+def check_apart(target: Path, reads: Reads) -> None:
+    """Raises OutputError where something that is read lies in `target`, or in what a killed run left beside it."""
+    begun = f".{target.name}.surgeon-"  # the next run with this target removes what is named so
+    try:
+        beside = [path for path in target.parent.iterdir() if path.name.startswith(begun)]
+    except OSError:
+        beside = []
+    replaced = [target] if target.is_dir() and any(target.iterdir()) else []
+    if not replaced and not beside:
+        return
+    from surgeon.checkpoint.overlap import check_replaced
+
+    for path in replaced:
+        check_replaced(path, reads)
+    for path in beside:
+        hint = f"This command removes it; rename it first: mv {path} NAME"
+        check_replaced(path, reads, what="what a killed run has left,", hint=hint)
 
 
 def check_space(target: Path, needed: int) -> None:

@@ -8,7 +8,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from surgeon.checkpoint.source import RECEIPT, Transfer
+from surgeon.checkpoint.source import RECEIPT, Transfer, inside
 
 # The receipt
 
@@ -57,9 +57,12 @@ def to_bytes(content: Mapping[str, Any]) -> bytes:
 
 
 def read_receipt(directory: Path) -> dict[str, Any] | None:
-    """Return the receipt in a checkpoint directory; None if it is missing or unreadable."""
+    """Return the receipt in a checkpoint directory; None if it is missing or unreadable.
+
+    Raises CheckpointError for a link that leads out of the directory.
+    """
     try:
-        content = json.loads((directory / RECEIPT).read_text(encoding="utf-8"))
+        content = json.loads(inside(directory, RECEIPT).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
     return content if isinstance(content, dict) else None

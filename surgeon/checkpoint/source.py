@@ -48,6 +48,8 @@ WEIGHT_INDEXES = (".safetensors.index.json", ".bin.index.json", ".h5.index.json"
 CARD = "README.md"
 RECEIPT = "surgeon.json"
 SCORES = "scores.json"  # the scores that decided a cut; they do not apply to a model that is made from the result
+# A directory inside a checkpoint with one of these is a result or a run that was saved there, and no part of it.
+RESULTS = (RECEIPT, "gist.json", "run.json")
 MISMATCH_HINT = "The files do not belong together; fetch the whole checkpoint again."
 
 
@@ -140,12 +142,13 @@ class LocalSource:
 
     @cached_property
     def config(self) -> Mapping[str, Any]:
-        return read_config(self.directory / CONFIG)
+        return read_config(inside(self.directory, CONFIG))
 
     @cached_property
     def tensors(self) -> Mapping[str, StoredTensor]:
         if _is_there(self.directory / WEIGHTS):  # where both exist, transformers reads this one too
-            return {name: stored(WEIGHTS, entry) for name, entry in read_header(self.directory / WEIGHTS).items()}
+            header = read_header(inside(self.directory, WEIGHTS))
+            return {name: stored(WEIGHTS, entry) for name, entry in header.items()}
         if _is_there(self.directory / INDEX):
             return self._sharded()
         raise CheckpointError(f"{self.directory} has no {WEIGHTS}", hint=self._hint_without_weights())
@@ -153,14 +156,16 @@ class LocalSource:
     @cached_property
     def companions(self) -> Sequence[str]:
         paths = sorted(self.directory.rglob("*"))
-        # Results of surgeries may have been saved inside this directory; their files are not its own.
-        results = {path.parent for path in paths if path.name == RECEIPT} - {self.directory}
+        results = {path.parent for path in paths if path.name in RESULTS} - {self.directory}
         own = (path for path in paths if results.isdisjoint(path.parents) and (path.is_file() or not path.exists()))
         relative = (path.relative_to(self.directory).as_posix() for path in own)
-        return [name for name in relative if is_companion(name) and _is_there(self.directory / name)]
+        names = [name for name in relative if is_companion(name) and _is_there(self.directory / name)]
+        for name in names:
+            inside(self.directory, name)
+        return names
 
     def fetch(self, file: str) -> Path:
-        return self.directory / file
+        return inside(self.directory, file)
 
     def parts(self, wanted: Ranges, *, among: Ranges | None = None) -> dict[str, FilePart]:
         return {file: FilePart(self.fetch(file)) for file in wanted}
@@ -176,7 +181,7 @@ class LocalSource:
         return {"path": str(self.directory.resolve()), "fingerprint": fingerprint(self)}
 
     def _sharded(self) -> Mapping[str, StoredTensor]:
-        weight_map = read_index(self.directory / INDEX)
+        weight_map = read_index(inside(self.directory, INDEX))
         shards = sorted(set(weight_map.values()))
         for number, shard in enumerate(shards, start=1):
             if not _is_there(self.directory / shard):
@@ -184,7 +189,7 @@ class LocalSource:
                     f"shard {number} of {len(shards)} is missing: {self.directory / shard}",
                     hint="The download did not finish; fetch the checkpoint again.",
                 )
-        return assemble({shard: read_header(self.directory / shard) for shard in shards}, weight_map)
+        return assemble({shard: read_header(inside(self.directory, shard)) for shard in shards}, weight_map)
 
     def _hint_without_weights(self) -> str:
         others = sorted(self.directory.glob("pytorch_model*.bin")) + sorted(self.directory.glob("*.gguf"))
@@ -240,6 +245,61 @@ def _is_there(path: Path) -> bool:
             hint="Fetch the file again, or remove the link if the checkpoint does not need it.",
         ) from error
     return True
+
+
+# Links
+
+TEMPLATES = "additional_chat_templates"  # a directory from which transformers reads too
+_TEXTS = (".json", ".jinja", ".txt", ".model", ".tiktoken", ".py")  # configs, tokenizers, templates, code
+_IN_CACHE = re.compile(r"(models|datasets|spaces)--.+")
+_SHARED_BLOB = re.compile(r"blobs/([0-9a-f]{2})/\1[0-9a-f]{62}")
+
+
+def inside(directory: Path, file: str) -> Path:
+    """Return the path of a file of a checkpoint, after checking that no link leads out of the checkpoint.
+
+    A stranger's checkpoint may hold a link to any file of this machine, whose content a result would carry on. Links
+    are followed within the directory and, from a snapshot in the Hub's cache, to the blobs of that cache. The directory
+    itself may be a link: the user has named it. Raises CheckpointError.
+    """
+    path = directory / file
+    real, root = Path(os.path.realpath(path)), Path(os.path.realpath(directory))
+    if real.is_relative_to(root) or _is_blob(real, root):
+        return path
+    raise CheckpointError(
+        f"{path} is a link that leads out of the checkpoint: to {real}",
+        hint="If you trust that file, put a copy of it in place of the link.",
+    )
+
+
+def check_links(directory: Path) -> None:
+    """Raises CheckpointError where a file that transformers reads beside the weights is a link that leads out."""
+    for name in _names_in(directory):
+        if name.endswith(_TEXTS):
+            inside(directory, name)
+    for name in _names_in(directory / TEMPLATES):
+        inside(directory, f"{TEMPLATES}/{name}")
+
+
+def _names_in(directory: Path) -> list[str]:
+    try:
+        return sorted(os.listdir(directory))  # noqa: PTH208  # names, and no paths, are wanted
+    except OSError:
+        return []
+
+
+def _is_blob(real: Path, root: Path) -> bool:
+    """Return whether a file is a blob of the Hub's cache, for a root in one of its snapshots.
+
+    huggingface_hub places blobs in <cache>/models--NAME/blobs, and from version 2 also in <cache>/blobs/XX, where the
+    repositories share them.
+    """
+    for place in (root, *root.parents):
+        repository = place.parent.parent
+        if place.parent.name == "snapshots" and _IN_CACHE.fullmatch(repository.name):
+            shared = real.relative_to(repository.parent).as_posix() if real.is_relative_to(repository.parent) else ""
+            return real.is_relative_to(repository / "blobs") or bool(_SHARED_BLOB.fullmatch(shared))
+    return False
 
 
 # Reading its files

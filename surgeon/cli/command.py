@@ -138,6 +138,7 @@ class Writing:
         None,
         names=("--output", "-o"),
         metavar="DIR",
+        writes=True,
     )
     overwrite: bool = option("Replace an existing output once the new one is complete.", False)
     dry_run: bool = option("Print the plan and write nothing; reads headers only (a .gguf file is read whole).", False)
@@ -162,7 +163,7 @@ class Report(Protocol):
 
 def check(surgery: Surgery, writing: Writing) -> None:
     """Raise the errors that writing would raise before it begins: an existing output, an impossible option."""
-    _draft(surgery, writing).check(overwrite=writing.overwrite)
+    _check(_draft(surgery, writing), writing)
 
 
 def run(surgery: Surgery, writing: Writing, *, verify: bool | None = False, report: Report | None = None) -> None:
@@ -175,6 +176,7 @@ def run(surgery: Surgery, writing: Writing, *, verify: bool | None = False, repo
     if writing.dry_run:
         emit_json(draft.summary.to_dict() | entries) if writing.json else emit(draft.summary.to_text(rows=rows))
         return
+    _check(draft, writing)
     for note in () if writing.quiet else draft.plan.notes[len(surgery.plan.notes) :]:
         log(f"note: {note}")  # the cost of the dtype, in time for a Ctrl-C
     command = shlex.join(["surgeon", *sys.argv[1:]])
@@ -195,9 +197,17 @@ def run(surgery: Surgery, writing: Writing, *, verify: bool | None = False, repo
     if writing.push_to_hub is not None:
         from surgeon.checkpoint.hub import push
 
-        entries["url"] = push(summary.output, writing.push_to_hub, private=writing.private)
+        entries["url"] = push(summary.output, writing.push_to_hub, private=writing.private, reads=draft.reads)
         log(f"uploaded to {entries['url']}")
     emit_json(summary.to_dict() | entries) if writing.json else emit(summary.to_text(done=True, rows=rows))
+
+
+def _check(draft: Draft, writing: Writing) -> None:
+    draft.check(overwrite=writing.overwrite)
+    if writing.push_to_hub is not None:
+        from surgeon.checkpoint.overlap import check_uploaded
+
+        check_uploaded(writing.push_to_hub, draft.reads)
 
 
 def _draft(surgery: Surgery, writing: Writing) -> Draft:

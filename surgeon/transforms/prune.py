@@ -92,15 +92,15 @@ def resolve_count(
 ) -> int:
     """Return how many layers have to go for the rest to fit a budget of parameters, or of bytes of weights.
 
-    removable[n] are the layers that go when n do. Raises PlanError when no choice is small enough.
+    `removable` are choices of layers that can go, from none to the most. Raises PlanError when none is small enough.
     """
-    for count, dropped in enumerate(removable):
+    for dropped in removable:
         spec = anatomy.spec if not dropped else prune(anatomy, dropped=dropped).result(anatomy.spec)
         if (parameters is None or spec.num_parameters <= parameters) and (nbytes is None or spec.nbytes <= nbytes):
-            return count
+            return len(dropped)
     smallest = prune(anatomy, dropped=removable[-1]).result(anatomy.spec) if removable[-1] else anatomy.spec
     raise PlanError(
-        f"without {len(removable) - 1} layers {smallest.num_parameters:,} parameters ({smallest.nbytes:,} bytes) are "
+        f"without {len(removable[-1])} layers {smallest.num_parameters:,} parameters ({smallest.nbytes:,} bytes) are "
         "left, more than the budget",
         hint="Prune in width too, or ask for more.",
     )
@@ -132,7 +132,8 @@ def sizes_like(anatomy: Anatomy, small: Anatomy, name: str) -> tuple[dict[str, i
 class Cut:
     """How much goes, and by which score: `count` layers (None: a budget decides), and widths down to `sizes`.
 
-    `protect` is how many first and last layers stay. `sizes` is None where no width changes.
+    `protect` is how many first and last layers stay. `sizes` is None where no width changes. Of a model whose kinds of
+    layers repeat after `period` layers, whole periods go; with 1, any layers.
     """
 
     anatomy: Anatomy
@@ -142,6 +143,7 @@ class Cut:
     contiguous: bool | None
     protect: tuple[int, int]
     seed: int
+    period: int = 1
 
     def check(self) -> None:
         """Raises PlanError for a result that no scores could make possible."""
@@ -202,6 +204,7 @@ class Cut:
             contiguous=self.contiguous,
             protect=self.protect,
             seed=self.seed,
+            period=self.period,
         )
 
     def placeholder(self, count: int) -> Choice:

@@ -189,7 +189,9 @@ class Inspection:
 class InspectOptions:
     """The options of `inspect`."""
 
-    against: str | os.PathLike[str] | None = option("Show the differences from this model.", None, metavar="OTHER")
+    against: str | os.PathLike[str] | None = option(
+        "Show the differences from this model.", None, metavar="OTHER", reads=True
+    )
     revision: str | None = revision_option()
 
 

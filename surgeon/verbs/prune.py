@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from surgeon.anatomy.anatomy import Anatomy, read_anatomy
-from surgeon.checkpoint.source import SCORES, Source, spec_of
+from surgeon.anatomy.config import period_of
+from surgeon.checkpoint.source import SCORES, Source, inside, spec_of
 from surgeon.errors import PlanError
 from surgeon.measure.record import Scores, check_model, check_ranking, perplexities, read_scores
 from surgeon.options import (
@@ -19,6 +20,7 @@ from surgeon.options import (
     in_python,
     numbers,
     option,
+    reads_of,
     revision_option,
     seed_option,
     takes,
@@ -75,7 +77,10 @@ class CutOptions:
     )
     experts: int | None = option(f"Experts per layer of the result. {_UNCHANGED}", None, metavar="N")
     like: str | os.PathLike[str] | None = option(
-        "Take the depth and all sizes from this smaller model; goes with --score uniform.", None, metavar="SMALL"
+        "Take the depth and all sizes from this smaller model; goes with --score uniform.",
+        None,
+        metavar="SMALL",
+        reads=True,
     )
     contiguous: bool | None = option(
         f"Remove one block of adjacent layers, or any layers. Default: one block for {_BLOCK}; else any.",
@@ -88,6 +93,10 @@ class CutOptions:
         metavar="FIRST,LAST",
         parse=_first_and_last,
     )
+    keep_pattern: bool = option(
+        "Remove whole periods of a pattern such as 5 sliding layers, 1 full: llama.cpp counts on it.",
+        False,
+    )
     greedy: bool = option(f"With --score {_GREEDY}: score the model again after each removed layer (SLEB).", False)
     tokens: str = option(
         f"With --score {_TOKENS}: measure at the last token of each sequence, or at all tokens.",
@@ -98,11 +107,12 @@ class CutOptions:
         "Text to measure on: .txt, .json, .jsonl, .parquet, Hub dataset. Repeatable. Default: the model writes one.",
         (),
         metavar="DATA",
+        reads=True,
     )
     samples: int = option("Number of sequences taken from the text.", 32, metavar="N")
     sequence_length: int = option("Tokens per sequence.", 256, metavar="T")
     scores_from: str | os.PathLike[str] | None = option(
-        "Choose by the scores in this scores.json instead of running the model.", None, metavar="FILE"
+        "Choose by the scores in this scores.json instead of running the model.", None, metavar="FILE", reads=True
     )
     evaluate: bool = option(
         "Measure the perplexity on the text before and after.", True, names=("--evaluate/--no-evaluate",)
@@ -118,6 +128,9 @@ class CutOptions:
         if self.greedy and self.contiguous:
             hint = "Leave out --contiguous."
             raise PlanError("a greedy removal chooses layers one by one, not as a block", hint=hint)
+        if self.greedy and self.keep_pattern:
+            hint = "Leave out --greedy."
+            raise PlanError("a greedy removal chooses layers one by one, not in whole periods", hint=hint)
         if self.protect is not None and min(self.protect) < 0:
             raise PlanError(f"cannot protect {min(self.protect)} layers", hint="Write --protect 1,1.")
         self._check_sizes()
@@ -194,7 +207,7 @@ class Pruning(Surgery):
     """A surgery that scores decided.
 
     `choice` is None where no scores are there yet, `text` where none was read. removable(n) returns the layers that
-    go when n do; it works for n up to `most_removable`.
+    go when n do; it works for n up to `most_removable`, and with a `period` over 1 for whole periods.
     """
 
     score: str
@@ -204,6 +217,7 @@ class Pruning(Surgery):
     removable: Callable[[int], Choice]
     most_removable: int
     device: str
+    period: int
     is_measured: bool
 
     @property
@@ -268,7 +282,7 @@ def plan_pruning(begun: Surgery, options: PruneOptions) -> Pruning:
     pick = removable if is_scored else cut.placeholder
     count = cut.count
     if count is None:
-        choices = [pick(number).dropped for number in range(most_removable + 1)]
+        choices = [pick(number).dropped for number in range(0, most_removable + 1, cut.period)]
         count = resolve_count(cut.anatomy, choices, parameters=options.parameters, nbytes=options.nbytes)
     choice = pick(count)
     notes += (SELF_SAMPLED,) if measured.text is not None and not options.data else ()
@@ -280,6 +294,7 @@ def plan_pruning(begun: Surgery, options: PruneOptions) -> Pruning:
     return Pruning(
         source=begun.source,
         plan=begun.plan.then(plan),
+        reads={**begun.reads, **reads_of(options)},
         attachments={**begun.attachments, **({} if scores is None else {SCORES: scores.to_bytes()})},
         score=options.score,
         scores=scores,
@@ -288,6 +303,7 @@ def plan_pruning(begun: Surgery, options: PruneOptions) -> Pruning:
         removable=removable,
         most_removable=most_removable,
         device=measured.device,
+        period=cut.period,
         is_measured=is_scored and (options.measure or not (options.data and options.evaluate)),
     )
 
@@ -348,9 +364,18 @@ def _cut(anatomy: Anatomy, options: PruneOptions) -> tuple[Cut, tuple[str, ...]]
         contiguous=options.contiguous,
         protect=default if options.protect is None else options.protect,
         seed=options.seed,
+        period=_period(anatomy) if options.keep_pattern else 1,
     )
     cut.check()
     return cut, notes
+
+
+def _period(anatomy: Anatomy) -> int:
+    """Return after how many layers the kinds of layers repeat. Raises PlanError where they never do."""
+    period = period_of(anatomy.spec.config, anatomy.depth)
+    if period == anatomy.depth > 1:
+        raise PlanError("the kinds of this model's layers do not repeat", hint="Leave out --keep-pattern.")
+    return period
 
 
 # --- the scores -----------------------------------------------------------------------------------------------
@@ -422,7 +447,7 @@ def _score(source: Source, cut: Cut, options: PruneOptions, text: "Calibration |
 def _read(path: str | os.PathLike[str], source: Source) -> Scores:
     """Return the scores in a file, or in the scores.json of a directory. Raises MeasureError for another model's."""
     place = Path(path)
-    scores = read_scores(place / SCORES if place.is_dir() else place)
+    scores = read_scores(inside(place, SCORES) if place.is_dir() else place)
     check_model(scores, source.provenance(), source.label)
     return scores
 
