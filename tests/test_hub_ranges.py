@@ -504,3 +504,55 @@ def test_a_store_that_is_removed_during_a_run_is_made_again(hub, deep, tmp_path)
     part = source.parts({"model.safetensors": [(600_000, 700_000)]})["model.safetensors"]
 
     assert part.present == ((600_000, 700_000),)
+
+
+def test_a_file_that_was_compared_is_compared_again_once_a_block_of_it_changed(hub, deep, tmp_path):
+    publish(hub, deep)
+    source = open_hub("org/deep")
+    end = max(tensor.end for tensor in source.tensors.values())
+    for span in [(0, end // 2), (end // 2, end)]:
+        source.parts({"model.safetensors": [span]})
+    assert source.transfer.ranges == set()
+    data = next(ranges_of(tmp_path / "home").glob("*.sparse"))
+    with data.open("r+b") as file:
+        file.seek(end - 10)
+        file.write(b"changed")
+
+    hub.faults = ["flipped"]
+    with pytest.raises(CheckpointError, match="do not have the SHA-256 that the Hub names"):
+        open_hub("org/deep").parts({"model.safetensors": [(end // 2, end)]})
+
+
+def test_a_store_that_was_made_anew_is_not_touched_by_who_holds_the_old_one(tmp_path):
+    def stored(content: bytes) -> range_store.RangeFile:
+        made = range_store.RangeFile.create(tmp_path, "model.safetensors", size=100, etag="e")
+        made.write(content, 0)
+        digest = range_store.digest_of()
+        digest.update(content)
+        made.add([range_store.Block(0, len(content), digest.hexdigest())])
+        return made
+
+    old = stored(b"old")
+    again = range_store.RangeFile.find(tmp_path, "model.safetensors", size=100)
+    old.forget()
+    new = stored(b"newer")
+    old.write(b"x", 0)
+    again.check([(0, 3)])
+    old.add([range_store.Block(3, 4, "0")])
+
+    found = range_store.RangeFile.find(tmp_path, "model.safetensors", size=100)
+    assert again.present == []  # its only block changed on the disk
+    assert found.path == new.path
+    assert found.present == [(0, 5)]
+
+
+def test_without_ranges_and_without_room_for_the_file_the_reason_is_given(hub, deep, tmp_path, monkeypatch):
+    publish(hub, deep)
+    surgery = surgeon.truncate("org/deep", layers=4)
+    assert surgery.summary().layers == (LAYERS, 4)
+    hub.ignore_range = True
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=2_000_000))
+
+    with pytest.raises(HubError, match="cannot be read by ranges .*, and the whole file is 0.00 GB, more than"):
+        surgery.save(tmp_path / "out")

@@ -39,6 +39,7 @@ JOINED_GAP = 256 << 10  # a gap that costs less time to read than a request take
 JOINED_SHARE = 0.02  # of the bytes that are wanted: gaps add no more
 WRONG_ANSWERS = 6  # in a row, until the server is held to be one without ranges
 IGNORED = 3  # as many wrong answers is a whole file in place of a range
+LAST_WORDS = 1.0  # seconds for workers to end where one has failed
 ADDED_EVERY = 0.5  # seconds between two additions to the map: a killed process loses no more
 
 
@@ -148,6 +149,9 @@ class RangeDownload:
                     added = time.monotonic()
         finally:
             self._stop.set()
+            deadline = time.monotonic() + LAST_WORDS
+            for worker in workers:  # one that waits for bytes writes none of them later
+                worker.join(max(0.0, deadline - time.monotonic()))
             while not done.empty():
                 if block := done.get().block():
                     arrived.append(block)
@@ -222,6 +226,8 @@ class RangeDownload:
             _check(answer.status_code, answer.headers, start, end, self._size)
             digest = piece.digest.copy()
             for chunk in not_too_slowly(answer.iter_raw(), timeout):
+                if self._stop.is_set():
+                    return
                 self._count(len(chunk))
                 if len(chunk) > end - piece.at:  # who sends too much may have sent other bytes
                     piece.at, piece.digest = start, digest
@@ -229,8 +235,6 @@ class RangeDownload:
                 store.write(chunk, piece.at)
                 piece.digest.update(chunk)
                 piece.at += len(chunk)
-                if self._stop.is_set():
-                    return
         if piece.at < end:
             raise http_library().RemoteProtocolError("the answer ended early")
 

@@ -148,7 +148,8 @@ class HubWeights:
             self._refuse_offline({file: self._todo(file, spans)})
             try:
                 stored = self._download(file, spans, show)
-            except RangesRefused:  # nor does a store that cannot be written
+            except RangesRefused as error:
+                self._refuse_large(file, error)
                 return FilePart(self._fetch_whole(file))
         assert stored is not None
         (self.transfer.ranges.discard if stored.is_verified else self.transfer.ranges.add)(file)
@@ -198,6 +199,16 @@ class HubWeights:
                 stored.write(piece, first)
                 stored.add([Block(first, last, digest.hexdigest())])
                 count(len(piece))
+
+    def _refuse_large(self, file: str, error: RangesRefused) -> None:
+        """Raise HubError where there are no ranges, and no room for the whole file."""
+        free = shutil.disk_usage(self.snapshot).free
+        if self._sizes[file] > free:
+            raise HubError(
+                f"{file} of {self.repo_id} cannot be read by ranges ({error}), and the whole file is "
+                f"{self._sizes[file] / 1e9:.2f} GB, more than the {free / 1e9:.2f} GB that are free in {self.snapshot}",
+                hint="Free some space, or set HF_HOME to a directory on a larger disk.",
+            ) from error
 
     def _refuse_offline(self, todo: Mapping[str, Sequence[Span]]) -> None:
         """Raise HubError where there is no network to ask, with the tensors that are not here."""
