@@ -20,9 +20,11 @@ from surgeon.checkpoint.output import CountBytes
 from surgeon.checkpoint.source import CARD, CONFIG, RECEIPT, LocalSource, Source, open_directory, spec_of
 from surgeon.errors import CheckpointError, OutputError, PlanError
 from surgeon.options import Reads, verb_named
-from surgeon.plan.execute import Shard, execute, lay_out, peak_memory, ranges_read
+from surgeon.plan.execute import Shard, execute, lay_out, peak_memory, ranges_read, shareable_files
 from surgeon.plan.plan import Plan, changed_keys, identity
 from surgeon.plan.rounding import dtype_cost
+
+_BLOCKS = (0, *(2**power for power in range(9, 17)))  # sizes of disk blocks to share; 0: the order of the source
 
 
 @dataclass(frozen=True)
@@ -31,6 +33,8 @@ class Summary:
 
     Sizes are in bytes; `bytes_read` and `bytes_written` count tensors, `peak_memory` is an estimate. `bytes_downloaded`
     are those of weight files on the Hub that are to be downloaded, or were in this process; None for a local source.
+    `bytes_shared` of those written take no space, since their blocks on the disk are the source's; before writing, it
+    is what can be.
     """
 
     output: Path
@@ -39,6 +43,7 @@ class Summary:
     bytes_read: int
     bytes_downloaded: int | None
     bytes_written: int
+    bytes_shared: int
     layer_map: tuple[int | None, ...]
     files: tuple[str, ...]  # weight files
     config_changes: dict[str, tuple[Any, Any]]  # key: value before and after
@@ -59,6 +64,7 @@ class Summary:
             "bytes_read": self.bytes_read,
             **({} if self.bytes_downloaded is None else {"bytes_downloaded": self.bytes_downloaded}),
             "bytes_written": self.bytes_written,
+            "bytes_shared": self.bytes_shared,
             "layer_map": list(self.layer_map),
             "files": list(self.files),
             "config": {key: {"before": old, "after": new} for key, (old, new) in self.config_changes.items()},
@@ -80,6 +86,8 @@ class Summary:
             *([] if self.bytes_downloaded is None else [("downloads", text.size(self.bytes_downloaded))]),
             ("writes", f"{text.size(self.bytes_written)} in {text.few(self.files)}"),
         ]
+        if self.bytes_shared:
+            lines += [("shares", f"{text.size(self.bytes_shared)} of blocks with the source, which take no more space")]
         lines += [
             (f"config {key}", f"{text.brief(old)} → {text.brief(new)}")
             for key, (old, new) in self.config_changes.items()
@@ -153,7 +161,12 @@ class Surgery:
         return "-".join([base, *done])
 
     def prepare(
-        self, out: str | os.PathLike[str] | None = None, *, dtype: str = "keep", max_shard_size: int | str = "5GB"
+        self,
+        out: str | os.PathLike[str] | None = None,
+        *,
+        dtype: str = "keep",
+        max_shard_size: int | str = "5GB",
+        block: int | None = None,
     ) -> "Draft":
         """Return the result that `save` would write with these options, not yet written. Reads headers only.
 
@@ -167,16 +180,19 @@ class Surgery:
         read_anatomy(result)
         if plan.layer_map != tuple(range(len(plan.layer_map))):
             plan = replace(plan, notes=(*plan.notes, *runtime_notes(result.config, len(plan.layer_map))))
+        target = Path(out or self.name)
         attachments = {**self._quantization_files(plan), **self.attachments}
         shards = lay_out(plan, result, self.source, max_shard_bytes=parse_size(max_shard_size))
+        shards, block, shared = self._placed(shards, plan, target, block)
         before = self.before.spec
         summary = Summary(
-            output=Path(out or self.name),
+            output=target,
             layers=(self.before.depth, len(plan.layer_map)),
             parameters=(before.num_parameters, result.num_parameters),
             bytes_read=plan.bytes_read(source),
             bytes_downloaded=self.source.missing(ranges_read(plan, self.source, also=self.also_read)),
             bytes_written=result.nbytes,
+            bytes_shared=shared,
             layer_map=plan.layer_map,
             files=tuple(shard.file for shard in shards),
             config_changes=changed_keys(before.config, result.config),
@@ -184,7 +200,7 @@ class Surgery:
             peak_memory=peak_memory(plan, result, source),
             seconds=0.0,
         )
-        options = {"dtype": dtype, "max_shard_size": max_shard_size}
+        options = {"dtype": dtype, "max_shard_size": max_shard_size, "block": block}
         return Draft(self.source, plan, tuple(shards), summary, options, attachments, self._all_reads())
 
     def _all_reads(self) -> Reads:
@@ -205,11 +221,36 @@ class Surgery:
             for name, content in contents.items()
         }
 
+    def _placed(self, shards: list[Shard], plan: Plan, target: Path, block: int | None) -> tuple[list[Shard], int, int]:
+        """Return the shards in an order that lets disk blocks be shared, the size of a block, and the bytes shared.
+
+        The size is 0 where the order of the source stays, whether or not blocks are shared.
+        """
+        if block is not None and block not in _BLOCKS:
+            hint = "Give 0, or a power of two from 512 to 65536."
+            raise PlanError(f"no disk has blocks of {block!r} bytes", hint=hint)
+        files = shareable_files(plan, self.source, target)
+        offered = max(files.values(), default=0)
+        wanted = offered if block is None else block
+        if not wanted and not offered:
+            return shards, 0, 0
+        from surgeon.plan.sharing import could_share, is_same_order, placed
+
+        tensors = self.source.tensors
+        chosen = placed(shards, plan, tensors, block=wanted) if wanted else shards
+        shared = sum(could_share(shard, plan, tensors, block=offered, files=files) for shard in chosen)
+        return chosen, 0 if is_same_order(shards, chosen) else wanted, shared
+
     def summary(
-        self, out: str | os.PathLike[str] | None = None, *, dtype: str = "keep", max_shard_size: int | str = "5GB"
+        self,
+        out: str | os.PathLike[str] | None = None,
+        *,
+        dtype: str = "keep",
+        max_shard_size: int | str = "5GB",
+        block: int | None = None,
     ) -> Summary:
         """Return what `save` with these options would do. Reads headers only."""
-        return self.prepare(out, dtype=dtype, max_shard_size=max_shard_size).summary
+        return self.prepare(out, dtype=dtype, max_shard_size=max_shard_size, block=block).summary
 
     def save(
         self,
@@ -217,6 +258,7 @@ class Surgery:
         *,
         dtype: str = "keep",
         max_shard_size: int | str = "5GB",
+        block: int | None = None,
         overwrite: bool = False,
         progress: CountBytes | None = None,
         command: str | None = None,
@@ -224,11 +266,13 @@ class Surgery:
         """Write the result and return what was done. It appears at `out` at once and whole, or not at all.
 
         `dtype` is "keep" (the source's bytes) or a floating dtype to store; `max_shard_size` a number of bytes or
-        "5GB". `progress` is told how many more bytes are written; `command` goes into the card and the receipt.
+        "5GB". `block` is the size of the disk blocks for whose sharing the tensors are placed: None, as the disk offers
+        it; a receipt's, for the same bytes on any disk. `progress` is told how many more bytes are written; `command`
+        goes into the card and the receipt.
 
         Raises PlanError before anything is written, OutputError when it cannot be written.
         """
-        draft = self.prepare(out, dtype=dtype, max_shard_size=max_shard_size)
+        draft = self.prepare(out, dtype=dtype, max_shard_size=max_shard_size, block=block)
         return draft.write(overwrite=overwrite, progress=progress, command=command)
 
 
@@ -259,9 +303,10 @@ class Draft:
         companions = {name: self.source.fetch(name) for name in self.source.companions}
         card = companions.pop(CARD, None)
         sizes = sum(path.stat().st_size for path in companions.values())
-        output.check_space(target, self.summary.bytes_written + sizes + 300 * len(plan.tensors) + 100_000)
+        needed = self.summary.bytes_written - self.summary.bytes_shared
+        output.check_space(target, needed + sizes + 300 * len(plan.tensors) + 100_000)
         with output.staged(target, overwrite=overwrite) as stage:
-            execute(plan, self.source, stage, shards=self.shards, progress=progress)
+            written = execute(plan, self.source, stage, shards=self.shards, progress=progress)
             _verify(stage, self.shards)
             record = receipt.receipt(
                 source=self.source.provenance(),
@@ -273,12 +318,15 @@ class Draft:
                 notes=plan.all_notes,
                 approximate=plan.approximate,
                 transfer=self.source.transfer,
+                bytes_shared=written.shared,
             )
             page = self._card(command=command, card=card)
             output.copy_files(stage, companions)
             output.write_files(stage, {CARD: page.encode(), RECEIPT: receipt.to_bytes(record), **self.attachments})
             output.write_files(stage, {CONFIG: receipt.to_bytes(plan.config)})  # last: now it is a checkpoint
-        return replace(self.summary.downloaded_from(self.source), seconds=time.perf_counter() - began)
+            self.source.check_unchanged()
+        done = replace(self.summary.downloaded_from(self.source), bytes_shared=written.shared)
+        return replace(done, seconds=time.perf_counter() - began)
 
     def _card(self, *, command: str | None, card: Path | None) -> str:
         source = self.source.label if not isinstance(self.source, LocalSource) else self.source.directory.resolve().name

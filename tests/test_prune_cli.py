@@ -31,8 +31,8 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 LIMIT = 60  # seconds that no subprocess here comes near
 ROWS = ("--samples", 3, "--sequence-length", 14)
 # What a writing command prints in JSON, and what prune adds.
-SUMMARY = {"output", "layers", "parameters", "bytes_read", "bytes_written", "layer_map", "files", "config", "notes"}
-SUMMARY |= {"peak_memory", "seconds"}
+SUMMARY = {"output", "layers", "parameters", "bytes_read", "bytes_written", "bytes_shared", "layer_map", "files"}
+SUMMARY |= {"config", "notes", "peak_memory", "seconds"}
 CHOICE = {"score", "scores", "dropped", "value", "next_best", "next_value"}
 
 

@@ -65,6 +65,15 @@ class DerivedSource:
         theirs = {self.prefix + file for file in other.ranges}
         return Transfer(other.nbytes + (base.nbytes if base else 0), theirs | (base.ranges if base else set()))
 
+    def at_hand(self, file: str) -> Path | None:
+        if file.startswith(self.prefix):
+            return self.other.at_hand(file.removeprefix(self.prefix))
+        return self.base.at_hand(file)
+
+    def check_unchanged(self) -> None:
+        self.base.check_unchanged()
+        self.other.check_unchanged()
+
     def provenance(self) -> dict[str, Any]:
         return self.base.provenance()
 

@@ -236,11 +236,11 @@ def _refuse(where: str, fault: str) -> NoReturn:
     raise CheckpointError(f"{where} {fault}", hint=DOWNLOAD_HINT)
 
 
-def format_header(tensors: Mapping[str, TensorSpec], *, align: int = 0) -> bytes:
+def format_header(tensors: Mapping[str, TensorSpec], *, align: int = 0, block: int = 4096) -> bytes:
     """Return the length prefix and header for `tensors`, whose data follows in the mapping's order.
 
-    The header is padded with spaces so that the data begins at `align` modulo 4096 (rounded up to a multiple of 8).
-    A kernel copies whole pages only between offsets that agree modulo the page size.
+    The header is padded with spaces so that the data begins at `align` modulo `block` (rounded up to a multiple of 8).
+    A kernel copies whole pages, and shares whole blocks, only between offsets that agree modulo their size.
     """
     fields: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offset = 0
@@ -252,7 +252,7 @@ def format_header(tensors: Mapping[str, TensorSpec], *, align: int = 0) -> bytes
         }
         offset += spec.nbytes
     text = json.dumps(fields, separators=(",", ":"), ensure_ascii=False).encode("utf-8")
-    padding = (align - (8 + len(text))) % 4096
+    padding = (align - (8 + len(text))) % block
     padding += -(8 + len(text) + padding) % 8
     return (len(text) + padding).to_bytes(8, "little") + text + b" " * padding
 
@@ -318,6 +318,15 @@ class FileRange:
     def path(self) -> Path:
         """The path of the file; of a partial one, another process may remove it. `file.open` still opens it then."""
         return self.file.path
+
+    @property
+    def size(self) -> int:
+        """The number of bytes."""
+        return self.end - self.start
+
+    def between(self, start: int, end: int) -> "FileRange":
+        """Return the bytes [start, end) of the same file."""
+        return self.file.range(start, end)
 
     def until(self, end: int) -> "FileRange":
         """Return the bytes from the same start to another end."""

@@ -147,6 +147,13 @@ class HubSource:
         """The bytes of weights that arrived behind a header: by file, where they start, and what they are."""
         return {}
 
+    def at_hand(self, file: str) -> Path | None:
+        path = self.snapshot / file
+        return path if path.exists() else None
+
+    def check_unchanged(self) -> None:
+        """Do nothing: a commit does not change."""
+
     def provenance(self) -> dict[str, Any]:
         revision = {} if self.revision is None else {"revision": self.revision}
         return {"id": self.repo_id, "commit": self.commit} | revision

@@ -27,11 +27,13 @@ def receipt(
     notes: Sequence[str],
     approximate: Sequence[str] = (),
     transfer: Transfer | None = None,
+    bytes_shared: int = 0,
 ) -> dict[str, Any]:
-    """Return the receipt of a surgery; `options` are those that change bytes (dtype, shard size, seed).
+    """Return the receipt of a surgery; `options` are those that change bytes (dtype, shard size, seed, block).
 
-    `approximate` lists why the result may compute something else than its source; if empty, there is no entry. Where
-    `transfer` says that only ranges of files were downloaded, "fetched" is "ranges" and "sha256_unchecked" names them.
+    `approximate` lists why the result may compute something else than its source, `bytes_shared` counts the bytes whose
+    blocks on the disk were the source's when this was written; if empty, there is no entry. Where `transfer` says that
+    only ranges of files were downloaded, "fetched" is "ranges" and "sha256_unchecked" names them.
     """
     return {
         "format": FORMAT,
@@ -44,6 +46,7 @@ def receipt(
         "notes": list(notes),
         **({"approximate": list(approximate)} if approximate else {}),
         **({"fetched": "ranges", "sha256_unchecked": sorted(transfer.ranges)} if transfer and transfer.ranges else {}),
+        **({"bytes_shared": bytes_shared} if bytes_shared else {}),
         "versions": versions(),
     }
 

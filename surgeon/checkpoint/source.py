@@ -10,12 +10,20 @@ import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import Any, Protocol
 
-from surgeon.checkpoint.header import DOWNLOAD_HINT, CheckpointSpec, Entry, FilePart, TensorSpec, read_header
+from surgeon.checkpoint.header import (
+    CHANGED_HINT,
+    DOWNLOAD_HINT,
+    CheckpointSpec,
+    Entry,
+    FilePart,
+    TensorSpec,
+    read_header,
+)
 from surgeon.errors import CheckpointError
 
 WEIGHTS = "model.safetensors"
@@ -105,6 +113,12 @@ class Source(Protocol):
     def transfer(self) -> "Transfer | None":
         """What was downloaded of the weights so far; None for a source on this machine."""
 
+    def at_hand(self, file: str) -> Path | None:
+        """Return `file` where this machine has it as it is; None where `fetch` would have to get or make it first."""
+
+    def check_unchanged(self) -> None:
+        """Raise CheckpointError where a file has changed since it was first looked at: a result may mix two states."""
+
     def provenance(self) -> dict[str, Any]:
         """Return the identity of these weights: an id and a commit, or a path and a fingerprint."""
 
@@ -142,12 +156,12 @@ class LocalSource:
 
     @cached_property
     def config(self) -> Mapping[str, Any]:
-        return read_config(inside(self.directory, CONFIG))
+        return read_config(self.local(CONFIG))
 
     @cached_property
     def tensors(self) -> Mapping[str, StoredTensor]:
         if _is_there(self.directory / WEIGHTS):  # where both exist, transformers reads this one too
-            header = read_header(inside(self.directory, WEIGHTS))
+            header = read_header(self.local(WEIGHTS))
             return {name: stored(WEIGHTS, entry) for name, entry in header.items()}
         if _is_there(self.directory / INDEX):
             return self._sharded()
@@ -165,7 +179,7 @@ class LocalSource:
         return names
 
     def fetch(self, file: str) -> Path:
-        return inside(self.directory, file)
+        return self.local(file)
 
     def parts(self, wanted: Ranges, *, among: Ranges | None = None) -> dict[str, FilePart]:
         return {file: FilePart(self.fetch(file)) for file in wanted}
@@ -177,11 +191,44 @@ class LocalSource:
     def transfer(self) -> None:
         return None
 
+    def local(self, file: str) -> Path:
+        """Return the path of a file of this checkpoint that will be read. Its size and time of change are kept.
+
+        Raises CheckpointError for a link that leads out of the checkpoint.
+        """
+        path = inside(self.directory, file)
+        self.look_at(path)
+        return path
+
+    def look_at(self, path: Path) -> None:
+        """Keep the size and the time of change of a file that will be read, unless they are kept already."""
+        if path not in self._looks:
+            self._looks[path] = _look(path)
+
+    def check_unchanged(self) -> None:
+        for path, look in self._looks.items():
+            if _look(path) != look:
+                raise CheckpointError(f"{path} changed while it was read", hint=CHANGED_HINT)
+        again = replace(self)  # a file can also change within one tick of the clock
+        try:
+            is_same = again.config == self.config and ("tensors" not in vars(self) or again.tensors == self.tensors)
+        except CheckpointError as error:
+            raise CheckpointError(f"{self.label} changed while it was read: {error}", hint=CHANGED_HINT) from error
+        if not is_same:
+            raise CheckpointError(f"{self.label} changed while it was read", hint=CHANGED_HINT)
+
+    @cached_property
+    def _looks(self) -> dict[Path, tuple[int, int] | None]:
+        return {}
+
+    def at_hand(self, file: str) -> Path | None:
+        return self.directory / file
+
     def provenance(self) -> dict[str, Any]:
         return {"path": str(self.directory.resolve()), "fingerprint": fingerprint(self)}
 
     def _sharded(self) -> Mapping[str, StoredTensor]:
-        weight_map = read_index(inside(self.directory, INDEX))
+        weight_map = read_index(self.local(INDEX))
         shards = sorted(set(weight_map.values()))
         for number, shard in enumerate(shards, start=1):
             if not _is_there(self.directory / shard):
@@ -189,7 +236,7 @@ class LocalSource:
                     f"shard {number} of {len(shards)} is missing: {self.directory / shard}",
                     hint="The download did not finish; fetch the checkpoint again.",
                 )
-        return assemble({shard: read_header(inside(self.directory, shard)) for shard in shards}, weight_map)
+        return assemble({shard: read_header(self.local(shard)) for shard in shards}, weight_map)
 
     def _hint_without_weights(self) -> str:
         others = sorted(self.directory.glob("pytorch_model*.bin")) + sorted(self.directory.glob("*.gguf"))
@@ -200,6 +247,15 @@ class LocalSource:
         if (self.directory / "adapter_config.json").is_file():
             return "This is a PEFT adapter; merge it into its base model first."
         return f"A checkpoint is a directory with {CONFIG} and {WEIGHTS}; look with: ls {self.directory}"
+
+
+def _look(path: Path) -> tuple[int, int] | None:
+    """Return the size of a file and when it was last changed; None where it cannot be looked at."""
+    try:
+        found = path.stat()
+    except (OSError, ValueError):  # ValueError: a NUL in the name
+        return None
+    return found.st_size, found.st_mtime_ns
 
 
 # Opening

@@ -42,6 +42,8 @@ def prune(
     options = verb.PruneOptions(**vars(cut), **vars(running), meter=meter)
     if plot is not None:
         check_picture(plot, reads_of(options) | {"MODEL": (model,)})
+    if curve and options.keep_pattern:
+        raise PlanError("a curve removes layers one by one, not in whole periods", hint="Leave out --keep-pattern.")
     begun = open_model(model, revision=options.revision)
     surgery = verb.plan_pruning(begun, replace(options, measure=False))
     if not writing.dry_run:
@@ -67,8 +69,6 @@ class PruneReport:
         """Raises PlanError for a curve or a picture without data, before anything is written."""
         if self.curve and self.surgery.text is None:
             raise PlanError("a curve is measured on a text, and there is none", hint="Give one: --data FILE.")
-        if self.curve and self.surgery.period > 1:
-            raise PlanError("a curve removes layers one by one, not in whole periods", hint="Leave out --keep-pattern.")
         score, scores = self.surgery.score, self.surgery.scores
         if self.plot is not None and not self.curve and not has_picture(score, scores):
             raise PlanError(NOTHING.format(score), hint=NOTHING_HINT)

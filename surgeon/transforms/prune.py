@@ -6,6 +6,7 @@ from functools import cached_property
 from typing import Any
 
 from surgeon.anatomy.anatomy import Anatomy, read_anatomy
+from surgeon.anatomy.config import period_of
 from surgeon.errors import PlanError
 from surgeon.plan.plan import Plan, identity
 from surgeon.transforms.choose import (
@@ -104,6 +105,14 @@ def resolve_count(
         "left, more than the budget",
         hint="Prune in width too, or ask for more.",
     )
+
+
+def repeating_period(anatomy: Anatomy) -> int:
+    """Return after how many layers the kinds of layers repeat. Raises PlanError where they never do."""
+    period = period_of(anatomy.spec.config, anatomy.depth)
+    if period == anatomy.depth > 1:
+        raise PlanError("the kinds of this model's layers do not repeat", hint="Leave out --keep-pattern.")
+    return period
 
 
 def sizes_like(anatomy: Anatomy, small: Anatomy, name: str) -> tuple[dict[str, int | None], tuple[str, ...]]:

@@ -146,6 +146,7 @@ def compress(model: str | os.PathLike[str], prompt: str, options: CompressOption
         "check": asdict(check),
         "versions": versions(),
     } | ({} if compressor is None else {"compressor": compressor.told()})
+    source.check_unchanged()
     _write(saved.files_of(states, about, base=base.get("path") or base["id"]), target, overwrite=options.overwrite)
     cost = _cost(loaded, ids, states, has_adapters=compressor is not None) if options.bench else None
     return Compression(

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from surgeon.anatomy.anatomy import Anatomy, read_anatomy
-from surgeon.anatomy.config import period_of
 from surgeon.checkpoint.source import SCORES, Source, inside, spec_of
 from surgeon.errors import PlanError
 from surgeon.measure.record import Scores, check_model, check_ranking, perplexities, read_scores
@@ -28,7 +27,7 @@ from surgeon.options import (
 from surgeon.plan.plan import FLOAT_DTYPES
 from surgeon.surgery import Surgery, open_model, open_source, parse_size
 from surgeon.transforms.choose import Choice
-from surgeon.transforms.prune import Cut, pruned_sizes, removed_count, resolve_count, sizes_like
+from surgeon.transforms.prune import Cut, pruned_sizes, removed_count, repeating_period, resolve_count, sizes_like
 from surgeon.transforms.scores import METHODS
 
 if TYPE_CHECKING:
@@ -207,7 +206,7 @@ class Pruning(Surgery):
     """A surgery that scores decided.
 
     `choice` is None where no scores are there yet, `text` where none was read. removable(n) returns the layers that
-    go when n do; it works for n up to `most_removable`, and with a `period` over 1 for whole periods.
+    go when n do; it works for n up to `most_removable`, with `keep_pattern` for whole periods.
     """
 
     score: str
@@ -217,7 +216,6 @@ class Pruning(Surgery):
     removable: Callable[[int], Choice]
     most_removable: int
     device: str
-    period: int
     is_measured: bool
 
     @property
@@ -303,7 +301,6 @@ def plan_pruning(begun: Surgery, options: PruneOptions) -> Pruning:
         removable=removable,
         most_removable=most_removable,
         device=measured.device,
-        period=cut.period,
         is_measured=is_scored and (options.measure or not (options.data and options.evaluate)),
     )
 
@@ -364,18 +361,10 @@ def _cut(anatomy: Anatomy, options: PruneOptions) -> tuple[Cut, tuple[str, ...]]
         contiguous=options.contiguous,
         protect=default if options.protect is None else options.protect,
         seed=options.seed,
-        period=_period(anatomy) if options.keep_pattern else 1,
+        period=repeating_period(anatomy) if options.keep_pattern else 1,
     )
     cut.check()
     return cut, notes
-
-
-def _period(anatomy: Anatomy) -> int:
-    """Return after how many layers the kinds of layers repeat. Raises PlanError where they never do."""
-    period = period_of(anatomy.spec.config, anatomy.depth)
-    if period == anatomy.depth > 1:
-        raise PlanError("the kinds of this model's layers do not repeat", hint="Leave out --keep-pattern.")
-    return period
 
 
 # --- the scores -----------------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ from typing import Any
 from surgeon.checkpoint.formats.torch_file import StridedTensor, TorchFile, read_torch_file
 from surgeon.checkpoint.header import DOWNLOAD_HINT, DTYPE_BITS
 from surgeon.checkpoint.output import check_space
-from surgeon.checkpoint.source import LocalSource, StoredTensor, inside, read_index
+from surgeon.checkpoint.source import LocalSource, StoredTensor, read_index
 from surgeon.errors import CheckpointError, OutputError
 
 WEIGHTS = "pytorch_model.bin"
@@ -56,18 +56,21 @@ class PickledSource(LocalSource):
     def fetch(self, file: str) -> Path:
         return self._reordered if file == REORDERED else super().fetch(file)
 
+    def at_hand(self, file: str) -> Path | None:
+        return None if file == REORDERED else super().at_hand(file)
+
     @cached_property
     def _files(self) -> Mapping[str, TorchFile]:
         if not self.weights.endswith(".json"):
-            return {self.weights: read_torch_file(inside(self.directory, self.weights))}
-        weight_map = read_index(inside(self.directory, self.weights))
+            return {self.weights: read_torch_file(self.local(self.weights))}
+        weight_map = read_index(self.local(self.weights))
         shards = sorted(set(weight_map.values()))
         for number, shard in enumerate(shards, start=1):
             if not (self.directory / shard).exists():
                 raise CheckpointError(
                     f"shard {number} of {len(shards)} is missing: {self.directory / shard}", hint=DOWNLOAD_HINT
                 )
-        files = {shard: read_torch_file(inside(self.directory, shard)) for shard in shards}
+        files = {shard: read_torch_file(self.local(shard)) for shard in shards}
         for name, shard in weight_map.items():
             if name not in files[shard].tensors and name not in files[shard].ignored:
                 raise CheckpointError(
