@@ -68,6 +68,12 @@ def passes(error: Exception) -> bool:
     return isinstance(error, (http_library().TransportError, WrongAnswer)) or "client has been closed" in str(error)
 
 
+def passes_at_first(error: Exception) -> bool:
+    """Return the same for the first questions of a run: where no Hub can be reached then, there is no network."""
+    http = http_library()
+    return passes(error) and not isinstance(error, (http.ConnectError, http.ConnectTimeout))
+
+
 def passes_for_get(error: Exception) -> bool:
     """Return the same for huggingface_hub's download of a file, which asks again by itself but for an answer to GET."""
     from huggingface_hub.errors import HfHubHTTPError
@@ -89,7 +95,7 @@ def seconds_asked(error: Exception) -> float | None:
     return min(float(after), LONGEST_WAIT) if after.isdigit() else None
 
 
-def patiently(ask: Callable[[], Result], *, may_pass: Callable[[Exception], bool] = passes) -> Result:
+def patiently(ask: Callable[[], Result], *, may_pass: Callable[[Exception], bool] = passes_at_first) -> Result:
     """Return what `ask` returns. It is asked again where its failure may pass; else, and in the end, that is raised."""
     for wait in BACKOFF:
         try:

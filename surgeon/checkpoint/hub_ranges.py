@@ -25,6 +25,7 @@ from surgeon.checkpoint.hub_http import (
     http_library,
     not_too_slowly,
     passes,
+    passes_at_first,
     patiently,
     seconds_asked,
 )
@@ -249,7 +250,10 @@ class RangeDownload:
         from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url
 
         url = hf_hub_url(self._repo_id, self._file, revision=self._commit, endpoint=constants.ENDPOINT)
-        found = patiently(lambda: get_hf_file_metadata(url, timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT))
+        may_pass = passes_at_first if self._address is None else passes
+        found = patiently(
+            lambda: get_hf_file_metadata(url, timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT), may_pass=may_pass
+        )
         where = f"{self._file} of {self._repo_id}"
         if found.commit_hash != self._commit or found.etag is None:
             raise HubError(
