@@ -3,7 +3,7 @@
 import os
 import re
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -113,6 +113,7 @@ class Surgery:
 
     `begun_with` is the anatomy of the source, where the caller has read it already. `reads` are the files, directories
     and names on the Hub that decide the plan, by the options that name them: the result must not replace any.
+    `also_read` are the tensors that are to be read before the plan is carried out, for scores.
     """
 
     source: Source
@@ -120,6 +121,7 @@ class Surgery:
     attachments: Mapping[str, bytes] = field(default_factory=dict, repr=False)  # file name: content
     begun_with: Anatomy | None = field(default=None, repr=False, compare=False)
     reads: Reads = field(default_factory=dict, repr=False, compare=False)
+    also_read: Sequence[str] = field(default=(), repr=False, compare=False)
 
     @cached_property
     def before(self) -> Anatomy:
@@ -144,11 +146,6 @@ class Surgery:
         if file in self.attachments:
             return self.attachments[file]
         return self.source.fetch(file).read_bytes() if file in self.source.companions else None
-
-    @property
-    def also_read(self) -> Iterable[str]:
-        """The tensors of the source that are to be read before the plan is carried out; most surgeries read none."""
-        return ()
 
     @property
     def name(self) -> str:
