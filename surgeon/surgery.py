@@ -3,7 +3,7 @@
 import os
 import re
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -12,19 +12,18 @@ from typing import Any
 
 from surgeon import text
 from surgeon.anatomy.anatomy import Anatomy, read_anatomy
+from surgeon.anatomy.config import runtime_notes
 from surgeon.checkpoint import output, receipt
 from surgeon.checkpoint.derived import JoinedSource
 from surgeon.checkpoint.header import QUANTIZATION_FILES, CheckpointSpec, read_header
 from surgeon.checkpoint.output import CountBytes
 from surgeon.checkpoint.source import CARD, CONFIG, RECEIPT, LocalSource, Source, open_directory, spec_of
 from surgeon.errors import CheckpointError, OutputError, PlanError
-from surgeon.options import verb_named
-from surgeon.plan.execute import Shard, execute, lay_out, peak_memory, shareable_files
+from surgeon.options import Reads, verb_named
+from surgeon.plan.execute import Shard, execute, lay_out, peak_memory, ranges_read, shareable_files
 from surgeon.plan.plan import Plan, changed_keys, identity
 from surgeon.plan.rounding import dtype_cost
 
-_UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
-_UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 _BLOCKS = (0, *(2**power for power in range(9, 17)))  # sizes of disk blocks to share; 0: the order of the source
 
 
@@ -32,14 +31,17 @@ _BLOCKS = (0, *(2**power for power in range(9, 17)))  # sizes of disk blocks to 
 class Summary:
     """The effect of a surgery: everything but `seconds` is known before a byte of weights is read.
 
-    Sizes are in bytes; `bytes_read` and `bytes_written` count tensors, `peak_memory` is an estimate. `bytes_shared` of
-    those written take no space, since their blocks on the disk are the source's; before writing, it is what can be.
+    Sizes are in bytes; `bytes_read` and `bytes_written` count tensors, `peak_memory` is an estimate. `bytes_downloaded`
+    are those of weight files on the Hub that are to be downloaded, or were in this process; None for a local source.
+    `bytes_shared` of those written take no space, since their blocks on the disk are the source's; before writing, it
+    is what can be.
     """
 
     output: Path
     layers: tuple[int, int]  # before, after
     parameters: tuple[int, int]
     bytes_read: int
+    bytes_downloaded: int | None
     bytes_written: int
     bytes_shared: int
     layer_map: tuple[int | None, ...]
@@ -49,6 +51,10 @@ class Summary:
     peak_memory: int
     seconds: float
 
+    def downloaded_from(self, source: Source) -> "Summary":
+        """Return the summary with the bytes that were downloaded from `source` until now."""
+        return replace(self, bytes_downloaded=None if source.transfer is None else source.transfer.nbytes)
+
     def to_dict(self) -> dict[str, Any]:
         """Return the summary as `--json` prints it."""
         return {
@@ -56,6 +62,7 @@ class Summary:
             "layers": {"before": self.layers[0], "after": self.layers[1]},
             "parameters": {"before": self.parameters[0], "after": self.parameters[1]},
             "bytes_read": self.bytes_read,
+            **({} if self.bytes_downloaded is None else {"bytes_downloaded": self.bytes_downloaded}),
             "bytes_written": self.bytes_written,
             "bytes_shared": self.bytes_shared,
             "layer_map": list(self.layer_map),
@@ -76,6 +83,7 @@ class Summary:
             ("layers", f"{self.layers[0]} → {self.layers[1]}  (source layers {text.layers(self.layer_map)})"),
             ("parameters", f"{before:,} → {after:,}  ({100 * after / before:.1f} %)"),
             ("reads", text.size(self.bytes_read)),
+            *([] if self.bytes_downloaded is None else [("downloads", text.size(self.bytes_downloaded))]),
             ("writes", f"{text.size(self.bytes_written)} in {text.few(self.files)}"),
         ]
         if self.bytes_shared:
@@ -103,13 +111,15 @@ class Summary:
 class Surgery:
     """A source and the plan for it. Only headers are read until `save`, which writes `attachments` too.
 
-    `begun_with` is the anatomy of the source, where the caller has read it already.
+    `begun_with` is the anatomy of the source, where the caller has read it already. `reads` are the files, directories
+    and names on the Hub that decide the plan, by the options that name them: the result must not replace any.
     """
 
     source: Source
     plan: Plan
     attachments: Mapping[str, bytes] = field(default_factory=dict, repr=False)  # file name: content
     begun_with: Anatomy | None = field(default=None, repr=False, compare=False)
+    reads: Reads = field(default_factory=dict, repr=False, compare=False)
 
     @cached_property
     def before(self) -> Anatomy:
@@ -134,6 +144,11 @@ class Surgery:
         if file in self.attachments:
             return self.attachments[file]
         return self.source.fetch(file).read_bytes() if file in self.source.companions else None
+
+    @property
+    def also_read(self) -> Iterable[str]:
+        """The tensors of the source that are to be read before the plan is carried out; most surgeries read none."""
+        return ()
 
     @property
     def name(self) -> str:
@@ -163,6 +178,8 @@ class Surgery:
             plan = replace(plan, notes=(*plan.notes, *dtype_cost(plan, source.tensors)))
         result = plan.result(source)
         read_anatomy(result)
+        if plan.layer_map != tuple(range(len(plan.layer_map))):
+            plan = replace(plan, notes=(*plan.notes, *runtime_notes(result.config, len(plan.layer_map))))
         target = Path(out or self.name)
         attachments = {**self._quantization_files(plan), **self.attachments}
         shards = lay_out(plan, result, self.source, max_shard_bytes=parse_size(max_shard_size))
@@ -173,6 +190,7 @@ class Surgery:
             layers=(self.before.depth, len(plan.layer_map)),
             parameters=(before.num_parameters, result.num_parameters),
             bytes_read=plan.bytes_read(source),
+            bytes_downloaded=self.source.missing(ranges_read(plan, self.source, also=self.also_read)),
             bytes_written=result.nbytes,
             bytes_shared=shared,
             layer_map=plan.layer_map,
@@ -183,7 +201,12 @@ class Surgery:
             seconds=0.0,
         )
         options = {"dtype": dtype, "max_shard_size": max_shard_size, "block": block}
-        return Draft(self.source, plan, tuple(shards), summary, options, attachments)
+        return Draft(self.source, plan, tuple(shards), summary, options, attachments, self._all_reads())
+
+    def _all_reads(self) -> Reads:
+        """Return what is read, with the source that is open: it may be another than the option named."""
+        origin = self.source.origin
+        return self.reads if origin is None else {**self.reads, "this command": (str(origin),)}
 
     def _quantization_files(self, plan: Plan) -> dict[str, bytes]:
         """Return the files beside the weights that name quantized layers, as they must be where layers have moved."""
@@ -263,10 +286,12 @@ class Draft:
     summary: Summary
     options: Mapping[str, Any]  # those that decide bytes
     attachments: Mapping[str, bytes]
+    reads: Reads  # none of which may lie in the output
 
     def check(self, *, overwrite: bool) -> None:
-        """Raises OutputError where the output may not be written."""
-        output.check_target(self.summary.output, overwrite=overwrite, source=self.source.origin)
+        """Raises OutputError where the output may not be written, CheckpointError where a companion cannot be read."""
+        output.check_target(self.summary.output, overwrite=overwrite, reads=self.reads)
+        _ = self.source.companions  # one that is no file of the checkpoint is refused now, and not after hours
 
     def write(
         self, *, overwrite: bool = False, progress: CountBytes | None = None, command: str | None = None
@@ -292,6 +317,7 @@ class Draft:
                 command=command,
                 notes=plan.all_notes,
                 approximate=plan.approximate,
+                transfer=self.source.transfer,
                 bytes_shared=written.shared,
             )
             page = self._card(command=command, card=card)
@@ -299,7 +325,8 @@ class Draft:
             output.write_files(stage, {CARD: page.encode(), RECEIPT: receipt.to_bytes(record), **self.attachments})
             output.write_files(stage, {CONFIG: receipt.to_bytes(plan.config)})  # last: now it is a checkpoint
             self.source.check_unchanged()
-        return replace(self.summary, bytes_shared=written.shared, seconds=time.perf_counter() - began)
+        done = replace(self.summary.downloaded_from(self.source), bytes_shared=written.shared)
+        return replace(done, seconds=time.perf_counter() - began)
 
     def _card(self, *, command: str | None, card: Path | None) -> str:
         source = self.source.label if not isinstance(self.source, LocalSource) else self.source.directory.resolve().name
@@ -323,14 +350,8 @@ class Draft:
 
 def parse_size(size: int | str) -> int:
     """Return a number of bytes: `size` itself, or "5GB", "500MB", "2GiB". Raises PlanError for anything else."""
-    written = str(size).strip().upper()
-    number = written.rstrip("KMGTIB")
-    unit = written[len(number) :]
-    try:
-        result = int(float(number) * _UNITS[unit])
-    except (ValueError, KeyError, OverflowError):
-        result = 0
-    if result < 1:
+    result = text.parse_size(str(size))
+    if result is None:
         raise PlanError(f"cannot read {size!r} as a size", hint="Write 5GB, 500MB or a number of bytes.")
     return result
 
@@ -346,13 +367,23 @@ def _verify(directory: Path, shards: Sequence[Shard]) -> None:
             )
 
 
-def open_model(model: "str | os.PathLike[str] | Surgery", *, revision: str | None = None) -> Surgery:
-    """Return the model as a surgery that changes nothing yet; one that is already a surgery is continued."""
+def open_model(
+    model: "str | os.PathLike[str] | Surgery", *, revision: str | None = None, reads: Reads | None = None
+) -> Surgery:
+    """Return the model as a surgery that changes nothing yet; one that is already a surgery is continued.
+
+    `reads` is what the options of this step name to be read.
+    """
     if isinstance(model, Surgery):
-        return model
+        return replace(model, reads={**model.reads, **reads}) if reads else model
     source = open_source(model, revision=revision)
     anatomy = read_anatomy(spec_of(source))
-    return Surgery(source, identity(anatomy.spec, depth=anatomy.depth), begun_with=anatomy)
+    return Surgery(
+        source,
+        identity(anatomy.spec, depth=anatomy.depth),
+        begun_with=anatomy,
+        reads={"MODEL": (os.fspath(model),), **(reads or {})},
+    )
 
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}(/[A-Za-z0-9][\w.-]{0,95})?")  # a local path can look like this too

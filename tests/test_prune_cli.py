@@ -477,7 +477,7 @@ def test_an_output_that_exists_is_refused_before_anything_is_scored(model, tmp_p
 
     refused(run(*command, "-o", tmp_path / "cut"), "exists and is not empty", "--overwrite")
     refused(run(*command, "-o", tmp_path / "notes", "--overwrite"), "is not a checkpoint", "-o")
-    refused(run(*command, "-o", model, "--overwrite"), "holds the source itself", "-o")
+    refused(run(*command, "-o", model, "--overwrite"), "is what MODEL reads", "-o")
     refused(run(*command, "-o", tmp_path / "notes/a.txt"), "is not a directory", "-o")
     assert snapshot(tmp_path) == before
 

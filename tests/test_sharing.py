@@ -21,8 +21,7 @@ from hypothesis import strategies as st
 import surgeon
 from surgeon import text
 from surgeon.checkpoint import output
-from surgeon.checkpoint.header import DTYPE_BITS, TensorSpec, format_header, read_header
-from surgeon.checkpoint.output import FileRange
+from surgeon.checkpoint.header import DTYPE_BITS, FilePart, TensorSpec, format_header, read_header
 from surgeon.checkpoint.source import StoredTensor
 from surgeon.errors import OutputError, PlanError
 from surgeon.plan.execute import Shard, TensorWrite, write_safetensors
@@ -299,7 +298,7 @@ def test_any_selection_beside_made_tensors_is_bit_identical(room):
         writes = []
         for name in draw.sample(list(layout), draw.randint(1, 9)):
             made = partial(lambda content: [memoryview(content)], data(name, layout[name].nbytes))
-            copied = FileRange(source, entries[name].start, entries[name].end)
+            copied = FilePart(source).range(entries[name].start, entries[name].end)
             writes.append(TensorWrite(name, layout[name], copied if draw.random() < 0.7 else made))
 
         write_safetensors(out, writes, block=draw.choice([4096, 16384]))

@@ -14,8 +14,8 @@ from later import LATER
 from safetensors import safe_open
 
 import surgeon
-from surgeon.checkpoint.header import TensorSpec, read_header
-from surgeon.checkpoint.output import PAGE, FileRange
+from surgeon.checkpoint.header import FilePart, TensorSpec, read_header
+from surgeon.checkpoint.output import PAGE
 from surgeon.checkpoint.source import open_directory, spec_of
 from surgeon.errors import CheckpointError
 from surgeon.plan.execute import TensorWrite, execute, lay_out, write_safetensors
@@ -30,7 +30,7 @@ def copies_of(path: Path, tensors: dict[str, TensorSpec]) -> list[TensorWrite]:
     """Return the tensors of a file as writes that copy them."""
     entries = read_header(path)
     return [
-        TensorWrite(name, spec, FileRange(path, entries[name].start, entries[name].end))
+        TensorWrite(name, spec, FilePart(path).range(entries[name].start, entries[name].end))
         for name, spec in tensors.items()
     ]
 

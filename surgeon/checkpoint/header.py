@@ -1,19 +1,25 @@
-"""The dtype and shape of every tensor, and the safetensors header that holds them.
+"""The dtype and shape of every tensor, the safetensors header that holds them, and the bytes of weights.
 
 A header is read strictly, and written with padding that aligns the data after it. The format: 8 bytes (little-endian
 header length), a JSON object, then the data. Everything that the format forbids is refused here with one sentence.
 The reference implementation is more lenient: it accepts duplicate keys, and readers then disagree on which of the two
 is the tensor. It also accepts white space before the object, `"__metadata__": null`, unknown fields of a tensor, a
 tensor given as a list, a dtype given as an object, and lengths of 2^63 and more. We accept none of these.
+
+Bytes are read through a `FilePart`. A missing byte of a sparse file reads as zero, and zeros are a valid tensor; a part
+knows what is there and refuses the rest.
 """
 
 import json
+import os
+from bisect import bisect_right
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, Protocol
 
 from surgeon.errors import CheckpointError
 
@@ -93,6 +99,7 @@ def is_quantized(config: Mapping[str, Any]) -> bool:
 
 MAX_HEADER_BYTES = 100_000_000  # safetensors: MAX_HEADER_SIZE
 LONGEST_QUOTE = 200
+CHANGED_HINT = "Something else changed the source; let it finish, then run the command again."
 DOWNLOAD_HINT = "The file is damaged or incomplete; fetch it again."
 
 
@@ -248,3 +255,101 @@ def format_header(tensors: Mapping[str, TensorSpec], *, align: int = 0, block: i
     padding = (align - (8 + len(text))) % block
     padding += -(8 + len(text) + padding) % 8
     return (len(text) + padding).to_bytes(8, "little") + text + b" " * padding
+
+
+# Reading the bytes of weights
+
+
+class OpenFile(Protocol):
+    """A file that is open as long as this object is there."""
+
+    def fileno(self) -> int:
+        """Return its descriptor."""
+
+
+@dataclass(frozen=True, slots=True)
+class FilePart:
+    """A file of which the bytes in `present` are there (sorted, apart; None: all), and no other byte can be read.
+
+    `held` keeps it open, so that it stays readable where another process removes it; None: it is opened by its path.
+    """
+
+    path: Path
+    present: tuple[tuple[int, int], ...] | None = None
+    held: "OpenFile | None" = None
+
+    def range(self, start: int, end: int) -> "FileRange":
+        """Return the bytes [start, end). Raises CheckpointError where one of them is not there."""
+        if self.present is not None and start < end:
+            place = bisect_right(self.present, start, key=lambda span: span[0]) - 1
+            if place < 0 or end > self.present[place][1]:
+                raise CheckpointError(
+                    f"bytes {start} to {end} of {self.path} were not fetched",
+                    hint="Fetch the whole checkpoint (hf download), and give its directory.",
+                )
+        return FileRange(self, start, end)
+
+    def open(self) -> int:
+        """Return a new descriptor of the file, to be closed. Raises CheckpointError where it cannot be opened."""
+        try:
+            return os.open(self.path, os.O_RDONLY) if self.held is None else os.dup(self.held.fileno())
+        except OSError as error:
+            raise CheckpointError(f"cannot read {self.path}: {error.strerror}", hint=CHANGED_HINT) from error
+
+    @contextmanager
+    def opened(self) -> "Iterator[OpenPart]":
+        """Return a context in which ranges of the file can be read."""
+        descriptor = self.open()
+        try:
+            yield OpenPart(self, descriptor)
+        finally:
+            os.close(descriptor)
+
+
+@dataclass(frozen=True, slots=True)
+class FileRange:
+    """The bytes [start, end) of a file, which are there: only `FilePart.range` makes one."""
+
+    file: FilePart
+    start: int
+    end: int
+
+    @property
+    def path(self) -> Path:
+        """The path of the file; of a partial one, another process may remove it. `file.open` still opens it then."""
+        return self.file.path
+
+    @property
+    def size(self) -> int:
+        """The number of bytes."""
+        return self.end - self.start
+
+    def between(self, start: int, end: int) -> "FileRange":
+        """Return the bytes [start, end) of the same file."""
+        return self.file.range(start, end)
+
+    def until(self, end: int) -> "FileRange":
+        """Return the bytes from the same start to another end."""
+        return self.file.range(self.start, end)
+
+
+@dataclass(frozen=True, slots=True)
+class OpenPart:
+    """A part of a file, open for reading."""
+
+    part: FilePart
+    descriptor: int
+
+    def read_into(self, buffer: bytearray | memoryview, start: int) -> None:
+        """Fill `buffer` with the bytes from `start` on. Raises CheckpointError where one is not there."""
+        view, path = memoryview(buffer).cast("B"), self.part.path
+        self.part.range(start, start + len(view))
+        done = 0
+        while done < len(view):
+            try:
+                count = os.preadv(self.descriptor, [view[done:]], start + done)
+            except OSError as error:
+                raise CheckpointError(f"cannot read {path}: {error.strerror}", hint=CHANGED_HINT) from error
+            if not count:
+                raise CheckpointError(f"{path} has become shorter while it was read", hint=CHANGED_HINT)
+            done += count

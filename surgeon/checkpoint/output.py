@@ -16,22 +16,23 @@ import shutil
 import struct
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from pathlib import Path
 
-from surgeon.checkpoint.source import CHANGED_HINT, CONFIG
+from surgeon.checkpoint.header import CHANGED_HINT, FilePart, FileRange
+from surgeon.checkpoint.source import CONFIG
 from surgeon.errors import CheckpointError, OutputError
+from surgeon.options import Reads
 
 # The output directory
 
 SPARE = 1.05  # free space to require, relative to the bytes that will be written
 
 
-def check_target(target: Path, *, overwrite: bool, source: Path | None = None) -> None:
+def check_target(target: Path, *, overwrite: bool, reads: Reads) -> None:
     """Refuse an output that must not be written, before anything is read.
 
-    Raises OutputError when it exists and is not empty without `overwrite`, when it holds something that is no
-    checkpoint, or when replacing it would remove `source`, the directory that is read.
+    Raises OutputError when replacing it would change something that is read, when it exists and is not empty without
+    `overwrite`, or when it holds something that is no checkpoint.
     """
     try:
         is_other = target.is_symlink() or (target.exists() and not target.is_dir())
@@ -40,8 +41,7 @@ def check_target(target: Path, *, overwrite: bool, source: Path | None = None) -
         raise as_output_error(error, target) from error
     if is_other:
         raise OutputError(f"{target} exists and is not a directory", hint="Choose another place with -o.")
-    if source is not None and target.resolve() in (source.resolve(), *source.resolve().parents):
-        raise OutputError(f"{target} holds the source itself", hint="Choose another place with -o.")
+    check_apart(target, reads)
     if is_empty:
         return
     if not overwrite:
@@ -50,6 +50,25 @@ def check_target(target: Path, *, overwrite: bool, source: Path | None = None) -
         raise OutputError(
             f"{target} is not a checkpoint, so it is not replaced", hint="Remove it yourself, or choose -o."
         )
+
+
+def check_apart(target: Path, reads: Reads) -> None:
+    """Raises OutputError where something that is read lies in `target`, or in what a killed run left beside it."""
+    begun = f".{target.name}.surgeon-"  # the next run with this target removes what is named so
+    try:
+        beside = [path for path in target.parent.iterdir() if path.name.startswith(begun)]
+    except OSError:
+        beside = []
+    replaced = [target] if target.is_dir() and any(target.iterdir()) else []
+    if not replaced and not beside:
+        return
+    from surgeon.checkpoint.overlap import check_replaced
+
+    for path in replaced:
+        check_replaced(path, reads)
+    for path in beside:
+        hint = f"This command removes it; rename it first: mv {path} NAME"
+        check_replaced(path, reads, what="what a killed run has left,", hint=hint)
 
 
 def check_space(target: Path, needed: int) -> None:
@@ -222,10 +241,11 @@ def copy_files(directory: Path, files: Mapping[str, Path]) -> None:
     for relative, source in files.items():
         target = directory / relative
         target.parent.mkdir(parents=True, exist_ok=True)
-        with _opened(source) as handle:
-            size = os.fstat(handle).st_size
+        part = FilePart(source)
+        with part.opened() as opened:
+            size = os.fstat(opened.descriptor).st_size
         with target.open("xb") as file:
-            copy_range(FileRange(source, 0, size), file.fileno(), 0, lambda count: None)
+            copy_range(part.range(0, size), file.fileno(), 0, lambda count: None)
 
 
 def write_files(directory: Path, files: Mapping[str, bytes]) -> None:
@@ -246,26 +266,13 @@ _UNSUPPORTED = {errno.EXDEV, errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP, errno
 CountBytes = Callable[[int], object]  # called with the number of bytes written since the last call
 
 
-@dataclass(frozen=True, slots=True)
-class FileRange:
-    """The bytes [start, end) of a file."""
-
-    path: Path
-    start: int
-    end: int
-
-    @property
-    def size(self) -> int:
-        return self.end - self.start
-
-
 def copy_range(source: FileRange, target: int, offset: int, count_bytes: CountBytes) -> None:
     """Copy `source` to `offset` of the open file `target`, by the kernel where it can.
 
     Raises CheckpointError when the file cannot be read, or has become shorter since its header was read.
     """
-    with _opened(source.path) as handle:
-        position = source.start
+    with source.file.opened() as opened:
+        handle, position = opened.descriptor, source.start
         by_kernel = hasattr(os, "copy_file_range")
         while position < source.end:
             count = min(STEP, source.end - position)
@@ -285,19 +292,6 @@ def copy_range(source: FileRange, target: int, offset: int, count_bytes: CountBy
             position += done
             offset += done
             count_bytes(done)
-
-
-@contextmanager
-def _opened(path: Path) -> Iterator[int]:
-    """Yield a file that is copied from, open to read. Raises CheckpointError when it cannot be opened."""
-    try:
-        handle = os.open(path, os.O_RDONLY)
-    except OSError as error:
-        raise CheckpointError(f"cannot read {path}: {error.strerror}", hint=CHANGED_HINT) from error
-    try:
-        yield handle
-    finally:
-        os.close(handle)
 
 
 def _read(path: Path, handle: int, count: int, position: int) -> bytes:
@@ -326,24 +320,25 @@ def start_writeback(target: int, offset: int, count: int) -> None:
 _FICLONERANGE: int = getattr(fcntl, "FICLONERANGE", 0x4020940D)
 
 
-def shareable(files: Mapping[str, Path], target: Path) -> dict[str, int]:
+def shareable(files: Mapping[str, FilePart], target: Path) -> dict[str, int]:
     """Return the files whose blocks an output `target` can share, each with the size of a block. Leaves no trace."""
     import tempfile
 
     try:
         with tempfile.TemporaryFile(dir=_existing_parent(target.parent)) as probe:
-            blocks = {file: shared_block(path, probe.fileno()) for file, path in files.items()}
+            blocks = {file: shared_block(part, probe.fileno()) for file, part in files.items()}
     except OSError:  # no place to write to: nothing will be shared there, and writing says why
         return {}
     return {file: block for file, block in blocks.items() if block}
 
 
-def shared_block(source: Path, target: int) -> int:
+def shared_block(source: FilePart, target: int) -> int:
     """Return the size of the blocks of `source` that the empty open file `target` can share; 0 if it cannot.
 
     It is found out by sharing the first one, for a moment.
     """
-    with _opened(source) as handle:
+    with source.opened() as opened:
+        handle = opened.descriptor
         block = max(os.fstatvfs(handle).f_bsize, os.fstatvfs(target).f_bsize)
         if block & (block - 1) or not 512 <= block <= 65536:
             block = PAGE  # a network's transfer size, not a block
@@ -355,8 +350,8 @@ def shared_block(source: Path, target: int) -> int:
 
 def share_range(source: FileRange, target: int, offset: int, count_bytes: CountBytes) -> int:
     """Return how many of the bytes of `source` the open file `target` shares at `offset` now. It stops at a refusal."""
-    with _opened(source.path) as handle:
-        done = 0
+    with source.file.opened() as opened:
+        handle, done = opened.descriptor, 0
         while (count := min(STEP, source.size - done)) and _share(
             handle, target, count, source.start + done, offset + done
         ):

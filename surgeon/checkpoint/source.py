@@ -1,7 +1,7 @@
 """Where a checkpoint comes from. A source answers two questions: *headers*, and *these byte ranges*.
 
-Its callers do not know whether it is a directory, the Hub, or a pickle. `Source.fetch` may return the whole file, or a
-sparse one that holds only the requested ranges: the caller reads nothing else.
+Its callers do not know whether it is a directory, the Hub, or a pickle. `Source.parts` may return whole files, or
+sparse ones that hold only some ranges; no other byte of a `FilePart` can be read.
 """
 
 import hashlib
@@ -9,12 +9,21 @@ import json
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import Any, Protocol
 
-from surgeon.checkpoint.header import DOWNLOAD_HINT, CheckpointSpec, Entry, TensorSpec, read_header
+from surgeon.checkpoint.header import (
+    CHANGED_HINT,
+    DOWNLOAD_HINT,
+    CheckpointSpec,
+    Entry,
+    FilePart,
+    TensorSpec,
+    read_header,
+)
 from surgeon.errors import CheckpointError
 
 WEIGHTS = "model.safetensors"
@@ -47,7 +56,8 @@ WEIGHT_INDEXES = (".safetensors.index.json", ".bin.index.json", ".h5.index.json"
 CARD = "README.md"
 RECEIPT = "surgeon.json"
 SCORES = "scores.json"  # the scores that decided a cut; they do not apply to a model that is made from the result
-CHANGED_HINT = "Something else changed the source; let it finish, then run the command again."
+# A directory inside a checkpoint with one of these is a result or a run that was saved there, and no part of it.
+RESULTS = (RECEIPT, "gist.json", "run.json")
 MISMATCH_HINT = "The files do not belong together; fetch the whole checkpoint again."
 
 
@@ -59,6 +69,9 @@ class StoredTensor:
     file: str
     start: int
     end: int
+
+
+Ranges = Mapping[str, Sequence[tuple[int, int]]]  # half-open byte ranges by file
 
 
 class Source(Protocol):
@@ -84,8 +97,21 @@ class Source(Protocol):
     def companions(self) -> Sequence[str]:
         """The files that go with the weights (tokenizer, chat template, licence ...), by their relative POSIX path."""
 
-    def fetch(self, file: str, ranges: Sequence[tuple[int, int]] | None = None) -> Path:
-        """Return a local file that holds `ranges` of `file` at their own offsets (None: all of it)."""
+    def fetch(self, file: str) -> Path:
+        """Return `file` on this machine, whole."""
+
+    def parts(self, wanted: Ranges, *, among: Ranges | None = None) -> dict[str, FilePart]:
+        """Return for each file a part that holds at least the ranges in `wanted`, at their own offsets.
+
+        `among` is all that the caller will have asked for in the end, where that is more.
+        """
+
+    def missing(self, wanted: Ranges) -> int | None:
+        """Return how many bytes `parts` would download for `wanted`; None for a source on this machine."""
+
+    @property
+    def transfer(self) -> "Transfer | None":
+        """What was downloaded of the weights so far; None for a source on this machine."""
 
     def at_hand(self, file: str) -> Path | None:
         """Return `file` where this machine has it as it is; None where `fetch` would have to get or make it first."""
@@ -95,6 +121,17 @@ class Source(Protocol):
 
     def provenance(self) -> dict[str, Any]:
         """Return the identity of these weights: an id and a commit, or a path and a fingerprint."""
+
+
+@dataclass
+class Transfer:
+    """The bytes of weights that were downloaded, and the files of which only `ranges` are here.
+
+    The Hub names a hash of a whole file and none of a part, so those of these files were not checked.
+    """
+
+    nbytes: int = 0
+    ranges: set[str] = field(default_factory=set)
 
 
 def spec_of(source: Source) -> CheckpointSpec:
@@ -119,14 +156,13 @@ class LocalSource:
 
     @cached_property
     def config(self) -> Mapping[str, Any]:
-        self.look_at(self.directory / CONFIG)
-        return read_config(self.directory / CONFIG)
+        return read_config(self.local(CONFIG))
 
     @cached_property
     def tensors(self) -> Mapping[str, StoredTensor]:
         if _is_there(self.directory / WEIGHTS):  # where both exist, transformers reads this one too
-            self.look_at(self.directory / WEIGHTS)
-            return {name: stored(WEIGHTS, entry) for name, entry in read_header(self.directory / WEIGHTS).items()}
+            header = read_header(self.local(WEIGHTS))
+            return {name: stored(WEIGHTS, entry) for name, entry in header.items()}
         if _is_there(self.directory / INDEX):
             return self._sharded()
         raise CheckpointError(f"{self.directory} has no {WEIGHTS}", hint=self._hint_without_weights())
@@ -134,15 +170,35 @@ class LocalSource:
     @cached_property
     def companions(self) -> Sequence[str]:
         paths = sorted(self.directory.rglob("*"))
-        # Results of surgeries may have been saved inside this directory; their files are not its own.
-        results = {path.parent for path in paths if path.name == RECEIPT} - {self.directory}
+        results = {path.parent for path in paths if path.name in RESULTS} - {self.directory}
         own = (path for path in paths if results.isdisjoint(path.parents) and (path.is_file() or not path.exists()))
         relative = (path.relative_to(self.directory).as_posix() for path in own)
-        return [name for name in relative if is_companion(name) and _is_there(self.directory / name)]
+        names = [name for name in relative if is_companion(name) and _is_there(self.directory / name)]
+        for name in names:
+            inside(self.directory, name)
+        return names
 
-    def fetch(self, file: str, ranges: Sequence[tuple[int, int]] | None = None) -> Path:
-        self.look_at(self.directory / file)
-        return self.directory / file
+    def fetch(self, file: str) -> Path:
+        return self.local(file)
+
+    def parts(self, wanted: Ranges, *, among: Ranges | None = None) -> dict[str, FilePart]:
+        return {file: FilePart(self.fetch(file)) for file in wanted}
+
+    def missing(self, wanted: Ranges) -> None:
+        return None
+
+    @property
+    def transfer(self) -> None:
+        return None
+
+    def local(self, file: str) -> Path:
+        """Return the path of a file of this checkpoint that will be read. Its size and time of change are kept.
+
+        Raises CheckpointError for a link that leads out of the checkpoint.
+        """
+        path = inside(self.directory, file)
+        self.look_at(path)
+        return path
 
     def look_at(self, path: Path) -> None:
         """Keep the size and the time of change of a file that will be read, unless they are kept already."""
@@ -172,8 +228,7 @@ class LocalSource:
         return {"path": str(self.directory.resolve()), "fingerprint": fingerprint(self)}
 
     def _sharded(self) -> Mapping[str, StoredTensor]:
-        self.look_at(self.directory / INDEX)
-        weight_map = read_index(self.directory / INDEX)
+        weight_map = read_index(self.local(INDEX))
         shards = sorted(set(weight_map.values()))
         for number, shard in enumerate(shards, start=1):
             if not _is_there(self.directory / shard):
@@ -181,9 +236,7 @@ class LocalSource:
                     f"shard {number} of {len(shards)} is missing: {self.directory / shard}",
                     hint="The download did not finish; fetch the checkpoint again.",
                 )
-        for shard in shards:
-            self.look_at(self.directory / shard)
-        return assemble({shard: read_header(self.directory / shard) for shard in shards}, weight_map)
+        return assemble({shard: read_header(self.local(shard)) for shard in shards}, weight_map)
 
     def _hint_without_weights(self) -> str:
         others = sorted(self.directory.glob("pytorch_model*.bin")) + sorted(self.directory.glob("*.gguf"))
@@ -248,6 +301,61 @@ def _is_there(path: Path) -> bool:
             hint="Fetch the file again, or remove the link if the checkpoint does not need it.",
         ) from error
     return True
+
+
+# Links
+
+TEMPLATES = "additional_chat_templates"  # a directory from which transformers reads too
+_TEXTS = (".json", ".jinja", ".txt", ".model", ".tiktoken", ".py")  # configs, tokenizers, templates, code
+_IN_CACHE = re.compile(r"(models|datasets|spaces)--.+")
+_SHARED_BLOB = re.compile(r"blobs/([0-9a-f]{2})/\1[0-9a-f]{62}")
+
+
+def inside(directory: Path, file: str) -> Path:
+    """Return the path of a file of a checkpoint, after checking that no link leads out of the checkpoint.
+
+    A stranger's checkpoint may hold a link to any file of this machine, whose content a result would carry on. Links
+    are followed within the directory and, from a snapshot in the Hub's cache, to the blobs of that cache. The directory
+    itself may be a link: the user has named it. Raises CheckpointError.
+    """
+    path = directory / file
+    real, root = Path(os.path.realpath(path)), Path(os.path.realpath(directory))
+    if real.is_relative_to(root) or _is_blob(real, root):
+        return path
+    raise CheckpointError(
+        f"{path} is a link that leads out of the checkpoint: to {real}",
+        hint="If you trust that file, put a copy of it in place of the link.",
+    )
+
+
+def check_links(directory: Path) -> None:
+    """Raises CheckpointError where a file that transformers reads beside the weights is a link that leads out."""
+    for name in _names_in(directory):
+        if name.endswith(_TEXTS):
+            inside(directory, name)
+    for name in _names_in(directory / TEMPLATES):
+        inside(directory, f"{TEMPLATES}/{name}")
+
+
+def _names_in(directory: Path) -> list[str]:
+    try:
+        return sorted(os.listdir(directory))  # noqa: PTH208  # names, and no paths, are wanted
+    except OSError:
+        return []
+
+
+def _is_blob(real: Path, root: Path) -> bool:
+    """Return whether a file is a blob of the Hub's cache, for a root in one of its snapshots.
+
+    huggingface_hub places blobs in <cache>/models--NAME/blobs, and from version 2 also in <cache>/blobs/XX, where the
+    repositories share them.
+    """
+    for place in (root, *root.parents):
+        repository = place.parent.parent
+        if place.parent.name == "snapshots" and _IN_CACHE.fullmatch(repository.name):
+            shared = real.relative_to(repository.parent).as_posix() if real.is_relative_to(repository.parent) else ""
+            return real.is_relative_to(repository / "blobs") or bool(_SHARED_BLOB.fullmatch(shared))
+    return False
 
 
 # Reading its files
@@ -354,18 +462,13 @@ def fingerprint(source: Source) -> str:
     by_file: dict[str, list[tuple[int, int]]] = {}
     for item in source.tensors.values():
         by_file.setdefault(item.file, []).append((item.start, min(item.end, item.start + FINGERPRINT_BYTES)))
-    handles: dict[str, int] = {}
-    try:
-        for file, ranges in by_file.items():
-            handles[file] = os.open(source.fetch(file, ranges), os.O_RDONLY)
+    with ExitStack() as stack:
+        files = {file: stack.enter_context(part.opened()) for file, part in source.parts(by_file).items()}
         for name, item in sorted(source.tensors.items()):
             digest.update(f"\0{name}\0{item.spec.dtype}{list(item.spec.shape)}\0".encode())
-            digest.update(os.pread(handles[item.file], min(FINGERPRINT_BYTES, item.end - item.start), item.start))
-    except OSError as error:
-        raise CheckpointError(f"cannot read {source.label}: {error.strerror}", hint=CHANGED_HINT) from error
-    finally:
-        for handle in handles.values():
-            os.close(handle)
+            sample = bytearray(min(FINGERPRINT_BYTES, item.end - item.start))
+            files[item.file].read_into(sample, item.start)
+            digest.update(sample)
     return f"sha256-sampled:{digest.hexdigest()}"
 
 

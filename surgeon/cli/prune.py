@@ -11,6 +11,7 @@ from surgeon.cli import command
 from surgeon.cli.command import Model, Writing, spread
 from surgeon.cli.terminal import TokenMeter
 from surgeon.errors import PlanError
+from surgeon.options import reads_of
 from surgeon.plots.figure import check_picture
 from surgeon.plots.pruning import NOTHING, NOTHING_HINT, has_picture, plot_pruning
 from surgeon.surgery import open_model
@@ -37,10 +38,12 @@ def prune(
     writing: Writing,
 ) -> None:
     """Remove the layers, neurons, heads and experts that matter least."""
-    if plot is not None:
-        check_picture(plot)
     meter = TokenMeter(quiet=writing.quiet)
     options = verb.PruneOptions(**vars(cut), **vars(running), meter=meter)
+    if plot is not None:
+        check_picture(plot, reads_of(options) | {"MODEL": (model,)})
+    if curve and options.keep_pattern:
+        raise PlanError("a curve removes layers one by one, not in whole periods", hint="Leave out --keep-pattern.")
     begun = open_model(model, revision=options.revision)
     surgery = verb.plan_pruning(begun, replace(options, measure=False))
     if not writing.dry_run:

@@ -17,6 +17,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from surgeon.checkpoint.receipt import to_bytes
+from surgeon.checkpoint.source import inside
 from surgeon.errors import CheckpointError
 from surgeon.gist.states import GistStates
 
@@ -67,7 +68,7 @@ def read(directory: Path) -> Saved:
         raise CheckpointError(f"{directory / ABOUT} lacks {error}", hint=AGAIN) from error
     if file not in (ADAPTER, TENSORS) or type(count) is not int or type(offset) is not int or offset < 0:
         raise CheckpointError(f"{directory / ABOUT} makes no sense", hint=AGAIN)
-    path = directory / file
+    path = inside(directory, file)
     try:
         content = path.read_bytes()
     except OSError as error:
@@ -86,7 +87,7 @@ def read(directory: Path) -> Saved:
 
 
 def _about(directory: Path) -> dict[str, Any]:
-    path = directory / ABOUT
+    path = inside(directory, ABOUT)
     try:
         about = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -125,7 +126,7 @@ def _packed(states: GistStates) -> Tensor:
 
 def _unpacked(directory: Path, tensors: Mapping[str, Tensor], depth: int) -> GistStates:
     try:
-        config = json.loads((directory / ADAPTER_CONFIG).read_text(encoding="utf-8"))
+        config = json.loads(inside(directory, ADAPTER_CONFIG).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise CheckpointError(f"cannot read {directory / ADAPTER_CONFIG}", hint=AGAIN) from error
     heads, width = config["num_attention_heads"], config["token_dim"]

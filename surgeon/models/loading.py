@@ -12,7 +12,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, cast
 
 from surgeon.checkpoint.derived import JoinedSource
-from surgeon.checkpoint.source import Source, spec_of
+from surgeon.checkpoint.source import Source, check_links, spec_of
 from surgeon.errors import DataError, MeasureError, SurgeonError, first_line
 from surgeon.models.device import available_memory, compute_dtype
 from surgeon.plan.plan import chooses_kernel, identity
@@ -187,9 +187,13 @@ def _copy_hint(name: str) -> str:
 
 
 def loadable(source: Source) -> tuple[str, str | None]:
-    """Return the name and the commit that `from_pretrained` loads a source by; of joined sources, those of the base."""
+    """Return the name and the commit that `from_pretrained` loads a source by; of joined sources, those of the base.
+
+    Raises CheckpointError where transformers would follow a link out of the checkpoint.
+    """
     base = source.base if isinstance(source, JoinedSource) else source
     if base.origin is not None:
+        check_links(base.origin)
         return str(base.origin), None
     provenance = base.provenance()
     return provenance["id"], provenance["commit"]

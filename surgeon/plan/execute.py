@@ -13,19 +13,18 @@ from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
-from surgeon.checkpoint.header import DTYPE_BITS, CheckpointSpec, TensorSpec, format_header
+from surgeon.checkpoint.header import DTYPE_BITS, CheckpointSpec, FilePart, FileRange, TensorSpec, format_header
 from surgeon.checkpoint.output import (
     PAGE,
     STEP,
     CountBytes,
-    FileRange,
     copy_range,
     share_range,
     shareable,
     shared_block,
     start_writeback,
 )
-from surgeon.checkpoint.source import INDEX, WEIGHTS, Source, StoredTensor, ranges_by_file
+from surgeon.checkpoint.source import INDEX, WEIGHTS, Ranges, Source, StoredTensor, ranges_by_file
 from surgeon.plan.plan import Expr, Plan, Read, reads
 
 # Measured peaks of a whole process that only moves bytes, and of one that has imported torch, in bytes.
@@ -51,12 +50,12 @@ class _ComputedTensor:
 
     expr: Expr
     tensors: Mapping[str, StoredTensor]
-    paths: Mapping[str, Path]
+    parts: Mapping[str, FilePart]
 
     def __call__(self) -> Iterable[memoryview]:
         from surgeon.plan.arithmetic import Arithmetic
 
-        return Arithmetic(self.tensors, self.paths).make(self.expr)
+        return Arithmetic(self.tensors, self.parts).make(self.expr)
 
 
 def lay_out(plan: Plan, result: CheckpointSpec, source: Source, *, max_shard_bytes: int) -> list[Shard]:
@@ -98,8 +97,8 @@ def shareable_files(plan: Plan, source: Source, target: Path) -> dict[str, int]:
     Only files on this machine whose tensors are moved are looked at. Nothing is written that stays.
     """
     moved = {source.tensors[expr.name].file for expr in plan.tensors.values() if isinstance(expr, Read)}
-    paths = {file: path for file in sorted(moved) if (path := source.at_hand(file)) is not None}
-    return shareable(paths, target) if paths else {}
+    parts = {file: FilePart(path) for file in sorted(moved) if (path := source.at_hand(file)) is not None}
+    return shareable(parts, target) if parts else {}
 
 
 class Written(NamedTuple):
@@ -114,12 +113,11 @@ def execute(
 ) -> Written:
     """Return what was written: the weights of the result and their index, into an existing directory."""
     tensors = source.tensors
-    names = {name for expr in plan.tensors.values() for name in reads(expr)}
-    paths = {file: source.fetch(file, ranges) for file, ranges in ranges_by_file(tensors, names).items()}
+    parts = source.parts(ranges_read(plan, source))
     size, shared = 0, 0
     for shard in shards:
         writes = [
-            TensorWrite(name, spec, _content(plan.tensors[name], tensors, paths))
+            TensorWrite(name, spec, _content(plan.tensors[name], tensors, parts))
             for name, spec in shard.tensors.items()
         ]
         written = write_safetensors(directory / shard.file, writes, progress=progress, block=shard.block)
@@ -131,11 +129,18 @@ def execute(
     return Written(size, shared)
 
 
-def _content(expr: Expr, tensors: Mapping[str, StoredTensor], paths: Mapping[str, Path]) -> FileRange | _ComputedTensor:
+def ranges_read(plan: Plan, source: Source, *, also: Iterable[str] = ()) -> Ranges:
+    """Return the byte ranges that carrying out the plan reads, by file, and those of the tensors in `also`."""
+    return ranges_by_file(source.tensors, {name for expr in plan.tensors.values() for name in reads(expr)}.union(also))
+
+
+def _content(
+    expr: Expr, tensors: Mapping[str, StoredTensor], parts: Mapping[str, FilePart]
+) -> FileRange | _ComputedTensor:
     if isinstance(expr, Read):
         stored = tensors[expr.name]
-        return FileRange(paths[stored.file], stored.start, stored.end)
-    return _ComputedTensor(expr, tensors, paths)
+        return parts[stored.file].range(stored.start, stored.end)
+    return _ComputedTensor(expr, tensors, parts)
 
 
 def _index(shards: Sequence[Shard]) -> str:
@@ -206,7 +211,8 @@ def write_safetensors(
     shared = 0
     target = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
     try:
-        blocks = {source: shared_block(source, target) for source in {run.source.path for run in runs}}
+        files = {run.source.path: run.source.file for run in runs}
+        blocks = {path: shared_block(file, target) for path, file in files.items()}
         pieces = [piece for run in runs for piece in in_pieces(run, len(header), blocks[run.source.path])]
         _allocate(target, size, [piece for piece in pieces if piece.is_whole_blocks])
         os.pwrite(target, header, 0)
@@ -215,7 +221,7 @@ def write_safetensors(
             if piece.is_whole_blocks:
                 done = share_range(source, target, offset, count_bytes)
                 shared, offset = shared + done, offset + done
-                source = FileRange(source.path, source.start + done, source.end)
+                source = source.between(source.start + done, source.end)
             copy_range(source, target, offset, count_bytes)
         offset = len(header)
         for write in writes:
@@ -241,7 +247,7 @@ def copy_runs(writes: Sequence[TensorWrite]) -> list[CopyRun]:
                 and last.source.end == source.start
                 and last.target + last.source.size == target
             ):
-                runs[-1] = CopyRun(FileRange(source.path, last.source.start, source.end), last.target)
+                runs[-1] = CopyRun(last.source.until(source.end), last.target)
             else:
                 runs.append(CopyRun(source, target))
         target += write.spec.nbytes
@@ -299,4 +305,4 @@ def in_pieces(run: CopyRun, data_start: int, block: int) -> Iterator[Piece]:
         cuts[1:1] = [first, last] if first < last else []
     for number, (start, end) in enumerate(pairwise(cuts)):
         if start < end:
-            yield Piece(FileRange(source.path, start, end), start + shift, len(cuts) > 2 and number == 1)
+            yield Piece(source.between(start, end), start + shift, len(cuts) > 2 and number == 1)

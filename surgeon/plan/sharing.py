@@ -14,8 +14,7 @@ from dataclasses import replace
 from itertools import groupby
 from pathlib import Path
 
-from surgeon.checkpoint.header import DTYPE_BITS
-from surgeon.checkpoint.output import FileRange
+from surgeon.checkpoint.header import DTYPE_BITS, FilePart, FileRange
 from surgeon.checkpoint.source import StoredTensor
 from surgeon.plan.execute import Shard, TensorWrite, best_alignment, copy_runs, in_pieces
 from surgeon.plan.plan import Plan, Read
@@ -75,7 +74,7 @@ def _writes(shard: Shard, plan: Plan, tensors: Mapping[str, StoredTensor]) -> li
         content: FileRange | type[list[memoryview]] = list
         if isinstance(expr := plan.tensors[name], Read):
             stored = tensors[expr.name]
-            content = FileRange(Path(stored.file), stored.start, stored.end)
+            content = FilePart(Path(stored.file)).range(stored.start, stored.end)
         writes.append(TensorWrite(name, spec, content))
     return writes
 

@@ -1,14 +1,14 @@
 """The verb `prune`: measure, choose, plan. Scores are kept, so that another cut takes the time of a copy."""
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from surgeon.anatomy.anatomy import Anatomy, read_anatomy
-from surgeon.checkpoint.source import SCORES, Source, spec_of
+from surgeon.checkpoint.source import SCORES, Source, inside, spec_of
 from surgeon.errors import PlanError
 from surgeon.measure.record import Scores, check_model, check_ranking, perplexities, read_scores
 from surgeon.options import (
@@ -19,13 +19,15 @@ from surgeon.options import (
     in_python,
     numbers,
     option,
+    reads_of,
     revision_option,
     seed_option,
     takes,
 )
+from surgeon.plan.plan import FLOAT_DTYPES
 from surgeon.surgery import Surgery, open_model, open_source, parse_size
 from surgeon.transforms.choose import Choice
-from surgeon.transforms.prune import Cut, pruned_sizes, removed_count, resolve_count, sizes_like
+from surgeon.transforms.prune import Cut, pruned_sizes, removed_count, repeating_period, resolve_count, sizes_like
 from surgeon.transforms.scores import METHODS
 
 if TYPE_CHECKING:
@@ -74,7 +76,10 @@ class CutOptions:
     )
     experts: int | None = option(f"Experts per layer of the result. {_UNCHANGED}", None, metavar="N")
     like: str | os.PathLike[str] | None = option(
-        "Take the depth and all sizes from this smaller model; goes with --score uniform.", None, metavar="SMALL"
+        "Take the depth and all sizes from this smaller model; goes with --score uniform.",
+        None,
+        metavar="SMALL",
+        reads=True,
     )
     contiguous: bool | None = option(
         f"Remove one block of adjacent layers, or any layers. Default: one block for {_BLOCK}; else any.",
@@ -87,6 +92,10 @@ class CutOptions:
         metavar="FIRST,LAST",
         parse=_first_and_last,
     )
+    keep_pattern: bool = option(
+        "Remove whole periods of a pattern such as 5 sliding layers, 1 full: llama.cpp counts on it.",
+        False,
+    )
     greedy: bool = option(f"With --score {_GREEDY}: score the model again after each removed layer (SLEB).", False)
     tokens: str = option(
         f"With --score {_TOKENS}: measure at the last token of each sequence, or at all tokens.",
@@ -97,11 +106,12 @@ class CutOptions:
         "Text to measure on: .txt, .json, .jsonl, .parquet, Hub dataset. Repeatable. Default: the model writes one.",
         (),
         metavar="DATA",
+        reads=True,
     )
     samples: int = option("Number of sequences taken from the text.", 32, metavar="N")
     sequence_length: int = option("Tokens per sequence.", 256, metavar="T")
     scores_from: str | os.PathLike[str] | None = option(
-        "Choose by the scores in this scores.json instead of running the model.", None, metavar="FILE"
+        "Choose by the scores in this scores.json instead of running the model.", None, metavar="FILE", reads=True
     )
     evaluate: bool = option(
         "Measure the perplexity on the text before and after.", True, names=("--evaluate/--no-evaluate",)
@@ -117,6 +127,9 @@ class CutOptions:
         if self.greedy and self.contiguous:
             hint = "Leave out --contiguous."
             raise PlanError("a greedy removal chooses layers one by one, not as a block", hint=hint)
+        if self.greedy and self.keep_pattern:
+            hint = "Leave out --greedy."
+            raise PlanError("a greedy removal chooses layers one by one, not in whole periods", hint=hint)
         if self.protect is not None and min(self.protect) < 0:
             raise PlanError(f"cannot protect {min(self.protect)} layers", hint="Write --protect 1,1.")
         self._check_sizes()
@@ -193,7 +206,7 @@ class Pruning(Surgery):
     """A surgery that scores decided.
 
     `choice` is None where no scores are there yet, `text` where none was read. removable(n) returns the layers that
-    go when n do; it works for n up to `most_removable`.
+    go when n do; it works for n up to `most_removable`, with `keep_pattern` for whole periods.
     """
 
     score: str
@@ -203,6 +216,13 @@ class Pruning(Surgery):
     removable: Callable[[int], Choice]
     most_removable: int
     device: str
+    is_measured: bool
+
+    @property
+    def also_read(self) -> Iterable[str]:
+        """The tensors that scores or a perplexity are still to be taken from."""
+        tensors = self.source.tensors
+        return () if self.is_measured else [name for name in tensors if tensors[name].spec.dtype in FLOAT_DTYPES]
 
     def evaluate(self, result: str | os.PathLike[str], *, meter: "Meter | None" = None) -> tuple[float, float] | None:
         """Return the perplexity of the source and of the written result on the text, None where none was read."""
@@ -260,7 +280,7 @@ def plan_pruning(begun: Surgery, options: PruneOptions) -> Pruning:
     pick = removable if is_scored else cut.placeholder
     count = cut.count
     if count is None:
-        choices = [pick(number).dropped for number in range(most_removable + 1)]
+        choices = [pick(number).dropped for number in range(0, most_removable + 1, cut.period)]
         count = resolve_count(cut.anatomy, choices, parameters=options.parameters, nbytes=options.nbytes)
     choice = pick(count)
     notes += (SELF_SAMPLED,) if measured.text is not None and not options.data else ()
@@ -272,6 +292,7 @@ def plan_pruning(begun: Surgery, options: PruneOptions) -> Pruning:
     return Pruning(
         source=begun.source,
         plan=begun.plan.then(plan),
+        reads={**begun.reads, **reads_of(options)},
         attachments={**begun.attachments, **({} if scores is None else {SCORES: scores.to_bytes()})},
         score=options.score,
         scores=scores,
@@ -280,6 +301,7 @@ def plan_pruning(begun: Surgery, options: PruneOptions) -> Pruning:
         removable=removable,
         most_removable=most_removable,
         device=measured.device,
+        is_measured=is_scored and (options.measure or not (options.data and options.evaluate)),
     )
 
 
@@ -339,6 +361,7 @@ def _cut(anatomy: Anatomy, options: PruneOptions) -> tuple[Cut, tuple[str, ...]]
         contiguous=options.contiguous,
         protect=default if options.protect is None else options.protect,
         seed=options.seed,
+        period=repeating_period(anatomy) if options.keep_pattern else 1,
     )
     cut.check()
     return cut, notes
@@ -413,7 +436,7 @@ def _score(source: Source, cut: Cut, options: PruneOptions, text: "Calibration |
 def _read(path: str | os.PathLike[str], source: Source) -> Scores:
     """Return the scores in a file, or in the scores.json of a directory. Raises MeasureError for another model's."""
     place = Path(path)
-    scores = read_scores(place / SCORES if place.is_dir() else place)
+    scores = read_scores(inside(place, SCORES) if place.is_dir() else place)
     check_model(scores, source.provenance(), source.label)
     return scores
 
