@@ -46,7 +46,7 @@ COMMANDS = {
 # What a failed call says, and the calls that can say so.
 WRITING = {"write", "pwrite64", "copy_file_range", "fallocate", "ftruncate", "fsync", "fdatasync"}
 NAMING = {"mkdir", "rename", "renameat", "renameat2", "unlink", "unlinkat", "rmdir", "chmod"}
-READING = {"read", "pread64"}
+READING = {"read", "pread64", "preadv"}
 TRACED = sorted(WRITING | NAMING | READING | {"openat"})
 LINE = re.compile(r"(?P<process>\d+) +(?P<call>\w+)\((?P<rest>.*)")
 MOST_READS = 4  # of each file that are disturbed

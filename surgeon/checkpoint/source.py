@@ -401,6 +401,14 @@ def _read_json(path: Path) -> Any:
         raise CheckpointError(f"cannot read {path}: {error.strerror}", hint=f"Look at it: ls -l {path}") from error
 
 
+def content_of(path: Path) -> bytes:
+    """Return the content of a small file of a checkpoint. Raises CheckpointError when it cannot be read."""
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise CheckpointError(f"cannot read {path}: {error.strerror}", hint=f"Look at it: ls -l {path}") from error
+
+
 def _is_plain_name(name: str) -> bool:
     return bool(name) and name not in (".", "..") and not any(char in name for char in "/\\\0") and ":" not in name
 
