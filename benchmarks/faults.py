@@ -117,7 +117,6 @@ class Report:
     """What became of the faults of one command."""
 
     counts: Counter[str] = field(default_factory=Counter)
-    points: set[tuple[str, int, str]] = field(default_factory=set)
     broken: list[str] = field(default_factory=list)
 
 
@@ -222,32 +221,25 @@ def check(place: Place, words: Sequence[str], fault: Fault, whole: dict[str, str
         yield f"LEFT AFTER THE NEXT RUN: {place.leftovers()}"
 
 
-def attack(name: str, models: Path, work: Path, *, most: int, seed: int, modes: Sequence[bool]) -> Report:
-    """Disturb one command at up to `most` calls in each mode, and return what became of it."""
-    report, place, words = Report(), Place(models, work / name), COMMANDS[name]
-    draw = random.Random(seed)
-    for overwrite in modes:
-        mode = [*words, *(["--overwrite"] if overwrite else [])]
-        place.fill(old=overwrite)
-        calls = calls_of(place, mode)
-        whole = place.digests("out")
-        faults = [fault for call in calls for fault in faults_of(call)]
-        for fault in draw.sample(faults, min(most, len(faults))):
-            outcomes = list(check(place, words, fault, whole, overwrite=overwrite))
-            if outcomes == ["missed"]:
-                report.counts["missed"] += 1
-                continue
-            kind = "kills" if fault.kind == "KILL" else "errors"
-            report.counts[kind] += 1
-            report.counts["with --overwrite"] += overwrite
-            report.points.add((f"{fault.call.name} {fault.kind}", fault.call.number, str(overwrite)))
-            for outcome in outcomes:
-                if outcome in ("kept", "new", "none"):
-                    report.counts[outcome] += 1
-                else:
-                    report.broken.append(f"{name}{' --overwrite' * overwrite}, {fault.kind} at {fault.call}: {outcome}")
-                    print(report.broken[-1], flush=True)
-    shutil.rmtree(place.path, ignore_errors=True)
+def attack(words: Sequence[str], place: Place, *, most: int, seed: int, overwrite: bool) -> Report:
+    """Disturb a command at up to `most` calls, and return what became of it."""
+    report = Report()
+    place.fill(old=overwrite)
+    calls = calls_of(place, [*words, *(["--overwrite"] if overwrite else [])])
+    whole = place.digests("out")
+    faults = [fault for call in calls for fault in faults_of(call)]
+    for fault in random.Random(seed).sample(faults, min(most, len(faults))):
+        outcomes = list(check(place, words, fault, whole, overwrite=overwrite))
+        if outcomes == ["missed"]:
+            report.counts["missed"] += 1
+            continue
+        report.counts["kills" if fault.kind == "KILL" else "errors"] += 1
+        report.counts["with --overwrite"] += overwrite
+        for outcome in outcomes:
+            if outcome in ("kept", "new", "none"):
+                report.counts[outcome] += 1
+            else:
+                report.broken.append(f"{' '.join(words)}{' --overwrite' * overwrite}, {fault}: {outcome}")
     return report
 
 
@@ -281,15 +273,18 @@ def main() -> None:
         work = Path(directory)
         build(work / "models")
         total: Counter[str] = Counter()
-        columns = ("kills", "errors", "missed", "with --overwrite", "kept", "new", "none")
-        print(f"| command | {' | '.join(columns)} | broken |\n| --- |{' --- |' * (len(columns) + 1)}")
+        columns = ("kills", "errors", "missed", "with --overwrite", "kept", "new", "none", "broken")
+        print(f"| command | {' | '.join(columns)} | broken |\n| --- |{' --- |' * len(columns)}")
         for name in options.names or list(COMMANDS):
-            report = attack(name, work / "models", work, most=options.most, seed=options.seed, modes=(False, True))
-            total += report.counts
-            total["broken"] += len(report.broken)
-            figures = " | ".join(str(report.counts[key]) for key in columns)
-            print(f"| {name} | {figures} | {len(report.broken)} |", flush=True)
-        print(f"| all | {' | '.join(str(total[key]) for key in columns)} | {total['broken']} |")
+            counts: Counter[str] = Counter()
+            for overwrite in (False, True):
+                place = Place(work / "models", work / name)
+                report = attack(COMMANDS[name], place, most=options.most, seed=options.seed, overwrite=overwrite)
+                counts += report.counts + Counter(broken=len(report.broken))
+                print("\n".join(report.broken), end="\n" * bool(report.broken), file=sys.stderr)
+            total += counts
+            print(f"| {name} | {' | '.join(str(counts[key]) for key in columns)} |", flush=True)
+        print(f"| all | {' | '.join(str(total[key]) for key in columns)} |")
 
 
 if __name__ == "__main__":
