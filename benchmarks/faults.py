@@ -7,7 +7,7 @@ source. Then repeats the command, each time from the same start, with one of the
 (ENOSPC, EIO, EACCES): half of the times with an old output that `--overwrite` replaces. After each it is checked that
 
 - the sources are what they were;
-- the output is absent, or the old one, or the new one, each whole; and a failed command left nothing else;
+- the output is absent, or the old one, or the new one, each whole; and a failed command left nothing new;
 - a failed command printed one `error:` and no traceback, and one that succeeded wrote the right result;
 - the next run writes what an undisturbed one writes, and removes what the disturbed one left.
 
@@ -209,6 +209,8 @@ def check(place: Place, words: Sequence[str], fault: Fault, whole: dict[str, str
             yield "SUCCESS WITHOUT A RESULT"
         if done.returncode and (done.returncode != 1 or "error: " not in done.stderr or "Traceback" in done.stderr):
             yield f"NO CLEAN ERROR (exit {done.returncode}): {done.stderr.strip()[-300:]}"
+        if done.returncode and state == "new" and "finetune" not in words:
+            yield "AN ERROR, BUT A RESULT"
         removes = fault.call.name in ("unlink", "unlinkat", "rmdir")
         if place.leftovers() and not removes and "finetune" not in words:
             yield f"A FAILURE LEFT {place.leftovers()}"
