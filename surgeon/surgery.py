@@ -17,7 +17,7 @@ from surgeon.checkpoint import output, receipt
 from surgeon.checkpoint.derived import JoinedSource
 from surgeon.checkpoint.header import QUANTIZATION_FILES, CheckpointSpec, read_header
 from surgeon.checkpoint.output import CountBytes
-from surgeon.checkpoint.source import CARD, CONFIG, RECEIPT, Source, open_directory, spec_of
+from surgeon.checkpoint.source import CARD, CONFIG, RECEIPT, Source, content_of, open_directory, spec_of
 from surgeon.errors import CheckpointError, OutputError, PlanError
 from surgeon.options import Reads, verb_named
 from surgeon.plan.execute import Shard, execute, lay_out, peak_memory, ranges_read, shareable_files
@@ -145,7 +145,7 @@ class Surgery:
         """Return a file that goes with the weights, as the result will hold it; None where there is none."""
         if file in self.attachments:
             return self.attachments[file]
-        return self.source.fetch(file).read_bytes() if file in self.source.companions else None
+        return content_of(self.source.fetch(file)) if file in self.source.companions else None
 
     @property
     def name(self) -> str:
@@ -222,7 +222,7 @@ class Surgery:
             return {}
         from surgeon.anatomy.quantized import follow_quantization_file
 
-        contents = {name: self.source.fetch(name).read_bytes() for name in names}
+        contents = {name: content_of(self.source.fetch(name)) for name in names}
         return {
             name: follow_quantization_file(name, content, self.before, plan.layer_map)
             for name, content in contents.items()
