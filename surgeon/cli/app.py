@@ -8,7 +8,7 @@ import sys
 import traceback
 from importlib import import_module
 from pathlib import Path
-from types import FrameType, ModuleType
+from types import FrameType, ModuleType, TracebackType
 from typing import Annotated, Any, NoReturn, TextIO
 
 import typer
@@ -115,6 +115,7 @@ def main() -> NoReturn:
         _run()
     finally:
         sys.stderr = standard_error
+        sys.excepthook = _show_traceback  # here, for typer sets its own
 
 
 class _WithoutSecrets:
@@ -132,15 +133,18 @@ class _WithoutSecrets:
         return getattr(self._stream, name)
 
 
+def _show_traceback(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """Show what --debug shows, without tokens and passwords."""
+    sys.stderr.write(scrubbed("".join(traceback.format_exception(kind, error, trace))))
+
+
 def _run() -> NoReturn:
-    """Run the command, and exit as `main` says. A traceback is printed here, where standard error has no secrets."""
     try:
         app()
     except SurgeonError as error:
         if "--debug" in sys.argv:
-            traceback.print_exc()
-        else:
-            _show(error)
+            raise
+        _show(error)
         sys.exit(1)
     except BrokenPipeError:  # `surgeon inspect ... | head`: the reader has closed the pipe
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -151,8 +155,7 @@ def _run() -> NoReturn:
         sys.exit(130)
     except BaseException as error:  # a panic of a library in Rust is no Exception
         if "--debug" in sys.argv:
-            traceback.print_exc()
-            sys.exit(1)
+            raise
         sys.exit(_show_unexpected(error))
     sys.exit(0)
 
