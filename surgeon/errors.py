@@ -18,6 +18,8 @@ from traceback import walk_tb
 
 from surgeon.text import printable, scrubbed
 
+# Known wherever they are installed; transformers_modules is the code of checkpoints that are trusted.
+_LIBRARIES = {"accelerate", "peft", "tokenizers", "torch", "transformers", "transformers_modules"}
 LONGEST = 1000  # characters of a sentence for the user: names in a hostile file can be as long as the file
 
 
@@ -85,14 +87,19 @@ def first_line(error: BaseException) -> str:
 
 
 def library_of(error: BaseException) -> str | None:
-    """Return the library in whose code an error was raised, None where it was surgeon's.
+    """Return the library in whose code an error was raised, None where it was surgeon's, or a user's.
 
-    It is the owner of the innermost frame that is not the standard library's: an error within `json.loads` belongs to
-    whoever called it. Compiled code has no frames, so its error belongs to its caller too.
+    It is the owner of the innermost frame that is neither the standard library's, for whoever called `json.loads` owns
+    its error, nor of code that was made on the way, such as a template. Compiled code has no frames: its error belongs
+    to its caller too.
     """
-    owners = [str(frame.f_globals.get("__name__")).partition(".")[0] for frame, _ in walk_tb(error.__traceback__)]
-    owner = next((owner for owner in reversed(owners) if owner not in sys.stdlib_module_names), "surgeon")
-    return None if owner in ("surgeon", "__main__") else owner
+    for frame, _ in reversed(list(walk_tb(error.__traceback__))):
+        owner, file = str(frame.f_globals.get("__name__")).partition(".")[0], frame.f_code.co_filename
+        if owner in sys.stdlib_module_names or file.startswith("<"):
+            continue
+        is_installed = "site-packages" in file or "dist-packages" in file
+        return owner if owner != "surgeon" and (is_installed or owner in _LIBRARIES) else None
+    return None
 
 
 def failure_of_library(error: BaseException) -> str | None:

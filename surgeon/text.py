@@ -13,6 +13,11 @@ def printable(text: str) -> str:
     return text if text.isprintable() else "".join(char if char.isprintable() else repr(char)[1:-1] for char in text)
 
 
+def shortened(name: str) -> str:
+    """Return a name of a length that can be read: of a longer one the beginning and the end."""
+    return name if len(name) <= 120 else f"{name[:80]}...{name[-30:]}"
+
+
 SCRUBBED = "***"
 # Secrets by their form: tokens of the Hub, user and password of a URL, values of options and of parts of a query.
 _SECRETS = re.compile(
@@ -91,7 +96,7 @@ def layers(layer_map: Sequence[int | None]) -> str:
 
 def few(files: Sequence[str]) -> str:
     """Return the names of one or two files, or the number of files."""
-    return ", ".join(files) if len(files) <= 2 else f"{len(files)} files"
+    return ", ".join(map(shortened, files)) if len(files) <= 2 else f"{len(files)} files"
 
 
 def brief(value: Any) -> str:
@@ -106,7 +111,7 @@ def brief(value: Any) -> str:
 
 def listing(names: Sequence[str]) -> str:
     """Return the number of names, and the first three."""
-    shown = ", ".join(names[:3])
+    shown = ", ".join(map(shortened, names[:3]))
     return f"{len(names)}" + (f"  ({shown}{', ...' if len(names) > 3 else ''})" if names else "")
 
 

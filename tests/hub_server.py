@@ -68,6 +68,8 @@ class HubServer:
         self.leaks: list[str] = []  # what was asked for with a token at another name of this host
         self.signed_for: int | None = None  # so many answers come from an address of that host, then 403
         self.faults: list[str] = []  # each range of weights that is asked for takes the first of FAULTS; "" is none
+        self.limit_headers = {"RateLimit": '"resolvers";r=0;t=0'}  # of the fault 429: a second, for one is added
+        self.pause = 0.0  # seconds before each range of weights
         self.ranges: list[tuple[int, int]] = []  # the ranges of weights that were asked for
         self.renamed: dict[str, str] = {}  # old id to new: redirected, as the Hub does
         self.blobs: dict[str, bytes] = {}
@@ -269,6 +271,7 @@ class _Handler(BaseHTTPRequestHandler):
         if is_weights and asked and self.command == "GET":
             span = int(asked[1]), min(int(asked[2] or size - 1) + 1, size)
             self.hub.ranges.append(span)
+            self.hub.closing.wait(self.hub.pause)
             with suppress(IndexError):  # of an empty list; two threads take two faults
                 if fault := self.hub.faults.pop(0):
                     self.send_faulty(fault, content, *span)
@@ -298,7 +301,7 @@ class _Handler(BaseHTTPRequestHandler):
         """Answer a range in one of the wrong ways of FAULTS."""
         body, shown = content[start:end], f"bytes {start}-{end - 1}/{len(content)}"
         if fault == "429":
-            self.reply(429, headers={"RateLimit": '"resolvers";r=0;t=1'})
+            self.reply(429, headers=self.hub.limit_headers)
         elif fault == "500":
             self.reply(500)
         elif fault == "whole":
@@ -313,6 +316,8 @@ class _Handler(BaseHTTPRequestHandler):
             self.reply(206, body, {"Content-Range": f"bytes {start}-{end - 1}/{len(content) + 1}"})
         elif fault == "gzip":
             self.reply(206, gzip.compress(body, 1), {"Content-Range": shown, "Content-Encoding": "gzip"})
+        elif fault == "flipped":  # wrong bytes in the form of right ones: only the hash of the whole file tells
+            self.reply(206, bytes([body[0] ^ 1]) + body[1:], {"Content-Range": shown})
         elif fault == "drop":
             self.stream(shown, [body[: len(body) // 2]], length=len(body))
         elif fault == "long":

@@ -167,11 +167,23 @@ class HubSource:
             return read_header(self.snapshot / file)
         where = f"{file} of {self.repo_id}"
         memo = self._recall(f"{file}.header")
-        size, raw = (int.from_bytes(memo[:8], "little"), memo[8:]) if memo else self._fetch_header(file, where)
-        entries = parse_header(raw, file_size=size, where=where)
-        if memo is None:
-            self._remember(f"{file}.header", size.to_bytes(8, "little") + raw)
+        if memo is not None:
+            return parse_header(memo[8:], file_size=int.from_bytes(memo[:8], "little"), where=where)
+        size, raw, entries = self._ask_header(file, where)
+        self._remember(f"{file}.header", size.to_bytes(8, "little") + raw)
         return entries
+
+    def _ask_header(self, file: str, where: str) -> tuple[int, bytes, dict[str, Entry]]:
+        """Return the size of a file on the Hub, its header's bytes, and its tensors.
+
+        A header that is wrong is asked for once more: the answer may have been, and not the file.
+        """
+        try:
+            size, raw = self._fetch_header(file, where)
+            return size, raw, parse_header(raw, file_size=size, where=where)
+        except CheckpointError:
+            size, raw = self._fetch_header(file, where)
+            return size, raw, parse_header(raw, file_size=size, where=where)
 
     def _fetch_header(self, file: str, where: str) -> tuple[int, bytes]:
         """Return the size of a file on the Hub, and its header's bytes without their length prefix."""

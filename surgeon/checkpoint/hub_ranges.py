@@ -17,6 +17,7 @@ from urllib.parse import urlsplit
 
 from surgeon.checkpoint.hub_http import (
     BACKOFF,
+    SLOWEST,
     TRIES,
     WrongAnswer,
     explained,
@@ -24,6 +25,7 @@ from surgeon.checkpoint.hub_http import (
     http_library,
     not_too_slowly,
     passes,
+    passes_at_first,
     patiently,
     seconds_asked,
 )
@@ -38,7 +40,8 @@ JOINED_GAP = 256 << 10  # a gap that costs less time to read than a request take
 JOINED_SHARE = 0.02  # of the bytes that are wanted: gaps add no more
 WRONG_ANSWERS = 6  # in a row, until the server is held to be one without ranges
 IGNORED = 3  # as many wrong answers is a whole file in place of a range
-ADDED_EVERY = 2.0  # seconds between two additions to the map: a killed process loses no more
+LAST_WORDS = 1.0  # seconds for workers to end where one has failed
+ADDED_EVERY = 0.5  # seconds between two additions to the map: a killed process loses no more
 
 
 class RangesRefused(Exception):  # noqa: N818  # the caller fetches the whole file then
@@ -147,6 +150,9 @@ class RangeDownload:
                     added = time.monotonic()
         finally:
             self._stop.set()
+            deadline = time.monotonic() + LAST_WORDS
+            for worker in workers:  # one that waits for bytes writes none of them later
+                worker.join(max(0.0, deadline - time.monotonic()))
             while not done.empty():
                 if block := done.get().block():
                     arrived.append(block)
@@ -194,7 +200,8 @@ class RangeDownload:
                     raise RangesRefused(str(error)) from error
                 self._addressed(address)
             except failures() as error:
-                tries = 1 if piece.at - before >= SMALLEST_PART else tries + 1
+                enough = SMALLEST_PART if isinstance(error, http_library().TimeoutException) else SLOWEST
+                tries = 1 if piece.at - before >= enough else tries + 1
                 if tries == TRIES or not passes(error):
                     raise
                 self._delay(error, 0.0 if piece.at > before else BACKOFF[tries - 1])
@@ -220,6 +227,8 @@ class RangeDownload:
             _check(answer.status_code, answer.headers, start, end, self._size)
             digest = piece.digest.copy()
             for chunk in not_too_slowly(answer.iter_raw(), timeout):
+                if self._stop.is_set():
+                    return
                 self._count(len(chunk))
                 if len(chunk) > end - piece.at:  # who sends too much may have sent other bytes
                     piece.at, piece.digest = start, digest
@@ -227,8 +236,6 @@ class RangeDownload:
                 store.write(chunk, piece.at)
                 piece.digest.update(chunk)
                 piece.at += len(chunk)
-                if self._stop.is_set():
-                    return
         if piece.at < end:
             raise http_library().RemoteProtocolError("the answer ended early")
 
@@ -243,7 +250,10 @@ class RangeDownload:
         from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url
 
         url = hf_hub_url(self._repo_id, self._file, revision=self._commit, endpoint=constants.ENDPOINT)
-        found = patiently(lambda: get_hf_file_metadata(url, timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT))
+        may_pass = passes_at_first if self._address is None else passes
+        found = patiently(
+            lambda: get_hf_file_metadata(url, timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT), may_pass=may_pass
+        )
         where = f"{self._file} of {self._repo_id}"
         if found.commit_hash != self._commit or found.etag is None:
             raise HubError(

@@ -88,18 +88,18 @@ def _is_sound(content: Mapping[str, Any]) -> bool:
         isinstance(layers, list)
         and all(layer is None or (type(layer) is int and layer >= 0) for layer in layers)
         and isinstance(axes, dict)
-        and all(isinstance(runs, list) and all(map(_is_run, runs)) for runs in axes.values())
+        and all(map(_are_runs, axes.values()))
         and isinstance(steps, list)
         and all(isinstance(step, dict) and all(isinstance(told, dict) for told in step.values()) for step in steps)
     )
 
 
-def _is_run(run: object) -> bool:
-    """Return whether this is a run of positions of an axis: the first, or -1 for new ones, and how many."""
-    if not isinstance(run, list) or len(run) != 2 or not all(type(number) is int for number in run):
+def _are_runs(runs: object) -> bool:
+    """Return whether these are the positions of an axis in runs: the first, or -1 for new ones, and how many."""
+    pairs = [run for run in runs if isinstance(run, list) and len(run) == 2] if isinstance(runs, list) else []
+    if pairs != runs or not all(type(number) is int and number >= -1 for pair in pairs for number in pair):
         return False
-    first, count = run
-    return bool(first >= -1 and 0 < count <= MOST_POSITIONS)
+    return all(count > 0 for _, count in pairs) and sum(count for _, count in pairs) <= MOST_POSITIONS
 
 
 def versions() -> dict[str, str]:

@@ -21,6 +21,7 @@ from surgeon.checkpoint.header import (
     Entry,
     FilePart,
     TensorSpec,
+    opened,
     read_config,
     read_header,
     read_index,
@@ -357,6 +358,12 @@ def _is_blob(real: Path, root: Path) -> bool:
             shared = real.relative_to(repository.parent).as_posix() if real.is_relative_to(repository.parent) else ""
             return real.is_relative_to(repository / "blobs") or bool(_SHARED_BLOB.fullmatch(shared))
     return False
+
+
+def content_of(path: Path) -> bytes:
+    """Return the content of a small file of a checkpoint. Raises CheckpointError when it cannot be read."""
+    with opened(path) as file:
+        return file.read()
 
 
 # Tensors in several files

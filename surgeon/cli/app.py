@@ -8,13 +8,13 @@ import sys
 import traceback
 from importlib import import_module
 from pathlib import Path
-from types import FrameType, ModuleType, TracebackType
+from types import FrameType, ModuleType
 from typing import Annotated, Any, NoReturn, TextIO
 
 import typer
 from typer.core import TyperGroup
 
-from surgeon.errors import SurgeonError, failure_of_library, library_of, reason
+from surgeon.errors import SurgeonError, failure_of_library, first_line, library_of
 from surgeon.text import scrubbed
 
 EXAMPLE = "surgeon truncate gpt2-large --layers 6 -o gpt2-large-6"
@@ -115,7 +115,6 @@ def main() -> NoReturn:
         _run()
     finally:
         sys.stderr = standard_error
-        sys.excepthook = _show_traceback  # here, for typer sets its own
 
 
 class _WithoutSecrets:
@@ -133,19 +132,9 @@ class _WithoutSecrets:
         return getattr(self._stream, name)
 
 
-def _show_traceback(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    """Show what --debug shows, without tokens and passwords."""
-    sys.stderr.write(scrubbed("".join(traceback.format_exception(kind, error, trace))))
-
-
 def _run() -> NoReturn:
     try:
         app()
-    except SurgeonError as error:
-        if "--debug" in sys.argv:
-            raise
-        _show(error)
-        sys.exit(1)
     except BrokenPipeError:  # `surgeon inspect ... | head`: the reader has closed the pipe
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
@@ -155,8 +144,9 @@ def _run() -> NoReturn:
         sys.exit(130)
     except BaseException as error:  # a panic of a library in Rust is no Exception
         if "--debug" in sys.argv:
-            raise
-        sys.exit(_show_unexpected(error))
+            traceback.print_exc()
+            raise SystemExit(1) from error
+        raise SystemExit(_shown(error)) from error
     sys.exit(0)
 
 
@@ -173,11 +163,16 @@ def _show(error: SurgeonError) -> None:
 BUG = 70  # the exit code: EX_SOFTWARE of sysexits.h
 
 
-def _show_unexpected(error: BaseException) -> int:
-    """Show an error that nothing in surgeon foresaw, and return the exit code: 1 for a library's, BUG for our own."""
-    if (said := failure_of_library(error)) is not None:
+def _shown(error: BaseException) -> int:
+    """Show an error, and return the exit code: BUG for one that is surgeon's own, which nothing foresaw, else 1."""
+    if isinstance(error, SurgeonError):
+        _show(error)
+    elif isinstance(error, MemoryError):
+        _show(SurgeonError("the memory is full", hint="Use a smaller model, shorter rows, or another machine."))
+    elif (said := failure_of_library(error)) is not None:
         _show(SurgeonError(f"{library_of(error)} fails: {said}", hint="--debug shows where."))
-        return 1
-    what = f"surgeon fails with {type(error).__name__}: {reason(error)}"
-    _show(SurgeonError(what, hint="This is a bug in surgeon: please report it with what --debug shows."))
-    return BUG
+    else:
+        what = f"surgeon fails with {type(error).__name__}: {first_line(error)}"
+        _show(SurgeonError(what, hint="This is a bug in surgeon: please report it with what --debug shows."))
+        return BUG
+    return 1

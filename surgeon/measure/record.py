@@ -1,6 +1,5 @@
 """The scores of a model on a text, as the record in scores.json. Pure data: no torch, no weights."""
 
-import json
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -8,12 +7,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from surgeon.checkpoint.header import read_json
 from surgeon.checkpoint.receipt import to_bytes, versions
 from surgeon.checkpoint.source import SCORES, Source, inside
-from surgeon.errors import MeasureError, PlanError
+from surgeon.errors import CheckpointError, MeasureError, PlanError
 from surgeon.transforms.scores import METHODS
 
 FORMAT = 1
+MOST_BYTES = 100_000_000  # of a record: 80 layers of 28,672 neurons take half of it
 AGAIN = "Score again: leave out --scores-from."
 
 
@@ -64,11 +65,9 @@ class Scores:
 def read_scores(path: Path) -> Scores:
     """Return the record in a file. Raises MeasureError for a file that holds none."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise MeasureError(f"cannot read {path}: {error.strerror}", hint="surgeon prune writes scores.json.") from error
-    except (ValueError, RecursionError) as error:
-        raise MeasureError(f"{path} is not JSON: {error}", hint=AGAIN) from error
+        content = read_json(path, most=MOST_BYTES)
+    except CheckpointError as error:
+        raise MeasureError(str(error), hint=AGAIN if path.exists() else "surgeon prune writes scores.json.") from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise MeasureError(f"{path} is no file of scores that this surgeon wrote", hint=AGAIN)
     depth, layers, widths = content.get("depth"), content.get("scores"), content.get("widths")

@@ -14,6 +14,7 @@ from contextvars import ContextVar
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+from surgeon.anatomy.config import text_config
 from surgeon.checkpoint.derived import JoinedSource
 from surgeon.checkpoint.header import not_regular, read_json
 from surgeon.checkpoint.source import Source, check_links, inside, is_companion
@@ -130,7 +131,26 @@ def config_of(source: Source, *, hint: str) -> Any:
         raise MeasureError(f"{source.label} is run by code of its own (auto_map in config.json)", hint=TRUST_HINT)
     if model_type not in CONFIG_MAPPING:
         raise MeasureError(f"transformers has no model type {model_type!r} of its own", hint=hint)
+    text = text_config(source.config)
+    padding, vocabulary = text.get("pad_token_id"), text.get("vocab_size")
+    if isinstance(padding, int) and isinstance(vocabulary, int) and padding >= vocabulary:
+        message = f"config.json of {source.label} says pad_token_id = {padding}, beyond its {vocabulary} tokens"
+        raise CheckpointError(message, hint="Set it to a token of the vocabulary, or to null.")
     return CONFIG_MAPPING[model_type].from_dict(_safe(source.config))
+
+
+def check_tokens(largest: int, known: int, label: str) -> None:
+    """Raises MeasureError where a text has a token beyond the `known` ones of the model."""
+    if largest >= known:
+        raise MeasureError(
+            f"the text holds token {largest}, and {label} knows {known} tokens",
+            hint="The tokenizer belongs to another model; fetch the checkpoint again.",
+        )
+
+
+def num_known(model: Any) -> int:
+    """Return how many tokens a model of transformers knows."""
+    return int(model.get_input_embeddings().weight.shape[0])
 
 
 def load_model(source: Source, *, dtype: Any, hint: str, **options: Any) -> Any:

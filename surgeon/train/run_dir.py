@@ -15,9 +15,11 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal, Protocol, TextIO
 
+from surgeon.checkpoint.header import not_regular
+from surgeon.checkpoint.header import read_json as parsed_file
 from surgeon.checkpoint.receipt import to_bytes
 from surgeon.checkpoint.source import RECEIPT
-from surgeon.errors import DataError, OutputError, PlanError
+from surgeon.errors import CheckpointError, DataError, OutputError, PlanError
 
 METRICS, STATUS = "metrics.jsonl", "status.json"
 NOT_FINITE = "not_finite"
@@ -46,6 +48,7 @@ class StepReport:
 
 
 _STEP_KEYS = ("step", "tokens", "loss", "learning_rate", "grad_norm", "tokens_per_second", "mfu", "memory")
+_NUMBERS = (*_STEP_KEYS, "eval_loss", "probe_loss")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -167,8 +170,11 @@ def _records(path: Path) -> list[dict[str, Any]]:
         raise DataError(f"cannot read {path}: {error.strerror}", hint=f"Look at it: ls -l {path}") from error
     whole = [line for line in lines if line.endswith("\n")]  # not so where a run was killed, or is writing now
     records = [_from_json(line, f"{path}:{number}") for number, line in enumerate(whole, start=1)]
-    if wrong := next((n for n, record in enumerate(records, start=1) if type(record.get("step")) is not int), None):
-        raise DataError(f"{path}:{wrong}: a record without its step", hint="Is this a metrics.jsonl of surgeon?")
+    for number, record in enumerate(records, start=1):
+        if type(record.get("step")) is not int:
+            raise DataError(f"{path}:{number}: a record without its step", hint="Is this a metrics.jsonl of surgeon?")
+        if wrong := next((key for key in _NUMBERS if not isinstance(record.get(key), int | float | None)), None):
+            raise DataError(f"{path}:{number}: {wrong!r} is no number", hint="Is this a metrics.jsonl of surgeon?")
     return records
 
 
@@ -186,7 +192,7 @@ def _from_json(text: str, where: str) -> dict[str, Any]:
         if not isinstance(record, dict):
             raise ValueError("not an object")
         return record | {name: float(value) for name, value in record.pop(NOT_FINITE, {}).items()}
-    except (ValueError, TypeError, AttributeError) as error:
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:
         raise DataError(f"{where}: {error}", hint="The file is damaged; remove that line.") from error
 
 
@@ -240,6 +246,7 @@ def begun(run_dir: Path) -> Request | None:
     Raises OutputError for a damaged one.
     """
     file = run_dir / REQUEST
+    _check_regular(run_dir)
     if not file.is_file() or not (run_dir / METRICS).exists():
         return None
     content = read_json(file)
@@ -265,6 +272,7 @@ def claim(run_dir: Path, request: Request, *, resume: bool) -> None:
     A run that failed before its first step, without data for example, does not count: the new request replaces it.
     Raises OutputError for a directory that holds a run without `resume`, or other files; PlanError for another run.
     """
+    _check_regular(run_dir)
     file = run_dir / REQUEST
     if not file.exists():
         if any(not path.name.startswith(".") for path in run_dir.iterdir()):
@@ -282,12 +290,19 @@ def claim(run_dir: Path, request: Request, *, resume: bool) -> None:
     check_same(run_dir, request)
 
 
+def _check_regular(run_dir: Path) -> None:
+    """Raises OutputError where a file of the run is a pipe, a device or the like: reading one may never end."""
+    paths = sorted(run_dir.iterdir()) if run_dir.is_dir() else []
+    if odd := next((path for path in paths if path.exists() and not_regular(path)), None):
+        raise OutputError(f"{odd} is {not_regular(odd)}, not a file", hint="Remove it, or choose another --run-dir.")
+
+
 def read_json(file: Path) -> Any:
     """Return the content of a run's JSON file. Raises OutputError for a damaged one."""
     try:
-        return json.loads(file.read_bytes())
-    except ValueError as error:
-        raise OutputError(f"{file} is damaged: it is no JSON", hint=DAMAGED_HINT) from error
+        return parsed_file(file)
+    except CheckpointError as error:
+        raise OutputError(f"the run's directory is damaged: {error}", hint=DAMAGED_HINT) from error
 
 
 def write_json(file: Path, content: Mapping[str, Any]) -> None:

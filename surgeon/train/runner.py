@@ -41,6 +41,7 @@ from surgeon.train.trainer import (
     check_names,
     check_optimizer,
     is_launched_by_plugin,
+    progress,
     stops_at_sigterm,
 )
 
@@ -154,7 +155,7 @@ class Runner:
         teacher = self.inputs.teacher(teacher_model, data, self.run_dir)
         self.rate = self.settings.learning_rate() or self._searched_rate(data, steps, teacher)
         model = trained_model(model, self.source, self.task, teacher)
-        step, tokens = (0, 0) if resume_from is None else _progress(resume_from)
+        step, tokens = (0, 0) if resume_from is None else progress(resume_from)
         meter = self._pace_meter(model, data, steps, done=step, tokens=tokens)
         self.reporter.begin(steps=steps, step=step, tokens=tokens, meter=meter)
         with stops_at_sigterm(self.stop):
@@ -179,7 +180,10 @@ class Runner:
         if is_first() and not resumed:
             write_json(file, {"data": self.provenance})
         self.wait()
-        began = read_json(file)["data"] if file.exists() else self.provenance
+        content = read_json(file) if file.exists() else {"data": self.provenance}
+        began = content.get("data") if isinstance(content, dict) else None
+        if not isinstance(began, list):
+            raise DataError(f"{file} does not say what the run read", hint="Begin anew with another --run-dir.")
         if began != self.provenance:
             changed = [now["data"] for was, now in zip(began, self.provenance, strict=False) if was != now]
             raise DataError(
@@ -223,7 +227,11 @@ class Runner:
         """Return the better of two rates, each tried for a few steps from the same weights; a resume takes the same."""
         file = self.run_dir / RATE
         if file.exists():
-            return float(read_json(file)["chosen"])
+            content = read_json(file)
+            chosen = content.get("chosen") if isinstance(content, dict) else None
+            if not isinstance(chosen, int | float) or not 0 < chosen < math.inf:
+                raise DataError(f"{file} holds no learning rate", hint="Remove it: the rate is searched for again.")
+            return float(chosen)
         low = LORA_LR if self.settings.lora else FULL_LR
         length = max(2, min(PROBE_STEPS, steps // 10))
         losses: dict[float, float] = {}
@@ -333,12 +341,6 @@ class Runner:
         except SurgeonError as error:  # a run without a picture has not failed
             self.reporter.note(f"no plot: {error}")
             return None
-
-
-def _progress(checkpoint: Path) -> tuple[int, int]:
-    """Return how many steps and tokens of the run came before a checkpoint."""
-    state = read_json(checkpoint / "trainer_state.json")
-    return checkpoints.step_of(checkpoint), int(state["num_input_tokens_seen"])
 
 
 def run_steps(

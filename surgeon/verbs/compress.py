@@ -136,13 +136,14 @@ def _compressed(source: Source, model: str, gist: GistTokens, prompt: str, optio
     from surgeon.gist.compress import compress_ids
     from surgeon.gist.layout import CHAT, TEXT, prompt_tokens
     from surgeon.models.device import resolve_device
-    from surgeon.models.loading import load_on, load_tokenizer, loadable
+    from surgeon.models.loading import check_tokens, load_on, load_tokenizer, loadable, num_known
 
     device = resolve_device(options.device)
     layout, encoder = CHAT if options.chat else TEXT, bool(source.config.get("is_encoder_decoder"))
     tokenizer = load_tokenizer(*loadable(source))
     ids = prompt_tokens(prompt, gist, tokenizer, num_tokens=count, layout=layout, encoder=encoder)
     loaded = load_on(source, device)
+    check_tokens(max(ids), num_known(loaded), source.label)
     if compressor is not None:
         compressor.attach(loaded)
     states, check = compress_ids(loaded, ids, count)

@@ -96,7 +96,7 @@ def _generated(source: Source, text: str, options: GenerateOptions) -> Generatio
     began = monotonic()
 
     from surgeon.models.device import resolve_device
-    from surgeon.models.loading import load_on, load_tokenizer, loadable
+    from surgeon.models.loading import check_tokens, load_on, load_tokenizer, loadable, num_known
 
     device = resolve_device(options.device)
     tokenizer = load_tokenizer(*loadable(source))
@@ -106,6 +106,7 @@ def _generated(source: Source, text: str, options: GenerateOptions) -> Generatio
     else:
         ids = _text_ids_after(gist, text, source, tokenizer, chat=options.chat)
     loaded = load_on(source, device)
+    check_tokens(max(ids, default=0), num_known(loaded), source.label)
     prompt = None if gist is None else _loaded_gist(gist, loaded, source)
     stops = _stop_tokens(loaded, source, tokenizer)
     loaded.generation_config = _generation_config(loaded, stops, options)

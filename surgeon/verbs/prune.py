@@ -1,7 +1,7 @@
 """The verb `prune`: measure, choose, plan. Scores are kept, so that another cut takes the time of a copy."""
 
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -219,13 +219,6 @@ class Pruning(Surgery):
     most_removable: int
     device: str
     trust_remote_code: bool = False
-    is_measured: bool
-
-    @property
-    def also_read(self) -> Iterable[str]:
-        """The tensors that scores or a perplexity are still to be taken from."""
-        tensors = self.source.tensors
-        return () if self.is_measured else [name for name in tensors if tensors[name].spec.dtype in FLOAT_DTYPES]
 
     def evaluate(
         self, result: str | os.PathLike[str], *, before: float | None = None, meter: "Meter | None" = None
@@ -302,6 +295,7 @@ def plan_pruning(begun: Surgery, options: PruneOptions) -> Pruning:
     choice = pick(count)
     notes += (SELF_SAMPLED,) if measured.text is not None and not options.data else ()
     notes += (UNSCORED,) if not is_scored else (HEAVY,) if 4 * count > cut.anatomy.depth else ()
+    is_measured = is_scored and (options.measure or not (options.data and options.evaluate))
     criterion = cut.criterion if is_scored else "uniform"
     plan = cut.plan(choice, criterion, values=None if scores is None else scores.widths.get(criterion))
     step = _step(cut, options, choice, scores) if is_scored else {"score": options.score}
@@ -318,9 +312,14 @@ def plan_pruning(begun: Surgery, options: PruneOptions) -> Pruning:
         removable=removable,
         most_removable=most_removable,
         device=measured.device,
-        is_measured=is_scored and (options.measure or not (options.data and options.evaluate)),
         trust_remote_code=options.trust_remote_code,
+        also_read=() if is_measured else _floating(begun.source),
     )
+
+
+def _floating(source: Source) -> list[str]:
+    """Return the tensors that scores and perplexities are taken from."""
+    return [name for name, item in source.tensors.items() if item.spec.dtype in FLOAT_DTYPES]
 
 
 def _ranking(cut: Cut, options: PruneOptions, scores: Scores | None) -> tuple[Callable[[int], Choice], int]:

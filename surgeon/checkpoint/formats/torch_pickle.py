@@ -51,6 +51,7 @@ _LITERALS = {"BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT", "BINUNICODE", 
 
 # A tensor takes some 35 instructions; so many take a few seconds and a few hundred MB at most.
 MAX_INSTRUCTIONS = 4_000_000
+MAX_PAIRS = 500_000  # of all dictionaries that are made from lists
 MAX_DIMENSIONS = 64  # as many as NumPy has
 
 
@@ -217,11 +218,11 @@ class _Machine:
     def _dictionary(self, pairs: Any = ()) -> dict[Any, Any]:
         """Return an OrderedDict as Python 2 wrote it: from a list of [key, value].
 
-        A list can be used any number of times, but no file that torch wrote has more than it has instructions for.
+        A list can be used any number of times, but no file that torch wrote uses one twice.
         """
         result: dict[Any, Any] = {}
         self.pairs += len(pairs)
-        if self.pairs > MAX_INSTRUCTIONS:
+        if self.pairs > MAX_PAIRS:
             raise ValueError("lists that are copied again and again")
         for key, value in pairs:
             _set_items(result, [key, value])
