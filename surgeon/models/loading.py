@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, cast
 from surgeon.anatomy.config import text_config
 from surgeon.checkpoint.derived import JoinedSource
 from surgeon.checkpoint.header import not_regular, read_json
-from surgeon.checkpoint.source import Source, check_links, is_companion
+from surgeon.checkpoint.source import Source, check_links, inside, is_companion
 from surgeon.errors import CheckpointError, DataError, MeasureError, PlanError, SurgeonError, failure_of_library
 from surgeon.models.device import available_memory, compute_dtype
 from surgeon.plan.plan import chooses_kernel
@@ -235,7 +235,7 @@ def load_adapter(model: Any, directory: Path) -> Any:
     """
     from peft import PeftModel
 
-    config = read_json(directory / ADAPTER)
+    config = read_json(inside(directory, ADAPTER))
     if not isinstance(config, dict) or config.get("peft_type") != "LORA":
         kind = config.get("peft_type") if isinstance(config, dict) else config
         raise PlanError(f"{directory} holds an adapter of type {kind!r}, not LORA", hint="surgeon trains LoRA alone.")
