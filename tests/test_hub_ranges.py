@@ -2,8 +2,10 @@
 
 import json
 import os
+import random
 import shutil
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -556,3 +558,45 @@ def test_without_ranges_and_without_room_for_the_file_the_reason_is_given(hub, d
 
     with pytest.raises(HubError, match="cannot be read by ranges .*, and the whole file is 0.00 GB, more than"):
         surgery.save(tmp_path / "out")
+
+
+def test_runs_that_remove_each_others_ranges_still_read_all_that_they_asked_for(hub, deep, monkeypatch):
+    publish(hub, deep)
+    whole = (deep / "model.safetensors").read_bytes()
+    monkeypatch.setenv("SURGEON_CACHE_SIZE", "100KB")  # less than two layers
+
+    def read_layers(seed: int) -> int:
+        source, count = open_hub("org/deep"), 0
+        for layer in random.Random(seed).choices(range(4), k=40):
+            name = f"model.layers.{layer}.mlp.up_proj.weight"
+            item = source.tensors[name]
+            part = source.parts({item.file: [(item.start, item.end)]}, among={item.file: [(0, len(whole))]})[item.file]
+            with part.opened() as opened:
+                read = bytearray(item.spec.nbytes)
+                opened.read_into(read, item.start)
+            count += read == whole[item.start : item.end]
+        return count
+
+    with ThreadPoolExecutor(3) as pool:
+        assert list(pool.map(read_layers, range(3))) == [40, 40, 40]
+
+
+def test_a_store_that_another_run_makes_anew_in_between_is_not_taken_for_this_one(hub, deep, monkeypatch):
+    publish(hub, deep)
+    first, second = open_hub("org/deep"), open_hub("org/deep")
+    first.parts({"model.safetensors": [(300_000, 400_000)]})
+    check = range_store.RangeFile.check
+
+    def meanwhile(self: range_store.RangeFile, spans: list[tuple[int, int]]) -> None:
+        monkeypatch.setattr(range_store.RangeFile, "check", check)
+        self.forget()
+        second.parts({"model.safetensors": [(600_000, 700_000)]})
+        check(self, spans)
+
+    monkeypatch.setattr(range_store.RangeFile, "check", meanwhile)
+    part = first.parts({"model.safetensors": [(600_000, 700_000)]})["model.safetensors"]
+
+    with part.opened() as opened:
+        read = bytearray(100_000)
+        opened.read_into(read, 600_000)
+    assert read == (deep / "model.safetensors").read_bytes()[600_000:700_000]
