@@ -600,3 +600,40 @@ def test_a_store_that_another_run_makes_anew_in_between_is_not_taken_for_this_on
         read = bytearray(100_000)
         opened.read_into(read, 600_000)
     assert read == (deep / "model.safetensors").read_bytes()[600_000:700_000]
+
+
+def test_a_file_of_another_commit_or_size_than_its_header_is_refused(hub, deep, tmp_path):
+    publish(hub, deep)
+    source = open_hub("org/deep")
+    wanted = {"model.safetensors": [(300_000, 400_000)]}
+    assert source.tensors
+
+    hub.hide_commit = True
+    with pytest.raises(HubError, match=r"does not answer as the Hub does for model\.safetensors of org/deep"):
+        source.parts(wanted)
+    hub.hide_commit = False
+    hub.repos["org/deep"].commits[source.commit]["model.safetensors"] += b"more"
+    with pytest.raises(HubError, match=r"model\.safetensors of org/deep has \d+ bytes; its header promised \d+"):
+        source.parts(wanted)
+
+
+@pytest.mark.parametrize(
+    ("status", "changes"),
+    [
+        (200, {}),
+        (416, {}),
+        (206, {"Content-Range": "bytes 11-20/100"}),
+        (206, {"Content-Range": "bytes 10-18/100"}),
+        (206, {"Content-Range": "bytes 10-19/101"}),
+        (206, {"Content-Range": "bytes 10-19/*"}),
+        (206, {"Content-Length": "9"}),
+        (206, {"Content-Encoding": "gzip"}),
+        (206, {"Content-Encoding": "br"}),
+    ],
+)
+def test_an_answer_is_exactly_the_range_that_was_asked_for(status, changes):
+    right = {"Content-Range": "bytes 10-19/100", "Content-Length": "10"}
+    hub_ranges._check(206, right, 10, 20, 100)
+
+    with pytest.raises(hub_http.WrongAnswer):
+        hub_ranges._check(status, right | changes, 10, 20, 100)
