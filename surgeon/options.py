@@ -121,6 +121,11 @@ def device_option(default: str = "auto") -> Any:
     return option("Device to compute on: auto (CUDA, then MPS, then the CPU), cpu, cuda, mps.", default)
 
 
+def trust_option() -> Any:
+    """Return the field `trust_remote_code`."""
+    return option("Run the code that the checkpoint brings along (auto_map). Read that code first.", False)
+
+
 def adapter_option() -> Any:
     """Return the field `adapter`."""
     return option(
@@ -194,7 +199,8 @@ class Taking(Protocol[Keywords, Options]):
 def takes(options: Callable[Keywords, Options]) -> Taking[Keywords, Options]:
     """Return a decorator: the function takes the fields of `options` as keywords, after its other arguments.
 
-    Its signature and its docstring list them, for `help()` and for editors; type checkers see them too.
+    Its signature and its docstring list them, for `help()` and for editors; type checkers see them too. A field `given`
+    gets the names of the options that the call names, unless it is named itself.
     """
 
     def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -214,6 +220,8 @@ def takes(options: Callable[Keywords, Options]) -> Taking[Keywords, Options]:
             for name, value in values.items():
                 if fault := _fault(signature.parameters[name].annotation, value):
                     raise TypeError(f"{function.__name__}(): {name} is {value!r}, {fault}")
+            if "given" in signature.parameters:
+                values.setdefault("given", tuple(values))
             return function(*(values.pop(item.name) for item in arguments), make(**values))
 
         call.__signature__ = signature  # type: ignore[attr-defined]

@@ -3,7 +3,7 @@
 import os
 import re
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -17,7 +17,7 @@ from surgeon.checkpoint import output, receipt
 from surgeon.checkpoint.derived import JoinedSource
 from surgeon.checkpoint.header import QUANTIZATION_FILES, CheckpointSpec, read_header
 from surgeon.checkpoint.output import CountBytes
-from surgeon.checkpoint.source import CARD, CONFIG, RECEIPT, LocalSource, Source, open_directory, spec_of
+from surgeon.checkpoint.source import CARD, CONFIG, RECEIPT, Source, content_of, open_directory, spec_of
 from surgeon.errors import CheckpointError, OutputError, PlanError
 from surgeon.options import Reads, verb_named
 from surgeon.plan.execute import Shard, execute, lay_out, peak_memory, ranges_read, shareable_files
@@ -145,7 +145,7 @@ class Surgery:
         """Return a file that goes with the weights, as the result will hold it; None where there is none."""
         if file in self.attachments:
             return self.attachments[file]
-        return self.source.fetch(file).read_bytes() if file in self.source.companions else None
+        return content_of(self.source.fetch(file)) if file in self.source.companions else None
 
     @property
     def name(self) -> str:
@@ -156,6 +156,15 @@ class Surgery:
         depth = len(self.plan.layer_map)
         done = [f"{verb}-{depth}L" if verb_named(verb).counts_layers else verb for verb in verbs]
         return "-".join([base, *done])
+
+    def check_saved(self) -> None:
+        """Raises PlanError for a model that is planned but not yet on the disk: it cannot be scored."""
+        if self.plan.steps:
+            done = ", then ".join(next(iter(step)) for step in self.plan.steps)
+            raise PlanError(
+                f"scores are taken from a checkpoint, and this one is not saved yet: it is still to be made ({done})",
+                hint="Save it, and prune the saved checkpoint.",
+            )
 
     def prepare(
         self,
@@ -175,8 +184,9 @@ class Surgery:
             plan = replace(plan, notes=(*plan.notes, *dtype_cost(plan, source.tensors)))
         result = plan.result(source)
         read_anatomy(result)
-        if plan.layer_map != tuple(range(len(plan.layer_map))):
-            plan = replace(plan, notes=(*plan.notes, *runtime_notes(result.config, len(plan.layer_map))))
+        known = runtime_notes(self.before.spec.config, self.before.depth)
+        new = (note for note in runtime_notes(result.config, len(plan.layer_map)) if note not in known)
+        plan = replace(plan, notes=(*plan.notes, *new))
         target = Path(out or self.name)
         attachments = {**self._quantization_files(plan), **self.attachments}
         shards = lay_out(plan, result, self.source, max_shard_bytes=parse_size(max_shard_size))
@@ -212,7 +222,7 @@ class Surgery:
             return {}
         from surgeon.anatomy.quantized import follow_quantization_file
 
-        contents = {name: self.source.fetch(name).read_bytes() for name in names}
+        contents = {name: content_of(self.source.fetch(name)) for name in names}
         return {
             name: follow_quantization_file(name, content, self.before, plan.layer_map)
             for name, content in contents.items()
@@ -291,9 +301,17 @@ class Draft:
         _ = self.source.companions  # one that is no file of the checkpoint is refused now, and not after hours
 
     def write(
-        self, *, overwrite: bool = False, progress: CountBytes | None = None, command: str | None = None
+        self,
+        *,
+        overwrite: bool = False,
+        progress: CountBytes | None = None,
+        command: str | None = None,
+        confirm: Callable[[Path], object] | None = None,
     ) -> Summary:
-        """Write the result, at once and whole, and return the summary with the seconds that this took."""
+        """Write the result, at once and whole, and return the summary with the seconds that this took.
+
+        `confirm` is called with the directory that will be the result. Where it raises an error there is no result.
+        """
         began = time.perf_counter()
         target, plan = self.summary.output, self.plan
         self.check(overwrite=overwrite)
@@ -321,12 +339,14 @@ class Draft:
             output.copy_files(stage, companions)
             output.write_files(stage, {CARD: page.encode(), RECEIPT: receipt.to_bytes(record), **self.attachments})
             output.write_files(stage, {CONFIG: receipt.to_bytes(plan.config)})  # last: now it is a checkpoint
+            if confirm is not None:
+                confirm(stage)
             self.source.check_unchanged()
         done = replace(self.summary.downloaded_from(self.source), bytes_shared=written.shared)
         return replace(done, seconds=time.perf_counter() - began)
 
     def _card(self, *, command: str | None, card: Path | None) -> str:
-        source = self.source.label if not isinstance(self.source, LocalSource) else self.source.directory.resolve().name
+        source = receipt.public_name(self.source)
         verbs = ", then ".join(next(iter(step)) for step in self.plan.steps)
         layers, parameters = self.summary.layers, self.summary.parameters
         facts = {

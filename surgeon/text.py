@@ -1,6 +1,8 @@
 """Numbers, tables and lists as plain text for people."""
 
 import json
+import os
+import re
 from collections.abc import Iterable, Sequence
 from itertools import groupby
 from typing import Any
@@ -8,7 +10,40 @@ from typing import Any
 
 def printable(text: str) -> str:
     """Return text without the control characters that a hostile checkpoint could put into a name."""
-    return "".join(char if char.isprintable() else repr(char)[1:-1] for char in text)
+    return text if text.isprintable() else "".join(char if char.isprintable() else repr(char)[1:-1] for char in text)
+
+
+def shortened(name: str) -> str:
+    """Return a name of a length that can be read: of a longer one the beginning and the end."""
+    return name if len(name) <= 120 else f"{name[:80]}...{name[-30:]}"
+
+
+SCRUBBED = "***"
+# Secrets by their form: tokens of the Hub, user and password of a URL, values of options and of parts of a query.
+_SECRETS = re.compile(
+    r"""\b(?:hf|api_org)_[A-Za-z0-9]{16,}
+    |(?<=://)[^/\s@'"]+(?=@)
+    |(?i:(?<=bearer\s)[\w.~+/=-]+)
+    |(?i:(?<=[?&])(?:[\w-]*(?:token|key|signature|secret|password|credential|policy)[\w-]*=)[^&\s'"]+)
+    |(?i:--(?:[\w-]+-)?(?:token|api-key|password|secret)[=\s](?!\d{1,6}\b))[^\s]+""",
+    re.VERBOSE,
+)
+_NAME = re.compile(r"(?:.*[&?\s])?--?[\w-]+[=\s]|[\w-]+=")  # what stands before a value, and is kept
+_SECRET_NAMES = re.compile(r".*(TOKEN|API_KEY|SECRET|SECRET_KEY|ACCESS_KEY|PASSWORD|PASSWD)")
+_SHORTEST = 8  # characters of a secret in the environment; a shorter value may be a word
+
+
+def scrubbed(text: str) -> str:
+    """Return text without tokens and passwords: those of the environment, and what is one by its form."""
+    for name, value in os.environ.items():
+        if len(value) >= _SHORTEST and value in text and _SECRET_NAMES.fullmatch(name):
+            text = text.replace(value, SCRUBBED)
+    return _SECRETS.sub(_without_value, text)
+
+
+def _without_value(match: re.Match[str]) -> str:
+    name = _NAME.match(match[0])
+    return f"{name[0] if name else ''}{SCRUBBED}"
 
 
 def size(nbytes: float) -> str:
@@ -66,7 +101,7 @@ def layers(layer_map: Sequence[int | None]) -> str:
 
 def few(files: Sequence[str]) -> str:
     """Return the names of one or two files, or the number of files."""
-    return ", ".join(files) if len(files) <= 2 else f"{len(files)} files"
+    return ", ".join(map(shortened, files)) if len(files) <= 2 else f"{len(files)} files"
 
 
 def brief(value: Any) -> str:
@@ -81,7 +116,7 @@ def brief(value: Any) -> str:
 
 def listing(names: Sequence[str]) -> str:
     """Return the number of names, and the first three."""
-    shown = ", ".join(names[:3])
+    shown = ", ".join(map(shortened, names[:3]))
     return f"{len(names)}" + (f"  ({shown}{', ...' if len(names) > 3 else ''})" if names else "")
 
 

@@ -14,6 +14,7 @@ from test_rings import modules_after
 from surgeon.data.documents import documents
 from surgeon.data.records import FORMS_HINT, Document
 from surgeon.errors import DataError
+from surgeon.text import printable
 
 CHAT = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
 
@@ -350,7 +351,7 @@ def test_a_file_of_another_kind_is_refused_at_once(tmp_path, name):
 def test_a_name_that_can_be_no_dataset_is_a_missing_file(spec):
     with pytest.raises(DataError) as caught:
         documents(spec)
-    assert str(caught.value) == f"no such file or directory: {spec}"
+    assert str(caught.value) == f"no such file or directory: {printable(spec)}"
     assert (
         caught.value.hint == "Name a file or directory that exists, or a dataset on the Hub: ORG/NAME[:CONFIG[:SPLIT]]."
     )

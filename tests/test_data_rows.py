@@ -205,7 +205,7 @@ def test_a_chat_without_a_template_is_refused(tokenizer, tmp_path):
     ("template", "said"),
     [
         ("{{ raise_exception('roles must alternate') }}", "roles must alternate"),
-        ("{{ 1 + 'a' }}", "unsupported operand"),
+        ("{{ 1 + 'a' }}", "TypeError: unsupported operand"),
     ],
 )
 def test_a_chat_that_the_template_refuses_is_named(tmp_path, template, said):
@@ -352,7 +352,9 @@ def test_code_that_a_tokenizer_brings_is_not_run(tmp_path):
     write(tmp_path / "config.json", '{"model_type": "mine"}')
     write(tmp_path / "tokenizer_config.json", '{"auto_map": {"AutoTokenizer": ["mine.Mine", null]}}')
     write(tmp_path / "mine.py", f"open({str(tmp_path / 'ran')!r}, 'w')")
-    assert loading_refusal(tmp_path)[0].startswith(f"cannot load the tokenizer of {tmp_path}: ")
+    message, hint = loading_refusal(tmp_path)
+    assert message == f"the tokenizer of {tmp_path} is code of its own (auto_map in tokenizer_config.json)"
+    assert "--trust-remote-code" in hint
     assert not (tmp_path / "ran").exists()
 
 

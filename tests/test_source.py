@@ -11,6 +11,7 @@ from surgeon.checkpoint.header import TensorSpec
 from surgeon.checkpoint.source import fingerprint, is_companion, open_directory
 from surgeon.errors import CheckpointError
 from surgeon.surgery import open_source
+from surgeon.text import printable
 
 FIRST = shard_name(1, 3)
 
@@ -202,7 +203,7 @@ def test_a_directory_of_checkpoints_suggests_one_of_them(tmp_path):
 def test_a_path_that_does_not_exist_is_called_that(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
-    assert str(refusal(name)) == f"no such directory: {name}"
+    assert str(refusal(name)) == f"no such directory: {printable(name)}"
 
 
 @pytest.mark.parametrize(

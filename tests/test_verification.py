@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import toys
+from handmade import snapshot
 from hub_server import HubServer
 from later import LATER
 from test_rings import command, modules_after
@@ -157,15 +158,31 @@ def test_an_encoder_and_its_decoder_are_run_together(toy, tmp_path):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_a_damaged_result_is_refused_and_left_in_place(toy, tmp_path, dtype):
+def test_a_damaged_result_is_refused_and_not_removed(toy, tmp_path, dtype):
     surgeon.grow(toy("llama"), hidden_size=72).save(tmp_path / "out", dtype=dtype)
     damage(tmp_path / "out", "model.layers.3.self_attn.v_proj.weight")
 
     with pytest.raises(VerificationError, match="does not compute what its source computes") as caught:
         surgeon.verify(toy("llama"), tmp_path / "out")
 
-    assert "left in place for inspection" in str(caught.value.hint)
+    assert "Do not use it." in str(caught.value.hint)
     assert (tmp_path / "out" / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_result_that_fails_its_verification_takes_nobodys_place(overwrite, toy, tmp_path, run):
+    out = tmp_path / "out"
+    if overwrite:
+        surgeon.truncate(toy("llama"), layers=2).save(out)
+    before = snapshot(tmp_path)
+
+    # torch has no product of experts whose rows are no multiple of 16 bytes: transformers cannot run this model
+    options = ["--overwrite"] if overwrite else []
+    outcome = run("grow", toy("mixtral"), "--intermediate-size", 65, "-o", out, *options)
+
+    assert outcome.code == 1
+    assert outcome.err.startswith(f"error: {out} cannot be compared with its source: strides should be multiple of 16")
+    assert snapshot(tmp_path) == before
 
 
 def test_a_result_that_does_not_load_whole_is_refused(toy, tmp_path):
@@ -316,7 +333,7 @@ def test_what_the_dtype_costs_is_said_before_it_is_paid(toy, tmp_path, run):
     assert "rounded by bfloat16: max |Δlogits| " in outcome.out
 
 
-def test_what_fails_is_an_error_and_the_output_stays(tmp_path, run):
+def test_what_cannot_be_compared_is_an_error_and_leaves_no_output(tmp_path, run):
     source = toys.build("llama", tmp_path / "source")
     file = source / "model.safetensors"
     tensors = load_file(file)
@@ -328,7 +345,7 @@ def test_what_fails_is_an_error_and_the_output_stays(tmp_path, run):
     assert (outcome.code, outcome.out) == (1, "")
     assert "not finite" in outcome.err
     assert "hint: " in outcome.err
-    assert (tmp_path / "out" / "config.json").exists()
+    assert list(tmp_path.iterdir()) == [source]
 
 
 def test_without_it_and_in_a_dry_run_nothing_is_loaded(toy, tmp_path):

@@ -25,6 +25,7 @@ from surgeon.anatomy.layer_rules import (
     PLACE_BOUND,
     RULES,
     RUNTIME_PATTERNS,
+    SQUARE_HEADS,
     UNCUTTABLE,
     Rule,
 )
@@ -63,6 +64,12 @@ def model_type(config: Mapping[str, Any]) -> str:
     if not isinstance(name, str) or not name:
         raise CheckpointError("config.json has no model_type", hint=CONFIG_HINT)
     return name
+
+
+def class_names(config: Mapping[str, Any]) -> list[str]:
+    """Return the classes of transformers that a config names; none where they are no list of words."""
+    names = config.get("architectures")
+    return [name for name in names if isinstance(name, str)] if isinstance(names, list) else []
 
 
 def spelled(config: Mapping[str, Any], quantity: Quantity) -> dict[str, Any]:
@@ -297,9 +304,17 @@ def period_of(config: Mapping[str, Any], depth: int) -> int:
 
 
 def runtime_notes(config: Mapping[str, Any], depth: int) -> list[str]:
-    """Return what other runtimes would compute differently: they derive a layer's kind from its number alone."""
+    """Return what other runtimes would compute differently, or not load: they derive it from other sizes or numbers."""
     text = text_config(config)
     notes = []
+    hidden, heads, head_dim, ffn = (size_of(text, quantity) for quantity in ("hidden", "heads", "head_dim", "ffn"))
+    if text.get("model_type") in SQUARE_HEADS and hidden and heads and head_dim and heads * head_dim != hidden:
+        notes.append(
+            f"llama.cpp does not load a {text['model_type']} with {heads} heads of {head_dim} on a hidden size of "
+            f"{hidden}: it takes a head's size to be hidden / heads"
+        )
+    if text.get("model_type") == "gpt2" and hidden and ffn and ffn != 4 * hidden:
+        notes.append(f"llama.cpp does not load a gpt2 with an MLP of {ffn}: it takes it to be 4 x {hidden}")
     for pattern in RUNTIME_PATTERNS.get(str(text.get("model_type")), ()):
         if pattern.of == "window":
             is_odd_one = [kind in FULL_ATTENTION for kind in layer_kinds(text, depth) or ()]

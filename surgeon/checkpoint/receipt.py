@@ -1,18 +1,27 @@
 """Two files that describe a result: surgeon.json, from which it can be repeated byte for byte, and the model card."""
 
 import json
+import os
 import platform
+import re
+import shlex
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from surgeon.checkpoint.source import RECEIPT, Transfer, inside
+from surgeon.checkpoint.header import read_json
+from surgeon.checkpoint.source import RECEIPT, LocalSource, Source, Transfer, inside
+from surgeon.errors import CheckpointError
+from surgeon.text import scrubbed
 
 # The receipt
 
 FORMAT = 1
+MOST_POSITIONS = 2**24  # of an axis; the largest vocabulary has some 2**18
+_ENTRIES: Mapping[str, Callable[[], Any]] = {"layer_map": list, "axis_maps": dict, "steps": list}
 _PACKAGES = ("surgeon", "torch", "transformers", "safetensors", "huggingface-hub")
 
 
@@ -42,7 +51,7 @@ def receipt(
         "options": dict(options),
         "layer_map": list(layer_map),
         "axis_maps": dict(axis_maps),
-        "command": command,
+        "command": None if command is None else scrubbed(command),
         "notes": list(notes),
         **({"approximate": list(approximate)} if approximate else {}),
         **({"fetched": "ranges", "sha256_unchecked": sorted(transfer.ranges)} if transfer and transfer.ranges else {}),
@@ -65,10 +74,31 @@ def read_receipt(directory: Path) -> dict[str, Any] | None:
     Raises CheckpointError for a link that leads out of the directory.
     """
     try:
-        content = json.loads(inside(directory, RECEIPT).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        content = read_json(inside(directory, RECEIPT))
+    except CheckpointError:
         return None
-    return content if isinstance(content, dict) else None
+    return content if isinstance(content, dict) and _is_sound(content) else None
+
+
+def _is_sound(content: Mapping[str, Any]) -> bool:
+    """Return whether the entries of a receipt that surgeon reads again have the form that it writes."""
+    layers, axes, steps = (content.get(key, kind()) for key, kind in _ENTRIES.items())
+    return (
+        isinstance(layers, list)
+        and all(layer is None or (type(layer) is int and layer >= 0) for layer in layers)
+        and isinstance(axes, dict)
+        and all(map(_are_runs, axes.values()))
+        and isinstance(steps, list)
+        and all(isinstance(step, dict) and all(isinstance(told, dict) for told in step.values()) for step in steps)
+    )
+
+
+def _are_runs(runs: object) -> bool:
+    """Return whether these are the positions of an axis in runs: the first, or -1 for new ones, and how many."""
+    pairs = [run for run in runs if isinstance(run, list) and len(run) == 2] if isinstance(runs, list) else []
+    if pairs != runs or not all(type(number) is int and number >= -1 for pair in pairs for number in pair):
+        return False
+    return all(count > 0 for _, count in pairs) and sum(count for _, count in pairs) <= MOST_POSITIONS
 
 
 def versions() -> dict[str, str]:
@@ -82,8 +112,67 @@ def versions() -> dict[str, str]:
     return known
 
 
+# What may be published
+
+# Options of a command that name what is written on this machine.
+_WRITTEN = ("-o", "--output", "--run-dir", "--plot", "--predictions")
+_PATH = re.compile(r"(?<![\w:/.~-])(?:~/|~|\.{0,2}/)(?:[^\s/'\"`,;:)]+/)*([^\s/'\"`,;:)]+)/?")
+
+
+def public_record(content: Any) -> Any:
+    """Return a receipt, scores or another JSON value with every path of this machine reduced to its last name.
+
+    The identity of what a path names stays: its fingerprint or hash, and the ids of the Hub.
+    """
+    if isinstance(content, Mapping):
+        commands = {key: public_command(value) for key, value in content.items() if _is_command(key, value)}
+        return {key: commands.get(key, public_record(value)) for key, value in content.items()}
+    if isinstance(content, list | tuple):
+        return [public_record(value) for value in content]
+    if not isinstance(content, str):
+        return content
+    return Path(content).name if _is_local(content) and Path(content).name else public_text(content)
+
+
+def public_command(command: str) -> str:
+    """Return a command line without tokens, and with every path of this machine reduced to its last name."""
+    try:
+        words = shlex.split(scrubbed(command))
+    except ValueError:  # no command of a shell
+        return public_text(scrubbed(command))
+    public = []
+    for before, word in pairwise(["", *words]):
+        option, equals, value = word.partition("=") if word.startswith("--") else ("", "", word)
+        is_local = _is_local(value) or before in _WRITTEN or option in _WRITTEN
+        public.append(f"{option}{equals}{Path(value).name or value if is_local else value}")
+    return shlex.join(public)
+
+
+def public_text(text: str) -> str:
+    """Return a sentence with the absolute paths in it, and those from here, reduced to their last names."""
+    return _PATH.sub(r"\1", text)
+
+
+def _is_command(key: object, value: object) -> bool:
+    return key == "command" and isinstance(value, str)
+
+
+def _is_local(word: str) -> bool:
+    """Return whether a word is a path of this machine. One such as org/name is so where it exists."""
+    if "://" in word or "\n" in word or not ("/" in word or word.startswith("~")):
+        return False
+    return word.startswith(("/", "~", "./", "../")) or os.path.lexists(word)
+
+
+def public_name(source: Source) -> str:
+    """Return the name of a source for a card: its id on the Hub, or the last name of its directory."""
+    base = getattr(source, "base", source)  # of a source that is derived from another
+    return str(base.directory.resolve().name) if isinstance(base, LocalSource) else base.label
+
+
 # The model card
 
+MAX_CARD = 50_000  # characters: the block stands at the beginning, and PyYAML reads some 100 kB a second
 _COPIED_METADATA = ("license", "license_name", "license_link", "language", "pipeline_tag")
 
 
@@ -97,7 +186,10 @@ def model_card(
     notes: tuple[str, ...] = (),
     source_card: Path | None = None,
 ) -> str:
-    """Return the card's text: the Hub's metadata block, then the surgery in words (`done`) and in a table (`facts`)."""
+    """Return the card's text: the Hub's metadata block, then the surgery in words (`done`) and in a table (`facts`).
+
+    A card is made to be published: it holds no path of this machine.
+    """
     import yaml
 
     metadata: dict[str, Any] = {"base_model": base_model, "library_name": "transformers", "tags": ["surgeon"]}
@@ -105,9 +197,9 @@ def model_card(
     lines = ["---", yaml.safe_dump(metadata, sort_keys=False, allow_unicode=True).rstrip(), "---", "", f"# {title}", ""]
     lines += [f"{done}", "", "| | |", "| --- | --- |"]
     lines += [f"| {name} | {value} |" for name, value in facts.items()]
-    lines += ["", *(f"- {note}" for note in notes)]
+    lines += ["", *(f"- {public_text(note)}" for note in notes)]
     if command:
-        lines += ["", "Made with:", "", "```bash", command, "```"]
+        lines += ["", "Made with:", "", "```bash", public_command(command), "```"]
     lines += ["", "`surgeon.json` holds the layer map, the source's identity and the versions.", ""]
     return "\n".join(lines).encode("utf-8", "backslashreplace").decode()  # a path need not be UTF-8
 
@@ -119,7 +211,8 @@ def _source_metadata(card: Path | None) -> dict[str, Any]:
     if card is None:
         return {}
     try:
-        head, block, *_ = card.read_text(encoding="utf-8").split("---\n", 2)
+        with card.open(encoding="utf-8") as file:
+            head, block, *_ = file.read(MAX_CARD).split("---\n", 2)
         # BaseLoader makes only strings, lists and dictionaries: "no" stays Norwegian, and no tag can run code.
         metadata = yaml.load(block, Loader=yaml.BaseLoader) if not head.strip() else None  # noqa: S506
     except (OSError, ValueError, RecursionError, yaml.YAMLError):

@@ -5,16 +5,17 @@ import io
 import os
 import signal
 import sys
+import traceback
 from importlib import import_module
 from pathlib import Path
 from types import FrameType, ModuleType
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any, NoReturn, TextIO
 
 import typer
 from typer.core import TyperGroup
 
-from surgeon.errors import SurgeonError
-from surgeon.text import printable
+from surgeon.errors import SurgeonError, failure_of_library, first_line, library_of
+from surgeon.text import scrubbed
 
 EXAMPLE = "surgeon truncate gpt2-large --layers 6 -o gpt2-large-6"
 # The order of --help: by what a command is for (`GROUP` in its file), then by its name.
@@ -103,24 +104,50 @@ def _root(
 
 
 def main() -> NoReturn:
-    """Run the command line and exit: 0 done, 1 refused or failed, 2 bad usage, 130 Ctrl-C, 143 SIGTERM."""
+    """Run the command line and exit: 0 done, 1 refused or failed, 2 bad usage, 130 Ctrl-C, 143 SIGTERM, 70 a bug."""
     if os.name != "posix":
         sys.exit("error: surgeon runs on Linux and macOS\nhint: On Windows, run it inside WSL.")
     signal.signal(signal.SIGTERM, _terminate)
     if isinstance(sys.stdout, io.TextIOWrapper):  # a path need not be text, and a terminal need not know "→"
         sys.stdout.reconfigure(errors="backslashreplace")
+    standard_error, sys.stderr = sys.stderr, _WithoutSecrets(sys.stderr)
+    try:
+        _run()
+    finally:
+        sys.stderr = standard_error
+
+
+class _WithoutSecrets:
+    """Standard error without tokens and passwords: a library's log or a traceback may repeat them."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, written: str) -> int:
+        """Write text, and return how many characters were asked for."""
+        self._stream.write(scrubbed(written))
+        return len(written)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+def _run() -> NoReturn:
+    """Run the command, and exit as `main` says. A traceback is printed here, where standard error has no secrets."""
     try:
         app()
-    except SurgeonError as error:
-        if "--debug" in sys.argv:
-            raise
-        _show(error)
-        sys.exit(1)
-    except KeyboardInterrupt:
-        sys.exit(130)
     except BrokenPipeError:  # `surgeon inspect ... | head`: the reader has closed the pipe
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
+    except SystemExit:
+        raise
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except BaseException as error:  # a panic of a library in Rust is no Exception
+        if "--debug" in sys.argv:
+            traceback.print_exc()
+            raise SystemExit(1) from error
+        raise SystemExit(_shown(error)) from error
     sys.exit(0)
 
 
@@ -129,6 +156,24 @@ def _terminate(signum: int, frame: FrameType | None) -> NoReturn:
 
 
 def _show(error: SurgeonError) -> None:
-    sys.stderr.write(f"error: {printable(str(error))}\n")
+    sys.stderr.write(f"error: {error}\n")
     if error.hint:
-        sys.stderr.write(f"hint: {printable(error.hint)}\n")
+        sys.stderr.write(f"hint: {error.hint}\n")
+
+
+BUG = 70  # the exit code: EX_SOFTWARE of sysexits.h
+
+
+def _shown(error: BaseException) -> int:
+    """Show an error, and return the exit code: BUG for one that is surgeon's own, which nothing foresaw, else 1."""
+    if isinstance(error, SurgeonError):
+        _show(error)
+    elif isinstance(error, MemoryError):
+        _show(SurgeonError("the memory is full", hint="Use a smaller model, shorter rows, or another machine."))
+    elif (said := failure_of_library(error)) is not None:
+        _show(SurgeonError(f"{library_of(error)} fails: {said}", hint="--debug shows where."))
+    else:
+        what = f"surgeon fails with {type(error).__name__}: {first_line(error)}"
+        _show(SurgeonError(what, hint="This is a bug in surgeon: please report it with what --debug shows."))
+        return BUG
+    return 1

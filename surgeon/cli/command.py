@@ -8,13 +8,16 @@ from collections.abc import Callable, Sequence
 from dataclasses import MISSING, dataclass, fields, is_dataclass
 from pathlib import Path
 from types import UnionType
-from typing import Annotated, Any, Protocol, Union, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, Protocol, Union, get_args, get_origin, get_type_hints
 
 import typer
 
 from surgeon.cli.terminal import ByteProgress, emit, emit_json, log
 from surgeon.options import Flag, OptionError, flag_of, option
 from surgeon.surgery import Draft, Surgery
+
+if TYPE_CHECKING:
+    from surgeon.verbs.verify import Verification
 
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="A checkpoint directory, or a Hub id (gpt2-large).")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output and nothing else.")]
@@ -169,7 +172,7 @@ def check(surgery: Surgery, writing: Writing) -> None:
 def run(surgery: Surgery, writing: Writing, *, verify: bool | None = False, report: Report | None = None) -> None:
     """Carry a surgery out and print its summary.
 
-    With `verify` the result is loaded and compared with its source before it is pushed; None: where it is small.
+    With `verify` the result is loaded and compared with its source before it takes its place; None: where it is small.
     """
     draft = _draft(surgery, writing)
     rows, entries = report.preview() if report else ([], {})
@@ -180,14 +183,22 @@ def run(surgery: Surgery, writing: Writing, *, verify: bool | None = False, repo
     for note in () if writing.quiet else draft.plan.notes[len(surgery.plan.notes) :]:
         log(f"note: {note}")  # the cost of the dtype, in time for a Ctrl-C
     command = shlex.join(["surgeon", *sys.argv[1:]])
-    with ByteProgress(draft.summary.bytes_written, quiet=writing.quiet) as progress:
-        summary = draft.write(overwrite=writing.overwrite, progress=progress, command=command)
-    if verify or (verify is None and summary.parameters[1] < VERIFIED_BELOW):
+    found: list[Verification] = []
+
+    def confirm(stage: Path) -> None:
         from surgeon.models.loading import loadable
-        from surgeon.verbs.verify import verify as compare
+        from surgeon.verbs.verify import verify_as
 
         source, revision = loadable(surgery.source)
-        verification = compare(source, summary.output, revision=revision)
+        found.append(verify_as(str(draft.summary.output), source, stage, revision=revision))
+
+    if verify is None:
+        verify = draft.summary.parameters[1] < VERIFIED_BELOW
+    with ByteProgress(draft.summary.bytes_written, quiet=writing.quiet) as progress:
+        summary = draft.write(
+            overwrite=writing.overwrite, progress=progress, command=command, confirm=confirm if verify else None
+        )
+    for verification in found:
         rows += verification.rows()
         entries["verification"] = verification.to_dict()
     if report:

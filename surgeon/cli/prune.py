@@ -52,6 +52,8 @@ def prune(
     report = PruneReport(surgery, evaluate=options.evaluate, curve=curve, plot=plot, meter=meter)
     if not writing.dry_run:
         report.check()
+        if options.evaluate:  # what cannot be run is known before anything is written
+            report = replace(report, before=surgery.perplexity(meter=meter))
     command.run(surgery, writing, report=report)
 
 
@@ -64,6 +66,7 @@ class PruneReport:
     curve: bool
     plot: Path | None
     meter: TokenMeter
+    before: float | None = None  # the perplexity of the source
 
     def check(self) -> None:
         """Raises PlanError for a curve or a picture without data, before anything is written."""
@@ -100,7 +103,7 @@ class PruneReport:
         surgery = self.surgery
         rows: list[tuple[str, str]] = []
         entries: dict[str, Any] = {}
-        perplexity = surgery.evaluate(output, meter=self.meter) if self.evaluate else None
+        perplexity = surgery.evaluate(output, before=self.before, meter=self.meter) if self.evaluate else None
         if perplexity is not None:
             before, after = perplexity
             rows.append(("perplexity", f"{_number(before)} → {_number(after)}  (on this text)"))

@@ -12,7 +12,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
-from surgeon.errors import DataError
+from surgeon.errors import LONGEST, DataError
+from surgeon.text import printable
 
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
@@ -24,8 +25,8 @@ def emit(text: str) -> None:
 
 
 def log(text: str) -> None:
-    """Print progress, notes and the like."""
-    sys.stderr.write(text + "\n")
+    """Print a line of progress, a note and the like, without what a hostile checkpoint could put into it."""
+    sys.stderr.write(printable(text[:LONGEST]) + "\n")
 
 
 @contextmanager

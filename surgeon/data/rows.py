@@ -8,18 +8,22 @@ from array import array
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from surgeon.data.documents import documents
 from surgeon.data.records import Document, checked_text
-from surgeon.errors import DataError, first_line
+from surgeon.errors import DataError, failure_of_library
 
 if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedTokenizerBase
 
 BETWEEN_TEXTS = b"\xff"  # a byte that UTF-8 never has
-TEMPLATE_SECONDS = 5  # for one chat; templates render some thousand per second
+TEMPLATE_SECONDS = 3  # for one chat; templates render some thousand per second
+TEMPLATE_BYTES = 1 << 28  # of memory for one chat, its own text apart
+TEMPLATE_GROWTH = 100  # characters written for each character of a chat, and as much again as TEMPLATE_FIXED
+TEMPLATE_FIXED = 1_000_000
 
 
 @dataclass(frozen=True, eq=False)
@@ -107,29 +111,59 @@ def templated(
     chat = [dict(message) for message in messages]
     with rendering(where):
         text = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=answer)
-    return checked_text(text, f"{where}, written by the chat template,")
+    return written_by_template(text, messages, where)
+
+
+def written_by_template(text: object, messages: Sequence[Mapping[str, Any]], where: str) -> str:
+    """Return what a chat template wrote for a chat. Raises DataError for no text, or far more than the chat has."""
+    written = checked_text(text, f"{where}, written by the chat template,")
+    most = TEMPLATE_FIXED + TEMPLATE_GROWTH * sum(len(str(message.get("content"))) for message in messages)
+    if len(written) > most:
+        hint = "Look at chat_template.jinja or tokenizer_config.json, and fetch them again."
+        raise DataError(f"the chat template writes {len(written):,} characters for {where}", hint=hint)
+    return written
 
 
 @contextmanager
 def rendering(where: str) -> Iterator[None]:
-    """Turn an error of a chat template in this block into a DataError, and stop a template that takes too long.
+    """Turn an error of a chat template in this block into a DataError, and stop one that takes too much time or memory.
 
-    A template is a program of the checkpoint's author, in a sandbox that limits neither its time nor its memory.
+    A template is a program of the checkpoint's author, in a sandbox that limits neither.
     """
-    from jinja2 import TemplateError
-
-    refusals = (TemplateError, TypeError, ValueError, LookupError, ArithmeticError, AttributeError, RecursionError)
     try:
-        with _time_limit(TEMPLATE_SECONDS):
+        with _time_limit(TEMPLATE_SECONDS), _memory_limit(TEMPLATE_BYTES):
             yield
     except (TimeoutError, MemoryError) as error:
-        what = f"takes over {TEMPLATE_SECONDS} seconds" if isinstance(error, TimeoutError) else "takes all memory"
+        most = f"{TEMPLATE_SECONDS} seconds" if isinstance(error, TimeoutError) else f"{TEMPLATE_BYTES >> 20} MiB"
         hint = "Look at chat_template.jinja or tokenizer_config.json: it may loop for ever."
-        raise DataError(f"the chat template {what} on {where}", hint=hint) from error
-    except refusals as error:
-        reason = first_line(error)
+        raise DataError(f"the chat template takes over {most} on {where}", hint=hint) from error
+    except BaseException as error:
+        if (said := failure_of_library(error)) is None:
+            raise
         hint = "Many templates require roles to alternate: user, assistant, user ..."
-        raise DataError(f"the chat template refuses {where}: {reason}", hint=hint) from error
+        raise DataError(f"the chat template refuses {where}: {said}", hint=hint) from error
+
+
+@contextmanager
+def _memory_limit(nbytes: int) -> Iterator[None]:
+    """Raise MemoryError in this block once it takes so many more bytes, where the system says how many there are now.
+
+    Only in the main thread: the limit is the process's, and other threads may need memory meanwhile.
+    """
+    import resource
+
+    statm = Path("/proc/self/statm")
+    if threading.current_thread() is not threading.main_thread() or not statm.exists():
+        yield
+        return
+    used = int(statm.read_text().split()[0]) * resource.getpagesize()
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    most = used + nbytes if soft == resource.RLIM_INFINITY else min(soft, used + nbytes)
+    resource.setrlimit(resource.RLIMIT_AS, (most, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
 
 
 @contextmanager

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from surgeon import text
+from surgeon.text import printable
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,4 +119,4 @@ def markdown_table(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str
 
 def table_cell(content: str) -> str:
     """Return text that stays inside its cell of a table."""
-    return text.printable(content).replace("|", r"\|")
+    return printable(content).replace("|", r"\|")

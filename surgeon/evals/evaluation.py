@@ -26,7 +26,7 @@ from surgeon.evals.compare import (
     table_cell,
 )
 from surgeon.evals.verdicts import Judgement, card_sentences
-from surgeon.options import OptionError, device_option, flag_of, in_python, option, revision_option
+from surgeon.options import OptionError, device_option, flag_of, in_python, option, revision_option, trust_option
 from surgeon.surgery import open_source
 
 if TYPE_CHECKING:
@@ -99,6 +99,7 @@ class EvaluationOptions(MetricOptions):
 
     device: str = device_option()
     revision: str | None = revision_option()
+    trust_remote_code: bool = trust_option()
     meter: "Meter | None" = in_python("A progress meter.")
 
     def __post_init__(self) -> None:

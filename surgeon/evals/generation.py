@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 from surgeon.anatomy.config import text_config
 from surgeon.checkpoint.source import Source
 from surgeon.evals.perplexity import HARNESS_HINT, PROBE, check_causal
-from surgeon.models.loading import load_on, quiet_transformers
+from surgeon.models.loading import check_tokens, load_on, num_known, quiet_transformers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -58,6 +58,8 @@ def answer(
 
     stops, pad = stop_tokens(model, tokenizer)
     options = {"max_new_tokens": max_new_tokens, "pad_token_id": pad, "eos_token_id": sorted(stops) or None}
+    largest = max(max(prompt, default=0) for prompt in (*prompts, [pad]))
+    check_tokens(largest, num_known(model), str(model.name_or_path or "the model"))
     order = sorted(range(len(prompts)), key=lambda index: -len(prompts[index]))  # the longest first
     answers = [""] * len(prompts)
     with torch.no_grad(), quiet_transformers():

@@ -37,7 +37,7 @@ from surgeon.evals.evaluation import (
 from surgeon.evals.verdicts import WIN_RATE, Judgement, card_sentences
 from surgeon.gist.compressor import Compressor
 from surgeon.gist.tokens import GistTokens, read_gist
-from surgeon.options import adapter_option, device_option, in_python, option, revision_option, same_option
+from surgeon.options import adapter_option, device_option, in_python, option, revision_option, same_option, trust_option
 
 if TYPE_CHECKING:
     from surgeon.evals.judge import Case, Judge
@@ -179,6 +179,7 @@ class GistEvaluationOptions:
     adapter: str | os.PathLike[str] | None = adapter_option()
     device: str = device_option()
     revision: str | None = revision_option()
+    trust_remote_code: bool = trust_option()
     meter: "Meter | None" = in_python("A progress meter.")
 
     def __post_init__(self) -> None:

@@ -20,7 +20,7 @@ from surgeon.errors import MeasureError, PlanError
 from surgeon.evals.compare import Estimate, markdown_table, plus_minus, recovery, short_label
 from surgeon.evals.evaluation import MetricOptions
 from surgeon.models.loading import loadable
-from surgeon.options import device_option, in_python, option, revision_option, same_option
+from surgeon.options import device_option, in_python, option, revision_option, same_option, trust_option
 from surgeon.surgery import open_source
 
 COMMAND = "lm-eval"
@@ -111,6 +111,7 @@ class TaskEvaluationOptions:
     chat: bool = option("Apply the chat template.", False)
     device: str = device_option()
     revision: str | None = revision_option()
+    trust_remote_code: bool = trust_option()
     quiet: bool = in_python("Keep the log of lm-evaluation-harness from standard error.", True)
 
 
@@ -126,7 +127,7 @@ def run_tasks(model: str | os.PathLike[str], tasks: Sequence[str], options: Task
     program, arguments = _program(), _arguments(tasks, options)
     models = [(open_source(model, revision=options.revision), options.revision)]
     models += [] if options.baseline is None else [(open_source(options.baseline), None)]
-    results = [_run(program, source, revision, arguments, quiet=options.quiet) for source, revision in models]
+    results = [_run(program, source, revision, arguments, options) for source, revision in models]
     labels = [source.label for source, _ in models]
     scores = [_scores(one, label) for one, label in zip(results, labels, strict=True)]
     better = results[0].get("higher_is_better", {})
@@ -164,7 +165,9 @@ def _program() -> str:
     return program
 
 
-def _run(program: str, source: Source, revision: str | None, options: Sequence[str], *, quiet: bool) -> dict[str, Any]:
+def _run(
+    program: str, source: Source, revision: str | None, given: Sequence[str], options: TaskEvaluationOptions
+) -> dict[str, Any]:
     """Return the results of one run of the harness."""
     with TemporaryDirectory(prefix="surgeon-lm-eval-") as scratch:
         name = str(Path(loadable(source)[0]).absolute()) if source.origin is not None else source.label
@@ -172,9 +175,10 @@ def _run(program: str, source: Source, revision: str | None, options: Sequence[s
             Path(scratch, "model").symlink_to(name)
             name = str(Path(scratch, "model"))
         arguments = f"pretrained={name}" + ("" if revision is None else f",revision={revision}")
+        arguments += ",trust_remote_code=True" if options.trust_remote_code else ""
         results = Path(scratch, "results")
-        command = [program, "run", "--model", "hf", "--model_args", arguments, *options, "--output_path", str(results)]
-        code, last = _logged(command, quiet=quiet)
+        command = [program, "run", "--model", "hf", "--model_args", arguments, *given, "--output_path", str(results)]
+        code, last = _logged(command, quiet=options.quiet)
         files = sorted(results.rglob("results*.json"))
         if code or not files:
             message = next((line for line in reversed(last) if line.strip()), "it printed nothing")
@@ -196,7 +200,13 @@ def _logged(command: Sequence[str], *, quiet: bool) -> tuple[int, list[str]]:
     """Run a process and return its exit code and its last lines; unless `quiet` stream its log to standard error."""
     last: deque[str] = deque(maxlen=LAST_LINES)
     process = subprocess.Popen(  # noqa: S603  # no shell, and the program is ours
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, encoding="utf-8", errors="replace"
+        command,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        encoding="utf-8",
+        errors="replace",
     )
     assert process.stdout is not None
     try:

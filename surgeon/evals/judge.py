@@ -15,7 +15,7 @@ from surgeon.data.records import Document
 from surgeon.errors import MeasureError
 from surgeon.evals.evaluation import BATCH_SIZE, open_evaluated
 from surgeon.evals.verdicts import FIRST, NEITHER, SECOND, Judgement, Verdict
-from surgeon.options import device_option, in_python, option, revision_option
+from surgeon.options import device_option, in_python, option, revision_option, trust_option
 
 if TYPE_CHECKING:
     from surgeon.measure.scoring import Meter
@@ -251,4 +251,5 @@ class JudgementOptions:
     batch_size: int = option("Questions per batch.", BATCH_SIZE)
     device: str = device_option()
     revision: str | None = revision_option()
+    trust_remote_code: bool = trust_option()
     meter: "Meter | None" = in_python("A progress meter.")

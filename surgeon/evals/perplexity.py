@@ -201,7 +201,8 @@ def streamed(source: Source, device: str) -> StreamedModel:
     try:
         model = StreamedModel(source, device=device, dtype=compute_dtype(source, device))
     except MeasureError as error:
-        raise MeasureError(str(error), hint=HARNESS_HINT) from error
+        has_code = source.config.get("auto_map") is not None  # then the error says how it is run
+        raise MeasureError(str(error), hint=error.hint if has_code else HARNESS_HINT) from error
     with model.head():
         pass  # refuses a head without weights now, not after the last layer
     with torch.no_grad():

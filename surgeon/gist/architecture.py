@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from itertools import groupby
 from typing import Any
 
-from surgeon.anatomy.config import layer_kinds, spelled, text_config
+from surgeon.anatomy.config import class_names, layer_kinds, spelled, text_config
 from surgeon.anatomy.layer_rules import FULL_ATTENTION, SLIDING_ATTENTION
 
 ENCODER_DECODERS = frozenset({"t5", "mt5"})  # relative positions, and an encoder that takes a mask of its own
@@ -36,7 +36,7 @@ def refusal(config: Mapping[str, Any], depth: int) -> str | None:
     name = str(text.get("model_type") or config.get("model_type"))
     if config.get("is_encoder_decoder") and name not in ENCODER_DECODERS:
         return f"{name} is an encoder-decoder, of which only {' and '.join(sorted(ENCODER_DECODERS))} are supported"
-    if any("MaskedLM" in str(architecture) for architecture in config.get("architectures") or ()):
+    if any("MaskedLM" in name for name in class_names(config)):
         return f"{name} reads in both directions; gist tokens need a model that generates"
     if name in NO_MASK and (name == "bloom" or text.get("alibi")):
         return f"{name} cannot be gisted: {NO_MASK[name]}"

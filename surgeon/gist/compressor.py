@@ -4,6 +4,7 @@ import hashlib
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -46,19 +47,12 @@ class Compressor:
 
     def attach(self, model: Any) -> None:
         """Add the adapters to a model of transformers, on. Raises PlanError where PEFT is missing or refuses them."""
-        try:
-            from peft import PeftModel
-            from safetensors import SafetensorError
+        from surgeon.models.loading import libraries_fail, load_adapter
 
-            from surgeon.models.loading import quiet_transformers
-        except ImportError as error:
-            raise PlanError("peft is needed for --adapter", hint='pip install "surgeon[train]"') from error
-        try:
-            with quiet_transformers():
-                PeftModel.from_pretrained(model, str(self.directory))  # in place; its wrapper is not needed
-        except (SafetensorError, ValueError, RuntimeError, KeyError, OSError) as error:
-            message = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            raise PlanError(f"PEFT cannot load {self.directory}: {message}", hint=HOW) from error
+        if find_spec("peft") is None:
+            raise PlanError("peft is needed for --adapter", hint='pip install "surgeon[train]"')
+        with libraries_fail(f"PEFT cannot load {self.directory}", hint=HOW, error_type=PlanError):
+            load_adapter(model, self.directory)
 
     def told(self) -> dict[str, Any]:
         """Return the adapters' entry in gist.json of a compressed prompt."""

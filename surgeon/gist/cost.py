@@ -29,6 +29,7 @@ from surgeon import text
 from surgeon.gist.compress import encoded_behind, position_limit
 from surgeon.gist.probes import logits_of, positions_from
 from surgeon.gist.states import GistStates, encoder_states, last_states, states_of
+from surgeon.models.loading import from_config
 
 INPUT_TOKENS, NEW_TOKENS, ROUNDS, WARM_UP = 32, 8, 5, 1
 NOTHING, WHOLE, GIST = "nothing cached", "whole prompt cached", "gist cached"
@@ -124,7 +125,8 @@ def meta_model(config: PreTrainedConfig) -> Any:
     kind: Any = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
     with torch.device("meta"):
         # Experts in batches: the only implementation whose shapes do not depend on the routing.
-        model = kind.from_config(deepcopy(config), attn_implementation="eager", experts_implementation="batched_mm")
+        options = {"attn_implementation": "eager", "experts_implementation": "batched_mm"}
+        model = from_config(kind, deepcopy(config), **options)
     model.config.pad_token_id = None  # some code searches its input for padding
     return model.eval()
 

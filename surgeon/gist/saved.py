@@ -5,7 +5,6 @@ PEFT: `PeftModel.from_pretrained(model, directory)` then works without surgeon. 
 """
 
 import hashlib
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
+from surgeon.checkpoint.header import opened, read_json
 from surgeon.checkpoint.receipt import to_bytes
 from surgeon.checkpoint.source import inside
 from surgeon.errors import CheckpointError
@@ -66,19 +66,18 @@ def read(directory: Path) -> Saved:
         count, offset, ids = about["num_tokens"], about["position_offset"], about["token_ids"]
     except (KeyError, TypeError) as error:
         raise CheckpointError(f"{directory / ABOUT} lacks {error}", hint=AGAIN) from error
-    if file not in (ADAPTER, TENSORS) or type(count) is not int or type(offset) is not int or offset < 0:
+    numbers = [count, offset, *(ids if isinstance(ids, list) else [None])]
+    if file not in (ADAPTER, TENSORS) or not all(type(number) is int and 0 <= number < 2**31 for number in numbers):
         raise CheckpointError(f"{directory / ABOUT} makes no sense", hint=AGAIN)
     path = inside(directory, file)
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise CheckpointError(f"cannot read {path}: {error.strerror}", hint=AGAIN) from error
+    with opened(path) as opened_file:
+        content = opened_file.read()
     if hashlib.sha256(content).hexdigest() != digest:
         raise CheckpointError(f"{path} is damaged: its SHA-256 is not what {ABOUT} says", hint=AGAIN)
     try:
         tensors = load(content)
         states = _unpacked(directory, tensors, depth) if file == ADAPTER else _read_named(tensors, depth, offset)
-    except (SafetensorError, KeyError, TypeError, RuntimeError) as error:
+    except (SafetensorError, LookupError, TypeError, ValueError, ArithmeticError, RuntimeError) as error:
         raise CheckpointError(f"{path} does not hold the states of a gist: {error}", hint=AGAIN) from error
     if not states.layers or {layer[0].shape[2] for layer in states.layers} != {count} or len(ids) != count:
         num_tokens = states.num_tokens if states.layers else 0
@@ -88,13 +87,10 @@ def read(directory: Path) -> Saved:
 
 def _about(directory: Path) -> dict[str, Any]:
     path = inside(directory, ABOUT)
-    try:
-        about = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
+    if not path.exists():
         hint = "A compressed prompt is a directory that surgeon compress wrote."
-        raise CheckpointError(f"there is no compressed prompt in {directory}: no {ABOUT}", hint=hint) from error
-    except ValueError as error:
-        raise CheckpointError(f"{path} is not JSON: {error}", hint=AGAIN) from error
+        raise CheckpointError(f"there is no compressed prompt in {directory}: no {ABOUT}", hint=hint)
+    about = read_json(path)
     if not isinstance(about, dict) or about.get("format") != FORMAT:
         version = about.get("format") if isinstance(about, dict) else about
         raise CheckpointError(f"{path} has the format {version!r}, not {FORMAT}", hint="pip install -U surgeon")
@@ -125,10 +121,7 @@ def _packed(states: GistStates) -> Tensor:
 
 
 def _unpacked(directory: Path, tensors: Mapping[str, Tensor], depth: int) -> GistStates:
-    try:
-        config = json.loads(inside(directory, ADAPTER_CONFIG).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"cannot read {directory / ADAPTER_CONFIG}", hint=AGAIN) from error
+    config = read_json(inside(directory, ADAPTER_CONFIG))
     heads, width = config["num_attention_heads"], config["token_dim"]
     packed = tensors[EMBEDDINGS]
     pairs = packed.view(packed.shape[0], depth, 2, heads, width // heads).permute(1, 2, 3, 0, 4).contiguous()

@@ -10,6 +10,7 @@ from typing import Any, TypeGuard
 from surgeon.errors import CheckpointError, PlanError
 
 VERSION = 1
+MOST = 1 << 16  # tokens of a gist
 TOKEN = "<GIST>"  # noqa: S105  # no password
 KEY = "gist"  # of config.json
 
@@ -68,7 +69,7 @@ def read_gist(config: Mapping[str, Any]) -> GistTokens | None:
             f"config.json has gist tokens of version {version!r}, not {VERSION}", hint="pip install -U surgeon"
         )
     ids, count, distinct = block.get("token_ids"), block.get("num_tokens"), "tokens" in block
-    if not _are_ids(ids) or type(count) is not int or count < 1 or len(ids) != (count if distinct else 1):
+    if not _are_ids(ids) or type(count) is not int or not 1 <= count <= MOST or len(ids) != (count if distinct else 1):
         raise CheckpointError(
             f"config.json says gist = {dict(block)!r}, which makes no sense",
             hint="Fetch config.json again, or add gist tokens anew to the model that this one was made from.",

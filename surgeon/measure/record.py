@@ -1,17 +1,20 @@
 """The scores of a model on a text, as the record in scores.json. Pure data: no torch, no weights."""
 
-import json
 import math
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from surgeon.checkpoint.header import read_json
 from surgeon.checkpoint.receipt import to_bytes, versions
-from surgeon.errors import MeasureError, PlanError
+from surgeon.checkpoint.source import SCORES, Source, inside
+from surgeon.errors import CheckpointError, MeasureError, PlanError
 from surgeon.transforms.scores import METHODS
 
 FORMAT = 1
+MOST_BYTES = 100_000_000  # of a record: 80 layers of 28,672 neurons take half of it
 AGAIN = "Score again: leave out --scores-from."
 
 
@@ -62,11 +65,9 @@ class Scores:
 def read_scores(path: Path) -> Scores:
     """Return the record in a file. Raises MeasureError for a file that holds none."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise MeasureError(f"cannot read {path}: {error.strerror}", hint="surgeon prune writes scores.json.") from error
-    except (ValueError, RecursionError) as error:
-        raise MeasureError(f"{path} is not JSON: {error}", hint=AGAIN) from error
+        content = read_json(path, most=MOST_BYTES)
+    except CheckpointError as error:
+        raise MeasureError(str(error), hint=AGAIN if path.exists() else "surgeon prune writes scores.json.") from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise MeasureError(f"{path} is no file of scores that this surgeon wrote", hint=AGAIN)
     depth, layers, widths = content.get("depth"), content.get("scores"), content.get("widths")
@@ -109,6 +110,14 @@ def check_model(scores: Scores, provenance: Mapping[str, Any], label: str) -> No
                 raise MeasureError(f"the scores are of other weights than those of {label}", hint=AGAIN)
             return
     raise MeasureError(f"the scores do not say that they are of {label}", hint=AGAIN)
+
+
+def read_scores_of(path: str | os.PathLike[str], source: Source) -> Scores:
+    """Return the scores in a file, or in the scores.json of a directory. Raises MeasureError for another model's."""
+    place = Path(path)
+    scores = read_scores(inside(place, SCORES) if place.is_dir() else place)
+    check_model(scores, source.provenance(), source.label)
+    return scores
 
 
 def check_ranking(

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 ROWS, LENGTH = 2, 48  # tokens: a wrong rotary frequency has no effect at position 0 and a small one at the next few
 ROUND_TRIP = 1.5**0.5  # the scale at which weights are rounded; any but a power of two rounds as much
 NOTHING_TO_COMPARE = "Use --no-verify: there is nothing to compare with."
-LOAD_HINT = "A result that was written stays where it is; --no-verify writes it without this check."
+LOAD_HINT = "--no-verify writes a result without this check, to look at it."
 
 
 def tokens(models: list[tuple[str, str | None]], seed: int) -> "Tensor":
@@ -73,13 +73,13 @@ def result_logits(written: LocalSource, ids: "Tensor") -> "tuple[Tensor, dict[st
     import torch
     from transformers.core_model_loading import revert_weight_conversion
 
-    model, report = _load(str(written.directory), None, str(ids.device))
+    model, report = _load(str(written.directory), None, str(ids.device), label=written.label)
     if problems := {key: sorted(map(str, names)) for key, names in report.items() if names}:
         key, names = next(iter(problems.items()))
         raise VerificationError(
             f"{written.label} does not load whole: {key.replace('_', ' ')} {names[0]}"
             + (f" and {len(names) - 1} more" if len(names) > 1 else ""),
-            hint=f"Do not use {written.label}, which is left in place for inspection.",
+            hint=f"Do not use it. {LOAD_HINT}",
         )
     logits = _logits(model, ids)
     predicted, target = logits[:, :-1].flatten(0, -2), ids[:, 1:].flatten()
@@ -94,11 +94,11 @@ def result_logits(written: LocalSource, ids: "Tensor") -> "tuple[Tensor, dict[st
     return logits.detach().cpu(), {name: gradient.cpu() for name, gradient in stored.items()}
 
 
-def _load(name: str, revision: str | None, device: str) -> tuple[Any, dict[str, Any]]:
+def _load(name: str, revision: str | None, device: str, *, label: str | None = None) -> tuple[Any, dict[str, Any]]:
     """Return a model in float32, ready for inference, and transformers' report of its loading."""
     import torch
 
-    with transformers_loads(name, hint=LOAD_HINT, error_type=VerificationError):
+    with transformers_loads(label or name, hint=LOAD_HINT, error_type=VerificationError):
         model, report = load_architecture(name, revision, dtype=torch.float32)
     return model.eval().to(device), report
 

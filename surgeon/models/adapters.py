@@ -9,7 +9,7 @@ import torch
 
 from surgeon.anatomy.anatomy import Anatomy
 from surgeon.errors import PlanError
-from surgeon.models.loading import quiet_transformers
+from surgeon.models.loading import load_adapter, quiet_transformers
 
 _PARTS = {"attention": "attention", "ffn": "mlp"}  # the option's word: the part of the family's table
 
@@ -76,10 +76,7 @@ def target_modules(model: Any, anatomy: Anatomy, which: str) -> list[str]:
 
 def merged(model: Any, adapter: Path) -> Any:
     """Return the model with the adapter in a directory added to its weights, in their dtype."""
-    import peft
-
-    adapted = peft.PeftModel.from_pretrained(model, str(adapter))
-    return adapted.merge_and_unload(safe_merge=True)
+    return load_adapter(model, adapter).merge_and_unload(safe_merge=True)
 
 
 @contextmanager

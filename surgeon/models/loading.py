@@ -1,40 +1,156 @@
-"""Models, configs and tokenizers of transformers: the one place that calls its loaders.
+"""Models, configs and tokenizers of transformers and PEFT: the one place that calls their loaders.
 
-No code of a checkpoint is ever run: trust_remote_code is False.
+Code of a checkpoint runs only inside `trusting(True)`, which --trust-remote-code means: every loader is told so in each
+call, and none of them can ask, because none has a standard input.
 """
 
+import io
 import os
+import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
-from types import TracebackType
 from typing import TYPE_CHECKING, Any, cast
 
+from surgeon.anatomy.config import text_config
 from surgeon.checkpoint.derived import JoinedSource
-from surgeon.checkpoint.source import Source, check_links, spec_of
-from surgeon.errors import DataError, MeasureError, SurgeonError, first_line
+from surgeon.checkpoint.header import not_regular, read_json
+from surgeon.checkpoint.source import Source, check_links, is_companion
+from surgeon.errors import CheckpointError, DataError, MeasureError, PlanError, SurgeonError, failure_of_library
 from surgeon.models.device import available_memory, compute_dtype
-from surgeon.plan.plan import chooses_kernel, identity
+from surgeon.plan.plan import chooses_kernel
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-# The errors of transformers for a damaged or hostile checkpoint, as observed.
-_MODEL_ERRORS = (OSError, ValueError, KeyError, TypeError, ImportError, RuntimeError)
-_TOKENIZER_ERRORS = (*_MODEL_ERRORS, AttributeError)
 HINT = "The model is run by transformers; for one newer than this transformers: pip install -U transformers"
 SMALLER = "Use another --device, or a smaller model."
+RUN_HINT = "Is a value of config.json not what the weights were made with? --debug shows where it fails."
+TRUST_HINT = "Read its .py files first: they run with all your rights. Then add --trust-remote-code."
+ADAPTER = "adapter_config.json"
+MOST_BYTES = 200_000_000  # of a file beside the weights; the largest tokenizer.json has some 35 MB
+
+# --- code of a checkpoint -----------------------------------------------------------------------------------------
+
+_TRUSTED: ContextVar[bool] = ContextVar("trusted", default=False)
+
+
+@contextmanager
+def trusting(is_trusted: bool) -> Iterator[None]:
+    """Return a context in which the code of checkpoints runs, where `is_trusted`; outside of one it never does."""
+    token = _TRUSTED.set(is_trusted)
+    try:
+        yield
+    finally:
+        _TRUSTED.reset(token)
+
+
+def code_is_trusted() -> bool:
+    """Return whether the code of checkpoints runs here."""
+    return _TRUSTED.get()
+
+
+@contextmanager
+def libraries_fail(what: str, *, hint: str, error_type: type[SurgeonError] = MeasureError) -> Iterator[None]:
+    """Return a context in which the error of a library becomes an `error_type`: `what`, and the library's own reason.
+
+    An error in surgeon's own code passes, for it is a bug.
+    """
+    try:
+        yield
+    except BaseException as error:
+        if (said := failure_of_library(error)) is None:
+            raise
+        raise error_type(f"{what}: {said}", hint=hint) from error
+
+
+@contextmanager
+def runs(label: str, *, trust_remote_code: bool = False) -> Iterator[None]:
+    """Return a context in which a model is loaded and run; an error in a library's code becomes a MeasureError.
+
+    With `trust_remote_code` its own code may run.
+    """
+    with libraries_fail(f"{label} cannot be run", hint=RUN_HINT), trusting(trust_remote_code):
+        yield
+
+
+@contextmanager
+def _without_input() -> Iterator[None]:
+    """Return a context in which nobody can be asked: transformers asks whether to run code, and `yes` answers."""
+    before, sys.stdin = sys.stdin, io.StringIO()
+    try:
+        yield
+    finally:
+        sys.stdin = before
+
+
+def _from_pretrained(kind: Any, name: "str | os.PathLike[str]", **options: Any) -> Any:
+    """Return what a class of transformers loads. Nothing else calls `from_pretrained`, but for `load_adapter`."""
+    with _without_input():
+        return kind.from_pretrained(name, trust_remote_code=_TRUSTED.get(), **options)
+
+
+def from_config(kind: Any, config: Any, **options: Any) -> Any:
+    """Return a model with new weights, which an Auto class of transformers makes of a config."""
+    with _without_input():
+        return kind.from_config(config, trust_remote_code=_TRUSTED.get(), **options)
+
+
+def _safe(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a config without the keys that choose other files or a kernel, which may be code on the Hub."""
+    kept = {key: value for key, value in config.items() if not chooses_kernel(key) and key != "transformers_weights"}
+    return {key: _safe(value) if isinstance(value, Mapping) else value for key, value in kept.items()}
+
+
+# --- models -------------------------------------------------------------------------------------------------------
 
 
 @contextmanager
 def transformers_loads(label: str, *, hint: str, error_type: type[SurgeonError] = MeasureError) -> Iterator[None]:
     """Turn an error of transformers in this block into an `error_type` with the label and the reason."""
-    try:
+    with libraries_fail(f"transformers cannot load {label}", hint=hint, error_type=error_type):
         yield
-    except _MODEL_ERRORS as error:
-        raise error_type(f"transformers cannot load {label}: {first_line(error)}", hint=hint) from error
+
+
+def config_of(source: Source, *, hint: str) -> Any:
+    """Return the config of a source as transformers reads it.
+
+    Raises MeasureError, with `hint`, for a model type that transformers does not have; of trusted code it needs none.
+    """
+    from transformers import AutoConfig
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    model_type, has_code = str(source.config.get("model_type")), source.config.get("auto_map") is not None
+    if has_code and _TRUSTED.get():
+        name, revision = loadable(source)
+        return _from_pretrained(AutoConfig, name, revision=revision)
+    if model_type not in CONFIG_MAPPING and has_code:
+        raise MeasureError(f"{source.label} is run by code of its own (auto_map in config.json)", hint=TRUST_HINT)
+    if model_type not in CONFIG_MAPPING:
+        raise MeasureError(f"transformers has no model type {model_type!r} of its own", hint=hint)
+    text = text_config(source.config)
+    padding, vocabulary = text.get("pad_token_id"), text.get("vocab_size")
+    if isinstance(padding, int) and isinstance(vocabulary, int) and padding >= vocabulary:
+        message = f"config.json of {source.label} says pad_token_id = {padding}, beyond its {vocabulary} tokens"
+        raise CheckpointError(message, hint="Set it to a token of the vocabulary, or to null.")
+    return CONFIG_MAPPING[model_type].from_dict(_safe(source.config))
+
+
+def check_tokens(largest: int, known: int, label: str) -> None:
+    """Raises MeasureError where a text has a token beyond the `known` ones of the model."""
+    if largest >= known:
+        raise MeasureError(
+            f"the text holds token {largest}, and {label} knows {known} tokens",
+            hint="The tokenizer belongs to another model; fetch the checkpoint again.",
+        )
+
+
+def num_known(model: Any) -> int:
+    """Return how many tokens a model of transformers knows."""
+    return int(model.get_input_embeddings().weight.shape[0])
 
 
 def load_model(source: Source, *, dtype: Any, hint: str, **options: Any) -> Any:
@@ -43,21 +159,23 @@ def load_model(source: Source, *, dtype: Any, hint: str, **options: Any) -> Any:
     Raises MeasureError, with `hint`, where transformers cannot load it or would draw weights at random.
     """
     from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-    model_type = str(source.config.get("model_type"))
-    if model_type not in CONFIG_MAPPING:
-        raise MeasureError(f"transformers has no model type {model_type!r} of its own", hint=hint)
     kind: Any = AutoModelForSeq2SeqLM if source.config.get("is_encoder_decoder") else AutoModelForCausalLM
     name, revision = loadable(source)
-    safe = identity(spec_of(source), depth=0).config  # without keys that choose the code that runs it
+    _check_files(name)
+    if ADAPTER in source.companions:
+        raise MeasureError(
+            f"{source.label} holds an adapter beside its weights ({ADAPTER}), which transformers would add to them",
+            hint="Merge it into the weights, or take its files out of the checkpoint.",
+        )
     with transformers_loads(source.label, hint=hint), quiet_transformers():
-        model, report = kind.from_pretrained(
+        model, report = _from_pretrained(
+            kind,
             name,
             revision=revision,
-            config=CONFIG_MAPPING[model_type].from_dict(dict(safe)),
+            config=config_of(source, hint=hint),
             dtype=dtype,
-            trust_remote_code=False,
+            use_safetensors=True,
             output_loading_info=True,
             **options,
         )
@@ -73,27 +191,70 @@ def load_config(name: str, revision: str | None) -> Any:
     """Return the config of a checkpoint directory or Hub id, as transformers reads it."""
     from transformers import AutoConfig
 
-    return AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=False)
+    return _from_pretrained(AutoConfig, name, revision=revision)
 
 
 def load_architecture(name: str, revision: str | None, *, dtype: Any) -> tuple[Any, dict[str, Any]]:
     """Return a model of the class that its config names, and transformers' report of missing and unexpected keys.
 
-    A class that transformers does not have is replaced by that of a language model. Config keys that choose a kernel,
-    which may be code on the Hub, are left out.
+    A class that transformers does not have is replaced by that of a language model.
     """
     import transformers
 
+    _check_files(name)
     raw, _ = transformers.PreTrainedConfig.get_config_dict(name, revision=revision)
-    safe = {key: value for key, value in raw.items() if not chooses_kernel(key)}
-    config = type(load_config(name, revision)).from_dict(safe)
-    classes = [getattr(transformers, architecture, None) for architecture in config.architectures or []]
+    config = type(load_config(name, revision)).from_dict(_safe(raw))
+    named = config.architectures if isinstance(config.architectures, list) else []
+    classes = (getattr(transformers, word, None) for word in named if isinstance(word, str))
     usual = transformers.AutoModelForSeq2SeqLM if config.is_encoder_decoder else transformers.AutoModelForCausalLM
     kind: Any = next(filter(None, classes), usual)
-    model, report = kind.from_pretrained(
-        name, config=config, revision=revision, dtype=dtype, trust_remote_code=False, output_loading_info=True
-    )
+    options = {"config": config, "revision": revision, "dtype": dtype, "use_safetensors": True}
+    model, report = _from_pretrained(kind, name, **options, output_loading_info=True)
     return model, report
+
+
+def load_gguf(path: Path) -> tuple[Any, dict[str, Any], Any]:
+    """Return the model in a GGUF file, dequantized to float32, with transformers' report of it, and its tokenizer.
+
+    A config.json or tokenizer_config.json beside the file may name code, which does not run.
+    """
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer, GgufConfig
+
+    config = _from_pretrained(AutoConfig, path.parent, gguf_file=path.name)
+    kind: Any = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+    options = {"quantization_config": GgufConfig(dequantize=True), "dtype": torch.float32}
+    model, report = _from_pretrained(kind, path.parent, gguf_file=path.name, **options, output_loading_info=True)
+    return model, report, _from_pretrained(AutoTokenizer, path.parent, gguf_file=path.name)
+
+
+def load_adapter(model: Any, directory: Path) -> Any:
+    """Return the model with the LoRA adapters in a directory added to it, in place, by PEFT.
+
+    Raises PlanError for adapters of other kinds, and of LoRA for those that import a module by its name.
+    """
+    from peft import PeftModel
+
+    config = read_json(directory / ADAPTER)
+    if not isinstance(config, dict) or config.get("peft_type") != "LORA":
+        kind = config.get("peft_type") if isinstance(config, dict) else config
+        raise PlanError(f"{directory} holds an adapter of type {kind!r}, not LORA", hint="surgeon trains LoRA alone.")
+    if config.get("megatron_config") is not None:
+        raise PlanError(f"{directory / ADAPTER} names a module to import (megatron_core)", hint="It is not surgeon's.")
+    with quiet_transformers(), _without_input():
+        return PeftModel.from_pretrained(model, str(directory))
+
+
+def ties_embeddings(config: Mapping[str, Any]) -> bool:
+    """Return whether the code of a family ties the head of a model with this config; False for an unknown one."""
+    from transformers import AutoConfig
+
+    try:
+        with libraries_fail("no config", hint=HINT, error_type=MeasureError):
+            parsed = AutoConfig.for_model(**config)
+    except MeasureError:
+        return False
+    return bool(getattr(parsed, "tie_word_embeddings", False))
 
 
 @contextmanager
@@ -132,6 +293,9 @@ def load_on(source: Source, device: str, *, hint: str = HINT, smaller: str = SMA
     return load_model(source, dtype=dtype, hint=hint).to(device)
 
 
+# --- tokenizers ---------------------------------------------------------------------------------------------------
+
+
 def load_tokenizer(name: str, revision: str | None = None) -> "PreTrainedTokenizerBase":
     """Return the tokenizer of a checkpoint directory or Hub id.
 
@@ -139,36 +303,21 @@ def load_tokenizer(name: str, revision: str | None = None) -> "PreTrainedTokeniz
     """
     from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-    with _tokenizer_loads(name), quiet_transformers():
-        loaded = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=False)
-    tokenizer = cast(PreTrainedTokenizerBase, loaded)
-    # Without its files, transformers makes some classes with no vocabulary: every text has 0 tokens then.
-    if tokenizer.get_vocab().keys() <= set(tokenizer.all_special_tokens):
+    _check_files(name)
+    try:
+        with libraries_fail(f"cannot load the tokenizer of {name}", hint=_hint(name), error_type=DataError):
+            with quiet_transformers():
+                tokenizer = cast(PreTrainedTokenizerBase, _from_pretrained(AutoTokenizer, name, revision=revision))
+            # Without its files, transformers makes some classes with no vocabulary: every text has 0 tokens then.
+            is_empty = tokenizer.get_vocab().keys() <= set(tokenizer.all_special_tokens)
+    except DataError as error:
+        if "trust_remote_code" in str(error.__cause__):
+            message = f"the tokenizer of {name} is code of its own (auto_map in tokenizer_config.json)"
+            raise DataError(message, hint=TRUST_HINT) from error
+        raise
+    if is_empty:
         raise DataError(f"{name} has no tokenizer: no token of a vocabulary is in it", hint=_copy_hint(name))
     return tokenizer
-
-
-class _tokenizer_loads:  # noqa: N801  # used as a function
-    """Turn an error of transformers in this block into a DataError.
-
-    A class, for tokenizers raises bare Exceptions: no `except` clause catches that class and no subclass.
-    """
-
-    def __init__(self, name: str) -> None:
-        self.name = name
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if kind is Exception or isinstance(error, _TOKENIZER_ERRORS):
-            assert error is not None
-            reason = first_line(error)
-            if isinstance(error, (KeyError, TypeError, AttributeError)):  # their messages are names alone
-                reason = f"transformers fails with {type(error).__name__}: {reason}"
-            raise DataError(f"cannot load the tokenizer of {self.name}: {reason}", hint=_hint(self.name)) from error
 
 
 def _hint(name: str) -> str:
@@ -186,6 +335,9 @@ def _copy_hint(name: str) -> str:
     return f"Copy tokenizer.json and tokenizer_config.json of the model that {name} comes from into it."
 
 
+# --- what is loaded -----------------------------------------------------------------------------------------------
+
+
 def loadable(source: Source) -> tuple[str, str | None]:
     """Return the name and the commit that `from_pretrained` loads a source by; of joined sources, those of the base.
 
@@ -197,3 +349,19 @@ def loadable(source: Source) -> tuple[str, str | None]:
         return str(base.origin), None
     provenance = base.provenance()
     return provenance["id"], provenance["commit"]
+
+
+def _check_files(name: str) -> None:
+    """Raise CheckpointError for a file in a directory that a loader would wait for, or read without end."""
+    if not os.path.isdir(name):  # noqa: PTH112  # Path.is_dir raises for a name that is too long
+        return
+    for path in sorted(Path(name).iterdir()):
+        if not path.exists() or path.is_dir():
+            continue
+        if (what := not_regular(path)) is not None:
+            raise CheckpointError(f"{path} is {what}, not a file", hint=f"Look at it: ls -l {path}")
+        if is_companion(path.name) and (size := path.stat().st_size) > MOST_BYTES:
+            raise CheckpointError(
+                f"{path} has {size / 1e6:.0f} MB; a file beside the weights has at most {MOST_BYTES / 1e6:.0f}",
+                hint="Fetch it again, or take it out of the checkpoint.",
+            )

@@ -14,11 +14,10 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from surgeon.checkpoint.header import FilePart
-from surgeon.checkpoint.source import Ranges, Source, StoredTensor, ranges_by_file, spec_of
+from surgeon.checkpoint.source import Ranges, Source, StoredTensor, ranges_by_file
 from surgeon.errors import MeasureError, SurgeonError
-from surgeon.models.loading import quiet_transformers
+from surgeon.models.loading import config_of, from_config, libraries_fail, quiet_transformers
 from surgeon.plan.arithmetic import TORCH_DTYPES
-from surgeon.plan.plan import identity
 
 
 @dataclass
@@ -46,23 +45,12 @@ def build_skeleton(source: Source, dtype: torch.dtype) -> Skeleton:
     from accelerate import init_empty_weights
     from transformers import AutoModelForCausalLM
     from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-    known = str(source.config.get("model_type"))
-    if known not in CONFIG_MAPPING:
-        raise MeasureError(
-            f"transformers has no model type {known!r} of its own", hint="Scores need code that can run the model."
-        )
-    safe = identity(spec_of(source), depth=0).config  # without keys that choose the code that runs it
-    try:
+    hint = "Perplexity and scores need a language model that transformers has the code of."
+    with libraries_fail(f"transformers cannot build {source.label}", hint=hint, error_type=MeasureError):
+        config = config_of(source, hint=hint)
         with quiet_transformers(), _Nowhere(), init_empty_weights(include_buffers=False):
-            config = CONFIG_MAPPING[known].from_dict(dict(safe))
-            module: Any = AutoModelForCausalLM.from_config(config, dtype=dtype)  # type: ignore[no-untyped-call]
-    except (ValueError, TypeError, KeyError, ImportError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise MeasureError(
-            f"transformers cannot build {source.label}: {reason}", hint="Perplexity and scores need a language model."
-        ) from error
+            module = from_config(AutoModelForCausalLM, config, dtype=dtype)
     module.eval()
     parameters = inspect.signature(module.base_model.forward).parameters
     conversions = get_model_conversion_mapping(module)

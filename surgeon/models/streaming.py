@@ -17,11 +17,11 @@ from torch import Tensor, nn
 
 from surgeon.anatomy.anatomy import read_anatomy
 from surgeon.anatomy.axes import axes_of
-from surgeon.anatomy.config import text_config
+from surgeon.anatomy.config import class_names, text_config
 from surgeon.checkpoint.header import is_quantized
 from surgeon.checkpoint.source import Source, spec_of
 from surgeon.errors import MeasureError
-from surgeon.models.loading import quiet_transformers
+from surgeon.models.loading import check_tokens, num_known, quiet_transformers
 from surgeon.models.skeleton import Weights, build_skeleton, empty, empty_own, layer_list, read_rows_as
 
 HEAD_TOKENS = 512  # logits of so many tokens exist at once: 0.3 GB in float32 for a vocabulary of 150,000
@@ -115,7 +115,7 @@ def check_runs(source: Source) -> None:
             f"{source.label} is quantized; scores are taken from unquantized weights",
             hint="Prune the unquantized checkpoint, then quantize the result.",
         )
-    if any(str(name).endswith("ForMaskedLM") for name in source.config.get("architectures") or ()):
+    if any(name.endswith("ForMaskedLM") for name in class_names(source.config)):
         raise MeasureError(
             f"{source.label} sees tokens on both sides, and scores need a model that predicts the next token",
             hint="Scores that read no text work: --score random, last or magnitude.",
@@ -200,12 +200,8 @@ class StreamedModel:
 
         Padded rows are positioned by their real tokens, wherever the padding lies.
         """
-        vocabulary = self._model.module.get_input_embeddings().weight.shape[0]
-        if int(tokens.max()) >= vocabulary:
-            raise MeasureError(
-                f"the text holds token {int(tokens.max())}, and {self.label} knows {vocabulary} tokens",
-                hint="The tokenizer belongs to another model; fetch the checkpoint again.",
-            )
+        vocabulary = num_known(self._model.module)
+        check_tokens(int(tokens.max()), vocabulary, self.label)
         rows = max(1, BATCH_TOKENS // tokens.shape[1])
         with self._embedding(tokens):
             return [

@@ -252,7 +252,7 @@ def _read_manifest(directory: Path) -> dict[str, tuple[int, str]]:
     except FileNotFoundError:
         empty = not any(directory.iterdir())
         _refuse(directory, "is empty" if empty else f"has no {MANIFEST}: it was not written whole, or not by surgeon")
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         _refuse(directory, f"has a {MANIFEST} that cannot be read: {error}")
     try:
         if manifest["version"] != VERSION:

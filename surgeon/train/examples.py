@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from surgeon.data.records import Document, checked_text
-from surgeon.data.rows import begin_of_text, encode, rendering, templated
+from surgeon.data.records import Document
+from surgeon.data.rows import begin_of_text, encode, rendering, templated, written_by_template
 from surgeon.errors import DataError
 
 if TYPE_CHECKING:
@@ -147,7 +147,7 @@ def _marked(document: Document, tokenizer: "PreTrainedTokenizerBase") -> tuple[s
             return_assistant_tokens_mask=True,
             **tokenizer.special_tokens_map,
         )
-    return checked_text(texts[0], f"{document.where}, written by the chat template,"), sorted(spans[0])
+    return written_by_template(texts[0], document.messages, document.where), sorted(spans[0])
 
 
 def _prefixes(document: Document, tokenizer: "PreTrainedTokenizerBase") -> tuple[str, list[tuple[int, int]]]:

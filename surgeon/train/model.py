@@ -13,7 +13,7 @@ from surgeon.checkpoint.receipt import read_receipt
 from surgeon.checkpoint.source import Source, spec_of
 from surgeon.errors import PlanError
 from surgeon.models.adapters import add_adapters
-from surgeon.models.loading import load_model
+from surgeon.models.loading import load_model, num_known
 from surgeon.train.objective import Objective, attach_loss
 from surgeon.train.settings import Settings
 from surgeon.train.task import Task
@@ -158,7 +158,8 @@ def new_token_ids(receipt: Mapping[str, Any] | None) -> list[int]:
     """Return the ids of the tokens that surgery added, by the steps of its receipt that have token_ids."""
     steps = [step for step in (receipt or {}).get("steps") or [] if isinstance(step, dict)]
     options = [named for step in steps for named in step.values() if isinstance(named, dict)]
-    return [int(token) for named in options for token in named.get("token_ids", [])]
+    lists = [named["token_ids"] for named in options if isinstance(named.get("token_ids"), list)]
+    return [token for tokens in lists for token in tokens if type(token) is int]
 
 
 def frozen(spec: str | None, anatomy: Anatomy, names: Sequence[str]) -> frozenset[str]:
@@ -202,6 +203,9 @@ def train_rows(model: Any, tokens: Sequence[int]) -> int:
 
     The other rows have a gradient of 0: without weight decay an optimiser does not change them.
     """
+    if wrong := next((token for token in tokens if not 0 <= token < num_known(model)), None):
+        hint = "Fetch or make the model again, with its receipt."
+        raise PlanError(f"surgeon.json says that token {wrong} was added, and the model has none", hint=hint)
     count = 0
     seen: set[int] = set()
     for module in (model.get_input_embeddings(), model.get_output_embeddings()):

@@ -18,7 +18,7 @@ from surgeon.cost.flops import flops_per_token, peak_flops
 from surgeon.errors import DataError, SurgeonError, TrainingError
 from surgeon.models import adapters
 from surgeon.models.device import resolve_device
-from surgeon.models.loading import load_model, quiet_transformers
+from surgeon.models.loading import code_is_trusted, load_model, quiet_transformers
 from surgeon.plots.training import plot_losses
 from surgeon.train import checkpoints
 from surgeon.train.data import HELD_OUT, TRAINED, RunData
@@ -28,7 +28,7 @@ from surgeon.train.model import LOAD_HINT, load_trainable, trained_model
 from surgeon.train.pace import PaceMeter, most_memory_used
 from surgeon.train.reporter import Reporter
 from surgeon.train.result import Training, trained_surgery, write_adapter
-from surgeon.train.run_dir import DATA, RATE, claim, read_json, read_metrics, write_json
+from surgeon.train.run_dir import DATA, RATE, Request, claim, read_json, read_metrics, write_json
 from surgeon.train.settings import FULL_LR, LORA_LR, Settings
 from surgeon.train.task import Task
 from surgeon.train.trainer import (
@@ -41,6 +41,7 @@ from surgeon.train.trainer import (
     check_names,
     check_optimizer,
     is_launched_by_plugin,
+    progress,
     stops_at_sigterm,
 )
 
@@ -94,7 +95,7 @@ class Runner:
     # --- the run's directory ----------------------------------------------------------------------------------
 
     @contextmanager
-    def held(self, *, resume: bool) -> Iterator[None]:
+    def held(self, request: Request, *, resume: bool) -> Iterator[None]:
         """Return a context that holds the run directory, and writes into status.json how the run ended.
 
         Raises OutputError for a directory with a run without `resume`, PlanError where that run had another request.
@@ -102,9 +103,7 @@ class Runner:
         with ExitStack() as stack:
             if is_first():
                 stack.enter_context(checkpoints.held(self.run_dir))
-                model = self.source.provenance()
-                settings = self.task.record() | {"num_processes": processes()}  # a step has the rows of all of them
-                claim(self.run_dir, resume=resume, model=model, data=self.specs, settings=settings)
+                claim(self.run_dir, request, resume=resume)
             self.reporter = Reporter(self.run_dir, self.watcher)
             stack.push(self._ended)
             with memory_explained(self.settings, lambda: self.reporter.last_step), self._losses_explained():
@@ -156,7 +155,7 @@ class Runner:
         teacher = self.inputs.teacher(teacher_model, data, self.run_dir)
         self.rate = self.settings.learning_rate() or self._searched_rate(data, steps, teacher)
         model = trained_model(model, self.source, self.task, teacher)
-        step, tokens = (0, 0) if resume_from is None else _progress(resume_from)
+        step, tokens = (0, 0) if resume_from is None else progress(resume_from)
         meter = self._pace_meter(model, data, steps, done=step, tokens=tokens)
         self.reporter.begin(steps=steps, step=step, tokens=tokens, meter=meter)
         with stops_at_sigterm(self.stop):
@@ -181,7 +180,10 @@ class Runner:
         if is_first() and not resumed:
             write_json(file, {"data": self.provenance})
         self.wait()
-        began = read_json(file)["data"] if file.exists() else self.provenance
+        content = read_json(file) if file.exists() else {"data": self.provenance}
+        began = content.get("data") if isinstance(content, dict) else None
+        if not isinstance(began, list):
+            raise DataError(f"{file} does not say what the run read", hint="Begin anew with another --run-dir.")
         if began != self.provenance:
             changed = [now["data"] for was, now in zip(began, self.provenance, strict=False) if was != now]
             raise DataError(
@@ -225,7 +227,11 @@ class Runner:
         """Return the better of two rates, each tried for a few steps from the same weights; a resume takes the same."""
         file = self.run_dir / RATE
         if file.exists():
-            return float(read_json(file)["chosen"])
+            content = read_json(file)
+            chosen = content.get("chosen") if isinstance(content, dict) else None
+            if not isinstance(chosen, int | float) or not 0 < chosen < math.inf:
+                raise DataError(f"{file} holds no learning rate", hint="Remove it: the rate is searched for again.")
+            return float(chosen)
         low = LORA_LR if self.settings.lora else FULL_LR
         length = max(2, min(PROBE_STEPS, steps // 10))
         losses: dict[float, float] = {}
@@ -284,6 +290,7 @@ class Runner:
             "result_of_step": self._best(trained),
             "learning_rate": self.rate,
             "settings": self.task.record(),
+            **({"trust_remote_code": True} if code_is_trusted() else {}),
         }
 
     def _merged(self, adapter: Path) -> Path:
@@ -321,7 +328,7 @@ class Runner:
         if is_first():
             for name in (TRAINED, HELD_OUT, TEACHER):
                 shutil.rmtree(self.run_dir / name, ignore_errors=True)
-            self.reporter.status("done", exit_code=0, output=str(output))
+            self.reporter.done(output, summary.to_dict())
         self.wait()
         return summary
 
@@ -334,12 +341,6 @@ class Runner:
         except SurgeonError as error:  # a run without a picture has not failed
             self.reporter.note(f"no plot: {error}")
             return None
-
-
-def _progress(checkpoint: Path) -> tuple[int, int]:
-    """Return how many steps and tokens of the run came before a checkpoint."""
-    state = read_json(checkpoint / "trainer_state.json")
-    return checkpoints.step_of(checkpoint), int(state["num_input_tokens_seen"])
 
 
 def run_steps(

@@ -160,7 +160,7 @@ def open_store(directory: Path) -> TokenStore:
     hint = "Run the command again without --resume: the data are tokenised anew."
     try:
         header = json.loads((directory / HEADER).read_bytes())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise DataError(f"{directory} has no tokenised data", hint=hint) from error
     names = {item.name for item in fields(StoreRequest)}
     if not isinstance(header, dict) or header.get("format") != FORMAT or set(header["request"]) != names:

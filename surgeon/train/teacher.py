@@ -248,6 +248,6 @@ def _read_header(directory: Path) -> dict[str, Any]:
     path = directory / HEADER
     try:
         header: dict[str, Any] = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise DataError(f"{directory} holds no answers of a teacher that are complete", hint=HINT) from error
     return header

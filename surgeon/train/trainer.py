@@ -25,13 +25,15 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import PrinterCallback, ProgressCallback, TrainerState
 from transformers.training_args import OptimizerNames
 
-from surgeon.errors import PlanError, TrainingError
+from surgeon.errors import CheckpointError, PlanError, TrainingError
+from surgeon.models.loading import libraries_fail
 from surgeon.train import checkpoints
 from surgeon.train.data import RunData
 from surgeon.train.model import precision_of
 from surgeon.train.settings import SCHEDULES, Settings
 from surgeon.train.store import IGNORED
 
+OLDER = "Remove that checkpoint: the run then continues from the one before it."
 ECHO = 5.0  # seconds in which a second SIGTERM is the first one again, passed on by a launcher
 
 
@@ -134,6 +136,22 @@ class EvalLosses:
     step: int
     validation: float | None
     probe: float | None
+
+
+def progress(checkpoint: Path) -> tuple[int, int]:
+    """Return how many steps and tokens of the run came before a checkpoint."""
+    file, step = checkpoint / TRAINER_STATE_NAME, checkpoints.step_of(checkpoint)
+    with libraries_fail(f"{file} is not the state of a run", hint=OLDER, error_type=CheckpointError):
+        state = TrainerState.load_from_json(str(file))
+    tokens, done = state.num_input_tokens_seen, state.global_step
+    if done != step or type(tokens) is not int or not 0 <= tokens < 2**63:
+        raise CheckpointError(f"{file} says step {done!r} and {tokens!r} tokens, at step {step}", hint=OLDER)
+    return step, tokens
+
+
+def _resuming(checkpoint: object, part: str) -> AbstractContextManager[None]:
+    """Return a context in which an error of a library is one of a part of a checkpoint."""
+    return libraries_fail(f"cannot go on from the {part} of {checkpoint}", hint=OLDER, error_type=CheckpointError)
 
 
 class SurgeonTrainer(Trainer):
@@ -273,6 +291,18 @@ class SurgeonTrainer(Trainer):
         if world > 1:
             sums = self.accelerator.gather(sums.float().to(self.args.device)[None]).double().sum(0).cpu()
         return float(sums[0] / sums[1])
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: Any, *args: Any, **options: Any) -> None:
+        with _resuming(resume_from_checkpoint, "weights"):
+            super()._load_from_checkpoint(resume_from_checkpoint, *args, **options)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: Any) -> None:
+        with _resuming(checkpoint, "optimizer or schedule"):
+            super()._load_optimizer_and_scheduler(checkpoint)
+
+    def _load_rng_state(self, checkpoint: Any) -> None:
+        with _resuming(checkpoint, "random state"):
+            super()._load_rng_state(checkpoint)
 
     def restore(self, checkpoint: Path) -> None:
         """Load weights and progress from a checkpoint, without training."""

@@ -18,7 +18,7 @@ from surgeon.errors import OutputError, PlanError
 from surgeon.gist.architecture import refusal
 from surgeon.gist.compressor import Compressor
 from surgeon.gist.tokens import GistTokens, read_gist
-from surgeon.options import Reads, adapter_option, device_option, option, reads_of, revision_option, takes
+from surgeon.options import Reads, adapter_option, device_option, option, reads_of, revision_option, takes, trust_option
 from surgeon.surgery import open_source
 
 if TYPE_CHECKING:
@@ -95,6 +95,7 @@ class CompressOptions:
     overwrite: bool = option("Replace an existing compressed prompt once the new one is complete.", False)
     device: str = device_option()
     revision: str | None = revision_option()
+    trust_remote_code: bool = trust_option()
 
 
 @takes(CompressOptions)
@@ -112,13 +113,22 @@ def compress(model: str | os.PathLike[str], prompt: str, options: CompressOption
 
         surgeon.compress("SmolLM2-gist", "You are a helpful bot.", output="bot")
     """
-    began = monotonic()
     source = open_source(model, revision=options.revision)
     gist = _gist_of(source)
+
+    from surgeon.models.loading import runs
+
+    with runs(source.label, trust_remote_code=options.trust_remote_code):
+        return _compressed(source, os.fspath(model), gist, prompt, options)
+
+
+def _compressed(source: Source, model: str, gist: GistTokens, prompt: str, options: CompressOptions) -> Compression:
+    """Return how a prompt was written as the states of a gist of the model of a source."""
+    began = monotonic()
     count = len(gist.ids_of(options.tokens))
     compressor = None if options.adapter is None else Compressor(Path(options.adapter))
     target = Path(options.output or f"{Path(source.label).name}-compress-{count}T")
-    _check_target(target, overwrite=options.overwrite, reads=reads_of(options) | {"MODEL": (os.fspath(model),)})
+    _check_target(target, overwrite=options.overwrite, reads=reads_of(options) | {"MODEL": (model,)})
     if compressor is not None:
         compressor.check(source)
 
@@ -126,13 +136,14 @@ def compress(model: str | os.PathLike[str], prompt: str, options: CompressOption
     from surgeon.gist.compress import compress_ids
     from surgeon.gist.layout import CHAT, TEXT, prompt_tokens
     from surgeon.models.device import resolve_device
-    from surgeon.models.loading import load_on, load_tokenizer, loadable
+    from surgeon.models.loading import check_tokens, load_on, load_tokenizer, loadable, num_known
 
     device = resolve_device(options.device)
     layout, encoder = CHAT if options.chat else TEXT, bool(source.config.get("is_encoder_decoder"))
     tokenizer = load_tokenizer(*loadable(source))
     ids = prompt_tokens(prompt, gist, tokenizer, num_tokens=count, layout=layout, encoder=encoder)
     loaded = load_on(source, device)
+    check_tokens(max(ids), num_known(loaded), source.label)
     if compressor is not None:
         compressor.attach(loaded)
     states, check = compress_ids(loaded, ids, count)

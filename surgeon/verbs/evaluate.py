@@ -33,6 +33,7 @@ from surgeon.options import (
     revision_option,
     same_option,
     takes,
+    trust_option,
     words,
 )
 
@@ -74,6 +75,7 @@ class EvaluateOptions(MetricOptions):
     adapter: str | os.PathLike[str] | None = adapter_option()
     device: str = device_option()
     revision: str | None = revision_option()
+    trust_remote_code: bool = trust_option()
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -121,6 +123,14 @@ def evaluate(model: str | os.PathLike[str], options: EvaluationOptions) -> Evalu
 
         print(surgeon.evaluate("gpt2-large-27", data=["text.txt"], baseline="gpt2-large").to_text())
     """
+    from surgeon.models.loading import runs
+
+    with runs(os.fspath(model), trust_remote_code=options.trust_remote_code):
+        return _evaluated(model, options)
+
+
+def _evaluated(model: str | os.PathLike[str], options: EvaluationOptions) -> Evaluation:
+    """Return the scores of a model, and of its baseline, on data."""
     began = monotonic()
     target = None if options.predictions is None else checked_target(Path(options.predictions))
     sources = [open_evaluated(model, options.revision)]
@@ -165,7 +175,10 @@ def evaluate_gist(model: str | os.PathLike[str], options: GistEvaluationOptions)
     Raises PlanError for a model without gist tokens and for other adapters, DataError for records without a prompt or
     an answer, MeasureError for a model that cannot be evaluated, OutputError.
     """
-    return score_gist(model, options)
+    from surgeon.models.loading import runs
+
+    with runs(os.fspath(model), trust_remote_code=options.trust_remote_code):
+        return score_gist(model, options)
 
 
 @takes(TaskEvaluationOptions)
@@ -200,6 +213,7 @@ def judge_answers(
         print(surgeon.judge_answers("Qwen3-4B", ["2 + 2?"], ["4"], ["5"]).to_text())
     """
     from surgeon.models.device import resolve_device
+    from surgeon.models.loading import runs
 
     if not len(prompts) == len(answers) == len(others):
         counts = f"{len(prompts)} prompts, {len(answers)} answers and {len(others)} others"
@@ -207,5 +221,6 @@ def judge_answers(
     if not prompts:
         raise DataError("there are no answers to judge", hint="Give one prompt at least, with two answers.")
     cases = [Case(f"prompt {index}", prompt) for index, prompt in enumerate(prompts)]
-    loaded = Judge(open_evaluated(judge, options.revision), resolve_device(options.device))
-    return loaded.compare(cases, answers, others, batch_size=options.batch_size, meter=options.meter)
+    with runs(os.fspath(judge), trust_remote_code=options.trust_remote_code):
+        loaded = Judge(open_evaluated(judge, options.revision), resolve_device(options.device))
+        return loaded.compare(cases, answers, others, batch_size=options.batch_size, meter=options.meter)

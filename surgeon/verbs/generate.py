@@ -11,7 +11,7 @@ from surgeon.anatomy.config import text_config
 from surgeon.checkpoint.source import Source, spec_of
 from surgeon.errors import DataError, PlanError
 from surgeon.gist.tokens import read_gist
-from surgeon.options import check_seed, device_option, option, revision_option, seed_option, takes
+from surgeon.options import check_seed, device_option, option, revision_option, seed_option, takes, trust_option
 from surgeon.surgery import open_source
 
 if TYPE_CHECKING:
@@ -54,6 +54,7 @@ class GenerateOptions:
     chat: bool = option("Put the text into the chat template, as a user's turn.", False)
     device: str = device_option()
     revision: str | None = revision_option()
+    trust_remote_code: bool = trust_option()
 
     def __post_init__(self) -> None:
         check_seed(self.seed)
@@ -81,12 +82,21 @@ def generate(model: str | os.PathLike[str], text: str, options: GenerateOptions)
 
         print(surgeon.generate("gpt2", "The meaning of life", max_new_tokens=20).text)
     """
-    began = monotonic()
     source = open_source(model, revision=options.revision)
     read_anatomy(spec_of(source))
 
+    from surgeon.models.loading import runs
+
+    with runs(source.label, trust_remote_code=options.trust_remote_code):
+        return _generated(source, text, options)
+
+
+def _generated(source: Source, text: str, options: GenerateOptions) -> Generation:
+    """Return the continuation of a text by the model of a source."""
+    began = monotonic()
+
     from surgeon.models.device import resolve_device
-    from surgeon.models.loading import load_on, load_tokenizer, loadable
+    from surgeon.models.loading import check_tokens, load_on, load_tokenizer, loadable, num_known
 
     device = resolve_device(options.device)
     tokenizer = load_tokenizer(*loadable(source))
@@ -96,6 +106,7 @@ def generate(model: str | os.PathLike[str], text: str, options: GenerateOptions)
     else:
         ids = _text_ids_after(gist, text, source, tokenizer, chat=options.chat)
     loaded = load_on(source, device)
+    check_tokens(max(ids, default=0), num_known(loaded), source.label)
     prompt = None if gist is None else _loaded_gist(gist, loaded, source)
     stops = _stop_tokens(loaded, source, tokenizer)
     loaded.generation_config = _generation_config(loaded, stops, options)

@@ -17,6 +17,7 @@ from surgeon.plan.plan import changed_keys
 from surgeon.surgery import open_source
 
 CHUNK = 4 * 1024 * 1024
+MADE_BY = 2000  # characters of the steps in a receipt; --json has them all
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,7 +167,7 @@ class Inspection:
         if self.layer_kinds:
             lines += [("attention", text.runs(self.layer_kinds))]
         if self.receipt:
-            lines += [("made by", json.dumps(self.receipt.get("steps")))]
+            lines += [("made by", json.dumps(self.receipt.get("steps"))[:MADE_BY])]
         shown = text.rows(lines)
         if tensors:
             listed = [
@@ -212,7 +213,7 @@ def inspect(model: str | os.PathLike[str], options: InspectOptions) -> Inspectio
 
 def _difference(source: Source, anatomy: Anatomy, other: Source, other_anatomy: Anatomy) -> ModelDifference:
     made_by = _receipt_of(source) or {}
-    made_by = made_by if made_by.get("source") == other.provenance() else {}
+    made_by = made_by if _is_of(made_by.get("source"), other.provenance()) else {}
     layer_map = _layer_map(made_by, anatomy, other_anatomy)
     there = {name: _name_in_other(name, anatomy, other_anatomy, layer_map) for name in source.tensors}
     common = [name for name in source.tensors if there[name] in other.tensors]
@@ -237,6 +238,12 @@ def _difference(source: Source, anatomy: Anatomy, other: Source, other_anatomy: 
         same=tuple(same),
         changed=tuple(name for name in alike if name not in set(same)) if local else (),
     )
+
+
+def _is_of(recorded: Any, provenance: Mapping[str, Any]) -> bool:
+    """Return whether a receipt's source is a checkpoint: by its content, for a directory may have been moved."""
+    known = [key for key in ("fingerprint", "commit") if isinstance(recorded, Mapping) and key in recorded]
+    return bool(known) and all(recorded[key] == provenance.get(key) for key in known)
 
 
 def _layer_map(made_by: Mapping[str, Any], anatomy: Anatomy, other_anatomy: Anatomy) -> tuple[int | None, ...]:
@@ -272,12 +279,15 @@ def _equal(source: Source, name: str, other: Source, other_name: str) -> bool:
 
 
 def _axis(runs: Sequence[Sequence[int]]) -> str:
-    """Return a wider axis in words: "576 → 768: 576 kept, 192 new"."""
-    positions = [i for first, count in runs for i in ([-1] * count if first < 0 else range(first, first + count))]
-    kept, new = len({i for i in positions if i >= 0}), positions.count(-1)
-    copies = len(positions) - new - kept
+    """Return a wider axis in words: "576 → 768: 576 kept, 192 new". Runs may be long, and their positions many."""
+    total, new = sum(count for _, count in runs), sum(count for first, count in runs if first < 0)
+    kept = reached = 0
+    for first, count in sorted((first, count) for first, count in runs if first >= 0):
+        kept += max(0, first + count - max(first, reached))
+        reached = max(reached, first + count)
+    copies = total - new - kept
     parts = [f"{kept} kept", *([f"{copies} copies"] if copies else []), *([f"{new} new"] if new else [])]
-    return f"{kept} → {len(positions)}: {', '.join(parts)}"
+    return f"{kept} → {total}: {', '.join(parts)}"
 
 
 def _dtypes(change: tuple[str, str]) -> tuple[str, str]:

@@ -4,13 +4,13 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from surgeon.anatomy.anatomy import Anatomy, read_anatomy
-from surgeon.checkpoint.source import SCORES, Source, inside, spec_of
+from surgeon.checkpoint.source import SCORES, Source, spec_of
 from surgeon.errors import PlanError
-from surgeon.measure.record import Scores, check_model, check_ranking, perplexities, read_scores
+from surgeon.measure.record import Scores, check_ranking, perplexities, read_scores_of
+from surgeon.models.loading import runs
 from surgeon.options import (
     OptionError,
     Verb,
@@ -23,6 +23,7 @@ from surgeon.options import (
     revision_option,
     seed_option,
     takes,
+    trust_option,
 )
 from surgeon.plan.plan import FLOAT_DTYPES
 from surgeon.surgery import Surgery, open_model, open_source, parse_size
@@ -181,6 +182,7 @@ class RunOptions:
     device: str = device_option()
     seed: int = seed_option()
     revision: str | None = revision_option()
+    trust_remote_code: bool = trust_option()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -216,19 +218,32 @@ class Pruning(Surgery):
     removable: Callable[[int], Choice]
     most_removable: int
     device: str
+    trust_remote_code: bool = False
 
-    def evaluate(self, result: str | os.PathLike[str], *, meter: "Meter | None" = None) -> tuple[float, float] | None:
-        """Return the perplexity of the source and of the written result on the text, None where none was read."""
+    def evaluate(
+        self, result: str | os.PathLike[str], *, before: float | None = None, meter: "Meter | None" = None
+    ) -> tuple[float, float] | None:
+        """Return the perplexity of the source (`before` if known) and of the written result, None without a text."""
+        if self.text is None:
+            return None
+        from surgeon.measure.scoring import perplexity
+
+        known = self.perplexity(meter=meter) if before is None else before
+        assert known is not None, "there is a text"
+        with runs(self.source.label, trust_remote_code=self.trust_remote_code):
+            return known, perplexity(open_source(result), self.text.tokens, device=self.device, meter=meter)
+
+    def perplexity(self, *, meter: "Meter | None" = None) -> float | None:
+        """Return the perplexity of the source on the text, None where none was read."""
         if self.text is None:
             return None
         from surgeon.measure.scoring import perplexity
 
         scored_on = None if self.scores is None or self.scores.data is None else self.scores.data.get("sha256")
         if self.scores is not None and self.scores.loss is not None and scored_on == self.text.origin["sha256"]:
-            before = perplexities([self.scores.loss])[0]
-        else:
-            before = perplexity(self.source, self.text.tokens, device=self.device, meter=meter)
-        return before, perplexity(open_source(result), self.text.tokens, device=self.device, meter=meter)
+            return perplexities([self.scores.loss])[0]
+        with runs(self.source.label, trust_remote_code=self.trust_remote_code):
+            return perplexity(self.source, self.text.tokens, device=self.device, meter=meter)
 
     def curve(self, most: int | None = None, *, meter: "Meter | None" = None) -> list[float] | None:
         """Return the perplexity with 0, 1, 2 ... `most` layers removed by the scores, None without a text.
@@ -243,7 +258,8 @@ class Pruning(Surgery):
         half = read_anatomy(spec_of(self.source)).depth // 2
         last = min(half if most is None else most, self.most_removable)
         choices = [self.removable(count).dropped for count in range(last + 1)]
-        return removal_curve(self.source, self.text.tokens, choices, device=self.device, meter=meter)
+        with runs(self.source.label, trust_remote_code=self.trust_remote_code):
+            return removal_curve(self.source, self.text.tokens, choices, device=self.device, meter=meter)
 
 
 @takes(PruneOptions)
@@ -266,7 +282,8 @@ def prune(model: "str | os.PathLike[str] | Surgery", options: PruneOptions) -> P
 def plan_pruning(begun: Surgery, options: PruneOptions) -> Pruning:
     """Return the surgery that `prune` returns, of a model that is open: measure, choose, plan."""
     cut, notes = _cut(begun.anatomy, options)
-    measured = _measure(begun, cut, options)
+    with runs(begun.source.label, trust_remote_code=options.trust_remote_code):
+        measured = _measure(begun, cut, options)
     scores = measured.scores
     is_scored = scores is not None or not cut.needs_scores
     removable, most_removable = _ranking(cut, options, scores)
@@ -295,6 +312,7 @@ def plan_pruning(begun: Surgery, options: PruneOptions) -> Pruning:
         removable=removable,
         most_removable=most_removable,
         device=measured.device,
+        trust_remote_code=options.trust_remote_code,
         also_read=() if is_measured else _floating(begun.source),
     )
 
@@ -332,6 +350,7 @@ def _step(cut: Cut, options: PruneOptions, choice: Choice, scores: Scores | None
         "width_criterion": None if cut.sizes is None else cut.criterion,
         "seed": options.seed,
         "data": None if scores is None or scores.data is None else dict(scores.data),
+        **({"trust_remote_code": True} if options.trust_remote_code else {}),
     }
 
 
@@ -383,12 +402,12 @@ def _measure(begun: Surgery, cut: Cut, options: PruneOptions) -> _Measured:
     source = begun.source
     scores: Scores | None = None
     if options.scores_from is not None:
-        _check_unbegun(begun)
-        scores = _read(options.scores_from, source)
+        begun.check_saved()
+        scores = read_scores_of(options.scores_from, source)
     takes_scores = scores is None and cut.needs_scores
     if not options.measure or not (options.data or takes_scores):
         return _Measured(scores, None, options.device)
-    _check_unbegun(begun)
+    begun.check_saved()
     from surgeon.models.device import resolve_device
 
     device = resolve_device(options.device)
@@ -402,14 +421,10 @@ def _text(source: Source, cut: Cut, options: PruneOptions, device: str) -> "Cali
     """Return the text to measure on: the user's, else one that the model writes where scores need it."""
     if not options.data and not cut.reads_text:
         return None
-    from surgeon.measure.calibration import read_calibration, sample_calibration
-    from surgeon.models.streaming import check_runs
+    from surgeon.measure.calibration import calibrate
 
-    check_runs(source)
     shape = {"samples": options.samples, "sequence_length": options.sequence_length}
-    if options.data:
-        return read_calibration(source, options.data, **shape)
-    return sample_calibration(source, **shape, device=device, seed=options.seed)
+    return calibrate(source, options.data, **shape, device=device, seed=options.seed)
 
 
 def _score(source: Source, cut: Cut, options: PruneOptions, text: "Calibration | None", device: str) -> Scores:
@@ -430,21 +445,3 @@ def _score(source: Source, cut: Cut, options: PruneOptions, text: "Calibration |
     )
     tokens, origin = (None, None) if text is None else (text.tokens, text.origin)
     return score(source, tokens, request, data=origin, meter=options.meter)
-
-
-def _read(path: str | os.PathLike[str], source: Source) -> Scores:
-    """Return the scores in a file, or in the scores.json of a directory. Raises MeasureError for another model's."""
-    place = Path(path)
-    scores = read_scores(inside(place, SCORES) if place.is_dir() else place)
-    check_model(scores, source.provenance(), source.label)
-    return scores
-
-
-def _check_unbegun(surgery: Surgery) -> None:
-    """Raises PlanError for a model that is planned but not yet on the disk: it cannot be scored."""
-    if surgery.plan.steps:
-        done = ", then ".join(next(iter(step)) for step in surgery.plan.steps)
-        raise PlanError(
-            f"scores are taken from a checkpoint, and this one is not saved yet: it is still to be made ({done})",
-            hint="Save it, and prune the saved checkpoint.",
-        )

@@ -17,7 +17,7 @@ from surgeon.checkpoint.source import LocalSource, open_directory, spec_of
 from surgeon.errors import CheckpointError, VerificationError
 from surgeon.measure.reload import result_logits, source_logits, tokens
 from surgeon.measure.trainability import Trainability, trainability
-from surgeon.models.loading import quiet_transformers
+from surgeon.models.loading import libraries_fail, quiet_transformers
 from surgeon.options import verb_named
 from surgeon.plan.plan import STORED_DTYPES
 
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 # The project's acceptance criterion in float32, as a share of the largest logit. Measured: rounding of float32 leaves
 # at most 1e-5 of it, on toys of all families and on SmolLM2; a wrong factor or a lost tensor 1e-2 and more.
 TOLERANCE = 1e-4
+HOW = "--no-verify writes a result without this check, to look at it."
 # The allowed effect of 16-bit rounding on a grown model, relative to its effect on the source (reload.rounding).
 # Measured: 0.2 to 2.1, on 11 families, two seeds, sources in float32 and bfloat16, factors 1.5, 2 and 3, noise 0 and
 # 0.5.
@@ -98,16 +99,28 @@ def verify(
     Raises VerificationError when one cannot be loaded completely, or when the result differs from the source by more
     than the plan and the stored dtype explain. Nothing is written or removed.
     """
+    return verify_as(fspath(result), fspath(source), Path(result), revision=revision, device=device, seed=seed)
+
+
+def verify_as(
+    label: str, source: str, result: Path, *, revision: str | None = None, device: str = "cpu", seed: int = 0
+) -> Verification:
+    """Return what `verify` returns of a `result` that messages call `label`: it may still have another name."""
+    with libraries_fail(f"{label} cannot be compared with its source", hint=HOW, error_type=VerificationError):
+        return _compared(label, source, result, revision=revision, device=device, seed=seed)
+
+
+def _compared(label: str, source: str, result: Path, *, revision: str | None, device: str, seed: int) -> Verification:
     began = time.perf_counter()
-    written = open_directory(Path(result))
+    written = open_directory(result, label=label)
     receipt = read_receipt(written.directory)
     if receipt is None:
-        raise CheckpointError(f"{result} has no receipt of a surgery", hint="Verify a checkpoint that surgeon wrote.")
+        raise CheckpointError(f"{label} has no receipt of a surgery", hint="Verify a checkpoint that surgeon wrote.")
     dtype = _narrow_dtype(written)
     reason = _reason(receipt)
     with quiet_transformers():
-        ids = tokens([(fspath(source), revision), (fspath(result), None)], seed).to(device)
-        logits, rounding = source_logits(fspath(source), revision, ids, dtype=None if reason else dtype)
+        ids = tokens([(source, revision), (fspath(result), None)], seed).to(device)
+        logits, rounding = source_logits(source, revision, ids, dtype=None if reason else dtype)
         result_values, gradients = result_logits(written, ids)
     axes = {axis: _index(runs) for axis, runs in receipt.get("axis_maps", {}).items()}
     if logits.shape != result_values.shape:
@@ -120,7 +133,7 @@ def verify(
         read_anatomy(spec_of(written)),
         gradients,
         axes=axes,
-        layer_map=receipt["layer_map"],
+        layer_map=receipt.get("layer_map", []),
         noise=_noise(receipt),
     )
     rounded_by = dtype if verdict == "rounded" else None
@@ -156,24 +169,21 @@ def _verdict(
     raise VerificationError(
         f"{name} does not compute what its source computes: max |Δlogits| is {difference:.2g} of {largest:.3g}, "
         f"and {explains} {allowed:.2g}",
-        hint=f"Do not use {name}, which is left in place for inspection. "
-        + (
-            "Grow it again with --dtype float32: that leaves no rounding." if dtype else "Grow it again elsewhere (-o)."
-        ),
+        hint=f"Do not use it. {'With --dtype float32 there is no rounding.' if dtype else HOW}",
     )
 
 
 def _reason(receipt: Mapping[str, Any]) -> str | None:
     """Return why a result may differ from its source, None where it must not."""
-    verbs = [verb for step in receipt["steps"] for verb in step if not verb_named(verb).keeps_function]
+    verbs = [verb for step in receipt.get("steps", []) for verb in step if not verb_named(verb).keeps_function]
     reasons = [*receipt.get("approximate", ()), *(f"{verb} changes the function" for verb in verbs)]
     return reasons[0] if reasons else None
 
 
 def _noise(receipt: Mapping[str, Any]) -> float:
     """Return the noise that was added to copies, relative to the weights."""
-    options = [values for step in receipt["steps"] for values in step.values()]
-    return max((float(values["noise"]) for values in options if "noise" in values), default=0.0)
+    noises = [values.get("noise") for step in receipt.get("steps", []) for values in step.values()]
+    return max((float(noise) for noise in noises if isinstance(noise, int | float)), default=0.0)
 
 
 def _narrow_dtype(written: LocalSource) -> str | None:

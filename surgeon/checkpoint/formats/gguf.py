@@ -16,10 +16,10 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from surgeon.checkpoint.header import DOWNLOAD_HINT
+from surgeon.checkpoint.header import DOWNLOAD_HINT, opened
 from surgeon.checkpoint.output import check_space
 from surgeon.checkpoint.source import LocalSource
-from surgeon.errors import CheckpointError, OutputError, first_line
+from surgeon.errors import CheckpointError, OutputError
 
 MAGIC = b"GGUF"
 SPACE_HINT = "Free some space there, or choose another disk with -o."
@@ -83,11 +83,8 @@ def open_gguf(path: Path, *, staging: Path | None = None) -> GgufSource:
 
 def _examine(path: Path) -> Metadata:
     """Return the metadata of a file, after checking that it is complete."""
-    try:
-        with path.open("rb") as file:
-            start = file.read(len(MAGIC))
-    except OSError as error:
-        raise CheckpointError(f"cannot read {path}: {error.strerror}", hint=f"Look at it: ls -l {path}") from error
+    with opened(path) as file:
+        start = file.read(len(MAGIC))
     if start != MAGIC:
         raise CheckpointError(
             f"{path.name} is not a GGUF file: it does not begin with {MAGIC.decode()!r}", hint=DOWNLOAD_HINT
@@ -110,30 +107,15 @@ def _examine(path: Path) -> Metadata:
 
 def _dequantize(path: Path, metadata: Metadata, directory: Path) -> None:
     """Write the model, its generation config and its tokenizer into `directory`."""
-    import torch
     from safetensors import SafetensorError
     from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer, GgufConfig
 
-    # A tokenizer_config.json beside the file may name code; it must not run.
-    gguf: dict[str, Any] = {"gguf_file": path.name, "trust_remote_code": False}
-    try:
-        config = AutoConfig.from_pretrained(path.parent, **gguf)
-        auto_class: Any = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
-        model, report = auto_class.from_pretrained(
-            path.parent,
-            **gguf,
-            quantization_config=GgufConfig(dequantize=True),
-            dtype=torch.float32,
-            output_loading_info=True,
-        )
-        tokenizer = AutoTokenizer.from_pretrained(path.parent, **gguf)
-    except (ValueError, LookupError, TypeError, AttributeError, NotImplementedError, RuntimeError) as error:
-        reason = first_line(error)
-        raise CheckpointError(
-            f"transformers cannot read {path.name}, of architecture {metadata.architecture!r}: {reason}",
-            hint="Convert it with llama.cpp's tools, or look for the safetensors checkpoint that it was made from.",
-        ) from error
+    from surgeon.models.loading import libraries_fail, load_gguf
+
+    what = f"transformers cannot read {path.name}, of architecture {metadata.architecture!r}"
+    hint = "Convert it with llama.cpp's tools, or look for the safetensors checkpoint that it was made from."
+    with libraries_fail(what, hint=hint, error_type=CheckpointError):
+        model, report, tokenizer = load_gguf(path)
     if missing := sorted(report["missing_keys"]):
         raise CheckpointError(
             f"{path.name} lacks {missing[0]!r}, and {len(missing) - 1} more tensors of the model", hint=DOWNLOAD_HINT

@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from surgeon.checkpoint.formats.torch_file import StridedTensor, TorchFile, read_torch_file
-from surgeon.checkpoint.header import DOWNLOAD_HINT, DTYPE_BITS
+from surgeon.checkpoint.header import DOWNLOAD_HINT, DTYPE_BITS, read_index
 from surgeon.checkpoint.output import check_space
-from surgeon.checkpoint.source import LocalSource, StoredTensor, read_index
+from surgeon.checkpoint.source import LocalSource, StoredTensor
 from surgeon.errors import CheckpointError, OutputError
 
 WEIGHTS = "pytorch_model.bin"
@@ -147,14 +147,9 @@ def _ties_embeddings(config: Mapping[str, Any]) -> bool:
     """
     if config.get("tie_word_embeddings") is True:
         return True
-    from huggingface_hub.errors import StrictDataclassError
-    from transformers import AutoConfig
+    from surgeon.models.loading import ties_embeddings
 
-    try:
-        parsed = AutoConfig.for_model(**config)
-    except (ValueError, KeyError, TypeError, AttributeError, StrictDataclassError):
-        return False  # unknown to transformers: store every tensor by itself
-    return bool(getattr(parsed, "tie_word_embeddings", False))
+    return ties_embeddings(config)  # False where transformers does not know: every tensor is stored by itself
 
 
 def _elements(path: Path, tensor: StridedTensor) -> memoryview:

@@ -8,17 +8,19 @@ Nothing is unpickled, and torch is not needed.
 import mmap
 import struct
 import zipfile
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
-from typing import IO, Any, NoReturn, cast
+from typing import IO, Any, Literal, NoReturn, cast
 
 from surgeon.checkpoint.formats.torch_pickle import PickledTensor, Storage, interpret, refuse_content
-from surgeon.checkpoint.header import DOWNLOAD_HINT, DTYPE_BITS, TensorSpec
+from surgeon.checkpoint.header import DOWNLOAD_HINT, DTYPE_BITS, TensorSpec, opened
 from surgeon.errors import CheckpointError
 
-MAX_PICKLE_BYTES = 100_000_000  # as for a safetensors header; a real one has 0.2 kB for each tensor
+MAX_PICKLE_BYTES = 25_000_000  # as for a safetensors header; a real one has 0.2 kB for each tensor
+MAX_DIRECTORY_BYTES = 16_000_000  # of a zip file; a real one has 0.1 kB for each tensor
 LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 LEGACY_PROTOCOL = 1001
 _LEGACY_START = b"\x80\x02\x8a\x0al\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19."  # the magic number, pickled
@@ -69,14 +71,11 @@ def read_torch_file(path: Path) -> TorchFile:
 
     Raises CheckpointError when the file is damaged, or holds more than a dictionary of tensors.
     """
-    try:
-        with path.open("rb") as file:
-            if file.seek(0, 2) == 0:
-                _refuse(path.name, "is empty")
-            with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-                return _read(data, path.name)
-    except OSError as error:
-        raise CheckpointError(f"cannot read {path}: {error.strerror}", hint=f"Look at it: ls -l {path}") from error
+    with opened(path) as file:
+        if file.seek(0, 2) == 0:
+            _refuse(path.name, "is empty")
+        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+            return _read(data, path.name)
 
 
 def _read(data: mmap.mmap, where: str) -> TorchFile:
@@ -105,12 +104,17 @@ def _read(data: mmap.mmap, where: str) -> TorchFile:
 def _read_zip(data: mmap.mmap, where: str) -> tuple[Any, Locate]:
     """Return the dictionary in a zip file, and the function that locates its storages: uncompressed entries."""
     try:
-        with zipfile.ZipFile(cast("IO[bytes]", data)) as archive:
+        with zipfile.ZipFile(cast("IO[bytes]", _Directory(data))) as archive:
             entries = {entry.filename: entry for entry in archive.infolist()}
-    except (zipfile.BadZipFile, NotImplementedError, ValueError, struct.error) as error:
+            names = [entry.filename for entry in archive.infolist()]
+    except (zipfile.BadZipFile, NotImplementedError, ValueError, OSError, struct.error) as error:
         raise CheckpointError(
             f"{where} is truncated or damaged: its zip directory is missing", hint=DOWNLOAD_HINT
         ) from error
+
+    if len(entries) < len(names):  # readers differ in which of the two they take
+        twice = next(name for name, count in Counter(names).items() if count > 1)
+        _refuse(where, f"has two entries {twice!r} in its zip directory")
 
     def entry_range(name: str) -> tuple[int, int]:
         return _entry_range(data, entries[name], where)
@@ -129,6 +133,28 @@ def _read_zip(data: mmap.mmap, where: str) -> tuple[Any, Locate]:
     return interpret(BytesIO(data[start:end]), where), lambda storage: entry_range(f"{root}data/{storage.key}")
 
 
+@dataclass(frozen=True, slots=True)
+class _Directory:
+    """A file of which zipfile reads the directory: it would read one of any size, and make an object of each entry."""
+
+    data: mmap.mmap
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: Literal[0, 1, 2] = 0) -> int:
+        self.data.seek(offset, whence)  # which returns the position in Python 3.13 and later only
+        return self.data.tell()
+
+    def tell(self) -> int:
+        return self.data.tell()
+
+    def read(self, count: int = -1) -> bytes:
+        if count > MAX_DIRECTORY_BYTES:
+            raise ValueError("a zip directory of such a size")
+        return self.data.read(min(count, MAX_DIRECTORY_BYTES) if count >= 0 else MAX_DIRECTORY_BYTES)
+
+
 def _entry_range(data: mmap.mmap, entry: zipfile.ZipInfo, where: str) -> tuple[int, int]:
     """Return the byte range of a zip entry's content."""
     if entry.compress_type != zipfile.ZIP_STORED or entry.flag_bits & 1:
@@ -138,21 +164,31 @@ def _entry_range(data: mmap.mmap, entry: zipfile.ZipInfo, where: str) -> tuple[i
     if len(header) < _LOCAL_HEADER.size or not header.startswith(_ZIP_START):
         _refuse(where, f"is damaged: {entry.filename!r} is not where the zip directory says")
     _, name_length, extra_length = _LOCAL_HEADER.unpack(header)
+    if data[start : start + name_length] != entry.orig_filename.encode("utf-8" if entry.flag_bits & 0x800 else "cp437"):
+        _refuse(where, f"is damaged: {entry.filename!r} has another name where it is stored")
     start += name_length + extra_length
     return start, start + entry.file_size
 
 
 def _read_legacy(data: mmap.mmap, where: str) -> tuple[Any, Locate]:
     """Return the same for a file from before torch 1.6: five pickles, then the length and bytes of each storage."""
-    file = cast("IO[bytes]", data)
-    magic, protocol, system = (interpret(file, where) for _ in range(3))
+
+    def read(storages: dict[str, Storage] | None = None) -> Any:
+        """Return the next pickle. A string in it can claim gigabytes: it gets no more than a pickle may have."""
+        start = data.tell()
+        pickle = BytesIO(data[start : start + MAX_PICKLE_BYTES])
+        content = interpret(pickle, where, storages)
+        data.seek(start + pickle.tell())
+        return content
+
+    magic, protocol, system = (read() for _ in range(3))
     if magic != LEGACY_MAGIC or protocol != LEGACY_PROTOCOL or not isinstance(system, dict):
         _refuse(where, "is not a file that torch.save wrote")
     if system.get("little_endian") is not True:
         refuse_content(where, "numbers that are not little-endian")
     storages: dict[str, Storage] = {}
-    state = interpret(file, where, storages)
-    keys = interpret(file, where)
+    state = read(storages)
+    keys = read()
     if not isinstance(keys, list) or not all(isinstance(key, str) and key in storages for key in keys):
         _refuse(where, "is damaged: its storages are not those of its tensors")
     places: dict[str, tuple[int, int]] = {}
@@ -176,6 +212,8 @@ def _strided_tensor(tensor: PickledTensor, name: str, locate: Locate, file_size:
     strided = StridedTensor(TensorSpec(tensor.dtype, tensor.shape), tensor.strides, first)
     if strided.end > end:
         _refuse(where, f"is damaged: {name!r} reaches beyond its storage")
+    if strided.spec.nbytes > file_size:  # strides of 0 repeat a number as often as a shape says
+        _refuse(where, f"is damaged: {name!r} would take {strided.spec.nbytes} bytes, the whole file has {file_size}")
     return strided
 
 

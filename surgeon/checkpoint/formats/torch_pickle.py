@@ -6,7 +6,7 @@ torch does not write for a dictionary of tensors.
 """
 
 import pickletools
-from collections.abc import Iterator, MutableMapping
+from collections.abc import MutableMapping
 from dataclasses import dataclass
 from typing import IO, Any, NoReturn
 
@@ -49,6 +49,11 @@ _CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False}
 _EMPTY: dict[str, type] = {"EMPTY_DICT": dict, "EMPTY_LIST": list, "EMPTY_TUPLE": tuple}
 _LITERALS = {"BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT", "BINUNICODE", "SHORT_BINSTRING", "BINSTRING"}
 
+# A tensor takes some 35 instructions; so many take a few seconds and a few hundred MB at most.
+MAX_INSTRUCTIONS = 4_000_000
+MAX_PAIRS = 500_000  # of all dictionaries that are made from lists
+MAX_DIMENSIONS = 64  # as many as NumPy has
+
 
 @dataclass(frozen=True, slots=True)
 class Storage:
@@ -80,7 +85,12 @@ def interpret(pickle: IO[bytes], where: str, storages: MutableMapping[str, Stora
     """
     machine = _Machine(where, {} if storages is None else storages)
     try:
-        for opcode, argument, _ in pickletools.genops(pickle):
+        for count, (opcode, argument, _) in enumerate(pickletools.genops(pickle)):
+            if count == MAX_INSTRUCTIONS:
+                raise CheckpointError(
+                    f"{where} has a pickle of over {count} instructions; no dictionary of tensors needs so many",
+                    hint=DOWNLOAD_HINT,
+                )
             machine.step(opcode.name, argument)
         return machine.stack.pop()
     except (ValueError, LookupError, TypeError, AttributeError, OverflowError, MemoryError) as error:
@@ -113,6 +123,7 @@ class _Machine:
         self.stack: list[Any] = []
         self.marked: list[list[Any]] = []
         self.memo: dict[int, Any] = {}
+        self.pairs = 0
 
     def step(self, name: str, argument: Any) -> None:
         if name in _LITERALS:
@@ -178,7 +189,7 @@ class _Machine:
 
     def _storage(self, identity: Any) -> Storage:
         """Return the storage that a persistent id names: ("storage", its type, key, device, length[, None])."""
-        kind, typename, key, _, _, *view = identity
+        kind, typename, key, _, _, *view = _tuple(identity, most=6)
         if kind != "storage" or not isinstance(typename, _Global) or not isinstance(key, str):
             raise TypeError("not the id of a storage")
         if any(part is not None for part in view):
@@ -194,35 +205,50 @@ class _Machine:
             raise TypeError("not a call that makes a tensor")
         match function.name:
             case "OrderedDict":
-                result: dict[Any, Any] = {}
-                for pair in _pairs(arguments):
-                    _set_items(result, pair)
-                return result
+                return self._dictionary(*_tuple(arguments, most=1))
             case "_rebuild_parameter":
-                return arguments[0]
+                return _tuple(arguments, most=3)[0]
             case "_rebuild_tensor_v3":
-                storage, offset, shape, strides, _, _, dtype, *marks = arguments
+                storage, offset, shape, strides, _, _, dtype, *marks = _tuple(arguments, most=8)
                 return self._tensor(storage, _DTYPES[dtype.name], offset, shape, strides, marks)
             case _:
-                storage, offset, shape, strides, *rest = arguments
+                storage, offset, shape, strides, *rest = _tuple(arguments, most=7)
                 return self._tensor(storage, storage.dtype, offset, shape, strides, rest[2:])
+
+    def _dictionary(self, pairs: Any = ()) -> dict[Any, Any]:
+        """Return an OrderedDict as Python 2 wrote it: from a list of [key, value].
+
+        A list can be used any number of times, but no file that torch wrote uses one twice.
+        """
+        result: dict[Any, Any] = {}
+        self.pairs += len(pairs)
+        if self.pairs > MAX_PAIRS:
+            raise ValueError("lists that are copied again and again")
+        for key, value in pairs:
+            _set_items(result, [key, value])
+        return result
 
     def _tensor(
         self, storage: Any, dtype: Any, offset: Any, shape: Any, strides: Any, marks: list[Any]
     ) -> PickledTensor:
         if any(marks):  # conjugated or negated when read: its bytes are not its numbers
-            refuse_content(self.where, f"a tensor that is marked {sorted(marks[0])}")
+            # Only words are shown: what else stands there may be nested, or shared, without end.
+            words = [word for word in marks[0] if isinstance(word, str)] if isinstance(marks[0], dict) else []
+            refuse_content(self.where, f"a tensor that is marked {sorted(words)[:3]}")
         if not isinstance(storage, Storage) or dtype is None or len(shape) != len(strides):
             raise TypeError("not a tensor")
+        if len(shape) > MAX_DIMENSIONS:
+            raise ValueError("a shape that no tensor has")
         if not all(type(count) is int and 0 <= count < 2**63 for count in (offset, *shape, *strides)):
             raise ValueError("not a tensor")
         return PickledTensor(storage, dtype, offset, tuple(shape), tuple(strides))
 
 
-def _pairs(arguments: Any) -> Iterator[list[Any]]:
-    """Yield the items of an OrderedDict as Python 2 wrote it: a list of [key, value]."""
-    for key, value in arguments[0] if arguments else ():
-        yield [key, value]
+def _tuple(value: Any, *, most: int) -> tuple[Any, ...]:
+    """Return the arguments of a call. One list can be the arguments of many calls, so a long one is refused."""
+    if not isinstance(value, tuple) or len(value) > most:
+        raise TypeError("not the arguments of this call")
+    return value
 
 
 def _set_items(target: Any, items: list[Any]) -> None:
