@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from surgeon.checkpoint.header import TensorSpec
-from surgeon.checkpoint.output import TensorWrite, write_safetensors
+from surgeon.plan.execute import TensorWrite, write_safetensors
 
 
 class Figure(NamedTuple):

@@ -18,8 +18,9 @@ common, so that nobody else lists the verbs.
 """
 
 import inspect
+import os
 import textwrap
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields
 from functools import wraps
 from importlib import import_module
@@ -74,7 +75,9 @@ class Flag:
     `help` is the sentence that --help shows, `metavar` the placeholder of the value. `names` replace the flag that is
     made of the field's name. `parse` makes the field's value from the text that was typed; it raises ValueError with
     the reason. A field that is not `on_command_line` exists in Python alone. `at_resume` marks an option that a resumed
-    run may change, because it decides no number of the result.
+    run may change, because it decides no number of the result. `reads` marks an option that names what is read: files,
+    directories, or names on the Hub, none of which may lie in what the command replaces. `writes` marks the name of a
+    file or directory that is written.
     """
 
     help: str
@@ -83,6 +86,8 @@ class Flag:
     parse: Callable[[str], Any] | None = None
     on_command_line: bool = True
     at_resume: bool = False
+    reads: bool = False
+    writes: bool = False
 
 
 def option(help: str, default: Any = MISSING, **flag: Any) -> Any:  # noqa: A002  (it is the option's help)
@@ -127,6 +132,7 @@ def adapter_option() -> Any:
         "Adapters trained with a frozen reader: they are on while the gist is made, off while it is read.",
         None,
         metavar="DIR",
+        reads=True,
     )
 
 
@@ -141,6 +147,20 @@ def keywords_of(options: Any) -> dict[str, Any]:
     return {item.name: getattr(options, item.name) for item in fields(options)}
 
 
+Reads = Mapping[str, tuple[str, ...]]  # what a command reads, by the option that names it
+
+
+def reads_of(options: Any) -> dict[str, tuple[str, ...]]:
+    """Return what the options name to be read, by their flags: files, directories and names on the Hub."""
+    found: dict[str, tuple[str, ...]] = {}
+    for item in fields(options):
+        value = getattr(options, item.name)
+        if item.metadata["flag"].reads and value:
+            values = value if isinstance(value, tuple | list) else (value,)
+            found[flag_of(item.name)] = tuple(os.fspath(one) for one in values)
+    return found
+
+
 def flag_of(name: str) -> str:
     """Return the flag of a field: "--layers" for "layers"."""
     return f"--{name.replace('_', '-')}"
@@ -152,6 +172,14 @@ def numbers(text: str) -> list[int]:
     if not all(word.isascii() and word.isdigit() and len(word) < 10 for word in words):
         raise ValueError(f"{text!r} is not a list of numbers such as 3,7,11")
     return [int(word) for word in words]
+
+
+def two_numbers(text: str) -> tuple[int, int]:
+    """Return the numbers in "1,1". Raises ValueError for anything else."""
+    counts = numbers(text)
+    if len(counts) != 2:
+        raise ValueError(f"{text!r} is not two numbers such as 1,1")
+    return counts[0], counts[1]
 
 
 def words(text: str) -> list[str]:

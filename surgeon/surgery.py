@@ -3,7 +3,7 @@
 import os
 import re
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -12,39 +12,48 @@ from typing import Any
 
 from surgeon import text
 from surgeon.anatomy.anatomy import Anatomy, read_anatomy
+from surgeon.anatomy.config import runtime_notes
 from surgeon.checkpoint import output, receipt
 from surgeon.checkpoint.derived import JoinedSource
-from surgeon.checkpoint.header import CheckpointSpec, read_header
+from surgeon.checkpoint.header import QUANTIZATION_FILES, CheckpointSpec, read_header
 from surgeon.checkpoint.output import CountBytes
 from surgeon.checkpoint.source import CARD, CONFIG, RECEIPT, LocalSource, Source, open_directory, spec_of
 from surgeon.errors import CheckpointError, OutputError, PlanError
-from surgeon.options import verb_named
-from surgeon.plan.execute import Shard, execute, lay_out, peak_memory
+from surgeon.options import Reads, verb_named
+from surgeon.plan.execute import Shard, execute, lay_out, peak_memory, ranges_read, shareable_files
 from surgeon.plan.plan import Plan, changed_keys, identity
 from surgeon.plan.rounding import dtype_cost
 
-_UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
-_UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
+_BLOCKS = (0, *(2**power for power in range(9, 17)))  # sizes of disk blocks to share; 0: the order of the source
 
 
 @dataclass(frozen=True)
 class Summary:
     """The effect of a surgery: everything but `seconds` is known before a byte of weights is read.
 
-    Sizes are in bytes; `bytes_read` and `bytes_written` count tensors, `peak_memory` is an estimate.
+    Sizes are in bytes; `bytes_read` and `bytes_written` count tensors, `peak_memory` is an estimate. `bytes_downloaded`
+    are those of weight files on the Hub that are to be downloaded, or were in this process; None for a local source.
+    `bytes_shared` of those written take no space, since their blocks on the disk are the source's; before writing, it
+    is what can be.
     """
 
     output: Path
     layers: tuple[int, int]  # before, after
     parameters: tuple[int, int]
     bytes_read: int
+    bytes_downloaded: int | None
     bytes_written: int
+    bytes_shared: int
     layer_map: tuple[int | None, ...]
     files: tuple[str, ...]  # weight files
     config_changes: dict[str, tuple[Any, Any]]  # key: value before and after
     notes: tuple[str, ...]
     peak_memory: int
     seconds: float
+
+    def downloaded_from(self, source: Source) -> "Summary":
+        """Return the summary with the bytes that were downloaded from `source` until now."""
+        return replace(self, bytes_downloaded=None if source.transfer is None else source.transfer.nbytes)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the summary as `--json` prints it."""
@@ -53,7 +62,9 @@ class Summary:
             "layers": {"before": self.layers[0], "after": self.layers[1]},
             "parameters": {"before": self.parameters[0], "after": self.parameters[1]},
             "bytes_read": self.bytes_read,
+            **({} if self.bytes_downloaded is None else {"bytes_downloaded": self.bytes_downloaded}),
             "bytes_written": self.bytes_written,
+            "bytes_shared": self.bytes_shared,
             "layer_map": list(self.layer_map),
             "files": list(self.files),
             "config": {key: {"before": old, "after": new} for key, (old, new) in self.config_changes.items()},
@@ -72,8 +83,11 @@ class Summary:
             ("layers", f"{self.layers[0]} → {self.layers[1]}  (source layers {text.layers(self.layer_map)})"),
             ("parameters", f"{before:,} → {after:,}  ({100 * after / before:.1f} %)"),
             ("reads", text.size(self.bytes_read)),
+            *([] if self.bytes_downloaded is None else [("downloads", text.size(self.bytes_downloaded))]),
             ("writes", f"{text.size(self.bytes_written)} in {text.few(self.files)}"),
         ]
+        if self.bytes_shared:
+            lines += [("shares", f"{text.size(self.bytes_shared)} of blocks with the source, which take no more space")]
         lines += [
             (f"config {key}", f"{text.brief(old)} → {text.brief(new)}")
             for key, (old, new) in self.config_changes.items()
@@ -97,13 +111,15 @@ class Summary:
 class Surgery:
     """A source and the plan for it. Only headers are read until `save`, which writes `attachments` too.
 
-    `begun_with` is the anatomy of the source, where the caller has read it already.
+    `begun_with` is the anatomy of the source, where the caller has read it already. `reads` are the files, directories
+    and names on the Hub that decide the plan, by the options that name them: the result must not replace any.
     """
 
     source: Source
     plan: Plan
     attachments: Mapping[str, bytes] = field(default_factory=dict, repr=False)  # file name: content
     begun_with: Anatomy | None = field(default=None, repr=False, compare=False)
+    reads: Reads = field(default_factory=dict, repr=False, compare=False)
 
     @cached_property
     def before(self) -> Anatomy:
@@ -130,6 +146,11 @@ class Surgery:
         return self.source.fetch(file).read_bytes() if file in self.source.companions else None
 
     @property
+    def also_read(self) -> Iterable[str]:
+        """The tensors of the source that are to be read before the plan is carried out; most surgeries read none."""
+        return ()
+
+    @property
     def name(self) -> str:
         """The result's name where the user gives none: the source's, and what was done."""
         label = Path(self.source.label)
@@ -140,7 +161,12 @@ class Surgery:
         return "-".join([base, *done])
 
     def prepare(
-        self, out: str | os.PathLike[str] | None = None, *, dtype: str = "keep", max_shard_size: int | str = "5GB"
+        self,
+        out: str | os.PathLike[str] | None = None,
+        *,
+        dtype: str = "keep",
+        max_shard_size: int | str = "5GB",
+        block: int | None = None,
     ) -> "Draft":
         """Return the result that `save` would write with these options, not yet written. Reads headers only.
 
@@ -152,14 +178,21 @@ class Surgery:
             plan = replace(plan, notes=(*plan.notes, *dtype_cost(plan, source.tensors)))
         result = plan.result(source)
         read_anatomy(result)
+        if plan.layer_map != tuple(range(len(plan.layer_map))):
+            plan = replace(plan, notes=(*plan.notes, *runtime_notes(result.config, len(plan.layer_map))))
+        target = Path(out or self.name)
+        attachments = {**self._quantization_files(plan), **self.attachments}
         shards = lay_out(plan, result, self.source, max_shard_bytes=parse_size(max_shard_size))
+        shards, block, shared = self._placed(shards, plan, target, block)
         before = self.before.spec
         summary = Summary(
-            output=Path(out or self.name),
+            output=target,
             layers=(self.before.depth, len(plan.layer_map)),
             parameters=(before.num_parameters, result.num_parameters),
             bytes_read=plan.bytes_read(source),
+            bytes_downloaded=self.source.missing(ranges_read(plan, self.source, also=self.also_read)),
             bytes_written=result.nbytes,
+            bytes_shared=shared,
             layer_map=plan.layer_map,
             files=tuple(shard.file for shard in shards),
             config_changes=changed_keys(before.config, result.config),
@@ -167,14 +200,57 @@ class Surgery:
             peak_memory=peak_memory(plan, result, source),
             seconds=0.0,
         )
-        options = {"dtype": dtype, "max_shard_size": max_shard_size}
-        return Draft(self.source, plan, tuple(shards), summary, options, self.attachments)
+        options = {"dtype": dtype, "max_shard_size": max_shard_size, "block": block}
+        return Draft(self.source, plan, tuple(shards), summary, options, attachments, self._all_reads())
+
+    def _all_reads(self) -> Reads:
+        """Return what is read, with the source that is open: it may be another than the option named."""
+        origin = self.source.origin
+        return self.reads if origin is None else {**self.reads, "this command": (str(origin),)}
+
+    def _quantization_files(self, plan: Plan) -> dict[str, bytes]:
+        """Return the files beside the weights that name quantized layers, as they must be where layers have moved."""
+        names = [name for name in QUANTIZATION_FILES if name in self.source.companions]
+        if not names:
+            return {}
+        from surgeon.anatomy.quantized import follow_quantization_file
+
+        contents = {name: self.source.fetch(name).read_bytes() for name in names}
+        return {
+            name: follow_quantization_file(name, content, self.before, plan.layer_map)
+            for name, content in contents.items()
+        }
+
+    def _placed(self, shards: list[Shard], plan: Plan, target: Path, block: int | None) -> tuple[list[Shard], int, int]:
+        """Return the shards in an order that lets disk blocks be shared, the size of a block, and the bytes shared.
+
+        The size is 0 where the order of the source stays, whether or not blocks are shared.
+        """
+        if block is not None and block not in _BLOCKS:
+            hint = "Give 0, or a power of two from 512 to 65536."
+            raise PlanError(f"no disk has blocks of {block!r} bytes", hint=hint)
+        files = shareable_files(plan, self.source, target)
+        offered = max(files.values(), default=0)
+        wanted = offered if block is None else block
+        if not wanted and not offered:
+            return shards, 0, 0
+        from surgeon.plan.sharing import could_share, is_same_order, placed
+
+        tensors = self.source.tensors
+        chosen = placed(shards, plan, tensors, block=wanted) if wanted else shards
+        shared = sum(could_share(shard, plan, tensors, block=offered, files=files) for shard in chosen)
+        return chosen, 0 if is_same_order(shards, chosen) else wanted, shared
 
     def summary(
-        self, out: str | os.PathLike[str] | None = None, *, dtype: str = "keep", max_shard_size: int | str = "5GB"
+        self,
+        out: str | os.PathLike[str] | None = None,
+        *,
+        dtype: str = "keep",
+        max_shard_size: int | str = "5GB",
+        block: int | None = None,
     ) -> Summary:
         """Return what `save` with these options would do. Reads headers only."""
-        return self.prepare(out, dtype=dtype, max_shard_size=max_shard_size).summary
+        return self.prepare(out, dtype=dtype, max_shard_size=max_shard_size, block=block).summary
 
     def save(
         self,
@@ -182,6 +258,7 @@ class Surgery:
         *,
         dtype: str = "keep",
         max_shard_size: int | str = "5GB",
+        block: int | None = None,
         overwrite: bool = False,
         progress: CountBytes | None = None,
         command: str | None = None,
@@ -189,11 +266,13 @@ class Surgery:
         """Write the result and return what was done. It appears at `out` at once and whole, or not at all.
 
         `dtype` is "keep" (the source's bytes) or a floating dtype to store; `max_shard_size` a number of bytes or
-        "5GB". `progress` is told how many more bytes are written; `command` goes into the card and the receipt.
+        "5GB". `block` is the size of the disk blocks for whose sharing the tensors are placed: None, as the disk offers
+        it; a receipt's, for the same bytes on any disk. `progress` is told how many more bytes are written; `command`
+        goes into the card and the receipt.
 
         Raises PlanError before anything is written, OutputError when it cannot be written.
         """
-        draft = self.prepare(out, dtype=dtype, max_shard_size=max_shard_size)
+        draft = self.prepare(out, dtype=dtype, max_shard_size=max_shard_size, block=block)
         return draft.write(overwrite=overwrite, progress=progress, command=command)
 
 
@@ -207,10 +286,12 @@ class Draft:
     summary: Summary
     options: Mapping[str, Any]  # those that decide bytes
     attachments: Mapping[str, bytes]
+    reads: Reads  # none of which may lie in the output
 
     def check(self, *, overwrite: bool) -> None:
-        """Raises OutputError where the output may not be written."""
-        output.check_target(self.summary.output, overwrite=overwrite, source=self.source.origin)
+        """Raises OutputError where the output may not be written, CheckpointError where a companion cannot be read."""
+        output.check_target(self.summary.output, overwrite=overwrite, reads=self.reads)
+        _ = self.source.companions  # one that is no file of the checkpoint is refused now, and not after hours
 
     def write(
         self,
@@ -230,9 +311,10 @@ class Draft:
         companions = {name: self.source.fetch(name) for name in self.source.companions}
         card = companions.pop(CARD, None)
         sizes = sum(path.stat().st_size for path in companions.values())
-        output.check_space(target, self.summary.bytes_written + sizes + 300 * len(plan.tensors) + 100_000)
+        needed = self.summary.bytes_written - self.summary.bytes_shared
+        output.check_space(target, needed + sizes + 300 * len(plan.tensors) + 100_000)
         with output.staged(target, overwrite=overwrite) as stage:
-            execute(plan, self.source, stage, shards=self.shards, progress=progress)
+            written = execute(plan, self.source, stage, shards=self.shards, progress=progress)
             _verify(stage, self.shards)
             record = receipt.receipt(
                 source=self.source.provenance(),
@@ -243,6 +325,8 @@ class Draft:
                 command=command,
                 notes=plan.all_notes,
                 approximate=plan.approximate,
+                transfer=self.source.transfer,
+                bytes_shared=written.shared,
             )
             page = self._card(command=command, card=card)
             output.copy_files(stage, companions)
@@ -250,7 +334,9 @@ class Draft:
             output.write_files(stage, {CONFIG: receipt.to_bytes(plan.config)})  # last: now it is a checkpoint
             if confirm is not None:
                 confirm(stage)
-        return replace(self.summary, seconds=time.perf_counter() - began)
+            self.source.check_unchanged()
+        done = replace(self.summary.downloaded_from(self.source), bytes_shared=written.shared)
+        return replace(done, seconds=time.perf_counter() - began)
 
     def _card(self, *, command: str | None, card: Path | None) -> str:
         source = self.source.label if not isinstance(self.source, LocalSource) else self.source.directory.resolve().name
@@ -274,14 +360,8 @@ class Draft:
 
 def parse_size(size: int | str) -> int:
     """Return a number of bytes: `size` itself, or "5GB", "500MB", "2GiB". Raises PlanError for anything else."""
-    written = str(size).strip().upper()
-    number = written.rstrip("KMGTIB")
-    unit = written[len(number) :]
-    try:
-        result = int(float(number) * _UNITS[unit])
-    except (ValueError, KeyError, OverflowError):
-        result = 0
-    if result < 1:
+    result = text.parse_size(str(size))
+    if result is None:
         raise PlanError(f"cannot read {size!r} as a size", hint="Write 5GB, 500MB or a number of bytes.")
     return result
 
@@ -297,13 +377,23 @@ def _verify(directory: Path, shards: Sequence[Shard]) -> None:
             )
 
 
-def open_model(model: "str | os.PathLike[str] | Surgery", *, revision: str | None = None) -> Surgery:
-    """Return the model as a surgery that changes nothing yet; one that is already a surgery is continued."""
+def open_model(
+    model: "str | os.PathLike[str] | Surgery", *, revision: str | None = None, reads: Reads | None = None
+) -> Surgery:
+    """Return the model as a surgery that changes nothing yet; one that is already a surgery is continued.
+
+    `reads` is what the options of this step name to be read.
+    """
     if isinstance(model, Surgery):
-        return model
+        return replace(model, reads={**model.reads, **reads}) if reads else model
     source = open_source(model, revision=revision)
     anatomy = read_anatomy(spec_of(source))
-    return Surgery(source, identity(anatomy.spec, depth=anatomy.depth), begun_with=anatomy)
+    return Surgery(
+        source,
+        identity(anatomy.spec, depth=anatomy.depth),
+        begun_with=anatomy,
+        reads={"MODEL": (os.fspath(model),), **(reads or {})},
+    )
 
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}(/[A-Za-z0-9][\w.-]{0,95})?")  # a local path can look like this too

@@ -25,6 +25,21 @@ def size(nbytes: float) -> str:
     return f"{nbytes:.4g} TB"
 
 
+_UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+_UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
+
+
+def parse_size(written: str) -> int | None:
+    """Return the number of bytes in "5GB", "500MB", "2GiB" or "1000", None for a text that is no size above zero."""
+    word = written.strip().upper()
+    number = word.rstrip("KMGTIB")
+    try:
+        result = int(float(number) * _UNITS[word[len(number) :]])
+    except (ValueError, KeyError, OverflowError):
+        return None
+    return result if result >= 1 else None
+
+
 def rows(pairs: Iterable[tuple[str, str]]) -> str:
     """Return lines of "name  value" with the values aligned."""
     pairs = [(printable(name), printable(value)) for name, value in pairs]

@@ -5,17 +5,24 @@ and writes down every request with the number of body bytes that it sent, so tha
 """
 
 import base64
+import gzip
 import hashlib
 import json
 import re
 import sys
 import threading
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import cache
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, NamedTuple, Self
 from urllib.parse import unquote, urlsplit
 
+# Wrong answers to a range of weights: refused for a second, an error, the connection lost midway, a body that is too
+# short or too long for the range that it claims to be, a range that is shifted or of another size of file, compressed,
+# a few bytes now and then for ever, and the whole file.
+FAULTS = ("429", "500", "drop", "short", "long", "shifted", "total", "gzip", "slow", "whole")
 TOKEN = "hf_letmein"
 READ_ONLY_TOKEN = "hf_readonly"
 
@@ -56,8 +63,12 @@ class HubServer:
         self.ignore_range = False
         self.hide_commit = False  # answer like something that is no Hub
         self.use_cdn = False  # redirect weights to another host, as the Hub does; it must not see the token
+        self.signed_for: int | None = None  # so many answers come from an address of that host, then 403
+        self.faults: list[str] = []  # each range of weights that is asked for takes the first of FAULTS; "" is none
+        self.ranges: list[tuple[int, int]] = []  # the ranges of weights that were asked for
         self.renamed: dict[str, str] = {}  # old id to new: redirected, as the Hub does
         self.blobs: dict[str, bytes] = {}
+        self.signatures: dict[str, int] = {}  # of addresses of the other host: how many answers they still give
         self.closing = threading.Event()
         self._http = _Server(("127.0.0.1", 0), type("Handler", (_Handler,), {"hub": self}))
         self.endpoint = f"http://127.0.0.1:{self._http.server_address[1]}"
@@ -86,6 +97,16 @@ class HubServer:
             if method == "GET" and (match := RESOLVE.fullmatch(path)):
                 sent[match["file"]] = sent.get(match["file"], 0) + size
         return sent
+
+    def sent_of_weights(self) -> int:
+        """Return the body bytes sent of weights, from both hosts."""
+        return sum(sent for _, path, sent in self.requests if path.endswith(".safetensors") or CDN.fullmatch(path))
+
+
+@cache
+def oid_of(content: bytes) -> str:
+    """Return the SHA-256 of a file, computed once."""
+    return hashlib.sha256(content).hexdigest()
 
 
 class _Server(ThreadingHTTPServer):
@@ -116,7 +137,10 @@ class _Handler(BaseHTTPRequestHandler):
             self.reply(self.hub.fail_with)
         elif match := CDN.fullmatch(path):
             assert "Authorization" not in self.headers
-            self.send_file(self.hub.blobs[match["oid"]], {})
+            if self.is_signed():
+                self.send_file(self.hub.blobs[match["oid"]], {}, is_weights=True)
+            else:
+                self.reply(403, {"error": "expired"})
         elif route and route["repo"] in self.hub.renamed:
             location = self.path.replace(route["repo"], self.hub.renamed[route["repo"]], 1)
             self.reply(307, headers={"Location": location})
@@ -215,18 +239,34 @@ class _Handler(BaseHTTPRequestHandler):
             self.refuse(404, "EntryNotFound", headers=headers)
             return
         content = files[file]
-        oid = hashlib.sha256(content).hexdigest()
+        oid = oid_of(content)
         if self.hub.use_cdn and file.endswith(".safetensors"):
             self.hub.blobs[oid] = content
-            location = f"{self.hub.endpoint.replace('127.0.0.1', 'localhost')}/cdn/{oid}"
+            signature = str(len(self.hub.signatures))
+            self.hub.signatures[signature] = self.hub.signed_for or 0
+            location = f"{self.hub.endpoint.replace('127.0.0.1', 'localhost')}/cdn/{oid}?signature={signature}"
             linked = {"Location": location, "X-Linked-ETag": f'"{oid}"', "X-Linked-Size": str(len(content))}
             self.reply(302, headers=headers | linked)
         else:
-            self.send_file(content, headers | {"ETag": f'"{oid}"', "Accept-Ranges": "bytes"})
+            headers |= {"ETag": f'"{oid}"', "Accept-Ranges": "bytes"}
+            self.send_file(content, headers, is_weights=file.endswith(".safetensors"))
 
-    def send_file(self, content: bytes, headers: dict[str, str]) -> None:
+    def is_signed(self) -> bool:
+        """Return whether the address is still good, and count this answer."""
+        signature = urlsplit(self.path).query.removeprefix("signature=")
+        self.hub.signatures[signature] -= 1
+        return self.hub.signed_for is None or self.hub.signatures[signature] >= 0
+
+    def send_file(self, content: bytes, headers: dict[str, str], *, is_weights: bool = False) -> None:
         asked = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
         size = len(content)
+        if is_weights and asked and self.command == "GET":
+            span = int(asked[1]), min(int(asked[2] or size - 1) + 1, size)
+            self.hub.ranges.append(span)
+            with suppress(IndexError):  # of an empty list; two threads take two faults
+                if fault := self.hub.faults.pop(0):
+                    self.send_faulty(fault, content, *span)
+                    return
         if not asked or self.hub.ignore_range:
             self.reply(200, content, headers)
         elif int(asked[1]) >= size:
@@ -234,6 +274,52 @@ class _Handler(BaseHTTPRequestHandler):
         else:
             start, end = int(asked[1]), min(int(asked[2] or size - 1) + 1, size)
             self.reply(206, content[start:end], headers | {"Content-Range": f"bytes {start}-{end - 1}/{size}"})
+
+    def send_faulty(self, fault: str, content: bytes, start: int, end: int) -> None:
+        """Answer a range in one of the wrong ways of FAULTS."""
+        body, shown = content[start:end], f"bytes {start}-{end - 1}/{len(content)}"
+        if fault == "429":
+            self.reply(429, headers={"RateLimit": '"resolvers";r=0;t=1'})
+        elif fault == "500":
+            self.reply(500)
+        elif fault == "whole":
+            self.reply(200, content)
+        elif fault == "short":
+            self.reply(206, body[:-10], {"Content-Range": shown})
+        elif fault == "shifted":
+            self.reply(
+                206, content[start + 4 : end + 4], {"Content-Range": f"bytes {start + 4}-{end + 3}/{len(content)}"}
+            )
+        elif fault == "total":
+            self.reply(206, body, {"Content-Range": f"bytes {start}-{end - 1}/{len(content) + 1}"})
+        elif fault == "gzip":
+            self.reply(206, gzip.compress(body, 1), {"Content-Range": shown, "Content-Encoding": "gzip"})
+        elif fault == "drop":
+            self.stream(shown, [body[: len(body) // 2]], length=len(body))
+        elif fault == "long":
+            self.stream(shown, [b"wrong" + body], length=None)
+        else:
+            assert fault == "slow"
+            self.stream(shown, [body[at : at + 16] for at in range(0, len(body), 16)], length=len(body), pause=0.05)
+
+    def stream(self, shown: str, pieces: list[bytes], *, length: int | None, pause: float = 0.0) -> None:
+        """Send a range piece by piece, and close the connection."""
+        self.send_response(206)
+        self.send_header("Content-Range", shown)
+        if length is not None:
+            self.send_header("Content-Length", str(length))
+        self.send_header("Connection", "close")
+        self.end_headers()
+        sent = 0
+        try:
+            for piece in pieces:
+                self.wfile.write(piece)
+                sent += len(piece)
+                if pause and self.hub.closing.wait(pause):
+                    return
+        finally:
+            self.close_connection = True
+            self.hub.requests.append(Request(self.command, unquote(urlsplit(self.path).path), sent))
 
     def refuse(self, status: int, code: str, *, message: str = "", headers: Mapping[str, str] | None = None) -> None:
         self.reply(status, headers={**(headers or {}), "X-Error-Code": code, "X-Error-Message": message or code})
@@ -247,7 +333,7 @@ class _Handler(BaseHTTPRequestHandler):
             self.send_header(name, value)
         self.send_header("Content-Length", str(len(raw)))
         part = b"" if self.command == "HEAD" else raw
-        if RESOLVE.fullmatch(self.path):
+        if RESOLVE.fullmatch(self.path) or "/cdn/" in self.path:
             part = part[: self.hub.hang_up_after][: self.hub.stall_after]
         if record:  # before the client can see the end of the answer, which to HEAD is that of the headers
             self.hub.requests.append(Request(self.command, unquote(urlsplit(self.path).path), len(part)))

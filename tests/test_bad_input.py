@@ -335,15 +335,6 @@ def test_a_quantized_checkpoint_is_cut_by_whole_layers_and_refused_what_needs_nu
     assert kept["quantization_config"] == {"quant_method": method, "bits": 4}
 
 
-def test_a_quantization_that_names_single_layers_is_refused(run, tmp_path):
-    quantization = {"quant_method": "gptq", "modules_to_not_convert": ["model.layers.1.mlp"]}
-    model = checkpoint(tmp_path / "model", quantization_config=quantization)
-
-    outcome = run("truncate", model, "--layers", 2, "-o", tmp_path / "out")
-
-    assert_refused(outcome, "quantization_config names single layers", "layers.1")
-
-
 def test_an_unknown_model_type_is_cut_by_name_without_a_table(run, tmp_path):
     model = checkpoint(tmp_path / "model", model_type="zorg9")
 

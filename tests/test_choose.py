@@ -1,6 +1,7 @@
 """Which layers go is a pure function of scores; the index traps of other tools are tried one by one."""
 
 import math
+from itertools import combinations
 
 import pytest
 from hypothesis import given
@@ -235,3 +236,61 @@ def test_every_choice_is_of_the_asked_size_and_spares_what_is_protected(data, de
         assert len(choice.next_best) == count
         assert choice.next_best != choice.dropped
         assert choice.next_score >= choice.score
+
+
+# --- in whole periods -----------------------------------------------------------------------------------------
+
+
+def in_place(dropped, depth, period):
+    """Return whether every layer that stays has its old place in the period."""
+    kept = [layer for layer in range(depth) if layer not in dropped]
+    return all(new % period == old % period for new, old in enumerate(kept))
+
+
+@given(
+    st.lists(st.floats(0, 1), min_size=2, max_size=9), st.integers(2, 4), st.integers(1, 6),
+    st.tuples(st.integers(0, 2), st.integers(0, 2)),
+)  # fmt: skip
+def test_the_cheapest_choice_of_whole_periods_is_taken(values, period, count, protect):
+    depth = len(values)
+    free = range(protect[0], depth - protect[1])
+    possible = [set(layers) for layers in combinations(free, count) if in_place(layers, depth, period)]
+    if count >= depth or not possible:
+        with pytest.raises(PlanError):
+            choose_layers("block-influence", count, depth, values=values, protect=protect, period=period)
+        return
+
+    choice = choose_layers("block-influence", count, depth, values=values, protect=protect, period=period)
+
+    assert set(choice.dropped) in possible
+    assert choice.score == pytest.approx(min(math.fsum(values[i] for i in layers) for layers in possible), abs=1e-9)
+
+
+@pytest.mark.parametrize("name", [name for name, method in METHODS.items() if method.chosen != "random"])
+@pytest.mark.parametrize("contiguous", [True, False])
+def test_every_score_chooses_whole_periods(name, contiguous):
+    values = values_of(name, 12)
+
+    choice = choose_layers(name, 6, 12, values=values, contiguous=contiguous, protect=(0, 0), period=3)
+
+    assert len(choice.dropped) == 6
+    assert in_place(choice.dropped, 12, 3)
+
+
+def test_a_random_choice_of_whole_periods_is_the_seeds():
+    drawn = {choose_layers("random", 4, 12, seed=seed, period=2).dropped for seed in range(20)}
+
+    assert len(drawn) > 5
+    assert all(in_place(dropped, 12, 2) for dropped in drawn)
+    assert choose_layers("random", 4, 12, seed=3, period=2) == choose_layers("random", 4, 12, seed=3, period=2)
+
+
+def test_a_block_of_no_whole_period_may_only_be_the_last():
+    scores = cheapest(8, (0, 3, 0.1), (4, 6, 0.1))
+
+    assert choose_layers("angular", 3, 8, values=scores, period=2).dropped == (5, 6, 7)
+    assert choose_layers("angular", 2, 8, values=scores, period=2).dropped == (4, 5)
+    for name, values in (("angular", scores), ("last", None)):
+        with pytest.raises(PlanError, match="3 layers cannot go here.*repeat after 2") as caught:
+            choose_layers(name, 3, 8, values=values, protect=(0, 1), period=2)
+        assert caught.value.hint == "Remove 2 or 4 layers, or leave out --keep-pattern."

@@ -191,7 +191,7 @@ def test_buffers_of_old_files_are_left_out(toy, tmp_path):
 def test_a_result_never_replaces_its_source(toy, tmp_path):
     source = pickled(tmp_path / "old", state_dict(toy("llama")), config=toy("llama"))
 
-    with pytest.raises(OutputError, match="holds the source itself"):
+    with pytest.raises(OutputError, match="is what SRC reads"):
         surgeon.convert(source).save(source, overwrite=True)
 
 

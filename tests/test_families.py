@@ -148,5 +148,5 @@ def test_a_quantized_checkpoint_is_moved_by_layers_and_nothing_else(tmp_path: Pa
         surgeon.truncate(tmp_path, layers=2).save(tmp_path / "cast", dtype="bfloat16")
     config["quantization_config"]["modules_to_not_convert"] = ["model.layers.2.mlp"]
     (tmp_path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(PlanError, match=r"names single layers \(layers\.2\)"):
-        surgeon.truncate(tmp_path, layers=2)
+    summary = surgeon.truncate(tmp_path, layers=2).save(tmp_path / "first")
+    assert summary.config_changes["quantization_config.modules_to_not_convert"] == (["model.layers.2.mlp"], [])

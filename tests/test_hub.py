@@ -566,7 +566,7 @@ def test_push_uploads_every_file_with_its_bytes(
     hub: HubServer, monkeypatch: pytest.MonkeyPatch, result: Path, private: bool
 ) -> None:
     monkeypatch.setenv("HF_TOKEN", TOKEN)
-    url = push(result, "me/result", private=private)
+    url = push(result, "me/result", private=private, reads={})
     assert url == f"{hub.endpoint}/me/result"
     repo = hub.repos["me/result"]
     assert repo.commits[repo.refs["main"]] == files_under(result)
@@ -575,7 +575,7 @@ def test_push_uploads_every_file_with_its_bytes(
 
 def test_what_was_pushed_can_be_opened(hub: HubServer, monkeypatch: pytest.MonkeyPatch, result: Path) -> None:
     monkeypatch.setenv("HF_TOKEN", TOKEN)
-    push(result, "result", private=True)  # a name alone: the owner is whoever the token belongs to
+    push(result, "result", private=True, reads={})  # a name alone: the owner is whoever the token belongs to
     assert open_hub("me/result").tensors == open_directory(result).tensors
 
 
@@ -584,7 +584,7 @@ def test_push_into_an_existing_repository_adds_a_commit(
 ) -> None:
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     before = hub.commit("me/result", single_files())
-    push(result, "me/result", private=False)
+    push(result, "me/result", private=False, reads={})
     assert hub.repos["me/result"].refs["main"] != before
 
 
@@ -594,13 +594,13 @@ def test_a_private_push_into_a_public_repository_uploads_nothing(
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     before = hub.commit("me/result", single_files())
     with pytest.raises(HubError, match="me/result exists and is public; nothing was uploaded"):
-        push(result, "me/result", private=True)
+        push(result, "me/result", private=True, reads={})
     assert hub.repos["me/result"].refs["main"] == before
 
 
 def test_push_without_a_token_says_how_to_get_one(hub: HubServer, result: Path) -> None:
     with pytest.raises(HubError, match="cannot upload to me/result without a token") as caught:
-        push(result, "me/result", private=False)
+        push(result, "me/result", private=False, reads={})
     assert caught.value.hint == "`hf auth login`, or set HF_TOKEN to a token that can write."
     assert hub.requests == []
 
@@ -610,7 +610,7 @@ def test_push_with_a_token_that_may_not_write_says_so(
 ) -> None:
     monkeypatch.setenv("HF_TOKEN", READ_ONLY_TOKEN)
     with pytest.raises(HubError, match="your token has no permission for the upload to me/result") as caught:
-        push(result, "me/result", private=False)
+        push(result, "me/result", private=False, reads={})
     assert caught.value.hint == f"Use a token with that permission: {hub.endpoint}/settings/tokens."
 
 
@@ -619,10 +619,10 @@ def test_push_with_a_wrong_token_or_offline_says_so(
 ) -> None:
     monkeypatch.setenv("HF_TOKEN", "hf_mistyped")
     with pytest.raises(HubError, match="the Hub wants a valid token for the upload to me/result"):
-        push(result, "me/result", private=False)
+        push(result, "me/result", private=False, reads={})
     go_offline(monkeypatch)
     with pytest.raises(HubError, match="cannot upload to me/result: HF_HUB_OFFLINE is set"):
-        push(result, "me/result", private=False)
+        push(result, "me/result", private=False, reads={})
 
 
 # --- the environment, in a process of its own ---

@@ -1,5 +1,6 @@
 """The output directory: whole or absent, whatever happens to the process, the disk or another run."""
 
+import ctypes
 import errno
 import filecmp
 import json
@@ -10,15 +11,17 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 
 import pytest
+import yaml
 from handmade import checkpoint, llama, snapshot
 
 import surgeon
 from surgeon.checkpoint.output import check_space, staged
+from surgeon.checkpoint.source import INDEX
 from surgeon.errors import OutputError
 from surgeon.plan.execute import execute, lay_out
 
@@ -171,7 +174,7 @@ def test_config_json_is_the_last_file_to_appear(source, old, tmp_path, monkeypat
 # --- failures ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("call", ["copy_file_range", "fsync", "posix_fallocate"])
+@pytest.mark.parametrize("call", ["pwrite", "fsync", "posix_fallocate"])
 def test_a_failing_disk_leaves_the_old_output_and_nothing_else(call, source, old, run, tmp_path, monkeypatch):
     before = snapshot(tmp_path)
 
@@ -200,8 +203,16 @@ def test_a_failure_leaves_no_parent_directories(tmp_path):
     assert snapshot(tmp_path) == {"mine": None}
 
 
+@pytest.fixture
+def no_exchange(monkeypatch):
+    """Take away the system's call that swaps two names."""
+    monkeypatch.setattr(ctypes, "CDLL", lambda *_, **__: object())
+
+
 @pytest.mark.parametrize("failure", [KeyboardInterrupt(), SystemExit(143), OSError(errno.EIO, "Input/output error")])
-def test_a_failure_between_the_two_renames_puts_the_old_output_back(failure, source, old, tmp_path, monkeypatch):
+def test_a_failure_between_the_two_renames_puts_the_old_output_back(
+    failure, source, old, no_exchange, tmp_path, monkeypatch
+):
     before = snapshot(tmp_path)
     real = Path.rename
 
@@ -215,6 +226,31 @@ def test_a_failure_between_the_two_renames_puts_the_old_output_back(failure, sou
         surgeon.truncate(source, layers=2).save(old, overwrite=True)
 
     assert snapshot(tmp_path) == before
+
+
+def test_an_old_output_is_replaced_where_names_cannot_be_swapped(source, old, no_exchange, tmp_path):
+    surgeon.truncate(source, layers=2).save(old, overwrite=True)
+
+    assert surgeon.inspect(old).anatomy.depth == 2
+    assert hidden(tmp_path) == []
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_an_old_output_whose_replacement_was_killed_between_the_renames_is_put_back(overwrite, source, old, tmp_path):
+    before = snapshot(old)
+    old.rename(tmp_path / ".out.surgeon-old-999999")
+    (tmp_path / ".out.surgeon-999999").mkdir()
+    again = surgeon.truncate(source, layers=2)
+
+    if overwrite:
+        again.save(old, overwrite=True)
+        assert surgeon.inspect(old).anatomy.depth == 2
+    else:
+        with pytest.raises(OutputError, match="it is there again, as it was"):
+            again.save(old)
+        assert snapshot(old) == before
+        surgeon.truncate(source, layers=2).save(tmp_path / "out", overwrite=True)
+    assert hidden(tmp_path) == []
 
 
 def test_what_appeared_meanwhile_is_not_replaced_without_overwrite(tmp_path):
@@ -244,20 +280,85 @@ def test_a_source_that_changes_under_the_copy_is_blamed_and_nothing_is_left(sour
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model"]
 
 
+@pytest.mark.parametrize("file", ["model-00002-of-00002.safetensors", "config.json", "tokenizer.json", "the index"])
+@pytest.mark.parametrize("how", ["bytes", "longer", "gone"])
+def test_a_source_that_changes_while_it_is_read_is_refused(how, file, run, tmp_path, monkeypatch):
+    source = checkpoint(tmp_path / "model", shards=2)
+    file = INDEX if file == "the index" else file
+
+    def change() -> None:
+        if how == "bytes":
+            content = (source / file).read_bytes()
+            (source / file).write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+        elif how == "longer":
+            with (source / file).open("ab") as opened:
+                opened.write(b" ")
+        else:
+            (source / file).unlink()
+
+    at_the_card(change, monkeypatch)
+    outcome = run("truncate", source, "--layers", 2, "-o", tmp_path / "out")
+
+    if how == "gone" and file == "tokenizer.json":
+        assert outcome.err.startswith(f"error: cannot read {source / file}")
+    else:
+        assert outcome.err.startswith(f"error: {source / file} changed while it was read\nhint: Something else changed")
+    assert outcome.code == 1
+    assert names_in(tmp_path) == ["model"]
+
+
+def test_a_source_that_changes_within_one_tick_of_the_clock_is_refused(source, run, tmp_path, monkeypatch):
+    file = source / "model.safetensors"
+    before = file.stat()
+
+    def change() -> None:
+        file.write_bytes(file.read_bytes().replace(b"model.norm.weight", b"model.horn.weight"))
+        os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+    at_the_card(change, monkeypatch)
+    outcome = run("truncate", source, "--layers", 2, "-o", tmp_path / "out")
+
+    assert outcome.code == 1
+    assert outcome.err.startswith(f"error: {source} changed while it was read")
+    assert names_in(tmp_path) == ["model"]
+
+
+def test_a_donor_that_changes_while_it_is_read_is_refused(source, old, run, tmp_path, monkeypatch):
+    donor = checkpoint(tmp_path / "donor", tensors=llama(layers=4), num_hidden_layers=4)
+    before = snapshot(old)
+    at_the_card(lambda: os.utime(donor / "model.safetensors"), monkeypatch)
+
+    grow = ("grow", source, "--layers", 4, "--donor", donor, "--no-verify")
+    outcome = run(*grow, "-o", old, "--overwrite")
+
+    assert outcome.code == 1
+    assert outcome.err.startswith(f"error: {donor / 'model.safetensors'} changed while it was read")
+    assert snapshot(old) == before
+    assert hidden(tmp_path) == []
+
+
+def at_the_card(change: Callable[[], None], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have `change` called when the weights are written and the model card is about to be."""
+    real = yaml.safe_dump
+
+    def watch(*args, **kwargs):
+        change()
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(yaml, "safe_dump", watch)
+
+
 # --- leftovers --------------------------------------------------------------------------------------------------
 
 
 def test_leftovers_of_killed_runs_are_removed_and_nothing_of_others(source, run, tmp_path):
+    surgeon.truncate(source, layers=1).save(tmp_path / "out")
     for name in (".out.surgeon-999999", ".out.surgeon-old-999999", ".out.surgeon-notes", ".out2.surgeon-999999"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "x").write_text("x")
 
-    surgeon.truncate(source, layers=1).save(tmp_path / "out")
-    first = hidden(tmp_path)
     surgeon.truncate(source, layers=2).save(tmp_path / "out", overwrite=True)
 
-    # The old output of a run that died between its renames is the only copy until a new one is there.
-    assert first == [".out.surgeon-notes", ".out.surgeon-old-999999", ".out2.surgeon-999999"]
     assert hidden(tmp_path) == [".out.surgeon-notes", ".out2.surgeon-999999"]
 
 

@@ -7,7 +7,7 @@ import toys
 from later import LATER
 
 import surgeon
-from surgeon.checkpoint.header import CheckpointSpec, TensorSpec, read_header
+from surgeon.checkpoint.header import CheckpointSpec, FilePart, TensorSpec, read_header
 from surgeon.checkpoint.source import ranges_by_file, spec_of, stored
 from surgeon.errors import PlanError
 from surgeon.plan.execute import peak_memory
@@ -173,7 +173,7 @@ def test_arithmetic_is_what_the_expressions_say(tmp_path):
     tensors = {
         name: stored("model.safetensors", entry) for name, entry in read_header(tmp_path / "model.safetensors").items()
     }
-    make = Arithmetic(tensors, {"model.safetensors": tmp_path / "model.safetensors"}).tensor
+    make = Arithmetic(tensors, {"model.safetensors": FilePart(tmp_path / "model.safetensors")}).tensor
 
     taken = make(Gather(Read("a"), 1, (5, -1, 0, 0), (1.0, 1.0, 0.5, 2.0), fill=3.0, mean=2.0))
     drawn = make(Uniform((500, 40), Read("a"), 0.5, 0, "x"))

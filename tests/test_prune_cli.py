@@ -31,8 +31,8 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 LIMIT = 60  # seconds that no subprocess here comes near
 ROWS = ("--samples", 3, "--sequence-length", 14)
 # What a writing command prints in JSON, and what prune adds.
-SUMMARY = {"output", "layers", "parameters", "bytes_read", "bytes_written", "layer_map", "files", "config", "notes"}
-SUMMARY |= {"peak_memory", "seconds"}
+SUMMARY = {"output", "layers", "parameters", "bytes_read", "bytes_written", "bytes_shared", "layer_map", "files"}
+SUMMARY |= {"config", "notes", "peak_memory", "seconds"}
 CHOICE = {"score", "scores", "dropped", "value", "next_best", "next_value"}
 
 
@@ -477,7 +477,7 @@ def test_an_output_that_exists_is_refused_before_anything_is_scored(model, tmp_p
 
     refused(run(*command, "-o", tmp_path / "cut"), "exists and is not empty", "--overwrite")
     refused(run(*command, "-o", tmp_path / "notes", "--overwrite"), "is not a checkpoint", "-o")
-    refused(run(*command, "-o", model, "--overwrite"), "holds the source itself", "-o")
+    refused(run(*command, "-o", model, "--overwrite"), "is what MODEL reads", "-o")
     refused(run(*command, "-o", tmp_path / "notes/a.txt"), "is not a directory", "-o")
     assert snapshot(tmp_path) == before
 

@@ -1,7 +1,6 @@
 """A checkpoint directory as a source: which files count, what is refused, and what identifies it."""
 
 import json
-import os
 import shutil
 
 import handmade
@@ -131,17 +130,6 @@ def test_an_index_that_is_not_json_is_named_with_the_line(sharded):
 
     assert "index.json is not JSON" in str(refusal(sharded))
     assert "at line 3" in str(refusal(sharded))
-
-
-def test_shards_may_be_links_as_in_the_hub_cache(sharded, tmp_path):
-    blobs = tmp_path / "blobs"
-    blobs.mkdir()
-    for path in sharded.iterdir():
-        path.rename(blobs / path.name)
-        path.symlink_to(os.path.relpath(blobs / path.name, sharded))
-
-    assert {name: stored.spec for name, stored in open_directory(sharded).tensors.items()} == llama()
-    assert open_directory(sharded).companions == ["tokenizer.json"]
 
 
 @pytest.mark.parametrize("file", [FIRST, "config.json", "model.safetensors.index.json", "tokenizer.json"])

@@ -143,7 +143,7 @@ def test_the_receipt_says_what_was_done_to_what(toy, tmp_path):
     receipt = json.loads((tmp_path / "cut/surgeon.json").read_text())
     assert receipt["steps"] == [{"truncate": {"layers": 3, "inherit": ["attention"], "seed": 7}}]
     assert receipt["layer_map"] == [0, 1, 2]
-    assert receipt["options"] == {"dtype": "float16", "max_shard_size": "5GB"}
+    assert receipt["options"] == {"dtype": "float16", "max_shard_size": "5GB", "block": 0}
     assert receipt["command"] == "surgeon truncate x"
     assert receipt["source"]["path"] == str(toy("llama").resolve())
     assert receipt["source"]["fingerprint"].startswith("sha256-sampled:")

@@ -14,11 +14,11 @@ from later import LATER
 from safetensors import safe_open
 
 import surgeon
-from surgeon.checkpoint.header import TensorSpec, read_header
-from surgeon.checkpoint.output import PAGE, FileRange, TensorWrite, write_safetensors
+from surgeon.checkpoint.header import FilePart, TensorSpec, read_header
+from surgeon.checkpoint.output import PAGE
 from surgeon.checkpoint.source import open_directory, spec_of
 from surgeon.errors import CheckpointError
-from surgeon.plan.execute import execute, lay_out
+from surgeon.plan.execute import TensorWrite, execute, lay_out, write_safetensors
 from surgeon.plan.plan import Plan, identity
 
 if LATER:
@@ -30,7 +30,7 @@ def copies_of(path: Path, tensors: dict[str, TensorSpec]) -> list[TensorWrite]:
     """Return the tensors of a file as writes that copy them."""
     entries = read_header(path)
     return [
-        TensorWrite(name, spec, FileRange(path, entries[name].start, entries[name].end))
+        TensorWrite(name, spec, FilePart(path).range(entries[name].start, entries[name].end))
         for name, spec in tensors.items()
     ]
 
@@ -71,9 +71,9 @@ def copies(monkeypatch):
 def test_neighbours_are_copied_in_one_run_and_land_on_the_same_place_in_a_page(source, copies, tmp_path):
     kept = {name: spec for name, spec in BIG.items() if name != "t2"}
 
-    size = write_safetensors(tmp_path / "out.safetensors", copies_of(source, kept))
+    written = write_safetensors(tmp_path / "out.safetensors", copies_of(source, kept))
 
-    assert size == (tmp_path / "out.safetensors").stat().st_size
+    assert written.size == (tmp_path / "out.safetensors").stat().st_size
     assert bytes_of(tmp_path / "out.safetensors") == expected(kept)
     assert [count for count, *_ in copies] == [8 + 100_000, 7_000_000 + 4096 + 1 + 300]
     _, position, offset = copies[1]
@@ -112,7 +112,7 @@ def test_a_whole_file_is_copied_in_one_run_in_phase_whatever_its_header(align, c
 
 
 @pytest.mark.parametrize(
-    "code", [errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM, errno.ETXTBSY]
+    "code", [errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM, errno.ETXTBSY, errno.EIO]
 )
 def test_bytes_are_read_and_written_where_the_kernel_cannot_copy(code, source, tmp_path, monkeypatch):
     def refuse(*_):
@@ -137,12 +137,27 @@ def test_bytes_are_read_and_written_where_the_kernel_copies_nothing_or_does_not_
 
 def test_an_error_that_is_no_lack_of_support_is_raised(source, tmp_path, monkeypatch):
     def fail(*_):
-        raise OSError(errno.EIO, "input/output error")
+        raise OSError(errno.ENOSPC, "no space left")
 
     monkeypatch.setattr(os, "copy_file_range", fail)
 
-    with pytest.raises(OSError, match="input/output error"):
+    with pytest.raises(OSError, match="no space left"):
         write_safetensors(tmp_path / "out.safetensors", copies_of(source, BIG))
+
+
+@pytest.mark.parametrize("failing", ["pread", "pwrite"])
+def test_of_a_failing_disk_it_is_said_whether_it_is_that_of_the_source(failing, source, tmp_path, monkeypatch):
+    writes = copies_of(source, BIG)
+
+    def fail(*_):
+        raise OSError(errno.EIO, "input/output error")
+
+    monkeypatch.setattr(os, "copy_file_range", fail)
+    monkeypatch.setattr(os, failing, fail)
+
+    with pytest.raises(CheckpointError if failing == "pread" else OSError) as raised:
+        write_safetensors(tmp_path / "out.safetensors", writes)
+    assert ("cannot read" in str(raised.value)) == (failing == "pread")
 
 
 def test_short_copies_reads_and_writes_are_continued(source, tmp_path, monkeypatch):

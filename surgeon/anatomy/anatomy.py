@@ -12,7 +12,7 @@ from surgeon.anatomy.axes import shape
 from surgeon.anatomy.config import CONFIG_HINT, check_layer_keys, layer_count, model_type, text_config
 from surgeon.anatomy.families import FAMILIES, Family, Row, Rows
 from surgeon.anatomy.layer_rules import COUNT_KEYS, DECODER_COUNT_KEYS, ENCODER_COUNT_KEYS
-from surgeon.checkpoint.header import CheckpointSpec
+from surgeon.checkpoint.header import CheckpointSpec, is_quantized
 from surgeon.errors import CheckpointError, PlanError
 
 _NUMBERED = re.compile(r"((?:.*?\.)??)(0|[1-9][0-9]{0,5})\.")  # the prefix up to the first number, and that number
@@ -112,7 +112,7 @@ class Anatomy:
     def require_family(self) -> Family:
         """Return the family. Raises PlanError when the model type has no table."""
         if self.family is None:
-            quantized = self.spec.config.get("quantization_config") is not None
+            quantized = is_quantized(self.spec.config)
             what = "a quantized checkpoint" if quantized else f"model type {self.model_type!r}"
             raise PlanError(
                 f"{what} has no table of its tensors, so only whole layers can be moved",
@@ -133,11 +133,13 @@ def read_anatomy(spec: CheckpointSpec) -> Anatomy:
     Raises CheckpointError naming the first tensor that is unknown, missing or of another shape than the config says.
     """
     name = model_type(spec.config)
+    if not isinstance(nested := spec.config.get("text_config"), Mapping | None):
+        raise CheckpointError(f"config.json says text_config = {nested!r}, which is no config", hint=CONFIG_HINT)
     stacks = find_stacks(spec.config, spec.tensors)
     for stack in stacks:
         check_layer_keys(text_config(spec.config), stack.depth)
     family = FAMILIES.get(name)
-    if family is None or spec.config.get("quantization_config") is not None:  # the tables describe unquantized files
+    if family is None or is_quantized(spec.config):  # the tables describe unquantized files
         return Anatomy(spec, name, stacks, None, {})
     if stacks[0].prefix not in (family.layers, family.layers.removeprefix(family.base)):
         raise CheckpointError(

@@ -17,23 +17,26 @@ from surgeon.anatomy.layer_rules import (
     COUNT_KEYS,
     DECODER_COUNT_KEYS,
     ENCODER_COUNT_KEYS,
+    FULL_ATTENTION,
     INDEX_LISTS,
     LAYER_LISTS,
+    NO_ROPE,
     OTHER_LISTS,
     PLACE_BOUND,
     RULES,
+    RUNTIME_PATTERNS,
     UNCUTTABLE,
     Rule,
 )
 from surgeon.anatomy.spellings import SPELLINGS, Quantity
 from surgeon.checkpoint.source import Source
 from surgeon.errors import CheckpointError, PlanError
+from surgeon.text import layers as ranges
 
 # A key of a family without rules that looks as if it picked layers by stride; it holds only for an unmoved prefix.
 _SUSPECT = re.compile(
     r"(layer|attn|attention|moe|expert|sparse|global|window|shared).*(interval|period|step|freq|every|pattern)"
 )
-_NUMBERED_LAYER = re.compile(r"\b(?:layers?|h|blocks?)\\?\.\d+")
 
 CONFIG_HINT = "config.json is damaged or edited; fetch it again: its values must be those the weights were made with."
 
@@ -188,11 +191,6 @@ def _refuse_what_cannot_move(config: Mapping[str, Any], names: set[str], keep: S
                 f"{name} {PLACE_BOUND[name]}; moving layers would change them",
                 hint="Only layers at the end can be removed: surgeon truncate.",
             )
-    if named := _NUMBERED_LAYER.search(str(config.get("quantization_config", ""))):
-        raise PlanError(
-            f"quantization_config names single layers ({named.group()}); removing layers would shift them",
-            hint="Cut the unquantized checkpoint and quantize the result.",
-        )
 
 
 def _slice_lists(edit: ConfigEdit, keep: Sequence[int], depth: int, *, tabled: bool) -> None:
@@ -293,8 +291,33 @@ def declared_kinds(text: Mapping[str, Any], depth: int) -> list[tuple[object, ..
             by_key.append([repr(item) for item in value])
         elif key in INDEX_LISTS and isinstance(value, list):
             by_key.append([i in value for i in range(depth)])
-    by_key += [kinds_by(rule, text, depth) for rule in RULES.get(str(text.get("model_type")), ())]
+    rules = RULES.get(str(text.get("model_type")), ())
+    by_key += [kinds_by(rule, text, depth) for rule in rules if rule.explicit is None or not text.get(rule.explicit)]
     return [tuple(kinds[i] for kinds in by_key) for i in range(depth)]
+
+
+def period_of(config: Mapping[str, Any], depth: int) -> int:
+    """Return after how many layers the kinds of layers repeat: 1 where all are alike, `depth` where they never do."""
+    kinds = declared_kinds(text_config(config), depth)
+    return next(period for period in range(1, depth + 1) if all(kinds[i] == kinds[i % period] for i in range(depth)))
+
+
+def runtime_notes(config: Mapping[str, Any], depth: int) -> list[str]:
+    """Return what other runtimes would compute differently: they derive a layer's kind from its number alone."""
+    text = text_config(config)
+    notes = []
+    for pattern in RUNTIME_PATTERNS.get(str(text.get("model_type")), ()):
+        if pattern.of == "window":
+            is_odd_one = [kind in FULL_ATTENTION for kind in layer_kinds(text, depth) or ()]
+        else:
+            is_odd_one = [not has_rope for has_rope in text.get("no_rope_layers") or kinds_by(NO_ROPE, text, depth)]
+        if wrong := [i for i, odd in enumerate(is_odd_one) if odd != pattern.is_odd_one(i)]:
+            what = "attends to everything" if pattern.of == "window" else "has no rotary positions"
+            notes.append(
+                f"{pattern.runtime} counts layers: one in {pattern.period} of a {text['model_type']} {what}, whatever "
+                f"config.json says. It would compute layers {ranges(wrong)} wrongly; transformers does not"
+            )
+    return notes
 
 
 def positions_of(source: Source) -> int | None:

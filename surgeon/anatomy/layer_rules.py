@@ -6,7 +6,7 @@ list is absent: transformers 5 writes such lists when it saves, older checkpoint
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 Config = Mapping[str, Any]
 Kinds = Sequence[Any]
@@ -254,4 +254,34 @@ UNCUTTABLE = {
     "switch_transformers": "derives which layers have experts from the depth",
     "inkling2": "derives residual blocks from a layer's place",
     "ernie4_5_moe": "derives which layers have experts from moe_layer_start_index, end_index and interval together",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class RuntimePattern:
+    """What a runtime derives from a layer's number, whatever the config says of that layer.
+
+    Every `period`-th layer is another kind than the rest: it attends to everything where they have a `window`, or has
+    no rotary positions where they have some ("rope").
+    """
+
+    runtime: str
+    of: Literal["window", "rope"]
+    period: int
+
+    def is_odd_one(self, layer: int) -> bool:
+        """Return whether this layer is the one in `period` that differs from the rest."""
+        return (layer + 1) % self.period == 0
+
+
+# Read from llama.cpp of October 2026 (src/models/*.cpp; its converter writes no list of layers for these) and, where it
+# says so, from vLLM. The runs are in docs/models.md.
+RUNTIME_PATTERNS: Mapping[str, tuple[RuntimePattern, ...]] = {
+    "gemma2": (RuntimePattern("llama.cpp", "window", 2),),
+    "gemma3_text": (RuntimePattern("llama.cpp", "window", 6),),
+    "gpt_oss": (RuntimePattern("llama.cpp", "window", 2), RuntimePattern("vLLM", "window", 2)),
+    "cohere2": (RuntimePattern("llama.cpp", "window", 4),),
+    "afmoe": (RuntimePattern("llama.cpp", "window", 4),),
+    "llama4_text": (RuntimePattern("llama.cpp", "window", 4), RuntimePattern("llama.cpp", "rope", 4)),
+    "smollm3": (RuntimePattern("llama.cpp", "rope", 4),),
 }

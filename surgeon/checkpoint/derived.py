@@ -4,16 +4,27 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
-from surgeon.checkpoint.source import LocalSource, Source, StoredTensor
+from surgeon.checkpoint.header import FilePart
+from surgeon.checkpoint.source import LocalSource, Ranges, Source, StoredTensor, Transfer
 
 
 @dataclass(frozen=True)
 class DerivedSource:
-    """A source with the name, config, companion files and origin of `base`; a subclass gives the tensors."""
+    """A source with the name, config, companion files and origin of `base`; a subclass gives the tensors.
+
+    The files of the source that it takes other tensors from begin with `prefix`.
+    """
 
     base: Source
+
+    prefix: ClassVar[str]
+
+    @property
+    def other(self) -> Source:
+        """The source of the other tensors."""
+        raise NotImplementedError
 
     @property
     def label(self) -> str:
@@ -31,8 +42,45 @@ class DerivedSource:
     def companions(self) -> Sequence[str]:
         return self.base.companions
 
+    def fetch(self, file: str) -> Path:
+        if file.startswith(self.prefix):
+            return self.other.fetch(file.removeprefix(self.prefix))
+        return self.base.fetch(file)
+
+    def parts(self, wanted: Ranges, *, among: Ranges | None = None) -> dict[str, FilePart]:
+        (theirs, own), (all_theirs, all_own) = self._split(wanted), self._split(among or wanted)
+        others = self.other.parts(theirs, among=all_theirs)
+        return self.base.parts(own, among=all_own) | {self.prefix + file: part for file, part in others.items()}
+
+    def missing(self, wanted: Ranges) -> int | None:
+        theirs, own = self._split(wanted)
+        numbers = [number for number in (self.base.missing(own), self.other.missing(theirs)) if number is not None]
+        return sum(numbers) if numbers else None
+
+    @property
+    def transfer(self) -> Transfer | None:
+        base, other = self.base.transfer, self.other.transfer
+        if other is None or base is None:
+            return base if other is None else other
+        return Transfer(base.nbytes + other.nbytes, base.ranges | {self.prefix + file for file in other.ranges})
+
+    def at_hand(self, file: str) -> Path | None:
+        if file.startswith(self.prefix):
+            return self.other.at_hand(file.removeprefix(self.prefix))
+        return self.base.at_hand(file)
+
+    def check_unchanged(self) -> None:
+        self.base.check_unchanged()
+        self.other.check_unchanged()
+
     def provenance(self) -> dict[str, Any]:
         return self.base.provenance()
+
+    def _split(self, ranges: Ranges) -> tuple[Ranges, Ranges]:
+        """Return the ranges of the other source's files and of the base's, each by its own name of the file."""
+        theirs = {file: spans for file, spans in ranges.items() if file.startswith(self.prefix)}
+        own = {file: spans for file, spans in ranges.items() if file not in theirs}
+        return {file.removeprefix(self.prefix): spans for file, spans in theirs.items()}, own
 
 
 DONOR = "donor:"  # no tensor of a model has a colon in its name
@@ -44,15 +92,16 @@ class JoinedSource(DerivedSource):
 
     donor: Source
 
+    prefix = DONOR
+
+    @property
+    def other(self) -> Source:
+        return self.donor
+
     @cached_property
     def tensors(self) -> Mapping[str, StoredTensor]:
         donated = {DONOR + name: replace(item, file=DONOR + item.file) for name, item in self.donor.tensors.items()}
         return {**self.base.tensors, **donated}
-
-    def fetch(self, file: str, ranges: Sequence[tuple[int, int]] | None = None) -> Path:
-        if file.startswith(DONOR):
-            return self.donor.fetch(file.removeprefix(DONOR), ranges)
-        return self.base.fetch(file, ranges)
 
     def provenance(self) -> dict[str, Any]:
         return super().provenance() | {"donor": self.donor.provenance()}
@@ -67,14 +116,15 @@ class TrainedSource(DerivedSource):
 
     weights: LocalSource
 
+    prefix = TRAINED
+
+    @property
+    def other(self) -> Source:
+        return self.weights
+
     @cached_property
     def tensors(self) -> Mapping[str, StoredTensor]:
         return {
             name: StoredTensor(item.spec, TRAINED + item.file, item.start, item.end)
             for name, item in self.weights.tensors.items()
         }
-
-    def fetch(self, file: str, ranges: Sequence[tuple[int, int]] | None = None) -> Path:
-        if file.startswith(TRAINED):
-            return self.weights.fetch(file.removeprefix(TRAINED), ranges)
-        return self.base.fetch(file, ranges)

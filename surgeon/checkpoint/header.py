@@ -1,21 +1,26 @@
-"""The dtype and shape of every tensor, and the safetensors header that holds them.
+"""The dtype and shape of every tensor, the safetensors header that holds them, and the bytes of weights.
 
 A header is read strictly, and written with padding that aligns the data after it. The format: 8 bytes (little-endian
 header length), a JSON object, then the data. Everything that the format forbids is refused here with one sentence.
 The reference implementation is more lenient: it accepts duplicate keys, and readers then disagree on which of the two
 is the tensor. It also accepts white space before the object, `"__metadata__": null`, unknown fields of a tensor, a
 tensor given as a list, a dtype given as an object, and lengths of 2^63 and more. We accept none of these.
+
+Bytes are read through a `FilePart`. A missing byte of a sparse file reads as zero, and zeros are a valid tensor; a part
+knows what is there and refuses the rest.
 """
 
 import json
+import os
 import stat
+from bisect import bisect_right
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Any, BinaryIO, NoReturn
+from typing import Any, BinaryIO, NoReturn, Protocol
 
 from surgeon.errors import CheckpointError
 
@@ -80,12 +85,25 @@ class CheckpointSpec:
         return sum(tensor.nbytes for tensor in self.tensors.values())
 
 
+QUANTIZATION_KEYS = ("quantization_config", "compression_config")  # the second is older compressed-tensors
+QUANTIZATION_FILES = ("hf_quant_config.json", "quantize_config.json", "quant_config.json")  # ModelOpt, GPTQ, AWQ
+
+
+def is_quantized(config: Mapping[str, Any]) -> bool:
+    """Return whether a config says that the weights are stored as codes, which no table of tensors here describes."""
+    nested = config.get("text_config")
+    parts = (config, nested) if isinstance(nested, Mapping) else (config,)
+    return any(part.get(key) is not None for part in parts for key in QUANTIZATION_KEYS)
+
+
 # The header of one file
 
 # The format allows 100 MB, of which Python makes gigabytes. An entry has some 100 bytes, and a file of a large model a
 # few thousand entries.
 MAX_HEADER_BYTES = 25_000_000
+MAX_DEPTH = 64  # of lists and objects of JSON in one another
 LONGEST_QUOTE = 200
+CHANGED_HINT = "Something else changed the source; let it finish, then run the command again."
 DOWNLOAD_HINT = "The file is damaged or incomplete; fetch it again."
 
 
@@ -146,6 +164,37 @@ def header_length(prefix: bytes, *, file_size: int, where: str) -> int:
     if length > file_size - 8:
         _refuse(where, f"is truncated: its header needs {length} bytes, the file has {max(file_size - 8, 0)}")
     return length
+
+
+def read_json(path: Path, *, most: int = MAX_HEADER_BYTES) -> Any:
+    """Return the content of a JSON file of at most `most` bytes.
+
+    Raises CheckpointError for one that is missing, no regular file, no JSON, or larger or deeper than any that is one.
+    """
+    with opened(path) as file:
+        raw = file.read(most + 1)
+    if len(raw) > most:
+        raise CheckpointError(f"{path} has over {most / 1e6:.0f} MB, more than is read", hint=DOWNLOAD_HINT)
+    try:
+        content = json.loads(raw.decode("utf-8")) if not is_dense(raw) else None
+    except json.JSONDecodeError as error:
+        raise CheckpointError(f"{path} is not JSON: {error.msg} at line {error.lineno}", hint=DOWNLOAD_HINT) from error
+    except (ValueError, RecursionError) as error:  # ValueError: not UTF-8, or a number of thousands of digits
+        raise CheckpointError(f"{path} is not JSON: {error}", hint=DOWNLOAD_HINT) from error
+    if is_dense(raw) or _is_deep(content):
+        raise CheckpointError(f"{path} has more lists and objects in one another than is read", hint=DOWNLOAD_HINT)
+    return content
+
+
+def _is_deep(content: Any) -> bool:
+    """Return whether JSON is nested deeper than code that follows it can go."""
+    level = [content]
+    for _ in range(MAX_DEPTH):
+        inside = (item.values() if isinstance(item, dict) else item for item in level if isinstance(item, (dict, list)))
+        level = [value for values in inside for value in values if isinstance(value, (dict, list))]
+        if not level:
+            return False
+    return True
 
 
 def parse_header(raw: bytes, *, file_size: int, where: str) -> dict[str, Entry]:
@@ -246,11 +295,11 @@ def _refuse(where: str, fault: str) -> NoReturn:
     raise CheckpointError(f"{where} {fault}", hint=DOWNLOAD_HINT)
 
 
-def format_header(tensors: Mapping[str, TensorSpec], *, align: int = 0) -> bytes:
+def format_header(tensors: Mapping[str, TensorSpec], *, align: int = 0, block: int = 4096) -> bytes:
     """Return the length prefix and header for `tensors`, whose data follows in the mapping's order.
 
-    The header is padded with spaces so that the data begins at `align` modulo 4096 (rounded up to a multiple of 8).
-    A kernel copies whole pages only between offsets that agree modulo the page size.
+    The header is padded with spaces so that the data begins at `align` modulo `block` (rounded up to a multiple of 8).
+    A kernel copies whole pages, and shares whole blocks, only between offsets that agree modulo their size.
     """
     fields: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offset = 0
@@ -262,6 +311,104 @@ def format_header(tensors: Mapping[str, TensorSpec], *, align: int = 0) -> bytes
         }
         offset += spec.nbytes
     text = json.dumps(fields, separators=(",", ":"), ensure_ascii=False).encode("utf-8")
-    padding = (align - (8 + len(text))) % 4096
+    padding = (align - (8 + len(text))) % block
     padding += -(8 + len(text) + padding) % 8
     return (len(text) + padding).to_bytes(8, "little") + text + b" " * padding
+
+
+# Reading the bytes of weights
+
+
+class OpenFile(Protocol):
+    """A file that is open as long as this object is there."""
+
+    def fileno(self) -> int:
+        """Return its descriptor."""
+
+
+@dataclass(frozen=True, slots=True)
+class FilePart:
+    """A file of which the bytes in `present` are there (sorted, apart; None: all), and no other byte can be read.
+
+    `held` keeps it open, so that it stays readable where another process removes it; None: it is opened by its path.
+    """
+
+    path: Path
+    present: tuple[tuple[int, int], ...] | None = None
+    held: "OpenFile | None" = None
+
+    def range(self, start: int, end: int) -> "FileRange":
+        """Return the bytes [start, end). Raises CheckpointError where one of them is not there."""
+        if self.present is not None and start < end:
+            place = bisect_right(self.present, start, key=lambda span: span[0]) - 1
+            if place < 0 or end > self.present[place][1]:
+                raise CheckpointError(
+                    f"bytes {start} to {end} of {self.path} were not fetched",
+                    hint="Fetch the whole checkpoint (hf download), and give its directory.",
+                )
+        return FileRange(self, start, end)
+
+    def open(self) -> int:
+        """Return a new descriptor of the file, to be closed. Raises CheckpointError where it cannot be opened."""
+        try:
+            return os.open(self.path, os.O_RDONLY) if self.held is None else os.dup(self.held.fileno())
+        except OSError as error:
+            raise CheckpointError(f"cannot read {self.path}: {error.strerror}", hint=CHANGED_HINT) from error
+
+    @contextmanager
+    def opened(self) -> "Iterator[OpenPart]":
+        """Return a context in which ranges of the file can be read."""
+        descriptor = self.open()
+        try:
+            yield OpenPart(self, descriptor)
+        finally:
+            os.close(descriptor)
+
+
+@dataclass(frozen=True, slots=True)
+class FileRange:
+    """The bytes [start, end) of a file, which are there: only `FilePart.range` makes one."""
+
+    file: FilePart
+    start: int
+    end: int
+
+    @property
+    def path(self) -> Path:
+        """The path of the file; of a partial one, another process may remove it. `file.open` still opens it then."""
+        return self.file.path
+
+    @property
+    def size(self) -> int:
+        """The number of bytes."""
+        return self.end - self.start
+
+    def between(self, start: int, end: int) -> "FileRange":
+        """Return the bytes [start, end) of the same file."""
+        return self.file.range(start, end)
+
+    def until(self, end: int) -> "FileRange":
+        """Return the bytes from the same start to another end."""
+        return self.file.range(self.start, end)
+
+
+@dataclass(frozen=True, slots=True)
+class OpenPart:
+    """A part of a file, open for reading."""
+
+    part: FilePart
+    descriptor: int
+
+    def read_into(self, buffer: bytearray | memoryview, start: int) -> None:
+        """Fill `buffer` with the bytes from `start` on. Raises CheckpointError where one is not there."""
+        view, path = memoryview(buffer).cast("B"), self.part.path
+        self.part.range(start, start + len(view))
+        done = 0
+        while done < len(view):
+            try:
+                count = os.preadv(self.descriptor, [view[done:]], start + done)
+            except OSError as error:
+                raise CheckpointError(f"cannot read {path}: {error.strerror}", hint=CHANGED_HINT) from error
+            if not count:
+                raise CheckpointError(f"{path} has become shorter while it was read", hint=CHANGED_HINT)
+            done += count

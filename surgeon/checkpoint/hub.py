@@ -1,9 +1,9 @@
 """A checkpoint on the Hub as a source, and the upload of a result.
 
-Files go through huggingface_hub's own cache. Headers are requested by byte range, so that a plan for a model of any
-size costs kilobytes; weights are downloaded a whole file at a time. Everything comes from one commit, resolved once, so
-that a push in between cannot mix two versions. A commit never changes: its file list and headers are stored beside the
-cache (HF_ASSETS_CACHE), and a surgery can be repeated without a network.
+Whole files go through huggingface_hub's own cache. Headers are requested by byte range, so that a plan for a model of
+any size costs kilobytes; so are weights, as far as they are read (hub_weights.py). Everything comes from one commit,
+resolved once, so that a push in between cannot mix two versions. A commit never changes: its file list, headers and
+ranges are stored beside the cache (HF_ASSETS_CACHE), and a surgery can be repeated without a network.
 """
 
 import json
@@ -12,17 +12,21 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path, PurePosixPath
 from typing import Any, NoReturn
 
-from surgeon.checkpoint.header import Entry, header_length, parse_header, read_header
-from surgeon.checkpoint.hub_http import LOGIN, explained, fetch_bytes, hide_progress_bars
+from surgeon.checkpoint.header import Entry, FilePart, header_length, parse_header, read_header
+from surgeon.checkpoint.hub_http import LOGIN, explained, fetch_bytes, hide_progress_bars, passes_for_get, patiently
+from surgeon.checkpoint.hub_weights import HubWeights
+from surgeon.checkpoint.overlap import check_uploaded
 from surgeon.checkpoint.source import (
     CONFIG,
     INDEX,
     WEIGHTS,
+    Ranges,
     StoredTensor,
+    Transfer,
     assemble,
     is_companion,
     read_config,
@@ -30,6 +34,7 @@ from surgeon.checkpoint.source import (
     stored,
 )
 from surgeon.errors import CheckpointError, HubError
+from surgeon.options import Reads
 
 # Reading
 
@@ -86,7 +91,7 @@ class HubSource:
         from huggingface_hub import HfApi
 
         with explained(f"the file list of {self.repo_id}", repo_id=self.repo_id, revision=self.revision):
-            siblings = HfApi().model_info(self.repo_id, revision=self.commit).siblings or []
+            siblings = patiently(lambda: HfApi().model_info(self.repo_id, revision=self.commit)).siblings or []
         names = _checked_names(sorted(sibling.rfilename for sibling in siblings), self.repo_id)
         self._remember("files.json", json.dumps(names).encode())
         return names
@@ -95,7 +100,7 @@ class HubSource:
     def companions(self) -> Sequence[str]:
         return [name for name in self.files if is_companion(name)]
 
-    def fetch(self, file: str, ranges: Sequence[tuple[int, int]] | None = None) -> Path:
+    def fetch(self, file: str) -> Path:
         """Return `file` in the cache; the whole file is downloaded if it is not there yet.
 
         Raises HubError when the download fails, CheckpointError when its size is not the one that its header gives.
@@ -103,7 +108,8 @@ class HubSource:
         from huggingface_hub import hf_hub_download
 
         with explained(f"{file} of {self.repo_id}", repo_id=self.repo_id, revision=self.revision):
-            path = Path(hf_hub_download(self.repo_id, file, revision=self.commit))
+            download = partial(hf_hub_download, self.repo_id, file, revision=self.commit)
+            path = Path(patiently(download, may_pass=passes_for_get))
         if file.endswith(".safetensors"):
             size = max((tensor.end for tensor in self.tensors.values() if tensor.file == file), default=None)
             if size is not None and path.stat().st_size != size:
@@ -112,6 +118,41 @@ class HubSource:
                     hint=f"Delete {path.resolve()} and run the command again.",
                 )
         return path
+
+    def parts(self, wanted: Ranges, *, among: Ranges | None = None) -> dict[str, FilePart]:
+        """Return parts that hold the ranges. Raises HubError when a download fails."""
+        return self._weights.parts(wanted, among)
+
+    def missing(self, wanted: Ranges) -> int:
+        return self._weights.missing(wanted)
+
+    @property
+    def transfer(self) -> Transfer:
+        return self._weights.transfer
+
+    @cached_property
+    def _weights(self) -> HubWeights:
+        return HubWeights(
+            repo_id=self.repo_id,
+            snapshot=self.snapshot,
+            root=self._memory.parents[1],
+            directory=self._memory / "ranges",
+            tensors=self.tensors,
+            beginnings=self._beginnings,
+            fetch=self.fetch,
+        )
+
+    @cached_property
+    def _beginnings(self) -> dict[str, tuple[int, bytes]]:
+        """The bytes of weights that arrived behind a header: by file, where they start, and what they are."""
+        return {}
+
+    def at_hand(self, file: str) -> Path | None:
+        path = self.snapshot / file
+        return path if path.exists() else None
+
+    def check_unchanged(self) -> None:
+        """Do nothing: a commit does not change."""
 
     def provenance(self) -> dict[str, Any]:
         revision = {} if self.revision is None else {"revision": self.revision}
@@ -135,6 +176,7 @@ class HubSource:
         end = 8 + header_length(head[:8], file_size=size, where=where)
         if end > len(head):
             head += fetch_bytes(self.repo_id, file, commit=self.commit, start=len(head), end=end)[0]
+        self._beginnings[file] = (end, head[end:])
         return size, head[8:end]
 
     @property
@@ -199,18 +241,20 @@ def open_hub(repo_id: str, *, revision: str | None = None) -> HubSource:
 
     hide_progress_bars()
     with explained(f"{CONFIG} of {repo_id}", repo_id=repo_id, revision=revision):
-        config = Path(hf_hub_download(repo_id, CONFIG, revision=revision))
+        download = partial(hf_hub_download, repo_id, CONFIG, revision=revision)
+        config = Path(patiently(download, may_pass=passes_for_get))
     return HubSource(repo_id, config.parent, revision)
 
 
 # Uploading
 
 
-def push(directory: Path, repo_id: str, *, private: bool) -> str:
+def push(directory: Path, repo_id: str, *, private: bool, reads: Reads) -> str:
     """Return the URL of the model repository after uploading every file of `directory` to it.
 
     Creates the repository when there is none: private if `private`, else as its owner's settings say. An existing
-    repository keeps its visibility; if it is public and `private` is set, it is refused. Raises HubError.
+    repository keeps its visibility; if it is public and `private` is set, it is refused, as one is that was read.
+    Raises HubError.
     """
     from huggingface_hub import HfApi, constants, get_token
 
@@ -228,6 +272,7 @@ def push(directory: Path, repo_id: str, *, private: bool) -> str:
             f"{url.repo_id} exists and is public; nothing was uploaded",
             hint=f"Make it private first: hf repos settings {url.repo_id} --private, or push to another name.",
         )
+    check_uploaded(url.repo_id, reads)  # a name without an owner is one of the user's own
     with explained(f"the upload to {repo_id}", repo_id=repo_id):
         hub.upload_folder(
             repo_id=url.repo_id, folder_path=directory, commit_message=f"Upload {directory.name} made with surgeon"

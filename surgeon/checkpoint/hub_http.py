@@ -4,11 +4,14 @@ huggingface_hub honours HF_ENDPOINT, HF_TOKEN, HF_HOME, HF_HUB_OFFLINE and proxi
 """
 
 import errno
+import re
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib import import_module
 from types import ModuleType
+from typing import TypeVar
 
 from surgeon.errors import HubError, first_line
 
@@ -24,47 +27,167 @@ def explained(subject: str, *, repo_id: str, revision: str | None = None) -> Ite
     """
     from huggingface_hub.errors import EntryNotFoundError
 
-    http = _http_library()
+    http = http_library()
     try:
         yield
     except (OSError, http.HTTPError, http.InvalidURL, EntryNotFoundError, RuntimeError, ValueError) as error:
         raise _explain(error, subject, repo_id, revision) from error
 
 
+Result = TypeVar("Result")
+
+# Asking again
+
+
+TRIES = 6  # requests in a row that bring nothing
+BACKOFF = (1.0, 2.0, 4.0, 8.0, 8.0)  # seconds before the second try and the next, as huggingface_hub waits
+LONGEST_WAIT = 330.0  # seconds: the Hub counts requests in windows of 300
+SLOWEST = 1024  # bytes a second on one connection; a slower one is given up, and the rest asked for again
+
+
+class WrongAnswer(ValueError):  # noqa: N818  # it is told from errors of the transfer
+    """An answer that is not the range that was asked for; `is_ignored`: it is the whole file."""
+
+    def __init__(self, message: str, *, is_ignored: bool = False) -> None:
+        super().__init__(message)
+        self.is_ignored = is_ignored
+
+
+def failures() -> tuple[type[Exception], ...]:
+    """Return what a request can raise: of the network, of the Hub, and of a session that another thread closed."""
+    http = http_library()
+    return (http.HTTPError, http.InvalidURL, OSError, RuntimeError, ValueError)
+
+
+def passes(error: Exception) -> bool:
+    """Return whether the same request may succeed a little later."""
+    from huggingface_hub.errors import HfHubHTTPError
+
+    if isinstance(error, HfHubHTTPError):
+        return error.response.status_code in (408, 429) or error.response.status_code >= 500
+    return isinstance(error, (http_library().TransportError, WrongAnswer)) or "client has been closed" in str(error)
+
+
+def passes_for_get(error: Exception) -> bool:
+    """Return the same for huggingface_hub's download of a file, which asks again by itself but for an answer to GET."""
+    from huggingface_hub.errors import HfHubHTTPError
+
+    return isinstance(error, HfHubHTTPError) and error.response.request.method == "GET" and passes(error)
+
+
+def seconds_asked(error: Exception) -> float | None:
+    """Return how long an answer asks to wait, None where it says nothing."""
+    from huggingface_hub.errors import HfHubHTTPError
+    from huggingface_hub.utils import parse_ratelimit_headers  # type: ignore[attr-defined]
+
+    if not isinstance(error, HfHubHTTPError) or error.response.status_code not in (429, 503):
+        return None
+    limit = parse_ratelimit_headers(error.response.headers)
+    if limit is not None and limit.remaining == 0:
+        return min(limit.reset_in_seconds + 1.0, LONGEST_WAIT)
+    after = error.response.headers.get("Retry-After", "").strip()
+    return min(float(after), LONGEST_WAIT) if after.isdigit() else None
+
+
+def patiently(ask: Callable[[], Result], *, may_pass: Callable[[Exception], bool] = passes) -> Result:
+    """Return what `ask` returns. It is asked again where its failure may pass; else, and in the end, that is raised."""
+    for wait in BACKOFF:
+        try:
+            return ask()
+        except failures() as error:
+            if not may_pass(error):
+                raise
+            asked = seconds_asked(error)
+            time.sleep(wait if asked is None else asked)
+    return ask()
+
+
+def not_too_slowly(chunks: Iterator[bytes], window: float) -> Iterator[bytes]:
+    """Yield the chunks. Raises the HTTP library's ReadTimeout where they arrive more slowly than SLOWEST."""
+    began, count = time.monotonic(), 0
+    for chunk in chunks:
+        count += len(chunk)
+        yield chunk
+        if (passed := time.monotonic() - began) > window:
+            if count < SLOWEST * passed:
+                raise http_library().ReadTimeout(f"{count} bytes in {passed:.0f} seconds")
+            began, count = time.monotonic(), 0
+
+
+# The beginning of a file
+
+
+_CONTENT_RANGE = re.compile(r"bytes (\d+)-(\d+)/(\d+)")
+
+
 def fetch_bytes(repo_id: str, file: str, *, commit: str, start: int, end: int) -> tuple[bytes, int]:
-    """Return the bytes [start, end) of a file on the Hub (fewer if it ends before), and the file's size."""
-    from huggingface_hub import constants, hf_hub_url
+    """Return the bytes [start, end) of a file on the Hub (fewer if it ends before), and the file's size.
+
+    A server that ignores ranges is read from the file's beginning to `end`. For a header, that is enough.
+    """
+    body = bytearray()
+
+    def ask() -> int:
+        return _ask_rest(repo_id, file, commit, body, start, end)
+
+    with explained(f"{file} of {repo_id}", repo_id=repo_id, revision=commit):
+        size = patiently(ask)
+    return bytes(body), size
+
+
+def _ask_rest(repo_id: str, file: str, commit: str, body: bytearray, start: int, end: int) -> int:
+    """Return the file's size after adding to `body` what it lacks of the bytes [start, end)."""
+    from huggingface_hub import constants, get_session, hf_hub_url
     from huggingface_hub.utils import (  # type: ignore[attr-defined]  # documented, but exported by __getattr__
         build_hf_headers,
         hf_raise_for_status,
-        http_stream_backoff,
     )
 
-    with explained(f"{file} of {repo_id}", repo_id=repo_id, revision=commit):
-        url = hf_hub_url(repo_id, file, revision=commit, endpoint=constants.ENDPOINT)
-        headers = build_hf_headers() | {"Range": f"bytes={start}-{end - 1}", "Accept-Encoding": "identity"}
-        timeout = constants.HF_HUB_DOWNLOAD_TIMEOUT
-        # No retry on exceptions: http_stream_backoff fails on an exception that is raised while its block reads.
-        with http_stream_backoff("GET", url, headers=headers, timeout=timeout, retry_on_exceptions=()) as response:
-            is_empty = response.status_code == 416  # the file has no byte in the range
-            if not is_empty:
-                hf_raise_for_status(response)
-            is_range = is_empty or response.status_code == 206
-            size = response.headers.get("Content-Range" if is_range else "Content-Length", "").rpartition("/")[2]
-            if not size.isdigit():
-                raise HubError(
-                    f"{constants.ENDPOINT} does not give the size of {file} of {repo_id}",
-                    hint="Unset HF_ENDPOINT, or set it to an endpoint that answers as the Hub does.",
-                )
-            if is_empty:
-                return b"", int(size)
-            skip = 0 if is_range else start  # a server that ignores Range sends the file from its beginning
-            body = bytearray()
-            for chunk in response.iter_raw():
-                body += chunk
-                if len(body) >= skip + end - start:
-                    break
-    return bytes(body[skip : skip + end - start]), int(size)
+    at = start + len(body)
+    url = hf_hub_url(repo_id, file, revision=commit, endpoint=constants.ENDPOINT)
+    headers = build_hf_headers() | {"Range": f"bytes={at}-{end - 1}", "Accept-Encoding": "identity"}
+    timeout = constants.HF_HUB_DOWNLOAD_TIMEOUT
+    with get_session().stream("GET", url, headers=headers, timeout=timeout, follow_redirects=True) as answer:
+        if answer.status_code == 416:  # the file has no byte in the range
+            return _size(answer.headers.get("Content-Range", ""), repo_id, file)
+        hf_raise_for_status(answer)
+        skip, last = at, end  # a server that ignores Range sends the file from its beginning
+        length = answer.headers.get("Content-Length", "")
+        if answer.status_code == 206:
+            length = answer.headers.get("Content-Range", "")
+            found = _CONTENT_RANGE.fullmatch(length)
+            if found and (int(found[1]) != at or int(found[2]) >= end):
+                raise WrongAnswer(f"{length} for the bytes {at} to {end}")
+            skip, last = 0, int(found[2]) + 1 if found else end
+        if answer.headers.get("Content-Encoding", "identity") != "identity":
+            raise WrongAnswer(f"a range compressed by {answer.headers['Content-Encoding']}")
+        size = _size(length, repo_id, file)
+        last = min(last, size)
+        seen = 0
+        for chunk in not_too_slowly(answer.iter_raw(), timeout):
+            body += chunk[max(0, skip - seen) :][: last - start - len(body)]
+            seen += len(chunk)
+            if start + len(body) == last and (skip or seen >= last - at):
+                break
+    if start + len(body) < min(end, size):
+        raise http_library().RemoteProtocolError("the answer ended early")
+    return size
+
+
+def _size(stated: str, repo_id: str, file: str) -> int:
+    """Return the size of a file, which ends what an answer states."""
+    from huggingface_hub import constants
+
+    size = stated.rpartition("/")[2]
+    if not size.isdigit():
+        raise HubError(
+            f"{constants.ENDPOINT} does not give the size of {file} of {repo_id}",
+            hint="Unset HF_ENDPOINT, or set it to an endpoint that answers as the Hub does.",
+        )
+    return int(size)
+
+
+# Errors
 
 
 def hide_progress_bars() -> None:
@@ -77,7 +200,7 @@ def hide_progress_bars() -> None:
         disable_progress_bars()
 
 
-def _http_library() -> ModuleType:
+def http_library() -> ModuleType:
     """Return the HTTP library of the huggingface_hub that is installed: httpx for 1.x, httpx2 for 2.x."""
     from huggingface_hub import get_session
 
@@ -155,7 +278,7 @@ def _explain_transport(error: Exception, subject: str) -> HubError:
     """Return the error for a failed transfer: of the network, of the disk, or of a damaged file."""
     from huggingface_hub import constants
 
-    http = _http_library()
+    http = http_library()
     unreachable = (http.ConnectError, http.ConnectTimeout, http.ProxyError, http.UnsupportedProtocol)
     again = "Run the command again; complete files are kept."
     if isinstance(error, (*unreachable, http.InvalidURL)):

@@ -1,36 +1,38 @@
-"""Writing a result: the output directory, which appears whole or not at all, and the weight files in it.
+"""Writing a result: the output directory, which appears whole or not at all, and bytes copied or shared into it.
 
 The directory: everything is written under a hidden temporary name beside the target, config.json last, then synced and
 renamed. A killed process leaves only that hidden directory, without a config.json; the next run with the same output
 removes it.
 
-A weight file: the header first, then each tensor at its offset. The kernel copies each tensor that is only moved.
+Bytes of other files are copied by the kernel. Where the file system can share blocks between files (btrfs, XFS), whole
+blocks are shared instead.
 """
 
 import errno
+import fcntl
 import os
 import re
 import shutil
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+import struct
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from pathlib import Path
 
-from surgeon.checkpoint.header import TensorSpec, format_header
+from surgeon.checkpoint.header import CHANGED_HINT, FilePart, FileRange
 from surgeon.checkpoint.source import CONFIG
 from surgeon.errors import CheckpointError, OutputError
+from surgeon.options import Reads
 
 # The output directory
 
 SPARE = 1.05  # free space to require, relative to the bytes that will be written
 
 
-def check_target(target: Path, *, overwrite: bool, source: Path | None = None) -> None:
+def check_target(target: Path, *, overwrite: bool, reads: Reads) -> None:
     """Refuse an output that must not be written, before anything is read.
 
-    Raises OutputError when it exists and is not empty without `overwrite`, when it holds something that is no
-    checkpoint, or when replacing it would remove `source`, the directory that is read.
+    Raises OutputError when replacing it would change something that is read, when it exists and is not empty without
+    `overwrite`, or when it holds something that is no checkpoint.
     """
     try:
         is_other = target.is_symlink() or (target.exists() and not target.is_dir())
@@ -39,8 +41,7 @@ def check_target(target: Path, *, overwrite: bool, source: Path | None = None) -
         raise as_output_error(error, target) from error
     if is_other:
         raise OutputError(f"{target} exists and is not a directory", hint="Choose another place with -o.")
-    if source is not None and target.resolve() in (source.resolve(), *source.resolve().parents):
-        raise OutputError(f"{target} holds the source itself", hint="Choose another place with -o.")
+    check_apart(target, reads)
     if is_empty:
         return
     if not overwrite:
@@ -49,6 +50,25 @@ def check_target(target: Path, *, overwrite: bool, source: Path | None = None) -
         raise OutputError(
             f"{target} is not a checkpoint, so it is not replaced", hint="Remove it yourself, or choose -o."
         )
+
+
+def check_apart(target: Path, reads: Reads) -> None:
+    """Raises OutputError where something that is read lies in `target`, or in what a killed run left beside it."""
+    begun = f".{target.name}.surgeon-"  # the next run with this target removes what is named so
+    try:
+        beside = [path for path in target.parent.iterdir() if path.name.startswith(begun)]
+    except OSError:
+        beside = []
+    replaced = [target] if target.is_dir() and any(target.iterdir()) else []
+    if not replaced and not beside:
+        return
+    from surgeon.checkpoint.overlap import check_replaced
+
+    for path in replaced:
+        check_replaced(path, reads)
+    for path in beside:
+        hint = f"This command removes it; rename it first: mv {path} NAME"
+        check_replaced(path, reads, what="what a killed run has left,", hint=hint)
 
 
 def check_space(target: Path, needed: int) -> None:
@@ -82,6 +102,7 @@ def staged(target: Path, *, overwrite: bool) -> Iterator[Path]:
     lock = FileLock(_lock_of(stage))
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
+        _restore(target, overwrite=overwrite)
         _remove_leftovers(target)
         with lock:
             stage.mkdir()
@@ -104,17 +125,44 @@ def _lock_of(stage: Path) -> Path:
     return stage.with_name(f"{stage.name}.lock")
 
 
+def _restore(target: Path, *, overwrite: bool) -> None:
+    """Put back an old output whose replacement was killed between its two renames (see `publish`).
+
+    Raises OutputError for one that is not to be replaced: the user takes the output to be missing.
+    """
+    from filelock import FileLock, Timeout
+
+    old = [path for path, match in _leftovers(target) if match["old"] and not match["lock"]]
+    if not old or target.exists():
+        return
+    newest = max(old, key=lambda path: path.stat().st_ctime_ns)  # a rename sets it
+    try:
+        with FileLock(_lock_of(target.parent / newest.name.replace(".surgeon-old-", ".surgeon-")), blocking=False):
+            newest.rename(target)
+    except Timeout:
+        return  # the run is alive, and between its renames just now
+    if not overwrite:
+        raise OutputError(
+            f"{target} was being replaced by a run that was killed; it is there again, as it was",
+            hint="Replace it with --overwrite, or choose -o.",
+        )
+
+
+def _leftovers(target: Path) -> list[tuple[Path, re.Match[str]]]:
+    """Return what runs have or had beside `target`: stages, old outputs and locks, each with its name's parts."""
+    name = re.compile(rf"\.{re.escape(target.name)}\.surgeon-(?P<old>old-)?(?P<process>\d+)(?P<lock>\.lock)?")
+    found = ((path, name.fullmatch(path.name)) for path in sorted(target.parent.iterdir()))
+    return [(path, match) for path, match in found if match]
+
+
 def _remove_leftovers(target: Path) -> None:
     """Remove the stages of killed runs beside `target`. A running process holds its lock."""
     from filelock import FileLock, Timeout
 
-    leftover = re.compile(rf"\.{re.escape(target.name)}\.surgeon-(old-)?(\d+)(\.lock)?")
-    for path in sorted(target.parent.iterdir()):
-        if not (match := leftover.fullmatch(path.name)):
-            continue
-        if match[1] and not target.exists():
-            continue  # the run was killed between its two renames: this is the only copy of the old output
-        lock = _lock_of(target.parent / f".{target.name}.surgeon-{match[2]}")
+    for path, match in _leftovers(target):
+        if match["old"] and not target.exists():
+            continue  # of a run that is between its two renames just now: this is the only copy of the old output
+        lock = _lock_of(target.parent / f".{target.name}.surgeon-{match['process']}")
         try:
             with FileLock(lock, blocking=False):
                 if path != lock:
@@ -140,10 +188,18 @@ def _sync(path: Path) -> None:
 
 
 def publish(stage: Path, target: Path, *, overwrite: bool) -> None:
-    """Rename `stage` to `target`. With `overwrite` an old target is removed once the new one has its name."""
-    if target.exists() and any(target.iterdir()):
-        if not overwrite:
-            raise OutputError(f"{target} appeared while its new content was written", hint="Choose another -o.")
+    """Rename `stage` to `target`. With `overwrite` an old target is removed once the new one has its name.
+
+    Where the file system can swap two names, one of the two has the name at any moment. Elsewhere the old one is
+    renamed away just before, and a run that is killed right then leaves it there: the next one restores it.
+    """
+    if not target.exists() or not any(target.iterdir()):
+        stage.rename(target)  # an empty target is replaced
+        _sync(target.parent)
+        return
+    if not overwrite:
+        raise OutputError(f"{target} appeared while its new content was written", hint="Choose another -o.")
+    if not exchange(stage, target):
         old = target.parent / f".{target.name}.surgeon-old-{os.getpid()}"
         try:
             target.rename(old)
@@ -151,10 +207,25 @@ def publish(stage: Path, target: Path, *, overwrite: bool) -> None:
         finally:
             if old.exists() and not target.exists():  # Ctrl-C between the two renames, or the second one failed
                 old.rename(target)
-        shutil.rmtree(old, ignore_errors=True)
-    else:
-        stage.rename(target)  # an empty target is replaced
+        old.rename(stage)  # what is called old is whole
     _sync(target.parent)
+    shutil.rmtree(stage, ignore_errors=True)
+
+
+def exchange(one: Path, other: Path) -> bool:
+    """Return whether two names were swapped, at once: that takes Linux, and a file system that can."""
+    import ctypes
+
+    rename = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    if rename is None:
+        return False
+    here, swap = -100, 2  # AT_FDCWD and RENAME_EXCHANGE of the system's headers
+    if rename(here, os.fsencode(one), here, os.fsencode(other), swap) == 0:
+        return True
+    code = ctypes.get_errno()
+    if code in (errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP):
+        return False
+    raise OSError(code, os.strerror(code), str(other))
 
 
 def as_output_error(error: OSError, target: Path) -> OutputError:
@@ -170,8 +241,11 @@ def copy_files(directory: Path, files: Mapping[str, Path]) -> None:
     for relative, source in files.items():
         target = directory / relative
         target.parent.mkdir(parents=True, exist_ok=True)
+        part = FilePart(source)
+        with part.opened() as opened:
+            size = os.fstat(opened.descriptor).st_size
         with target.open("xb") as file:
-            copy_range(FileRange(source, 0, source.stat().st_size), file.fileno(), 0, lambda count: None)
+            copy_range(part.range(0, size), file.fileno(), 0, lambda count: None)
 
 
 def write_files(directory: Path, files: Mapping[str, bytes]) -> None:
@@ -180,170 +254,116 @@ def write_files(directory: Path, files: Mapping[str, bytes]) -> None:
         (directory / name).write_bytes(content)
 
 
-# One weight file
+# Copying bytes of files
 
 PAGE = 4096
 STEP = 64 * 1024 * 1024  # bytes for each call into the kernel: often enough for a progress bar and for Ctrl-C
 BUFFER = 4 * 1024 * 1024
-# The errors of copy_file_range where the file system or the kernel does not support it.
-_UNSUPPORTED = {errno.EXDEV, errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP, errno.EPERM, errno.ETXTBSY}
-CHANGED_HINT = "Something else changed the source; let it finish, then run the command again."
+# The errors of copy_file_range after which bytes are read and written: where the file system or the kernel does not
+# support it, and a failing disk (EIO), of which only reading and writing say which of the two it is.
+_UNSUPPORTED = {errno.EXDEV, errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP, errno.EPERM, errno.ETXTBSY, errno.EIO}
 
 CountBytes = Callable[[int], object]  # called with the number of bytes written since the last call
-
-
-@dataclass(frozen=True, slots=True)
-class FileRange:
-    """The bytes [start, end) of a file."""
-
-    path: Path
-    start: int
-    end: int
-
-
-@dataclass(frozen=True, slots=True)
-class TensorWrite:
-    """A tensor to write: bytes of a file, or a function that makes them."""
-
-    name: str
-    spec: TensorSpec
-    content: FileRange | Callable[[], Iterable[memoryview]]
-
-
-@dataclass(frozen=True, slots=True)
-class CopyRun:
-    """Tensors that follow each other both in a source file and in the result: one copy.
-
-    `target` is the offset in the result, counted from the start of its data.
-    """
-
-    source: FileRange
-    target: int
-
-
-def write_safetensors(path: Path, writes: Sequence[TensorWrite], *, progress: CountBytes | None = None) -> int:
-    """Return the size of the new file `path` after writing `writes` to it in their order and syncing it."""
-    count_bytes = progress or (lambda count: None)
-    runs = _copy_runs(writes)
-    header = format_header({write.name: write.spec for write in writes}, align=_best_alignment(runs))
-    size = len(header) + sum(write.spec.nbytes for write in writes)
-    target = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
-    try:
-        _allocate(target, size)
-        os.pwrite(target, header, 0)
-        for run in runs:
-            copy_range(run.source, target, len(header) + run.target, count_bytes)
-        offset = len(header)
-        for write in writes:
-            if not isinstance(write.content, FileRange):
-                _write_computed(target, write, offset, count_bytes)
-            offset += write.spec.nbytes
-        os.fsync(target)
-    finally:
-        os.close(target)
-    return size
-
-
-def _copy_runs(writes: Sequence[TensorWrite]) -> list[CopyRun]:
-    runs: list[CopyRun] = []
-    target = 0
-    for write in writes:
-        if isinstance(source := write.content, FileRange) and source.end > source.start:
-            last = runs[-1] if runs else None
-            if (
-                last
-                and last.source.path == source.path
-                and last.source.end == source.start
-                and last.target + (last.source.end - last.source.start) == target
-            ):
-                runs[-1] = CopyRun(FileRange(source.path, last.source.start, source.end), last.target)
-            else:
-                runs.append(CopyRun(source, target))
-        target += write.spec.nbytes
-    return runs
-
-
-def _best_alignment(runs: Sequence[CopyRun]) -> int:
-    """Return where, modulo a page, the data should begin so that most bytes keep their place within a page."""
-    votes: Counter[int] = Counter()
-    for run in runs:
-        votes[(run.source.start - run.target) % PAGE] += run.source.end - run.source.start
-    return next((phase for phase, _ in votes.most_common() if phase % 8 == 0), 0)
-
-
-def _allocate(target: int, size: int) -> None:
-    """Give an open file its size, and its blocks where the system can: a full disk is then known at once."""
-    if hasattr(os, "posix_fallocate"):
-        os.posix_fallocate(target, 0, size)
-    else:
-        os.ftruncate(target, size)
-
-
-def _write_computed(target: int, write: TensorWrite, offset: int, count_bytes: CountBytes) -> None:
-    assert not isinstance(write.content, FileRange)
-    end = offset + write.spec.nbytes
-    unsent = offset  # the kernel has not begun to write the bytes from here to `offset` to the disk
-    for chunk in write.content():
-        view = memoryview(chunk)
-        view = view.cast("B") if view.nbytes else memoryview(b"")  # an empty view cannot be cast
-        while view:
-            done = os.pwrite(target, view[:STEP], offset)
-            offset, view = offset + done, view[done:]
-            count_bytes(done)
-            if offset - unsent >= STEP:
-                _start_writeback(target, unsent, offset - unsent)
-                unsent = offset
-    assert offset == end, f"{write.name} was planned {write.spec.nbytes} bytes long, made {offset - end:+d}"
 
 
 def copy_range(source: FileRange, target: int, offset: int, count_bytes: CountBytes) -> None:
     """Copy `source` to `offset` of the open file `target`, by the kernel where it can.
 
-    Raises CheckpointError when the file cannot be opened, or has become shorter since its header was read.
+    Raises CheckpointError when the file cannot be read, or has become shorter since its header was read.
     """
-    try:
-        handle = os.open(source.path, os.O_RDONLY)
-    except OSError as error:
-        raise CheckpointError(f"cannot read {source.path}: {error.strerror}", hint=CHANGED_HINT) from error
-    try:
-        position = source.start
-        copy = _copy_file_range if hasattr(os, "copy_file_range") else _read_write
+    with source.file.opened() as opened:
+        handle, position = opened.descriptor, source.start
+        by_kernel = hasattr(os, "copy_file_range")
         while position < source.end:
             count = min(STEP, source.end - position)
-            try:
-                done = copy(handle, target, count, position, offset)
-            except OSError as error:
-                if copy is _read_write or error.errno not in _UNSUPPORTED:
-                    raise
-                copy = _read_write
-                continue
-            if done == 0:
-                if copy is not _read_write:  # some file systems return 0 where they cannot copy
-                    copy = _read_write
+            if by_kernel:
+                try:
+                    done = os.copy_file_range(handle, target, count, position, offset)
+                except OSError as error:
+                    if error.errno not in _UNSUPPORTED:
+                        raise
+                    done = 0
+                by_kernel = done > 0  # some file systems return 0 where they cannot copy
+                if not by_kernel:
                     continue
-                raise CheckpointError(
-                    f"{source.path} became shorter while it was read: it ends at byte {position}", hint=CHANGED_HINT
-                )
-            _start_writeback(target, offset, done)
+            else:
+                done = os.pwrite(target, _read(source.path, handle, min(count, BUFFER), position), offset)
+            start_writeback(target, offset, done)
             position += done
             offset += done
             count_bytes(done)
-    finally:
-        os.close(handle)
 
 
-def _copy_file_range(source: int, target: int, count: int, position: int, offset: int) -> int:
-    return os.copy_file_range(source, target, count, position, offset)
+def _read(path: Path, handle: int, count: int, position: int) -> bytes:
+    """Return some of the next bytes of a file that is copied from. Raises CheckpointError where there are none."""
+    try:
+        content = os.pread(handle, count, position)
+    except OSError as error:
+        raise CheckpointError(f"cannot read {path}: {error.strerror}", hint=f"Look at it: ls -l {path}") from error
+    if not content:
+        raise CheckpointError(f"{path} became shorter while it was read: it ends at byte {position}", hint=CHANGED_HINT)
+    return content
 
 
-def _read_write(source: int, target: int, count: int, position: int, offset: int) -> int:
-    return os.pwrite(target, os.pread(source, min(count, BUFFER), position), offset)
-
-
-def _start_writeback(target: int, offset: int, count: int) -> None:
+def start_writeback(target: int, offset: int, count: int) -> None:
     """Let the kernel begin to write these bytes to the disk, so that little is left for the sync at the end.
 
     On Linux this advice starts the writing of dirty pages; they stay in memory until they are written.
     """
     if hasattr(os, "posix_fadvise"):
         os.posix_fadvise(target, offset, count, os.POSIX_FADV_DONTNEED)
+
+
+# Sharing blocks
+
+# The request of ioctl, which Python names from 3.12 on. The few processors with another number refuse this one.
+_FICLONERANGE: int = getattr(fcntl, "FICLONERANGE", 0x4020940D)
+
+
+def shareable(files: Mapping[str, FilePart], target: Path) -> dict[str, int]:
+    """Return the files whose blocks an output `target` can share, each with the size of a block. Leaves no trace."""
+    import tempfile
+
+    try:
+        with tempfile.TemporaryFile(dir=_existing_parent(target.parent)) as probe:
+            blocks = {file: shared_block(part, probe.fileno()) for file, part in files.items()}
+    except OSError:  # no place to write to: nothing will be shared there, and writing says why
+        return {}
+    return {file: block for file, block in blocks.items() if block}
+
+
+def shared_block(source: FilePart, target: int) -> int:
+    """Return the size of the blocks of `source` that the empty open file `target` can share; 0 if it cannot.
+
+    It is found out by sharing the first one, for a moment.
+    """
+    with source.opened() as opened:
+        handle = opened.descriptor
+        block = max(os.fstatvfs(handle).f_bsize, os.fstatvfs(target).f_bsize)
+        if block & (block - 1) or not 512 <= block <= 65536:
+            block = PAGE  # a network's transfer size, not a block
+        can = _share(handle, target, block, 0, 0)
+    if can:
+        os.ftruncate(target, 0)
+    return block if can else 0
+
+
+def share_range(source: FileRange, target: int, offset: int, count_bytes: CountBytes) -> int:
+    """Return how many of the bytes of `source` the open file `target` shares at `offset` now. It stops at a refusal."""
+    with source.file.opened() as opened:
+        handle, done = opened.descriptor, 0
+        while (count := min(STEP, source.size - done)) and _share(
+            handle, target, count, source.start + done, offset + done
+        ):
+            done += count
+            count_bytes(count)
+    return done
+
+
+def _share(source: int, target: int, count: int, position: int, offset: int) -> bool:
+    """Return whether two open files share these blocks now. Where not, the caller copies, and meets any real fault."""
+    try:
+        fcntl.ioctl(target, _FICLONERANGE, struct.pack("qQQQ", source, position, count, offset))
+    except OSError:
+        return False
+    return True

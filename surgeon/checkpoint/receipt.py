@@ -8,7 +8,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from surgeon.checkpoint.source import RECEIPT, read_json
+from surgeon.checkpoint.header import read_json
+from surgeon.checkpoint.source import RECEIPT, Transfer, inside
 from surgeon.errors import CheckpointError
 
 # The receipt
@@ -29,10 +30,14 @@ def receipt(
     command: str | None,
     notes: Sequence[str],
     approximate: Sequence[str] = (),
+    transfer: Transfer | None = None,
+    bytes_shared: int = 0,
 ) -> dict[str, Any]:
-    """Return the receipt of a surgery; `options` are those that change bytes (dtype, shard size, seed).
+    """Return the receipt of a surgery; `options` are those that change bytes (dtype, shard size, seed, block).
 
-    `approximate` lists why the result may compute something else than its source; if empty, there is no entry.
+    `approximate` lists why the result may compute something else than its source, `bytes_shared` counts the bytes whose
+    blocks on the disk were the source's when this was written; if empty, there is no entry. Where `transfer` says that
+    only ranges of files were downloaded, "fetched" is "ranges" and "sha256_unchecked" names them.
     """
     return {
         "format": FORMAT,
@@ -44,6 +49,8 @@ def receipt(
         "command": command,
         "notes": list(notes),
         **({"approximate": list(approximate)} if approximate else {}),
+        **({"fetched": "ranges", "sha256_unchecked": sorted(transfer.ranges)} if transfer and transfer.ranges else {}),
+        **({"bytes_shared": bytes_shared} if bytes_shared else {}),
         "versions": versions(),
     }
 
@@ -57,9 +64,12 @@ def to_bytes(content: Mapping[str, Any]) -> bytes:
 
 
 def read_receipt(directory: Path) -> dict[str, Any] | None:
-    """Return the receipt in a checkpoint directory; None if it is missing or unreadable."""
+    """Return the receipt in a checkpoint directory; None if it is missing or unreadable.
+
+    Raises CheckpointError for a link that leads out of the directory.
+    """
     try:
-        content = read_json(directory / RECEIPT)
+        content = read_json(inside(directory, RECEIPT))
     except CheckpointError:
         return None
     return content if isinstance(content, dict) and _is_sound(content) else None

@@ -1,7 +1,7 @@
 """Where a checkpoint comes from. A source answers two questions: *headers*, and *these byte ranges*.
 
-Its callers do not know whether it is a directory, the Hub, or a pickle. `Source.fetch` may return the whole file, or a
-sparse one that holds only the requested ranges: the caller reads nothing else.
+Its callers do not know whether it is a directory, the Hub, or a pickle. `Source.parts` may return whole files, or
+sparse ones that hold only some ranges; no other byte of a `FilePart` can be read.
 """
 
 import hashlib
@@ -9,20 +9,21 @@ import json
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import Any, Protocol
 
 from surgeon.checkpoint.header import (
+    CHANGED_HINT,
     DOWNLOAD_HINT,
-    MAX_HEADER_BYTES,
     CheckpointSpec,
     Entry,
+    FilePart,
     TensorSpec,
-    is_dense,
-    opened,
     read_header,
+    read_json,
 )
 from surgeon.errors import CheckpointError
 
@@ -30,7 +31,6 @@ WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 CONFIG = "config.json"
 FINGERPRINT_BYTES = 512
-MAX_DEPTH = 64  # of lists and objects in one another
 
 # Files that hold weights of this model in some form. A surgery makes them stale, so it never copies them.
 WEIGHT_SUFFIXES = frozenset(
@@ -57,6 +57,8 @@ WEIGHT_INDEXES = (".safetensors.index.json", ".bin.index.json", ".h5.index.json"
 CARD = "README.md"
 RECEIPT = "surgeon.json"
 SCORES = "scores.json"  # the scores that decided a cut; they do not apply to a model that is made from the result
+# A directory inside a checkpoint with one of these is a result or a run that was saved there, and no part of it.
+RESULTS = (RECEIPT, "gist.json", "run.json")
 MISMATCH_HINT = "The files do not belong together; fetch the whole checkpoint again."
 
 
@@ -68,6 +70,9 @@ class StoredTensor:
     file: str
     start: int
     end: int
+
+
+Ranges = Mapping[str, Sequence[tuple[int, int]]]  # half-open byte ranges by file
 
 
 class Source(Protocol):
@@ -93,11 +98,41 @@ class Source(Protocol):
     def companions(self) -> Sequence[str]:
         """The files that go with the weights (tokenizer, chat template, licence ...), by their relative POSIX path."""
 
-    def fetch(self, file: str, ranges: Sequence[tuple[int, int]] | None = None) -> Path:
-        """Return a local file that holds `ranges` of `file` at their own offsets (None: all of it)."""
+    def fetch(self, file: str) -> Path:
+        """Return `file` on this machine, whole."""
+
+    def parts(self, wanted: Ranges, *, among: Ranges | None = None) -> dict[str, FilePart]:
+        """Return for each file a part that holds at least the ranges in `wanted`, at their own offsets.
+
+        `among` is all that the caller will have asked for in the end, where that is more.
+        """
+
+    def missing(self, wanted: Ranges) -> int | None:
+        """Return how many bytes `parts` would download for `wanted`; None for a source on this machine."""
+
+    @property
+    def transfer(self) -> "Transfer | None":
+        """What was downloaded of the weights so far; None for a source on this machine."""
+
+    def at_hand(self, file: str) -> Path | None:
+        """Return `file` where this machine has it as it is; None where `fetch` would have to get or make it first."""
+
+    def check_unchanged(self) -> None:
+        """Raise CheckpointError where a file has changed since it was first looked at: a result may mix two states."""
 
     def provenance(self) -> dict[str, Any]:
         """Return the identity of these weights: an id and a commit, or a path and a fingerprint."""
+
+
+@dataclass
+class Transfer:
+    """The bytes of weights that were downloaded, and the files of which only `ranges` are here.
+
+    The Hub names a hash of a whole file and none of a part, so those of these files were not checked.
+    """
+
+    nbytes: int = 0
+    ranges: set[str] = field(default_factory=set)
 
 
 def spec_of(source: Source) -> CheckpointSpec:
@@ -122,12 +157,13 @@ class LocalSource:
 
     @cached_property
     def config(self) -> Mapping[str, Any]:
-        return read_config(self.directory / CONFIG)
+        return read_config(self.local(CONFIG))
 
     @cached_property
     def tensors(self) -> Mapping[str, StoredTensor]:
         if _is_there(self.directory / WEIGHTS):  # where both exist, transformers reads this one too
-            return {name: stored(WEIGHTS, entry) for name, entry in read_header(self.directory / WEIGHTS).items()}
+            header = read_header(self.local(WEIGHTS))
+            return {name: stored(WEIGHTS, entry) for name, entry in header.items()}
         if _is_there(self.directory / INDEX):
             return self._sharded()
         raise CheckpointError(f"{self.directory} has no {WEIGHTS}", hint=self._hint_without_weights())
@@ -135,20 +171,65 @@ class LocalSource:
     @cached_property
     def companions(self) -> Sequence[str]:
         paths = sorted(self.directory.rglob("*"))
-        # Results of surgeries may have been saved inside this directory; their files are not its own.
-        results = {path.parent for path in paths if path.name == RECEIPT} - {self.directory}
+        results = {path.parent for path in paths if path.name in RESULTS} - {self.directory}
         own = (path for path in paths if results.isdisjoint(path.parents) and (path.is_file() or not path.exists()))
         relative = (path.relative_to(self.directory).as_posix() for path in own)
-        return [name for name in relative if is_companion(name) and _is_there(self.directory / name)]
+        names = [name for name in relative if is_companion(name) and _is_there(self.directory / name)]
+        for name in names:
+            inside(self.directory, name)
+        return names
 
-    def fetch(self, file: str, ranges: Sequence[tuple[int, int]] | None = None) -> Path:
+    def fetch(self, file: str) -> Path:
+        return self.local(file)
+
+    def parts(self, wanted: Ranges, *, among: Ranges | None = None) -> dict[str, FilePart]:
+        return {file: FilePart(self.fetch(file)) for file in wanted}
+
+    def missing(self, wanted: Ranges) -> None:
+        return None
+
+    @property
+    def transfer(self) -> None:
+        return None
+
+    def local(self, file: str) -> Path:
+        """Return the path of a file of this checkpoint that will be read. Its size and time of change are kept.
+
+        Raises CheckpointError for a link that leads out of the checkpoint.
+        """
+        path = inside(self.directory, file)
+        self.look_at(path)
+        return path
+
+    def look_at(self, path: Path) -> None:
+        """Keep the size and the time of change of a file that will be read, unless they are kept already."""
+        if path not in self._looks:
+            self._looks[path] = _look(path)
+
+    def check_unchanged(self) -> None:
+        for path, look in self._looks.items():
+            if _look(path) != look:
+                raise CheckpointError(f"{path} changed while it was read", hint=CHANGED_HINT)
+        again = replace(self)  # a file can also change within one tick of the clock
+        try:
+            is_same = again.config == self.config and ("tensors" not in vars(self) or again.tensors == self.tensors)
+        except CheckpointError as error:
+            raise CheckpointError(f"{self.label} changed while it was read: {error}", hint=CHANGED_HINT) from error
+        if not is_same:
+            raise CheckpointError(f"{self.label} changed while it was read", hint=CHANGED_HINT)
+
+    @cached_property
+    def _looks(self) -> dict[Path, tuple[int, int] | None]:
+        return {}
+
+    def at_hand(self, file: str) -> Path | None:
         return self.directory / file
 
     def provenance(self) -> dict[str, Any]:
         return {"path": str(self.directory.resolve()), "fingerprint": fingerprint(self)}
 
     def _sharded(self) -> Mapping[str, StoredTensor]:
-        weight_map = read_index(self.directory / INDEX)
+        weight_map = read_index(self.local(INDEX))
         shards = sorted(set(weight_map.values()))
         for number, shard in enumerate(shards, start=1):
             if not _is_there(self.directory / shard):
@@ -156,7 +237,7 @@ class LocalSource:
                     f"shard {number} of {len(shards)} is missing: {self.directory / shard}",
                     hint="The download did not finish; fetch the checkpoint again.",
                 )
-        return assemble({shard: read_header(self.directory / shard) for shard in shards}, weight_map)
+        return assemble({shard: read_header(self.local(shard)) for shard in shards}, weight_map)
 
     def _hint_without_weights(self) -> str:
         others = sorted(self.directory.glob("pytorch_model*.bin")) + sorted(self.directory.glob("*.gguf"))
@@ -167,6 +248,15 @@ class LocalSource:
         if (self.directory / "adapter_config.json").is_file():
             return "This is a PEFT adapter; merge it into its base model first."
         return f"A checkpoint is a directory with {CONFIG} and {WEIGHTS}; look with: ls {self.directory}"
+
+
+def _look(path: Path) -> tuple[int, int] | None:
+    """Return the size of a file and when it was last changed; None where it cannot be looked at."""
+    try:
+        found = path.stat()
+    except (OSError, ValueError):  # ValueError: a NUL in the name
+        return None
+    return found.st_size, found.st_mtime_ns
 
 
 # Opening
@@ -214,6 +304,61 @@ def _is_there(path: Path) -> bool:
     return True
 
 
+# Links
+
+TEMPLATES = "additional_chat_templates"  # a directory from which transformers reads too
+_TEXTS = (".json", ".jinja", ".txt", ".model", ".tiktoken", ".py")  # configs, tokenizers, templates, code
+_IN_CACHE = re.compile(r"(models|datasets|spaces)--.+")
+_SHARED_BLOB = re.compile(r"blobs/([0-9a-f]{2})/\1[0-9a-f]{62}")
+
+
+def inside(directory: Path, file: str) -> Path:
+    """Return the path of a file of a checkpoint, after checking that no link leads out of the checkpoint.
+
+    A stranger's checkpoint may hold a link to any file of this machine, whose content a result would carry on. Links
+    are followed within the directory and, from a snapshot in the Hub's cache, to the blobs of that cache. The directory
+    itself may be a link: the user has named it. Raises CheckpointError.
+    """
+    path = directory / file
+    real, root = Path(os.path.realpath(path)), Path(os.path.realpath(directory))
+    if real.is_relative_to(root) or _is_blob(real, root):
+        return path
+    raise CheckpointError(
+        f"{path} is a link that leads out of the checkpoint: to {real}",
+        hint="If you trust that file, put a copy of it in place of the link.",
+    )
+
+
+def check_links(directory: Path) -> None:
+    """Raises CheckpointError where a file that transformers reads beside the weights is a link that leads out."""
+    for name in _names_in(directory):
+        if name.endswith(_TEXTS):
+            inside(directory, name)
+    for name in _names_in(directory / TEMPLATES):
+        inside(directory, f"{TEMPLATES}/{name}")
+
+
+def _names_in(directory: Path) -> list[str]:
+    try:
+        return sorted(os.listdir(directory))  # noqa: PTH208  # names, and no paths, are wanted
+    except OSError:
+        return []
+
+
+def _is_blob(real: Path, root: Path) -> bool:
+    """Return whether a file is a blob of the Hub's cache, for a root in one of its snapshots.
+
+    huggingface_hub places blobs in <cache>/models--NAME/blobs, and from version 2 also in <cache>/blobs/XX, where the
+    repositories share them.
+    """
+    for place in (root, *root.parents):
+        repository = place.parent.parent
+        if place.parent.name == "snapshots" and _IN_CACHE.fullmatch(repository.name):
+            shared = real.relative_to(repository.parent).as_posix() if real.is_relative_to(repository.parent) else ""
+            return real.is_relative_to(repository / "blobs") or bool(_SHARED_BLOB.fullmatch(shared))
+    return False
+
+
 # Reading its files
 
 
@@ -244,37 +389,6 @@ def read_index(path: Path) -> dict[str, str]:
                 hint="Do not use this checkpoint: an honest index names only files beside itself.",
             )
     return weight_map
-
-
-def read_json(path: Path, *, most: int = MAX_HEADER_BYTES) -> Any:
-    """Return the content of a JSON file of at most `most` bytes.
-
-    Raises CheckpointError for one that is missing, no regular file, no JSON, or larger or deeper than any that is one.
-    """
-    with opened(path) as file:
-        raw = file.read(most + 1)
-    if len(raw) > most:
-        raise CheckpointError(f"{path} has over {most / 1e6:.0f} MB, more than is read", hint=DOWNLOAD_HINT)
-    try:
-        content = json.loads(raw.decode("utf-8")) if not is_dense(raw) else None
-    except json.JSONDecodeError as error:
-        raise CheckpointError(f"{path} is not JSON: {error.msg} at line {error.lineno}", hint=DOWNLOAD_HINT) from error
-    except (ValueError, RecursionError) as error:  # ValueError: not UTF-8, or a number of thousands of digits
-        raise CheckpointError(f"{path} is not JSON: {error}", hint=DOWNLOAD_HINT) from error
-    if is_dense(raw) or _is_deep(content):
-        raise CheckpointError(f"{path} has more lists and objects in one another than is read", hint=DOWNLOAD_HINT)
-    return content
-
-
-def _is_deep(content: Any) -> bool:
-    """Return whether JSON is nested deeper than code that follows it can go."""
-    level = [content]
-    for _ in range(MAX_DEPTH):
-        inside = (item.values() if isinstance(item, dict) else item for item in level if isinstance(item, (dict, list)))
-        level = [value for values in inside for value in values if isinstance(value, (dict, list))]
-        if not level:
-            return False
-    return True
 
 
 def _is_plain_name(name: str) -> bool:
@@ -338,14 +452,13 @@ def fingerprint(source: Source) -> str:
     by_file: dict[str, list[tuple[int, int]]] = {}
     for item in source.tensors.values():
         by_file.setdefault(item.file, []).append((item.start, min(item.end, item.start + FINGERPRINT_BYTES)))
-    handles = {file: os.open(source.fetch(file, ranges), os.O_RDONLY) for file, ranges in by_file.items()}
-    try:
+    with ExitStack() as stack:
+        files = {file: stack.enter_context(part.opened()) for file, part in source.parts(by_file).items()}
         for name, item in sorted(source.tensors.items()):
             digest.update(f"\0{name}\0{item.spec.dtype}{list(item.spec.shape)}\0".encode())
-            digest.update(os.pread(handles[item.file], min(FINGERPRINT_BYTES, item.end - item.start), item.start))
-    finally:
-        for handle in handles.values():
-            os.close(handle)
+            sample = bytearray(min(FINGERPRINT_BYTES, item.end - item.start))
+            files[item.file].read_into(sample, item.start)
+            digest.update(sample)
     return f"sha256-sampled:{digest.hexdigest()}"
 
 

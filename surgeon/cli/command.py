@@ -1,6 +1,7 @@
 """How a command is made: its options, spread from dataclasses, and how it carries out a surgery and prints it."""
 
 import inspect
+import os
 import shlex
 import sys
 from collections.abc import Callable, Sequence
@@ -42,6 +43,8 @@ def spread(command: Callable[..., None]) -> Callable[..., None]:
             parameters.append(item.replace(kind=inspect.Parameter.KEYWORD_ONLY, annotation=hint))
 
     def flat(**given: Any) -> None:
+        if given.get("quiet"):
+            os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"  # huggingface_hub reads it when it is imported
         for name, kind in groups.items():
             given[name] = _made(kind, given)
         try:
@@ -138,6 +141,7 @@ class Writing:
         None,
         names=("--output", "-o"),
         metavar="DIR",
+        writes=True,
     )
     overwrite: bool = option("Replace an existing output once the new one is complete.", False)
     dry_run: bool = option("Print the plan and write nothing; reads headers only (a .gguf file is read whole).", False)
@@ -162,7 +166,7 @@ class Report(Protocol):
 
 def check(surgery: Surgery, writing: Writing) -> None:
     """Raise the errors that writing would raise before it begins: an existing output, an impossible option."""
-    _draft(surgery, writing).check(overwrite=writing.overwrite)
+    _check(_draft(surgery, writing), writing)
 
 
 def run(surgery: Surgery, writing: Writing, *, verify: bool | None = False, report: Report | None = None) -> None:
@@ -175,6 +179,7 @@ def run(surgery: Surgery, writing: Writing, *, verify: bool | None = False, repo
     if writing.dry_run:
         emit_json(draft.summary.to_dict() | entries) if writing.json else emit(draft.summary.to_text(rows=rows))
         return
+    _check(draft, writing)
     for note in () if writing.quiet else draft.plan.notes[len(surgery.plan.notes) :]:
         log(f"note: {note}")  # the cost of the dtype, in time for a Ctrl-C
     command = shlex.join(["surgeon", *sys.argv[1:]])
@@ -199,12 +204,21 @@ def run(surgery: Surgery, writing: Writing, *, verify: bool | None = False, repo
     if report:
         more = report.after(summary.output)
         rows, entries = rows + more[0], entries | more[1]
+        summary = summary.downloaded_from(surgery.source)  # it may have read more of it
     if writing.push_to_hub is not None:
         from surgeon.checkpoint.hub import push
 
-        entries["url"] = push(summary.output, writing.push_to_hub, private=writing.private)
+        entries["url"] = push(summary.output, writing.push_to_hub, private=writing.private, reads=draft.reads)
         log(f"uploaded to {entries['url']}")
     emit_json(summary.to_dict() | entries) if writing.json else emit(summary.to_text(done=True, rows=rows))
+
+
+def _check(draft: Draft, writing: Writing) -> None:
+    draft.check(overwrite=writing.overwrite)
+    if writing.push_to_hub is not None:
+        from surgeon.checkpoint.overlap import check_uploaded
+
+        check_uploaded(writing.push_to_hub, draft.reads)
 
 
 def _draft(surgery: Surgery, writing: Writing) -> Draft:

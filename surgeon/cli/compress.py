@@ -33,7 +33,7 @@ def compress(
     content = read_text(prompt_file) if prompt is None and prompt_file is not None else str(prompt)
     if not quiet:
         log(f"running {model}")
-    compression = verb.compress(model, content, **keywords_of(options))
+    compression = verb.compress(model, content, **keywords_of(options) | {"prompt_file": prompt_file})
     if json:
         emit_json(compression.to_dict())
         return

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from surgeon.cli.command import Debug, Json, Model, Quiet, spread
-from surgeon.options import keywords_of
+from surgeon.options import keywords_of, reads_of
 from surgeon.train.result import Training
 from surgeon.verbs import finetune as verb
 
@@ -51,6 +51,11 @@ def finetune(
             estimate = verb.estimate_finetune(model, data=places.data, num_processes=many, **options)
         emit_json(estimate.to_dict()) if json else emit(estimate.to_text())
         return
+    reads = reads_of(places) | reads_of(training) | {"MODEL": (model,)}
+    if push_to_hub is not None:
+        from surgeon.checkpoint.overlap import check_uploaded
+
+        check_uploaded(push_to_hub, reads)
     if num_processes > 1 and not is_launched():
         verb.checked(training)  # so that a mistake is one error, and not one per process
         sys.exit(relaunch(sys.argv[1:], processes=num_processes))
@@ -65,7 +70,7 @@ def finetune(
     if push_to_hub is not None:
         from surgeon.checkpoint.hub import push
 
-        entries["url"] = push(trained.output, push_to_hub, private=private)
+        entries["url"] = push(trained.output, push_to_hub, private=private, reads=reads)
         log(f"uploaded to {entries['url']}")
     if json:
         emit_json(entries)

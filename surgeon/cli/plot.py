@@ -24,11 +24,13 @@ def plot(
 ) -> None:
     """Draw the losses of one or more training runs."""
     from surgeon.cli.terminal import emit, emit_json
+    from surgeon.plots.figure import check_picture
     from surgeon.plots.training import AXES, plot_losses, series
-    from surgeon.train.run_dir import read_metrics
+    from surgeon.train.run_dir import METRICS, read_metrics
 
     if x not in AXES:
         raise typer.BadParameter(f"{x!r} is none of {', '.join(AXES)}", param_hint="--x")
+    check_picture(output, {"RUN": tuple(str(run / METRICS if run.is_dir() else run) for run in runs)})
     records_of = [(run, read_metrics(run)) for run in runs]
     plot_losses(records_of, output, x=x)
     if not json:

@@ -11,6 +11,7 @@ from surgeon.cli import command
 from surgeon.cli.command import Model, Writing, spread
 from surgeon.cli.terminal import TokenMeter
 from surgeon.errors import PlanError
+from surgeon.options import reads_of
 from surgeon.plots.figure import check_picture
 from surgeon.plots.pruning import NOTHING, NOTHING_HINT, has_picture, plot_pruning
 from surgeon.surgery import open_model
@@ -37,19 +38,21 @@ def prune(
     writing: Writing,
 ) -> None:
     """Remove the layers, neurons, heads and experts that matter least."""
-    if plot is not None:
-        check_picture(plot)
     meter = TokenMeter(quiet=writing.quiet)
     options = verb.PruneOptions(**vars(cut), **vars(running), meter=meter)
+    if plot is not None:
+        check_picture(plot, reads_of(options) | {"MODEL": (model,)})
+    if curve and options.keep_pattern:
+        raise PlanError("a curve removes layers one by one, not in whole periods", hint="Leave out --keep-pattern.")
     begun = open_model(model, revision=options.revision)
     surgery = verb.plan_pruning(begun, replace(options, measure=False))
     if not writing.dry_run:
         command.check(surgery, writing)  # before scoring, which may take an hour
         surgery = verb.plan_pruning(begun, options)
-    report = PruneReport(surgery, evaluate=options.evaluate, curve=curve, plot=plot, meter=meter)
+    report = PruneReport(surgery, curve=curve, plot=plot, meter=meter)
     if not writing.dry_run:
         report.check()
-        if options.evaluate:  # what cannot be run is known before anything is written
+        if options.evaluate and surgery.text is not None:  # what cannot be run is known before anything is written
             report = replace(report, before=surgery.perplexity(meter=meter))
     command.run(surgery, writing, report=report)
 
@@ -59,7 +62,6 @@ class PruneReport:
     """Reports the choice before the result is written, and its cost in perplexity afterwards."""
 
     surgery: verb.Pruning
-    evaluate: bool
     curve: bool
     plot: Path | None
     meter: TokenMeter
@@ -100,9 +102,8 @@ class PruneReport:
         surgery = self.surgery
         rows: list[tuple[str, str]] = []
         entries: dict[str, Any] = {}
-        perplexity = surgery.evaluate(output, before=self.before, meter=self.meter) if self.evaluate else None
-        if perplexity is not None:
-            before, after = perplexity
+        if self.before is not None:
+            before, after = self.before, surgery.perplexity(output, meter=self.meter)
             rows.append(("perplexity", f"{_number(before)} → {_number(after)}  (on this text)"))
             entries["perplexity"] = {"before": before, "after": after}
         curve = surgery.curve(meter=self.meter) if self.curve else None

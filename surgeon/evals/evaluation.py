@@ -56,11 +56,16 @@ class MetricOptions:
     """The options of one metric on data, in the Python call and on the command line."""
 
     data: Sequence[str] = option(
-        "Text, or records with an answer: .txt, .jsonl, .json, .parquet or a Hub dataset. Repeatable.", metavar="DATA"
+        "Text, or records with an answer: .txt, .jsonl, .json, .parquet or a Hub dataset. Repeatable.",
+        metavar="DATA",
+        reads=True,
     )
     metric: str = option("perplexity, exact-match, rouge-l or choice.", "perplexity", metavar="METRIC")
     baseline: str | os.PathLike[str] | None = option(
-        "Evaluate this model too, on the same tokens; adds differences and recovery.", None, metavar="ORIGINAL"
+        "Evaluate this model too, on the same tokens; adds differences and recovery.",
+        None,
+        metavar="ORIGINAL",
+        reads=True,
     )
     samples: int | None = option(
         "Use the first N rows of a text, or records. Default: 64 rows; all records.", None, metavar="N"
@@ -74,12 +79,13 @@ class MetricOptions:
     )
     chat: bool = option("Put every prompt into the chat template, as messages always are.", False)
     predictions: str | os.PathLike[str] | None = option(
-        "Write prompt, reference, prediction and score to this .jsonl.", None, metavar="FILE"
+        "Write prompt, reference, prediction and score to this .jsonl.", None, metavar="FILE", writes=True
     )
     judge: str | os.PathLike[str] | None = option(
         "A model that compares the answers with the baseline's, or, with --gist, the full prompt's; adds a win rate.",
         None,
         metavar="JUDGE",
+        reads=True,
     )
 
     def __post_init__(self) -> None:

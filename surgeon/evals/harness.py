@@ -19,6 +19,7 @@ from surgeon.checkpoint.source import Source
 from surgeon.errors import MeasureError, PlanError
 from surgeon.evals.compare import Estimate, markdown_table, plus_minus, recovery, short_label
 from surgeon.evals.evaluation import MetricOptions
+from surgeon.models.loading import loadable
 from surgeon.options import device_option, in_python, option, revision_option, same_option, trust_option
 from surgeon.surgery import open_source
 
@@ -103,7 +104,7 @@ class TaskEvaluationOptions:
 
     baseline: str | os.PathLike[str] | None = same_option(MetricOptions, "baseline")
     task_dir: str | os.PathLike[str] | None = option(
-        "With --tasks: a directory with your own task files.", None, metavar="DIR"
+        "With --tasks: a directory with your own task files.", None, metavar="DIR", reads=True
     )
     samples: int | None = option("Records per task. Default: all.", None)
     batch_size: int | None = option("Prompts per batch. Default: 1.", None)
@@ -169,7 +170,7 @@ def _run(
 ) -> dict[str, Any]:
     """Return the results of one run of the harness."""
     with TemporaryDirectory(prefix="surgeon-lm-eval-") as scratch:
-        name = source.label if source.origin is None else str(source.origin.absolute())
+        name = str(Path(loadable(source)[0]).absolute()) if source.origin is not None else source.label
         if "," in name:  # separates arguments there
             Path(scratch, "model").symlink_to(name)
             name = str(Path(scratch, "model"))

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from surgeon.checkpoint.receipt import read_receipt
-from surgeon.checkpoint.source import Source
+from surgeon.checkpoint.source import Source, inside
 from surgeon.errors import CheckpointError, PlanError
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -26,6 +26,8 @@ class Compressor:
         """Raise CheckpointError where there are no adapters, PlanError where they are for another model or reader."""
         if missing := next((name for name in (CONFIG, WEIGHTS) if not (self.directory / name).is_file()), None):
             raise CheckpointError(f"there is no adapter in {self.directory}: no {missing}", hint=HOW)
+        for name in (CONFIG, WEIGHTS):
+            inside(self.directory, name)
         record = read_receipt(self.directory) or {}
         if _settings(record).get("gist_reader") != "frozen":
             raise PlanError(

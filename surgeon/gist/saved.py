@@ -15,9 +15,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
-from surgeon.checkpoint.header import opened
+from surgeon.checkpoint.header import opened, read_json
 from surgeon.checkpoint.receipt import to_bytes
-from surgeon.checkpoint.source import read_json
+from surgeon.checkpoint.source import inside
 from surgeon.errors import CheckpointError
 from surgeon.gist.states import GistStates
 
@@ -69,7 +69,7 @@ def read(directory: Path) -> Saved:
     numbers = [count, offset, *(ids if isinstance(ids, list) else [None])]
     if file not in (ADAPTER, TENSORS) or not all(type(number) is int and 0 <= number < 2**31 for number in numbers):
         raise CheckpointError(f"{directory / ABOUT} makes no sense", hint=AGAIN)
-    path = directory / file
+    path = inside(directory, file)
     with opened(path) as opened_file:
         content = opened_file.read()
     if hashlib.sha256(content).hexdigest() != digest:
@@ -86,7 +86,7 @@ def read(directory: Path) -> Saved:
 
 
 def _about(directory: Path) -> dict[str, Any]:
-    path = directory / ABOUT
+    path = inside(directory, ABOUT)
     if not path.exists():
         hint = "A compressed prompt is a directory that surgeon compress wrote."
         raise CheckpointError(f"there is no compressed prompt in {directory}: no {ABOUT}", hint=hint)
@@ -121,7 +121,7 @@ def _packed(states: GistStates) -> Tensor:
 
 
 def _unpacked(directory: Path, tensors: Mapping[str, Tensor], depth: int) -> GistStates:
-    config = read_json(directory / ADAPTER_CONFIG)
+    config = read_json(inside(directory, ADAPTER_CONFIG))
     heads, width = config["num_attention_heads"], config["token_dim"]
     packed = tensors[EMBEDDINGS]
     pairs = packed.view(packed.shape[0], depth, 2, heads, width // heads).permute(1, 2, 3, 0, 4).contiguous()

@@ -10,9 +10,12 @@ from torch import Tensor
 
 from surgeon.anatomy.anatomy import EXPERT_NUMBER, Anatomy, read_anatomy
 from surgeon.anatomy.axes import Dim, Places, axes_of, places
-from surgeon.checkpoint.source import Source, ranges_by_file, spec_of
+from surgeon.checkpoint.header import is_quantized
+from surgeon.checkpoint.source import Source, StoredTensor, ranges_by_file, spec_of
 from surgeon.errors import MeasureError
 from surgeon.plan.arithmetic import TORCH_DTYPES, read
+
+GROUP = 1_000_000_000  # bytes of weights that are fetched at once where they are on the Hub
 
 
 def layer_magnitudes(source: Source) -> list[float]:
@@ -101,12 +104,27 @@ def _labels(dim: Dim, sizes: Mapping[str, int], axis: str) -> Tensor | None:
 
 def _tensors(source: Source) -> Iterator[tuple[str, Tensor]]:
     """Yield the floating tensors of a source, one at a time, in the order of its files."""
-    if source.config.get("quantization_config") is not None:
+    if is_quantized(source.config):
         raise MeasureError(
             f"{source.label} is quantized; scores are taken from unquantized weights",
             hint="Score the unquantized checkpoint, then cut this one: --scores-from scores.json.",
         )
     stored = {name: item for name, item in source.tensors.items() if item.spec.dtype in TORCH_DTYPES}
-    paths = {file: source.fetch(file, spans) for file, spans in ranges_by_file(stored, stored).items()}
-    for name, item in sorted(stored.items(), key=lambda pair: (pair[1].file, pair[1].start)):
-        yield name, read(item, paths[item.file])
+    everything = ranges_by_file(stored, stored)
+    for names in _in_groups(stored):
+        parts = source.parts(ranges_by_file(stored, names), among=everything)
+        for name in names:
+            yield name, read(stored[name], parts[stored[name].file])
+
+
+def _in_groups(stored: Mapping[str, StoredTensor]) -> Iterator[list[str]]:
+    """Yield the names in the order of the files, in groups that are fetched together."""
+    group: list[str] = []
+    nbytes = 0
+    for name in sorted(stored, key=lambda name: (stored[name].file, stored[name].start)):
+        if group and nbytes + stored[name].spec.nbytes > GROUP:
+            yield group
+            group, nbytes = [], 0
+        group.append(name)
+        nbytes += stored[name].spec.nbytes
+    yield group

@@ -6,8 +6,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from surgeon.checkpoint.header import read_json
 from surgeon.checkpoint.receipt import to_bytes, versions
-from surgeon.checkpoint.source import read_json
+from surgeon.checkpoint.source import SCORES, Source
 from surgeon.errors import CheckpointError, MeasureError, PlanError
 from surgeon.transforms.scores import METHODS
 
@@ -97,6 +98,13 @@ def read_scores(path: Path) -> Scores:
         greedy=greedy,
         loss=content["loss"],
     )
+
+
+def scores_of(source: Source, place: Path) -> Scores:
+    """Return the record of a source in a file, or in scores.json of a directory. Raises MeasureError for another's."""
+    scores = read_scores(place / SCORES if place.is_dir() else place)
+    check_model(scores, source.provenance(), source.label)
+    return scores
 
 
 def check_model(scores: Scores, provenance: Mapping[str, Any], label: str) -> None:

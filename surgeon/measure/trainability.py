@@ -14,7 +14,7 @@ from zlib import crc32
 
 from surgeon.anatomy.anatomy import Anatomy, written_and_read
 from surgeon.anatomy.axes import Dim, Places, axes_of, places
-from surgeon.checkpoint.source import Source
+from surgeon.checkpoint.source import Source, ranges_by_file
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -111,7 +111,7 @@ def trainability(
     for name, stored in source.tensors.items():
         holding = [tally for tally in tallies if tally.holds(anatomy, name)]
         if holding:
-            weights = read(stored, source.fetch(stored.file))
+            weights = read(stored, source.parts(ranges_by_file({name: stored}, [name]))[stored.file])
             for tally in holding:
                 tally.add(anatomy, name, weights, gradients.get(name))
     dead, large = _layers(anatomy, gradients, fresh)

@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any, cast
 
 from surgeon.anatomy.config import text_config
 from surgeon.checkpoint.derived import JoinedSource
-from surgeon.checkpoint.header import not_regular
-from surgeon.checkpoint.source import Source, is_companion, read_json
+from surgeon.checkpoint.header import not_regular, read_json
+from surgeon.checkpoint.source import Source, check_links, is_companion
 from surgeon.errors import CheckpointError, DataError, MeasureError, PlanError, SurgeonError, failure_of_library
 from surgeon.models.device import available_memory, compute_dtype
 from surgeon.plan.plan import chooses_kernel
@@ -221,11 +221,12 @@ def load_gguf(path: Path) -> tuple[Any, dict[str, Any], Any]:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer, GgufConfig
 
-    config = _from_pretrained(AutoConfig, path.parent, gguf_file=path.name)
-    kind: Any = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
-    options = {"quantization_config": GgufConfig(dequantize=True), "dtype": torch.float32}
-    model, report = _from_pretrained(kind, path.parent, gguf_file=path.name, **options, output_loading_info=True)
-    return model, report, _from_pretrained(AutoTokenizer, path.parent, gguf_file=path.name)
+    with quiet_transformers():
+        config = _from_pretrained(AutoConfig, path.parent, gguf_file=path.name)
+        kind: Any = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+        options = {"quantization_config": GgufConfig(dequantize=True), "dtype": torch.float32}
+        model, report = _from_pretrained(kind, path.parent, gguf_file=path.name, **options, output_loading_info=True)
+        return model, report, _from_pretrained(AutoTokenizer, path.parent, gguf_file=path.name)
 
 
 def load_adapter(model: Any, directory: Path) -> Any:
@@ -339,9 +340,13 @@ def _copy_hint(name: str) -> str:
 
 
 def loadable(source: Source) -> tuple[str, str | None]:
-    """Return the name and the commit that `from_pretrained` loads a source by; of joined sources, those of the base."""
+    """Return the name and the commit that `from_pretrained` loads a source by; of joined sources, those of the base.
+
+    Raises CheckpointError where transformers would follow a link out of the checkpoint.
+    """
     base = source.base if isinstance(source, JoinedSource) else source
     if base.origin is not None:
+        check_links(base.origin)
         return str(base.origin), None
     provenance = base.provenance()
     return provenance["id"], provenance["commit"]

@@ -2,18 +2,20 @@
 
 import math
 import mmap
+import os
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
-from io import FileIO
-from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from surgeon.checkpoint.header import DOWNLOAD_HINT
-from surgeon.checkpoint.source import Source, StoredTensor
-from surgeon.errors import CheckpointError, MeasureError
+from surgeon.checkpoint.header import FilePart
+from surgeon.checkpoint.source import Ranges, Source, StoredTensor, ranges_by_file
+from surgeon.errors import MeasureError, SurgeonError
 from surgeon.models.loading import config_of, from_config, libraries_fail, quiet_transformers
 from surgeon.plan.arithmetic import TORCH_DTYPES
 
@@ -95,53 +97,93 @@ class _Nowhere(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
+class Weights:
+    """The floating tensors of a source. Their bytes are fetched when they are needed, or shortly before."""
+
+    def __init__(self, source: Source) -> None:
+        self._source = source
+        self.stored = {name: item for name, item in source.tensors.items() if item.spec.dtype in TORCH_DTYPES}
+        self._all = ranges_by_file(self.stored, self.stored)
+        self._ahead: Thread | None = None
+
+    def parts(self, names: Iterable[str]) -> dict[str, FilePart]:
+        """Return the parts of files that hold these tensors."""
+        if self._ahead is not None:
+            self._ahead.join()  # it may be fetching them
+            self._ahead = None
+        return self._source.parts(ranges_by_file(self.stored, names), among=self._all)
+
+    def unread(self, names: Sequence[str], dtype: torch.dtype) -> dict[str, "_Unread"]:
+        """Return these tensors as `dtype`, each to be read when transformers' loader slices it."""
+        parts = self.parts(names)
+        return {name: _Unread(self.stored[name], parts[self.stored[name].file], dtype) for name in names}
+
+    def read_ahead(self, names: Iterable[str]) -> None:
+        """Begin to fetch tensors, or to read them from the disk, while others are computed with."""
+        wanted = ranges_by_file(self.stored, names)
+        if self._source.missing(wanted):
+            self._ahead = Thread(target=self._fetch, args=(wanted,), daemon=True)  # ends with the process
+            self._ahead.start()
+            return
+        if not hasattr(os, "posix_fadvise"):
+            return
+        for file, part in self._source.parts(wanted, among=self._all).items():
+            with part.opened() as opened:
+                for start, end in wanted[file]:
+                    os.posix_fadvise(opened.descriptor, start, end - start, os.POSIX_FADV_WILLNEED)
+
+    def _fetch(self, wanted: Ranges) -> None:
+        with suppress(SurgeonError):  # who needs the tensors fetches them again, and is told
+            self._source.parts(wanted, among=self._all)
+
+
+@dataclass(frozen=True)
+class _Unread:
+    """A stored tensor that is read when it is sliced."""
+
+    stored: StoredTensor
+    part: FilePart
+    dtype: torch.dtype
+
+    def __getitem__(self, key: Any) -> Tensor:
+        return read_as(self.stored, self.part, self.dtype)[key]
+
+
 # Not shared with child processes, as Python would by default on systems that distinguish.
 _PRIVATE = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_PRIVATE") else {}
 BLOCK = 1 << 22  # bytes that are in memory in both precisions
 
 
-def read_as(stored: StoredTensor, path: Path, dtype: torch.dtype) -> Tensor:
+def read_as(stored: StoredTensor, part: FilePart, dtype: torch.dtype) -> Tensor:
     """Return a stored tensor of a floating dtype as `dtype`.
 
-    Raises CheckpointError when the file has become shorter.
+    Raises CheckpointError when the file has become shorter, or does not hold the tensor.
     """
     stored_as = TORCH_DTYPES[stored.spec.dtype]
     count = stored.spec.num_parameters
     values = _own_memory(count * dtype.itemsize).view(dtype)
     block = _own_memory(min(BLOCK, count * stored_as.itemsize))
     at = 0
-    with path.open("rb", buffering=0) as file:
-        file.seek(stored.start)
+    with part.opened() as file:
         while at < count:
             nbytes = min(len(block), (count - at) * stored_as.itemsize)
-            _fill(file, block[:nbytes], path)
+            file.read_into(block[:nbytes].numpy().data, stored.start + at * stored_as.itemsize)
             numbers = block[:nbytes].view(stored_as)
             values[at : at + len(numbers)].copy_(numbers)
             at += len(numbers)
     return values.view(stored.spec.shape)
 
 
-def read_rows_as(stored: StoredTensor, path: Path, rows: list[int], dtype: torch.dtype) -> Tensor:
+def read_rows_as(stored: StoredTensor, part: FilePart, rows: list[int], dtype: torch.dtype) -> Tensor:
     """Return some rows of a stored tensor of a floating dtype as `dtype`; the others are not read."""
     size = (stored.end - stored.start) // stored.spec.shape[0]
     block = torch.empty((len(rows), size), dtype=torch.uint8)
-    with path.open("rb", buffering=0) as file:
+    with part.opened() as file:
         for place, row in enumerate(rows):
-            file.seek(stored.start + row * size)
-            _fill(file, block[place], path)
+            file.read_into(block[place].numpy().data, stored.start + row * size)
     numbers = block.view(TORCH_DTYPES[stored.spec.dtype])
     return numbers.view(len(rows), *stored.spec.shape[1:]).to(dtype)
 
 
 def _own_memory(nbytes: int) -> Tensor:
     return torch.frombuffer(mmap.mmap(-1, max(1, nbytes), **_PRIVATE), dtype=torch.uint8)[:nbytes]
-
-
-def _fill(file: FileIO, block: Tensor, path: Path) -> None:
-    view = block.numpy().data
-    done = 0
-    while done < len(view):
-        count = file.readinto(view[done:])
-        if not count:
-            raise CheckpointError(f"{path} has become shorter while it was read", hint=DOWNLOAD_HINT)
-        done += count

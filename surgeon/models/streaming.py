@@ -6,12 +6,10 @@ the layers are stubs. So this file knows nothing of any family.
 """
 
 import math
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,11 +18,11 @@ from torch import Tensor, nn
 from surgeon.anatomy.anatomy import read_anatomy
 from surgeon.anatomy.axes import axes_of
 from surgeon.anatomy.config import class_names, text_config
-from surgeon.checkpoint.source import Source, StoredTensor, ranges_by_file, spec_of
+from surgeon.checkpoint.header import is_quantized
+from surgeon.checkpoint.source import Source, spec_of
 from surgeon.errors import MeasureError
 from surgeon.models.loading import check_tokens, num_known, quiet_transformers
-from surgeon.models.skeleton import build_skeleton, empty, empty_own, layer_list, read_as, read_rows_as
-from surgeon.plan.arithmetic import TORCH_DTYPES
+from surgeon.models.skeleton import Weights, build_skeleton, empty, empty_own, layer_list, read_rows_as
 
 HEAD_TOKENS = 512  # logits of so many tokens exist at once: 0.3 GB in float32 for a vocabulary of 150,000
 BATCH_TOKENS = 2048  # tokens that go through a layer at once; more make no matrix product faster on a CPU
@@ -112,7 +110,7 @@ def check_runs(source: Source) -> None:
             f"{source.label} has an encoder and a decoder; layers are scored in a model with one stack",
             hint="Scores that read no text work: --score random, last or magnitude.",
         )
-    if source.config.get("quantization_config") is not None:
+    if is_quantized(source.config):
         raise MeasureError(
             f"{source.label} is quantized; scores are taken from unquantized weights",
             hint="Prune the unquantized checkpoint, then quantize the result.",
@@ -172,13 +170,12 @@ class StreamedModel:
         check_runs(source)
         self.anatomy, self.depth = anatomy, anatomy.depth
         self.device, self._resident = torch.device(device), resident
-        self._stored = {name: item for name, item in source.tensors.items() if item.spec.dtype in TORCH_DTYPES}
-        self._paths = {file: source.fetch(file, spans) for file, spans in self._ranges(self._stored).items()}
+        self._weights = Weights(source)
         self._model = build_skeleton(source, dtype).to_device(self.device)
         self._layers = layer_list(self._model.module, anatomy.stacks[0].prefix, self.depth)
         self._names: list[list[str]] = [[] for _ in range(self.depth)]
         self._outer: list[str] = []
-        for name in self._stored:
+        for name in self._weights.stored:
             place = anatomy.stacks[0].locate(name)
             (self._names[place[0]] if place else self._outer).append(name)
         self._calls: dict[Any, list[Call]] = {}
@@ -219,7 +216,7 @@ class StreamedModel:
             self._load(self._names[index], self._layers[index], drop=False)
             self._loaded.add(index)
         if index + 1 < self.depth and index + 1 not in self._loaded:
-            self._read_ahead(self._names[index + 1])
+            self._weights.read_ahead(self._names[index + 1])
         module = self._layers[index]
 
         def apply(batch: Batch, hidden: Tensor) -> Tensor:
@@ -283,7 +280,8 @@ class StreamedModel:
         """Return a context in which the token embedding holds only the rows of the tokens `used`, ascending."""
         module = self._model.module.get_input_embeddings()
         whole, padding = module.weight, module.padding_idx
-        rows = read_rows_as(self._stored[name], self._paths[self._stored[name].file], used.tolist(), whole.dtype)
+        stored = self._weights.stored[name]
+        rows = read_rows_as(stored, self._weights.parts([name])[stored.file], used.tolist(), whole.dtype)
         module._parameters["weight"] = nn.Parameter(rows.to(self.device), requires_grad=False)
         module.padding_idx = None  # it would number another row; it matters to gradients only
         places = used.to(self.device)
@@ -343,16 +341,12 @@ class StreamedModel:
 
     # --- weights ----------------------------------------------------------------------------------------------
 
-    def _ranges(self, names: Any) -> dict[str, list[tuple[int, int]]]:
-        return ranges_by_file(self._stored, names)
-
     def _load(self, names: Sequence[str], inside: nn.Module, *, drop: bool) -> None:
         """Fill parameters from the files, through transformers' own conversion of names and layouts."""
         from transformers.core_model_loading import convert_and_load_state_dict_in_model
         from transformers.modeling_utils import LoadStateDictConfig
 
-        dtype = self._model.dtype
-        stored = {name: _Unread(self._stored[name], self._paths[self._stored[name].file], dtype) for name in names}
+        stored = self._weights.unread(names, self._model.dtype)
         config = LoadStateDictConfig(device_map={"": self.device}, weight_mapping=self._model.conversions)
         with quiet_transformers():
             report, _ = convert_and_load_state_dict_in_model(self._model.module, stored, config)
@@ -380,30 +374,6 @@ class StreamedModel:
         for module in self._model.module.modules():
             if id(module) not in inside:
                 empty_own(module)
-
-    def _read_ahead(self, names: Sequence[str]) -> None:
-        """Ask the system to read the next layer from the disk while this one computes."""
-        if not hasattr(os, "posix_fadvise"):
-            return
-        for file, spans in self._ranges(names).items():
-            handle = os.open(self._paths[file], os.O_RDONLY)
-            try:
-                for start, end in spans:
-                    os.posix_fadvise(handle, start, end - start, os.POSIX_FADV_WILLNEED)
-            finally:
-                os.close(handle)
-
-
-@dataclass(frozen=True)
-class _Unread:
-    """A stored tensor that is read when transformers' loader slices it."""
-
-    stored: StoredTensor
-    path: Path
-    dtype: torch.dtype
-
-    def __getitem__(self, key: Any) -> Tensor:
-        return read_as(self.stored, self.path, self.dtype)[key]
 
 
 def _used(tokens: Tensor) -> Tensor:

@@ -15,16 +15,14 @@ import math
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping
 from functools import lru_cache
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from surgeon.checkpoint.header import DOWNLOAD_HINT, TensorSpec
+from surgeon.checkpoint.header import FilePart, TensorSpec
 from surgeon.checkpoint.source import StoredTensor
-from surgeon.errors import CheckpointError
 from surgeon.plan.plan import Add, Affine, Cast, Constant, Expr, Gather, Normal, Read, Rounded, Uniform, infer
 
 TORCH_DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
@@ -64,11 +62,11 @@ class _Specs(Mapping[str, TensorSpec]):
 
 
 class Arithmetic:
-    """Makes tensors from a source whose files are at `paths`. A scalar counts as one row."""
+    """Makes tensors from a source, of whose files `parts` are there. A scalar counts as one row."""
 
-    def __init__(self, tensors: Mapping[str, StoredTensor], paths: Mapping[str, Path]) -> None:
+    def __init__(self, tensors: Mapping[str, StoredTensor], parts: Mapping[str, FilePart]) -> None:
         self._tensors = tensors
-        self._paths = paths
+        self._parts = parts
         self._specs = _Specs(tensors)
         self._read: dict[str, Tensor] = {}
 
@@ -264,7 +262,7 @@ class Arithmetic:
     def _stored(self, name: str) -> Tensor:
         if name not in self._read:
             stored = self._tensors[name]
-            self._read[name] = read(stored, self._paths[stored.file]).view(stored.spec.shape or (1,))
+            self._read[name] = read(stored, self._parts[stored.file]).view(stored.spec.shape or (1,))
         return self._read[name]
 
     def _shape(self, expr: Expr) -> tuple[int, ...]:
@@ -274,14 +272,11 @@ class Arithmetic:
         return torch.float64 if infer(expr, self._specs).dtype == "F64" else torch.float32
 
 
-def read(stored: StoredTensor, path: Path) -> Tensor:
+def read(stored: StoredTensor, part: FilePart) -> Tensor:
     """Return a stored tensor of a floating dtype."""
     data = torch.empty(stored.end - stored.start, dtype=torch.uint8)
-    with path.open("rb") as file:
-        file.seek(stored.start)
-        count = file.readinto(data.numpy().data)
-    if count != len(data):
-        raise CheckpointError(f"{path} has become shorter while it was read", hint=DOWNLOAD_HINT)
+    with part.opened() as file:
+        file.read_into(data.numpy().data, stored.start)
     return data.view(TORCH_DTYPES[stored.spec.dtype]).view(stored.spec.shape)
 
 

@@ -1,16 +1,30 @@
-"""Carry out a plan: lay the result out in shards, fetch the tensors that it reads, and stream the result to disk.
+"""Carry out a plan: lay the result out in weight files, fetch the tensors that it reads, and stream each file to disk.
 
-A tensor that is only moved is a byte range, copied by the kernel. torch is imported only if the plan makes new numbers.
+A weight file: the header first, then each tensor at its offset. A tensor that is only moved is a byte range, copied by
+the kernel, or shared block by block where the file system can. torch is imported only if the plan makes new numbers.
 """
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+import os
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
+from typing import NamedTuple
 
-from surgeon.checkpoint.header import DTYPE_BITS, CheckpointSpec, TensorSpec
-from surgeon.checkpoint.output import CountBytes, FileRange, TensorWrite, write_safetensors
-from surgeon.checkpoint.source import INDEX, WEIGHTS, Source, StoredTensor, ranges_by_file
+from surgeon.checkpoint.header import DTYPE_BITS, CheckpointSpec, FilePart, FileRange, TensorSpec, format_header
+from surgeon.checkpoint.output import (
+    PAGE,
+    STEP,
+    CountBytes,
+    copy_range,
+    share_range,
+    shareable,
+    shared_block,
+    start_writeback,
+)
+from surgeon.checkpoint.source import INDEX, WEIGHTS, Ranges, Source, StoredTensor, ranges_by_file
 from surgeon.plan.plan import Expr, Plan, Read, reads
 
 # Measured peaks of a whole process that only moves bytes, and of one that has imported torch, in bytes.
@@ -20,10 +34,14 @@ TORCH_MEMORY = 260_000_000
 
 @dataclass(frozen=True, slots=True)
 class Shard:
-    """One weight file of a result, with its tensors in the order in which they are written."""
+    """One weight file of a result, with its tensors in the order in which they are written.
+
+    `block`: modulo which size most copied tensors keep their place.
+    """
 
     file: str
     tensors: Mapping[str, TensorSpec]
+    block: int = PAGE
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,12 +50,12 @@ class _ComputedTensor:
 
     expr: Expr
     tensors: Mapping[str, StoredTensor]
-    paths: Mapping[str, Path]
+    parts: Mapping[str, FilePart]
 
     def __call__(self) -> Iterable[memoryview]:
         from surgeon.plan.arithmetic import Arithmetic
 
-        return Arithmetic(self.tensors, self.paths).make(self.expr)
+        return Arithmetic(self.tensors, self.parts).make(self.expr)
 
 
 def lay_out(plan: Plan, result: CheckpointSpec, source: Source, *, max_shard_bytes: int) -> list[Shard]:
@@ -73,32 +91,56 @@ def _place(expr: Expr, spec: TensorSpec, tensors: Mapping[str, StoredTensor]) ->
     return (-DTYPE_BITS[spec.dtype], 0, first.file, first.start)
 
 
+def shareable_files(plan: Plan, source: Source, target: Path) -> dict[str, int]:
+    """Return the source's files whose blocks an output `target` can share, each with the size of a block.
+
+    Only files on this machine whose tensors are moved are looked at. Nothing is written that stays.
+    """
+    moved = {source.tensors[expr.name].file for expr in plan.tensors.values() if isinstance(expr, Read)}
+    parts = {file: FilePart(path) for file in sorted(moved) if (path := source.at_hand(file)) is not None}
+    return shareable(parts, target) if parts else {}
+
+
+class Written(NamedTuple):
+    """The bytes that were written, and how many of them share their blocks with the source."""
+
+    size: int
+    shared: int
+
+
 def execute(
     plan: Plan, source: Source, directory: Path, *, shards: Sequence[Shard], progress: CountBytes | None = None
-) -> int:
-    """Return the number of bytes after writing the weights of the result and their index into an existing directory."""
+) -> Written:
+    """Return what was written: the weights of the result and their index, into an existing directory."""
     tensors = source.tensors
-    names = {name for expr in plan.tensors.values() for name in reads(expr)}
-    paths = {file: source.fetch(file, ranges) for file, ranges in ranges_by_file(tensors, names).items()}
-    written = 0
+    parts = source.parts(ranges_read(plan, source))
+    size, shared = 0, 0
     for shard in shards:
         writes = [
-            TensorWrite(name, spec, _content(plan.tensors[name], tensors, paths))
+            TensorWrite(name, spec, _content(plan.tensors[name], tensors, parts))
             for name, spec in shard.tensors.items()
         ]
-        written += write_safetensors(directory / shard.file, writes, progress=progress)
+        written = write_safetensors(directory / shard.file, writes, progress=progress, block=shard.block)
+        size, shared = size + written.size, shared + written.shared
     if len(shards) > 1:
         text = _index(shards)
         (directory / INDEX).write_text(text, encoding="utf-8")
-        written += len(text.encode())
-    return written
+        size += len(text.encode())
+    return Written(size, shared)
 
 
-def _content(expr: Expr, tensors: Mapping[str, StoredTensor], paths: Mapping[str, Path]) -> FileRange | _ComputedTensor:
+def ranges_read(plan: Plan, source: Source, *, also: Iterable[str] = ()) -> Ranges:
+    """Return the byte ranges that carrying out the plan reads, by file, and those of the tensors in `also`."""
+    return ranges_by_file(source.tensors, {name for expr in plan.tensors.values() for name in reads(expr)}.union(also))
+
+
+def _content(
+    expr: Expr, tensors: Mapping[str, StoredTensor], parts: Mapping[str, FilePart]
+) -> FileRange | _ComputedTensor:
     if isinstance(expr, Read):
         stored = tensors[expr.name]
-        return FileRange(paths[stored.file], stored.start, stored.end)
-    return _ComputedTensor(expr, tensors, paths)
+        return parts[stored.file].range(stored.start, stored.end)
+    return _ComputedTensor(expr, tensors, parts)
 
 
 def _index(shards: Sequence[Shard]) -> str:
@@ -121,3 +163,146 @@ def peak_memory(plan: Plan, result: CheckpointSpec, source: CheckpointSpec) -> i
         if not isinstance(expr, Read)
     )
     return TORCH_MEMORY + max(sizes)
+
+
+# One weight file
+
+
+@dataclass(frozen=True, slots=True)
+class TensorWrite:
+    """A tensor to write: bytes of a file, or a function that makes them."""
+
+    name: str
+    spec: TensorSpec
+    content: FileRange | Callable[[], Iterable[memoryview]]
+
+
+@dataclass(frozen=True, slots=True)
+class CopyRun:
+    """Tensors that follow each other both in a source file and in the result: one copy.
+
+    `target` is the offset in the result, counted from the start of its data.
+    """
+
+    source: FileRange
+    target: int
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """A part of a run. `target` is the offset in the result, from the start of the file. Whole blocks can be shared."""
+
+    source: FileRange
+    target: int
+    is_whole_blocks: bool
+
+
+def write_safetensors(
+    path: Path, writes: Sequence[TensorWrite], *, progress: CountBytes | None = None, block: int = PAGE
+) -> Written:
+    """Return what was written to the new file `path`: `writes`, in their order, and synced.
+
+    Most copied bytes keep their place modulo `block`. What can be shared is found out here, file by file.
+    """
+    count_bytes = progress or (lambda count: None)
+    runs = copy_runs(writes)
+    header = format_header({write.name: write.spec for write in writes}, align=best_alignment(runs, block), block=block)
+    size = len(header) + sum(write.spec.nbytes for write in writes)
+    shared = 0
+    target = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+    try:
+        files = {run.source.path: run.source.file for run in runs}
+        blocks = {path: shared_block(file, target) for path, file in files.items()}
+        pieces = [piece for run in runs for piece in in_pieces(run, len(header), blocks[run.source.path])]
+        _allocate(target, size, [piece for piece in pieces if piece.is_whole_blocks])
+        os.pwrite(target, header, 0)
+        for piece in pieces:
+            source, offset = piece.source, piece.target
+            if piece.is_whole_blocks:
+                done = share_range(source, target, offset, count_bytes)
+                shared, offset = shared + done, offset + done
+                source = source.between(source.start + done, source.end)
+            copy_range(source, target, offset, count_bytes)
+        offset = len(header)
+        for write in writes:
+            if not isinstance(write.content, FileRange):
+                _write_computed(target, write, offset, count_bytes)
+            offset += write.spec.nbytes
+        os.fsync(target)
+    finally:
+        os.close(target)
+    return Written(size, shared)
+
+
+def copy_runs(writes: Sequence[TensorWrite]) -> list[CopyRun]:
+    """Return the copies that these tensors, in this order, need."""
+    runs: list[CopyRun] = []
+    target = 0
+    for write in writes:
+        if isinstance(source := write.content, FileRange) and source.size:
+            last = runs[-1] if runs else None
+            if (
+                last
+                and last.source.path == source.path
+                and last.source.end == source.start
+                and last.target + last.source.size == target
+            ):
+                runs[-1] = CopyRun(last.source.until(source.end), last.target)
+            else:
+                runs.append(CopyRun(source, target))
+        target += write.spec.nbytes
+    return runs
+
+
+def best_alignment(runs: Sequence[CopyRun], block: int) -> int:
+    """Return where, modulo a block, the data should begin so that most bytes keep their place within a block."""
+    votes: Counter[int] = Counter()
+    for run in runs:
+        votes[(run.source.start - run.target) % block] += run.source.size
+    return next((phase for phase, _ in votes.most_common() if phase % 8 == 0), 0)
+
+
+def _allocate(target: int, size: int, shared: Sequence[Piece]) -> None:
+    """Give an open file its size, and its blocks where the system can: a full disk is then known at once.
+
+    What will be shared gets none: they would be needed until then, and btrfs would keep them as long as the file.
+    """
+    if not hasattr(os, "posix_fallocate") or shared:
+        os.ftruncate(target, size)
+    if hasattr(os, "posix_fallocate"):
+        starts = [0, *(piece.target + piece.source.size for piece in shared)]
+        for start, end in zip(starts, [*(piece.target for piece in shared), size], strict=True):
+            if end > start:
+                os.posix_fallocate(target, start, end - start)
+
+
+def _write_computed(target: int, write: TensorWrite, offset: int, count_bytes: CountBytes) -> None:
+    assert not isinstance(write.content, FileRange)
+    end = offset + write.spec.nbytes
+    unsent = offset  # the kernel has not begun to write the bytes from here to `offset` to the disk
+    for chunk in write.content():
+        view = memoryview(chunk)
+        view = view.cast("B") if view.nbytes else memoryview(b"")  # an empty view cannot be cast
+        while view:
+            done = os.pwrite(target, view[:STEP], offset)
+            offset, view = offset + done, view[done:]
+            count_bytes(done)
+            if offset - unsent >= STEP:
+                start_writeback(target, unsent, offset - unsent)
+                unsent = offset
+    assert offset == end, f"{write.name} was planned {write.spec.nbytes} bytes long, made {offset - end:+d}"
+
+
+def in_pieces(run: CopyRun, data_start: int, block: int) -> Iterator[Piece]:
+    """Yield a run of a file whose data begins at `data_start` in pieces: its whole blocks, and what is around them.
+
+    `block` is the size of the blocks that can be shared; 0: none can.
+    """
+    source, shift = run.source, data_start + run.target - run.source.start
+    cuts = [source.start, source.end]
+    if block and shift % block == 0:
+        first, last = -(-source.start // block) * block, source.end // block * block
+        cuts[1:1] = [first, last] if first < last else []
+    for number, (start, end) in enumerate(pairwise(cuts)):
+        if start < end:
+            yield Piece(source.between(start, end), start + shift, len(cuts) > 2 and number == 1)

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from itertools import groupby
 from typing import Any
 
-from surgeon.checkpoint.header import CheckpointSpec, TensorSpec
+from surgeon.checkpoint.header import CheckpointSpec, TensorSpec, is_quantized
 from surgeon.errors import PlanError
 
 # Expressions
@@ -291,7 +291,7 @@ class Plan:
         """
         if dtype not in STORED_DTYPES:
             raise PlanError(f"unknown dtype {dtype!r}", hint=f"One of: keep, {', '.join(STORED_DTYPES)}.")
-        if self.config.get("quantization_config") is not None:
+        if is_quantized(self.config):
             raise PlanError("a quantized checkpoint cannot be stored in another dtype", hint="Use --dtype keep.")
         tensors = {name: Cast(expr, STORED_DTYPES[dtype]) for name, expr in self.tensors.items()}
         key = "torch_dtype" if "torch_dtype" in self.config and "dtype" not in self.config else "dtype"

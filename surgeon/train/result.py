@@ -123,3 +123,4 @@ def write_adapter(
     with output.staged(target, overwrite=overwrite) as stage:
         output.copy_files(stage, companions)
         output.write_files(stage, {CARD: page.encode(), RECEIPT: receipt.to_bytes(record)})
+        source.check_unchanged()

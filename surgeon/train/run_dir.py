@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any, Literal, Protocol, TextIO
 
 from surgeon.checkpoint.header import not_regular
+from surgeon.checkpoint.header import read_json as parsed_file
 from surgeon.checkpoint.receipt import to_bytes
-from surgeon.checkpoint.source import read_json as parsed_file
 from surgeon.errors import CheckpointError, DataError, OutputError, PlanError
 
 METRICS, STATUS = "metrics.jsonl", "status.json"

@@ -34,7 +34,9 @@ class LearningSettings:
     train_on: str = option(
         "Train on the answer only (completion) or on prompt and answer (all).", "completion", metavar="M"
     )
-    eval_data: tuple[str, ...] = option("Held-out data. Repeatable. Default: a part of --data.", (), metavar="DATA")
+    eval_data: tuple[str, ...] = option(
+        "Held-out data. Repeatable. Default: a part of --data.", (), metavar="DATA", reads=True
+    )
     eval_fraction: float = option("Without --eval-data: the fraction of documents to hold out.", 0.01, metavar="F")
     eval_rows: int = option("Evaluate at most N held-out sequences, and as many trained ones.", 64, metavar="N")
     # length and rate
@@ -68,7 +70,7 @@ class LearningSettings:
     keep_adapter: bool = option("Write only the adapter, as PEFT does, instead of merging it.", False)
     qlora: bool = option("Hold the base model in 4 bits (bitsandbytes); goes with --lora.", False)
     # distillation
-    teacher: str | None = option("Distil from this model: a directory or Hub id.", None, metavar="MODEL")
+    teacher: str | None = option("Distil from this model: a directory or Hub id.", None, metavar="MODEL", reads=True)
     kd_weight: float = option("With --teacher: loss = (1 - W) cross-entropy + W KL.", 0.5, metavar="W")
     temperature: float = option("Divide the logits of both models by T, and multiply KL by T².", 1.0, metavar="T")
     kl: str = option(

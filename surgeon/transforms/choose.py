@@ -36,11 +36,13 @@ def choose_layers(
     contiguous: bool | None = None,
     protect: tuple[int, int] | None = None,
     seed: int = 0,
+    period: int = 1,
 ) -> Choice:
     """Return which `count` of `depth` layers go by the score `name`, a row of the table METHODS.
 
     `values` are its scores: a number per layer, or the matrix of a method that has one. `contiguous` and `protect` (how
-    many first and last layers stay) override the choice of the method's authors.
+    many first and last layers stay) override the choice of the method's authors. Where the kinds of layers repeat after
+    `period` layers, every layer that stays keeps its place in the period: whole periods go, or layers at the end.
 
     Raises PlanError when so many layers cannot go.
     """
@@ -52,12 +54,17 @@ def choose_layers(
     if count == 0:
         return Choice(())
     if method.chosen == "random":
-        return _drawn(count, free, seed, block=block)
+        if period > 1:
+            drawn = random.Random(seed)  # noqa: S311  (no secret)
+            values = [drawn.random() for _ in range(depth)]
+        else:
+            return _drawn(count, free, seed, block=block)
     if method.chosen == "deepest":
-        return Choice(tuple(free[-count:]))
+        return _deepest(count, free, depth, period)
     assert values is not None, f"{name} has values"
-    choose = _best_block if block else _lowest
-    return choose(name, values, count, free)
+    if block:
+        return _best_block(name, values, count, free, depth, period)
+    return _lowest(name, values, count, free) if period == 1 else _lowest_periods(name, values, count, free, period)
 
 
 def choose_in_order(order: Sequence[int], count: int, depth: int, *, protect: tuple[int, int]) -> Choice:
@@ -88,8 +95,30 @@ def _drawn(count: int, free: range, seed: int, *, block: bool) -> Choice:
     return Choice(tuple(range(start, start + count)) if block else tuple(sorted(drawn.sample(free, count))))
 
 
-def _best_block(name: str, values: Sequence[Any], count: int, free: range) -> Choice:
-    starts = range(free.start, free.stop - count + 1)
+def _deepest(count: int, free: range, depth: int, period: int) -> Choice:
+    if count % period and free.stop < depth:
+        raise _broken(count, period)
+    return Choice(tuple(free[-count:]))
+
+
+def _broken(count: int, period: int) -> PlanError:
+    """Return the error for a number of layers that cannot go without breaking the pattern of layers."""
+    whole = count // period * period
+    more = f" or {whole + period}" if whole else f" {whole + period}"
+    return PlanError(
+        f"{count} layers cannot go here: the kinds of layers repeat after {period}, and whole periods go",
+        hint=f"Remove{f' {whole}' if whole else ''}{more} layers, or leave out --keep-pattern.",
+    )
+
+
+def _best_block(
+    name: str, values: Sequence[Any], count: int, free: range, depth: int | None = None, period: int = 1
+) -> Choice:
+    starts: Sequence[int] = range(free.start, free.stop - count + 1)
+    if count % period:  # layers behind the block would move by no whole period; behind the last layer there are none
+        starts = [start for start in starts if start + count == depth]
+    if not starts:
+        raise _broken(count, period)
 
     def cost(start: int) -> float:
         if METHODS[name].matrix:
@@ -118,6 +147,30 @@ def _lowest(name: str, values: Sequence[Any], count: int, free: range) -> Choice
         return Choice(best, total)
     following = tuple(sorted([*ranked[: count - 1], ranked[count]]))
     return Choice(best, total, following, math.fsum(single[layer] for layer in following))
+
+
+def _lowest_periods(name: str, values: Sequence[Any], count: int, free: range, period: int) -> Choice:
+    """Return the cheapest layers without which every other layer keeps its place in the period.
+
+    A layer may stay only where the number of layers that went before it is a multiple of the period. So the cheapest
+    choice is the cheapest way through a table: layers × layers that went so far.
+    """
+    single = [float(row[layer + 1]) if METHODS[name].matrix else float(row) for layer, row in enumerate(values)]
+    _check_numbers(name, single)
+    best: dict[int, tuple[float, tuple[int, ...]]] = {0: (0.0, ())}  # layers that went so far: their cost, and which
+    for layer, cost in enumerate(single):
+        after: dict[int, tuple[float, tuple[int, ...]]] = {}
+        for went, (total, dropped) in best.items():
+            if went % period == 0:
+                after[went] = min(after.get(went, (total, dropped)), (total, dropped))
+            if layer in free and went < count:
+                further = (total + cost, (*dropped, layer))
+                after[went + 1] = min(after.get(went + 1, further), further)
+        best = after
+    if count not in best:
+        raise _broken(count, period)
+    total, dropped = best[count]
+    return Choice(dropped, total)
 
 
 def _check_numbers(name: str, costs: Sequence[float]) -> None:

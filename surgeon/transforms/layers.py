@@ -9,6 +9,7 @@ from dataclasses import replace
 from surgeon.anatomy.anatomy import Anatomy, Stack
 from surgeon.anatomy.axes import Places, axes_of, places
 from surgeon.anatomy.config import declared_kinds, follow_layers, text_config
+from surgeon.checkpoint.header import is_quantized
 from surgeon.errors import PlanError
 from surgeon.plan.plan import FLOAT_DTYPES, Constant, Expr, Gather, Normal, Plan, Read
 
@@ -53,6 +54,10 @@ def keep_layers(anatomy: Anatomy, keep: Sequence[int]) -> Plan:
     for stack in anatomy.stacks:
         _check_places(anatomy, stack, keep)
     edit = follow_layers(spec.config, keep, anatomy.depth, tabled=anatomy.family is not None)
+    if is_quantized(edit.config):
+        from surgeon.anatomy.quantized import follow_quantization
+
+        edit.config = follow_quantization(edit.config, anatomy, keep)
 
     targets: dict[int, list[int]] = {}
     for new, old in enumerate(keep):

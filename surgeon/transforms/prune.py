@@ -6,6 +6,7 @@ from functools import cached_property
 from typing import Any
 
 from surgeon.anatomy.anatomy import Anatomy, read_anatomy
+from surgeon.anatomy.config import period_of
 from surgeon.errors import PlanError
 from surgeon.plan.plan import Plan, identity
 from surgeon.transforms.choose import (
@@ -92,18 +93,26 @@ def resolve_count(
 ) -> int:
     """Return how many layers have to go for the rest to fit a budget of parameters, or of bytes of weights.
 
-    removable[n] are the layers that go when n do. Raises PlanError when no choice is small enough.
+    `removable` are choices of layers that can go, from none to the most. Raises PlanError when none is small enough.
     """
-    for count, dropped in enumerate(removable):
+    for dropped in removable:
         spec = anatomy.spec if not dropped else prune(anatomy, dropped=dropped).result(anatomy.spec)
         if (parameters is None or spec.num_parameters <= parameters) and (nbytes is None or spec.nbytes <= nbytes):
-            return count
+            return len(dropped)
     smallest = prune(anatomy, dropped=removable[-1]).result(anatomy.spec) if removable[-1] else anatomy.spec
     raise PlanError(
-        f"without {len(removable) - 1} layers {smallest.num_parameters:,} parameters ({smallest.nbytes:,} bytes) are "
+        f"without {len(removable[-1])} layers {smallest.num_parameters:,} parameters ({smallest.nbytes:,} bytes) are "
         "left, more than the budget",
         hint="Prune in width too, or ask for more.",
     )
+
+
+def repeating_period(anatomy: Anatomy) -> int:
+    """Return after how many layers the kinds of layers repeat. Raises PlanError where they never do."""
+    period = period_of(anatomy.spec.config, anatomy.depth)
+    if period == anatomy.depth > 1:
+        raise PlanError("the kinds of this model's layers do not repeat", hint="Leave out --keep-pattern.")
+    return period
 
 
 def sizes_like(anatomy: Anatomy, small: Anatomy, name: str) -> tuple[dict[str, int | None], tuple[str, ...]]:
@@ -132,7 +141,8 @@ def sizes_like(anatomy: Anatomy, small: Anatomy, name: str) -> tuple[dict[str, i
 class Cut:
     """How much goes, and by which score: `count` layers (None: a budget decides), and widths down to `sizes`.
 
-    `protect` is how many first and last layers stay. `sizes` is None where no width changes.
+    `protect` is how many first and last layers stay. `sizes` is None where no width changes. Of a model whose kinds of
+    layers repeat after `period` layers, whole periods go; with 1, any layers.
     """
 
     anatomy: Anatomy
@@ -142,6 +152,7 @@ class Cut:
     contiguous: bool | None
     protect: tuple[int, int]
     seed: int
+    period: int = 1
 
     def check(self) -> None:
         """Raises PlanError for a result that no scores could make possible."""
@@ -202,6 +213,7 @@ class Cut:
             contiguous=self.contiguous,
             protect=self.protect,
             seed=self.seed,
+            period=self.period,
         )
 
     def placeholder(self, count: int) -> Choice:

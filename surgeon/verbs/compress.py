@@ -11,14 +11,23 @@ from typing import TYPE_CHECKING, Any
 
 from surgeon import text
 from surgeon.anatomy.anatomy import read_anatomy
-from surgeon.checkpoint.output import check_space, check_target, staged, write_files
+from surgeon.checkpoint.output import check_apart, check_space, check_target, staged, write_files
 from surgeon.checkpoint.receipt import versions
 from surgeon.checkpoint.source import CONFIG, Source, fingerprint, spec_of
 from surgeon.errors import OutputError, PlanError
 from surgeon.gist.architecture import refusal
 from surgeon.gist.compressor import Compressor
 from surgeon.gist.tokens import GistTokens, read_gist
-from surgeon.options import adapter_option, device_option, option, revision_option, takes, trust_option
+from surgeon.options import (
+    Reads,
+    adapter_option,
+    device_option,
+    option,
+    reads_of,
+    revision_option,
+    takes,
+    trust_option,
+)
 from surgeon.surgery import open_source
 
 if TYPE_CHECKING:
@@ -78,8 +87,19 @@ class CompressOptions:
         "Measure the cost of a call with nothing cached, with the whole prompt cached, and with the gist cached.", False
     )
     adapter: str | os.PathLike[str] | None = adapter_option()
+    prompt_file: str | os.PathLike[str] | None = option(
+        "The file that the prompt was read from, where there is one: it is not replaced.",
+        None,
+        on_command_line=False,
+        reads=True,
+    )
     output: str | os.PathLike[str] | None = option(
-        "Where the result goes. Default: MODEL-compress-KT.", None, names=("--output", "-o"), metavar="DIR", parse=Path
+        "Where the result goes. Default: MODEL-compress-KT.",
+        None,
+        names=("--output", "-o"),
+        metavar="DIR",
+        parse=Path,
+        writes=True,
     )
     overwrite: bool = option("Replace an existing compressed prompt once the new one is complete.", False)
     device: str = device_option()
@@ -108,18 +128,19 @@ def compress(model: str | os.PathLike[str], prompt: str, options: CompressOption
     from surgeon.models.loading import runs
 
     with runs(source.label, trust_remote_code=options.trust_remote_code):
-        return _compressed(source, gist, prompt, options)
+        reads = reads_of(options) | {"MODEL": (os.fspath(model),)}
+        return _compressed(source, gist, prompt, options, reads)
 
 
-def _compressed(source: Source, gist: GistTokens, prompt: str, options: CompressOptions) -> Compression:
+def _compressed(source: Source, gist: GistTokens, prompt: str, options: CompressOptions, reads: Reads) -> Compression:
     """Return how a prompt was written as the states of a gist of the model of a source."""
     began = monotonic()
     count = len(gist.ids_of(options.tokens))
     compressor = None if options.adapter is None else Compressor(Path(options.adapter))
+    target = Path(options.output or f"{Path(source.label).name}-compress-{count}T")
+    _check_target(target, overwrite=options.overwrite, reads=reads)
     if compressor is not None:
         compressor.check(source)
-    target = Path(options.output or f"{Path(source.label).name}-compress-{count}T")
-    _check_target(target, overwrite=options.overwrite, source=source)
 
     from surgeon.gist import saved
     from surgeon.gist.compress import compress_ids
@@ -146,6 +167,7 @@ def _compressed(source: Source, gist: GistTokens, prompt: str, options: Compress
         "check": asdict(check),
         "versions": versions(),
     } | ({} if compressor is None else {"compressor": compressor.told()})
+    source.check_unchanged()
     _write(saved.files_of(states, about, base=base.get("path") or base["id"]), target, overwrite=options.overwrite)
     cost = _cost(loaded, ids, states, has_adapters=compressor is not None) if options.bench else None
     return Compression(
@@ -191,7 +213,7 @@ def _gist_of(source: Source) -> GistTokens:
     return gist
 
 
-def _check_target(target: Path, *, overwrite: bool, source: Source) -> None:
+def _check_target(target: Path, *, overwrite: bool, reads: Reads) -> None:
     """Refuse an output that must not be written. Raises OutputError; only a compressed prompt is ever replaced."""
     with suppress(OSError):
         if overwrite and target.is_dir() and not target.is_symlink() and any(target.iterdir()):
@@ -200,8 +222,9 @@ def _check_target(target: Path, *, overwrite: bool, source: Source) -> None:
                     f"{target} is not a compressed prompt, so it is not replaced",
                     hint="Remove it yourself, or choose -o.",
                 )
+            check_apart(target, reads)
             return
-    check_target(target, overwrite=False, source=source.origin)
+    check_target(target, overwrite=False, reads=reads)
 
 
 def _described(prompt: str, num_tokens: int, *, keep_text: bool) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from typing import Any
 
 from surgeon.anatomy.anatomy import read_anatomy
 from surgeon.checkpoint.formats import pickled
-from surgeon.checkpoint.source import INDEX, WEIGHTS, Source, open_directory, spec_of
+from surgeon.checkpoint.source import INDEX, WEIGHTS, Source, check_links, inside, open_directory, spec_of
 from surgeon.errors import CheckpointError
 from surgeon.options import Verb
 from surgeon.plan.plan import identity
@@ -36,7 +36,8 @@ def convert(source: str | os.PathLike[str], *, staging: str | os.PathLike[str] |
     if buffers := [name for name in plan.tensors if anatomy.family and anatomy.row(name)[1] == "buffer"]:
         notes = (*notes, f"left out, as every loader ignores them: {buffers[0]} and {len(buffers) - 1} more buffers")
     tensors = {name: expr for name, expr in plan.tensors.items() if name not in buffers}
-    return Surgery(opened, replace(plan, tensors=tensors, steps=({"convert": step},), notes=(*plan.notes, *notes)))
+    plan = replace(plan, tensors=tensors, steps=({"convert": step},), notes=(*plan.notes, *notes))
+    return Surgery(opened, plan, reads={"SRC": (str(path),)})
 
 
 def _open(path: Path, staging: Path | None) -> tuple[Source, Mapping[str, Any], tuple[str, ...]]:
@@ -53,10 +54,11 @@ def _open(path: Path, staging: Path | None) -> tuple[Source, Mapping[str, Any], 
     if path.is_dir() and not _has_pickles(path) and ggufs:
         if len(ggufs) > 1:
             raise CheckpointError(f"{path} holds {len(ggufs)} GGUF files", hint=f"Name one: surgeon convert {ggufs[0]}")
-        path = ggufs[0]
+        path = inside(path, ggufs[0].name)
     if path.is_file() and not _is_pickle(path):
         from surgeon.checkpoint.formats.gguf import open_gguf
 
+        check_links(path.parent)  # transformers looks for a config and a tokenizer beside the file
         return open_gguf(path, staging=staging), {"from": "gguf"}, ()
     source = pickled.open_pickled(path)
     open_directory(source.directory)

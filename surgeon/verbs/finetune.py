@@ -9,10 +9,21 @@ from typing import TYPE_CHECKING, TypeVar
 
 from surgeon.anatomy.anatomy import read_anatomy
 from surgeon.checkpoint import output as outputs
+from surgeon.checkpoint.header import is_quantized
 from surgeon.checkpoint.source import Source, spec_of
 from surgeon.errors import MeasureError, OutputError, PlanError
 from surgeon.gist.settings import GistSettings
-from surgeon.options import device_option, in_python, option, revision_option, same_option, takes, trust_option
+from surgeon.options import (
+    Reads,
+    device_option,
+    in_python,
+    option,
+    reads_of,
+    revision_option,
+    same_option,
+    takes,
+    trust_option,
+)
 from surgeon.surgery import open_source, parse_size
 from surgeon.train.result import Training
 from surgeon.train.settings import ComputeSettings, LearningSettings, Settings, deciding
@@ -33,12 +44,13 @@ class PlaceOptions:
         "Text, or records (text; prompt, completion; instruction, output; question, answer; messages): .txt, "
         ".jsonl, .json, .parquet, a directory of them, or a Hub dataset. Repeatable.",
         metavar="DATA",
+        reads=True,
     )
     output: str | os.PathLike[str] | None = option(
-        "Where the result goes. Default: MODEL-finetune.", None, names=("--output", "-o"), metavar="DIR"
+        "Where the result goes. Default: MODEL-finetune.", None, names=("--output", "-o"), metavar="DIR", writes=True
     )
     run_dir: str | os.PathLike[str] | None = option(
-        "Directory for checkpoints, metrics and plot. Default: OUTPUT.run.", None, metavar="DIR"
+        "Directory for checkpoints, metrics and plot. Default: OUTPUT.run.", None, metavar="DIR", writes=True
     )
     resume: bool = option("Continue the run in the run directory, or begin one there.", False)
     overwrite: bool = option("Replace an existing output once the new one is complete.", False)
@@ -109,12 +121,15 @@ def finetune(model: str | os.PathLike[str], options: FinetuneOptions) -> Trainin
     training = checked(options.of(TrainingOptions))
     source = opened(model, options.revision, gist=training.gist)
     target = Path(options.output or default_output(source))
-    outputs.check_target(target, overwrite=options.overwrite, source=source.origin)
+    reads = reads_of(options) | {"MODEL": (os.fspath(model),)}
+    outputs.check_target(target, overwrite=options.overwrite, reads=reads)
     if options.dtype not in ("keep", "float32", "bfloat16", "float16"):
         raise PlanError(f"unknown dtype {options.dtype!r}", hint="One of: keep, float32, bfloat16, float16.")
     parse_size(options.max_shard_size)
     place = Path(options.run_dir or f"{target}.run")
-    _check_places(target, place)
+    _check_places(target, place, reads)
+    _ = source.companions  # one that is no file of the checkpoint is refused now, and not after hours
+
     task = task_of(source, training)
     device, watcher = options.device, options.watcher
     with (
@@ -175,8 +190,14 @@ def task_of(source: Source, options: TrainingOptions) -> "Task":
     return GistTask(settings=settings, recorded=recorded, source=source, gist=options.of(GistSettings))
 
 
-def _check_places(target: Path, run_dir: Path) -> None:
-    """Raise OutputError for places that would fail only at the end, after hours of training."""
+def _check_places(target: Path, run_dir: Path, reads: Reads) -> None:
+    """Raise OutputError for places that would fail only at the end, or whose files are read."""
+    outputs.check_apart(run_dir, reads)
+    if run_dir.resolve() in target.resolve().parents:
+        raise OutputError(
+            f"the output {target} lies in the run's directory {run_dir}, whose files the run replaces",
+            hint="Choose a place beside it with -o.",
+        )
     if target.resolve() in (run_dir.resolve(), *run_dir.resolve().parents):
         raise OutputError(
             f"the run's directory {run_dir} lies in the output {target}, which must be empty until the end",
@@ -196,7 +217,7 @@ def opened(model: str | os.PathLike[str], revision: str | None, *, gist: bool = 
             f"{source.label} has an encoder and a decoder; such models are trained with gists only",
             hint="Add --gist, or train it with a script of transformers.",
         )
-    if source.config.get("quantization_config") is not None:
+    if is_quantized(source.config):
         raise MeasureError(
             f"{source.label} is quantized; what is trained are weights as numbers",
             hint="Train the unquantized checkpoint; --qlora quantizes it while it trains.",

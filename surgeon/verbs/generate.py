@@ -44,7 +44,7 @@ class GenerateOptions:
     """The options of `generate`."""
 
     gist: str | os.PathLike[str] | None = option(
-        "A prompt from surgeon compress, placed before the text.", None, metavar="DIR"
+        "A prompt from surgeon compress, placed before the text.", None, metavar="DIR", reads=True
     )
     max_new_tokens: int = option("Longest continuation, in tokens.", 256, metavar="N")
     temperature: float = option("Sample at this temperature; 0 is greedy.", 0.0, metavar="T")

@@ -8,7 +8,7 @@ from surgeon.anatomy.anatomy import read_anatomy
 from surgeon.checkpoint.derived import DONOR, JoinedSource
 from surgeon.checkpoint.source import spec_of
 from surgeon.errors import PlanError
-from surgeon.options import Verb, numbers, option, revision_option, seed_option, takes
+from surgeon.options import Verb, numbers, option, reads_of, revision_option, seed_option, takes
 from surgeon.plan.plan import Read
 from surgeon.surgery import Surgery, open_model, open_source
 from surgeon.transforms.deepen import donate
@@ -36,7 +36,7 @@ class GrowOptions:
         parse=numbers,
     )
     donor: str | os.PathLike[str] | None = option(
-        "Append this model's next layers instead of copies (Inheritune).", None, metavar="MODEL"
+        "Append this model's next layers instead of copies (Inheritune).", None, metavar="MODEL", reads=True
     )
     hidden_size: int | str | None = option(f"Hidden size: {_SIZE}.", None, metavar="N")
     intermediate_size: int | str | None = option(f"Size of the MLP: {_SIZE}.", None, metavar="N")
@@ -74,7 +74,7 @@ def grow(model: "str | os.PathLike[str] | Surgery", options: GrowOptions) -> Sur
 
         surgeon.grow("gpt2", hidden_size="2x", layers=16).save("gpt2-grown")
     """
-    begun = open_model(model, revision=options.revision)
+    begun = open_model(model, revision=options.revision, reads=reads_of(options))
     if options.donor is not None:
         return _with_donor(begun, options, options.donor)
     plan = plan_grow(

@@ -5,7 +5,6 @@ import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from surgeon import text
@@ -191,7 +190,9 @@ class Inspection:
 class InspectOptions:
     """The options of `inspect`."""
 
-    against: str | os.PathLike[str] | None = option("Show the differences from this model.", None, metavar="OTHER")
+    against: str | os.PathLike[str] | None = option(
+        "Show the differences from this model.", None, metavar="OTHER", reads=True
+    )
     revision: str | None = revision_option()
 
 
@@ -258,15 +259,16 @@ def _name_in_other(name: str, anatomy: Anatomy, other: Anatomy, layer_map: tuple
 def _equal(source: Source, name: str, other: Source, other_name: str) -> bool:
     """Return whether two tensors of one dtype and shape hold the same bytes."""
     here, there = source.tensors[name], other.tensors[other_name]
-    with _opened(source.fetch(here.file)) as first, _opened(other.fetch(there.file)) as second:
-        first.seek(here.start)
-        second.seek(there.start)
-        left = here.end - here.start
-        while left:
-            count = min(CHUNK, left)
-            if first.read(count) != second.read(count):
+    first = source.parts({here.file: [(here.start, here.end)]})[here.file]
+    second = other.parts({there.file: [(there.start, there.end)]})[there.file]
+    with first.opened() as one, second.opened() as two:
+        for at in range(0, here.end - here.start, CHUNK):
+            count = min(CHUNK, here.end - here.start - at)
+            left, right = bytearray(count), bytearray(count)
+            one.read_into(left, here.start + at)
+            two.read_into(right, there.start + at)
+            if left != right:
                 return False
-            left -= count
     return True
 
 
@@ -286,10 +288,6 @@ def _dtypes(change: tuple[str, str]) -> tuple[str, str]:
     """Return a change of dtype and shape as one of dtypes alone, where that is what changed, to be counted."""
     (old, *old_shape), (new, *new_shape) = (side.split(" ", 1) for side in change)
     return (old, new) if old_shape == new_shape else (old, f"{new} of another shape")
-
-
-def _opened(path: Path) -> Any:
-    return path.open("rb")
 
 
 def _receipt_of(source: Source) -> dict[str, Any] | None:

@@ -1,7 +1,7 @@
 """The verb `prune`: measure, choose, plan. Scores are kept, so that another cut takes the time of a copy."""
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from surgeon.anatomy.anatomy import Anatomy, read_anatomy
 from surgeon.checkpoint.source import SCORES, Source, spec_of
 from surgeon.errors import PlanError
-from surgeon.measure.record import Scores, check_model, check_ranking, perplexities, read_scores
+from surgeon.measure.record import Scores, check_ranking, perplexities, scores_of
 from surgeon.models.loading import runs
 from surgeon.options import (
     OptionError,
@@ -18,16 +18,18 @@ from surgeon.options import (
     check_seed,
     device_option,
     in_python,
-    numbers,
     option,
+    reads_of,
     revision_option,
     seed_option,
     takes,
     trust_option,
+    two_numbers,
 )
+from surgeon.plan.plan import FLOAT_DTYPES
 from surgeon.surgery import Surgery, open_model, open_source, parse_size
 from surgeon.transforms.choose import Choice
-from surgeon.transforms.prune import Cut, pruned_sizes, removed_count, resolve_count, sizes_like
+from surgeon.transforms.prune import Cut, pruned_sizes, removed_count, repeating_period, resolve_count, sizes_like
 from surgeon.transforms.scores import METHODS
 
 if TYPE_CHECKING:
@@ -46,14 +48,6 @@ _TOKENS = " or ".join(name for name, method in METHODS.items() if method.token_c
 _PROTECT = ", ".join(
     f"{first},{last} for {name}" for name, method in METHODS.items() for first, last in [method.protect] if first + last
 )
-
-
-def _first_and_last(text: str) -> tuple[int, int]:
-    """Return the two numbers in "1,1". Raises ValueError for anything else."""
-    counts = numbers(text)
-    if len(counts) != 2:
-        raise ValueError(f"{text!r} is not two numbers such as 1,1")
-    return counts[0], counts[1]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,7 +70,10 @@ class CutOptions:
     )
     experts: int | None = option(f"Experts per layer of the result. {_UNCHANGED}", None, metavar="N")
     like: str | os.PathLike[str] | None = option(
-        "Take the depth and all sizes from this smaller model; goes with --score uniform.", None, metavar="SMALL"
+        "Take the depth and all sizes from this smaller model; goes with --score uniform.",
+        None,
+        metavar="SMALL",
+        reads=True,
     )
     contiguous: bool | None = option(
         f"Remove one block of adjacent layers, or any layers. Default: one block for {_BLOCK}; else any.",
@@ -87,7 +84,11 @@ class CutOptions:
         f"How many first and last layers to keep. Default: {_PROTECT}, 1,1 with --greedy; else 0,0.",
         None,
         metavar="FIRST,LAST",
-        parse=_first_and_last,
+        parse=two_numbers,
+    )
+    keep_pattern: bool = option(
+        "Remove whole periods of a pattern such as 5 sliding layers, 1 full: llama.cpp counts on it.",
+        False,
     )
     greedy: bool = option(f"With --score {_GREEDY}: score the model again after each removed layer (SLEB).", False)
     tokens: str = option(
@@ -99,11 +100,12 @@ class CutOptions:
         "Text to measure on: .txt, .json, .jsonl, .parquet, Hub dataset. Repeatable. Default: the model writes one.",
         (),
         metavar="DATA",
+        reads=True,
     )
     samples: int = option("Number of sequences taken from the text.", 32, metavar="N")
     sequence_length: int = option("Tokens per sequence.", 256, metavar="T")
     scores_from: str | os.PathLike[str] | None = option(
-        "Choose by the scores in this scores.json instead of running the model.", None, metavar="FILE"
+        "Choose by the scores in this scores.json instead of running the model.", None, metavar="FILE", reads=True
     )
     evaluate: bool = option(
         "Measure the perplexity on the text before and after.", True, names=("--evaluate/--no-evaluate",)
@@ -119,6 +121,9 @@ class CutOptions:
         if self.greedy and self.contiguous:
             hint = "Leave out --contiguous."
             raise PlanError("a greedy removal chooses layers one by one, not as a block", hint=hint)
+        if self.greedy and self.keep_pattern:
+            hint = "Leave out --greedy."
+            raise PlanError("a greedy removal chooses layers one by one, not in whole periods", hint=hint)
         if self.protect is not None and min(self.protect) < 0:
             raise PlanError(f"cannot protect {min(self.protect)} layers", hint="Write --protect 1,1.")
         self._check_sizes()
@@ -196,7 +201,7 @@ class Pruning(Surgery):
     """A surgery that scores decided.
 
     `choice` is None where no scores are there yet, `text` where none was read. removable(n) returns the layers that
-    go when n do, up to `most_removable`.
+    go when n do; it works for n up to `most_removable`, with `keep_pattern` for whole periods.
     """
 
     score: str
@@ -206,32 +211,31 @@ class Pruning(Surgery):
     removable: Callable[[int], Choice]
     most_removable: int
     device: str
+    is_measured: bool
     trust_remote_code: bool = False
 
-    def evaluate(
-        self, result: str | os.PathLike[str], *, before: float | None = None, meter: "Meter | None" = None
-    ) -> tuple[float, float] | None:
-        """Return the perplexity of the source (`before` if known) and of the written result, None without a text."""
-        if self.text is None:
-            return None
+    @property
+    def also_read(self) -> Iterable[str]:
+        """The tensors that scores or a perplexity are still to be taken from."""
+        tensors = self.source.tensors
+        return () if self.is_measured else [name for name in tensors if tensors[name].spec.dtype in FLOAT_DTYPES]
+
+    def evaluate(self, result: str | os.PathLike[str], *, meter: "Meter | None" = None) -> tuple[float, float] | None:
+        """Return the perplexity of the source and of the written result on the text, None where none was read."""
+        return None if self.text is None else (self.perplexity(meter=meter), self.perplexity(result, meter=meter))
+
+    def perplexity(self, result: str | os.PathLike[str] | None = None, *, meter: "Meter | None" = None) -> float:
+        """Return the perplexity of the source, or of a written result, on the text that was read."""
         from surgeon.measure.scoring import perplexity
 
-        known = self.perplexity(meter=meter) if before is None else before
-        assert known is not None, "there is a text"
-        with runs(self.source.label, trust_remote_code=self.trust_remote_code):
-            return known, perplexity(open_source(result), self.text.tokens, device=self.device, meter=meter)
-
-    def perplexity(self, *, meter: "Meter | None" = None) -> float | None:
-        """Return the perplexity of the source on the text, None where none was read."""
-        if self.text is None:
-            return None
-        from surgeon.measure.scoring import perplexity
-
+        assert self.text is not None, "there is no text"
         scored_on = None if self.scores is None or self.scores.data is None else self.scores.data.get("sha256")
-        if self.scores is not None and self.scores.loss is not None and scored_on == self.text.origin["sha256"]:
+        is_known = self.scores is not None and scored_on == self.text.origin["sha256"]
+        if result is None and is_known and self.scores is not None and self.scores.loss is not None:
             return perplexities([self.scores.loss])[0]
-        with runs(self.source.label, trust_remote_code=self.trust_remote_code):
-            return perplexity(self.source, self.text.tokens, device=self.device, meter=meter)
+        source = self.source if result is None else open_source(result)
+        with runs(source.label, trust_remote_code=self.trust_remote_code):
+            return perplexity(source, self.text.tokens, device=self.device, meter=meter)
 
     def curve(self, most: int | None = None, *, meter: "Meter | None" = None) -> list[float] | None:
         """Return the perplexity with 0, 1, 2 ... `most` layers removed by the scores, None without a text.
@@ -278,7 +282,7 @@ def plan_pruning(begun: Surgery, options: PruneOptions) -> Pruning:
     pick = removable if is_scored else cut.placeholder
     count = cut.count
     if count is None:
-        choices = [pick(number).dropped for number in range(most_removable + 1)]
+        choices = [pick(number).dropped for number in range(0, most_removable + 1, cut.period)]
         count = resolve_count(cut.anatomy, choices, parameters=options.parameters, nbytes=options.nbytes)
     choice = pick(count)
     notes += (SELF_SAMPLED,) if measured.text is not None and not options.data else ()
@@ -290,6 +294,7 @@ def plan_pruning(begun: Surgery, options: PruneOptions) -> Pruning:
     return Pruning(
         source=begun.source,
         plan=begun.plan.then(plan),
+        reads={**begun.reads, **reads_of(options)},
         attachments={**begun.attachments, **({} if scores is None else {SCORES: scores.to_bytes()})},
         score=options.score,
         scores=scores,
@@ -299,6 +304,7 @@ def plan_pruning(begun: Surgery, options: PruneOptions) -> Pruning:
         most_removable=most_removable,
         device=measured.device,
         trust_remote_code=options.trust_remote_code,
+        is_measured=is_scored and (options.measure or not (options.data and options.evaluate)),
     )
 
 
@@ -359,6 +365,7 @@ def _cut(anatomy: Anatomy, options: PruneOptions) -> tuple[Cut, tuple[str, ...]]
         contiguous=options.contiguous,
         protect=default if options.protect is None else options.protect,
         seed=options.seed,
+        period=repeating_period(anatomy) if options.keep_pattern else 1,
     )
     cut.check()
     return cut, notes
@@ -382,7 +389,7 @@ def _measure(begun: Surgery, cut: Cut, options: PruneOptions) -> _Measured:
     scores: Scores | None = None
     if options.scores_from is not None:
         _check_unbegun(begun)
-        scores = _read(options.scores_from, source)
+        scores = scores_of(source, Path(options.scores_from))
     takes_scores = scores is None and cut.needs_scores
     if not options.measure or not (options.data or takes_scores):
         return _Measured(scores, None, options.device)
@@ -428,14 +435,6 @@ def _score(source: Source, cut: Cut, options: PruneOptions, text: "Calibration |
     )
     tokens, origin = (None, None) if text is None else (text.tokens, text.origin)
     return score(source, tokens, request, data=origin, meter=options.meter)
-
-
-def _read(path: str | os.PathLike[str], source: Source) -> Scores:
-    """Return the scores in a file, or in the scores.json of a directory. Raises MeasureError for another model's."""
-    place = Path(path)
-    scores = read_scores(place / SCORES if place.is_dir() else place)
-    check_model(scores, source.provenance(), source.label)
-    return scores
 
 
 def _check_unbegun(surgery: Surgery) -> None:

@@ -70,9 +70,10 @@ def open_gguf(path: Path, *, staging: Path | None = None) -> GgufSource:
     try:
         check_space(root, 4 * metadata.num_parameters)
         directory = root / path.stem  # named after the model: cards and receipts repeat the name
+        source = GgufSource(directory, path.stem, path)
+        source.look_at(path)
         with _bars_on_terminals_only():
             _dequantize(path, metadata, directory)
-        source = GgufSource(directory, path.stem, path)
         weakref.finalize(source, shutil.rmtree, root, ignore_errors=True)
     except BaseException:
         shutil.rmtree(root, ignore_errors=True)

@@ -7,7 +7,7 @@ import re
 import shutil
 import tempfile
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -53,21 +53,24 @@ class PickledSource(LocalSource):
         ignored = [name for content in self._files.values() for name in content.ignored]
         return (*tied, *(f"{name} is not a tensor and is left out" for name in ignored))
 
-    def fetch(self, file: str, ranges: Sequence[tuple[int, int]] | None = None) -> Path:
-        return self._reordered if file == REORDERED else super().fetch(file, ranges)
+    def fetch(self, file: str) -> Path:
+        return self._reordered if file == REORDERED else super().fetch(file)
+
+    def at_hand(self, file: str) -> Path | None:
+        return None if file == REORDERED else super().at_hand(file)
 
     @cached_property
     def _files(self) -> Mapping[str, TorchFile]:
         if not self.weights.endswith(".json"):
-            return {self.weights: read_torch_file(self.directory / self.weights)}
-        weight_map = read_index(self.directory / self.weights)
+            return {self.weights: read_torch_file(self.local(self.weights))}
+        weight_map = read_index(self.local(self.weights))
         shards = sorted(set(weight_map.values()))
         for number, shard in enumerate(shards, start=1):
             if not (self.directory / shard).exists():
                 raise CheckpointError(
                     f"shard {number} of {len(shards)} is missing: {self.directory / shard}", hint=DOWNLOAD_HINT
                 )
-        files = {shard: read_torch_file(self.directory / shard) for shard in shards}
+        files = {shard: read_torch_file(self.local(shard)) for shard in shards}
         for name, shard in weight_map.items():
             if name not in files[shard].tensors and name not in files[shard].ignored:
                 raise CheckpointError(
@@ -119,7 +122,7 @@ class PickledSource(LocalSource):
         try:
             with (directory / "tensors").open("wb") as target:
                 for file, tensor in strided:
-                    target.write(_elements(self.directory / file, tensor))
+                    target.write(_elements(self.fetch(file), tensor))
         except OSError as error:
             raise OutputError(f"cannot write {directory}: {error.strerror}") from error
         return directory / "tensors"
