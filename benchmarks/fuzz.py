@@ -75,10 +75,125 @@ def torch_files() -> tuple[Target, Iterator[bytes]]:
     return read, _torch_files()
 
 
+def configs() -> tuple[Target, Iterator[bytes]]:
+    """Configs with edited values: a surgery is refused, or its result is as whole as its source."""
+    import toys
+
+    from surgeon.anatomy.anatomy import read_anatomy
+    from surgeon.anatomy.layer_rules import INDEX_LISTS, LAYER_LISTS, RULES
+    from surgeon.checkpoint.header import CheckpointSpec
+    from surgeon.checkpoint.source import open_directory, spec_of
+    from surgeon.errors import SurgeonError
+    from surgeon.transforms.grow import grow
+    from surgeon.transforms.layers import truncate
+
+    place = Path(tempfile.mkdtemp(prefix="surgeon-fuzz-"))
+    names = ("llama", "gpt2", "gemma2", "mixtral", "qwen3_moe", "gpt_oss", "deepseek_v3", "t5")
+    specs = [spec_of(open_directory(toys.build(name, place / name))) for name in names]
+    rules = {key for rules in RULES.values() for rule in rules for key in rule.keys}
+    others = sorted({*INDEX_LISTS, *LAYER_LISTS, *rules, "text_config", "quantization_config", "auto_map", "gist"})
+    surgeries = [
+        lambda anatomy, size: truncate(anatomy, size % 9),
+        lambda anatomy, size: grow(anatomy, layers=size % 13),
+        lambda anatomy, size: grow(anatomy, hidden_size=size, intermediate_size=2 * size),
+    ]
+
+    def read(data: bytes) -> None:
+        which, surgery, size, *edits = (*data, 0, 0, 0)
+        spec = specs[which % len(specs)]
+        keys = [*spec.config, *others]
+        config = dict(spec.config)
+        for key, kind, number in zip(edits[::3], edits[1::3], edits[2::3], strict=False):
+            config[keys[key % len(keys)]] = _value(kind, number)
+        edited = CheckpointSpec(config, spec.tensors)
+        plan = surgeries[surgery % len(surgeries)](read_anatomy(edited), size)
+        try:
+            read_anatomy(plan.result(edited))
+        except SurgeonError as error:
+            raise AssertionError(f"a plan for a result that is refused: {error}") from error
+
+    return read, iter([bytes(12), bytes(range(30)), bytes([3, 1, 8, 40, 3, 2])])
+
+
+def _value(kind: int, number: int) -> Any:
+    """Return a value of a config, of any type."""
+    values: list[Any] = [number, -number, float(number), str(number), None, bool(number % 2), [], {}, [number] * 6]
+    values += [["full_attention"] * (number % 9), [[["global", "local"], number % 5]], {"a": number}, 2**number, "x"]
+    values += [[number % 7], [None], ["x"] * 6, [0, 1] * 3, {"rope_type": "default"}, float("nan"), float("inf")]
+    return values[kind % len(values)]
+
+
+def receipts() -> tuple[Target, Iterator[bytes]]:
+    """A surgeon.json: what is taken for a receipt can be read by all that read receipts."""
+    from surgeon.checkpoint.receipt import read_receipt, receipt, to_bytes
+    from surgeon.train.model import new_token_ids, trained_layers
+    from surgeon.verbs.inspect import _axis
+    from surgeon.verbs.verify import _noise, _reason
+
+    place = Path(tempfile.mkdtemp(prefix="surgeon-fuzz-"))
+
+    def read(data: bytes) -> None:
+        (place / "surgeon.json").write_bytes(data)
+        content = read_receipt(place)
+        if content is None:
+            return
+        for runs in content.get("axis_maps", {}).values():
+            assert _axis(runs)
+        _noise(content)
+        _reason(content)
+        new_token_ids(content)
+        for which in ("new", "cut"):
+            trained_layers(which, content, len(content.get("layer_map", [])))
+
+    step = {"grow": {"noise": 0.5, "layers": 8}, "gist": {"token_ids": [7]}, "truncate": {}}
+    told = receipt(
+        source={"path": "x"},
+        steps=[step],
+        layer_map=[0, None, 1],
+        axis_maps={"ffn": [[0, 4], [-1, 2]]},
+        options={},
+        command=None,
+        notes=["a"],
+        approximate=["b"],
+    )
+    return read, iter([to_bytes(told), b"{}"])
+
+
+def scores() -> tuple[Target, Iterator[bytes]]:
+    """A scores.json: what is taken for scores can be written again, and chosen by."""
+    from surgeon.measure.record import Scores, check_model, check_ranking, read_scores
+    from surgeon.transforms.scores import METHODS
+
+    place = Path(tempfile.mkdtemp(prefix="surgeon-fuzz-")) / "scores.json"
+
+    def read(data: bytes) -> None:
+        place.write_bytes(data)
+        record = read_scores(place)
+        assert read_scores_again(record) == record
+        check_model(record, {"fingerprint": "x"}, "model")
+        for name in METHODS:
+            check_ranking(record, name)
+
+    def read_scores_again(record: Scores) -> Scores:
+        place.write_bytes(record.to_bytes())
+        return read_scores(place)
+
+    matrix = [[None if end <= start else 0.5 for end in range(3)] for start in range(2)]
+    layers = {"angular": matrix, "magnitude": [1, 2.5]}
+    widths = {"activation": {"ffn": [[1.0, 2], [3, 4]], "hidden": [1, 2]}}
+    whole = Scores(
+        {"fingerprint": "x"}, 2, {"sha256": "y"}, 8, 0, {"tokens": "last"}, layers, widths, {"order": [1]}, 2.5
+    )
+    return read, iter([whole.to_bytes(), b'{"format":1}'])
+
+
 TARGETS: Mapping[str, Callable[[], tuple[Target, Iterator[bytes]]]] = {
     "header": header,
     "pickle": pickles,
     "torch-file": torch_files,
+    "config": configs,
+    "receipt": receipts,
+    "scores": scores,
 }
 
 

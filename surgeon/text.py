@@ -23,12 +23,12 @@ SCRUBBED = "***"
 _SECRETS = re.compile(
     r"""\b(?:hf|api_org)_[A-Za-z0-9]{16,}
     |(?<=://)[^/\s@'"]+(?=@)
+    |(?<=Basic\s)(?=[A-Za-z0-9+/]*[0-9+/=])(?=\S*[A-Z])[A-Za-z0-9+/]{8,}=*
     |(?i:(?<=bearer\s)[\w.~+/=-]+)
-    |(?i:(?<=[?&])(?:[\w-]*(?:token|key|signature|secret|password|credential|policy)[\w-]*=)[^&\s'"]+)
-    |(?i:--(?:[\w-]+-)?(?:token|api-key|password|secret)[=\s](?!\d{1,6}\b))[^\s]+""",
+    |(?P<query>(?i:(?<=[?&])[\w-]*(?:token|key|signature|secret|password|credential|policy)[\w-]*=))[^&\s'"]+
+    |(?P<option>(?i:--(?:[\w-]+-)?(?:token|api-key|password|secret)[=\s]))(?!\d{1,6}\b)\S+""",
     re.VERBOSE,
 )
-_NAME = re.compile(r"(?:.*[&?\s])?--?[\w-]+[=\s]|[\w-]+=")  # what stands before a value, and is kept
 _SECRET_NAMES = re.compile(r".*(TOKEN|API_KEY|SECRET|SECRET_KEY|ACCESS_KEY|PASSWORD|PASSWD)")
 _SHORTEST = 8  # characters of a secret in the environment; a shorter value may be a word
 
@@ -38,12 +38,7 @@ def scrubbed(text: str) -> str:
     for name, value in os.environ.items():
         if len(value) >= _SHORTEST and value in text and _SECRET_NAMES.fullmatch(name):
             text = text.replace(value, SCRUBBED)
-    return _SECRETS.sub(_without_value, text)
-
-
-def _without_value(match: re.Match[str]) -> str:
-    name = _NAME.match(match[0])
-    return f"{name[0] if name else ''}{SCRUBBED}"
+    return _SECRETS.sub(lambda match: f"{match['query'] or match['option'] or ''}{SCRUBBED}", text)
 
 
 def size(nbytes: float) -> str:

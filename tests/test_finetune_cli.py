@@ -460,24 +460,22 @@ def test_an_output_of_another_run_is_not_taken_for_the_runs_own(run, finished, t
     refused(run("finetune", talker, "--resume", "-o", tmp_path / "out"), "exists and is not empty")
 
 
-@pytest.mark.parametrize(
-    ("options", "said"),
-    [
-        (["--batch-size", "8"], "--batch-size 3, and 8 is asked for now"),  # the default, and yet another one
-        (["--max-steps", "5"], "--max-steps 4, and 5 is asked for now"),
-        (["--dtype", "keep"], "--dtype bfloat16, and keep is asked for now"),
-        (["--teacher", "{model}"], "--teacher None, and {model} is asked for now"),
-        (["--data", "{model}"], "the data ['{text}'], and ['{model}'] is asked for now"),
-        (["--num-processes", "1", "--seed", "1"], "--seed 0, and 1 is asked for now"),
-    ],
-)
-def test_an_option_that_differs_from_the_runs_own_is_refused_by_name_and_value(
-    options, said, run, finished, talker, text, tmp_path
-):
-    options = [word.format(model=talker, text=text) for word in options]
-    outcome = run("finetune", talker, "--resume", "-o", tmp_path / "out", *options)
+DIFFERENT = {
+    "--batch-size 8": "--batch-size 3, and 8 is asked for now",  # the default, and yet another one
+    "--max-steps 5": "--max-steps 4, and 5 is asked for now",
+    "--dtype keep": "--dtype bfloat16, and keep is asked for now",
+    "--teacher {model}": "--teacher None, and {model} is asked for now",
+    "--data {model}": "the data ['{text}'], and ['{model}'] is asked for now",
+    "--num-processes 1 --seed 1": "--seed 0, and 1 is asked for now",
+}
 
-    refused(outcome, said.format(model=talker, text=text))
+
+def test_an_option_that_differs_from_the_runs_own_is_refused_by_name_and_value(run, finished, talker, text, tmp_path):
+    for options, said in DIFFERENT.items():
+        words = [word.format(model=talker, text=text) for word in options.split()]
+        outcome = run("finetune", talker, "--resume", "-o", tmp_path / "out", *words)
+
+        refused(outcome, said.format(model=talker, text=text))
 
 
 def test_a_killed_run_is_resumed_without_repeating_its_options(run, finished, talker, tmp_path):
@@ -508,15 +506,16 @@ def test_a_resume_where_there_is_no_run_needs_the_data(run, talker, tmp_path):
     assert not (tmp_path / "out.run").exists()
 
 
-@pytest.mark.parametrize(("name", "value"), [("batch_size", "3"), ("eval_data", [1]), ("workers", None), ("lr", 1)])
-def test_a_record_of_the_run_that_was_edited_is_refused(name, value, run, finished, talker, tmp_path):
-    content = json.loads((finished / "run.json").read_text())
-    for part in ("settings", "others"):
-        content[part] |= {name: value} if name in content[part] else {}
-    (finished / "run.json").write_text(json.dumps(content))
+def test_a_record_of_the_run_that_was_edited_is_refused(run, finished, talker, tmp_path):
+    whole = json.loads((finished / "run.json").read_text())
+    for name, value in {"batch_size": "3", "eval_data": [1], "workers": None, "lr": 1}.items():
+        content = {part: dict(whole[part]) for part in ("model", "settings", "others")} | {"data": whole["data"]}
+        for part in ("settings", "others"):
+            content[part] |= {name: value} if name in content[part] else {}
+        (finished / "run.json").write_text(json.dumps(content))
 
-    outcome = run("finetune", talker, "--resume", "-o", tmp_path / "out")
-    refused(outcome, f"run.json is damaged: --{name.replace('_', '-')} cannot be")
+        outcome = run("finetune", talker, "--resume", "-o", tmp_path / "out")
+        refused(outcome, f"run.json is damaged: --{name.replace('_', '-')} cannot be")
 
 
 def test_an_edited_record_of_a_run_replaces_nothing_and_trusts_nobody(run, finished, talker, tmp_path):

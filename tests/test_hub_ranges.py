@@ -2,8 +2,10 @@
 
 import json
 import os
+import random
 import shutil
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -556,3 +558,82 @@ def test_without_ranges_and_without_room_for_the_file_the_reason_is_given(hub, d
 
     with pytest.raises(HubError, match="cannot be read by ranges .*, and the whole file is 0.00 GB, more than"):
         surgery.save(tmp_path / "out")
+
+
+def test_runs_that_remove_each_others_ranges_still_read_all_that_they_asked_for(hub, deep, monkeypatch):
+    publish(hub, deep)
+    whole = (deep / "model.safetensors").read_bytes()
+    monkeypatch.setenv("SURGEON_CACHE_SIZE", "100KB")  # less than two layers
+
+    def read_layers(seed: int) -> int:
+        source, count = open_hub("org/deep"), 0
+        for layer in random.Random(seed).choices(range(4), k=40):
+            name = f"model.layers.{layer}.mlp.up_proj.weight"
+            item = source.tensors[name]
+            part = source.parts({item.file: [(item.start, item.end)]}, among={item.file: [(0, len(whole))]})[item.file]
+            with part.opened() as opened:
+                read = bytearray(item.spec.nbytes)
+                opened.read_into(read, item.start)
+            count += read == whole[item.start : item.end]
+        return count
+
+    with ThreadPoolExecutor(3) as pool:
+        assert list(pool.map(read_layers, range(3))) == [40, 40, 40]
+
+
+def test_a_store_that_another_run_makes_anew_in_between_is_not_taken_for_this_one(hub, deep, monkeypatch):
+    publish(hub, deep)
+    first, second = open_hub("org/deep"), open_hub("org/deep")
+    first.parts({"model.safetensors": [(300_000, 400_000)]})
+    check = range_store.RangeFile.check
+
+    def meanwhile(self: range_store.RangeFile, spans: list[tuple[int, int]]) -> None:
+        monkeypatch.setattr(range_store.RangeFile, "check", check)
+        self.forget()
+        second.parts({"model.safetensors": [(600_000, 700_000)]})
+        check(self, spans)
+
+    monkeypatch.setattr(range_store.RangeFile, "check", meanwhile)
+    part = first.parts({"model.safetensors": [(600_000, 700_000)]})["model.safetensors"]
+
+    with part.opened() as opened:
+        read = bytearray(100_000)
+        opened.read_into(read, 600_000)
+    assert read == (deep / "model.safetensors").read_bytes()[600_000:700_000]
+
+
+def test_a_file_of_another_commit_or_size_than_its_header_is_refused(hub, deep, tmp_path):
+    publish(hub, deep)
+    source = open_hub("org/deep")
+    wanted = {"model.safetensors": [(300_000, 400_000)]}
+    assert source.tensors
+
+    hub.hide_commit = True
+    with pytest.raises(HubError, match=r"does not answer as the Hub does for model\.safetensors of org/deep"):
+        source.parts(wanted)
+    hub.hide_commit = False
+    hub.repos["org/deep"].commits[source.commit]["model.safetensors"] += b"more"
+    with pytest.raises(HubError, match=r"model\.safetensors of org/deep has \d+ bytes; its header promised \d+"):
+        source.parts(wanted)
+
+
+@pytest.mark.parametrize(
+    ("status", "changes"),
+    [
+        (200, {}),
+        (416, {}),
+        (206, {"Content-Range": "bytes 11-20/100"}),
+        (206, {"Content-Range": "bytes 10-18/100"}),
+        (206, {"Content-Range": "bytes 10-19/101"}),
+        (206, {"Content-Range": "bytes 10-19/*"}),
+        (206, {"Content-Length": "9"}),
+        (206, {"Content-Encoding": "gzip"}),
+        (206, {"Content-Encoding": "br"}),
+    ],
+)
+def test_an_answer_is_exactly_the_range_that_was_asked_for(status, changes):
+    right = {"Content-Range": "bytes 10-19/100", "Content-Length": "10"}
+    hub_ranges._check(206, right, 10, 20, 100)
+
+    with pytest.raises(hub_http.WrongAnswer):
+        hub_ranges._check(status, right | changes, 10, 20, 100)

@@ -1,5 +1,6 @@
 """Tokens and passwords: in no file and no message of surgeon's, and sent to no host but the Hub."""
 
+import base64
 import io
 import json
 import os
@@ -28,6 +29,7 @@ PASSWORD = "a-password-with-hyphens"
         (f"cannot reach https://me:{PASSWORD}@hub.example/x", "cannot reach https://***@hub.example/x"),
         (f"https://{CANARY}@hub.example", "https://***@hub.example"),
         ("Authorization: Bearer abc.def-ghi", "Authorization: Bearer ***"),
+        ("no: Basic bWU6YS1wYXNzd29yZA==", "no: Basic ***"),
         ("https://cdn/x?a=1&X-Amz-Signature=0af&b=2", "https://cdn/x?a=1&X-Amz-Signature=***&b=2"),
         (f"('{CANARY}')", "('***')"),
     ],
@@ -42,6 +44,7 @@ def test_what_is_a_secret_by_its_form_is_taken_out(text, expected):
         "surgeon gist m --tokens 4 --experts-per-token 2 --max-new-tokens 9 --gist-random-tokens 1,2",
         "surgeon prune m --key-value-heads 4 --tokens last",
         "https://huggingface.co/me/hf_model?x=1 and git@github.com:me/x and a:b@c",
+        "a Basic information model of Basic Q8",
     ],
 )
 def test_what_only_looks_like_one_stays(text):
@@ -111,6 +114,7 @@ def test_a_hub_that_repeats_the_token_is_told_without_it(status, more, tmp_path)
 
     assert CANARY not in said
     assert PASSWORD not in said
+    assert base64.b64encode(f"me:{PASSWORD}".encode()).decode() not in said
     assert ("Traceback" in said) == bool(more)
     assert "***" in said or (status, more) == (401, [])
 

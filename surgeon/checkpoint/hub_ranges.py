@@ -38,8 +38,9 @@ SMALLEST_PART = 32 << 10
 PARTS = 128  # of a download, where its size allows: an answer that is thrown away is less than a hundredth of it
 JOINED_GAP = 256 << 10  # a gap that costs less time to read than a request takes
 JOINED_SHARE = 0.02  # of the bytes that are wanted: gaps add no more
-WRONG_ANSWERS = 6  # in a row, until the server is held to be one without ranges
+WRONG_ANSWERS = 6  # in a row, until the server is held to be one without ranges; twice as many where it has given some
 IGNORED = 3  # as many wrong answers is a whole file in place of a range
+NEW_ADDRESSES = 4  # in a row that are not accepted either
 LAST_WORDS = 1.0  # seconds for workers to end where one has failed
 ADDED_EVERY = 0.5  # seconds between two additions to the map: a killed process loses no more
 
@@ -111,6 +112,7 @@ class RangeDownload:
         self._address: Address | None = None
         self._addressing = threading.Lock()
         self._stop = threading.Event()
+        self._has_ranges = False  # the server has answered one as it should
         self._not_before = 0.0  # the Hub asked for no requests until then
 
     def find(self) -> Address:
@@ -192,11 +194,11 @@ class RangeDownload:
                 self._ask(piece, address, store)
             except WrongAnswer as error:
                 wrong += IGNORED if error.is_ignored else 1
-                if wrong >= WRONG_ANSWERS:
+                if wrong >= WRONG_ANSWERS * (2 if self._has_ranges else 1):
                     raise RangesRefused(str(error)) from error
             except _Expired as error:
                 renewed += 1
-                if renewed > 1:
+                if renewed == NEW_ADDRESSES:
                     raise RangesRefused(str(error)) from error
                 self._addressed(address)
             except failures() as error:
@@ -225,6 +227,7 @@ class RangeDownload:
             if answer.status_code != 416:
                 hf_raise_for_status(answer)
             _check(answer.status_code, answer.headers, start, end, self._size)
+            self._has_ranges = True
             digest = piece.digest.copy()
             for chunk in not_too_slowly(answer.iter_raw(), timeout):
                 if self._stop.is_set():

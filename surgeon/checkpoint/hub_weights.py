@@ -112,11 +112,7 @@ class HubWeights:
 
     def _todo(self, file: str, spans: Sequence[Span]) -> list[Span]:
         """Return the spans to download, small gaps between them included."""
-        if self._is_cached(file):
-            return []
-        stored = self._find(file)
-        present = [] if stored is None else stored.present
-        return without(joined(without(merged(spans), present)), present)
+        return [] if self._is_cached(file) else _lacking(self._find(file), spans)
 
     def _fetch_whole(self, file: str) -> Path:
         is_new = not self._is_cached(file)
@@ -144,25 +140,26 @@ class HubWeights:
         stored = self._find(file)
         if stored is not None:
             stored.check(spans)
-        if self._todo(file, spans):
-            self._refuse_offline({file: self._todo(file, spans)})
+        if stored is None or _lacking(stored, spans):
+            self._refuse_offline({file: _lacking(stored, spans)})
             try:
                 stored = self._download(file, spans, show)
             except RangesRefused as error:
                 self._refuse_large(file, error)
                 return FilePart(self._fetch_whole(file))
-        assert stored is not None
         (self.transfer.ranges.discard if stored.is_verified else self.transfer.ranges.add)(file)
         return stored.part()
 
     def _download(self, file: str, spans: Sequence[Span], show: Callable[[int], object]) -> RangeFile:
+        """Return the store of a file with all of `spans`. What others remove meanwhile, this process still holds."""
+
         def count(nbytes: int) -> None:
             with self._counting:
                 self.transfer.nbytes += nbytes
                 show(nbytes)
 
-        size = self._sizes[file]
-        download = RangeDownload(self.repo_id, file, commit=self.snapshot.name, size=size, count=count)
+        size, commit = self._sizes[file], self.snapshot.name
+        download = RangeDownload(self.repo_id, file, commit=commit, size=size, count=count)
         etag = download.find().etag
         stored = self._find(file)
         if stored is None or stored.etag != etag:
@@ -171,7 +168,8 @@ class HubWeights:
             with stored.downloading():
                 stored.check(spans)
                 self._keep_beginning(file, spans, stored, count)
-                download.run(self._todo(file, spans), stored)
+                if todo := _lacking(stored, spans):
+                    download.run(todo, stored)
         except OSError as error:  # its directory was removed
             raise as_hub_error(error, file, self.directory) from error
         stored.verify()
@@ -237,3 +235,9 @@ class HubWeights:
         options: dict[str, Any] = {"desc": self.repo_id, "unit": "B", "unit_scale": True, "leave": False, "delay": 1}
         with tqdm(total=nbytes, disable=is_silent or None, **options) as bar:  # type: ignore[no-untyped-call]
             yield bar.update
+
+
+def _lacking(stored: RangeFile | None, spans: Sequence[Span]) -> list[Span]:
+    """Return the spans that are not stored, with small gaps between them."""
+    present = [] if stored is None else stored.present
+    return without(joined(without(merged(spans), present)), present)

@@ -73,8 +73,9 @@ def read_receipt(directory: Path) -> dict[str, Any] | None:
 
     Raises CheckpointError for a link that leads out of the directory.
     """
+    path = inside(directory, RECEIPT)
     try:
-        content = read_json(inside(directory, RECEIPT))
+        content = read_json(path)
     except CheckpointError:
         return None
     return content if isinstance(content, dict) and _is_sound(content) else None

@@ -133,7 +133,6 @@ class _WithoutSecrets:
 
 
 def _run() -> NoReturn:
-    """Run the command, and exit as `main` says. A traceback is printed here, where standard error has no secrets."""
     try:
         app()
     except BrokenPipeError:  # `surgeon inspect ... | head`: the reader has closed the pipe

@@ -90,14 +90,14 @@ def read_scores(path: Path) -> Scores:
     return Scores(
         model=content["model"],
         depth=depth,
-        data=content["data"],
+        data=content.get("data"),
         tokens=content["tokens"],
         seed=content["seed"],
         options=content["options"],
         layers=layers,
         widths=widths,
         greedy=greedy,
-        loss=content["loss"],
+        loss=content.get("loss"),
     )
 
 

@@ -14,10 +14,10 @@ from contextvars import ContextVar
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from surgeon.anatomy.config import text_config
+from surgeon.anatomy.config import class_names, text_config
 from surgeon.checkpoint.derived import JoinedSource
 from surgeon.checkpoint.header import not_regular, read_json
-from surgeon.checkpoint.source import Source, check_links, is_companion
+from surgeon.checkpoint.source import Source, check_links, inside, is_companion
 from surgeon.errors import CheckpointError, DataError, MeasureError, PlanError, SurgeonError, failure_of_library
 from surgeon.models.device import available_memory, compute_dtype
 from surgeon.plan.plan import chooses_kernel
@@ -204,10 +204,10 @@ def load_architecture(name: str, revision: str | None, *, dtype: Any) -> tuple[A
     _check_files(name)
     raw, _ = transformers.PreTrainedConfig.get_config_dict(name, revision=revision)
     config = type(load_config(name, revision)).from_dict(_safe(raw))
-    named = config.architectures if isinstance(config.architectures, list) else []
-    classes = (getattr(transformers, word, None) for word in named if isinstance(word, str))
+    named = (getattr(transformers, word, None) for word in class_names(raw))
+    classes = (each for each in named if isinstance(each, type) and issubclass(each, transformers.PreTrainedModel))
     usual = transformers.AutoModelForSeq2SeqLM if config.is_encoder_decoder else transformers.AutoModelForCausalLM
-    kind: Any = next(filter(None, classes), usual)
+    kind: Any = next(classes, usual)
     options = {"config": config, "revision": revision, "dtype": dtype, "use_safetensors": True}
     model, report = _from_pretrained(kind, name, **options, output_loading_info=True)
     return model, report
@@ -235,7 +235,7 @@ def load_adapter(model: Any, directory: Path) -> Any:
     """
     from peft import PeftModel
 
-    config = read_json(directory / ADAPTER)
+    config = read_json(inside(directory, ADAPTER))
     if not isinstance(config, dict) or config.get("peft_type") != "LORA":
         kind = config.get("peft_type") if isinstance(config, dict) else config
         raise PlanError(f"{directory} holds an adapter of type {kind!r}, not LORA", hint="surgeon trains LoRA alone.")

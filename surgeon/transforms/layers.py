@@ -120,7 +120,8 @@ def _check_places(anatomy: Anatomy, stack: Stack, keep: Sequence[int]) -> None:
             continue
         place_kept = keep[0] == 0 if layer == 0 else keep[-1] == layer if layer == stack.depth - 1 else True
         if not place_kept or keep.count(layer) > 1 or (0 < layer < stack.depth - 1 and layer in keep[:layer]):
-            odd = min(names ^ usual)
+            other = next(there for there, _ in groups[kind].most_common() if there != names)
+            odd = min(names ^ other)
             raise PlanError(
                 f"layer {layer} of {anatomy.model_type} differs from the others in {odd!r} because of its place",
                 hint=f"Keep layer {layer} where it is.",
