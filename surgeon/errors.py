@@ -16,7 +16,7 @@ Any other exception is a bug in surgeon, or was raised by a library that surgeon
 import sys
 from traceback import walk_tb
 
-from surgeon.text import printable
+from surgeon.text import printable, scrubbed
 
 # Known wherever they are installed; transformers_modules is the code of checkpoints that are trusted.
 _LIBRARIES = {"accelerate", "peft", "tokenizers", "torch", "transformers", "transformers_modules"}
@@ -26,7 +26,8 @@ LONGEST = 1000  # characters of a sentence for the user: names in a hostile file
 class SurgeonError(Exception):
     """A problem that the user can fix: one sentence, and a hint to type or to read.
 
-    Both hold what files say, so they are made short and printable here, once for all errors.
+    Both hold what files say, so they are made short and printable here, once for all errors. Neither holds a
+    token or password: an answer of the Hub may repeat one, and an endpoint hold one.
     """
 
     def __init__(self, message: str, *, hint: str | None = None) -> None:
@@ -67,7 +68,8 @@ class VerificationError(SurgeonError):
 
 
 def sentence(text: str) -> str:
-    """Return text that is printable and of a length that can be read: of a longer one the beginning and the end."""
+    """Return text without secrets, printable and not too long to be read: of a longer one the beginning and the end."""
+    text = scrubbed(text)
     if len(text) > LONGEST:
         text = f"{text[: LONGEST * 2 // 3]} ... {text[-LONGEST // 3 :]}"
     return printable(text)

@@ -174,14 +174,6 @@ def numbers(text: str) -> list[int]:
     return [int(word) for word in words]
 
 
-def two_numbers(text: str) -> tuple[int, int]:
-    """Return the numbers in "1,1". Raises ValueError for anything else."""
-    counts = numbers(text)
-    if len(counts) != 2:
-        raise ValueError(f"{text!r} is not two numbers such as 1,1")
-    return counts[0], counts[1]
-
-
 def words(text: str) -> list[str]:
     """Return the words in "attention,mlp"; empty ones are left out."""
     return [word.strip() for word in text.split(",") if word.strip()]
@@ -207,7 +199,8 @@ class Taking(Protocol[Keywords, Options]):
 def takes(options: Callable[Keywords, Options]) -> Taking[Keywords, Options]:
     """Return a decorator: the function takes the fields of `options` as keywords, after its other arguments.
 
-    Its signature and its docstring list them, for `help()` and for editors; type checkers see them too.
+    Its signature and its docstring list them, for `help()` and for editors; type checkers see them too. A field `given`
+    gets the names of the options that the call names, unless it is named itself.
     """
 
     def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -227,6 +220,8 @@ def takes(options: Callable[Keywords, Options]) -> Taking[Keywords, Options]:
             for name, value in values.items():
                 if fault := _fault(signature.parameters[name].annotation, value):
                     raise TypeError(f"{function.__name__}(): {name} is {value!r}, {fault}")
+            if "given" in signature.parameters:
+                values.setdefault("given", tuple(values))
             return function(*(values.pop(item.name) for item in arguments), make(**values))
 
         call.__signature__ = signature  # type: ignore[attr-defined]

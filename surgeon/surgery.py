@@ -3,7 +3,7 @@
 import os
 import re
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -17,7 +17,7 @@ from surgeon.checkpoint import output, receipt
 from surgeon.checkpoint.derived import JoinedSource
 from surgeon.checkpoint.header import QUANTIZATION_FILES, CheckpointSpec, read_header
 from surgeon.checkpoint.output import CountBytes
-from surgeon.checkpoint.source import CARD, CONFIG, RECEIPT, LocalSource, Source, open_directory, spec_of
+from surgeon.checkpoint.source import CARD, CONFIG, RECEIPT, Source, content_of, open_directory, spec_of
 from surgeon.errors import CheckpointError, OutputError, PlanError
 from surgeon.options import Reads, verb_named
 from surgeon.plan.execute import Shard, execute, lay_out, peak_memory, ranges_read, shareable_files
@@ -113,6 +113,7 @@ class Surgery:
 
     `begun_with` is the anatomy of the source, where the caller has read it already. `reads` are the files, directories
     and names on the Hub that decide the plan, by the options that name them: the result must not replace any.
+    `also_read` are the tensors that are to be read before the plan is carried out, for scores.
     """
 
     source: Source
@@ -120,6 +121,7 @@ class Surgery:
     attachments: Mapping[str, bytes] = field(default_factory=dict, repr=False)  # file name: content
     begun_with: Anatomy | None = field(default=None, repr=False, compare=False)
     reads: Reads = field(default_factory=dict, repr=False, compare=False)
+    also_read: Sequence[str] = field(default=(), repr=False, compare=False)
 
     @cached_property
     def before(self) -> Anatomy:
@@ -143,12 +145,7 @@ class Surgery:
         """Return a file that goes with the weights, as the result will hold it; None where there is none."""
         if file in self.attachments:
             return self.attachments[file]
-        return self.source.fetch(file).read_bytes() if file in self.source.companions else None
-
-    @property
-    def also_read(self) -> Iterable[str]:
-        """The tensors of the source that are to be read before the plan is carried out; most surgeries read none."""
-        return ()
+        return content_of(self.source.fetch(file)) if file in self.source.companions else None
 
     @property
     def name(self) -> str:
@@ -159,6 +156,15 @@ class Surgery:
         depth = len(self.plan.layer_map)
         done = [f"{verb}-{depth}L" if verb_named(verb).counts_layers else verb for verb in verbs]
         return "-".join([base, *done])
+
+    def check_saved(self) -> None:
+        """Raises PlanError for a model that is planned but not yet on the disk: it cannot be scored."""
+        if self.plan.steps:
+            done = ", then ".join(next(iter(step)) for step in self.plan.steps)
+            raise PlanError(
+                f"scores are taken from a checkpoint, and this one is not saved yet: it is still to be made ({done})",
+                hint="Save it, and prune the saved checkpoint.",
+            )
 
     def prepare(
         self,
@@ -178,8 +184,9 @@ class Surgery:
             plan = replace(plan, notes=(*plan.notes, *dtype_cost(plan, source.tensors)))
         result = plan.result(source)
         read_anatomy(result)
-        if plan.layer_map != tuple(range(len(plan.layer_map))):
-            plan = replace(plan, notes=(*plan.notes, *runtime_notes(result.config, len(plan.layer_map))))
+        known = runtime_notes(self.before.spec.config, self.before.depth)
+        new = (note for note in runtime_notes(result.config, len(plan.layer_map)) if note not in known)
+        plan = replace(plan, notes=(*plan.notes, *new))
         target = Path(out or self.name)
         attachments = {**self._quantization_files(plan), **self.attachments}
         shards = lay_out(plan, result, self.source, max_shard_bytes=parse_size(max_shard_size))
@@ -215,7 +222,7 @@ class Surgery:
             return {}
         from surgeon.anatomy.quantized import follow_quantization_file
 
-        contents = {name: self.source.fetch(name).read_bytes() for name in names}
+        contents = {name: content_of(self.source.fetch(name)) for name in names}
         return {
             name: follow_quantization_file(name, content, self.before, plan.layer_map)
             for name, content in contents.items()
@@ -339,7 +346,7 @@ class Draft:
         return replace(done, seconds=time.perf_counter() - began)
 
     def _card(self, *, command: str | None, card: Path | None) -> str:
-        source = self.source.label if not isinstance(self.source, LocalSource) else self.source.directory.resolve().name
+        source = receipt.public_name(self.source)
         verbs = ", then ".join(next(iter(step)) for step in self.plan.steps)
         layers, parameters = self.summary.layers, self.summary.parameters
         facts = {

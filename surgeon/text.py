@@ -1,6 +1,8 @@
 """Numbers, tables and lists as plain text for people."""
 
 import json
+import os
+import re
 from collections.abc import Iterable, Sequence
 from itertools import groupby
 from typing import Any
@@ -14,6 +16,29 @@ def printable(text: str) -> str:
 def shortened(name: str) -> str:
     """Return a name of a length that can be read: of a longer one the beginning and the end."""
     return name if len(name) <= 120 else f"{name[:80]}...{name[-30:]}"
+
+
+SCRUBBED = "***"
+# Secrets by their form: tokens of the Hub, user and password of a URL, values of options and of parts of a query.
+_SECRETS = re.compile(
+    r"""\b(?:hf|api_org)_[A-Za-z0-9]{16,}
+    |(?<=://)[^/\s@'"]+(?=@)
+    |(?<=Basic\s)(?=[A-Za-z0-9+/]*[0-9+/=])(?=\S*[A-Z])[A-Za-z0-9+/]{8,}=*
+    |(?i:(?<=bearer\s)[\w.~+/=-]+)
+    |(?P<query>(?i:(?<=[?&])[\w-]*(?:token|key|signature|secret|password|credential|policy)[\w-]*=))[^&\s'"]+
+    |(?P<option>(?i:--(?:[\w-]+-)?(?:token|api-key|password|secret)[=\s]))(?!\d{1,6}\b)\S+""",
+    re.VERBOSE,
+)
+_SECRET_NAMES = re.compile(r".*(TOKEN|API_KEY|SECRET|SECRET_KEY|ACCESS_KEY|PASSWORD|PASSWD)")
+_SHORTEST = 8  # characters of a secret in the environment; a shorter value may be a word
+
+
+def scrubbed(text: str) -> str:
+    """Return text without tokens and passwords: those of the environment, and what is one by its form."""
+    for name, value in os.environ.items():
+        if len(value) >= _SHORTEST and value in text and _SECRET_NAMES.fullmatch(name):
+            text = text.replace(value, SCRUBBED)
+    return _SECRETS.sub(lambda match: f"{match['query'] or match['option'] or ''}{SCRUBBED}", text)
 
 
 def size(nbytes: float) -> str:

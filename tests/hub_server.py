@@ -63,8 +63,13 @@ class HubServer:
         self.ignore_range = False
         self.hide_commit = False  # answer like something that is no Hub
         self.use_cdn = False  # redirect weights to another host, as the Hub does; it must not see the token
+        self.away = False  # redirect every GET, and take every upload of a large file, at another name of this host
+        self.repeats_token = False  # put the token into the message of a refusal
+        self.leaks: list[str] = []  # what was asked for with a token at another name of this host
         self.signed_for: int | None = None  # so many answers come from an address of that host, then 403
         self.faults: list[str] = []  # each range of weights that is asked for takes the first of FAULTS; "" is none
+        self.limit_headers = {"RateLimit": '"resolvers";r=0;t=0'}  # of the fault 429: a second, for one is added
+        self.pause = 0.0  # seconds before each range of weights
         self.ranges: list[tuple[int, int]] = []  # the ranges of weights that were asked for
         self.renamed: dict[str, str] = {}  # old id to new: redirected, as the Hub does
         self.blobs: dict[str, bytes] = {}
@@ -134,7 +139,9 @@ class _Handler(BaseHTTPRequestHandler):
         if path == "/api/agent-harnesses":  # huggingface_hub's telemetry, once a day
             self.reply(404, record=False)
         elif self.hub.fail_with:
-            self.reply(self.hub.fail_with)
+            self.fail()
+        elif self.hub.away and self.headers["Host"].startswith("127.0.0.1"):
+            self.reply(307, headers={"Location": self.elsewhere() + self.path})
         elif match := CDN.fullmatch(path):
             assert "Authorization" not in self.headers
             if self.is_signed():
@@ -162,7 +169,7 @@ class _Handler(BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         path, body = unquote(urlsplit(self.path).path), self.body()
         if self.hub.fail_with:
-            self.reply(self.hub.fail_with)
+            self.fail()
         elif path == "/api/validate-yaml":
             self.reply(200, {"errors": [], "warnings": []})
         elif self.token() not in (TOKEN, READ_ONLY_TOKEN):
@@ -179,7 +186,8 @@ class _Handler(BaseHTTPRequestHandler):
         elif LFS_BATCH.fullmatch(path):
             objects = json.loads(body)["objects"]
             for item in objects:
-                item["actions"] = {"upload": {"href": f"{self.hub.endpoint}/lfs/{item['oid']}"}}
+                place = self.elsewhere() if self.hub.away else self.hub.endpoint
+                item["actions"] = {"upload": {"href": f"{place}/lfs/{item['oid']}"}}
             self.reply(200, {"objects": objects, "transfer": "basic"})
         elif match := COMMIT.fullmatch(path):
             self.add_commit(match["repo"], body)
@@ -263,6 +271,7 @@ class _Handler(BaseHTTPRequestHandler):
         if is_weights and asked and self.command == "GET":
             span = int(asked[1]), min(int(asked[2] or size - 1) + 1, size)
             self.hub.ranges.append(span)
+            self.hub.closing.wait(self.hub.pause)
             with suppress(IndexError):  # of an empty list; two threads take two faults
                 if fault := self.hub.faults.pop(0):
                     self.send_faulty(fault, content, *span)
@@ -275,11 +284,24 @@ class _Handler(BaseHTTPRequestHandler):
             start, end = int(asked[1]), min(int(asked[2] or size - 1) + 1, size)
             self.reply(206, content[start:end], headers | {"Content-Range": f"bytes {start}-{end - 1}/{size}"})
 
+    def fail(self) -> None:
+        repeated = f"no: {self.headers.get('Authorization')}" if self.hub.repeats_token else ""
+        self.reply(self.hub.fail_with or 500, headers={"X-Error-Message": repeated} if repeated else None)
+
+    def elsewhere(self) -> str:
+        return self.hub.endpoint.replace("127.0.0.1", "localhost")
+
+    def parse_request(self) -> bool:
+        parsed = super().parse_request()
+        if parsed and "Authorization" in self.headers and self.headers.get("Host", "").startswith("localhost"):
+            self.hub.leaks.append(self.path)
+        return parsed
+
     def send_faulty(self, fault: str, content: bytes, start: int, end: int) -> None:
         """Answer a range in one of the wrong ways of FAULTS."""
         body, shown = content[start:end], f"bytes {start}-{end - 1}/{len(content)}"
         if fault == "429":
-            self.reply(429, headers={"RateLimit": '"resolvers";r=0;t=1'})
+            self.reply(429, headers=self.hub.limit_headers)
         elif fault == "500":
             self.reply(500)
         elif fault == "whole":
@@ -294,6 +316,8 @@ class _Handler(BaseHTTPRequestHandler):
             self.reply(206, body, {"Content-Range": f"bytes {start}-{end - 1}/{len(content) + 1}"})
         elif fault == "gzip":
             self.reply(206, gzip.compress(body, 1), {"Content-Range": shown, "Content-Encoding": "gzip"})
+        elif fault == "flipped":  # wrong bytes in the form of right ones: only the hash of the whole file tells
+            self.reply(206, bytes([body[0] ^ 1]) + body[1:], {"Content-Range": shown})
         elif fault == "drop":
             self.stream(shown, [body[: len(body) // 2]], length=len(body))
         elif fault == "long":

@@ -1,24 +1,23 @@
-"""Run a checkpoint in llama.cpp: its own converter, then its own runtime (xllamacpp), each in a process of its own.
+"""Run checkpoints in llama.cpp: its own converter, then its own runtime (xllamacpp), each in a process of its own.
 
-llama.cpp ends the process where it does not like a model, so nothing of it is imported here. The converter is not
-packaged; `make` unpacks it from the source archive of llama-cpp-python into .venv/llama.cpp.
+The converter is not packaged: `make` unpacks it from the source archive of llama-cpp-python into .venv/llama.cpp.
 """
 
 import json
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
 CONVERTER = Path(sys.prefix, "llama.cpp")
-LIMIT = 120  # seconds that no toy comes near
+LIMIT = 300  # seconds that no toys come near
 
 # A toy has no tokenizer: it gets a vocabulary in which token 17 is called "t17". The prompts are token numbers.
 CONVERT = """
-import sys
+import json, sys
 from pathlib import Path
-root, model, out = map(Path, sys.argv[1:])
+root, folder, answer = map(Path, sys.argv[1:])
 sys.path[:0] = [str(root), str(root / "gguf-py")]
 import gguf, torch
 from conversion import ModelBase, ModelType, get_model_architecture, get_model_class
@@ -35,36 +34,46 @@ def set_vocab(self):
     writer.add_eos_token_id(2)
     writer.add_add_bos_token(False)
 
-hparams = ModelBase.load_hparams(model, False)
-kind = get_model_class(get_model_architecture(hparams, ModelType.TEXT))
-if not (model / "tokenizer_config.json").exists():
-    kind.set_vocab = set_vocab
-with torch.inference_mode():
-    kind(model, gguf.LlamaFileType.ALL_F32, out, eager=True).write()
+refusals = {}
+for name, model in json.loads(sys.stdin.read()).items():
+    try:
+        hparams = ModelBase.load_hparams(Path(model), False)
+        kind = get_model_class(get_model_architecture(hparams, ModelType.TEXT))
+        if not Path(model, "tokenizer_config.json").exists():
+            kind.set_vocab = set_vocab
+        with torch.inference_mode():
+            kind(Path(model), gguf.LlamaFileType.ALL_F32, folder / f"{name}.gguf", eager=True).write()
+    except Exception as error:
+        refusals[name] = f"converter: {type(error).__name__}: {error}"
+answer.write_text(json.dumps(refusals))
 """
 
 RUN = """
 import json, os, sys
 import xllamacpp
-path, request, answer = sys.argv[1:]
-params = xllamacpp.CommonParams()
-params.model.path = path
-params.n_ctx, params.n_parallel, params.warmup, params.verbosity = 512, 1, False, 1
-params.cpuparams.n_threads = 1
-params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED  # it works in 16 bits
-params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
-server = xllamacpp.Server(params)
-request = json.loads(request)
-answers = [server.handle_completions({"prompt": prompt, "max_tokens": 1, "logprobs": request["size"], "temperature": 0})
-           for prompt in request["prompts"]]
-with open(answer, "w") as file:
-    json.dump([answer["choices"][0]["logprobs"]["content"][0]["top_logprobs"] for answer in answers], file)
+request, answers = json.loads(sys.stdin.read()), {}
+for name, path in request["files"].items():
+    params = xllamacpp.CommonParams()
+    params.model.path = path
+    params.n_ctx, params.n_parallel, params.warmup, params.verbosity = 512, 1, False, 1
+    params.cpuparams.n_threads = 1
+    params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED  # it works in 16 bits
+    params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
+    print(f"@{name}", file=sys.stderr, flush=True)
+    try:
+        server = xllamacpp.Server(params)
+    except RuntimeError:
+        continue
+    answers[name] = []
+    for prompt in request["prompts"]:
+        options = {"prompt": prompt, "max_tokens": 1, "logprobs": request["size"], "temperature": 0}
+        found = server.handle_completions(options)["choices"][0]["logprobs"]["content"][0]["top_logprobs"]
+        by_token = {candidate["id"]: candidate["logprob"] for candidate in found}
+        answers[name].append([by_token[token] for token in range(request["size"])])
+with open(sys.argv[1], "w") as file:
+    json.dump(answers, file)
 os._exit(0)  # the server's threads do not end by themselves
 """
-
-
-class RefusedError(Exception):
-    """llama.cpp's converter or runtime does not take the checkpoint; the message is its own."""
 
 
 def missing() -> str | None:
@@ -76,27 +85,32 @@ def missing() -> str | None:
     return None
 
 
-def convert(model: Path, out: Path) -> Path:
-    """Return `out`, now the GGUF file in float32 that llama.cpp's converter makes. Raises RefusedError."""
-    _run(CONVERT, str(CONVERTER), str(model), str(out), what="converter")
-    return out
+def log_probabilities(
+    models: Mapping[str, Path], prompts: Sequence[Sequence[int]], *, vocab: int, folder: Path
+) -> dict[str, list[list[float]] | str]:
+    """Return for each checkpoint the log-probability of each token behind each prompt, or why llama.cpp refuses it.
+
+    The GGUF files, in float32, are written to `folder`.
+    """
+    answer = folder / "answer.json"
+    _run(CONVERT, str(CONVERTER), str(folder), str(answer), stdin={name: str(path) for name, path in models.items()})
+    refusals: dict[str, str] = json.loads(answer.read_text())
+    files = {name: str(folder / f"{name}.gguf") for name in models if name not in refusals}
+    request = {"files": files, "prompts": [list(prompt) for prompt in prompts], "size": vocab}
+    log = _run(RUN, str(answer), stdin=request)
+    for part in log.split("\n@"):
+        name, _, lines = part.removeprefix("@").partition("\n")
+        telling = (line.partition("model: ")[2] for line in lines.splitlines() if "error loading model" in line)
+        if reason := next(telling, ""):
+            refusals[name] = f"runtime: {reason}"
+    answers: dict[str, list[list[float]]] = json.loads(answer.read_text())
+    assert answers.keys() | refusals.keys() == models.keys(), log[-2000:]
+    return {name: answers.get(name, refusals.get(name, "")) for name in models}
 
 
-def log_probabilities(gguf: Path, prompts: Sequence[Sequence[int]], *, vocab: int) -> list[list[float]]:
-    """Return the log-probability of each token of the vocabulary behind each prompt. Raises RefusedError."""
-    answer = gguf.with_suffix(".json")
-    request = json.dumps({"prompts": [list(prompt) for prompt in prompts], "size": vocab})
-    _run(RUN, str(gguf), request, str(answer), what="runtime")
-    rows = []
-    for candidates in json.loads(answer.read_text()):
-        by_token = {candidate["id"]: candidate["logprob"] for candidate in candidates}
-        rows.append([by_token[token] for token in range(vocab)])
-    return rows
-
-
-def _run(script: str, *arguments: str, what: str) -> None:
-    process = subprocess.run([sys.executable, "-c", script, *arguments], capture_output=True, text=True, timeout=LIMIT)
-    if process.returncode:
-        lines = [line.strip() for line in process.stderr.splitlines() if line.strip()]
-        telling = [line for line in lines if "rror" in line or "ASSERT" in line or "not supported" in line]
-        raise RefusedError(f"{what}: {(telling or lines or ['no reason'])[0][:160]}")
+def _run(script: str, *arguments: str, stdin: object) -> str:
+    """Return what a script printed on standard error."""
+    command = [sys.executable, "-c", script, *arguments]
+    process = subprocess.run(command, input=json.dumps(stdin), capture_output=True, text=True, timeout=LIMIT)
+    assert process.returncode == 0, process.stderr[-2000:]
+    return process.stderr

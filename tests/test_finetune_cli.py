@@ -291,7 +291,7 @@ def test_a_run_is_not_resumed_in_another_number_of_processes(run, halfway, monke
     request["settings"]["num_processes"] = 2
     (tmp_path / "run/run.json").write_text(json.dumps(request))
 
-    refused(run(*command), "--num-processes 2, and 1")
+    refused(run(*command, "--num-processes", 1), "--num-processes 2, and 1")
 
 
 @contextmanager
@@ -409,3 +409,120 @@ def test_a_run_that_is_told_to_stop_saves_and_ends_as_one_that_was_not(run, talk
     assert json.loads(resumed.out)["steps"] == 150
     run(*command, "-o", tmp_path / "whole")
     assert weights(tmp_path / "out") == weights(tmp_path / "whole")
+
+
+# --- a resumed run ----------------------------------------------------------------------------------------------
+
+
+OTHERS = words(keep_checkpoints=3, workers=0, max_shard_size="100KB", dtype="bfloat16", device="cpu")
+
+
+@pytest.fixture
+def finished(run, talker, text, tmp_path) -> Path:
+    """Return the directory of a run that is done."""
+    command = ["finetune", talker, "--data", text, *SHORT, *OTHERS, "-o", tmp_path / "out"]
+    assert run(*command, "--batch-size", 3).code == 0
+    return tmp_path / "out.run"
+
+
+def test_a_finished_run_is_already_done_and_nothing_is_touched(run, finished, talker, text, tmp_path):
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+
+    told = run("finetune", talker, "--resume", "-o", tmp_path / "out")
+    repeated = run("finetune", talker, "--data", text, *SHORT, "--batch-size", 3, "--resume", "-o", tmp_path / "out")
+    parsed = run("finetune", talker, "--resume", "--run-dir", finished, "--json")
+
+    assert [outcome.code for outcome in (told, repeated, parsed)] == [0, 0, 0], told.err + repeated.err + parsed.err
+    expected = f"already done: {tmp_path / 'out'}  (4 steps; the run's files are in {finished})\n"
+    assert told.out.startswith(expected)
+    assert repeated.out.startswith(expected)
+    found = json.loads(parsed.out)
+    assert set(found) >= KEYS
+    assert (found["already_done"], found["output"], found["steps"]) == (True, str(tmp_path / "out"), 4)
+    assert found["eval_loss"] == read_metrics(finished)[-1]["eval_loss"]
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+def test_a_finished_run_whose_output_is_gone_writes_it_again_as_it_was(run, finished, talker, tmp_path):
+    before = {path.name: path.read_bytes() for path in (tmp_path / "out").glob("model*")}
+    shutil.rmtree(tmp_path / "out")
+
+    outcome = run("finetune", talker, "--resume", "-o", tmp_path / "out", "--json")
+
+    assert json.loads(outcome.out)["already_done"] is False
+    assert {path.name: path.read_bytes() for path in (tmp_path / "out").glob("model*")} == before
+    assert len(before) > 2, "the size of a shard and the dtype are the run's"
+
+
+def test_an_output_of_another_run_is_not_taken_for_the_runs_own(run, finished, talker, tmp_path):
+    (tmp_path / "out/surgeon.json").write_text("{}")
+
+    refused(run("finetune", talker, "--resume", "-o", tmp_path / "out"), "exists and is not empty")
+
+
+DIFFERENT = {
+    "--batch-size 8": "--batch-size 3, and 8 is asked for now",  # the default, and yet another one
+    "--max-steps 5": "--max-steps 4, and 5 is asked for now",
+    "--dtype keep": "--dtype bfloat16, and keep is asked for now",
+    "--teacher {model}": "--teacher None, and {model} is asked for now",
+    "--data {model}": "the data ['{text}'], and ['{model}'] is asked for now",
+    "--num-processes 1 --seed 1": "--seed 0, and 1 is asked for now",
+}
+
+
+def test_an_option_that_differs_from_the_runs_own_is_refused_by_name_and_value(run, finished, talker, text, tmp_path):
+    for options, said in DIFFERENT.items():
+        words = [word.format(model=talker, text=text) for word in options.split()]
+        outcome = run("finetune", talker, "--resume", "-o", tmp_path / "out", *words)
+
+        refused(outcome, said.format(model=talker, text=text))
+
+
+def test_a_killed_run_is_resumed_without_repeating_its_options(run, finished, talker, tmp_path):
+    expected = {path.name: path.read_bytes() for path in (tmp_path / "out").glob("model*")}
+    shutil.rmtree(tmp_path / "out")
+    shutil.rmtree(finished / "checkpoint-4")
+
+    outcome = run("finetune", talker, "--resume", "--run-dir", finished, "--keep-checkpoints", 1)
+
+    assert outcome.code == 0, outcome.err
+    assert {path.name: path.read_bytes() for path in (tmp_path / "out").glob("model*")} == expected
+    assert [path.name for path in checkpoints(finished)] == ["checkpoint-4"], "this option may change"
+
+
+def test_python_resumes_without_repeating_too_and_refuses_what_differs(finished, talker, tmp_path):
+    import surgeon
+
+    assert surgeon.finetune(talker, output=tmp_path / "out", resume=True).already_done
+    with pytest.raises(surgeon.PlanError, match="--batch-size 3, and 8 is asked for now"):
+        surgeon.finetune(talker, output=tmp_path / "out", resume=True, batch_size=8)
+
+
+def test_a_resume_where_there_is_no_run_needs_the_data(run, talker, tmp_path):
+    outcome = run("finetune", talker, "--resume", "-o", tmp_path / "out")
+
+    assert outcome.code == 2
+    assert "--data" in outcome.err
+    assert not (tmp_path / "out.run").exists()
+
+
+def test_a_record_of_the_run_that_was_edited_is_refused(run, finished, talker, tmp_path):
+    whole = json.loads((finished / "run.json").read_text())
+    for name, value in {"batch_size": "3", "eval_data": [1], "workers": None, "lr": 1}.items():
+        content = {part: dict(whole[part]) for part in ("model", "settings", "others")} | {"data": whole["data"]}
+        for part in ("settings", "others"):
+            content[part] |= {name: value} if name in content[part] else {}
+        (finished / "run.json").write_text(json.dumps(content))
+
+        outcome = run("finetune", talker, "--resume", "-o", tmp_path / "out")
+        refused(outcome, f"run.json is damaged: --{name.replace('_', '-')} cannot be")
+
+
+def test_an_edited_record_of_a_run_replaces_nothing_and_trusts_nobody(run, finished, talker, tmp_path):
+    """These options are never taken from a run, whatever its record says."""
+    content = json.loads((finished / "run.json").read_text())
+    content["others"] |= {"overwrite": True, "trust_remote_code": True, "run_dir": "elsewhere", "push_to_hub": "me/x"}
+    (finished / "run.json").write_text(json.dumps(content))
+    (tmp_path / "out/surgeon.json").write_text("{}")  # another result, in the place of the run's own
+
+    refused(run("finetune", talker, "--resume", "-o", tmp_path / "out"), "exists and is not empty")

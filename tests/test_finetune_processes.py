@@ -112,12 +112,13 @@ def test_two_processes_train_as_one_with_the_doubled_batch(run, one_thread, talk
     assert launched.err.count("step 6:") == 1
 
 
-def test_surgeon_starts_processes_itself_and_a_killed_group_is_resumed_to_the_same_weights(talker, text, tmp_path):
+def test_surgeon_starts_processes_itself_and_a_killed_run_is_resumed_to_the_same_weights(talker, text, tmp_path):
+    """Only the process that starts the others is killed: they end with it, or they would keep the resumed run out."""
     command = ["finetune", talker, "--data", text, *SAME, "--batch-size", 2, "--num-processes", 2, "--save-every", 1]
     begun = Started(SURGEON, *command, "--json", "-o", tmp_path / "whole")
     killed = Started(SURGEON, *command, "-o", tmp_path / "out")
     killed.at_step(tmp_path / "out.run", 3)
-    os.killpg(killed.process.pid, signal.SIGKILL)
+    killed.process.kill()
     killed.ended()
     whole = begun.ended()
     resumed = Started(SURGEON, *command, "-o", tmp_path / "out", "--resume", "--json").ended()

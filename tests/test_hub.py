@@ -5,6 +5,7 @@ import os
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -360,8 +361,11 @@ def test_no_network_in_the_middle_is_one_sentence(hub: HubServer, monkeypatch: p
     hub.commit("org/big", sharded_files())
     source = open_hub("org/big")
     use_endpoint(monkeypatch, "http://127.0.0.1:9")
+    waits: list[float] = []
+    monkeypatch.setattr(time, "sleep", waits.append)
     with pytest.raises(HubError, match=r"cannot reach the Hub at http://127\.0\.0\.1:9 for the file list of org/big"):
         assert source.tensors
+    assert waits == []
 
 
 def test_offline_and_not_cached_names_the_variable(hub: HubServer, monkeypatch: pytest.MonkeyPatch) -> None:

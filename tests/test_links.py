@@ -185,6 +185,7 @@ def test_transformers_is_not_given_a_directory_with_links_that_lead_out(file, tm
         loadable(open_source(model))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("file", ["gist.json", "adapter_config.json", "adapter_model.safetensors", "gist.safetensors"])
 def test_a_compressed_prompt_with_a_link_that_leads_out_is_refused(file, tmp_path):
     import torch
@@ -227,6 +228,7 @@ BESIDE: dict[str, Callable[[Path], None]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("what", BESIDE)
 def test_a_checkpoint_to_convert_is_held_to_the_same_rule(what, run, tmp_path):
     import torch

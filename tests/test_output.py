@@ -189,6 +189,24 @@ def test_a_failing_disk_leaves_the_old_output_and_nothing_else(call, source, old
     assert snapshot(tmp_path) == before
 
 
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_disk_that_fails_after_the_rename_leaves_what_was_there(overwrite, source, old, tmp_path, monkeypatch):
+    if not overwrite:
+        shutil.rmtree(old)
+    before, real = snapshot(tmp_path), os.fsync
+
+    def fail(handle: int) -> None:
+        if os.path.samestat(os.fstat(handle), tmp_path.stat()):
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        real(handle)
+
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(OutputError, match="Input/output error"):
+        surgeon.truncate(source, layers=2).save(tmp_path / "out", overwrite=overwrite)
+
+    assert snapshot(tmp_path) == before
+
+
 def test_a_failure_leaves_no_parent_directories(tmp_path):
     (tmp_path / "mine").mkdir()
 
@@ -249,7 +267,6 @@ def test_an_old_output_whose_replacement_was_killed_between_the_renames_is_put_b
         with pytest.raises(OutputError, match="it is there again, as it was"):
             again.save(old)
         assert snapshot(old) == before
-        surgeon.truncate(source, layers=2).save(tmp_path / "out", overwrite=True)
     assert hidden(tmp_path) == []
 
 

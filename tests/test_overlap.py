@@ -133,7 +133,10 @@ def made_for(command: str, option: str, model: Path, out: Path) -> None:
         (out / "scores.json").write_text(json.dumps(record))
 
 
-@pytest.mark.parametrize(("command", "option"), CASES)
+@pytest.mark.parametrize(
+    ("command", "option"),
+    [pytest.param(*case, marks=pytest.mark.slow if case[0] == "convert" else ()) for case in CASES],
+)
 def test_what_an_option_reads_is_not_replaced(command, option, run, places, tmp_path):
     made_for(command, option, Path(places["model"]), Path(places["out"]))
     before = snapshot(tmp_path)

@@ -45,6 +45,35 @@ def test_importing_surgeon_imports_nothing_heavy():
     assert modules_after("import surgeon; surgeon.truncate; surgeon.inspect") == set()
 
 
+def test_importing_any_part_of_surgeon_opens_no_connection():
+    watch = """
+import importlib, pkgutil, sys
+
+def refuse(event, arguments):
+    if event in ("socket.connect", "socket.getaddrinfo", "socket.sendto", "socket.bind"):
+        raise SystemExit(f"{event} {arguments}")
+
+sys.addaudithook(refuse)
+import surgeon
+modules = [module.name for module in pkgutil.walk_packages(surgeon.__path__, "surgeon.")]
+for name in modules:
+    if name != "surgeon.__main__":
+        importlib.import_module(name)
+print(len(modules))
+import socket
+try:
+    socket.create_connection(("127.0.0.1", 9), timeout=0.1)
+except SystemExit:
+    print("watched")
+"""
+    result = subprocess.run([sys.executable, "-c", watch], capture_output=True, text=True)
+
+    assert result.returncode == 0, result.stderr
+    number, watched = result.stdout.split()
+    assert int(number) > 100
+    assert watched == "watched"
+
+
 @pytest.mark.parametrize(
     "arguments",
     [["--help"], ["truncate", "--help"], ["inspect", "--help"], ["convert", "--help"], ["prune", "--help"]],

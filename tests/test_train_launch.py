@@ -2,6 +2,7 @@
 
 import os
 import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -88,6 +89,30 @@ def test_a_sigterm_is_passed_on_and_the_handler_comes_back(surgeon_that_does: Pa
 
     assert relaunch([str(surgeon_that_does), ask], processes=2) in (143, 128 + signal.SIGTERM)
     assert signal.getsignal(signal.SIGTERM) is before
+
+
+STARTER = "import sys; sys.path.pop(0); from surgeon.train.launch import relaunch; relaunch(sys.argv[1:], processes=2)"
+
+
+def test_processes_end_with_the_one_that_started_them_however_it_ends(surgeon_that_does: Path) -> None:
+    began = time.monotonic()
+    does = "sys.path.pop(0); [sys.modules.pop(name) for name in list(sys.modules) if name.startswith('surgeon')]; "
+    does += "from surgeon.train.launch import ends_with_starter; ends_with_starter(); print('here', flush=True); "
+    command = [sys.executable, "-c", STARTER, str(surgeon_that_does), does + "time.sleep(120)"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, start_new_session=True) as starter:
+        assert starter.stdout is not None
+        assert [starter.stdout.readline() for _ in range(2)] == [b"here\n"] * 2
+        starter.kill()
+
+        assert starter.stdout.read() == b"", "its end comes when nobody holds the pipe"
+    assert time.monotonic() - began < 60
+
+
+def test_a_process_that_was_started_otherwise_is_not_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    for number in ("", "3.5", "99999", "-1"):
+        monkeypatch.setenv(launch.STARTER, number)
+        launch.ends_with_starter()
+        assert launch.STARTER not in os.environ
 
 
 def test_a_process_that_is_not_the_first_tells_its_error_late(second: None) -> None:

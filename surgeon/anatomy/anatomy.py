@@ -133,8 +133,6 @@ def read_anatomy(spec: CheckpointSpec) -> Anatomy:
     Raises CheckpointError naming the first tensor that is unknown, missing or of another shape than the config says.
     """
     name = model_type(spec.config)
-    if not isinstance(nested := spec.config.get("text_config"), Mapping | None):
-        raise CheckpointError(f"config.json says text_config = {nested!r}, which is no config", hint=CONFIG_HINT)
     stacks = find_stacks(spec.config, spec.tensors)
     for stack in stacks:
         check_layer_keys(text_config(spec.config), stack.depth)

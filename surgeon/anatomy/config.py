@@ -25,6 +25,7 @@ from surgeon.anatomy.layer_rules import (
     PLACE_BOUND,
     RULES,
     RUNTIME_PATTERNS,
+    SQUARE_HEADS,
     UNCUTTABLE,
     Rule,
 )
@@ -303,9 +304,17 @@ def period_of(config: Mapping[str, Any], depth: int) -> int:
 
 
 def runtime_notes(config: Mapping[str, Any], depth: int) -> list[str]:
-    """Return what other runtimes would compute differently: they derive a layer's kind from its number alone."""
+    """Return what other runtimes would compute differently, or not load: they derive it from other sizes or numbers."""
     text = text_config(config)
     notes = []
+    hidden, heads, head_dim, ffn = (size_of(text, quantity) for quantity in ("hidden", "heads", "head_dim", "ffn"))
+    if text.get("model_type") in SQUARE_HEADS and hidden and heads and head_dim and heads * head_dim != hidden:
+        notes.append(
+            f"llama.cpp does not load a {text['model_type']} with {heads} heads of {head_dim} on a hidden size of "
+            f"{hidden}: it takes a head's size to be hidden / heads"
+        )
+    if text.get("model_type") == "gpt2" and hidden and ffn and ffn != 4 * hidden:
+        notes.append(f"llama.cpp does not load a gpt2 with an MLP of {ffn}: it takes it to be 4 x {hidden}")
     for pattern in RUNTIME_PATTERNS.get(str(text.get("model_type")), ()):
         if pattern.of == "window":
             is_odd_one = [kind in FULL_ATTENTION for kind in layer_kinds(text, depth) or ()]

@@ -274,6 +274,9 @@ class RuntimePattern:
         return (layer + 1) % self.period == 0
 
 
+# Families of which llama.cpp computes a head's size from hidden / heads: it does not load others (run: docs/models.md).
+SQUARE_HEADS = frozenset({"cohere2", "granite", "olmo2", "phi3", "qwen2"})
+
 # Read from llama.cpp of October 2026 (src/models/*.cpp; its converter writes no list of layers for these) and, where it
 # says so, from vLLM. The runs are in docs/models.md.
 RUNTIME_PATTERNS: Mapping[str, tuple[RuntimePattern, ...]] = {

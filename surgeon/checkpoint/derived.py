@@ -60,9 +60,10 @@ class DerivedSource:
     @property
     def transfer(self) -> Transfer | None:
         base, other = self.base.transfer, self.other.transfer
-        if other is None or base is None:
-            return base if other is None else other
-        return Transfer(base.nbytes + other.nbytes, base.ranges | {self.prefix + file for file in other.ranges})
+        if other is None:
+            return base
+        theirs = {self.prefix + file for file in other.ranges}
+        return Transfer(other.nbytes + (base.nbytes if base else 0), theirs | (base.ranges if base else set()))
 
     def at_hand(self, file: str) -> Path | None:
         if file.startswith(self.prefix):

@@ -14,27 +14,30 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path, PurePosixPath
+from tempfile import TemporaryDirectory
 from typing import Any, NoReturn
 
-from surgeon.checkpoint.header import Entry, FilePart, header_length, parse_header, read_header
+from surgeon.checkpoint.header import Entry, FilePart, header_length, parse_header, read_config, read_header, read_index
 from surgeon.checkpoint.hub_http import LOGIN, explained, fetch_bytes, hide_progress_bars, passes_for_get, patiently
 from surgeon.checkpoint.hub_weights import HubWeights
 from surgeon.checkpoint.overlap import check_uploaded
+from surgeon.checkpoint.receipt import public_record, to_bytes
 from surgeon.checkpoint.source import (
     CONFIG,
     INDEX,
+    RECEIPT,
+    SCORES,
     WEIGHTS,
     Ranges,
     StoredTensor,
     Transfer,
     assemble,
     is_companion,
-    read_config,
-    read_index,
     stored,
 )
 from surgeon.errors import CheckpointError, HubError
 from surgeon.options import Reads
+from surgeon.text import scrubbed
 
 # Reading
 
@@ -164,11 +167,23 @@ class HubSource:
             return read_header(self.snapshot / file)
         where = f"{file} of {self.repo_id}"
         memo = self._recall(f"{file}.header")
-        size, raw = (int.from_bytes(memo[:8], "little"), memo[8:]) if memo else self._fetch_header(file, where)
-        entries = parse_header(raw, file_size=size, where=where)
-        if memo is None:
-            self._remember(f"{file}.header", size.to_bytes(8, "little") + raw)
+        if memo is not None:
+            return parse_header(memo[8:], file_size=int.from_bytes(memo[:8], "little"), where=where)
+        size, raw, entries = self._ask_header(file, where)
+        self._remember(f"{file}.header", size.to_bytes(8, "little") + raw)
         return entries
+
+    def _ask_header(self, file: str, where: str) -> tuple[int, bytes, dict[str, Entry]]:
+        """Return the size of a file on the Hub, its header's bytes, and its tensors.
+
+        A header that is wrong is asked for once more: the answer may have been, and not the file.
+        """
+        try:
+            size, raw = self._fetch_header(file, where)
+            return size, raw, parse_header(raw, file_size=size, where=where)
+        except CheckpointError:
+            size, raw = self._fetch_header(file, where)
+            return size, raw, parse_header(raw, file_size=size, where=where)
 
     def _fetch_header(self, file: str, where: str) -> tuple[int, bytes]:
         """Return the size of a file on the Hub, and its header's bytes without their length prefix."""
@@ -252,6 +267,8 @@ def open_hub(repo_id: str, *, revision: str | None = None) -> HubSource:
 def push(directory: Path, repo_id: str, *, private: bool, reads: Reads) -> str:
     """Return the URL of the model repository after uploading every file of `directory` to it.
 
+    Paths of this machine, in the receipt for example, are uploaded as their last names alone.
+
     Creates the repository when there is none: private if `private`, else as its owner's settings say. An existing
     repository keeps its visibility; if it is public and `private` is set, it is refused, as one is that was read.
     Raises HubError.
@@ -273,8 +290,34 @@ def push(directory: Path, repo_id: str, *, private: bool, reads: Reads) -> str:
             hint=f"Make it private first: hf repos settings {url.repo_id} --private, or push to another name.",
         )
     check_uploaded(url.repo_id, reads)  # a name without an owner is one of the user's own
-    with explained(f"the upload to {repo_id}", repo_id=repo_id):
-        hub.upload_folder(
-            repo_id=url.repo_id, folder_path=directory, commit_message=f"Upload {directory.name} made with surgeon"
-        )
-    return str(url)
+    with TemporaryDirectory(prefix="surgeon-upload-") as staged:
+        _make_public(directory, Path(staged))
+        with explained(f"the upload to {repo_id}", repo_id=repo_id):
+            message = f"Upload {directory.name} made with surgeon"
+            hub.upload_folder(repo_id=url.repo_id, folder_path=staged, commit_message=message)
+    return scrubbed(str(url))
+
+
+# Files that surgeon or a library of training writes, and the entries of others that name the place of a model.
+_RECORDS = (RECEIPT, SCORES, "gist.json", "adapter_config.json")
+_NAMING = (CONFIG, "tokenizer_config.json", "generation_config.json")
+_NAMES = ("_name_or_path", "name_or_path", "base_model_name_or_path")
+
+
+def _make_public(directory: Path, place: Path) -> None:
+    """Fill a directory with links to the files of another, and with those anew that hold paths of this machine."""
+    for path in (path for path in directory.rglob("*") if path.is_file()):
+        target = place / path.relative_to(directory)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        content = _public(path) if path.parent == directory else None
+        target.symlink_to(path.resolve()) if content is None else target.write_bytes(content)
+
+
+def _public(path: Path) -> bytes | None:
+    """Return the content of a file without paths of this machine, None where it holds none."""
+    if path.name not in (*_RECORDS, *_NAMING):
+        return None
+    content = read_config(path)
+    public = content | {key: public_record(content[key]) for key in _NAMES if key in content}
+    public = public_record(content) if path.name in _RECORDS else public
+    return None if public == content else to_bytes(public)

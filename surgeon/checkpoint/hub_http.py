@@ -68,6 +68,12 @@ def passes(error: Exception) -> bool:
     return isinstance(error, (http_library().TransportError, WrongAnswer)) or "client has been closed" in str(error)
 
 
+def passes_at_first(error: Exception) -> bool:
+    """Return the same for the first questions of a run: where no Hub can be reached then, there is no network."""
+    http = http_library()
+    return passes(error) and not isinstance(error, (http.ConnectError, http.ConnectTimeout))
+
+
 def passes_for_get(error: Exception) -> bool:
     """Return the same for huggingface_hub's download of a file, which asks again by itself but for an answer to GET."""
     from huggingface_hub.errors import HfHubHTTPError
@@ -89,7 +95,7 @@ def seconds_asked(error: Exception) -> float | None:
     return min(float(after), LONGEST_WAIT) if after.isdigit() else None
 
 
-def patiently(ask: Callable[[], Result], *, may_pass: Callable[[Exception], bool] = passes) -> Result:
+def patiently(ask: Callable[[], Result], *, may_pass: Callable[[Exception], bool] = passes_at_first) -> Result:
     """Return what `ask` returns. It is asked again where its failure may pass; else, and in the end, that is raised."""
     for wait in BACKOFF:
         try:
@@ -167,7 +173,10 @@ def _ask_rest(repo_id: str, file: str, commit: str, body: bytearray, start: int,
         for chunk in not_too_slowly(answer.iter_raw(), timeout):
             body += chunk[max(0, skip - seen) :][: last - start - len(body)]
             seen += len(chunk)
-            if start + len(body) == last and (skip or seen >= last - at):
+            if answer.status_code == 206 and seen > last - at:  # who sends too much may have sent other bytes
+                del body[at - start :]
+                raise WrongAnswer(f"more than the bytes {at} to {last}")
+            if answer.status_code != 206 and start + len(body) == last:
                 break
     if start + len(body) < min(end, size):
         raise http_library().RemoteProtocolError("the answer ended early")

@@ -17,6 +17,7 @@ from urllib.parse import urlsplit
 
 from surgeon.checkpoint.hub_http import (
     BACKOFF,
+    SLOWEST,
     TRIES,
     WrongAnswer,
     explained,
@@ -24,6 +25,7 @@ from surgeon.checkpoint.hub_http import (
     http_library,
     not_too_slowly,
     passes,
+    passes_at_first,
     patiently,
     seconds_asked,
 )
@@ -36,9 +38,11 @@ SMALLEST_PART = 32 << 10
 PARTS = 128  # of a download, where its size allows: an answer that is thrown away is less than a hundredth of it
 JOINED_GAP = 256 << 10  # a gap that costs less time to read than a request takes
 JOINED_SHARE = 0.02  # of the bytes that are wanted: gaps add no more
-WRONG_ANSWERS = 6  # in a row, until the server is held to be one without ranges
+WRONG_ANSWERS = 6  # in a row, until the server is held to be one without ranges; twice as many where it has given some
 IGNORED = 3  # as many wrong answers is a whole file in place of a range
-ADDED_EVERY = 2.0  # seconds between two additions to the map: a killed process loses no more
+NEW_ADDRESSES = 4  # in a row that are not accepted either
+LAST_WORDS = 1.0  # seconds for workers to end where one has failed
+ADDED_EVERY = 0.5  # seconds between two additions to the map: a killed process loses no more
 
 
 class RangesRefused(Exception):  # noqa: N818  # the caller fetches the whole file then
@@ -108,6 +112,7 @@ class RangeDownload:
         self._address: Address | None = None
         self._addressing = threading.Lock()
         self._stop = threading.Event()
+        self._has_ranges = False  # the server has answered one as it should
         self._not_before = 0.0  # the Hub asked for no requests until then
 
     def find(self) -> Address:
@@ -147,6 +152,9 @@ class RangeDownload:
                     added = time.monotonic()
         finally:
             self._stop.set()
+            deadline = time.monotonic() + LAST_WORDS
+            for worker in workers:  # one that waits for bytes writes none of them later
+                worker.join(max(0.0, deadline - time.monotonic()))
             while not done.empty():
                 if block := done.get().block():
                     arrived.append(block)
@@ -186,15 +194,16 @@ class RangeDownload:
                 self._ask(piece, address, store)
             except WrongAnswer as error:
                 wrong += IGNORED if error.is_ignored else 1
-                if wrong >= WRONG_ANSWERS:
+                if wrong >= WRONG_ANSWERS * (2 if self._has_ranges else 1):
                     raise RangesRefused(str(error)) from error
             except _Expired as error:
                 renewed += 1
-                if renewed > 1:
+                if renewed == NEW_ADDRESSES:
                     raise RangesRefused(str(error)) from error
                 self._addressed(address)
             except failures() as error:
-                tries = 1 if piece.at - before >= SMALLEST_PART else tries + 1
+                enough = SMALLEST_PART if isinstance(error, http_library().TimeoutException) else SLOWEST
+                tries = 1 if piece.at - before >= enough else tries + 1
                 if tries == TRIES or not passes(error):
                     raise
                 self._delay(error, 0.0 if piece.at > before else BACKOFF[tries - 1])
@@ -218,8 +227,11 @@ class RangeDownload:
             if answer.status_code != 416:
                 hf_raise_for_status(answer)
             _check(answer.status_code, answer.headers, start, end, self._size)
+            self._has_ranges = True
             digest = piece.digest.copy()
             for chunk in not_too_slowly(answer.iter_raw(), timeout):
+                if self._stop.is_set():
+                    return
                 self._count(len(chunk))
                 if len(chunk) > end - piece.at:  # who sends too much may have sent other bytes
                     piece.at, piece.digest = start, digest
@@ -227,8 +239,6 @@ class RangeDownload:
                 store.write(chunk, piece.at)
                 piece.digest.update(chunk)
                 piece.at += len(chunk)
-                if self._stop.is_set():
-                    return
         if piece.at < end:
             raise http_library().RemoteProtocolError("the answer ended early")
 
@@ -243,7 +253,10 @@ class RangeDownload:
         from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url
 
         url = hf_hub_url(self._repo_id, self._file, revision=self._commit, endpoint=constants.ENDPOINT)
-        found = patiently(lambda: get_hf_file_metadata(url, timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT))
+        may_pass = passes_at_first if self._address is None else passes
+        found = patiently(
+            lambda: get_hf_file_metadata(url, timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT), may_pass=may_pass
+        )
         where = f"{self._file} of {self._repo_id}"
         if found.commit_hash != self._commit or found.etag is None:
             raise HubError(

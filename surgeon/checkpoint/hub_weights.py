@@ -4,11 +4,13 @@ A file is taken whole, through huggingface_hub's cache, where it is in that cach
 read anyway, and where the server does not answer ranges. Else its ranges go to the range store.
 """
 
+import errno
 import shutil
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ from surgeon.checkpoint.range_store import (
     Block,
     RangeFile,
     Span,
+    as_hub_error,
     budget,
     digest_of,
     has_budget,
@@ -70,7 +73,7 @@ class HubWeights:
         """Return how many bytes `parts` would download."""
         whole = self._whole(wanted, at_once=True)
         return sum(
-            (0 if self._is_cached(file) else self._size(file)) if file in whole else total(self._todo(file, spans))
+            (0 if self._is_cached(file) else self._sizes[file]) if file in whole else total(self._todo(file, spans))
             for file, spans in wanted.items()
         )
 
@@ -87,35 +90,35 @@ class HubWeights:
         if constants.HF_HUB_OFFLINE:
             return cached
         missing = {file: total(self._todo(file, spans)) for file, spans in read.items() if file not in cached}
-        nearly = {file for file, nbytes in missing.items() if nbytes and self._size(file) <= (1 + WASTE) * nbytes}
+        nearly = {file for file, nbytes in missing.items() if nbytes and self._sizes[file] <= (1 + WASTE) * nbytes}
         return cached | nearly if at_once or self._fits(nearly) else cached
 
     def _fits(self, files: set[str]) -> bool:
         room = shutil.disk_usage(self.snapshot).free * (1 - SPARE)
         if has_budget():
             room = min(room, budget(self.root))
-        return sum(map(self._size, files)) <= room
+        return sum(self._sizes[file] for file in files) <= room
 
     def _is_cached(self, file: str) -> bool:
         return (self.snapshot / file).exists()
 
-    def _size(self, file: str) -> int:
-        """Return the size of a file: its header promises it."""
-        return max(tensor.end for tensor in self.tensors.values() if tensor.file == file)
+    @cached_property
+    def _sizes(self) -> dict[str, int]:
+        """The size of each file: its header promises it."""
+        sizes: dict[str, int] = {}
+        for tensor in self.tensors.values():
+            sizes[tensor.file] = max(tensor.end, sizes.get(tensor.file, 0))
+        return sizes
 
     def _todo(self, file: str, spans: Sequence[Span]) -> list[Span]:
         """Return the spans to download, small gaps between them included."""
-        if self._is_cached(file):
-            return []
-        stored = self._find(file)
-        present = [] if stored is None else stored.present
-        return without(joined(without(merged(spans), present)), present)
+        return [] if self._is_cached(file) else _lacking(self._find(file), spans)
 
     def _fetch_whole(self, file: str) -> Path:
         is_new = not self._is_cached(file)
         path = self.fetch(file)
         if is_new:
-            self.transfer.nbytes += self._size(file)
+            self.transfer.nbytes += self._sizes[file]
         self.transfer.ranges.discard(file)
         return path
 
@@ -125,7 +128,7 @@ class HubWeights:
         """Return what is stored of a file, with every block of an earlier run that was used before read back."""
         stored = self._stored.get(file)
         if stored is None or not stored.path.exists():  # another process, or the budget, has removed it
-            stored = RangeFile.find(self.directory, file, size=self._size(file))
+            stored = RangeFile.find(self.directory, file, size=self._sizes[file])
             if stored is None:
                 self._stored.pop(file, None)
             else:
@@ -137,35 +140,48 @@ class HubWeights:
         stored = self._find(file)
         if stored is not None:
             stored.check(spans)
-        if self._todo(file, spans):
-            self._refuse_offline({file: self._todo(file, spans)})
+        if stored is None or _lacking(stored, spans):
+            self._refuse_offline({file: _lacking(stored, spans)})
             try:
                 stored = self._download(file, spans, show)
-            except (RangesRefused, PermissionError):  # a store that cannot be written is done without
+            except RangesRefused as error:
+                self._refuse_large(file, error)
                 return FilePart(self._fetch_whole(file))
-        assert stored is not None
-        if not stored.is_verified:
-            self.transfer.ranges.add(file)
+        (self.transfer.ranges.discard if stored.is_verified else self.transfer.ranges.add)(file)
         return stored.part()
 
     def _download(self, file: str, spans: Sequence[Span], show: Callable[[int], object]) -> RangeFile:
+        """Return the store of a file with all of `spans`. What others remove meanwhile, this process still holds."""
+
         def count(nbytes: int) -> None:
             with self._counting:
                 self.transfer.nbytes += nbytes
                 show(nbytes)
 
-        size = self._size(file)
-        download = RangeDownload(self.repo_id, file, commit=self.snapshot.name, size=size, count=count)
+        size, commit = self._sizes[file], self.snapshot.name
+        download = RangeDownload(self.repo_id, file, commit=commit, size=size, count=count)
         etag = download.find().etag
         stored = self._find(file)
         if stored is None or stored.etag != etag:
-            stored = self._stored[file] = RangeFile.create(self.directory, file, size=size, etag=etag)
-        with stored.downloading():
-            stored.check(spans)
-            self._keep_beginning(file, spans, stored, count)
-            download.run(self._todo(file, spans), stored)
+            stored = self._stored[file] = self._create(file, etag)
+        try:
+            with stored.downloading():
+                stored.check(spans)
+                self._keep_beginning(file, spans, stored, count)
+                if todo := _lacking(stored, spans):
+                    download.run(todo, stored)
+        except OSError as error:  # its directory was removed
+            raise as_hub_error(error, file, self.directory) from error
         stored.verify()
         return stored
+
+    def _create(self, file: str, etag: str) -> RangeFile:
+        try:
+            return RangeFile.create(self.directory, file, size=self._sizes[file], etag=etag)
+        except OSError as error:
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise as_hub_error(error, file, self.directory) from error
+            raise RangesRefused(f"cannot write {self.directory}") from error  # what cannot be stored is done without
 
     def _keep_beginning(
         self, file: str, spans: Sequence[Span], stored: RangeFile, count: Callable[[int], None]
@@ -181,6 +197,16 @@ class HubWeights:
                 stored.write(piece, first)
                 stored.add([Block(first, last, digest.hexdigest())])
                 count(len(piece))
+
+    def _refuse_large(self, file: str, error: RangesRefused) -> None:
+        """Raise HubError where there are no ranges, and no room for the whole file."""
+        free = shutil.disk_usage(self.snapshot).free
+        if self._sizes[file] > free:
+            raise HubError(
+                f"{file} of {self.repo_id} cannot be read by ranges ({error}), and the whole file is "
+                f"{self._sizes[file] / 1e9:.2f} GB, more than the {free / 1e9:.2f} GB that are free in {self.snapshot}",
+                hint="Free some space, or set HF_HOME to a directory on a larger disk.",
+            ) from error
 
     def _refuse_offline(self, todo: Mapping[str, Sequence[Span]]) -> None:
         """Raise HubError where there is no network to ask, with the tensors that are not here."""
@@ -209,3 +235,9 @@ class HubWeights:
         options: dict[str, Any] = {"desc": self.repo_id, "unit": "B", "unit_scale": True, "leave": False, "delay": 1}
         with tqdm(total=nbytes, disable=is_silent or None, **options) as bar:  # type: ignore[no-untyped-call]
             yield bar.update
+
+
+def _lacking(stored: RangeFile | None, spans: Sequence[Span]) -> list[Span]:
+    """Return the spans that are not stored, with small gaps between them."""
+    present = [] if stored is None else stored.present
+    return without(joined(without(merged(spans), present)), present)

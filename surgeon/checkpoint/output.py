@@ -102,8 +102,13 @@ def staged(target: Path, *, overwrite: bool) -> Iterator[Path]:
     lock = FileLock(_lock_of(stage))
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        _restore(target, overwrite=overwrite)
+        is_back = _restore(target)
         _remove_leftovers(target)
+        if is_back and not overwrite:  # the user takes the output to be missing
+            raise OutputError(
+                f"{target} was being replaced by a run that was killed; it is there again, as it was",
+                hint="Replace it with --overwrite, or choose -o.",
+            )
         with lock:
             stage.mkdir()
             yield stage
@@ -125,27 +130,20 @@ def _lock_of(stage: Path) -> Path:
     return stage.with_name(f"{stage.name}.lock")
 
 
-def _restore(target: Path, *, overwrite: bool) -> None:
-    """Put back an old output whose replacement was killed between its two renames (see `publish`).
-
-    Raises OutputError for one that is not to be replaced: the user takes the output to be missing.
-    """
+def _restore(target: Path) -> bool:
+    """Return whether an old output was put back: one whose replacement was killed between its two renames."""
     from filelock import FileLock, Timeout
 
     old = [path for path, match in _leftovers(target) if match["old"] and not match["lock"]]
     if not old or target.exists():
-        return
+        return False
     newest = max(old, key=lambda path: path.stat().st_ctime_ns)  # a rename sets it
     try:
         with FileLock(_lock_of(target.parent / newest.name.replace(".surgeon-old-", ".surgeon-")), blocking=False):
             newest.rename(target)
-    except Timeout:
-        return  # the run is alive, and between its renames just now
-    if not overwrite:
-        raise OutputError(
-            f"{target} was being replaced by a run that was killed; it is there again, as it was",
-            hint="Replace it with --overwrite, or choose -o.",
-        )
+    except Timeout:  # the run is alive, and between its renames just now
+        return False
+    return True
 
 
 def _leftovers(target: Path) -> list[tuple[Path, re.Match[str]]]:
@@ -195,11 +193,15 @@ def publish(stage: Path, target: Path, *, overwrite: bool) -> None:
     """
     if not target.exists() or not any(target.iterdir()):
         stage.rename(target)  # an empty target is replaced
-        _sync(target.parent)
+        with _undone(lambda: target.rename(stage)):
+            _sync(target.parent)
         return
     if not overwrite:
         raise OutputError(f"{target} appeared while its new content was written", hint="Choose another -o.")
-    if not exchange(stage, target):
+    if exchange(stage, target):
+        with _undone(lambda: exchange(stage, target)):
+            _sync(target.parent)
+    else:
         old = target.parent / f".{target.name}.surgeon-old-{os.getpid()}"
         try:
             target.rename(old)
@@ -208,8 +210,18 @@ def publish(stage: Path, target: Path, *, overwrite: bool) -> None:
             if old.exists() and not target.exists():  # Ctrl-C between the two renames, or the second one failed
                 old.rename(target)
         old.rename(stage)  # what is called old is whole
-    _sync(target.parent)
+        _sync(target.parent)
     shutil.rmtree(stage, ignore_errors=True)
+
+
+@contextmanager
+def _undone(undo: Callable[[], object]) -> Iterator[None]:
+    """Return a context that calls `undo` where the disk fails in it: after an error all is as it was."""
+    try:
+        yield
+    except OSError:
+        undo()
+        raise
 
 
 def exchange(one: Path, other: Path) -> bool:

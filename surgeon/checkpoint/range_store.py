@@ -16,7 +16,7 @@ import secrets
 import shutil
 import time
 import weakref
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Container, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -169,11 +169,7 @@ class RangeFile:
             os.fdatasync(self._held.fileno()) if hasattr(os, "fdatasync") else os.fsync(self._held.fileno())
             self._blocks += blocks
             self._read_back.update(blocks)
-            with _locked(self.directory, self.file):
-                known = _read_map(self.directory, self.file)
-                if known is not None and known["data"] == self.path.name:  # else it was forgotten meanwhile
-                    self._blocks = list(dict.fromkeys([*known["blocks"], *self._blocks]))
-                    self._write_map()
+            self._update_map()
         except OSError as error:
             raise as_hub_error(error, self.file, self.directory) from error
 
@@ -184,20 +180,20 @@ class RangeFile:
         So no process writes where another one reads, be it the same bytes or, for a moment, those of a wrong answer.
         """
         with _locked(self.directory, f"{self.file}.download"):
-            known = _read_map(self.directory, self.file)
-            if known is not None and known["data"] == self.path.name:
+            if (known := self._known()) is not None:
                 self._blocks = list(dict.fromkeys([*known["blocks"], *self._blocks]))
             yield
 
     def check(self, spans: Sequence[Span]) -> None:
         """Read back every block of an earlier run that meets `spans`, and drop those that changed on the disk."""
         used = [block for block in self._blocks if block not in self._read_back and _meets(block, spans)]
-        spoilt = {block for block in used if self._digest([(block.start, block.end)], digest_of()) != block.digest}
+        spoilt = {block for block in used if self._digest(block.start, block.end, digest_of()) != block.digest}
         self._read_back.update(set(used) - spoilt)
         if spoilt:
-            with suppress(OSError), _locked(self.directory, self.file):
-                self._blocks = [block for block in self._blocks if block not in spoilt]
-                self._write_map()
+            self._blocks = [block for block in self._blocks if block not in spoilt]
+            self.is_verified = False
+            with suppress(OSError):
+                self._update_map(without=spoilt)
 
     def verify(self) -> None:
         """Compare the SHA-256 with the one that the Hub names, where all bytes are there and it names one.
@@ -206,26 +202,42 @@ class RangeFile:
         """
         if self.is_verified or self.present != [(0, self.size)] or len(self.etag) != 64:
             return
-        if self._digest([(0, self.size)], hashlib.sha256()) != self.etag:
+        if self._digest(0, self.size, hashlib.sha256()) != self.etag:
             self.forget()
             raise CheckpointError(
                 f"the bytes of {self.file} that arrived do not have the SHA-256 that the Hub names",
                 hint="Run the command again: it downloads the file anew.",
             )
         self.is_verified = True
-        with suppress(OSError), _locked(self.directory, self.file):
-            self._write_map()
+        with suppress(OSError):
+            self._update_map()
 
     def forget(self) -> None:
         """Remove the file from the store. Who holds it open can still read it."""
         with suppress(OSError), _locked(self.directory, self.file):
             _forget(self.directory, self.file)
 
-    def _digest(self, spans: Sequence[Span], digest: Any) -> str:
-        for start, end in spans:
+    def _digest(self, start: int, end: int, digest: Any) -> str:
+        """Return the digest of bytes on the disk, "" where they cannot be read."""
+        try:
             for at in range(start, end, CHUNK):
                 digest.update(os.pread(self._held.fileno(), min(CHUNK, end - at), at))
+        except OSError:
+            return ""
         return str(digest.hexdigest())
+
+    def _known(self) -> dict[str, Any] | None:
+        """Return the map, None where it is no longer of this sparse file, which was forgotten meanwhile."""
+        known = _read_map(self.directory, self.file)
+        return known if known is not None and known["data"] == self.path.name else None
+
+    def _update_map(self, *, without: Container[Block] = ()) -> None:
+        """Write the map: what other processes have added, and what this one has."""
+        with _locked(self.directory, self.file):
+            if (known := self._known()) is not None:
+                both = dict.fromkeys([*known["blocks"], *self._blocks])
+                self._blocks = [block for block in both if block not in without]
+                self._write_map()
 
     def _write_map(self) -> None:
         content = {

@@ -1,16 +1,21 @@
 """Two files that describe a result: surgeon.json, from which it can be repeated byte for byte, and the model card."""
 
 import json
+import os
 import platform
+import re
+import shlex
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from surgeon.checkpoint.header import read_json
-from surgeon.checkpoint.source import RECEIPT, Transfer, inside
+from surgeon.checkpoint.source import RECEIPT, LocalSource, Source, Transfer, inside
 from surgeon.errors import CheckpointError
+from surgeon.text import scrubbed
 
 # The receipt
 
@@ -46,7 +51,7 @@ def receipt(
         "options": dict(options),
         "layer_map": list(layer_map),
         "axis_maps": dict(axis_maps),
-        "command": command,
+        "command": None if command is None else scrubbed(command),
         "notes": list(notes),
         **({"approximate": list(approximate)} if approximate else {}),
         **({"fetched": "ranges", "sha256_unchecked": sorted(transfer.ranges)} if transfer and transfer.ranges else {}),
@@ -68,8 +73,9 @@ def read_receipt(directory: Path) -> dict[str, Any] | None:
 
     Raises CheckpointError for a link that leads out of the directory.
     """
+    path = inside(directory, RECEIPT)
     try:
-        content = read_json(inside(directory, RECEIPT))
+        content = read_json(path)
     except CheckpointError:
         return None
     return content if isinstance(content, dict) and _is_sound(content) else None
@@ -107,6 +113,64 @@ def versions() -> dict[str, str]:
     return known
 
 
+# What may be published
+
+# Options of a command that name what is written on this machine.
+_WRITTEN = ("-o", "--output", "--run-dir", "--plot", "--predictions")
+_PATH = re.compile(r"(?<![\w:/.~-])(?:~/|~|\.{0,2}/)(?:[^\s/'\"`,;:)]+/)*([^\s/'\"`,;:)]+)/?")
+
+
+def public_record(content: Any) -> Any:
+    """Return a receipt, scores or another JSON value with every path of this machine reduced to its last name.
+
+    The identity of what a path names stays: its fingerprint or hash, and the ids of the Hub.
+    """
+    if isinstance(content, Mapping):
+        commands = {key: public_command(value) for key, value in content.items() if _is_command(key, value)}
+        return {key: commands.get(key, public_record(value)) for key, value in content.items()}
+    if isinstance(content, list | tuple):
+        return [public_record(value) for value in content]
+    if not isinstance(content, str):
+        return content
+    return Path(content).name if _is_local(content) and Path(content).name else public_text(content)
+
+
+def public_command(command: str) -> str:
+    """Return a command line without tokens, and with every path of this machine reduced to its last name."""
+    try:
+        words = shlex.split(scrubbed(command))
+    except ValueError:  # no command of a shell
+        return public_text(scrubbed(command))
+    public = []
+    for before, word in pairwise(["", *words]):
+        option, equals, value = word.partition("=") if word.startswith("--") else ("", "", word)
+        is_local = _is_local(value) or before in _WRITTEN or option in _WRITTEN
+        public.append(f"{option}{equals}{Path(value).name or value if is_local else value}")
+    return shlex.join(public)
+
+
+def public_text(text: str) -> str:
+    """Return a sentence with the absolute paths in it, and those from here, reduced to their last names."""
+    return _PATH.sub(r"\1", text)
+
+
+def _is_command(key: object, value: object) -> bool:
+    return key == "command" and isinstance(value, str)
+
+
+def _is_local(word: str) -> bool:
+    """Return whether a word is a path of this machine. One such as org/name is so where it exists."""
+    if "://" in word or "\n" in word or not ("/" in word or word.startswith("~")):
+        return False
+    return word.startswith(("/", "~", "./", "../")) or os.path.lexists(word)
+
+
+def public_name(source: Source) -> str:
+    """Return the name of a source for a card: its id on the Hub, or the last name of its directory."""
+    base = getattr(source, "base", source)  # of a source that is derived from another
+    return str(base.directory.resolve().name) if isinstance(base, LocalSource) else base.label
+
+
 # The model card
 
 MAX_CARD = 50_000  # characters: the block stands at the beginning, and PyYAML reads some 100 kB a second
@@ -123,7 +187,10 @@ def model_card(
     notes: tuple[str, ...] = (),
     source_card: Path | None = None,
 ) -> str:
-    """Return the card's text: the Hub's metadata block, then the surgery in words (`done`) and in a table (`facts`)."""
+    """Return the card's text: the Hub's metadata block, then the surgery in words (`done`) and in a table (`facts`).
+
+    A card is made to be published: it holds no path of this machine.
+    """
     import yaml
 
     metadata: dict[str, Any] = {"base_model": base_model, "library_name": "transformers", "tags": ["surgeon"]}
@@ -131,9 +198,9 @@ def model_card(
     lines = ["---", yaml.safe_dump(metadata, sort_keys=False, allow_unicode=True).rstrip(), "---", "", f"# {title}", ""]
     lines += [f"{done}", "", "| | |", "| --- | --- |"]
     lines += [f"| {name} | {value} |" for name, value in facts.items()]
-    lines += ["", *(f"- {note}" for note in notes)]
+    lines += ["", *(f"- {public_text(note)}" for note in notes)]
     if command:
-        lines += ["", "Made with:", "", "```bash", command, "```"]
+        lines += ["", "Made with:", "", "```bash", public_command(command), "```"]
     lines += ["", "`surgeon.json` holds the layer map, the source's identity and the versions.", ""]
     return "\n".join(lines).encode("utf-8", "backslashreplace").decode()  # a path need not be UTF-8
 

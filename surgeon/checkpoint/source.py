@@ -17,13 +17,14 @@ from typing import Any, Protocol
 
 from surgeon.checkpoint.header import (
     CHANGED_HINT,
-    DOWNLOAD_HINT,
     CheckpointSpec,
     Entry,
     FilePart,
     TensorSpec,
+    opened,
+    read_config,
     read_header,
-    read_json,
+    read_index,
 )
 from surgeon.errors import CheckpointError
 
@@ -359,40 +360,13 @@ def _is_blob(real: Path, root: Path) -> bool:
     return False
 
 
-# Reading its files
+def content_of(path: Path) -> bytes:
+    """Return the content of a small file of a checkpoint. Raises CheckpointError when it cannot be read."""
+    with opened(path) as file:
+        return file.read()
 
 
-def read_config(path: Path) -> dict[str, Any]:
-    """Return config.json as a dictionary. Raises CheckpointError when it is not one."""
-    config = read_json(path)
-    if not isinstance(config, dict):
-        raise CheckpointError(
-            f"{path} is not a model config: it holds a {type(config).__name__}, not an object", hint=DOWNLOAD_HINT
-        )
-    return config
-
-
-def read_index(path: Path) -> dict[str, str]:
-    """Return the weight map (tensor to shard) of an index file.
-
-    Raises CheckpointError when there is none, or when a shard's name leaves the directory: a reader that trusts such a
-    name loads, and republishes, any file that it points to.
-    """
-    index = read_json(path)
-    weight_map = index.get("weight_map") if isinstance(index, dict) else None
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise CheckpointError(f"{path} has no weight_map", hint=DOWNLOAD_HINT)
-    for name, shard in weight_map.items():
-        if not isinstance(shard, str) or not _is_plain_name(shard):
-            raise CheckpointError(
-                f"{path} places {name!r} in {shard!r}, outside the checkpoint",
-                hint="Do not use this checkpoint: an honest index names only files beside itself.",
-            )
-    return weight_map
-
-
-def _is_plain_name(name: str) -> bool:
-    return bool(name) and name not in (".", "..") and not any(char in name for char in "/\\\0") and ":" not in name
+# Tensors in several files
 
 
 def assemble(headers: Mapping[str, Mapping[str, Entry]], weight_map: Mapping[str, str]) -> dict[str, StoredTensor]:

@@ -5,15 +5,17 @@ import io
 import os
 import signal
 import sys
+import traceback
 from importlib import import_module
 from pathlib import Path
 from types import FrameType, ModuleType
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any, NoReturn, TextIO
 
 import typer
 from typer.core import TyperGroup
 
 from surgeon.errors import SurgeonError, failure_of_library, first_line, library_of
+from surgeon.text import scrubbed
 
 EXAMPLE = "surgeon truncate gpt2-large --layers 6 -o gpt2-large-6"
 # The order of --help: by what a command is for (`GROUP` in its file), then by its name.
@@ -108,13 +110,31 @@ def main() -> NoReturn:
     signal.signal(signal.SIGTERM, _terminate)
     if isinstance(sys.stdout, io.TextIOWrapper):  # a path need not be text, and a terminal need not know "→"
         sys.stdout.reconfigure(errors="backslashreplace")
+    standard_error, sys.stderr = sys.stderr, _WithoutSecrets(sys.stderr)
+    try:
+        _run()
+    finally:
+        sys.stderr = standard_error
+
+
+class _WithoutSecrets:
+    """Standard error without tokens and passwords: a library's log or a traceback may repeat them."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, written: str) -> int:
+        """Write text, and return how many characters were asked for."""
+        self._stream.write(scrubbed(written))
+        return len(written)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+def _run() -> NoReturn:
     try:
         app()
-    except SurgeonError as error:
-        if "--debug" in sys.argv:
-            raise
-        _show(error)
-        sys.exit(1)
     except BrokenPipeError:  # `surgeon inspect ... | head`: the reader has closed the pipe
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
@@ -122,15 +142,11 @@ def main() -> NoReturn:
         raise
     except KeyboardInterrupt:
         sys.exit(130)
-    except MemoryError:
-        if "--debug" in sys.argv:
-            raise
-        _show(SurgeonError("the memory is full", hint="Use a smaller model, shorter rows, or another machine."))
-        sys.exit(1)
     except BaseException as error:  # a panic of a library in Rust is no Exception
         if "--debug" in sys.argv:
-            raise
-        sys.exit(_show_unexpected(error))
+            traceback.print_exc()
+            raise SystemExit(1) from error
+        raise SystemExit(_shown(error)) from error
     sys.exit(0)
 
 
@@ -147,11 +163,16 @@ def _show(error: SurgeonError) -> None:
 BUG = 70  # the exit code: EX_SOFTWARE of sysexits.h
 
 
-def _show_unexpected(error: BaseException) -> int:
-    """Show an error that nothing in surgeon foresaw, and return the exit code: 1 for a library's, BUG for our own."""
-    if (said := failure_of_library(error)) is not None:
+def _shown(error: BaseException) -> int:
+    """Show an error, and return the exit code: BUG for one that is surgeon's own, which nothing foresaw, else 1."""
+    if isinstance(error, SurgeonError):
+        _show(error)
+    elif isinstance(error, MemoryError):
+        _show(SurgeonError("the memory is full", hint="Use a smaller model, shorter rows, or another machine."))
+    elif (said := failure_of_library(error)) is not None:
         _show(SurgeonError(f"{library_of(error)} fails: {said}", hint="--debug shows where."))
-        return 1
-    what = f"surgeon fails with {type(error).__name__}: {first_line(error)}"
-    _show(SurgeonError(what, hint="This is a bug in surgeon: please report it with what --debug shows."))
-    return BUG
+    else:
+        what = f"surgeon fails with {type(error).__name__}: {first_line(error)}"
+        _show(SurgeonError(what, hint="This is a bug in surgeon: please report it with what --debug shows."))
+        return BUG
+    return 1

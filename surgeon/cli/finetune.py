@@ -26,6 +26,7 @@ Private = Annotated[bool, typer.Option("--private", help="Make the Hub repositor
 def finetune(
     model: Model,
     *,
+    context: typer.Context,
     places: verb.PlaceOptions,
     dry_run: DryRun = False,
     num_processes: Processes = 1,
@@ -40,8 +41,9 @@ def finetune(
 ) -> None:
     """Train a model on data: heal a cut model (until its loss recovers), train new layers, distil from a teacher."""
     from surgeon.cli.terminal import emit, emit_json, log, results_alone
-    from surgeon.train.launch import is_first, is_launched, relaunch, second_to_the_first
+    from surgeon.train.launch import ends_with_starter, is_first, is_launched, relaunch, second_to_the_first
 
+    ends_with_starter()
     if num_processes < 1:
         raise typer.BadParameter("at least 1", param_hint="--num-processes")
     options = keywords_of(training) | keywords_of(machine)
@@ -51,7 +53,11 @@ def finetune(
             estimate = verb.estimate_finetune(model, data=places.data, num_processes=many, **options)
         emit_json(estimate.to_dict()) if json else emit(estimate.to_text())
         return
-    reads = reads_of(places) | reads_of(training) | {"MODEL": (model,)}
+    given = [name for name in context.params if str(context.get_parameter_source(name)).endswith("COMMANDLINE")]
+    asked = verb.FinetuneOptions(**keywords_of(places), **keywords_of(storage), **options, given=given)
+    if "num_processes" not in given:
+        num_processes = verb.num_processes_of(model, asked) or 1
+    reads = reads_of(verb.continued(model, asked)) | {"MODEL": (model,)}
     if push_to_hub is not None:
         from surgeon.checkpoint.overlap import check_uploaded
 
@@ -60,7 +66,7 @@ def finetune(
         verb.checked(training)  # so that a mistake is one error, and not one per process
         sys.exit(relaunch(sys.argv[1:], processes=num_processes))
     with second_to_the_first(), results_alone():
-        trained = _train(model, keywords_of(places) | keywords_of(storage) | options, quiet=quiet)
+        trained = _train(model, keywords_of(asked), quiet=quiet)
     if not is_first():
         return
     if trained.output is None:
@@ -84,7 +90,7 @@ def _train(model: str, options: dict[str, Any], *, quiet: bool) -> Training:
     from surgeon.cli.training_line import TrainingLine
 
     command = shlex.join(["surgeon", *sys.argv[1:]])
-    return verb.finetune(model, watcher=TrainingLine(quiet=quiet), command=command, **options)
+    return verb.finetune(model, **options | {"watcher": TrainingLine(quiet=quiet), "command": command})
 
 
 def _next(model: str, output: str, options: verb.TrainingOptions) -> str | None:

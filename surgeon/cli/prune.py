@@ -49,10 +49,10 @@ def prune(
     if not writing.dry_run:
         command.check(surgery, writing)  # before scoring, which may take an hour
         surgery = verb.plan_pruning(begun, options)
-    report = PruneReport(surgery, curve=curve, plot=plot, meter=meter)
+    report = PruneReport(surgery, evaluate=options.evaluate, curve=curve, plot=plot, meter=meter)
     if not writing.dry_run:
         report.check()
-        if options.evaluate and surgery.text is not None:  # what cannot be run is known before anything is written
+        if options.evaluate:  # what cannot be run is known before anything is written
             report = replace(report, before=surgery.perplexity(meter=meter))
     command.run(surgery, writing, report=report)
 
@@ -62,6 +62,7 @@ class PruneReport:
     """Reports the choice before the result is written, and its cost in perplexity afterwards."""
 
     surgery: verb.Pruning
+    evaluate: bool
     curve: bool
     plot: Path | None
     meter: TokenMeter
@@ -102,8 +103,9 @@ class PruneReport:
         surgery = self.surgery
         rows: list[tuple[str, str]] = []
         entries: dict[str, Any] = {}
-        if self.before is not None:
-            before, after = self.before, surgery.perplexity(output, meter=self.meter)
+        perplexity = surgery.evaluate(output, before=self.before, meter=self.meter) if self.evaluate else None
+        if perplexity is not None:
+            before, after = perplexity
             rows.append(("perplexity", f"{_number(before)} → {_number(after)}  (on this text)"))
             entries["perplexity"] = {"before": before, "after": after}
         curve = surgery.curve(meter=self.meter) if self.curve else None

@@ -10,6 +10,7 @@ from surgeon.data.rows import check_shape, digest, read_rows
 from surgeon.errors import MeasureError
 from surgeon.models.device import available_memory
 from surgeon.models.loading import load_model, load_tokenizer, loadable, quiet_transformers
+from surgeon.models.streaming import check_runs
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -27,6 +28,16 @@ class Calibration:
         sources = self.origin["sources"]
         where = ", ".join(str(item["data"]) for item in sources) if sources else "sampled from the model itself"
         return f"{rows} x {length} = {rows * length:,} tokens, {where}"
+
+
+def calibrate(
+    source: Source, data: Sequence[str], *, samples: int, sequence_length: int, device: str, seed: int
+) -> Calibration:
+    """Return rows of the user's texts; where there are none, rows that the model writes."""
+    check_runs(source)
+    if data:
+        return read_calibration(source, data, samples=samples, sequence_length=sequence_length)
+    return sample_calibration(source, samples=samples, sequence_length=sequence_length, device=device, seed=seed)
 
 
 def read_calibration(source: Source, data: Sequence[str], *, samples: int, sequence_length: int) -> Calibration:

@@ -1,6 +1,7 @@
 """The scores of a model on a text, as the record in scores.json. Pure data: no torch, no weights."""
 
 import math
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -8,7 +9,7 @@ from typing import Any
 
 from surgeon.checkpoint.header import read_json
 from surgeon.checkpoint.receipt import to_bytes, versions
-from surgeon.checkpoint.source import SCORES, Source
+from surgeon.checkpoint.source import SCORES, Source, inside
 from surgeon.errors import CheckpointError, MeasureError, PlanError
 from surgeon.transforms.scores import METHODS
 
@@ -100,13 +101,6 @@ def read_scores(path: Path) -> Scores:
     )
 
 
-def scores_of(source: Source, place: Path) -> Scores:
-    """Return the record of a source in a file, or in scores.json of a directory. Raises MeasureError for another's."""
-    scores = read_scores(place / SCORES if place.is_dir() else place)
-    check_model(scores, source.provenance(), source.label)
-    return scores
-
-
 def check_model(scores: Scores, provenance: Mapping[str, Any], label: str) -> None:
     """Raises MeasureError when the scores are of another model than the one of this provenance."""
     for key in ("fingerprint", "commit"):
@@ -116,6 +110,14 @@ def check_model(scores: Scores, provenance: Mapping[str, Any], label: str) -> No
                 raise MeasureError(f"the scores are of other weights than those of {label}", hint=AGAIN)
             return
     raise MeasureError(f"the scores do not say that they are of {label}", hint=AGAIN)
+
+
+def read_scores_of(path: str | os.PathLike[str], source: Source) -> Scores:
+    """Return the scores in a file, or in the scores.json of a directory. Raises MeasureError for another model's."""
+    place = Path(path)
+    scores = read_scores(inside(place, SCORES) if place.is_dir() else place)
+    check_model(scores, source.provenance(), source.label)
+    return scores
 
 
 def check_ranking(

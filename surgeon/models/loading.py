@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, cast
 from surgeon.anatomy.config import class_names, text_config
 from surgeon.checkpoint.derived import JoinedSource
 from surgeon.checkpoint.header import not_regular, read_json
-from surgeon.checkpoint.source import Source, check_links, is_companion
+from surgeon.checkpoint.source import Source, check_links, inside, is_companion
 from surgeon.errors import CheckpointError, DataError, MeasureError, PlanError, SurgeonError, failure_of_library
 from surgeon.models.device import available_memory, compute_dtype
 from surgeon.plan.plan import chooses_kernel
@@ -221,12 +221,11 @@ def load_gguf(path: Path) -> tuple[Any, dict[str, Any], Any]:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer, GgufConfig
 
-    with quiet_transformers():
-        config = _from_pretrained(AutoConfig, path.parent, gguf_file=path.name)
-        kind: Any = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
-        options = {"quantization_config": GgufConfig(dequantize=True), "dtype": torch.float32}
-        model, report = _from_pretrained(kind, path.parent, gguf_file=path.name, **options, output_loading_info=True)
-        return model, report, _from_pretrained(AutoTokenizer, path.parent, gguf_file=path.name)
+    config = _from_pretrained(AutoConfig, path.parent, gguf_file=path.name)
+    kind: Any = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+    options = {"quantization_config": GgufConfig(dequantize=True), "dtype": torch.float32}
+    model, report = _from_pretrained(kind, path.parent, gguf_file=path.name, **options, output_loading_info=True)
+    return model, report, _from_pretrained(AutoTokenizer, path.parent, gguf_file=path.name)
 
 
 def load_adapter(model: Any, directory: Path) -> Any:
@@ -236,7 +235,7 @@ def load_adapter(model: Any, directory: Path) -> Any:
     """
     from peft import PeftModel
 
-    config = read_json(directory / ADAPTER)
+    config = read_json(inside(directory, ADAPTER))
     if not isinstance(config, dict) or config.get("peft_type") != "LORA":
         kind = config.get("peft_type") if isinstance(config, dict) else config
         raise PlanError(f"{directory} holds an adapter of type {kind!r}, not LORA", hint="surgeon trains LoRA alone.")

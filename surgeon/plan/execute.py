@@ -247,7 +247,7 @@ def copy_runs(writes: Sequence[TensorWrite]) -> list[CopyRun]:
                 and last.source.end == source.start
                 and last.target + last.source.size == target
             ):
-                runs[-1] = CopyRun(last.source.until(source.end), last.target)
+                runs[-1] = CopyRun(last.source.between(last.source.start, source.end), last.target)
             else:
                 runs.append(CopyRun(source, target))
         target += write.spec.nbytes

@@ -2,13 +2,24 @@
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
 from surgeon.errors import SurgeonError
+from surgeon.text import scrubbed
 from surgeon.train.launch import is_first
 from surgeon.train.pace import PaceMeter
-from surgeon.train.run_dir import EvalReport, MetricsLog, State, StepReport, TrainingWatcher, read_metrics, write_status
+from surgeon.train.run_dir import (
+    EvalReport,
+    MetricsLog,
+    State,
+    StepReport,
+    TrainingWatcher,
+    read_metrics,
+    write_done,
+    write_status,
+)
 from surgeon.train.trainer import EvalLosses
 
 GAP = 0.2  # nats; the paper calls a data set large enough where (train - validation)² < 0.04 at the best step
@@ -118,6 +129,11 @@ class Reporter:
         if is_first():
             write_status(self.run_dir, state, step=self._step, **facts)
 
+    def done(self, output: Path, summary: Mapping[str, Any]) -> None:
+        """Write into status.json that the run is done, with its result."""
+        summary = {name: None if isinstance(x, float) and not isfinite(x) else x for name, x in summary.items()}
+        write_done(self.run_dir, output=output, summary=summary, step=self._step, exit_code=0)
+
     def note(self, text: str) -> None:
         """Show a sentence to the user, unless it was shown before."""
         if text not in self.notes:
@@ -204,7 +220,7 @@ class Reporter:
         self.end()
         code = error.code if isinstance(error, SystemExit) else 130 if isinstance(error, KeyboardInterrupt) else 1
         hint = error.hint if isinstance(error, SurgeonError) else None
-        self.status("failed", exit_code=code, error=str(error) or type(error).__name__, hint=hint)
+        self.status("failed", exit_code=code, error=scrubbed(str(error)) or type(error).__name__, hint=hint)
 
     def validations(self) -> Sequence[float]:
         """Return the validation losses so far."""

@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,8 @@ class Training:
     """The summary of a run. Losses are means in nats per token; `train_loss` is over the last tenth of the steps.
 
     `output` is the checkpoint; None for a run that SIGTERM stopped, which `--resume` continues. `steps` and `tokens`
-    are of the whole run, `seconds` and `tokens_per_second` of this process alone.
+    are of the whole run, `seconds` and `tokens_per_second` of this process alone. `already_done` marks the summary of a
+    run that was finished before it was to be resumed.
     """
 
     output: Path | None
@@ -38,6 +39,14 @@ class Training:
     seconds: float
     plot: Path | None = None
     notes: tuple[str, ...] = ()
+    already_done: bool = False
+
+    @classmethod
+    def of_finished(cls, summary: Mapping[str, Any]) -> "Training":
+        """Return the summary of a finished run from its entries in JSON. Raises KeyError, TypeError."""
+        values = {item.name: summary[item.name] for item in fields(cls) if item.name != "already_done"}
+        places = {name: None if values[name] is None else Path(values[name]) for name in ("output", "run_dir", "plot")}
+        return cls(**values | places | {"notes": tuple(values["notes"]), "already_done": True})
 
     def to_dict(self) -> dict[str, Any]:
         """Return the summary as `--json` prints it."""
@@ -53,11 +62,14 @@ class Training:
             "tokens_per_second": self.tokens_per_second,
             "plot": None if self.plot is None else str(self.plot),
             "notes": list(self.notes),
+            "already_done": self.already_done,
             "seconds": round(self.seconds, 3),
         }
 
     def to_text(self) -> str:
         """Return the summary for people."""
+        if self.already_done:
+            return f"already done: {self.output}  ({self.steps:,} steps; the run's files are in {self.run_dir})"
         losses = [("train loss", self.train_loss), ("validation loss", self.eval_loss)]
         rows = [("steps", f"{self.steps:,}  ({self.tokens:,} tokens)")]
         rows += [(name, f"{loss:.4f} nats a token") for name, loss in losses if loss is not None]
@@ -115,8 +127,8 @@ def write_adapter(
     )
     page = model_card(
         title=target.name,
-        base_model=source.label,
-        done=f"A LoRA adapter for `{source.label}`, trained by surgeon; load it with PEFT.",
+        base_model=receipt.public_name(source),
+        done=f"A LoRA adapter for `{receipt.public_name(source)}`, trained by surgeon; load it with PEFT.",
         facts={"rank": str(step["settings"]["lora"]), "steps": f"{step['steps']:,}", "tokens": f"{step['tokens']:,}"},
         command=command,
     ).replace("library_name: transformers", "library_name: peft")

@@ -4,12 +4,13 @@ metrics.jsonl has one JSON object per line, each with its "step". A line with "l
 "eval_loss" of an evaluation. JSON has no NaN: a number that is not finite is null, and named under "not_finite".
 """
 
+import hashlib
 import json
 import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal, Protocol, TextIO
@@ -17,6 +18,7 @@ from typing import Any, Literal, Protocol, TextIO
 from surgeon.checkpoint.header import not_regular
 from surgeon.checkpoint.header import read_json as parsed_file
 from surgeon.checkpoint.receipt import to_bytes
+from surgeon.checkpoint.source import RECEIPT
 from surgeon.errors import CheckpointError, DataError, OutputError, PlanError
 
 METRICS, STATUS = "metrics.jsonl", "status.json"
@@ -136,6 +138,31 @@ def write_status(run_dir: Path, state: State, **facts: Any) -> None:
         _replace(path, _to_json(content, indent=1) + "\n")
 
 
+def write_done(run_dir: Path, *, output: Path, summary: Mapping[str, Any], **facts: Any) -> None:
+    """Write into status.json that the run is done, with its summary and the identity of its output."""
+    write_status(run_dir, "done", output=str(output), receipt=_receipt_of(output), summary=summary, **facts)
+
+
+def summary_of(run_dir: Path, output: Path) -> dict[str, Any] | None:
+    """Return the summary of a run that is done, and whose output is still there; None for any other."""
+    try:
+        status = json.loads((run_dir / STATUS).read_bytes())
+    except (OSError, ValueError):
+        return None
+    if not isinstance(status, dict) or status.get("state") != "done" or status.get("receipt") is None:
+        return None
+    summary = status.get("summary")
+    return summary if isinstance(summary, dict) and status["receipt"] == _receipt_of(output) else None
+
+
+def _receipt_of(output: Path) -> str | None:
+    """Return the SHA-256 of an output's receipt, which tells one result from another; None where there is none."""
+    try:
+        return hashlib.sha256((output / RECEIPT).read_bytes()).hexdigest()
+    except OSError:
+        return None
+
+
 def _records(path: Path) -> list[dict[str, Any]]:
     try:
         lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
@@ -191,35 +218,47 @@ def _guarded(path: Path) -> Iterator[None]:
 
 REQUEST = "run.json"
 RATE = "lr.json"  # the result of --lr auto
+DAMAGED_HINT = "Remove the run's directory, or choose another with --run-dir."
 DATA = "data.json"  # the data of the run: a resumed run must read the same
 
 
-def claim(
-    run_dir: Path, *, resume: bool, model: Mapping[str, Any], data: Sequence[str], settings: Mapping[str, Any]
-) -> None:
-    """Write the request into an empty directory, or check that the run in it began with the same request.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Request:
+    """What a run is asked for. A resumed run has the same model, data and settings; `others` it takes where not given.
 
-    A run that failed before its first step, without data for example, does not count: the new request replaces it.
-    Raises OutputError for a directory that holds a run without `resume`, or other files; PlanError for another run.
+    `settings` decide numbers of the result, `others` do not: the output, the device, the size of a shard.
     """
-    request = {"model": dict(model), "data": list(data), "settings": dict(settings)}
+
+    model: Mapping[str, Any]
+    data: Sequence[str]
+    settings: Mapping[str, Any]
+    others: Mapping[str, Any] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the request as run.json holds it."""
+        settings, others = dict(self.settings), dict(self.others)
+        return {"model": dict(self.model), "data": list(self.data), "settings": settings, "others": others}
+
+
+def begun(run_dir: Path) -> Request | None:
+    """Return the request of the run in a directory; None where there is none, or one that failed before its first step.
+
+    Raises OutputError for a damaged one.
+    """
     file = run_dir / REQUEST
-    if odd := next((path for path in sorted(run_dir.iterdir()) if path.exists() and not_regular(path)), None):
-        raise OutputError(f"{odd} is {not_regular(odd)}, not a file", hint="Remove it, or choose another --run-dir.")
-    if not file.exists():
-        if any(not path.name.startswith(".") for path in run_dir.iterdir()):
-            raise OutputError(f"{run_dir} is not empty, and holds no run", hint="Choose another place with --run-dir.")
-        write_json(file, request)
-        return
-    if not (run_dir / METRICS).exists():
-        for name in (RATE, DATA):
-            (run_dir / name).unlink(missing_ok=True)
-        write_json(file, request)
-        return
-    if not resume:
-        hint = "Continue it with --resume, remove it, or choose another place with --run-dir."
-        raise OutputError(f"{run_dir} holds a run", hint=hint)
-    if differs := _difference(read_json(file), json.loads(to_bytes(request))):
+    _check_regular(run_dir)
+    if not file.is_file() or not (run_dir / METRICS).exists():
+        return None
+    content = read_json(file)
+    kinds = {"model": dict, "data": list, "settings": dict, "others": dict}
+    if not isinstance(content, dict) or not all(isinstance(content.get(key), kind) for key, kind in kinds.items()):
+        raise OutputError(f"{file} is damaged: it holds no request of a run", hint=DAMAGED_HINT)
+    return Request(**{key: content[key] for key in kinds})
+
+
+def check_same(run_dir: Path, request: Request) -> None:
+    """Raises PlanError where the run in a directory began with another request, naming the first difference."""
+    if differs := _difference(read_json(run_dir / REQUEST), json.loads(to_bytes(request.to_dict()))):
         name, was, now = differs
         raise PlanError(
             f"the run in {run_dir} began with {name} {was}, and {now} is asked for now",
@@ -227,13 +266,43 @@ def claim(
         )
 
 
+def claim(run_dir: Path, request: Request, *, resume: bool) -> None:
+    """Write the request into an empty directory, or check that the run in it began with the same request.
+
+    A run that failed before its first step, without data for example, does not count: the new request replaces it.
+    Raises OutputError for a directory that holds a run without `resume`, or other files; PlanError for another run.
+    """
+    _check_regular(run_dir)
+    file = run_dir / REQUEST
+    if not file.exists():
+        if any(not path.name.startswith(".") for path in run_dir.iterdir()):
+            raise OutputError(f"{run_dir} is not empty, and holds no run", hint="Choose another place with --run-dir.")
+        write_json(file, request.to_dict())
+        return
+    if not (run_dir / METRICS).exists():
+        for name in (RATE, DATA):
+            (run_dir / name).unlink(missing_ok=True)
+        write_json(file, request.to_dict())
+        return
+    if not resume:
+        hint = "Continue it with --resume, remove it, or choose another place with --run-dir."
+        raise OutputError(f"{run_dir} holds a run", hint=hint)
+    check_same(run_dir, request)
+
+
+def _check_regular(run_dir: Path) -> None:
+    """Raises OutputError where a file of the run is a pipe, a device or the like: reading one may never end."""
+    paths = sorted(run_dir.iterdir()) if run_dir.is_dir() else []
+    if odd := next((path for path in paths if path.exists() and not_regular(path)), None):
+        raise OutputError(f"{odd} is {not_regular(odd)}, not a file", hint="Remove it, or choose another --run-dir.")
+
+
 def read_json(file: Path) -> Any:
     """Return the content of a run's JSON file. Raises OutputError for a damaged one."""
     try:
         return parsed_file(file)
     except CheckpointError as error:
-        hint = "Remove the run's directory, or choose another with --run-dir."
-        raise OutputError(f"the run's directory is damaged: {error}", hint=hint) from error
+        raise OutputError(f"the run's directory is damaged: {error}", hint=DAMAGED_HINT) from error
 
 
 def write_json(file: Path, content: Mapping[str, Any]) -> None:

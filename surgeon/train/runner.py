@@ -28,7 +28,7 @@ from surgeon.train.model import LOAD_HINT, load_trainable, trained_model
 from surgeon.train.pace import PaceMeter, most_memory_used
 from surgeon.train.reporter import Reporter
 from surgeon.train.result import Training, trained_surgery, write_adapter
-from surgeon.train.run_dir import DATA, RATE, claim, read_json, read_metrics, write_json
+from surgeon.train.run_dir import DATA, RATE, Request, claim, read_json, read_metrics, write_json
 from surgeon.train.settings import FULL_LR, LORA_LR, Settings
 from surgeon.train.task import Task
 from surgeon.train.trainer import (
@@ -95,7 +95,7 @@ class Runner:
     # --- the run's directory ----------------------------------------------------------------------------------
 
     @contextmanager
-    def held(self, *, resume: bool) -> Iterator[None]:
+    def held(self, request: Request, *, resume: bool) -> Iterator[None]:
         """Return a context that holds the run directory, and writes into status.json how the run ended.
 
         Raises OutputError for a directory with a run without `resume`, PlanError where that run had another request.
@@ -103,9 +103,7 @@ class Runner:
         with ExitStack() as stack:
             if is_first():
                 stack.enter_context(checkpoints.held(self.run_dir))
-                model = self.source.provenance()
-                settings = self.task.record() | {"num_processes": processes()}  # a step has the rows of all of them
-                claim(self.run_dir, resume=resume, model=model, data=self.specs, settings=settings)
+                claim(self.run_dir, request, resume=resume)
             self.reporter = Reporter(self.run_dir, self.watcher)
             stack.push(self._ended)
             with memory_explained(self.settings, lambda: self.reporter.last_step), self._losses_explained():
@@ -330,7 +328,7 @@ class Runner:
         if is_first():
             for name in (TRAINED, HELD_OUT, TEACHER):
                 shutil.rmtree(self.run_dir / name, ignore_errors=True)
-            self.reporter.status("done", exit_code=0, output=str(output))
+            self.reporter.done(output, summary.to_dict())
         self.wait()
         return summary
 

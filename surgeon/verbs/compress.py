@@ -18,16 +18,7 @@ from surgeon.errors import OutputError, PlanError
 from surgeon.gist.architecture import refusal
 from surgeon.gist.compressor import Compressor
 from surgeon.gist.tokens import GistTokens, read_gist
-from surgeon.options import (
-    Reads,
-    adapter_option,
-    device_option,
-    option,
-    reads_of,
-    revision_option,
-    takes,
-    trust_option,
-)
+from surgeon.options import Reads, adapter_option, device_option, option, reads_of, revision_option, takes, trust_option
 from surgeon.surgery import open_source
 
 if TYPE_CHECKING:
@@ -128,17 +119,16 @@ def compress(model: str | os.PathLike[str], prompt: str, options: CompressOption
     from surgeon.models.loading import runs
 
     with runs(source.label, trust_remote_code=options.trust_remote_code):
-        reads = reads_of(options) | {"MODEL": (os.fspath(model),)}
-        return _compressed(source, gist, prompt, options, reads)
+        return _compressed(source, os.fspath(model), gist, prompt, options)
 
 
-def _compressed(source: Source, gist: GistTokens, prompt: str, options: CompressOptions, reads: Reads) -> Compression:
+def _compressed(source: Source, model: str, gist: GistTokens, prompt: str, options: CompressOptions) -> Compression:
     """Return how a prompt was written as the states of a gist of the model of a source."""
     began = monotonic()
     count = len(gist.ids_of(options.tokens))
     compressor = None if options.adapter is None else Compressor(Path(options.adapter))
     target = Path(options.output or f"{Path(source.label).name}-compress-{count}T")
-    _check_target(target, overwrite=options.overwrite, reads=reads)
+    _check_target(target, overwrite=options.overwrite, reads=reads_of(options) | {"MODEL": (model,)})
     if compressor is not None:
         compressor.check(source)
 

@@ -2,10 +2,13 @@
 
 import os
 import tempfile
-from collections.abc import Sequence
-from dataclasses import dataclass, fields
+import time
+from collections.abc import Collection, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from types import UnionType
+from typing import TYPE_CHECKING, Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from surgeon.anatomy.anatomy import read_anatomy
 from surgeon.checkpoint import output as outputs
@@ -14,8 +17,10 @@ from surgeon.checkpoint.source import Source, spec_of
 from surgeon.errors import MeasureError, OutputError, PlanError
 from surgeon.gist.settings import GistSettings
 from surgeon.options import (
+    OptionError,
     Reads,
     device_option,
+    flag_of,
     in_python,
     option,
     reads_of,
@@ -25,7 +30,9 @@ from surgeon.options import (
     trust_option,
 )
 from surgeon.surgery import open_source, parse_size
+from surgeon.train.launch import processes
 from surgeon.train.result import Training
+from surgeon.train.run_dir import DAMAGED_HINT, REQUEST, Request, begun, check_same, summary_of
 from surgeon.train.settings import ComputeSettings, LearningSettings, Settings, deciding
 
 if TYPE_CHECKING:
@@ -42,7 +49,8 @@ class PlaceOptions:
 
     data: Sequence[str] = option(
         "Text, or records (text; prompt, completion; instruction, output; question, answer; messages): .txt, "
-        ".jsonl, .json, .parquet, a directory of them, or a Hub dataset. Repeatable.",
+        ".jsonl, .json, .parquet, a directory of them, or a Hub dataset. Repeatable. Only a resumed run needs none.",
+        (),
         metavar="DATA",
         reads=True,
     )
@@ -52,7 +60,9 @@ class PlaceOptions:
     run_dir: str | os.PathLike[str] | None = option(
         "Directory for checkpoints, metrics and plot. Default: OUTPUT.run.", None, metavar="DIR", writes=True
     )
-    resume: bool = option("Continue the run in the run directory, or begin one there.", False)
+    resume: bool = option(
+        "Continue the run in the run directory with the options that it began with, or begin one there.", False
+    )
     overwrite: bool = option("Replace an existing output once the new one is complete.", False)
 
 
@@ -94,6 +104,7 @@ class FinetuneOptions(MachineOptions, TrainingOptions, StorageOptions, PlaceOpti
 
     watcher: "TrainingWatcher | None" = in_python("An object that is called with each step and evaluation.")
     command: str | None = in_python("The command line, for the card and the receipt.")
+    given: Collection[str] = in_python("Options that a resumed run must not take from its own. Default: all named.", ())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,35 +126,96 @@ def finetune(model: str | os.PathLike[str], options: FinetuneOptions) -> Trainin
 
         surgeon.finetune("SmolLM2-135M-24L", data=["wiki.txt"], output="healed", max_steps=300, teacher="SmolLM2-135M")
     """
+    began = time.perf_counter()
+    options = continued(model, options)
+    if not options.data:
+        raise OptionError("data", "--data is missing: there is nothing to train on", hint="Name a file: --data FILE.")
+    training = checked(options.of(TrainingOptions))
+    source = opened(model, options.revision, gist=training.gist)
+    target, place = places_of(model, options)
+    done = _finished(place, target) if options.resume else None
+    if done is None:
+        _check_places(target, place, options, reads_of(options) | {"MODEL": (os.fspath(model),)})
+        _ = source.companions  # one that is no file of the checkpoint is refused now, and not after hours
+    task = task_of(source, training)
+    settings = task.record() | {"num_processes": processes(), "dtype": options.dtype}  # a step has the rows of all
+    others = {name: getattr(options, name) for name in OTHERS} | {"output": str(target.absolute())}
+    request = Request(model=source.provenance(), data=options.data, settings=settings, others=others)
+    if done is not None:
+        check_same(place, request)
+        return replace(done, seconds=time.perf_counter() - began)
+
     from surgeon.models.loading import runs
     from surgeon.train.runner import Runner
 
-    training = checked(options.of(TrainingOptions))
-    source = opened(model, options.revision, gist=training.gist)
-    target = Path(options.output or default_output(source))
-    reads = reads_of(options) | {"MODEL": (os.fspath(model),)}
-    outputs.check_target(target, overwrite=options.overwrite, reads=reads)
-    if options.dtype not in ("keep", "float32", "bfloat16", "float16"):
-        raise PlanError(f"unknown dtype {options.dtype!r}", hint="One of: keep, float32, bfloat16, float16.")
-    parse_size(options.max_shard_size)
-    place = Path(options.run_dir or f"{target}.run")
-    _check_places(target, place, reads)
-    _ = source.companions  # one that is no file of the checkpoint is refused now, and not after hours
-
-    task = task_of(source, training)
     device, watcher = options.device, options.watcher
-    with (
-        runs(source.label, trust_remote_code=options.trust_remote_code),
-        (runner := Runner(source, tuple(options.data), task, run_dir=place, device=device, watcher=watcher)).held(
-            resume=options.resume
-        ),
-    ):
-        steps = runner.fit()
-        if steps.is_stopped:
-            return runner.stopped(steps)
-        storage = {name: getattr(options, name) for name in ("dtype", "max_shard_size", "overwrite", "command")}
-        runner.write(steps, target, **storage)
-        return runner.finished(steps, target)
+    with runs(source.label, trust_remote_code=options.trust_remote_code):
+        runner = Runner(source, tuple(options.data), task, run_dir=place, device=device, watcher=watcher)
+        with runner.held(request, resume=options.resume):
+            steps = runner.fit()
+            if steps.is_stopped:
+                return runner.stopped(steps)
+            storage = {name: getattr(options, name) for name in ("dtype", "max_shard_size", "overwrite", "command")}
+            runner.write(steps, target, **storage)
+            return runner.finished(steps, target)
+
+
+# Options that decide no number of the result: a resumed run takes them from its own where they are not given.
+OTHERS = ("max_shard_size", "device", "revision", "keep_checkpoints", "workers", "track")
+
+
+def continued(model: str | os.PathLike[str], options: FinetuneOptions) -> FinetuneOptions:
+    """Return the options, of a run that is resumed with its own in place of those that are not given.
+
+    Raises OutputError where the run's record of them is damaged.
+    """
+    run_dir = places_of(model, options)[1]
+    if not options.resume or (request := begun(run_dir)) is None:
+        return options
+    own = {**request.settings, **request.others, "data": request.data}
+    groups = (MachineOptions, TrainingOptions, StorageOptions, PlaceOptions)
+    hints = {name: hint for group in groups for name, hint in get_type_hints(group).items()}
+    names = {item.name for item in fields(TrainingOptions)} | {"data", "dtype", "output", *OTHERS}
+    taken: dict[str, Any] = {}
+    for name in names & own.keys() - set(options.given):
+        value = tuple(own[name]) if isinstance(own[name], list) else own[name]
+        if not _fits(hints[name], value):
+            raise OutputError(
+                f"{run_dir / REQUEST} is damaged: {flag_of(name)} cannot be {value!r:.60}", hint=DAMAGED_HINT
+            )
+        taken[name] = value
+    return replace(options, **taken)
+
+
+def num_processes_of(model: str | os.PathLike[str], options: FinetuneOptions) -> int | None:
+    """Return how many processes the run has that is to be resumed; None where there is none."""
+    request = begun(places_of(model, options)[1]) if options.resume else None
+    count = None if request is None else request.settings.get("num_processes")
+    return count if type(count) is int and count > 0 else None
+
+
+def _fits(hint: Any, value: Any) -> bool:
+    """Return whether a value has the type of an option."""
+    kinds = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+    if isinstance(value, tuple):
+        lists = any(isinstance(get_origin(kind), type) and issubclass(get_origin(kind), Sequence) for kind in kinds)
+        return lists and all(isinstance(item, str) for item in value)
+    return type(value) in kinds or (type(value) is int and float in kinds)
+
+
+def places_of(model: str | os.PathLike[str], options: FinetuneOptions) -> tuple[Path, Path]:
+    """Return the output and the run's directory."""
+    target = Path(options.output or default_output(os.fspath(model)))
+    return target, Path(options.run_dir or f"{target}.run")
+
+
+def _finished(run_dir: Path, target: Path) -> Training | None:
+    """Return the summary of a finished run whose output is `target`, as it was written; None for any other run."""
+    if begun(run_dir) is None or (summary := summary_of(run_dir, target)) is None:
+        return None
+    with suppress(KeyError, TypeError):
+        return replace(Training.of_finished(summary), output=target, run_dir=run_dir)
+    return None
 
 
 @takes(EstimateOptions)
@@ -152,7 +224,6 @@ def estimate_finetune(model: str | os.PathLike[str], options: EstimateOptions) -
     from surgeon.models.device import resolve_device
     from surgeon.models.loading import runs
     from surgeon.train.inputs import Inputs
-    from surgeon.train.launch import processes
 
     training = checked(options.of(TrainingOptions))
     source = opened(model, options.revision, gist=training.gist)
@@ -190,8 +261,12 @@ def task_of(source: Source, options: TrainingOptions) -> "Task":
     return GistTask(settings=settings, recorded=recorded, source=source, gist=options.of(GistSettings))
 
 
-def _check_places(target: Path, run_dir: Path, reads: Reads) -> None:
+def _check_places(target: Path, run_dir: Path, options: FinetuneOptions, reads: Reads) -> None:
     """Raise OutputError for places that would fail only at the end, or whose files are read."""
+    outputs.check_target(target, overwrite=options.overwrite, reads=reads)
+    if options.dtype not in ("keep", "float32", "bfloat16", "float16"):
+        raise PlanError(f"unknown dtype {options.dtype!r}", hint="One of: keep, float32, bfloat16, float16.")
+    parse_size(options.max_shard_size)
     outputs.check_apart(run_dir, reads)
     if run_dir.resolve() in target.resolve().parents:
         raise OutputError(
@@ -225,7 +300,7 @@ def opened(model: str | os.PathLike[str], revision: str | None, *, gist: bool = 
     return source
 
 
-def default_output(source: Source) -> str:
+def default_output(model: str) -> str:
     """Return the default name of the result: the model's name, and the verb."""
-    label = Path(source.label)
+    label = Path(model)
     return f"{label.name or label.resolve().name or 'model'}-finetune"

@@ -213,7 +213,7 @@ def inspect(model: str | os.PathLike[str], options: InspectOptions) -> Inspectio
 
 def _difference(source: Source, anatomy: Anatomy, other: Source, other_anatomy: Anatomy) -> ModelDifference:
     made_by = _receipt_of(source) or {}
-    made_by = made_by if made_by.get("source") == other.provenance() else {}
+    made_by = made_by if _is_of(made_by.get("source"), other.provenance()) else {}
     layer_map = _layer_map(made_by, anatomy, other_anatomy)
     there = {name: _name_in_other(name, anatomy, other_anatomy, layer_map) for name in source.tensors}
     common = [name for name in source.tensors if there[name] in other.tensors]
@@ -238,6 +238,12 @@ def _difference(source: Source, anatomy: Anatomy, other: Source, other_anatomy: 
         same=tuple(same),
         changed=tuple(name for name in alike if name not in set(same)) if local else (),
     )
+
+
+def _is_of(recorded: Any, provenance: Mapping[str, Any]) -> bool:
+    """Return whether a receipt's source is a checkpoint: by its content, for a directory may have been moved."""
+    known = [key for key in ("fingerprint", "commit") if isinstance(recorded, Mapping) and key in recorded]
+    return bool(known) and all(recorded[key] == provenance.get(key) for key in known)
 
 
 def _layer_map(made_by: Mapping[str, Any], anatomy: Anatomy, other_anatomy: Anatomy) -> tuple[int | None, ...]:

@@ -1,16 +1,15 @@
 """The verb `prune`: measure, choose, plan. Scores are kept, so that another cut takes the time of a copy."""
 
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from surgeon.anatomy.anatomy import Anatomy, read_anatomy
 from surgeon.checkpoint.source import SCORES, Source, spec_of
 from surgeon.errors import PlanError
-from surgeon.measure.record import Scores, check_ranking, perplexities, scores_of
+from surgeon.measure.record import Scores, check_ranking, perplexities, read_scores_of
 from surgeon.models.loading import runs
 from surgeon.options import (
     OptionError,
@@ -18,13 +17,13 @@ from surgeon.options import (
     check_seed,
     device_option,
     in_python,
+    numbers,
     option,
     reads_of,
     revision_option,
     seed_option,
     takes,
     trust_option,
-    two_numbers,
 )
 from surgeon.plan.plan import FLOAT_DTYPES
 from surgeon.surgery import Surgery, open_model, open_source, parse_size
@@ -48,6 +47,14 @@ _TOKENS = " or ".join(name for name, method in METHODS.items() if method.token_c
 _PROTECT = ", ".join(
     f"{first},{last} for {name}" for name, method in METHODS.items() for first, last in [method.protect] if first + last
 )
+
+
+def _first_and_last(text: str) -> tuple[int, int]:
+    """Return the two numbers in "1,1". Raises ValueError for anything else."""
+    counts = numbers(text)
+    if len(counts) != 2:
+        raise ValueError(f"{text!r} is not two numbers such as 1,1")
+    return counts[0], counts[1]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,7 +91,7 @@ class CutOptions:
         f"How many first and last layers to keep. Default: {_PROTECT}, 1,1 with --greedy; else 0,0.",
         None,
         metavar="FIRST,LAST",
-        parse=two_numbers,
+        parse=_first_and_last,
     )
     keep_pattern: bool = option(
         "Remove whole periods of a pattern such as 5 sliding layers, 1 full: llama.cpp counts on it.",
@@ -211,31 +218,32 @@ class Pruning(Surgery):
     removable: Callable[[int], Choice]
     most_removable: int
     device: str
-    is_measured: bool
     trust_remote_code: bool = False
 
-    @property
-    def also_read(self) -> Iterable[str]:
-        """The tensors that scores or a perplexity are still to be taken from."""
-        tensors = self.source.tensors
-        return () if self.is_measured else [name for name in tensors if tensors[name].spec.dtype in FLOAT_DTYPES]
-
-    def evaluate(self, result: str | os.PathLike[str], *, meter: "Meter | None" = None) -> tuple[float, float] | None:
-        """Return the perplexity of the source and of the written result on the text, None where none was read."""
-        return None if self.text is None else (self.perplexity(meter=meter), self.perplexity(result, meter=meter))
-
-    def perplexity(self, result: str | os.PathLike[str] | None = None, *, meter: "Meter | None" = None) -> float:
-        """Return the perplexity of the source, or of a written result, on the text that was read."""
+    def evaluate(
+        self, result: str | os.PathLike[str], *, before: float | None = None, meter: "Meter | None" = None
+    ) -> tuple[float, float] | None:
+        """Return the perplexity of the source (`before` if known) and of the written result, None without a text."""
+        if self.text is None:
+            return None
         from surgeon.measure.scoring import perplexity
 
-        assert self.text is not None, "there is no text"
+        known = self.perplexity(meter=meter) if before is None else before
+        assert known is not None, "there is a text"
+        with runs(self.source.label, trust_remote_code=self.trust_remote_code):
+            return known, perplexity(open_source(result), self.text.tokens, device=self.device, meter=meter)
+
+    def perplexity(self, *, meter: "Meter | None" = None) -> float | None:
+        """Return the perplexity of the source on the text, None where none was read."""
+        if self.text is None:
+            return None
+        from surgeon.measure.scoring import perplexity
+
         scored_on = None if self.scores is None or self.scores.data is None else self.scores.data.get("sha256")
-        is_known = self.scores is not None and scored_on == self.text.origin["sha256"]
-        if result is None and is_known and self.scores is not None and self.scores.loss is not None:
+        if self.scores is not None and self.scores.loss is not None and scored_on == self.text.origin["sha256"]:
             return perplexities([self.scores.loss])[0]
-        source = self.source if result is None else open_source(result)
-        with runs(source.label, trust_remote_code=self.trust_remote_code):
-            return perplexity(source, self.text.tokens, device=self.device, meter=meter)
+        with runs(self.source.label, trust_remote_code=self.trust_remote_code):
+            return perplexity(self.source, self.text.tokens, device=self.device, meter=meter)
 
     def curve(self, most: int | None = None, *, meter: "Meter | None" = None) -> list[float] | None:
         """Return the perplexity with 0, 1, 2 ... `most` layers removed by the scores, None without a text.
@@ -287,6 +295,7 @@ def plan_pruning(begun: Surgery, options: PruneOptions) -> Pruning:
     choice = pick(count)
     notes += (SELF_SAMPLED,) if measured.text is not None and not options.data else ()
     notes += (UNSCORED,) if not is_scored else (HEAVY,) if 4 * count > cut.anatomy.depth else ()
+    is_measured = is_scored and (options.measure or not (options.data and options.evaluate))
     criterion = cut.criterion if is_scored else "uniform"
     plan = cut.plan(choice, criterion, values=None if scores is None else scores.widths.get(criterion))
     step = _step(cut, options, choice, scores) if is_scored else {"score": options.score}
@@ -304,8 +313,13 @@ def plan_pruning(begun: Surgery, options: PruneOptions) -> Pruning:
         most_removable=most_removable,
         device=measured.device,
         trust_remote_code=options.trust_remote_code,
-        is_measured=is_scored and (options.measure or not (options.data and options.evaluate)),
+        also_read=() if is_measured else _floating(begun.source),
     )
+
+
+def _floating(source: Source) -> list[str]:
+    """Return the tensors that scores and perplexities are taken from."""
+    return [name for name, item in source.tensors.items() if item.spec.dtype in FLOAT_DTYPES]
 
 
 def _ranking(cut: Cut, options: PruneOptions, scores: Scores | None) -> tuple[Callable[[int], Choice], int]:
@@ -388,12 +402,12 @@ def _measure(begun: Surgery, cut: Cut, options: PruneOptions) -> _Measured:
     source = begun.source
     scores: Scores | None = None
     if options.scores_from is not None:
-        _check_unbegun(begun)
-        scores = scores_of(source, Path(options.scores_from))
+        begun.check_saved()
+        scores = read_scores_of(options.scores_from, source)
     takes_scores = scores is None and cut.needs_scores
     if not options.measure or not (options.data or takes_scores):
         return _Measured(scores, None, options.device)
-    _check_unbegun(begun)
+    begun.check_saved()
     from surgeon.models.device import resolve_device
 
     device = resolve_device(options.device)
@@ -407,14 +421,10 @@ def _text(source: Source, cut: Cut, options: PruneOptions, device: str) -> "Cali
     """Return the text to measure on: the user's, else one that the model writes where scores need it."""
     if not options.data and not cut.reads_text:
         return None
-    from surgeon.measure.calibration import read_calibration, sample_calibration
-    from surgeon.models.streaming import check_runs
+    from surgeon.measure.calibration import calibrate
 
-    check_runs(source)
     shape = {"samples": options.samples, "sequence_length": options.sequence_length}
-    if options.data:
-        return read_calibration(source, options.data, **shape)
-    return sample_calibration(source, **shape, device=device, seed=options.seed)
+    return calibrate(source, options.data, **shape, device=device, seed=options.seed)
 
 
 def _score(source: Source, cut: Cut, options: PruneOptions, text: "Calibration | None", device: str) -> Scores:
@@ -435,13 +445,3 @@ def _score(source: Source, cut: Cut, options: PruneOptions, text: "Calibration |
     )
     tokens, origin = (None, None) if text is None else (text.tokens, text.origin)
     return score(source, tokens, request, data=origin, meter=options.meter)
-
-
-def _check_unbegun(surgery: Surgery) -> None:
-    """Raises PlanError for a model that is planned but not yet on the disk: it cannot be scored."""
-    if surgery.plan.steps:
-        done = ", then ".join(next(iter(step)) for step in surgery.plan.steps)
-        raise PlanError(
-            f"scores are taken from a checkpoint, and this one is not saved yet: it is still to be made ({done})",
-            hint="Save it, and prune the saved checkpoint.",
-        )

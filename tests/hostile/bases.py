@@ -48,7 +48,7 @@ COMMANDS: Mapping[str, str] = {
     "read-gist": "generate {at}/model 'The cat' --max-new-tokens 4 --gist {at}/gist",
     "finetune": f"finetune {{at}}/model --data {{at}}/text.txt {_TRAIN}",
     "train-new": f"finetune {{at}}/model --data {{at}}/text.txt --train new {_TRAIN}",
-    "train-chat": f"finetune {{at}}/model --data {{at}}/records.jsonl {_TRAIN.replace('16', '32')}",
+    "train-chat": f"finetune {{at}}/model --data {{at}}/records.jsonl {_TRAIN}",
     "train-data": f"finetune {{at}}/model --data {{at}}/data {_TRAIN}",
     "resume": "finetune {at}/model --data {at}/text.txt --max-steps 3 --batch-size 1 --sequence-length 16"
     " --save-every 1 -o {out} --run-dir {at}/run --resume",
@@ -151,11 +151,11 @@ def _run(at: Path) -> None:
 
 def _gguf(at: Path) -> None:
     import test_convert
-    import toys
     from later import import_late
+    from talkers import talker
 
     import_late(test_convert)
-    toys.build("llama", at / "llama", **test_convert.SIZES)
+    talker(at / "llama")
     test_convert.write_gguf(at / "model.gguf", at / "llama", "F16")
 
 

@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from surgeon.checkpoint.formats.torch_file import StridedTensor, TorchFile, read_torch_file
-from surgeon.checkpoint.header import DOWNLOAD_HINT, DTYPE_BITS
+from surgeon.checkpoint.header import DOWNLOAD_HINT, DTYPE_BITS, read_index
 from surgeon.checkpoint.output import check_space
-from surgeon.checkpoint.source import LocalSource, StoredTensor, read_index
+from surgeon.checkpoint.source import LocalSource, StoredTensor
 from surgeon.errors import CheckpointError, OutputError
 
 WEIGHTS = "pytorch_model.bin"
