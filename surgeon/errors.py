@@ -114,7 +114,7 @@ def failure_of_library(error: BaseException) -> str | None:
 
 
 def reason(error: BaseException) -> str:
-    """Return what another library says of its error, with its type where the message is a bare name or value."""
+    """Return what another library says of its error, with its type where the message may be a bare name."""
     said = first_line(error)
-    is_bare = isinstance(error, (LookupError, TypeError, AttributeError, AssertionError)) or " " not in said
+    is_bare = isinstance(error, (LookupError, TypeError, AttributeError, AssertionError))
     return f"{type(error).__name__}: {said}" if is_bare and said != type(error).__name__ else said

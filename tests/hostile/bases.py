@@ -34,7 +34,6 @@ COMMANDS: Mapping[str, str] = {
     "truncate": "truncate {at}/model --layers 2 -o {out}",
     "grow": "grow {at}/model --layers 8 --intermediate-size 64 -o {out}",
     "grow-unverified": "grow {at}/model --layers 8 -o {out} --no-verify",
-    "donate": "grow {at}/source --layers 8 --donor {at}/model -o {out} --no-verify",
     "prune": f"prune {{at}}/model --layers 4 --data {{at}}/text.txt {_ROWS} -o {{out}}",
     "prune-last": "prune {at}/model --layers 2 --score last -o {out}",
     "scores-from": "prune {at}/model --layers 4 --scores-from {at}/scores.json -o {out}",
@@ -81,7 +80,9 @@ def _talking(name: str) -> Callable[[Path], None]:
         from talkers import TEMPLATE, jsonl, talker, written
 
         talker(at / "model", name, template=TEMPLATE)
+        (at / "data").mkdir(parents=True)
         written(at / TEXT)
+        written(at / "data" / "a.txt")
         chat = [{"role": "user", "content": "The cat?"}, {"role": "assistant", "content": "sat"}]
         jsonl(at / RECORDS, {"messages": chat}, {"messages": chat})
 

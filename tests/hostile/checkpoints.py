@@ -25,7 +25,7 @@ def cases() -> Iterator[Case]:
     for name, damage in NO_FILES.items():
         yield Case(f"no file: {name}", "handmade", damage, PLANNED, (CONFIG, WEIGHTS, "model"))
     for name, damage in LOADED_FILES.items():
-        commands = ("evaluate", "generate", "check", "finetune", "compress", "gist")
+        commands = ("evaluate", "generate", "check", "finetune", "prune", "gist")
         yield Case(f"loaded file: {name}", "llama", damage, commands, ("model",))
     for family in ("llama", "gpt2", "mixtral", "qwen3", "gemma2"):
         yield from _wrong_types(family)

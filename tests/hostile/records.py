@@ -15,7 +15,7 @@ RECEIPT, SCORES = "model/surgeon.json", "scores.json"
 def cases() -> Iterator[Case]:
     """Yield the hostile records."""
     for name, change in RECEIPTS.items():
-        commands = ("inspect", "against", "against-it", "train-new", "truncate", "donate")
+        commands = ("inspect", "against", "against-it", "train-new", "truncate")
         yield Case(f"receipt: {name}", "cut", _edited(RECEIPT, change), commands, ("surgeon.json", "receipt", "model"))
     for name, change in SCORED.items():
         yield Case(f"scores: {name}", "scored", _edited(SCORES, change), ("scores-from",), ("scores",))

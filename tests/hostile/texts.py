@@ -166,7 +166,7 @@ TEMPLATES: dict[str, Any] = {
 
 def _data(name: str, content: bytes | None) -> Damage:
     def damage(at: Path) -> None:
-        (at / "data").mkdir()
+        (at / "data" / "a.txt").unlink()
         if content is None:
             os.mkfifo(at / "data" / name)
         else:
