@@ -93,6 +93,22 @@ def test_scores_without_the_entries_that_may_be_null_are_read(tmp_path):
     assert read_scores(tmp_path / "scores.json") == record
 
 
+@pytest.mark.parametrize("value", ["x", [1], -1, float("nan"), float("inf")])
+def test_a_standard_deviation_that_is_none_is_refused_where_new_weights_are_drawn(value):
+    source = CheckpointSpec(CONFIG | {"initializer_range": value}, llama())
+
+    with pytest.raises(SurgeonError, match="initializer_range = .*, no standard deviation"):
+        grow(read_anatomy(source), hidden_size=12)
+
+
+@pytest.mark.parametrize("value", [-1, 7, float("nan")])
+def test_a_share_of_rotating_dimensions_that_is_none_is_refused(value):
+    source = CheckpointSpec(CONFIG | {"partial_rotary_factor": value}, llama())
+
+    with pytest.raises(SurgeonError, match="partial_rotary_factor = .*, not between 0 and 1"):
+        grow(read_anatomy(source), head_dim=10)
+
+
 @pytest.mark.skipif(find_spec("atheris") is None, reason='no atheris: pip install "surgeon[fuzz]"')
 @pytest.mark.parametrize(("target", "runs"), [("header", 20_000), ("pickle", 4_000), ("scores", 1_000)])
 def test_the_fuzzer_finds_nothing_in_a_second(target, runs, tmp_path):

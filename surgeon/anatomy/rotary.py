@@ -3,6 +3,9 @@
 from collections.abc import Mapping
 from typing import Any
 
+from surgeon.anatomy.config import CONFIG_HINT
+from surgeon.errors import CheckpointError
+
 # Rope types whose frequencies in a head n times as wide contain the old ones, pair i at n * i.
 EXTENSIBLE_ROPE = frozenset({"default", "linear", "llama3"})
 
@@ -16,10 +19,15 @@ def rope_types(config: Mapping[str, Any]) -> set[str]:
 
 
 def rotary_dims(config: Mapping[str, Any], head_dim: int) -> int:
-    """Return how many dimensions of a head of `head_dim` rotate: the first ones."""
+    """Return how many dimensions of a head of `head_dim` rotate: the first ones.
+
+    Raises CheckpointError for a share of them that is none.
+    """
     rope = config.get("rope_parameters")
     for group, key in ((rope, "partial_rotary_factor"), (config, "partial_rotary_factor"), (config, "rotary_pct")):
         if isinstance(group, Mapping) and isinstance(group.get(key), (int, float)):
+            if not 0 <= group[key] <= 1:
+                raise CheckpointError(f"config.json says {key} = {group[key]!r}, not between 0 and 1", hint=CONFIG_HINT)
             return int(head_dim * float(group[key]))
     return head_dim
 

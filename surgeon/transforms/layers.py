@@ -8,9 +8,9 @@ from dataclasses import replace
 
 from surgeon.anatomy.anatomy import Anatomy, Stack
 from surgeon.anatomy.axes import Places, axes_of, places
-from surgeon.anatomy.config import declared_kinds, follow_layers, text_config
+from surgeon.anatomy.config import CONFIG_HINT, declared_kinds, follow_layers, text_config
 from surgeon.checkpoint.header import is_quantized
-from surgeon.errors import PlanError
+from surgeon.errors import CheckpointError, PlanError
 from surgeon.plan.plan import FLOAT_DTYPES, Constant, Expr, Gather, Normal, Plan, Read
 
 
@@ -39,8 +39,15 @@ def fresh(anatomy: Anatomy, name: str, *, seed: int, layers: int) -> Expr:
 
 
 def initial_std(anatomy: Anatomy) -> float:
-    """Return the standard deviation of fresh weights: the config's, or transformers' usual 0.02."""
-    return float(anatomy.spec.config.get(anatomy.require_family().init_std) or 0.02)
+    """Return the standard deviation of fresh weights: the config's, or transformers' usual 0.02.
+
+    Raises CheckpointError for a value that is no standard deviation.
+    """
+    key = anatomy.require_family().init_std
+    value = anatomy.spec.config.get(key)
+    if value is not None and not (isinstance(value, int | float) and 0 <= value < math.inf):
+        raise CheckpointError(f"config.json says {key} = {value!r}, no standard deviation", hint=CONFIG_HINT)
+    return float(value or 0.02)
 
 
 def keep_layers(anatomy: Anatomy, keep: Sequence[int]) -> Plan:
