@@ -10,6 +10,7 @@ import argparse
 import io
 import pickle
 import re
+import resource
 import sys
 import tempfile
 import zipfile
@@ -265,7 +266,14 @@ def main() -> None:
         f"-seed={options.seed}",
         "-timeout=10",
     ]
-    limits += ["-rss_limit_mb=2000", f"-artifact_prefix={corpus.parent}/{corpus.name}-found-", "-print_final_stats=1"]
+    own = (
+        resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+    )  # the peak of the process that started this one counts
+    limits += [
+        f"-rss_limit_mb={own + 2000}",
+        f"-artifact_prefix={corpus.parent}/{corpus.name}-found-",
+        "-print_final_stats=1",
+    ]
     atheris.Setup([sys.argv[0], *limits, str(corpus)], one)
     atheris.Fuzz()
 

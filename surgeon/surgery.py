@@ -185,8 +185,8 @@ class Surgery:
         result = plan.result(source)
         read_anatomy(result)
         known = runtime_notes(self.before.spec.config, self.before.depth)
-        new = (note for note in runtime_notes(result.config, len(plan.layer_map)) if note not in known)
-        plan = replace(plan, notes=(*plan.notes, *new))
+        found = runtime_notes(result.config, len(plan.layer_map))
+        plan = replace(plan, notes=(*plan.notes, *(note for kind, note in found.items() if kind not in known)))
         target = Path(out or self.name)
         attachments = {**self._quantization_files(plan), **self.attachments}
         shards = lay_out(plan, result, self.source, max_shard_bytes=parse_size(max_shard_size))

@@ -38,7 +38,7 @@ def test_one_command_grows_everything_and_keeps_the_function(name, toy, tmp_path
     assert outcome.code == 0
     assert summary["layers"] == {"before": 6, "after": 8}
     assert summary["layer_map"] == [0, 1, 2, None, 3, 4, 5, None]
-    assert [note for note in summary["notes"] if "counts layers" not in note] == []
+    assert [note for note in summary["notes"] if not note.startswith(("llama.cpp", "vLLM"))] == []
     assert summary["parameters"]["after"] == open_model(out).spec.num_parameters
     assert difference(logits32(out), expected) <= CLOSE * expected.abs().max()
 
@@ -171,7 +171,7 @@ def test_doubling_without_noise_is_exact_in_bfloat16(name, tmp_path):
     surgery = surgeon.grow(source, noise=0, **DOUBLED)
     summary = surgery.save(tmp_path / "out")
 
-    assert summary.notes == ()
+    assert [note for note in summary.notes if not note.startswith("llama.cpp")] == []
     assert {value.dtype for value in load_file(tmp_path / "out/model.safetensors").values()} == {torch.bfloat16}
     assert difference(logits64(tmp_path / "out"), logits64(source)) <= EXACT
 

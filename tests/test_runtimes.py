@@ -32,7 +32,7 @@ def config(kinds, model_type="gemma3_text", **more):
     ],
 )
 def test_layers_that_a_runtime_would_take_for_another_kind_are_named(kept, wrong):
-    notes = runtime_notes(config(kept), len(kept))
+    notes = list(runtime_notes(config(kept), len(kept)).values())
 
     assert len(notes) == (wrong is not None)
     if wrong:
@@ -45,20 +45,20 @@ def test_a_family_without_rotary_positions_in_some_layers_is_known_too():
     explicit = {"model_type": "smollm3", "num_hidden_layers": 4, "no_rope_layers": [1, 1, 0, 1]}
     by_rule = {"model_type": "smollm3", "num_hidden_layers": 8}
 
-    assert "one in 4 of a smollm3 has no rotary positions" in runtime_notes(explicit, 4)[0]
-    assert "compute layers 2-3 wrongly" in runtime_notes(explicit, 4)[0]
-    assert runtime_notes(by_rule, 8) == []
+    assert "one in 4 of a smollm3 has no rotary positions" in runtime_notes(explicit, 4)["llama.cpp rope"]
+    assert "compute layers 2-3 wrongly" in runtime_notes(explicit, 4)["llama.cpp rope"]
+    assert runtime_notes(by_rule, 8) == {}
 
 
 def test_both_runtimes_that_count_the_layers_of_gpt_oss_are_named():
     notes = runtime_notes(config([FULL, SLIDING], "gpt_oss"), 2)
 
-    assert [note.partition(" ")[0] for note in notes] == ["llama.cpp", "vLLM"]
+    assert list(notes) == ["llama.cpp window", "vLLM window"]
 
 
 def test_a_family_whose_runtimes_read_the_config_has_no_note():
     assert "olmo3" not in RUNTIME_PATTERNS
-    assert runtime_notes(config([FULL, SLIDING], "olmo3"), 2) == []
+    assert runtime_notes(config([FULL, SLIDING], "olmo3"), 2) == {}
 
 
 def test_the_language_model_inside_a_config_is_meant():
@@ -138,3 +138,13 @@ def test_what_goes_in_no_whole_periods_is_refused(options, named, gemma, tmp_pat
     with pytest.raises(PlanError, match=named):
         surgeon.prune(gemma, **{"score": "magnitude"} | options, keep_pattern=True).save(tmp_path / "out")
     assert snapshot(tmp_path) == {}
+
+
+def test_what_the_source_could_not_do_elsewhere_is_no_news(tmp_path):
+    odd = toys.build("granite", tmp_path / "odd", head_dim=12)  # 8 heads of 12 on 80
+
+    assert not any("llama.cpp" in note for note in surgeon.grow(odd, hidden_size="2x").summary("out").notes)
+    assert any(
+        "llama.cpp does not load a granite with 16 heads of 10 on a hidden size of 80" in note
+        for note in surgeon.grow(toys.build("granite", tmp_path / "even"), attention_heads="2x").summary("out").notes
+    )

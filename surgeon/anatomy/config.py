@@ -303,18 +303,21 @@ def period_of(config: Mapping[str, Any], depth: int) -> int:
     return next(period for period in range(1, depth + 1) if all(kinds[i] == kinds[i % period] for i in range(depth)))
 
 
-def runtime_notes(config: Mapping[str, Any], depth: int) -> list[str]:
-    """Return what other runtimes would compute differently, or not load: they derive it from other sizes or numbers."""
+def runtime_notes(config: Mapping[str, Any], depth: int) -> dict[str, str]:
+    """Return what other runtimes would compute differently, or not load, by a name for each kind of it.
+
+    They derive it from other sizes or from a layer's number.
+    """
     text = text_config(config)
-    notes = []
+    notes: dict[str, str] = {}
     hidden, heads, head_dim, ffn = (size_of(text, quantity) for quantity in ("hidden", "heads", "head_dim", "ffn"))
     if text.get("model_type") in SQUARE_HEADS and hidden and heads and head_dim and heads * head_dim != hidden:
-        notes.append(
+        notes["llama.cpp heads"] = (
             f"llama.cpp does not load a {text['model_type']} with {heads} heads of {head_dim} on a hidden size of "
             f"{hidden}: it takes a head's size to be hidden / heads"
         )
     if text.get("model_type") == "gpt2" and hidden and ffn and ffn != 4 * hidden:
-        notes.append(f"llama.cpp does not load a gpt2 with an MLP of {ffn}: it takes it to be 4 x {hidden}")
+        notes["llama.cpp mlp"] = f"llama.cpp does not load a gpt2 with an MLP of {ffn}: it takes it to be 4 x {hidden}"
     for pattern in RUNTIME_PATTERNS.get(str(text.get("model_type")), ()):
         if pattern.of == "window":
             is_odd_one = [kind in FULL_ATTENTION for kind in layer_kinds(text, depth) or ()]
@@ -322,7 +325,7 @@ def runtime_notes(config: Mapping[str, Any], depth: int) -> list[str]:
             is_odd_one = [not has_rope for has_rope in text.get("no_rope_layers") or kinds_by(NO_ROPE, text, depth)]
         if wrong := [i for i, odd in enumerate(is_odd_one) if odd != pattern.is_odd_one(i)]:
             what = "attends to everything" if pattern.of == "window" else "has no rotary positions"
-            notes.append(
+            notes[f"{pattern.runtime} {pattern.of}"] = (
                 f"{pattern.runtime} counts layers: one in {pattern.period} of a {text['model_type']} {what}, whatever "
                 f"config.json says. It would compute layers {ranges(wrong)} wrongly; transformers does not"
             )

@@ -14,7 +14,7 @@ from contextvars import ContextVar
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from surgeon.anatomy.config import class_names, text_config
+from surgeon.anatomy.config import class_names, size_of, text_config
 from surgeon.checkpoint.derived import JoinedSource
 from surgeon.checkpoint.header import not_regular, read_json
 from surgeon.checkpoint.source import Source, check_links, inside, is_companion
@@ -132,8 +132,8 @@ def config_of(source: Source, *, hint: str) -> Any:
     if model_type not in CONFIG_MAPPING:
         raise MeasureError(f"transformers has no model type {model_type!r} of its own", hint=hint)
     text = text_config(source.config)
-    padding, vocabulary = text.get("pad_token_id"), text.get("vocab_size")
-    if isinstance(padding, int) and isinstance(vocabulary, int) and padding >= vocabulary:
+    padding, vocabulary = text.get("pad_token_id"), size_of(text, "vocab")
+    if isinstance(padding, int) and vocabulary is not None and padding >= vocabulary:
         message = f"config.json of {source.label} says pad_token_id = {padding}, beyond its {vocabulary} tokens"
         raise CheckpointError(message, hint="Set it to a token of the vocabulary, or to null.")
     return CONFIG_MAPPING[model_type].from_dict(_safe(source.config))
