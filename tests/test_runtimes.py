@@ -131,7 +131,7 @@ def test_a_budget_is_met_by_whole_periods(gemma):
     ("options", "named"),
     [
         ({"layers": 4, "score": "perplexity", "greedy": True}, "not in whole periods"),
-        ({"layers": 5, "protect": (0, 2)}, "1 layers cannot go here: the kinds of layers repeat after 2"),
+        ({"layers": 5, "protect": (0, 2)}, "1 layer cannot go here: the kinds of layers repeat after 2"),
     ],
 )
 def test_what_goes_in_no_whole_periods_is_refused(options, named, gemma, tmp_path):

@@ -105,8 +105,9 @@ def _broken(count: int, period: int) -> PlanError:
     """Return the error for a number of layers that cannot go without breaking the pattern of layers."""
     whole = count // period * period
     more = f" or {whole + period}" if whole else f" {whole + period}"
+    layers = "1 layer" if count == 1 else f"{count} layers"
     return PlanError(
-        f"{count} layers cannot go here: the kinds of layers repeat after {period}, and whole periods go",
+        f"{layers} cannot go here: the kinds of layers repeat after {period}, and whole periods go",
         hint=f"Remove{f' {whole}' if whole else ''}{more} layers, or leave out --keep-pattern.",
     )
 
