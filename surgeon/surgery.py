@@ -15,7 +15,7 @@ from surgeon.anatomy.anatomy import Anatomy, read_anatomy
 from surgeon.anatomy.config import runtime_notes
 from surgeon.checkpoint import output, receipt
 from surgeon.checkpoint.derived import JoinedSource
-from surgeon.checkpoint.header import QUANTIZATION_FILES, CheckpointSpec, read_header
+from surgeon.checkpoint.header import QUANTIZATION_FILES, CheckpointSpec, is_quantized, read_header
 from surgeon.checkpoint.output import CountBytes
 from surgeon.checkpoint.source import CARD, CONFIG, RECEIPT, Source, content_of, open_directory, spec_of
 from surgeon.errors import CheckpointError, OutputError, PlanError
@@ -394,13 +394,27 @@ def open_model(
     if isinstance(model, Surgery):
         return replace(model, reads={**model.reads, **reads}) if reads else model
     source = open_source(model, revision=revision)
-    anatomy = read_anatomy(spec_of(source))
+    anatomy = _anatomy_of(source)
     return Surgery(
         source,
         identity(anatomy.spec, depth=anatomy.depth),
         begun_with=anatomy,
         reads={"MODEL": (os.fspath(model),), **(reads or {})},
     )
+
+
+def _anatomy_of(source: Source) -> Anatomy:
+    """Return the anatomy of a source. Raises CheckpointError, of a form of quantization that config.json hides too."""
+    try:
+        return read_anatomy(spec_of(source))
+    except CheckpointError as error:
+        hiding = next((name for name in QUANTIZATION_FILES if name in source.companions), None)
+        if hiding is None or is_quantized(source.config):
+            raise
+        raise CheckpointError(
+            f"{source.label} is quantized, as {hiding} says, and its config.json does not say so",
+            hint=f"Add the rules of {hiding} to config.json as quantization_config; then whole layers can be cut.",
+        ) from error
 
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}(/[A-Za-z0-9][\w.-]{0,95})?")  # a local path can look like this too

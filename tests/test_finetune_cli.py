@@ -464,7 +464,7 @@ DIFFERENT = {
     "--batch-size 8": "--batch-size 3, and 8 is asked for now",  # the default, and yet another one
     "--max-steps 5": "--max-steps 4, and 5 is asked for now",
     "--dtype keep": "--dtype bfloat16, and keep is asked for now",
-    "--teacher {model}": "--teacher None, and {model} is asked for now",
+    "--teacher {model}": "began without --teacher, and {model} is asked for now",
     "--data {model}": "the data ['{text}'], and ['{model}'] is asked for now",
     "--num-processes 1 --seed 1": "--seed 0, and 1 is asked for now",
 }
@@ -496,6 +496,8 @@ def test_python_resumes_without_repeating_too_and_refuses_what_differs(finished,
     assert surgeon.finetune(talker, output=tmp_path / "out", resume=True).already_done
     with pytest.raises(surgeon.PlanError, match="--batch-size 3, and 8 is asked for now"):
         surgeon.finetune(talker, output=tmp_path / "out", resume=True, batch_size=8)
+    with pytest.raises(surgeon.PlanError, match="began without --teacher, and .*talker.* is asked for now"):
+        surgeon.finetune(talker, output=tmp_path / "out", resume=True, teacher=str(talker))
 
 
 def test_a_resume_where_there_is_no_run_needs_the_data(run, talker, tmp_path):

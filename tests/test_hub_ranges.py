@@ -1,5 +1,6 @@
 """Weights by byte ranges from a Hub on loopback: what is downloaded, what is refused, and what is left on the disk."""
 
+import errno
 import json
 import os
 import random
@@ -317,6 +318,24 @@ def test_what_was_downloaded_is_not_downloaded_again_and_works_offline(hub, deep
     assert hub.requests == []
 
 
+def test_what_was_downloaded_is_read_where_nothing_can_be_written_any_more(hub, deep, cut, tmp_path, monkeypatch):
+    publish(hub, deep)
+    surgeon.truncate("org/deep", layers=4).save(tmp_path / "first")
+    asked = len(hub.ranges)
+    open_file, home = os.open, str(tmp_path / "home")
+
+    def read_only(path, flags, *rest, **options):
+        if str(path).startswith(home) and flags & (os.O_WRONLY | os.O_RDWR):
+            raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(path))
+        return open_file(path, flags, *rest, **options)
+
+    monkeypatch.setattr(os, "open", read_only)
+    surgeon.truncate("org/deep", layers=4).save(tmp_path / "again")
+
+    assert (tmp_path / "again/model.safetensors").read_bytes() == cut
+    assert len(hub.ranges) == asked
+
+
 def test_offline_the_tensors_that_are_not_there_are_named(hub, deep, tmp_path, monkeypatch):
     publish(hub, deep)
     truncated(tmp_path / "first")
@@ -557,7 +576,7 @@ def test_without_ranges_and_without_room_for_the_file_the_reason_is_given(hub, d
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=2_000_000))
 
-    with pytest.raises(HubError, match="cannot be read by ranges .*, and the whole file is 0.00 GB, more than"):
+    with pytest.raises(HubError, match="cannot be read by ranges .*, and the whole file is [0-9.]+ MB, more than"):
         surgery.save(tmp_path / "out")
 
 

@@ -1,8 +1,10 @@
 """Models of transformers are loaded in one place, and no code of a checkpoint is run unless it is trusted."""
 
 import ast
+import errno
 import io
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -202,3 +204,18 @@ def test_adapters_that_could_import_a_module_are_refused(config, named, tmp_path
 
     with pytest.raises(PlanError, match=named):
         load_adapter(None, tmp_path)
+
+
+def test_a_disk_that_is_full_behind_the_error_of_a_library_gets_the_hint_for_it():
+    from surgeon.models.loading import _hint_for_disk
+
+    def fail(code):
+        try:
+            raise OSError(code, os.strerror(code))
+        except OSError as error:
+            raise ValueError("cannot cache") from error
+
+    for code, hinted in [(errno.ENOSPC, True), (errno.EROFS, True), (errno.ENOENT, False)]:
+        with pytest.raises(ValueError, match="cannot cache") as caught:
+            fail(code)
+        assert (_hint_for_disk(caught.value) is not None) == hinted

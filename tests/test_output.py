@@ -417,7 +417,8 @@ def test_a_result_larger_than_the_disk_is_refused_before_anything_is_written(sou
     outcome = run("truncate", source, "--layers", 2, "-o", disk / "out")
 
     assert outcome.code == 1
-    assert outcome.err.startswith(f"error: {disk} has 0.00 GB free, the result needs 0.00 GB")
+    assert outcome.err.startswith(f"error: {disk} has ")
+    assert " free, the result needs " in outcome.err
     assert "hint: Free some space" in outcome.err
     assert snapshot(disk) == {}
 
@@ -426,7 +427,7 @@ def test_the_check_of_the_space_counts_what_will_be_written(mount):
     disk = mount("size=1m")
 
     check_space(disk / "not/yet/there", 900_000)
-    with pytest.raises(OutputError, match="GB free"):
+    with pytest.raises(OutputError, match="free, the result needs"):
         check_space(disk / "not/yet/there", 1_100_000)
 
 

@@ -314,6 +314,13 @@ def test_the_way_by_a_link_is_told(out, tmp_path):
         check_replaced(out, {"--data": (str(out / "link"),)})
 
 
+def test_a_link_to_the_directory_itself_is_what_the_option_reads(out, tmp_path):
+    (tmp_path / "way").symlink_to(out)
+
+    with pytest.raises(OutputError, match=f"{out} is what MODEL reads: {tmp_path / 'way'}"):
+        check_replaced(out, {"MODEL": (str(tmp_path / "way"),)})
+
+
 @pytest.fixture
 def mounted(out: Path, tmp_path: Path) -> Iterator[Path]:
     """Return a second path of a directory in `out`."""

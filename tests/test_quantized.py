@@ -7,14 +7,14 @@ from contextlib import suppress
 from fnmatch import fnmatchcase
 
 import pytest
-from handmade import checkpoint
+from handmade import checkpoint, llama
 from later import LATER
 
 import surgeon
 from surgeon.anatomy.anatomy import read_anatomy
 from surgeon.anatomy.quantized import follow_quantization, follow_quantization_file
 from surgeon.checkpoint.header import CheckpointSpec, TensorSpec
-from surgeon.errors import PlanError
+from surgeon.errors import CheckpointError, PlanError
 
 if LATER:
     from transformers.quantizers.quantizers_utils import should_convert_module
@@ -212,3 +212,17 @@ def test_a_cut_that_would_shift_rules_is_refused_before_anything_is_written(tmp_
     with pytest.raises(PlanError, match="picks layers by"):
         surgeon.prune(model, layers=1, score="random", seed=1).save(tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_form_that_config_json_hides_is_named_where_the_tensors_are_unknown(tmp_path):
+    tensors = llama()
+    tensors["model.layers.0.mlp.up_proj.weight_scale"] = tensors["model.norm.weight"]
+    model = checkpoint(tmp_path / "model", tensors=tensors)
+    with pytest.raises(CheckpointError, match="weight_scale"):
+        surgeon.truncate(model, layers=1)
+    (model / "hf_quant_config.json").write_text("{}")
+
+    with pytest.raises(
+        CheckpointError, match="is quantized, as hf_quant_config.json says, and its config.json does not"
+    ):
+        surgeon.truncate(model, layers=1)

@@ -260,7 +260,7 @@ def test_what_is_interrupted_leaves_the_older_answers(store, pair, tmp_path):
 
 def test_a_disk_without_room_is_an_error_before_the_teacher_is_asked(store, pair, tmp_path, monkeypatch):
     monkeypatch.setattr("shutil.disk_usage", lambda place: SimpleNamespace(total=0, used=0, free=0))
-    with pytest.raises(OutputError, match="GB free"):
+    with pytest.raises(OutputError, match="0 B free"):
         cache_top_k(OnlineTeacher(pair[1]), store, tmp_path / "cache", 3)
     assert not (tmp_path / "cache").exists()
 

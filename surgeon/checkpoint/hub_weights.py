@@ -31,6 +31,7 @@ from surgeon.checkpoint.range_store import (
 )
 from surgeon.checkpoint.source import Ranges, StoredTensor, Transfer
 from surgeon.errors import HubError
+from surgeon.text import size
 
 WASTE = 0.05  # of what is read: a whole file is downloaded where it adds no more
 SPARE = 0.1  # of the disk's free space: whole files leave it free
@@ -204,7 +205,7 @@ class HubWeights:
         if self._sizes[file] > free:
             raise HubError(
                 f"{file} of {self.repo_id} cannot be read by ranges ({error}), and the whole file is "
-                f"{self._sizes[file] / 1e9:.2f} GB, more than the {free / 1e9:.2f} GB that are free in {self.snapshot}",
+                f"{size(self._sizes[file])}, more than the {size(free)} that are free in {self.snapshot}",
                 hint="Free some space, or set HF_HOME to a directory on a larger disk.",
             ) from error
 

@@ -22,6 +22,7 @@ from surgeon.checkpoint.header import CHANGED_HINT, FilePart, FileRange
 from surgeon.checkpoint.source import CONFIG
 from surgeon.errors import CheckpointError, OutputError
 from surgeon.options import Reads
+from surgeon.text import size
 
 # The output directory
 
@@ -77,7 +78,7 @@ def check_space(target: Path, needed: int) -> None:
     free = shutil.disk_usage(place).free
     if needed * SPARE > free:
         raise OutputError(
-            f"{place} has {free / 1e9:.2f} GB free, the result needs {needed * SPARE / 1e9:.2f} GB",
+            f"{place} has {size(free)} free, the result needs {size(needed * SPARE)}",
             hint="Free some space, or choose another disk with -o.",
         )
 

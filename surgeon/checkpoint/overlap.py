@@ -124,7 +124,8 @@ def _followed(path: Path) -> tuple[list[Path], Path]:
 def _lies_in(location: Path, directory: Path, identities: "set[Identity | None]") -> bool:
     """Return whether a real path lies in a directory, or in one of the directories with these identities."""
     ways = (location, *location.parents)
-    return Path(os.path.realpath(directory)) in ways or any(_identity(way) in identities - {None} for way in ways)
+    found = (_identity(way) for way in ways if not _is_link(way))
+    return Path(os.path.realpath(directory)) in ways or any(identity in identities - {None} for identity in found)
 
 
 def _is_result(place: Path, around: Path) -> bool:

@@ -93,7 +93,12 @@ class _Descriptor:
     """An open file, which is closed when nothing refers to it any more."""
 
     def __init__(self, path: Path, flags: int) -> None:
-        self._descriptor = os.open(path, flags, 0o666)
+        try:
+            self._descriptor = os.open(path, flags, 0o666)
+        except OSError as error:
+            if flags & os.O_CREAT or error.errno not in (errno.EROFS, errno.EACCES):
+                raise
+            self._descriptor = os.open(path, os.O_RDONLY)  # what is there can be read where nothing can be added
         weakref.finalize(self, os.close, self._descriptor)
 
     def fileno(self) -> int:
@@ -123,9 +128,10 @@ class RangeFile:
             if (directory / known["data"]).stat().st_size != size:
                 return None
             found = cls(directory, file, size, known["etag"], known["data"], known["blocks"])
-            os.utime(_map_of(directory, file))  # it is used
         except OSError:
             return None
+        with suppress(OSError):
+            os.utime(_map_of(directory, file))  # it is used
         found.is_verified = known["verified"]
         return found
 
@@ -365,7 +371,7 @@ def make_room(root: Path, needed: int) -> None:
     free = shutil.disk_usage(_existing(root)).free
     if needed > free:
         raise HubError(
-            f"{root} has {free / 1e9:.2f} GB free, and what is read of the model needs {needed / 1e9:.2f} GB",
+            f"{root} has {text.size(free)} free, and what is read of the model needs {text.size(needed)}",
             hint="Free some space, or set HF_HOME to a directory on a larger disk.",
         )
 
@@ -376,7 +382,8 @@ def _used(root: Path) -> int:
 
 def _allocated(path: Path) -> int:
     try:
-        return path.stat().st_blocks * 512
+        status = path.stat()
+        return min(status.st_blocks * 512, status.st_size)  # some file systems count more blocks than a file can have
     except OSError:
         return 0
 

@@ -4,6 +4,7 @@ Code of a checkpoint runs only inside `trusting(True)`, which --trust-remote-cod
 call, and none of them can ask, because none has a standard input.
 """
 
+import errno
 import io
 import os
 import sys
@@ -64,7 +65,17 @@ def libraries_fail(what: str, *, hint: str, error_type: type[SurgeonError] = Mea
     except BaseException as error:
         if (said := failure_of_library(error)) is None:
             raise
-        raise error_type(f"{what}: {said}", hint=hint) from error
+        raise error_type(f"{what}: {said}", hint=_hint_for_disk(error) or hint) from error
+
+
+def _hint_for_disk(error: BaseException) -> str | None:
+    """Return the hint for an error behind which is a disk that is full or cannot be written; None for any other."""
+    cause: BaseException | None = error
+    for _ in range(8):
+        if isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+            return "Free some space, or set HF_HOME to a directory on another disk."
+        cause = cause and (cause.__cause__ or cause.__context__)
+    return None
 
 
 @contextmanager

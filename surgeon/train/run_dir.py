@@ -260,10 +260,19 @@ def check_same(run_dir: Path, request: Request) -> None:
     """Raises PlanError where the run in a directory began with another request, naming the first difference."""
     if differs := _difference(read_json(run_dir / REQUEST), json.loads(to_bytes(request.to_dict()))):
         name, was, now = differs
+        begun_with = f"with {name} {_brief(was)}" if was not in (None, "") else f"without {name}"
         raise PlanError(
-            f"the run in {run_dir} began with {name} {was}, and {now} is asked for now",
+            f"the run in {run_dir} began {begun_with}, and {_brief(now) or 'none'} is asked for now",
             hint="Resume it with what it began with, or begin anew with another --run-dir.",
         )
+
+
+def _brief(value: Any) -> Any:
+    """Return what tells a value from another in a message: of a model its id, or its path."""
+    if not isinstance(value, dict):
+        return value
+    place = value.get("id") or value.get("path") or value
+    return f"{place} at {value['commit']}" if "commit" in value else place
 
 
 def claim(run_dir: Path, request: Request, *, resume: bool) -> None:
