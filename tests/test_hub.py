@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -61,11 +62,10 @@ def single_files(size: int = 100) -> dict[str, bytes]:
     return {"config.json": b'{"model_type": "gpt2"}', "model.safetensors": safetensors({"wte": size, "wpe": 7})}
 
 
-@pytest.fixture
-def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
-    """An empty Hub, and huggingface_hub pointed at it with an empty cache, no token and no patience."""
+@contextmanager
+def empty_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
+    """Yield an empty Hub, with huggingface_hub pointed at it, an empty cache and no token."""
     from huggingface_hub import constants
-    from huggingface_hub.utils import _http
 
     with HubServer() as server:
         use_endpoint(monkeypatch, server.endpoint)
@@ -74,6 +74,15 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
         monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)  # else uploads look for a Xet server
         monkeypatch.delenv("HF_TOKEN", raising=False)
         monkeypatch.delenv("HUGGING_FACE_HUB_TOKEN", raising=False)
+        yield server
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
+    """An empty Hub, and no patience."""
+    from huggingface_hub.utils import _http
+
+    with empty_hub(tmp_path, monkeypatch) as server:
         monkeypatch.setattr(_http.time, "sleep", lambda _: None)  # huggingface_hub waits 23 s before it gives up
         yield server
 

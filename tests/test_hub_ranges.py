@@ -13,7 +13,7 @@ from typing import Any
 import handmade
 import pytest
 from hub_server import FAULTS, TOKEN, HubServer
-from test_hub import go_offline, use_endpoint, use_home
+from test_hub import empty_hub, go_offline
 
 import surgeon
 from surgeon import text
@@ -57,16 +57,11 @@ def cut_locally(model: Path, out: Path) -> bytes:
 
 @pytest.fixture
 def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
-    """A Hub, with huggingface_hub pointed at it, an empty cache, no token, and little patience."""
+    """An empty Hub, and little patience."""
     from huggingface_hub import constants
 
-    with HubServer() as server:
-        use_endpoint(monkeypatch, server.endpoint)
-        use_home(monkeypatch, tmp_path / "home")
-        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+    with empty_hub(tmp_path, monkeypatch) as server:
         monkeypatch.setattr(constants, "HF_HUB_DOWNLOAD_TIMEOUT", 2.0)
-        monkeypatch.delenv("HF_TOKEN", raising=False)
         monkeypatch.setattr(hub_http, "BACKOFF", (0.01,) * len(hub_http.BACKOFF))
         monkeypatch.setattr(hub_ranges, "BACKOFF", (0.01,) * len(hub_http.BACKOFF))
         yield server

@@ -17,6 +17,7 @@ from disks import KINDS, NoDiskError, disk, used
 from handmade import checkpoint, data, safetensors, snapshot
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from shared import llama_layers
 
 import surgeon
 from surgeon import text
@@ -47,22 +48,13 @@ def tensors_of(
     hidden: int, ffn: int, queries: int, keys: int, head_dim: int, layers: int, vocab: int, more: str
 ) -> dict[str, TensorSpec]:
     """Return the tensors of a model in bfloat16, in the order of their names, as safetensors stores them."""
-    layer = {
-        "input_layernorm.weight": (hidden,),
-        "mlp.down_proj.weight": (hidden, ffn),
-        "mlp.gate_proj.weight": (ffn, hidden),
-        "mlp.up_proj.weight": (ffn, hidden),
-        "post_attention_layernorm.weight": (hidden,),
-        "self_attn.k_proj.weight": (keys, hidden),
-        "self_attn.o_proj.weight": (hidden, queries),
-        "self_attn.q_proj.weight": (queries, hidden),
-        "self_attn.v_proj.weight": (keys, hidden),
-    }
+    shapes = llama_layers(layers, hidden=hidden, ffn=ffn, queries=queries, keys=keys)
+    extra: dict[str, tuple[int, ...]] = {}
     if more == "norms":
-        layer |= {"self_attn.q_norm.weight": (head_dim,), "self_attn.k_norm.weight": (head_dim,)}
+        extra = {"q_norm.weight": (head_dim,), "k_norm.weight": (head_dim,)}
     if more == "biases":
-        layer |= {f"self_attn.{name}_proj.bias": (size,) for name, size in (("q", queries), ("k", keys), ("v", keys))}
-    shapes = {f"model.layers.{i}.{rest}": shape for i in range(layers) for rest, shape in layer.items()}
+        extra = {f"{name}_proj.bias": (size,) for name, size in (("q", queries), ("k", keys), ("v", keys))}
+    shapes |= {f"model.layers.{i}.self_attn.{rest}": shape for i in range(layers) for rest, shape in extra.items()}
     shapes |= {"model.embed_tokens.weight": (vocab, hidden), "lm_head.weight": (vocab, hidden)}
     shapes |= {"model.norm.weight": (hidden,)}
     return {name: TensorSpec("BF16", shapes[name]) for name in sorted(shapes)}

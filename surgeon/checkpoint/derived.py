@@ -1,5 +1,6 @@
 """Sources that take everything but their tensors from another source: a model with a donor, and a trained model."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -11,7 +12,7 @@ from surgeon.checkpoint.source import LocalSource, Ranges, Source, StoredTensor,
 
 
 @dataclass(frozen=True)
-class DerivedSource:
+class DerivedSource(ABC):
     """A source with the name, config, companion files and origin of `base`; a subclass gives the tensors.
 
     The files of the source that it takes other tensors from begin with `prefix`.
@@ -22,9 +23,9 @@ class DerivedSource:
     prefix: ClassVar[str]
 
     @property
+    @abstractmethod
     def other(self) -> Source:
         """The source of the other tensors."""
-        raise NotImplementedError
 
     @property
     def label(self) -> str:

@@ -74,7 +74,7 @@ def check_apart(target: Path, reads: Reads) -> None:
 
 def check_space(target: Path, needed: int) -> None:
     """Raises OutputError when the file system of `target` does not have `needed` bytes and a little more free."""
-    place = _existing_parent(target)
+    place = existing_parent(target)
     free = shutil.disk_usage(place).free
     if needed * SPARE > free:
         raise OutputError(
@@ -83,7 +83,8 @@ def check_space(target: Path, needed: int) -> None:
         )
 
 
-def _existing_parent(path: Path) -> Path:
+def existing_parent(path: Path) -> Path:
+    """Return the path, or the nearest directory above it that exists."""
     path = path.absolute()
     while not path.exists():
         path = path.parent
@@ -338,7 +339,7 @@ def shareable(files: Mapping[str, FilePart], target: Path) -> dict[str, int]:
     import tempfile
 
     try:
-        with tempfile.TemporaryFile(dir=_existing_parent(target.parent)) as probe:
+        with tempfile.TemporaryFile(dir=existing_parent(target.parent)) as probe:
             blocks = {file: shared_block(part, probe.fileno()) for file, part in files.items()}
     except OSError:  # no place to write to: nothing will be shared there, and writing says why
         return {}

@@ -24,6 +24,7 @@ from typing import Any, Self
 
 from surgeon import text
 from surgeon.checkpoint.header import FilePart
+from surgeon.checkpoint.output import existing_parent
 from surgeon.errors import CheckpointError, HubError
 
 Span = tuple[int, int]
@@ -333,7 +334,7 @@ def budget(root: Path) -> int:
         if size is None:
             raise HubError(f"cannot read {SIZE_VARIABLE}={given!r} as a size", hint="Write 20GB, 500MB or 2GiB.")
         return size
-    free = shutil.disk_usage(_existing(root)).free
+    free = shutil.disk_usage(existing_parent(root)).free
     return min(USUAL_SIZE, (free + _used(root)) // 2)
 
 
@@ -368,7 +369,7 @@ def make_room(root: Path, needed: int) -> None:
             with suppress(OSError):
                 path.unlink()
 
-    free = shutil.disk_usage(_existing(root)).free
+    free = shutil.disk_usage(existing_parent(root)).free
     if needed > free:
         raise HubError(
             f"{root} has {text.size(free)} free, and what is read of the model needs {text.size(needed)}",
@@ -393,7 +394,3 @@ def _modified(path: Path) -> float:
         return path.stat().st_mtime
     except OSError:
         return 0.0
-
-
-def _existing(path: Path) -> Path:
-    return next(place for place in (path, *path.parents) if place.exists())

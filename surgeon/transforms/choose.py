@@ -53,12 +53,11 @@ def choose_layers(
     block = method.block if contiguous is None else contiguous
     if count == 0:
         return Choice(())
+    if method.chosen == "random" and period == 1:
+        return _drawn(count, free, seed, block=block)
     if method.chosen == "random":
-        if period > 1:
-            drawn = random.Random(seed)  # noqa: S311  (no secret)
-            values = [drawn.random() for _ in range(depth)]
-        else:
-            return _drawn(count, free, seed, block=block)
+        drawn = random.Random(seed)  # noqa: S311  (no secret)
+        values = [drawn.random() for _ in range(depth)]
     if method.chosen == "deepest":
         return _deepest(count, free, depth, period)
     assert values is not None, f"{name} has values"
@@ -112,9 +111,7 @@ def _broken(count: int, period: int) -> PlanError:
     )
 
 
-def _best_block(
-    name: str, values: Sequence[Any], count: int, free: range, depth: int | None = None, period: int = 1
-) -> Choice:
+def _best_block(name: str, values: Sequence[Any], count: int, free: range, depth: int, period: int) -> Choice:
     starts: Sequence[int] = range(free.start, free.stop - count + 1)
     if count % period:  # layers behind the block would move by no whole period; behind the last layer there are none
         starts = [start for start in starts if start + count == depth]

@@ -6,6 +6,7 @@ import shlex
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import handmade
 
@@ -22,6 +23,31 @@ class Case:
     damage: Damage
     commands: tuple[str, ...]
     named: tuple[str, ...]
+
+
+def edited(file: str, change: Callable[[Any], Any] | bytes) -> Damage:
+    """Return what puts bytes in the place of a file, or changes the JSON in it."""
+
+    def damage(at: Path) -> None:
+        path = at / file
+        if isinstance(change, bytes):
+            path.write_bytes(change)
+            return
+        content = json.loads(path.read_text())
+        path.write_text(json.dumps(change(content) or content))
+
+    return damage
+
+
+def set_entry(*path: Any, to: Any) -> Callable[[Any], None]:
+    """Return a change that sets an entry of a JSON file."""
+
+    def change(content: Any) -> None:
+        for key in path[:-1]:
+            content = content[key]
+        content[path[-1]] = to
+
+    return change
 
 
 # The words of each command. In a copy of the base, {at}, lies what it reads; {out} is where it may write.

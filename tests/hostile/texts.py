@@ -1,13 +1,12 @@
 """Hostile tokenizers, chat templates, and data to read."""
 
 import gzip
-import json
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from hostile.bases import Case, Damage
+from hostile.bases import Case, Damage, edited, set_entry
 
 TOKENIZER, SETTINGS = "tokenizer.json", "tokenizer_config.json"
 TOKENIZED = ("evaluate", "generate", "prune", "finetune", "gist")
@@ -17,36 +16,15 @@ CHATTING = ("answers", "chat", "train-chat")
 def cases() -> Iterator[Case]:
     """Yield the hostile texts."""
     for name, change in TOKENIZERS.items():
-        yield Case(f"tokenizer: {name}", "llama", _edited(TOKENIZER, change), TOKENIZED, (TOKENIZER, "tokenizer"))
+        yield Case(
+            f"tokenizer: {name}", "llama", edited(f"model/{TOKENIZER}", change), TOKENIZED, (TOKENIZER, "tokenizer")
+        )
     for name, change in TOKENIZER_CONFIGS.items():
-        yield Case(f"tokenizer config: {name}", "llama", _edited(SETTINGS, change), TOKENIZED, ("tokenizer",))
+        yield Case(f"tokenizer config: {name}", "llama", edited(f"model/{SETTINGS}", change), TOKENIZED, ("tokenizer",))
     for name, template in TEMPLATES.items():
         yield Case(f"template: {name}", "llama", _template(template), CHATTING, ("chat template", "tokenizer"))
     for name, (file, content) in DATA.items():
         yield Case(f"data: {name}", "llama", _data(file, content), ("on-data", "train-data"), ("data",))
-
-
-def _edited(file: str, change: Callable[[Any], Any] | bytes) -> Damage:
-    def damage(at: Path) -> None:
-        path = at / "model" / file
-        if isinstance(change, bytes):
-            path.write_bytes(change)
-            return
-        content = json.loads(path.read_text())
-        path.write_text(json.dumps(change(content) or content))
-
-    return damage
-
-
-def _set(*path: Any, to: Any) -> Callable[[Any], None]:
-    """Return a change that sets an entry of a JSON file."""
-
-    def change(content: Any) -> None:
-        for key in path[:-1]:
-            content = content[key]
-        content[path[-1]] = to
-
-    return change
 
 
 TOKENIZERS: dict[str, Callable[[Any], Any] | bytes] = {
@@ -57,36 +35,36 @@ TOKENIZERS: dict[str, Callable[[Any], Any] | bytes] = {
     "null": b"null",
     "nested 100,000 deep": b'{"model":' * 100_000,
     "bad UTF-8": b'{"version":"\xff"}',
-    "another version": _set("version", to="9.0"),
+    "another version": set_entry("version", to="9.0"),
     "no model": lambda content: {key: value for key, value in content.items() if key != "model"},
-    "an unknown model": _set("model", "type", to="Zorg"),
-    "a model that is a word": _set("model", to="BPE"),
-    "a vocabulary that is a list": _set("model", "vocab", to=["a"]),
-    "a vocabulary of words": _set("model", "vocab", to={"a": "b"}),
-    "a vocabulary of negative numbers": _set("model", "vocab", to={"a": -1}),
-    "an empty vocabulary": _set("model", "vocab", to={}),
+    "an unknown model": set_entry("model", "type", to="Zorg"),
+    "a model that is a word": set_entry("model", to="BPE"),
+    "a vocabulary that is a list": set_entry("model", "vocab", to=["a"]),
+    "a vocabulary of words": set_entry("model", "vocab", to={"a": "b"}),
+    "a vocabulary of negative numbers": set_entry("model", "vocab", to={"a": -1}),
+    "an empty vocabulary": set_entry("model", "vocab", to={}),
     "two tokens of one number": lambda content: content["model"]["vocab"].update({"zorg": 5, "zorg9": 5}),
     "numbers beyond the model": lambda content: content["model"].update(
         vocab={word: 10**6 + i for word, i in content["model"]["vocab"].items()}
     ),
-    "numbers beyond 32 bits": _set("model", "vocab", to={"a": 2**40}),
-    "merges that are unknown": _set("model", "merges", to=[["zorg", "zorg"]]),
-    "merges that are numbers": _set("model", "merges", to=[1]),
-    "merges of three": _set("model", "merges", to=[["a", "b", "c"]]),
-    "added tokens that are words": _set("added_tokens", to=["x"]),
-    "added tokens without a number": _set("added_tokens", to=[{"content": "x"}]),
-    "an added token of a negative number": _set("added_tokens", 0, "id", to=-1),
-    "an added token beyond the model": _set("added_tokens", 1, "id", to=10**7),
-    "an added token that is empty": _set("added_tokens", 0, "content", to=""),
-    "an unknown split": _set("pre_tokenizer", to={"type": "Zorg"}),
-    "a regular expression that is none": _set(
+    "numbers beyond 32 bits": set_entry("model", "vocab", to={"a": 2**40}),
+    "merges that are unknown": set_entry("model", "merges", to=[["zorg", "zorg"]]),
+    "merges that are numbers": set_entry("model", "merges", to=[1]),
+    "merges of three": set_entry("model", "merges", to=[["a", "b", "c"]]),
+    "added tokens that are words": set_entry("added_tokens", to=["x"]),
+    "added tokens without a number": set_entry("added_tokens", to=[{"content": "x"}]),
+    "an added token of a negative number": set_entry("added_tokens", 0, "id", to=-1),
+    "an added token beyond the model": set_entry("added_tokens", 1, "id", to=10**7),
+    "an added token that is empty": set_entry("added_tokens", 0, "content", to=""),
+    "an unknown split": set_entry("pre_tokenizer", to={"type": "Zorg"}),
+    "a regular expression that is none": set_entry(
         "pre_tokenizer", to={"type": "Split", "pattern": {"Regex": "("}, "behavior": "Isolated", "invert": False}
     ),
-    "a normaliser that is a list": _set("normalizer", to=[]),
-    "a template of unknown tokens": _set("post_processor", "special_tokens", to={}),
-    "a template that is a word": _set("post_processor", to="x"),
-    "an unknown decoder": _set("decoder", to={"type": "Zorg"}),
-    "truncation to nothing": _set(
+    "a normaliser that is a list": set_entry("normalizer", to=[]),
+    "a template of unknown tokens": set_entry("post_processor", "special_tokens", to={}),
+    "a template that is a word": set_entry("post_processor", to="x"),
+    "an unknown decoder": set_entry("decoder", to={"type": "Zorg"}),
+    "truncation to nothing": set_entry(
         "truncation", to={"direction": "Right", "max_length": 0, "strategy": "LongestFirst", "stride": 0}
     ),
 }
@@ -95,27 +73,27 @@ TOKENIZER_CONFIGS: dict[str, Callable[[Any], Any] | bytes] = {
     "no JSON": b"{",
     "a list": b"[]",
     "nested 100,000 deep": b'{"a":' * 100_000,
-    "code of its own": _set("auto_map", to={"AutoTokenizer": ["code.Tokenizer", "code.Tokenizer"]}),
-    "code on the Hub": _set("auto_map", to={"AutoTokenizer": ["nobody/repo--code.Tokenizer", None]}),
-    "code as a word": _set("auto_map", to="code.Tokenizer"),
-    "an unknown class": _set("tokenizer_class", to="ZorgTokenizer"),
-    "a class that is no tokenizer": _set("tokenizer_class", to="AutoModel"),
-    "a class that is a number": _set("tokenizer_class", to=7),
-    "a class that is a list": _set("tokenizer_class", to=["x"]),
-    "an end of text that is a number": _set("eos_token", to=7),
-    "an end of text that is a list": _set("eos_token", to=["x"]),
-    "an end of text that is an object": _set("eos_token", to={"content": 7}),
-    "a begin of text that is null": _set("bos_token", to=None),
-    "a longest text that is a word": _set("model_max_length", to="x"),
-    "a longest text below zero": _set("model_max_length", to=-1),
-    "added tokens that are words": _set("added_tokens_decoder", to="x"),
-    "added tokens of no number": _set("added_tokens_decoder", to={"x": {"content": "y"}}),
-    "extra tokens that are numbers": _set("extra_special_tokens", to=[1, 2]),
-    "other special tokens that are numbers": _set("additional_special_tokens", to=[1]),
-    "a padding side that is neither": _set("padding_side", to="up"),
-    "a file elsewhere": _set("tokenizer_file", to="/etc/passwd"),
-    "a vocabulary elsewhere": _set("vocab_file", to="/dev/zero"),
-    "a method in place of a word": _set("encode", to="x"),
+    "code of its own": set_entry("auto_map", to={"AutoTokenizer": ["code.Tokenizer", "code.Tokenizer"]}),
+    "code on the Hub": set_entry("auto_map", to={"AutoTokenizer": ["nobody/repo--code.Tokenizer", None]}),
+    "code as a word": set_entry("auto_map", to="code.Tokenizer"),
+    "an unknown class": set_entry("tokenizer_class", to="ZorgTokenizer"),
+    "a class that is no tokenizer": set_entry("tokenizer_class", to="AutoModel"),
+    "a class that is a number": set_entry("tokenizer_class", to=7),
+    "a class that is a list": set_entry("tokenizer_class", to=["x"]),
+    "an end of text that is a number": set_entry("eos_token", to=7),
+    "an end of text that is a list": set_entry("eos_token", to=["x"]),
+    "an end of text that is an object": set_entry("eos_token", to={"content": 7}),
+    "a begin of text that is null": set_entry("bos_token", to=None),
+    "a longest text that is a word": set_entry("model_max_length", to="x"),
+    "a longest text below zero": set_entry("model_max_length", to=-1),
+    "added tokens that are words": set_entry("added_tokens_decoder", to="x"),
+    "added tokens of no number": set_entry("added_tokens_decoder", to={"x": {"content": "y"}}),
+    "extra tokens that are numbers": set_entry("extra_special_tokens", to=[1, 2]),
+    "other special tokens that are numbers": set_entry("additional_special_tokens", to=[1]),
+    "a padding side that is neither": set_entry("padding_side", to="up"),
+    "a file elsewhere": set_entry("tokenizer_file", to="/etc/passwd"),
+    "a vocabulary elsewhere": set_entry("vocab_file", to="/dev/zero"),
+    "a method in place of a word": set_entry("encode", to="x"),
 }
 
 
@@ -128,7 +106,7 @@ def _template(template: Any) -> Damage:
         if isinstance(template, str):
             (at / "model" / "chat_template.jinja").write_text(template)
         else:
-            _edited(SETTINGS, _set("chat_template", to=template))(at)
+            edited(f"model/{SETTINGS}", set_entry("chat_template", to=template))(at)
 
     return damage
 
