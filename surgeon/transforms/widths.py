@@ -13,6 +13,7 @@ from typing import Any
 from surgeon.anatomy.anatomy import Anatomy
 from surgeon.anatomy.axes import axes_of
 from surgeon.anatomy.config import is_off
+from surgeon.anatomy.families import Row
 from surgeon.anatomy.rotary import EXTENSIBLE_ROPE, rope_types, rotary_dims, wider_head
 from surgeon.errors import PlanError
 
@@ -276,7 +277,7 @@ def _add_head_dim(maps: dict[str, AxisMap], anatomy: Anatomy, new: int) -> tuple
     factor = 1.0 if family.fixed_query_scale else math.sqrt(new / old)
     ones = (1.0,) * new
     maps["v_dim"] = append(old, new)
-    if not any(axes_of(dim) & {"q_dim"} for row in family.norm.values() for dim in row.axes):
+    if not any(axes_of(dim) & {"q_dim"} for row in _norms(anatomy).values() for dim in row.axes):
         query = tuple(0.0 if i < 0 else factor for i in order)
         maps["q_dim"] = AxisMap(order, query, query, zeroed=True)
         maps["k_dim"] = AxisMap(order, tuple(float(i >= 0) for i in order), ones, zeroed=False)
@@ -292,7 +293,7 @@ def _add_head_dim(maps: dict[str, AxisMap], anatomy: Anatomy, new: int) -> tuple
 def _check_norms(anatomy: Anatomy, maps: Mapping[str, AxisMap]) -> tuple[str, ...]:
     """Return why norms make the result approximate, if they do. Raises PlanError where no method allows for that."""
     family = anatomy.require_family()
-    for rest, row in family.norm.items():
+    for rest, row in _norms(anatomy).items():
         for axis in sorted(axes_of(row.axes[-1]) & maps.keys() - {"hidden"}):
             if not maps[axis].is_exact:
                 raise PlanError(
@@ -312,6 +313,12 @@ def _check_norms(anatomy: Anatomy, maps: Mapping[str, AxisMap]) -> tuple[str, ..
     if not residual.is_exact or mean_moves:
         return ("norms see another mean square than before",)
     return ()
+
+
+def _norms(anatomy: Anatomy) -> dict[str, Row]:
+    """Return the gains of the norms that this checkpoint's layers have, by their names inside a layer."""
+    places = ((anatomy.stacks[0].locate(name), anatomy.row(name)[0]) for name in anatomy.spec.tensors)
+    return {place[1]: row for place, row in places if place and row.kind == "gain"}
 
 
 def _residual_factors(anatomy: Anatomy, maps: Mapping[str, AxisMap], hidden: int, method: str) -> dict[str, float]:
