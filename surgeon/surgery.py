@@ -217,8 +217,9 @@ class Surgery:
         changed = changed_keys(source.config, result.spec.config).keys() - {"dtype", "torch_dtype"}
         if not changed and source.tensors.keys() == result.spec.tensors.keys():
             return "nothing"
-        resized = result.sizes != self.before.sizes
-        return "tensors" if result.family is None else "config" if resized else "nothing"
+        if result.family is None or result.family.opaque:  # not all tensors are in a table
+            return "tensors"
+        return "nothing" if result.sizes == self.before.sizes else "config"
 
     def _all_reads(self) -> Reads:
         """Return what is read, with the source that is open: it may be another than the option named."""

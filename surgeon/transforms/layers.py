@@ -6,9 +6,10 @@ from collections import Counter
 from collections.abc import Collection, Sequence
 from dataclasses import replace
 
-from surgeon.anatomy.anatomy import Anatomy, Stack
+from surgeon.anatomy.anatomy import Anatomy
 from surgeon.anatomy.axes import Places, axes_of, places
 from surgeon.anatomy.config import CONFIG_HINT, declared_kinds, follow_layers, text_config
+from surgeon.anatomy.stacks import Stack
 from surgeon.checkpoint.header import is_quantized
 from surgeon.errors import CheckpointError, PlanError
 from surgeon.plan.plan import FLOAT_DTYPES, Constant, Expr, Gather, Normal, Plan, Read

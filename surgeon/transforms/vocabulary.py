@@ -53,7 +53,7 @@ def vocabulary_dims(anatomy: Anatomy) -> dict[str, int]:
     A family's table says so. Without a table they are the tensors outside the layers that are as long as the
     vocabulary. Raises PlanError where there is none, or where something else is as long.
     """
-    if anatomy.family is not None:
+    if anatomy.whole_family is not None:
         with_tokens = {
             name: dim
             for name in anatomy.spec.tensors

@@ -8,11 +8,11 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 
 from surgeon.anatomy.anatomy import Anatomy, written_and_read
-from surgeon.anatomy.axes import Dim, Places, axes_of, places, shape
+from surgeon.anatomy.axes import Dim, Places, axes_of, places
 from surgeon.anatomy.families import Row
 from surgeon.plan.plan import Add, Affine, Expr, Gather, Plan, Read, Uniform
 from surgeon.transforms.layers import initial_std
-from surgeon.transforms.widths import Widths
+from surgeon.transforms.widths import Widths, is_final_norm
 
 RESIDUAL = frozenset({"hidden", "embed"})  # "embed" has a map only where it is the residual stream itself
 ADVANCED = "rows that would repeat others come from the next layer"
@@ -31,10 +31,9 @@ def widen(anatomy: Anatomy, widths: Widths, *, noise: float = 0.5, advanced: boo
     tensors = {name: grower.tensor(name) for name in anatomy.spec.tensors}
     if advanced:
         tensors = {name: grower.advanced(name) for name in tensors}
-    config = {**anatomy.spec.config, **widths.config}
     axes = {axis: axis_map.index for axis, axis_map in widths.maps.items()}
     reasons = (ADVANCED,) if advanced and not widths.approximate else widths.approximate
-    return Plan(config, tensors, tuple(range(anatomy.depth)), approximate=reasons, axes=axes)
+    return Plan(dict(widths.config), tensors, tuple(range(anatomy.depth)), approximate=reasons, axes=axes)
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,21 +48,21 @@ class _Grower:
     def tensor(self, name: str) -> Expr:
         """Return tensor `name`, grown along every axis that has a map."""
         row, part = self.anatomy.row(name)
-        if part == "buffer" or not any(axes_of(dim) & self.widths.axes for dim in row.axes):
+        if part in ("buffer", "other") or not any(axes_of(dim) & self.widths.axes for dim in row.axes):
             return self._final_norm(name, row, Read(name))
         if row.kind in ("gain", "shift"):
             return self._norm(name, row)
         write, read = written_and_read(row)
         expr: Expr = Read(name)
         additions: list[Expr] = []
-        new_shape = shape(row.axes, {**self.anatomy.sizes, **self.widths.sizes})
-        if write is not None:
+        new_shape = self.anatomy.shape_of(name, {**self.anatomy.sizes, **self.widths.sizes})
+        if write is not None and axes_of(row.axes[write]) & self.widths.axes:
             written = self._positions(row.axes[write], "write")
             mean = self.widths.mean_fill if axes_of(row.axes[write]) & RESIDUAL else 0.0
             expr = _gather(expr, write, written, mean=mean)
             if row.kind not in ("bias", "logit"):
                 additions += self._new_rows(name, write, written, new_shape)
-        if read is not None:
+        if read is not None and axes_of(row.axes[read]) & self.widths.axes:
             expr = _gather(expr, read, self._positions(row.axes[read], "read"))
             additions += self._noise(name, row.axes[read], read, new_shape)
         if row.kind == "embedding" and self.widths.embedding_factor != 1.0:
@@ -73,16 +72,20 @@ class _Grower:
     def advanced(self, name: str) -> Expr:
         """Return tensor `name` with the rows that repeat others taken from the next layer."""
         row, _ = self.anatomy.row(name)
-        place = self.anatomy.stacks[0].locate(name)
+        stack = next((stack for stack in self.anatomy.stacks if stack.locate(name)), None)
+        place = stack.locate(name) if stack else None
         write, _ = written_and_read(row)
         own = self.tensor(name)
-        if place is None or write is None or place[0] + 1 == self.anatomy.depth:
+        if stack is None or place is None or write is None or not axes_of(row.axes[write]) & self.widths.axes:
+            return own
+        next_name = stack.name(place[0] + 1, place[1])
+        if self.anatomy.rows.get(next_name, (None,))[0] != row:  # the last layer, or a next one of another kind
             return own
         written = self._positions(row.axes[write], "write")
         repeats = [i in written.index[:j] for j, i in enumerate(written.index)]
         if not any(repeats):
             return own
-        following = self.tensor(self.anatomy.stacks[0].name(place[0] + 1, place[1]))
+        following = self.tensor(next_name)
         everywhere = tuple(range(len(repeats)))
         first_time = Gather(own, write, everywhere, tuple(float(not repeat) for repeat in repeats))
         repeated = Gather(following, write, everywhere, tuple(float(repeat) for repeat in repeats))
@@ -179,8 +182,7 @@ class _Grower:
     def _final_norm(self, name: str, row: Row, expr: Expr) -> Expr:
         """Return the final norm with the factor that a tied head needs: it reads with the embedding, not with C."""
         factor = self.widths.tied_factor
-        inside_layer = any(stack.locate(name) for stack in self.anatomy.stacks)
-        if factor == 1.0 or inside_layer or row.kind not in ("gain", "shift"):
+        if factor == 1.0 or row.kind not in ("gain", "shift") or not is_final_norm(self.anatomy, name):
             return expr
         offset = 1.0 - self.anatomy.require_family().init_gain if row.kind == "gain" else 0.0
         return Affine(expr, factor, (factor - 1.0) * offset)

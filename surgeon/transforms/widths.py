@@ -16,6 +16,7 @@ from surgeon.anatomy.config import is_off
 from surgeon.anatomy.rotary import EXTENSIBLE_ROPE, rope_types, rotary_dims, wider_head
 from surgeon.errors import PlanError
 
+SQUARE = ("hidden", "heads", "kv_heads", "head_dim")  # the sizes that a family's code may derive from one another
 WIDTH_METHODS = ("auto", "clone", "pad", "zero-pad", "uneven", "advanced")
 
 
@@ -135,7 +136,8 @@ def plan_widths(
     if method not in WIDTH_METHODS:
         raise PlanError(f"unknown width method {method!r}", hint=f"One of: {', '.join(WIDTH_METHODS)}.")
     old = anatomy.sizes
-    check_shape(anatomy, hidden=hidden, heads=heads, kv_heads=kv_heads, head_dim=head_dim)
+    asked = {"hidden": hidden, "ffn": ffn, "heads": heads, "kv_heads": kv_heads, "head_dim": head_dim}
+    check_shape(anatomy, asked)
     maps: dict[str, AxisMap] = {}
     if ffn != old["ffn"] and not any(
         "ffn" in axes_of(dim) for name in anatomy.spec.tensors for dim in anatomy.row(name)[0].axes
@@ -153,13 +155,13 @@ def plan_widths(
     if old.get("embed") == old["hidden"] and "hidden" in maps:
         maps["embed"] = maps["hidden"]
     approximate = _check_norms(anatomy, maps)
-    sizes = {"hidden": hidden, "ffn": ffn, "heads": heads, "kv_heads": kv_heads, "head_dim": head_dim}
-    sizes |= {"group": heads // kv_heads, "embed": hidden if "embed" in maps else old.get("embed", 0)}
-    sizes |= dict.fromkeys(("q_dim", "k_dim", "v_dim"), head_dim)
+    sizes = asked | {"group": heads // kv_heads, "embed": hidden if "embed" in maps else old.get("embed", 0)}
+    if head_dim != old["head_dim"]:
+        sizes |= dict.fromkeys(("q_dim", "k_dim", "v_dim"), head_dim)
     return Widths(
         maps=maps,
         sizes=sizes,
-        config=sizes_in_config(anatomy, sizes),
+        config=resized(anatomy, sizes),
         splits_groups=splits,
         query_gain=query_gain,
         approximate=approximate,
@@ -167,9 +169,14 @@ def plan_widths(
     )
 
 
-def check_shape(anatomy: Anatomy, *, hidden: int, heads: int, kv_heads: int, head_dim: int) -> None:
+def check_shape(anatomy: Anatomy, sizes: Mapping[str, int]) -> None:
     """Raises PlanError, with sizes that fit, where the family's code cannot express a model of these."""
-    family, old = anatomy.require_family(), anatomy.sizes
+    family, old = anatomy.require_family(partial=True), anatomy.sizes
+    changed = [axis for axis, size in sizes.items() if size != old.get(axis, size)]
+    anatomy.check_free(changed)
+    hidden, heads, kv_heads, head_dim = (sizes[axis] for axis in SQUARE)
+    if not {*changed} & {*SQUARE}:
+        return
     shrinks = hidden < old["hidden"] or heads < old["heads"] or head_dim < old["head_dim"]
     if "kv_heads" not in family.sizes and kv_heads != heads:
         raise PlanError(
@@ -247,7 +254,7 @@ def _add_head_dim(maps: dict[str, AxisMap], anatomy: Anatomy, new: int) -> tuple
 
     Old dimensions keep their rotary frequencies. Logits are divided by sqrt(head_dim); larger queries make up for it.
     """
-    family, config = anatomy.require_family(), anatomy.spec.config
+    family, config = anatomy.require_family(), anatomy.config
     old = anatomy.sizes["head_dim"]
     if family.rotary is not None:
         if new % old:
@@ -276,7 +283,7 @@ def _add_head_dim(maps: dict[str, AxisMap], anatomy: Anatomy, new: int) -> tuple
     factor = 1.0 if family.fixed_query_scale else math.sqrt(new / old)
     ones = (1.0,) * new
     maps["v_dim"] = append(old, new)
-    if not any(axes_of(dim) & {"q_dim"} for row in family.norm.values() for dim in row.axes):
+    if not any(row.kind == "gain" and "q_dim" in axes_of(row.axes[-1]) for row, _ in anatomy.rows.values()):
         query = tuple(0.0 if i < 0 else factor for i in order)
         maps["q_dim"] = AxisMap(order, query, query, zeroed=True)
         maps["k_dim"] = AxisMap(order, tuple(float(i >= 0) for i in order), ones, zeroed=False)
@@ -291,19 +298,21 @@ def _add_head_dim(maps: dict[str, AxisMap], anatomy: Anatomy, new: int) -> tuple
 
 def _check_norms(anatomy: Anatomy, maps: Mapping[str, AxisMap]) -> tuple[str, ...]:
     """Return why norms make the result approximate, if they do. Raises PlanError where no method allows for that."""
-    family = anatomy.require_family()
-    for rest, row in family.norm.items():
+    family = anatomy.require_family(partial=True)
+    for name, (row, _) in anatomy.rows.items():
+        if row.kind not in ("gain", "shift"):
+            continue
         for axis in sorted(axes_of(row.axes[-1]) & maps.keys() - {"hidden"}):
             if not maps[axis].is_exact:
                 raise PlanError(
-                    f"{anatomy.model_type} normalises over all heads ({rest}), so new heads must be copies of the old",
+                    f"{anatomy.model_type} normalises over all heads ({name}), so new heads must be copies of the old",
                     hint="Ask for a multiple, with --width-method clone.",
                 )
     residual = maps.get("hidden")
     if residual is None:
         return ()
     pads = -1 in residual.index
-    if pads and is_off(anatomy.spec.config, family.pre_norm_flag):
+    if pads and is_off(anatomy.config, family.pre_norm_flag):
         raise PlanError(
             f"{anatomy.model_type} with norms after the sum cannot be padded: a norm fixes the mean of its output",
             hint="Use a multiple, with --width-method clone.",
@@ -328,6 +337,8 @@ def _residual_factors(anatomy: Anatomy, maps: Mapping[str, AxisMap], hidden: int
     if tied and axes_of(head.axes[-1]) & maps.keys():
         weight = 1.0 if method == "zero-pad" else hidden / old
         factors["tied_factor"] = 1 / (factors.get("embedding_factor", 1.0) * weight)
+        if family.scales_tied_head:
+            factors["tied_factor"] *= math.sqrt(hidden / old)
         if factors["tied_factor"] != 1.0 and not _has_final_norm(anatomy):
             raise PlanError("a tied head without a final norm cannot be widened", hint="Untie the head first.")
     if family.norm_kind == "layer" and method != "zero-pad" and -1 in residual.index:
@@ -336,17 +347,28 @@ def _residual_factors(anatomy: Anatomy, maps: Mapping[str, AxisMap], hidden: int
 
 
 def _has_final_norm(anatomy: Anatomy) -> bool:
-    outside = (name for name in anatomy.spec.tensors if not anatomy.stacks[0].locate(name))
-    return any(anatomy.row(name)[0].kind == "gain" for name in outside)
+    return any(is_final_norm(anatomy, name) for name in anatomy.rows)
 
 
-def sizes_in_config(anatomy: Anatomy, sizes: Mapping[str, int]) -> dict[str, Any]:
-    """Return the config keys that hold the new sizes; a size that the code would derive otherwise is written out."""
-    config = anatomy.spec.config
+def is_final_norm(anatomy: Anatomy, name: str) -> bool:
+    """Return whether a tensor is of the norm in front of the head."""
+    family = anatomy.require_family(partial=True)
+    return name in family.final_norm or family.base + name in family.final_norm
+
+
+def resized(anatomy: Anatomy, sizes: Mapping[str, int], other: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """Return the config with the new sizes and `other` changes; a size that the code would derive is written out."""
+    family, config = anatomy.require_family(partial=True), anatomy.config
     changes: dict[str, Any] = {}
-    for axis, keys in anatomy.require_family().sizes.items():
-        if not sizes.get(axis):
+    for axis, keys in family.sizes.items():
+        if not sizes.get(axis) or (family.is_partial and sizes[axis] == anatomy.sizes[axis]):
             continue
         present = [key for key in keys if config.get(key) is not None] or keys[:1]
         changes |= {key: sizes[axis] for key in present if config.get(key) != sizes[axis]}
-    return changes
+    whole = anatomy.with_config(changes | dict(other or {}))
+    for axis, paths in family.outer_sizes.items():
+        for path in paths if sizes[axis] != anatomy.sizes[axis] else ():
+            group, _, key = path.rpartition(".")
+            if isinstance(whole.get(group), Mapping) and whole[group].get(key) == anatomy.sizes[axis]:
+                whole[group] = {**whole[group], key: sizes[axis]}
+    return whole
