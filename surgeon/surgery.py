@@ -233,10 +233,9 @@ class Surgery:
             return {}
         from surgeon.anatomy.quantized import follow_quantization_file
 
-        contents = {name: content_of(self.source.fetch(name)) for name in names}
         return {
-            name: follow_quantization_file(name, content, self.before, plan.layer_map)
-            for name, content in contents.items()
+            name: follow_quantization_file(name, content_of(self.source.fetch(name)), self.before, plan.layer_map)
+            for name in names
         }
 
     def _placed(self, shards: list[Shard], plan: Plan, target: Path, block: int | None) -> tuple[list[Shard], int, int]:
