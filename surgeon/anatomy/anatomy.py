@@ -12,7 +12,9 @@ from surgeon.anatomy.axes import axes_of
 from surgeon.anatomy.config import (
     CONFIG_HINT,
     check_layer_keys,
+    is_off,
     model_type,
+    setting,
     text_config,
     with_text,
 )
@@ -114,9 +116,34 @@ class Anatomy:
             )
         return self.family
 
+    @property
+    def frozen(self) -> dict[str, str]:
+        """The axes that cannot change in this checkpoint, each with the reason."""
+        family = self.require_family(partial=True)
+        by_config = (reasons for key, reasons in family.frozen_by.items() if setting(self.config, key))
+        return {axis: reason for reasons in (family.frozen, *by_config) for axis, reason in reasons.items()}
+
+    @property
+    def is_square(self) -> bool:
+        """Whether heads x head_dim must be hidden, so that none of them changes alone."""
+        family = self.require_family(partial=True)
+        if isinstance(family.square_heads, str):
+            return bool(self.config.get(family.square_heads))
+        return family.square_heads or ("heads" in family.sizes and "head_dim" not in family.sizes)
+
+    @property
+    def sums_normed(self) -> bool:
+        """Whether what the layers add to has gone through a norm, so that none of them can leave it as it is."""
+        family = self.require_family(partial=True)
+        return is_off(self.config, family.pre_norm_flag) or bool(self.config.get(family.post_norm_flag or ""))
+
+    def implied_kv_heads(self, heads: int) -> int | None:
+        """Return how many key-value heads `heads` heads must have, None where that is free."""
+        return _implied_kv_heads(self.require_family(), self.config, heads)
+
     def check_free(self, axes: Iterable[str]) -> None:
         """Raises PlanError, with the reason, for an axis that cannot change in this family."""
-        frozen = self.require_family(partial=True).frozen
+        frozen = self.frozen
         if axis := next((axis for axis in axes if axis in frozen), None):
             raise PlanError(
                 f"the {WORDS.get(axis, axis)} of {self.model_type} cannot change: {frozen[axis]}", hint=FREE
@@ -229,9 +256,11 @@ def _sizes(family: Family, config: Mapping[str, Any]) -> dict[str, int]:
                     f"config.json says {key} = {text[key]!r}, not a positive number", hint=CONFIG_HINT
                 )
             sizes[axis] = text[key]
+    if "heads" in sizes and (implied := _implied_kv_heads(family, text, sizes["heads"])) is not None:
+        sizes["kv_heads"] = implied
     for axis, (factor, other) in family.default_sizes.items():
         if other in sizes:
-            sizes.setdefault(axis, factor * sizes[other])
+            sizes.setdefault(axis, int(factor * sizes[other]))
     if family.is_partial:  # it does not speak of heads, or of all it has
         sizes = {"heads": 1, "kv_heads": 1, "hidden": 1, "ffn": 1} | sizes
         sizes = {"head_dim": max(1, sizes["hidden"] // sizes["heads"])} | sizes
@@ -249,6 +278,16 @@ def _sizes(family: Family, config: Mapping[str, Any]) -> dict[str, int]:
         )
     sizes = {"head_dim": hidden // heads} | sizes | {"group": max(1, heads // kv_heads)}
     return sizes | {axis: sizes.get(axis, sizes["head_dim"]) for axis in ("q_dim", "k_dim", "v_dim")}
+
+
+def _implied_kv_heads(family: Family, text: Mapping[str, Any], heads: int) -> int | None:
+    """Return the number of key-value heads where no key of the config holds it, None where one does."""
+    if family.is_partial or "kv_heads" not in {*family.sizes, *family.default_sizes}:
+        return None
+    flag = family.kv_heads_flag
+    if "kv_heads" in family.sizes and (flag is True or (flag and text.get(flag))):
+        return None
+    return 1 if family.multi_query_flag and text.get(family.multi_query_flag) is not False else heads
 
 
 def _check_present(
@@ -307,10 +346,10 @@ def _expected(
     saved_with_base = stacks[0].prefix == family.layers
     for name, row in {**family.embedding, **family.final_norm}.items():
         stored = name if saved_with_base else name.removeprefix(family.base)
-        if row.optional:
+        if row.optional or not (saved_with_base or name.startswith(family.base)):  # the head's, without a head
             is_needed = False
         elif row.kind == "head":  # absent when tied, and from a headless model; the default of tying is the family's
-            is_needed = saved_with_base and config.get("tie_word_embeddings", text.get("tie_word_embeddings")) is False
+            is_needed = config.get("tie_word_embeddings", text.get("tie_word_embeddings")) is False
         else:
             is_needed = _must_exist(row, text, sizes, sample=stored in present)
         if is_needed:
@@ -323,7 +362,7 @@ def _expected_in_layers(
     stack: Stack, layers: Layers, present: Collection[str], text: Mapping[str, Any], sizes: Mapping[str, int]
 ) -> Iterator[str]:
     places = (stack.locate(name) for name in present)
-    first = {place[1] for place in places if place and place[0] == 0}
+    anywhere = {place[1] for place in places if place}
     for layer in range(stack.depth):
 
         def fitting(alternatives: Sequence[Rows], layer: int = layer) -> Rows:
@@ -335,13 +374,13 @@ def _expected_in_layers(
         for rest, row in {**fitting(layers.attention), **layers.norm, **fitting(layers.mlp)}.items():
             if row.optional or (row.when == FIRST and layer):
                 continue
-            if _must_exist(row, text, sizes, sample=rest in first):
+            if _must_exist(row, text, sizes, sample=rest in anywhere):
                 for expert in range(sizes["experts"] if "{}" in rest else 1):
                     yield stack.name(layer, rest.format(expert))
 
 
 def _must_exist(row: Row, config: Mapping[str, Any], sizes: Mapping[str, int], *, sample: bool) -> bool:
-    """Return whether a tensor must exist: as the config says, and else as in layer 0, where it does if `sample`."""
+    """Return whether a tensor must exist: as the config says, else as in other layers, where it does if `sample`."""
     if row.kind == "buffer":
         return False
     by_config = _exists_by_config(row, config, sizes)

@@ -29,6 +29,8 @@ def fresh(anatomy: Anatomy, name: str, *, seed: int, layers: int) -> Expr:
             f"cannot draw {name!r} anew: it is stored as {spec.dtype}",
             hint="Leave out --inherit, or start from a checkpoint in a floating dtype.",
         )
+    if row.start is not None:
+        return Constant(spec, row.start)
     if row.kind == "gain":
         return Constant(spec, family.init_gain)
     if row.kind in ("bias", "shift"):

@@ -17,10 +17,11 @@ from functools import cache
 from itertools import pairwise
 from typing import Any
 
-from surgeon.anatomy.anatomy import EXPERT_NUMBER, Anatomy
+from surgeon.anatomy.anatomy import EXPERT_NUMBER, Anatomy, written_and_read
 from surgeon.anatomy.axes import Dim, Index, Keep, Scale, axes_of, survivors
 from surgeon.anatomy.config import is_off, spelled
 from surgeon.anatomy.families import Row
+from surgeon.anatomy.rotary import rotary_dims
 from surgeon.anatomy.spellings import SPELLINGS
 from surgeon.errors import PlanError
 from surgeon.plan.plan import Affine, Expr, Gather, Plan, Read
@@ -109,7 +110,11 @@ def _sizes(anatomy: Anatomy, kept: Kept) -> dict[str, int]:
         sizes[axis] = len(first[0]) if axis == "group" else len(first)
     sizes["heads"] = sizes["kv_heads"] * sizes["group"]
     sizes |= {axis: len(positions) for axis, positions in _shared(anatomy, kept).items()}
-    return sizes if kept.head_dim is None else sizes | {"head_dim": len(kept.head_dim)}
+    if kept.head_dim is not None:
+        sizes["head_dim"] = len(kept.head_dim)
+        if "rotary" in sizes:
+            sizes["rotary"] = rotary_dims(anatomy, sizes["head_dim"])
+    return sizes
 
 
 def _shared(anatomy: Anatomy, kept: Kept) -> dict[str, Positions]:
@@ -193,6 +198,9 @@ def _factor(anatomy: Anatomy, row: Row, sizes: Mapping[str, int], *, is_final: b
     scaled = ratio if family.scales_embedding else 1.0
     if row.kind == "embedding":
         return scaled
+    reads = written_and_read(row)[1]
+    if reads is not None and ratio != 1.0 and axes_of(row.axes[reads]) == {"hidden"} and not _has_gains(anatomy):
+        return ratio  # what reads a norm without gains
     if row.kind not in ("gain", "shift"):
         return 1.0
     factor = math.sqrt(row.axes[-1].size(old) / row.axes[-1].size(sizes)) if row.kind == "gain" else 1.0
@@ -202,12 +210,23 @@ def _factor(anatomy: Anatomy, row: Row, sizes: Mapping[str, int], *, is_final: b
     return factor / scaled / (ratio if family.scales_tied_head else 1.0)
 
 
+def _has_gains(anatomy: Anatomy) -> bool:
+    """Return whether the norms over channels have gains. Raises PlanError where a tied head would need one."""
+    rows = [row for row, _ in anatomy.rows.values()]
+    if any(row.kind == "gain" and axes_of(row.axes[-1]) == {"hidden"} for row in rows):
+        return True
+    if not any(row.kind == "head" for row in rows):
+        raise PlanError("a tied head without a final norm cannot be narrowed", hint="Untie the head first.")
+    return False
+
+
 def _reasons(anatomy: Anatomy, sizes: Mapping[str, int]) -> tuple[str, ...]:
     """Return why the result is approximate even where all that was removed was zero."""
     family, config, old = anatomy.require_family(partial=True), anatomy.config, anatomy.sizes
     rows = [row for row, _ in anatomy.rows.values()]
     reasons = []
-    if any(row.kind == "gain" and row.axes[-1].size(sizes) < row.axes[-1].size(old) for row in rows):
+    fewer_normed = any(row.kind == "gain" and row.axes[-1].size(sizes) < row.axes[-1].size(old) for row in rows)
+    if fewer_normed or sizes["hidden"] < old["hidden"]:
         reasons.append(NORMS.format("the mean" if family.norm_kind == "layer" else "zero"))
     divided = not family.fixed_query_scale and not is_off(config, family.query_scale_flag)
     if divided and sizes["head_dim"] < old["head_dim"]:

@@ -20,6 +20,7 @@ from surgeon.transforms.choose import (
 from surgeon.transforms.layers import keep_layers, resolve_depth
 from surgeon.transforms.narrow import narrow
 from surgeon.transforms.scores import METHODS, WIDTHS, Method
+from surgeon.transforms.widths import derived_ffn
 
 
 def prune(
@@ -64,6 +65,8 @@ def pruned_sizes(anatomy: Anatomy, sizes: Mapping[str, int | None]) -> dict[str,
                 f"cannot prune {axis} from {old[axis]} to {size}",
                 hint=f"Ask for 1 to {old[axis]}; to grow: surgeon grow.",
             )
+    if (follows := derived_ffn(anatomy, new)) is not None and sizes.get("ffn") is None:
+        new["ffn"] = follows
     if sizes.get("kv_heads") is None and old["group"] == 1:
         new["kv_heads"] = new["heads"]
     elif sizes.get("heads") is None and new["kv_heads"] != old["kv_heads"]:

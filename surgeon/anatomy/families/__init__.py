@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 
+from surgeon.anatomy.families.classics import CLASSICS
 from surgeon.anatomy.families.decoders import DECODERS
 from surgeon.anatomy.families.experts import EXPERTS
 from surgeon.anatomy.families.multimodal import MULTIMODAL
@@ -9,4 +10,4 @@ from surgeon.anatomy.families.table import ANY, FIRST, Family, Kind, Layers, Row
 
 __all__ = ["ANY", "FAMILIES", "FIRST", "MULTIMODAL", "Family", "Kind", "Layers", "Row", "Rows", "Wrapper"]
 
-FAMILIES: Mapping[str, Family] = {**DECODERS, **EXPERTS}
+FAMILIES: Mapping[str, Family] = {**CLASSICS, **DECODERS, **EXPERTS}
