@@ -190,6 +190,7 @@ TOYS: dict[str, Config] = {
     },
     "bert": BERT,
     "roberta": BERT | {"bos_token_id": 0, "pad_token_id": 1},
+    "camembert": BERT | {"bos_token_id": 0, "pad_token_id": 1},
 }
 
 AUTO_CLASSES = {
@@ -197,6 +198,7 @@ AUTO_CLASSES = {
     "bart": "AutoModelForSeq2SeqLM",
     "bert": "AutoModelForMaskedLM",
     "roberta": "AutoModelForMaskedLM",
+    "camembert": "AutoModelForMaskedLM",
 }
 DECODERS = tuple(name for name in TOYS if name.partition("-")[0] not in AUTO_CLASSES)
 

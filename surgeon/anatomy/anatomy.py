@@ -202,10 +202,10 @@ def _differing(family: Family, config: Mapping[str, Any]) -> bool:
 
 
 def _find_row(family: Family, stacks: Sequence[Stack], name: str) -> tuple[Row, Part] | None:
-    for old, new in family.aliases:
-        name = name.replace(old, new)
+    name = family.current(name)
     tables: list[tuple[Part, Rows]] = [("embedding", family.embedding), ("norm", family.final_norm)]
-    inside = name if name in family.embedding or name.startswith(family.base) else family.base + name
+    is_whole = name in family.embedding or name in family.final_norm or name.startswith(family.base)
+    inside = name if is_whole else family.base + name
     for stack, layers in zip(stacks, family.stacks, strict=True):
         if place := stack.locate(name):
             inside = EXPERT_NUMBER.sub("{}", place[1])
@@ -287,9 +287,7 @@ def _check_shape(name: str, stored: tuple[int, ...], row: Row, sizes: Mapping[st
 
 def _check_missing(family: Family, stacks: Sequence[Stack], spec: CheckpointSpec, sizes: Mapping[str, int]) -> None:
     """Refuse a checkpoint that lacks a tensor: a loader would fill it with random numbers."""
-    present = set(spec.tensors)
-    for old, new in family.aliases:
-        present = {name.replace(old, new) for name in present}
+    present = {family.current(name) for name in spec.tensors}
     for name in _expected(family, stacks, present, spec.config, sizes):
         if name not in present:
             raise CheckpointError(f"the checkpoint has no tensor {name!r}", hint=FILES_HINT)
@@ -305,9 +303,13 @@ def _expected(
     """Yield every name that a checkpoint of this family, with this config, must have."""
     text = text_config(config)
     saved_with_base = stacks[0].prefix == family.layers
-    for name, row in {**family.embedding, **family.final_norm}.items():
-        stored = name if saved_with_base else name.removeprefix(family.base)
-        if row.optional:
+    outside = {
+        name if saved_with_base else name.removeprefix(family.base): row
+        for name, row in {**family.embedding, **family.final_norm}.items()
+    }
+    parts = {row.optional for name, row in outside.items() if name in present}
+    for stored, row in outside.items():
+        if row.optional and row.optional not in parts:
             is_needed = False
         elif row.kind == "head":  # absent when tied, and from a headless model; the default of tying is the family's
             is_needed = saved_with_base and config.get("tie_word_embeddings", text.get("tie_word_embeddings")) is False

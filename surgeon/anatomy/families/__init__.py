@@ -3,10 +3,11 @@
 from collections.abc import Mapping
 
 from surgeon.anatomy.families.decoders import DECODERS
+from surgeon.anatomy.families.encoders import ENCODERS
 from surgeon.anatomy.families.experts import EXPERTS
 from surgeon.anatomy.families.multimodal import MULTIMODAL
 from surgeon.anatomy.families.table import ANY, FIRST, Family, Kind, Layers, Row, Rows, Wrapper
 
 __all__ = ["ANY", "FAMILIES", "FIRST", "MULTIMODAL", "Family", "Kind", "Layers", "Row", "Rows", "Wrapper"]
 
-FAMILIES: Mapping[str, Family] = {**DECODERS, **EXPERTS}
+FAMILIES: Mapping[str, Family] = {**DECODERS, **ENCODERS, **EXPERTS}
