@@ -16,7 +16,7 @@ from surgeon.anatomy.config import (
     text_config,
     with_text,
 )
-from surgeon.anatomy.families import FAMILIES, FIRST, MULTIMODAL, Family, Layers, Row, Rows
+from surgeon.anatomy.families import FAMILIES, FIRST, MULTIMODAL, UNTIED, Family, Layers, Row, Rows
 from surgeon.anatomy.stacks import FILES_HINT, Stack, find_stacks
 from surgeon.checkpoint.header import CheckpointSpec, is_quantized
 from surgeon.errors import CheckpointError, PlanError
@@ -311,7 +311,9 @@ def _expected(
     for stored, row in outside.items():
         if row.optional and row.optional not in parts:
             is_needed = False
-        elif row.kind == "head":  # absent when tied, and from a headless model; the default of tying is the family's
+        elif (
+            row.kind == "head" or row.when == UNTIED
+        ):  # absent when tied, and from a headless model; the default of tying is the family's
             is_needed = saved_with_base and config.get("tie_word_embeddings", text.get("tie_word_embeddings")) is False
         else:
             is_needed = _must_exist(row, text, sizes, sample=stored in present)
@@ -359,6 +361,8 @@ def _exists_by_config(row: Row, config: Mapping[str, Any], sizes: Mapping[str, i
     if row.when in (None, FIRST):
         return True
     assert row.when is not None
+    if row.when == UNTIED:  # where it is tied, old files have it all the same
+        return None
     left, differs, right = row.when.partition(" != ")
     if differs:
         return sizes[left] != sizes[right]

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from surgeon.anatomy.families.parts import ATTENDED, DERIVED_SIZES, HIDDEN_AND_HEADS, KEY, QUERY, VALUE
-from surgeon.anatomy.families.table import Family, Rows, linear, norm, one, optional
+from surgeon.anatomy.families.table import UNTIED, Family, Rows, linear, norm, one, optional
 
 SIZES = HIDDEN_AND_HEADS | {"types": ("type_vocab_size",)}
 OLD_NORMS = (("LayerNorm.gamma", "LayerNorm.weight"), ("LayerNorm.beta", "LayerNorm.bias"))
@@ -52,9 +52,9 @@ BERT = Family(
         "masked LM",
         linear("cls.predictions.transform.dense", "hidden hidden", bias=True)
         | one("cls.predictions.bias", "vocab", "bias")
-        | one("cls.predictions.decoder.weight", "vocab hidden", "head"),
+        | one("cls.predictions.decoder.weight", "vocab hidden", "head")
+        | one("cls.predictions.decoder.bias", "vocab", "bias", when=UNTIED),
     )
-    | optional("the head's bias, under its other name", one("cls.predictions.decoder.bias", "vocab", "bias"))
     | optional("next sentence", linear("cls.seq_relationship", "? hidden", bias=True))
     | optional("classifier", CLASSIFIER)
     | ANSWERS,
@@ -82,9 +82,9 @@ ROBERTA = replace(
         "masked LM",
         linear("lm_head.dense", "hidden hidden", bias=True)
         | one("lm_head.bias", "vocab", "bias")
-        | one("lm_head.decoder.weight", "vocab hidden", "head"),
+        | one("lm_head.decoder.weight", "vocab hidden", "head")
+        | one("lm_head.decoder.bias", "vocab", "bias", when=UNTIED),
     )
-    | optional("the head's bias, under its other name", one("lm_head.decoder.bias", "vocab", "bias"))
     | optional("classifier of two layers", DEEP_CLASSIFIER)
     | optional("classifier", CLASSIFIER)
     | ANSWERS,
@@ -95,4 +95,5 @@ ENCODERS: Mapping[str, Family] = {
     "bert": BERT,
     "roberta": ROBERTA,
     "camembert": ROBERTA,
+    "xlm-roberta": ROBERTA,
 }

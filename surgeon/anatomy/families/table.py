@@ -22,8 +22,9 @@ class Row:
     logits (a router's bias, attention sinks), `buffer` is something old files carry and every loader ignores, `opaque`
     has no axis that a surgery could change.
     `when` is the config key that decides whether the tensor exists, or two axes that then differ: "embed != hidden";
-    FIRST for what only the first layer of a stack has. `optional` names the part of a model that not every class of the
-    family has, such as a pooler or a masked LM's head: of one part all tensors are there, or none.
+    FIRST for what only the first layer of a stack has, UNTIED for what a head of its own has beside it. `optional`
+    names the part of a model that not every class of the family has, such as a pooler or a masked LM's head: of one
+    part all tensors are there, or none.
     """
 
     axes: tuple[Dim, ...]
@@ -35,6 +36,7 @@ class Row:
 Rows = dict[str, Row]
 
 FIRST = "first layer"
+UNTIED = "untied head"
 ANY = ""  # of Family.opaque: every tensor that has no row
 
 
