@@ -18,7 +18,7 @@ from surgeon.anatomy.config import (
     text_config,
     with_text,
 )
-from surgeon.anatomy.families import FAMILIES, FIRST, MULTIMODAL, Family, Layers, Row, Rows
+from surgeon.anatomy.families import FAMILIES, FIRST, MULTIMODAL, UNTIED, Family, Layers, Row, Rows
 from surgeon.anatomy.stacks import FILES_HINT, Stack, find_stacks
 from surgeon.checkpoint.header import CheckpointSpec, is_quantized
 from surgeon.errors import CheckpointError, PlanError
@@ -135,7 +135,8 @@ class Anatomy:
     def sums_normed(self) -> bool:
         """Whether what the layers add to has gone through a norm, so that none of them can leave it as it is."""
         family = self.require_family(partial=True)
-        return is_off(self.config, family.pre_norm_flag) or bool(self.config.get(family.post_norm_flag or ""))
+        normed = is_off(self.config, family.pre_norm_flag) or bool(self.config.get(family.post_norm_flag or ""))
+        return normed or family.norms_after_sum
 
     def implied_kv_heads(self, heads: int) -> int | None:
         """Return how many key-value heads `heads` heads must have, None where that is free."""
@@ -229,10 +230,10 @@ def _differing(family: Family, config: Mapping[str, Any]) -> bool:
 
 
 def _find_row(family: Family, stacks: Sequence[Stack], name: str) -> tuple[Row, Part] | None:
-    for old, new in family.aliases:
-        name = name.replace(old, new)
+    name = family.current(name)
     tables: list[tuple[Part, Rows]] = [("embedding", family.embedding), ("norm", family.final_norm)]
-    inside = name if name in family.embedding or name.startswith(family.base) else family.base + name
+    is_whole = name in family.embedding or name in family.final_norm or name.startswith(family.base)
+    inside = name if is_whole else family.base + name
     for stack, layers in zip(stacks, family.stacks, strict=True):
         if place := stack.locate(name):
             inside = EXPERT_NUMBER.sub("{}", place[1])
@@ -326,9 +327,7 @@ def _check_shape(name: str, stored: tuple[int, ...], row: Row, sizes: Mapping[st
 
 def _check_missing(family: Family, stacks: Sequence[Stack], spec: CheckpointSpec, sizes: Mapping[str, int]) -> None:
     """Refuse a checkpoint that lacks a tensor: a loader would fill it with random numbers."""
-    present = set(spec.tensors)
-    for old, new in family.aliases:
-        present = {name.replace(old, new) for name in present}
+    present = {family.current(name) for name in spec.tensors}
     for name in _expected(family, stacks, present, spec.config, sizes):
         if name not in present:
             raise CheckpointError(f"the checkpoint has no tensor {name!r}", hint=FILES_HINT)
@@ -344,11 +343,16 @@ def _expected(
     """Yield every name that a checkpoint of this family, with this config, must have."""
     text = text_config(config)
     saved_with_base = stacks[0].prefix == family.layers
-    for name, row in {**family.embedding, **family.final_norm}.items():
-        stored = name if saved_with_base else name.removeprefix(family.base)
-        if row.optional or not (saved_with_base or name.startswith(family.base)):  # the head's, without a head
+    outside = {
+        name if saved_with_base else name.removeprefix(family.base): row
+        for name, row in {**family.embedding, **family.final_norm}.items()
+        if saved_with_base or name.startswith(family.base)  # the rest are the head's, and there is no head
+    }
+    parts = {row.optional for name, row in outside.items() if name in present}
+    for stored, row in outside.items():
+        if row.optional and row.optional not in parts:
             is_needed = False
-        elif row.kind == "head":  # absent when tied, and from a headless model; the default of tying is the family's
+        elif row.kind == "head" or row.when == UNTIED:  # none when tied; the default of tying is the family's
             is_needed = config.get("tie_word_embeddings", text.get("tie_word_embeddings")) is False
         else:
             is_needed = _must_exist(row, text, sizes, sample=stored in present)
@@ -396,6 +400,8 @@ def _exists_by_config(row: Row, config: Mapping[str, Any], sizes: Mapping[str, i
     if row.when in (None, FIRST):
         return True
     assert row.when is not None
+    if row.when == UNTIED:  # where it is tied, old files have it all the same
+        return None
     left, differs, right = row.when.partition(" != ")
     if differs:
         return sizes[left] != sizes[right]

@@ -27,7 +27,7 @@ from surgeon.errors import PlanError
 from surgeon.plan.plan import Affine, Expr, Gather, Plan, Read
 from surgeon.transforms.experts import UNEVEN
 from surgeon.transforms.uniform import check_head_dim
-from surgeon.transforms.widths import SQUARE, check_shape, is_final_norm, resized
+from surgeon.transforms.widths import SQUARE, check_shape, has_tied_head, is_final_norm, resized
 
 NORMS = "norms over fewer positions are scaled as if the removed had held {}"
 HEAD_DIM = "attention logits are divided by the root of the head's size, which is smaller now"
@@ -204,7 +204,7 @@ def _factor(anatomy: Anatomy, row: Row, sizes: Mapping[str, int], *, is_final: b
     if row.kind not in ("gain", "shift"):
         return 1.0
     factor = math.sqrt(row.axes[-1].size(old) / row.axes[-1].size(sizes)) if row.kind == "gain" else 1.0
-    tied = is_final and not any(other.kind == "head" for other, _ in anatomy.rows.values())
+    tied = is_final and has_tied_head(anatomy)
     if not tied:
         return factor
     return factor / scaled / (ratio if family.scales_tied_head else 1.0)
