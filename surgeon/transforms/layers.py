@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Collection, Sequence
 from dataclasses import replace
 
-from surgeon.anatomy.anatomy import Anatomy
+from surgeon.anatomy.anatomy import Anatomy, read_anatomy
 from surgeon.anatomy.axes import Index, Places, Scale, axes_of, places
 from surgeon.anatomy.config import CONFIG_HINT, declared_kinds, follow_layers, text_config
 from surgeon.anatomy.stacks import Stack
@@ -51,6 +51,13 @@ def initial_std(anatomy: Anatomy) -> float:
     if value is not None and not (isinstance(value, int | float) and 0 <= value < math.inf):
         raise CheckpointError(f"config.json says {key} = {value!r}, no standard deviation", hint=CONFIG_HINT)
     return float(value or 0.02)
+
+
+def planned(anatomy: Anatomy, plan: Plan) -> Anatomy:
+    """Return the anatomy of the model that a plan makes of this one; this one where the plan changes nothing."""
+    if not plan.steps and plan.config == anatomy.spec.config:
+        return anatomy
+    return read_anatomy(plan.result(anatomy.spec))
 
 
 def keep_layers(anatomy: Anatomy, keep: Sequence[int]) -> Plan:
