@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from surgeon.anatomy.anatomy import Anatomy
-from surgeon.anatomy.axes import axes_of
+from surgeon.anatomy.axes import Index, axes_of
 from surgeon.errors import PlanError
 from surgeon.transforms.narrow import Kept, layers_with
 from surgeon.transforms.scores import METHODS
@@ -276,19 +276,19 @@ class _Picker:
     def __init__(self, criterion: str, values: Mapping[str, Any], seed: int) -> None:
         self._criterion, self._values, self._seed = criterion, values, seed
 
-    def pick(self, axis: str, layer: int | None, old: int, new: int, *, inside: int | None = None) -> tuple[int, ...]:
+    def pick(self, axis: str, layer: int | None, old: int, new: int, *, inside: int | None = None) -> Index:
         """Return `new` of `old` positions, ascending: of a layer's axis, and of one group inside it."""
         if new == old:
-            return tuple(range(old))
+            return Index.up_to(old)
         if not 0 < new < old:
             raise PlanError(
                 f"cannot prune {axis} from {old} to {new}", hint=f"Ask for 1 to {old}; to grow: surgeon grow."
             )
         if self._criterion == "uniform":
-            return uniform(old, new)
+            return Index.of(uniform(old, new))
         if self._criterion == "random":
             drawn = random.Random(f"{self._seed}/{axis}/{layer}/{inside}")  # noqa: S311  (no secret)
-            return tuple(sorted(drawn.sample(range(old), new)))
+            return Index.of(sorted(drawn.sample(range(old), new)))
         scores = self._values.get(axis)
         if scores is None:
             raise PlanError(
@@ -297,4 +297,4 @@ class _Picker:
         row = scores if layer is None else scores[layer]
         row = row if inside is None else row[inside]
         ranked = sorted(range(old), key=lambda i: (-row[i], i))
-        return tuple(sorted(ranked[:new]))
+        return Index.of(sorted(ranked[:new]))

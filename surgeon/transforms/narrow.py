@@ -18,7 +18,7 @@ from itertools import pairwise
 from typing import Any
 
 from surgeon.anatomy.anatomy import EXPERT_NUMBER, Anatomy
-from surgeon.anatomy.axes import Dim, Keep, axes_of, survivors
+from surgeon.anatomy.axes import Dim, Index, Keep, Scale, axes_of, survivors
 from surgeon.anatomy.config import is_off, spelled
 from surgeon.anatomy.families import Row
 from surgeon.anatomy.spellings import SPELLINGS
@@ -35,9 +35,9 @@ SHARES = "the weights of a token's experts are shares among all experts, which a
 HEAD_DIMS = ("q_dim", "k_dim", "v_dim")
 WORDS = {"ffn": "MLP neurons", "kv_heads": "key-value heads", "group": "heads", "experts": "experts"}
 
-Positions = tuple[int, ...]
+Positions = Sequence[int]  # a tuple, or an Index where they may be many
 # From a layer (None: outside of all) and a dimension to its remaining positions, and a factor for each: 1.
-_Cut = Callable[[int | None, Dim], tuple[Positions, tuple[float, ...]]]
+_Cut = Callable[[int | None, Dim], tuple[Index, Scale]]
 
 
 @dataclass(frozen=True)
@@ -68,9 +68,10 @@ def narrow(anatomy: Anatomy, kept: Kept) -> Plan:
     check_shape(anatomy, {axis: sizes[axis] for axis in (*SQUARE, "ffn", "experts") if axis in sizes})
     _check_projections(anatomy, sizes)
     cut = _cuts(anatomy, kept)
+    numbers = {layer: {old: new for new, old in enumerate(left)} for layer, left in (kept.experts or {}).items()}
     tensors: dict[str, Expr] = {}
     for name in anatomy.spec.tensors:
-        new_name = _renamed(anatomy, kept, name)
+        new_name = _renamed(anatomy, numbers, name)
         if new_name is not None:
             tensors[new_name] = _narrowed(anatomy, name, sizes, cut)
     shown = ("hidden", "ffn", "heads", "kv_heads", "head_dim", "experts")
@@ -81,7 +82,9 @@ def narrow(anatomy: Anatomy, kept: Kept) -> Plan:
         steps=({"narrow": {axis: sizes[axis] for axis in shown if sizes.get(axis) != anatomy.sizes.get(axis)}},),
         notes=_notes(anatomy, sizes),
         approximate=_reasons(anatomy, sizes),
-        axes=_shared(anatomy, kept),  # axes of which layers keep different positions have no one map
+        axes={
+            axis: Index.of(positions) for axis, positions in _shared(anatomy, kept).items()
+        },  # axes of which layers keep different positions have no one map
     )
 
 
@@ -126,38 +129,37 @@ def _by_layer(kept: Kept) -> dict[str, Mapping[int, Any]]:
 # --- tensors ----------------------------------------------------------------------------------------------------
 
 
-def _renamed(anatomy: Anatomy, kept: Kept, name: str) -> str | None:
-    """Return a tensor's name in the result, where experts are renumbered; None for a tensor of a dropped expert."""
-    place, expert = anatomy.locate(name), EXPERT_NUMBER.search(name)
-    if kept.experts is None or place is None or expert is None:
+def _renamed(anatomy: Anatomy, numbers: Mapping[int, Mapping[int, int]], name: str) -> str | None:
+    """Return a tensor's name in the result, where experts get other numbers; None for a tensor of a dropped expert."""
+    expert = EXPERT_NUMBER.search(name) if numbers else None
+    place = anatomy.locate(name) if expert else None
+    if place is None or expert is None:
         return name
-    remaining = kept.experts[place[0]]
-    if int(expert.group()) not in remaining:
-        return None
-    return EXPERT_NUMBER.sub(str(remaining.index(int(expert.group()))), name)
+    number = numbers[place[0]].get(int(expert.group()))
+    return None if number is None else EXPERT_NUMBER.sub(str(number), name)
 
 
 def _cuts(anatomy: Anatomy, kept: Kept) -> _Cut:
     """Return the function that gives the remaining positions of a dimension; it computes each of them once."""
-    by_layer, shared, sizes = _by_layer(kept), _shared(anatomy, kept), anatomy.sizes
+    by_layer, sizes = _by_layer(kept), anatomy.sizes
+    shared = {axis: Index.of(positions) for axis, positions in _shared(anatomy, kept).items()}
 
+    @cache
     def keep_in(layer: int | None) -> Keep:
         own = {axis: layers[layer] for axis, layers in by_layer.items() if layer is not None and layer in layers}
         groups = own.get("kv_heads", range(sizes["kv_heads"]))
-        heads = {group: frozenset(members) for group, members in zip(groups, own.pop("group", ()), strict=False)}
-        sets = {axis: frozenset(positions) for axis, positions in (shared | own).items()}
+        heads = {group: Index.of(members) for group, members in zip(groups, own.pop("group", ()), strict=False)}
+        whole = shared | {axis: Index.of(positions) for axis, positions in own.items()}
 
-        def keep(axis: str, position: int, outer: Mapping[str, int]) -> bool:
-            if axis == "group" and heads:
-                return position in heads[outer["kv_heads"]]
-            return axis not in sets or position in sets[axis]
+        def keep(axis: str, outer: Mapping[str, int]) -> Index | None:
+            return heads[outer["kv_heads"]] if axis == "group" and heads else whole.get(axis)
 
         return keep
 
     @cache
-    def cut(layer: int | None, dim: Dim) -> tuple[Positions, tuple[float, ...]]:
+    def cut(layer: int | None, dim: Dim) -> tuple[Index, Scale]:
         index = survivors(dim, sizes, keep_in(layer))
-        return index, (1.0,) * len(index)
+        return index, Scale.all(1.0, len(index))
 
     return lambda layer, dim: cut(layer if axes_of(dim) & by_layer.keys() else None, dim)
 

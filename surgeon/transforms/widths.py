@@ -5,13 +5,13 @@ family's code cannot express is refused here, and so is what would change the fu
 """
 
 import math
-from collections import Counter, defaultdict
-from collections.abc import Mapping
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from surgeon.anatomy.anatomy import Anatomy
-from surgeon.anatomy.axes import axes_of
+from surgeon.anatomy.axes import Index, Scale, axes_of
 from surgeon.anatomy.config import is_off
 from surgeon.anatomy.rotary import EXTENSIBLE_ROPE, rope_types, rotary_dims, wider_head
 from surgeon.errors import PlanError
@@ -20,7 +20,7 @@ SQUARE = ("hidden", "heads", "kv_heads", "head_dim")  # the sizes that a family'
 WIDTH_METHODS = ("auto", "clone", "pad", "zero-pad", "uneven", "advanced")
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, init=False)
 class AxisMap:
     """How a wider axis is made of a narrower one.
 
@@ -29,10 +29,16 @@ class AxisMap:
     New positions are either `zeroed`: written as zero and read with fresh weights, or the reverse.
     """
 
-    index: tuple[int, ...]
-    write: tuple[float, ...]
-    read: tuple[float, ...]
+    index: Index
+    write: Scale
+    read: Scale
     zeroed: bool
+
+    def __init__(self, index: Iterable[int], write: Iterable[float], read: Iterable[float], *, zeroed: bool) -> None:
+        object.__setattr__(self, "index", Index.of(index))
+        object.__setattr__(self, "write", Scale.of(write))
+        object.__setattr__(self, "read", Scale.of(read))
+        object.__setattr__(self, "zeroed", zeroed)
 
     @property
     def is_exact(self) -> bool:
@@ -47,14 +53,15 @@ class AxisMap:
 
 def tile(size: int, times: int) -> AxisMap:
     """Return the map of `times` copies laid end to end, each read with its share."""
-    return AxisMap(tuple(range(size)) * times, (1.0,) * (size * times), (1 / times,) * (size * times), zeroed=True)
+    new_size = size * times
+    index = Index([(0, size)] * times)
+    return AxisMap(index, Scale.all(1.0, new_size), Scale.all(1 / times, new_size), zeroed=True)
 
 
 def append(size: int, new_size: int) -> AxisMap:
     """Return the map that adds new positions, written at random and not read: what they hold changes nothing yet."""
-    index = (*range(size), *[-1] * (new_size - size))
-    weights = (1.0,) * size + (0.0,) * (new_size - size)
-    return AxisMap(index, weights, weights, zeroed=False)
+    weights = _old_then_new(1.0, size, new_size)
+    return AxisMap(_appended(size, new_size), weights, weights, zeroed=False)
 
 
 def isometric_pad(size: int, new_size: int) -> AxisMap:
@@ -63,9 +70,8 @@ def isometric_pad(size: int, new_size: int) -> AxisMap:
     The mean square is then what it was, so a norm needs no other epsilon: exact for any size.
     """
     ratio = math.sqrt(new_size / size)
-    index = (*range(size), *[-1] * (new_size - size))
-    new = (0.0,) * (new_size - size)
-    return AxisMap(index, (ratio,) * size + new, (1 / ratio,) * size + new, zeroed=True)
+    write, read = _old_then_new(ratio, size, new_size), _old_then_new(1 / ratio, size, new_size)
+    return AxisMap(_appended(size, new_size), write, read, zeroed=True)
 
 
 def zero_pad(size: int, new_size: int) -> AxisMap:
@@ -73,9 +79,8 @@ def zero_pad(size: int, new_size: int) -> AxisMap:
 
     A norm then divides by a smaller mean square: approximate.
     """
-    index = (*range(size), *[-1] * (new_size - size))
-    weights = (1.0,) * size + (0.0,) * (new_size - size)
-    return AxisMap(index, weights, weights, zeroed=True)
+    weights = _old_then_new(1.0, size, new_size)
+    return AxisMap(_appended(size, new_size), weights, weights, zeroed=True)
 
 
 def uneven(size: int, new_size: int) -> AxisMap:
@@ -83,9 +88,18 @@ def uneven(size: int, new_size: int) -> AxisMap:
 
     Exact but for norms, which see the repeated positions weigh more: approximate unless new is a multiple of old.
     """
-    index = tuple(j % size for j in range(new_size))
-    counts = Counter(index)
-    return AxisMap(index, (1.0,) * new_size, tuple(1 / counts[i] for i in index), zeroed=True)
+    times, more = divmod(new_size, size)  # the first `more` positions are there once more than the others
+    index = Index([(0, size)] * times + [(0, more)])
+    read = Scale([(1 / (times + 1), more), (1 / times, size - more)] * times + [(1 / (times + 1), more)])
+    return AxisMap(index, Scale.all(1.0, new_size), read, zeroed=True)
+
+
+def _appended(size: int, new_size: int) -> Index:
+    return Index([(0, size), (-1, new_size - size)])
+
+
+def _old_then_new(factor: float, size: int, new_size: int) -> Scale:
+    return Scale([(factor, size), (0.0, new_size - size)])
 
 
 @dataclass(frozen=True)
@@ -311,13 +325,13 @@ def _check_norms(anatomy: Anatomy, maps: Mapping[str, AxisMap]) -> tuple[str, ..
     residual = maps.get("hidden")
     if residual is None:
         return ()
-    pads = -1 in residual.index
+    pads = residual.index.has_new
     if pads and is_off(anatomy.config, family.pre_norm_flag):
         raise PlanError(
             f"{anatomy.model_type} with norms after the sum cannot be padded: a norm fixes the mean of its output",
             hint="Use a multiple, with --width-method clone.",
         )
-    mean_moves = family.norm_kind == "layer" and not pads and len(residual.index) % len(set(residual.index))
+    mean_moves = family.norm_kind == "layer" and not pads and len(residual.index) % (residual.index.highest + 1)
     if not residual.is_exact or mean_moves:
         return ("norms see another mean square than before",)
     return ()
@@ -341,7 +355,7 @@ def _residual_factors(anatomy: Anatomy, maps: Mapping[str, AxisMap], hidden: int
             factors["tied_factor"] *= math.sqrt(hidden / old)
         if factors["tied_factor"] != 1.0 and not _has_final_norm(anatomy):
             raise PlanError("a tied head without a final norm cannot be widened", hint="Untie the head first.")
-    if family.norm_kind == "layer" and method != "zero-pad" and -1 in residual.index:
+    if family.norm_kind == "layer" and method != "zero-pad" and residual.index.has_new:
         factors["mean_fill"] = math.sqrt(hidden / old)
     return factors
 

@@ -167,11 +167,11 @@ def linear(name: str, axes: str, *, bias: str | bool = False, kind: Kind = "line
     return rows
 
 
-def norm(name: str, axes: str = "hidden", *, shift: bool = False) -> Rows:
+def norm(name: str, axes: str = "hidden", *, shift: bool = False, when: str | None = None) -> Rows:
     """Return the rows of a norm: its gain, and for a layer norm its shift."""
     dims = parse(axes)
-    rows = {f"{name}.weight": Row(dims, "gain")}
-    return rows | {f"{name}.bias": Row(dims, "shift")} if shift else rows
+    rows = {f"{name}.weight": Row(dims, "gain", when)}
+    return rows | {f"{name}.bias": Row(dims, "shift", when)} if shift else rows
 
 
 def one(name: str, axes: str, kind: Kind, when: str | None = None) -> Rows:
