@@ -16,6 +16,7 @@ from surgeon.surgery import open_model, open_source
 if LATER:
     import torch
     import transformers
+    from safetensors.torch import load_file, save_file
 
     from surgeon.models.loading import config_of, load_tokenizer
 
@@ -88,3 +89,41 @@ def test_a_config_that_transformers_refuses_is_no_fault_of_the_tokenizer(tmp_pat
 
     with pytest.raises(CheckpointError, match="transformers refuses config.json of .*'rms_norm_eps' expected float"):
         load_tokenizer(str(model))
+
+
+def with_stored_head(directory, *, add=0.0):
+    """Add to a tied model's file a head that is the embedding plus `add` in one number; return the directory."""
+    tensors = load_file(directory / "model.safetensors")
+    head = tensors["model.embed_tokens.weight"].clone()
+    head[100, 7] += add
+    save_file(tensors | {"lm_head.weight": head}, directory / "model.safetensors", metadata={"format": "pt"})
+    return directory
+
+
+@pytest.mark.parametrize("name", ["llama", "granite"])
+def test_a_stored_copy_of_a_tied_head_is_the_embedding(name, tmp_path):
+    """As granite-4.1 is published. transformers ties a stored head that equals the embedding."""
+    model = with_stored_head(toys.build(name, tmp_path / "model", tie_word_embeddings=True))
+
+    grown = surgeon.grow(model, hidden_size="2x").save(tmp_path / "grown")
+
+    assert surgeon.inspect(model).tied
+    assert "lm_head.weight is left out: it equals model.embed_tokens.weight" in grown.notes[0]
+    assert surgeon.inspect(grown.output).tied
+    assert "lm_head.weight" not in open_source(grown.output).tensors
+    surgeon.verify(model, grown.output)
+
+
+def test_a_head_that_differs_is_not_tied_whatever_the_config_says(tmp_path):
+    """One number among many differs. transformers compares them all, warns, and uses the stored head."""
+    model = with_stored_head(toys.build("llama", tmp_path / "model", tie_word_embeddings=True), add=1.0)
+    loaded, _ = toys.load(model)
+    assert loaded.lm_head.weight is not loaded.model.embed_tokens.weight
+
+    grown = surgeon.grow(model, hidden_size="2x").save(tmp_path / "grown")
+
+    assert surgeon.inspect(model).tied is False
+    assert "stored head differs" in str(surgeon.inspect(model))
+    assert "tie_word_embeddings became false: lm_head.weight differs" in grown.notes[0]
+    assert open_source(grown.output).config["tie_word_embeddings"] is False
+    assert surgeon.verify(model, grown.output).verdict == "exact"
