@@ -85,6 +85,19 @@ class Anatomy:
         """Whether a bias of heads serves all layers of a stack, so that they keep the same ones."""
         return self.family is not None and self.family.shares_heads
 
+    @property
+    def stored_tie(self) -> tuple[str, str] | None:
+        """The head that is stored though the config ties it to the embedding, and the embedding; else None."""
+        if self.spec.config.get("tie_word_embeddings", self.config.get("tie_word_embeddings")) is not True:
+            return None
+        of_tokens = {"head": "", "embedding": ""} | {
+            row.kind: name
+            for name, (row, _) in self.rows.items()
+            if row.kind in ("head", "embedding") and axes_of(row.axes[0]) == {"vocab"}
+        }
+        head, embedding = of_tokens["head"], of_tokens["embedding"]
+        return (head, embedding) if head and embedding else None
+
     def locate(self, name: str) -> tuple[int, str] | None:
         """Return the layer of a tensor, numbered through all stacks, and its name inside the layer; None outside."""
         first = 0
