@@ -164,6 +164,27 @@ def num_known(model: Any) -> int:
     return int(model.get_input_embeddings().weight.shape[0])
 
 
+def auto_class(source: Source) -> Any:
+    """Return the Auto class of transformers that builds a source's own model.
+
+    A checkpoint without a head is that of a language model, or of an encoder, as its type is in transformers.
+    """
+    import transformers
+    from transformers.models.auto import modeling_auto as known
+
+    names = class_names(source.config)
+    heads = {"ForMaskedLM": "AutoModelForMaskedLM", "ForSequenceClassification": "AutoModelForSequenceClassification"}
+    named = (kind for end, kind in heads.items() if any(name.endswith(end) for name in names))
+    model_type = str(source.config.get("model_type"))
+    writes = any("CausalLM" in name or "LMHead" in name for name in names)
+    both_ways = model_type in known.MODEL_FOR_MASKED_LM_MAPPING_NAMES and names and not writes
+    without_code = model_type not in known.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and "auto_map" not in source.config
+    usual = "AutoModel" if both_ways or without_code else "AutoModelForCausalLM"
+    if source.config.get("is_encoder_decoder"):
+        usual = "AutoModelForSeq2SeqLM"
+    return getattr(transformers, next(named, usual))
+
+
 def load_model(source: Source, *, dtype: Any, hint: str, **options: Any) -> Any:
     """Return the model in evaluation mode, on the CPU unless `options` (of from_pretrained) place it elsewhere.
 
