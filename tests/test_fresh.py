@@ -1,11 +1,11 @@
 """What is drawn anew is drawn as transformers draws it."""
 
 import pytest
+import tabled
 import toys
 from later import LATER
 
 import surgeon
-from surgeon.anatomy.families import FAMILIES
 from surgeon.errors import PlanError
 
 if LATER:
@@ -15,18 +15,17 @@ if LATER:
 STD = 0.37  # of fresh weights: far from anything that could be left by accident
 
 
-@pytest.mark.parametrize(
-    "name", [*FAMILIES, "llama-biases", "gpt_neox-serial", "opt-post-norm", "qwen3_moe-sparse-step"]
-)
+@pytest.mark.parametrize("name", [*toys.TABLED, *tabled.TYPES])
 def test_fresh_tensors_have_the_distribution_that_transformers_gives_them(name, tmp_path):
     """Constant tensors must be equal; for drawn ones the standard deviation must agree to six standard errors."""
     key = "init_std" if name.startswith("opt") else "initializer_range"
-    toys.build(name, tmp_path / "source", **{key: STD})
+    build = toys.build if name in toys.TABLED else tabled.build64
+    build(name, tmp_path / "source", **{key: STD})
     config = AutoConfig.from_pretrained(tmp_path / "source")
     config.pad_token_id = None  # transformers zeroes the embedding of the padding token; surgeon draws it as any other
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "fresh")
 
-    surgeon.truncate(tmp_path / "source", layers=6, inherit=[]).save(tmp_path / "drawn")
+    surgeon.truncate(tmp_path / "source", layers="100%", inherit=[]).save(tmp_path / "drawn")
 
     expected, drawn = (load_file(tmp_path / out / "model.safetensors") for out in ("fresh", "drawn"))
     assert expected.keys() == drawn.keys()

@@ -14,7 +14,6 @@ from later import LATER
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 import surgeon
-from surgeon.anatomy.families import FAMILIES
 from surgeon.checkpoint.header import TensorSpec, format_header
 from surgeon.errors import DataError, MeasureError, PlanError
 from surgeon.measure.record import Scores, read_scores
@@ -34,7 +33,6 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 NEEDS_FIRST = ("t5", "t5-gated")
 ENCODERS = ("bert", "roberta")
 DECODERS = tuple(name for name in toys.TOYS if name.partition("-")[0] not in (*ENCODERS, "t5", "bart"))
-TABLED = tuple(name for name in toys.TOYS if name.partition("-")[0] in FAMILIES)
 MIXTURES = ("mixtral", "qwen3_moe", "qwen3_moe-sparse-step", "gpt_oss")
 DERIVED = ("gpt2", "gpt2-inverse-layer-idx", "gpt_neox", "gpt_neox-serial", "opt", "opt-post-norm")
 TEXT = {"samples": 3, "sequence_length": 14}
@@ -506,7 +504,7 @@ def options_for(sizes):
 
 
 @pytest.mark.parametrize("criterion", WIDTHS)
-@pytest.mark.parametrize("name", TABLED)
+@pytest.mark.parametrize("name", toys.TABLED)
 def test_a_cut_in_width_and_depth_loads_whole_with_the_sizes_asked_for(name, criterion, toy, tmp_path):
     sizes = sizes_for(name)
     options = {"score": "block-influence" if criterion == "activation" else criterion, "protect": (0, 0)}

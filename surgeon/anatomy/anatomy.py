@@ -4,127 +4,138 @@ Reading an anatomy is also the check that a checkpoint is whole: each tensor is 
 """
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from surgeon.anatomy.axes import shape
-from surgeon.anatomy.config import CONFIG_HINT, check_layer_keys, layer_count, model_type, text_config
-from surgeon.anatomy.families import FAMILIES, Family, Row, Rows
-from surgeon.anatomy.layer_rules import COUNT_KEYS, DECODER_COUNT_KEYS, ENCODER_COUNT_KEYS
+from surgeon.anatomy.axes import axes_of
+from surgeon.anatomy.config import (
+    CONFIG_HINT,
+    check_layer_keys,
+    model_type,
+    text_config,
+    with_text,
+)
+from surgeon.anatomy.families import FAMILIES, FIRST, MULTIMODAL, Family, Layers, Row, Rows
+from surgeon.anatomy.stacks import FILES_HINT, Stack, find_stacks
 from surgeon.checkpoint.header import CheckpointSpec, is_quantized
 from surgeon.errors import CheckpointError, PlanError
 
-_NUMBERED = re.compile(r"((?:.*?\.)??)(0|[1-9][0-9]{0,5})\.")  # the prefix up to the first number, and that number
-_NUMBER = re.compile(r"0|[1-9][0-9]{0,5}")
-_TOWERS = re.compile(r"vision|visual|image|audio|speech|mtp")  # stacks beside the language model's own
-
-FILES_HINT = "The weights are incomplete or of another model than config.json; fetch the whole checkpoint again."
-
-
-@dataclass(frozen=True, slots=True)
-class Stack:
-    """A stack of layers: tensors called prefix + number + "." + rest, numbered from 0 to depth - 1."""
-
-    prefix: str
-    depth: int
-
-    def locate(self, name: str) -> tuple[int, str] | None:
-        """Return the layer of a tensor and its name inside the layer, None for a tensor outside the stack."""
-        if not name.startswith(self.prefix):
-            return None
-        match = _NUMBERED.fullmatch(name[: name.find(".", len(self.prefix)) + 1])
-        if match is None or match[1] != self.prefix:
-            return None
-        return int(match[2]), name[match.end() :]
-
-    def name(self, layer: int, rest: str) -> str:
-        """Return the full name of tensor `rest` of `layer`."""
-        return f"{self.prefix}{layer}.{rest}"
+FREE = "docs/models.md lists what can change in each model type."
+WORDS = {
+    "hidden": "hidden size",
+    "ffn": "MLP",
+    "kv_heads": "key-value heads",
+    "group": "heads",
+    "head_dim": "size of a head",
+}
 
 
-def find_stacks(config: Mapping[str, Any], names: Iterable[str]) -> tuple[Stack, ...]:
-    """Return the model's stack of layers; of an encoder-decoder the decoder's, then the encoder's.
-
-    Raises CheckpointError when the names do not show the number of layers that the config gives.
-    """
-    numbers: dict[str, set[int]] = {}
-    for name in names:
-        if odd := next((word for word in name.split(".") if word.isdigit() and not _NUMBER.fullmatch(word)), None):
-            raise CheckpointError(f"{name[:200]!r} holds {odd[:20]!r}, which is no layer's number", hint=FILES_HINT)
-        if match := _NUMBERED.match(name):
-            numbers.setdefault(match[1], set()).add(int(match[2]))
-    text = text_config(config)
-    if not text.get("is_encoder_decoder"):
-        return (_pick_stack(numbers, layer_count(text, COUNT_KEYS)),)
-    depth = layer_count(text, ENCODER_COUNT_KEYS)
-    decoder_depth = layer_count(text, DECODER_COUNT_KEYS) or depth  # T5: absent means as many
-    return (
-        _pick_stack({prefix: layers for prefix, layers in numbers.items() if "decoder" in prefix}, decoder_depth),
-        _pick_stack({prefix: layers for prefix, layers in numbers.items() if "encoder" in prefix}, depth),
-    )
-
-
-def _pick_stack(numbers: Mapping[str, set[int]], depth: int | None) -> Stack:
-    """Return the one stack with `depth` layers. Raises CheckpointError when there is none, or more than one."""
-    if depth is None:
-        raise CheckpointError("config.json does not say how many layers the model has", hint=CONFIG_HINT)
-    fitting = [prefix for prefix, layers in numbers.items() if len(layers) == depth == max(layers) + 1]
-    if len(fitting) > 1:
-        fitting = [prefix for prefix in fitting if not _TOWERS.search(prefix)]
-    if len(fitting) == 1:
-        return Stack(fitting[0], depth)
-    if fitting:
-        raise CheckpointError(
-            f"cannot tell which are the model's layers: {' or '.join(sorted(fitting))}", hint=CONFIG_HINT
-        )
-    if not numbers:
-        raise CheckpointError("the checkpoint has no layers: no tensor's name holds a number", hint=FILES_HINT)
-    prefix, layers = max(numbers.items(), key=lambda item: (not _TOWERS.search(item[0]), len(item[1])))
-    if (missing := next((i for i in range(max(layers)) if i not in layers), None)) is not None:
-        raise CheckpointError(f"layer {missing} is missing: no tensor is called {prefix}{missing}.*", hint=FILES_HINT)
-    raise CheckpointError(
-        f"config.json says {depth} layers, but the files hold {len(layers)} ({prefix}0 to {prefix}{max(layers)})",
-        hint="Config and weights do not belong together, or extra layers (MTP) follow the model's own.",
-    )
-
-
-Part = Literal["embedding", "attention", "mlp", "norm", "buffer"]
+Part = Literal["embedding", "attention", "mlp", "norm", "buffer", "other"]
 
 EXPERT_NUMBER = re.compile(r"(?<=\.experts\.)\d+(?=\.)")  # of a tensor that only one expert has, in its name
+PART_OF_KIND: Mapping[str, Part] = {"buffer": "buffer", "gain": "norm", "shift": "norm", "opaque": "other"}
+OPAQUE: tuple[Row, Part] = (Row((), "opaque"), "other")
 
 
 @dataclass(frozen=True)
 class Anatomy:
-    """A checkpoint, understood. Without a `family` there is no table: depth can be changed, width and parts cannot."""
+    """A checkpoint, understood. Without a `family` there is no table: depth can be changed, width and parts cannot.
+
+    The layers of all stacks are numbered together: an encoder's follow the decoder's.
+    """
 
     spec: CheckpointSpec
     model_type: str
     stacks: tuple[Stack, ...]
     family: Family | None
     sizes: Mapping[str, int]  # axis: size; empty without a family
+    rows: Mapping[str, tuple[Row, Part]]  # of every tensor; empty without a family
 
     @property
     def depth(self) -> int:
         """The number of layers (of each stack: where they differ, no surgery counts layers)."""
         return self.stacks[0].depth
 
-    def require_family(self) -> Family:
-        """Return the family. Raises PlanError when the model type has no table."""
+    @property
+    def num_layers(self) -> int:
+        """The number of layers of all stacks."""
+        return sum(stack.depth for stack in self.stacks)
+
+    @property
+    def config(self) -> Mapping[str, Any]:
+        """The config of the language model: the checkpoint's own, or its `text_config`."""
+        return text_config(self.spec.config)
+
+    def with_config(self, changes: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the checkpoint's config with some keys of the language model's changed."""
+        whole = self.spec.config
+        return {**whole, **changes} if self.config is whole else with_text(whole, changes)
+
+    @property
+    def whole_family(self) -> Family | None:
+        """The family, None where there is no table, or one that speaks of some axes only."""
+        return None if self.family is None or self.family.is_partial else self.family
+
+    @property
+    def shares_heads(self) -> bool:
+        """Whether a bias of heads serves all layers of a stack, so that they keep the same ones."""
+        return self.family is not None and self.family.shares_heads
+
+    def locate(self, name: str) -> tuple[int, str] | None:
+        """Return the layer of a tensor, numbered through all stacks, and its name inside the layer; None outside."""
+        first = 0
+        for stack in self.stacks:
+            if place := stack.locate(name):
+                return first + place[0], place[1]
+            first += stack.depth
+        return None
+
+    def in_all_stacks(self, layers: Sequence[int]) -> tuple[int, ...]:
+        """Return the numbers of the layers at these places of each stack."""
+        return tuple(stack * self.depth + layer for stack in range(len(self.stacks)) for layer in layers)
+
+    def require_family(self, *, partial: bool = False) -> Family:
+        """Return the family. Raises PlanError when the model type has no table.
+
+        So it does for a table that speaks of some axes only, unless such a `partial` one will do.
+        """
         if self.family is None:
             quantized = is_quantized(self.spec.config)
             what = "a quantized checkpoint" if quantized else f"model type {self.model_type!r}"
             raise PlanError(
                 f"{what} has no table of its tensors, so only whole layers can be moved",
-                hint=f"Model types with a table: {', '.join(FAMILIES)}.",
+                hint=f"Model types with a table: {', '.join(sorted({*FAMILIES, *MULTIMODAL}))}.",
+            )
+        if self.family.is_partial and not partial:
+            raise PlanError(
+                f"the table of model type {self.model_type!r} speaks of some axes only, and this needs all of them",
+                hint="Whole layers and the MLP can be cut and grown: docs/models.md.",
             )
         return self.family
 
+    def check_free(self, axes: Iterable[str]) -> None:
+        """Raises PlanError, with the reason, for an axis that cannot change in this family."""
+        frozen = self.require_family(partial=True).frozen
+        if axis := next((axis for axis in axes if axis in frozen), None):
+            raise PlanError(
+                f"the {WORDS.get(axis, axis)} of {self.model_type} cannot change: {frozen[axis]}", hint=FREE
+            )
+
     def row(self, name: str) -> tuple[Row, Part]:
         """Return the table's row of one of this checkpoint's tensors, and the part that it belongs to."""
-        place = _find_row(self.require_family(), self.stacks[0], name)
-        assert place is not None, f"read_anatomy lets no unknown tensor pass: {name}"
-        return place
+        return self.rows[name]
+
+    def shape_of(self, name: str, sizes: Mapping[str, int]) -> tuple[int, ...]:
+        """Return the shape of a tensor where axes have other sizes; what has no named size keeps its own."""
+        stored, row = self.spec.tensors[name].shape, self.rows[name][0]
+        if row.kind in ("buffer", "opaque"):
+            return stored
+        known = (
+            dim.size(sizes) if axes_of(dim) <= sizes.keys() else size
+            for dim, size in zip(row.axes, stored, strict=True)
+        )
+        return tuple(known)
 
 
 def read_anatomy(spec: CheckpointSpec) -> Anatomy:
@@ -136,17 +147,36 @@ def read_anatomy(spec: CheckpointSpec) -> Anatomy:
     stacks = find_stacks(spec.config, spec.tensors)
     for stack in stacks:
         check_layer_keys(text_config(spec.config), stack.depth)
-    family = FAMILIES.get(name)
-    if family is None or is_quantized(spec.config):  # the tables describe unquantized files
-        return Anatomy(spec, name, stacks, None, {})
+    family = (
+        None if is_quantized(spec.config) else family_of(spec.config, stacks[0].prefix)
+    )  # tables: unquantized files
+    if family is None or _differing(family, spec.config):
+        return Anatomy(spec, name, stacks, None, {}, {})
     if stacks[0].prefix not in (family.layers, family.layers.removeprefix(family.base)):
         raise CheckpointError(
             f"the layers are called {stacks[0].prefix}*, those of a {name} model {family.layers}*", hint=FILES_HINT
         )
     sizes = _sizes(family, spec.config)
-    _check_present(family, stacks[0], spec, sizes)
-    _check_missing(family, stacks[0], spec, sizes)
-    return Anatomy(spec, name, stacks, family, sizes)
+    rows = _check_present(family, stacks, spec, sizes)
+    _check_missing(family, stacks, spec, sizes)
+    return Anatomy(spec, name, stacks, family, sizes, rows)
+
+
+def family_of(config: Mapping[str, Any], layers: str) -> Family | None:
+    """Return the table of a model whose layers lie under `layers`, None where there is none.
+
+    That of a model with a vision tower is its language model's, under other names.
+    """
+    own, text = model_type(config), text_config(config)
+    for wrapper in MULTIMODAL.get(own, ()):
+        inner = FAMILIES.get(str(text.get("model_type"))) if text is not config else None
+        inner = inner or FAMILIES.get(wrapper.text or "")
+        if inner is not None and layers in (
+            (whole := wrapper.around(inner)).layers,
+            whole.layers.removeprefix(whole.base),
+        ):
+            return whole
+    return FAMILIES.get(own)
 
 
 def written_and_read(row: Row) -> tuple[int | None, int | None]:
@@ -163,38 +193,53 @@ def written_and_read(row: Row) -> tuple[int | None, int | None]:
             return last, None
 
 
-def _find_row(family: Family, stack: Stack, name: str) -> tuple[Row, Part] | None:
-    if place := stack.locate(name):
-        inside = EXPERT_NUMBER.sub("{}", place[1])
-        tables: list[tuple[Part, Rows]] = [("attention", family.attention), ("norm", family.norm)]
-        tables += [("mlp", rows) for rows in family.mlp]
-    else:
-        inside = name if name in family.embedding or name.startswith(family.base) else family.base + name
-        tables = [("embedding", family.embedding), ("norm", family.final_norm)]
+def _differing(family: Family, config: Mapping[str, Any]) -> bool:
+    """Return whether an encoder and a decoder have different sizes of an axis: the table has one name for both."""
+    if family.encoder is None:
+        return False
+    counts = ([config[key] for key in keys if config.get(key) is not None] for keys in family.sizes.values())
+    return any(len(set(map(repr, values))) > 1 for values in counts)
+
+
+def _find_row(family: Family, stacks: Sequence[Stack], name: str) -> tuple[Row, Part] | None:
+    for old, new in family.aliases:
+        name = name.replace(old, new)
+    tables: list[tuple[Part, Rows]] = [("embedding", family.embedding), ("norm", family.final_norm)]
+    inside = name if name in family.embedding or name.startswith(family.base) else family.base + name
+    for stack, layers in zip(stacks, family.stacks, strict=True):
+        if place := stack.locate(name):
+            inside = EXPERT_NUMBER.sub("{}", place[1])
+            tables = [("norm", layers.norm), *(("attention", rows) for rows in layers.attention)]
+            tables += [("mlp", rows) for rows in layers.mlp]
     for part, rows in tables:
         if row := rows.get(inside):
-            return row, "buffer" if row.kind == "buffer" else part
-    return None
+            return row, PART_OF_KIND.get(row.kind, part)
+    is_opaque = name.startswith(family.opaque) or (family.base + name).startswith(family.opaque)
+    return OPAQUE if is_opaque else None
 
 
 def _sizes(family: Family, config: Mapping[str, Any]) -> dict[str, int]:
     """Return the size of every axis that the config gives. Raises CheckpointError for what is no positive number."""
     sizes: dict[str, int] = {}
+    text = text_config(config)
     for axis, keys in family.sizes.items():
-        if key := next((key for key in keys if config.get(key) is not None), None):
-            if type(config[key]) is not int or config[key] < 1:
+        if key := next((key for key in keys if text.get(key) is not None), None):
+            if type(text[key]) is not int or text[key] < 1:
                 raise CheckpointError(
-                    f"config.json says {key} = {config[key]!r}, not a positive number", hint=CONFIG_HINT
+                    f"config.json says {key} = {text[key]!r}, not a positive number", hint=CONFIG_HINT
                 )
-            sizes[axis] = config[key]
+            sizes[axis] = text[key]
     for axis, (factor, other) in family.default_sizes.items():
         if other in sizes:
             sizes.setdefault(axis, factor * sizes[other])
+    if family.is_partial:  # it does not speak of heads, or of all it has
+        sizes = {"heads": 1, "kv_heads": 1, "hidden": 1, "ffn": 1} | sizes
+        sizes = {"head_dim": max(1, sizes["hidden"] // sizes["heads"])} | sizes
     for axis in ("hidden", "heads", "vocab", "ffn"):
-        if axis not in sizes:
+        if axis not in sizes and (axis in family.sizes or not family.is_partial):
             raise CheckpointError(f"config.json does not say {family.sizes[axis][0]}", hint=CONFIG_HINT)
     hidden, heads, kv_heads = sizes["hidden"], sizes["heads"], sizes["kv_heads"]
-    if heads % kv_heads:
+    if heads % kv_heads and not family.is_partial:
         raise CheckpointError(
             f"config.json says {heads} attention heads, not a multiple of {kv_heads} key-value heads", hint=CONFIG_HINT
         )
@@ -202,58 +247,95 @@ def _sizes(family: Family, config: Mapping[str, Any]) -> dict[str, int]:
         raise CheckpointError(
             f"config.json says hidden size {hidden}, not a multiple of {heads} attention heads", hint=CONFIG_HINT
         )
-    sizes = {"head_dim": hidden // heads} | sizes | {"group": heads // kv_heads}
-    return sizes | dict.fromkeys(("q_dim", "k_dim", "v_dim"), sizes["head_dim"])
+    sizes = {"head_dim": hidden // heads} | sizes | {"group": max(1, heads // kv_heads)}
+    return sizes | {axis: sizes.get(axis, sizes["head_dim"]) for axis in ("q_dim", "k_dim", "v_dim")}
 
 
-def _check_present(family: Family, stack: Stack, spec: CheckpointSpec, sizes: Mapping[str, int]) -> None:
-    """Refuse a tensor that the table does not know, or that has another shape than the config implies."""
+def _check_present(
+    family: Family, stacks: Sequence[Stack], spec: CheckpointSpec, sizes: Mapping[str, int]
+) -> dict[str, tuple[Row, Part]]:
+    """Return the row of each tensor. Refuses one that the table does not know, or of another shape than it implies."""
+    rows: dict[str, tuple[Row, Part]] = {}
     for name, tensor in spec.tensors.items():
-        place = _find_row(family, stack, name)
+        place = _find_row(family, stacks, name)
         if place is None or not _may_exist(place[0], spec.config, sizes):
             raise CheckpointError(
                 f"{name!r} is not a tensor of a {model_type(spec.config)} model with this config.json", hint=FILES_HINT
             )
-        row, part = place
-        if part == "buffer":
-            continue
-        try:
-            expected = shape(row.axes, sizes)
-        except KeyError as error:
+        row, part = rows[name] = place
+        if part not in ("buffer", "other"):
+            _check_shape(name, tensor.shape, row, sizes)
+    return rows
+
+
+def _check_shape(name: str, stored: tuple[int, ...], row: Row, sizes: Mapping[str, int]) -> None:
+    """Raises CheckpointError for a tensor of another shape than its axes have; "?" has any size."""
+    expected: list[int | str] = []
+    for dim in row.axes:
+        unknown = axes_of(dim) - sizes.keys()
+        if unknown - {"?"}:
             raise CheckpointError(
-                f"{name!r} has an axis {error} whose size config.json does not give", hint=FILES_HINT
-            ) from error
-        if tensor.shape != expected:
-            raise CheckpointError(
-                f"{name!r} is {list(tensor.shape)}, but config.json implies {list(expected)}", hint=FILES_HINT
+                f"{name!r} has an axis {min(unknown)!r} whose size config.json does not give", hint=FILES_HINT
             )
+        expected.append("?" if unknown else dim.size(sizes))
+    if len(stored) != len(expected) or any(
+        want not in ("?", size) for want, size in zip(expected, stored, strict=True)
+    ):
+        implied = f"[{', '.join(map(str, expected))}]"
+        raise CheckpointError(f"{name!r} is {list(stored)}, but config.json implies {implied}", hint=FILES_HINT)
 
 
-def _check_missing(family: Family, stack: Stack, spec: CheckpointSpec, sizes: Mapping[str, int]) -> None:
+def _check_missing(family: Family, stacks: Sequence[Stack], spec: CheckpointSpec, sizes: Mapping[str, int]) -> None:
     """Refuse a checkpoint that lacks a tensor: a loader would fill it with random numbers."""
-    for name in _expected(family, stack, spec, sizes):
-        if name not in spec.tensors:
+    present = set(spec.tensors)
+    for old, new in family.aliases:
+        present = {name.replace(old, new) for name in present}
+    for name in _expected(family, stacks, present, spec.config, sizes):
+        if name not in present:
             raise CheckpointError(f"the checkpoint has no tensor {name!r}", hint=FILES_HINT)
 
 
-def _expected(family: Family, stack: Stack, spec: CheckpointSpec, sizes: Mapping[str, int]) -> Iterator[str]:
+def _expected(
+    family: Family,
+    stacks: Sequence[Stack],
+    present: Collection[str],
+    config: Mapping[str, Any],
+    sizes: Mapping[str, int],
+) -> Iterator[str]:
     """Yield every name that a checkpoint of this family, with this config, must have."""
-    config, present = spec.config, spec.tensors
-    saved_with_base = stack.prefix == family.layers
+    text = text_config(config)
+    saved_with_base = stacks[0].prefix == family.layers
     for name, row in {**family.embedding, **family.final_norm}.items():
         stored = name if saved_with_base else name.removeprefix(family.base)
-        if row.kind == "head":  # absent when tied, and from a headless model; the default of tying is the family's
-            is_needed = saved_with_base and config.get("tie_word_embeddings") is False
+        if row.optional:
+            is_needed = False
+        elif row.kind == "head":  # absent when tied, and from a headless model; the default of tying is the family's
+            is_needed = saved_with_base and config.get("tie_word_embeddings", text.get("tie_word_embeddings")) is False
         else:
-            is_needed = _must_exist(row, config, sizes, sample=stored in present)
+            is_needed = _must_exist(row, text, sizes, sample=stored in present)
         if is_needed:
             yield stored
+    for stack, layers in zip(stacks, family.stacks, strict=True):
+        yield from _expected_in_layers(stack, layers, present, text, sizes)
+
+
+def _expected_in_layers(
+    stack: Stack, layers: Layers, present: Collection[str], text: Mapping[str, Any], sizes: Mapping[str, int]
+) -> Iterator[str]:
     places = (stack.locate(name) for name in present)
     first = {place[1] for place in places if place and place[0] == 0}
     for layer in range(stack.depth):
-        mlp = max(family.mlp, key=lambda rows: sum(stack.name(layer, rest.format(0)) in present for rest in rows))
-        for rest, row in {**family.attention, **family.norm, **mlp}.items():
-            if _must_exist(row, config, sizes, sample=rest in first):
+
+        def fitting(alternatives: Sequence[Rows], layer: int = layer) -> Rows:
+            """Return the alternative of which most is there."""
+            return max(
+                alternatives, key=lambda rows: sum(stack.name(layer, rest.format(0)) in present for rest in rows)
+            )
+
+        for rest, row in {**fitting(layers.attention), **layers.norm, **fitting(layers.mlp)}.items():
+            if row.optional or (row.when == FIRST and layer):
+                continue
+            if _must_exist(row, text, sizes, sample=rest in first):
                 for expert in range(sizes["experts"] if "{}" in rest else 1):
                     yield stack.name(layer, rest.format(expert))
 
@@ -267,13 +349,14 @@ def _must_exist(row: Row, config: Mapping[str, Any], sizes: Mapping[str, int], *
 
 
 def _may_exist(row: Row, config: Mapping[str, Any], sizes: Mapping[str, int]) -> bool:
-    return _exists_by_config(row, config, sizes) is not False
+    return _exists_by_config(row, text_config(config), sizes) is not False
 
 
 def _exists_by_config(row: Row, config: Mapping[str, Any], sizes: Mapping[str, int]) -> bool | None:
     """Return whether the config says that a tensor exists, None where it does not say."""
-    if row.when is None:
+    if row.when in (None, FIRST):
         return True
+    assert row.when is not None
     left, differs, right = row.when.partition(" != ")
     if differs:
         return sizes[left] != sizes[right]

@@ -58,6 +58,18 @@ def text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
     return config
 
 
+def with_text(config: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a config with changes in the part that describes the language model.
+
+    A key outside of that part which said the same as one that changes says the new value too.
+    """
+    text = text_config(config)
+    if text is config:
+        return {**config, **changes}
+    outer = {key: value for key, value in changes.items() if key in config and config[key] == text.get(key)}
+    return {**config, **outer, "text_config": {**text, **changes}}
+
+
 def model_type(config: Mapping[str, Any]) -> str:
     """Return the config's `model_type`. Raises CheckpointError when there is none."""
     name = config.get("model_type")

@@ -122,7 +122,7 @@ def estimate(anatomy: Anatomy, work: Workload, *, throughput: float | None = Non
         seconds = flops / (throughput * work.processes * EFFICIENCY)
         speed = f"{throughput / 1e12:.3g} T/s in products of matrices, measured"
         notes = [f"time: {speed}, of which training is assumed to reach {EFFICIENCY:.0%}; evaluations are not in it"]
-    if anatomy.family is None:
+    if anatomy.whole_family is None:
         notes += [f"a {anatomy.model_type} has no table of its tensors: activations are guessed as those of a Llama"]
     return RunEstimate(
         steps=work.steps,

@@ -86,19 +86,19 @@ def flops_per_token(anatomy: Anatomy, sequence_length: int, *, trained: float = 
 
 
 def _is_lookup(anatomy: Anatomy, name: str) -> bool:
-    if anatomy.family is None:
+    if anatomy.whole_family is None:
         return _LOOKUP.search(name) is not None
     return anatomy.row(name)[0].kind == "embedding"
 
 
 def _is_head(anatomy: Anatomy, name: str) -> bool:
-    if anatomy.family is None:
+    if anatomy.whole_family is None:
         return _HEAD.search(name) is not None
     return anatomy.row(name)[0].kind == "head"
 
 
 def _is_buffer(anatomy: Anatomy, name: str) -> bool:
-    return anatomy.family is not None and anatomy.row(name)[0].kind == "buffer"
+    return anatomy.whole_family is not None and anatomy.row(name)[1] in ("buffer", "other")
 
 
 def _share(config: Mapping[str, Any], name: str, shape: Sequence[int]) -> float:

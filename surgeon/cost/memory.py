@@ -84,14 +84,14 @@ def matrices(anatomy: Anatomy) -> list[str]:
     """Return the names of the matrices of all layers, also of experts that are stored as one tensor."""
     tensors, stack = anatomy.spec.tensors, anatomy.stacks[0]
     inside = [name for name in tensors if stack.locate(name) and len(tensors[name].shape) >= 2]
-    if anatomy.family is None:
+    if anatomy.whole_family is None:
         return inside
     return [name for name in inside if anatomy.row(name)[0].kind in ("linear", "conv1d")]
 
 
 def sizes_of(anatomy: Anatomy) -> dict[str, int]:
     """Return the sizes that memory depends on; without a table, as the config says them, 0 for unknown."""
-    if anatomy.family is not None:
+    if anatomy.whole_family is not None:
         return dict(anatomy.sizes) | {"ffn": anatomy.sizes.get("expert_ffn", anatomy.sizes["ffn"])}
     config = anatomy.spec.config
     hidden, heads = size_of(config, "hidden") or 0, size_of(config, "heads") or 1
@@ -124,7 +124,7 @@ def _layer_bytes(anatomy: Anatomy, batch: BatchShape) -> int:
     into_mlp = max(1, len(branches)) if batch.casts else 1
     experts = size_of(config, "experts_per_token") or 1
     numbers = into_attention * hidden + 2 * query + 2 * key  # attention: input, queries, keys, values, result
-    if not any(map(_ATTENTION.search, products)) and not (anatomy.family and anatomy.family.rotary is None):
+    if not any(map(_ATTENTION.search, products)) and not (anatomy.whole_family and anatomy.whole_family.rotary is None):
         numbers += query + key  # in one tensor with the values; rotated copies exist beside them
     numbers += experts * (into_mlp * hidden + inside * ffn)
     kept = numbers * batch.item + 4 * sizes["heads"]  # and the logarithm of each softmax's sum
@@ -154,8 +154,8 @@ def _num_norms(anatomy: Anatomy, names: Sequence[str], hidden: int) -> int:
 
 def _is_layer_norm(anatomy: Anatomy) -> bool:
     """Return whether norms subtract the mean; without a table, whether they have a shift beside their gain."""
-    if anatomy.family is not None:
-        return anatomy.family.norm_kind == "layer"
+    if anatomy.whole_family is not None:
+        return anatomy.whole_family.norm_kind == "layer"
     return any(re.search(r"(norm|ln_\w+)\.bias$", name) for name in _last_layer(anatomy))
 
 

@@ -21,10 +21,12 @@ class Activations(Watcher):
     """Sums the squares of mean activations, in float32, over the samples of a text."""
 
     def __init__(self, anatomy: Anatomy) -> None:
-        family = anatomy.require_family()
+        family = anatomy.require_family(partial=True)
         self._anatomy = anatomy
         norms = [
-            rest for rest, row in family.norm.items() if row.kind == "gain" and axes_of(row.axes[-1]) == {"hidden"}
+            rest
+            for rest, row in family.stacks[0].rows.items()
+            if row.kind == "gain" and axes_of(row.axes[-1]) == {"hidden"}
         ]
         self._norms = [rest for rest in norms if rest not in family.branch_norms] or norms
         sizes, depth = anatomy.sizes, anatomy.depth

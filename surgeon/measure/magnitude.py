@@ -38,31 +38,34 @@ def width_magnitudes(source: Source) -> dict[str, Tensor]:
     """Return Σ |w| over all weights that belong to a position of an axis.
 
     "hidden" has shape (D,), of the whole model; "ffn" (L, F), "heads" (L, kv_heads, group), "kv_heads" (L, kv_heads)
-    and "experts" (L, E) are of each layer, zero where a layer has none of the axis.
+    and "experts" (L, E) are of each layer, zero where a layer has none of the axis. An encoder's layers follow the
+    decoder's.
 
     Raises PlanError when the model type has no table.
     """
     anatomy = read_anatomy(spec_of(source))
-    anatomy.require_family()
-    sizes = anatomy.sizes
-    shapes = {"ffn": (anatomy.depth, sizes["ffn"]), "hidden": (1, sizes["hidden"])}
-    shapes["heads"] = (anatomy.depth, sizes["kv_heads"] * sizes["group"])
-    shapes["kv_heads"] = (anatomy.depth, sizes["kv_heads"])
+    anatomy.require_family(partial=True)
+    sizes, depth = anatomy.sizes, anatomy.num_layers
+    shapes = {"ffn": (depth, sizes["ffn"]), "hidden": (1, sizes["hidden"])}
+    shapes["heads"] = (depth, sizes["kv_heads"] * sizes["group"])
+    shapes["kv_heads"] = (depth, sizes["kv_heads"])
     if "experts" in sizes:
-        shapes["experts"] = (anatomy.depth, sizes["experts"])
+        shapes["experts"] = (depth, sizes["experts"])
     sums = {axis: torch.zeros(shape, dtype=torch.float64) for axis, shape in shapes.items()}
     for name, tensor in _tensors(source):
         _add(sums, anatomy, name, tensor)
     importance = {axis: total for axis, total in sums.items() if bool(total.any())}
-    importance["hidden"] = importance["hidden"][0]
-    importance["heads"] = importance["heads"].view(anatomy.depth, sizes["kv_heads"], sizes["group"])
+    if "hidden" in importance:
+        importance["hidden"] = importance["hidden"][0]
+    if "heads" in importance:
+        importance["heads"] = importance["heads"].view(depth, sizes["kv_heads"], sizes["group"])
     return importance
 
 
 def _add(sums: Mapping[str, Tensor], anatomy: Anatomy, name: str, tensor: Tensor) -> None:
     row, part = anatomy.row(name)
-    place = anatomy.stacks[0].locate(name)
-    if part == "buffer":
+    place = anatomy.locate(name)
+    if part in ("buffer", "other"):
         return
     expert = EXPERT_NUMBER.search(name) if "experts" in sums else None
     for number, dim in enumerate(row.axes):
@@ -71,7 +74,7 @@ def _add(sums: Mapping[str, Tensor], anatomy: Anatomy, name: str, tensor: Tensor
         for axis, total in sums.items():
             if axis != "hidden" and place is None:
                 continue
-            labels = _labels(dim, anatomy.sizes, axis)
+            labels = _labels(dim, anatomy.sizes, axis) if axes_of(dim) <= anatomy.sizes.keys() else None
             if labels is not None:
                 known = labels >= 0
                 total[0 if axis == "hidden" or place is None else place[0]].index_add_(0, labels[known], weights[known])

@@ -163,11 +163,13 @@ def _fits(values: object, depth: int, *, matrix: bool) -> bool:
 
 
 def _fits_axis(axis: str, values: object, depth: int) -> bool:
-    """Return whether these are the scores of an axis: of the whole model for "hidden", else of each layer."""
+    """Return whether these are the scores of an axis: of the whole model for "hidden", else of each stack's layers."""
     if axis == "hidden":
         return _are_numbers(values, nested=0)
     return (
-        isinstance(values, list) and len(values) == depth and _are_numbers(values, nested=2 if axis == "heads" else 1)
+        isinstance(values, list)
+        and len(values) in (depth, 2 * depth)
+        and _are_numbers(values, nested=2 if axis == "heads" else 1)
     )
 
 

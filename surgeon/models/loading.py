@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from surgeon.anatomy.config import class_names, size_of, text_config
 from surgeon.checkpoint.derived import JoinedSource
-from surgeon.checkpoint.header import not_regular, read_json
+from surgeon.checkpoint.header import QUANTIZATION_KEYS, not_regular, read_json
 from surgeon.checkpoint.source import Source, check_links, inside, is_companion
 from surgeon.errors import CheckpointError, DataError, MeasureError, PlanError, SurgeonError, failure_of_library
 from surgeon.models.device import available_memory, compute_dtype
@@ -98,7 +98,7 @@ def _without_input() -> Iterator[None]:
         sys.stdin = before
 
 
-def _from_pretrained(kind: Any, name: "str | os.PathLike[str]", **options: Any) -> Any:
+def _from_pretrained(kind: Any, name: "str | os.PathLike[str] | None", **options: Any) -> Any:
     """Return what a class of transformers loads. Nothing else calls `from_pretrained`, but for `load_adapter`."""
     with _without_input():
         return kind.from_pretrained(name, trust_remote_code=_TRUSTED.get(), **options)
@@ -114,6 +114,11 @@ def _safe(config: Mapping[str, Any]) -> dict[str, Any]:
     """Return a config without the keys that choose other files or a kernel, which may be code on the Hub."""
     kept = {key: value for key, value in config.items() if not chooses_kernel(key) and key != "transformers_weights"}
     return {key: _safe(value) if isinstance(value, Mapping) else value for key, value in kept.items()}
+
+
+def _unquantized(config: Mapping[str, Any]) -> dict[str, Any]:
+    kept = {key: value for key, value in config.items() if key not in QUANTIZATION_KEYS}
+    return {key: _unquantized(value) if isinstance(value, Mapping) else value for key, value in kept.items()}
 
 
 # --- models -------------------------------------------------------------------------------------------------------
@@ -140,14 +145,26 @@ def config_of(source: Source, *, hint: str) -> Any:
         return _from_pretrained(AutoConfig, name, revision=revision)
     if model_type not in CONFIG_MAPPING and has_code:
         raise MeasureError(f"{source.label} is run by code of its own (auto_map in config.json)", hint=TRUST_HINT)
-    if model_type not in CONFIG_MAPPING:
-        raise MeasureError(f"transformers has no model type {model_type!r} of its own", hint=hint)
     text = text_config(source.config)
     padding, vocabulary = text.get("pad_token_id"), size_of(text, "vocab")
     if isinstance(padding, int) and vocabulary is not None and padding >= vocabulary:
         message = f"config.json of {source.label} says pad_token_id = {padding}, beyond its {vocabulary} tokens"
         raise CheckpointError(message, hint="Set it to a token of the vocabulary, or to null.")
-    return CONFIG_MAPPING[model_type].from_dict(_safe(source.config))
+    return parsed_config(source.config, hint=hint)
+
+
+def parsed_config(config: Mapping[str, Any], *, hint: str = HINT) -> Any:
+    """Return a config as transformers reads it, with its validators run. Imports no torch where there is none.
+
+    Raises MeasureError, with `hint`, for a model type that transformers does not have, and for a config it refuses.
+    """
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    model_type = str(config.get("model_type"))
+    if model_type not in CONFIG_MAPPING:
+        raise MeasureError(f"transformers has no model type {model_type!r} of its own", hint=hint)
+    with libraries_fail("transformers refuses config.json", hint=hint):
+        return CONFIG_MAPPING[model_type].from_dict(_safe(config))
 
 
 def check_tokens(largest: int, known: int, label: str) -> None:
@@ -215,13 +232,49 @@ def load_architecture(name: str, revision: str | None, *, dtype: Any) -> tuple[A
     _check_files(name)
     raw, _ = transformers.PreTrainedConfig.get_config_dict(name, revision=revision)
     config = type(load_config(name, revision)).from_dict(_safe(raw))
+    options = {"config": config, "revision": revision, "dtype": dtype, "use_safetensors": True}
+    model, report = _from_pretrained(_class_of(config, raw), name, **options, output_loading_info=True)
+    return model, report
+
+
+def _class_of(config: Any, raw: Mapping[str, Any]) -> Any:
+    """Return the class of transformers that a config names, else the one that its Auto classes choose for it."""
+    import transformers
+
     named = (getattr(transformers, word, None) for word in class_names(raw))
     classes = (each for each in named if isinstance(each, type) and issubclass(each, transformers.PreTrainedModel))
     usual = transformers.AutoModelForSeq2SeqLM if config.is_encoder_decoder else transformers.AutoModelForCausalLM
-    kind: Any = next(classes, usual)
-    options = {"config": config, "revision": revision, "dtype": dtype, "use_safetensors": True}
-    model, report = _from_pretrained(kind, name, **options, output_loading_info=True)
-    return model, report
+    return next(classes, usual)
+
+
+def load_shapes(raw: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
+    """Return transformers' report of loading tensors of these shapes into the model of a config, without their numbers.
+
+    A quantized model is taken for the unquantized one. Raises MeasureError where transformers cannot build it.
+    """
+    import torch
+    from transformers import AutoModel
+    from transformers.models.auto.auto_factory import _get_model_class
+
+    nowhere = torch.device("meta")
+    tensors = {name: torch.empty(shape, dtype=torch.float32, device=nowhere) for name, shape in shapes.items()}
+    config = parsed_config(_unquantized(raw))
+    kind = _class_of(config, raw)
+    if hasattr(kind, "_model_mapping"):  # an Auto class, which would look for files
+        mapping = next(each._model_mapping for each in (kind, AutoModel) if type(config) in each._model_mapping)
+        kind = _get_model_class(config, mapping)  # type: ignore[no-untyped-call]
+    with libraries_fail("transformers cannot build the result", hint=HINT), quiet_transformers():
+        _, report = _from_pretrained(
+            kind,
+            None,
+            config=config,
+            state_dict=tensors,
+            device_map={"": nowhere},
+            dtype=torch.float32,
+            ignore_mismatched_sizes=True,  # they are reported, not raised
+            output_loading_info=True,
+        )
+    return dict(report)
 
 
 def load_gguf(path: Path) -> tuple[Any, dict[str, Any], Any]:

@@ -259,7 +259,7 @@ class StreamedModel:
     @contextmanager
     def _embedding(self, tokens: Tensor) -> Iterator[None]:
         """Return a context with the weights used before the layers: of the token embedding only the rows needed."""
-        family = self.anatomy.family
+        family = self.anatomy.whole_family
         heads = {name for name in self._outer if family and self.anatomy.row(name)[0].kind == "head"}
         table = next((name for name in self._outer if family and self._is_token_embedding(name)), None)
         names = [name for name in self._outer if name not in heads and name != table]

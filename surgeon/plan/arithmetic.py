@@ -14,13 +14,12 @@ import hashlib
 import math
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping
-from functools import lru_cache
-from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from surgeon.anatomy.axes import Run, runs_of
 from surgeon.checkpoint.header import FilePart, TensorSpec
 from surgeon.checkpoint.source import StoredTensor
 from surgeon.plan.plan import Add, Affine, Cast, Constant, Expr, Gather, Normal, Read, Rounded, Uniform, infer
@@ -31,15 +30,6 @@ DRAW = 1 << 22  # normal numbers drawn at a time: bounds the memory of a draw in
 SHORT = 16  # positions: if runs are shorter on average, a Gather uses an index
 
 MakeRows = Callable[[int, int], Tensor]  # returns rows [start, stop) of a tensor; do not write to them
-
-
-class _GatherRun(NamedTuple):
-    """Positions [at, at + length) of a Gather: source positions from `first` on, times `scale`; new if first is -1."""
-
-    at: int
-    first: int
-    length: int
-    scale: float
 
 
 class _Specs(Mapping[str, TensorSpec]):
@@ -136,7 +126,7 @@ class Arithmetic:
             rows = self._rows(part)
             return lambda total, start, stop: total.add_(rows(start, stop))
         source, dim = self._rows(part.source), part.dim
-        runs = [run for run in _gather_runs(part.index, part.scale) if run.first >= 0]
+        runs = [run for run in _runs(part) if run.first >= 0]
 
         def add_to(total: Tensor, start: int, stop: int) -> None:
             value = source(start, stop)
@@ -156,7 +146,7 @@ class Arithmetic:
         return self._gather_rows(expr) if expr.dim == 0 else self._gather_columns(expr)
 
     def _gather_columns(self, expr: Gather) -> MakeRows:
-        runs = _gather_runs(expr.index, expr.scale)
+        runs = _runs(expr)
         source, new, dim = self._rows(expr.source), self._new_positions(expr), expr.dim
         rest = self._shape(expr)[1:]
 
@@ -174,7 +164,7 @@ class Arithmetic:
         return rows
 
     def _gather_rows(self, expr: Gather) -> MakeRows:
-        runs = _gather_runs(expr.index, expr.scale)
+        runs = _runs(expr)
         source, new = self._rows(expr.source), self._new_positions(expr)
         starts = [run.at for run in runs]
         rest, dtype = self._shape(expr)[1:], self._wide_dtype(expr)
@@ -197,7 +187,7 @@ class Arithmetic:
         source, new, dim = self._rows(expr.source), self._new_positions(expr), expr.dim
         along = [-1 if k == dim else 1 for k in range(len(self._shape(expr)))]
         dtype = self._wide_dtype(expr)
-        index, scale = torch.tensor(expr.index), torch.tensor(expr.scale, dtype=dtype).view(along)
+        index, scale = torch.tensor(tuple(expr.index)), torch.tensor(tuple(expr.scale), dtype=dtype).view(along)
         is_new = (index < 0).view(along)
 
         def rows(start: int, stop: int) -> Tensor:
@@ -217,7 +207,7 @@ class Arithmetic:
     def _new_positions(self, expr: Gather) -> Callable[[Tensor], Tensor]:
         """Return the function from a block of the source to the value of new positions: one number, or one per mean."""
         size = self._shape(expr.source)[expr.dim]
-        if not expr.mean or not size or -1 not in expr.index:
+        if not expr.mean or not size or not expr.index.has_new:
             return lambda block: torch.tensor(expr.fill, dtype=block.dtype)
         if expr.dim:
             return lambda block: (_total(_to_float64(block), expr.dim) / size * expr.mean + expr.fill).to(block.dtype)
@@ -286,21 +276,13 @@ def _row_ranges(shape: tuple[int, ...]) -> Iterator[tuple[int, int]]:
     return ((start, min(start + step, shape[0])) for start in range(0, shape[0], step))
 
 
-@lru_cache(maxsize=64)
-def _gather_runs(index: tuple[int, ...], scale: tuple[float, ...]) -> tuple[_GatherRun, ...]:
+def _runs(expr: Gather) -> tuple[Run, ...]:
     """Return the runs of a Gather, in order."""
-    runs: list[_GatherRun] = []
-    for j, (i, factor) in enumerate(zip(index, scale, strict=True)):
-        last = runs[-1] if runs else None
-        if last and last.scale == factor and i == (-1 if last.first < 0 else last.first + j - last.at):
-            continue
-        runs.append(_GatherRun(j, i, 0, factor))
-    ends = [run.at for run in runs[1:]] + [len(index)]
-    return tuple(run._replace(length=end - run.at) for run, end in zip(runs, ends, strict=True))
+    return tuple(runs_of(expr.index, expr.scale))
 
 
 def _is_scattered(expr: Gather) -> bool:
-    return max(expr.index, default=-1) >= 0 and len(_gather_runs(expr.index, expr.scale)) * SHORT > len(expr.index)
+    return expr.index.highest >= 0 and len(_runs(expr)) * SHORT > len(expr.index)
 
 
 def _total(value: Tensor, dim: int) -> Tensor:

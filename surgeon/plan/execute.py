@@ -13,7 +13,15 @@ from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
-from surgeon.checkpoint.header import DTYPE_BITS, CheckpointSpec, FilePart, FileRange, TensorSpec, format_header
+from surgeon.checkpoint.header import (
+    DTYPE_BITS,
+    CheckpointSpec,
+    FilePart,
+    FileRange,
+    TensorSpec,
+    format_header,
+    read_header,
+)
 from surgeon.checkpoint.output import (
     PAGE,
     STEP,
@@ -25,6 +33,7 @@ from surgeon.checkpoint.output import (
     start_writeback,
 )
 from surgeon.checkpoint.source import INDEX, WEIGHTS, Ranges, Source, StoredTensor, ranges_by_file
+from surgeon.errors import OutputError
 from surgeon.plan.plan import Expr, Plan, Read, reads
 
 # Measured peaks of a whole process that only moves bytes, and of one that has imported torch, in bytes.
@@ -127,6 +136,17 @@ def execute(
         (directory / INDEX).write_text(text, encoding="utf-8")
         size += len(text.encode())
     return Written(size, shared)
+
+
+def check_written(directory: Path, shards: Sequence[Shard]) -> None:
+    """Read every written header back. Raises OutputError when one differs from the plan."""
+    for shard in shards:
+        written = {name: entry.spec for name, entry in read_header(directory / shard.file).items()}
+        if written != dict(shard.tensors):
+            raise OutputError(
+                f"{shard.file} does not hold what was written to it; the disk may be failing",
+                hint="Write to another disk with -o.",
+            )
 
 
 def ranges_read(plan: Plan, source: Source, *, also: Iterable[str] = ()) -> Ranges:

@@ -4,11 +4,12 @@ Plans are pure data. Deciding one reads no weights; plans compose with `then`, a
 """
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from itertools import groupby
+from itertools import starmap
 from typing import Any
 
+from surgeon.anatomy.axes import Index, Scale
 from surgeon.checkpoint.header import CheckpointSpec, TensorSpec, is_quantized
 from surgeon.errors import PlanError
 
@@ -24,7 +25,7 @@ class Read:
     name: str
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, init=False)
 class Gather:
     """Position j along `dim` is position index[j] of `source` times scale[j]; where index[j] is -1 it is new.
 
@@ -33,10 +34,23 @@ class Gather:
 
     source: "Expr"
     dim: int
-    index: tuple[int, ...]
-    scale: tuple[float, ...]
+    index: Index
+    scale: Scale
     fill: float = 0.0
     mean: float = 0.0
+
+    def __init__(
+        self,
+        source: "Expr",
+        dim: int,
+        index: Iterable[int],
+        scale: Iterable[float],
+        fill: float = 0.0,
+        mean: float = 0.0,
+    ) -> None:
+        fields = {"source": source, "dim": dim, "index": Index.of(index), "scale": Scale.of(scale)}
+        for name, value in (fields | {"fill": fill, "mean": mean}).items():
+            object.__setattr__(self, name, value)
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,7 +171,7 @@ def infer(expr: Expr, tensors: Mapping[str, TensorSpec]) -> TensorSpec:
             return tensors[name]
         case Gather(source, dim, index):
             spec = _number(source, tensors)
-            if dim >= len(spec.shape) or max(index, default=-1) >= spec.shape[dim] or min(index, default=0) < -1:
+            if dim >= len(spec.shape) or index.highest >= spec.shape[dim]:
                 raise PlanError(f"cannot gather {len(index)} positions along dim {dim} of {list(spec.shape)}")
             return replace(spec, shape=(*spec.shape[:dim], len(index), *spec.shape[dim + 1 :]))
         case Affine(source):
@@ -191,9 +205,10 @@ def describe(expr: Expr) -> str:
         case Read(name):
             return name
         case Gather(source, dim, index, scale):
-            factors = ((factor, len(list(group))) for factor, group in groupby(scale))
-            scaled = "" if set(scale) <= {1.0} else f" times {_listed(f'{f:.6g} x{n}' for f, n in factors)}"
-            return f"gather({describe(source)}, dim {dim}: {_listed(map(_span, _consecutive(index)))}{scaled})"
+            scaled = (
+                "" if scale.factors <= {1.0} else f" times {_listed(f'{factor:.6g} x{n}' for factor, n in scale.runs)}"
+            )
+            return f"gather({describe(source)}, dim {dim}: {_listed(starmap(_span, index.runs))}{scaled})"
         case Affine(source, factor, offset):
             return f"{factor:.6g} * {describe(source)}" + (f" + {offset:.6g}" if offset else "")
         case Add(parts):
@@ -210,20 +225,8 @@ def describe(expr: Expr) -> str:
             return f"constant({value:g}, {spec.dtype} {list(spec.shape)})"
 
 
-def _consecutive(index: Sequence[int]) -> list[tuple[int, int]]:
-    """Return (first, last) of each run of positions that count up by one; new positions form runs of their own."""
-    runs: list[tuple[int, int]] = []
-    for i in index:
-        if runs and ((i == -1 and runs[-1][1] == -1) or (i > 0 and runs[-1][1] == i - 1 != -1)):
-            runs[-1] = (runs[-1][0], i)
-        else:
-            runs.append((i, i))
-    return runs
-
-
-def _span(run: tuple[int, int]) -> str:
-    first, last = run
-    return "new" if first == -1 else str(first) if first == last else f"{first}-{last}"
+def _span(first: int, length: int) -> str:
+    return "new" if first == -1 else str(first) if length == 1 else f"{first}-{first + length - 1}"
 
 
 def _listed(words: Iterable[str]) -> str:
@@ -254,7 +257,7 @@ class Plan:
     steps: tuple[Mapping[str, Any], ...] = ()
     notes: tuple[str, ...] = ()
     approximate: tuple[str, ...] = ()
-    axes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    axes: Mapping[str, Index] = field(default_factory=dict)
 
     def then(self, later: "Plan") -> "Plan":
         """Return one plan that does this one, then `later`: each Read of `later` becomes this plan's expression."""
@@ -263,7 +266,7 @@ class Plan:
         axes = dict(self.axes)
         for axis, index in later.axes.items():
             before = self.axes.get(axis)
-            axes[axis] = index if before is None else tuple(-1 if i < 0 else before[i] for i in index)
+            axes[axis] = index if before is None else index.of_old(before)
         return Plan(
             config=later.config,
             tensors=tensors,
@@ -329,7 +332,7 @@ class Plan:
 
     def axis_runs(self) -> dict[str, list[list[int]]]:
         """Return the map of each widened axis as runs: [first source position or -1, number of positions]."""
-        return {axis: _axis_runs(index) for axis, index in self.axes.items()}
+        return {axis: [list(run) for run in index.runs] for axis, index in self.axes.items()}
 
     def to_json(self) -> str:
         """Return the plan as JSON text."""
@@ -345,17 +348,6 @@ class Plan:
             raise PlanError(f"the step before makes no tensor {name!r}")
         expr = self.tensors[name]
         return expr if isinstance(expr, Read | Rounded) else Rounded(expr)
-
-
-def _axis_runs(index: tuple[int, ...]) -> list[list[int]]:
-    runs: list[list[int]] = []
-    for i in index:
-        last = runs[-1] if runs else None
-        if last and (i == last[0] == -1 or (last[0] >= 0 and i == last[0] + last[1])):
-            last[1] += 1
-        else:
-            runs.append([i, 1])
-    return runs
 
 
 def _simplify(expr: Expr, source: CheckpointSpec) -> Expr:

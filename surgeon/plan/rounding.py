@@ -2,7 +2,10 @@
 
 import math
 from collections.abc import Iterator, Mapping
+from functools import reduce
+from operator import and_, or_
 
+from surgeon.anatomy.axes import runs_of
 from surgeon.checkpoint.header import TensorSpec
 from surgeon.plan.plan import STORED_DTYPES, Add, Affine, Cast, Expr, Gather, Plan, Rounded, children, infer
 
@@ -48,9 +51,11 @@ def _factors(expr: Expr) -> Iterator[float]:
     """Yield the factors in an expression that are not powers of two."""
     match expr:
         case Gather(_, _, index, scale, _, mean):
-            used = {abs(s) for i, s in zip(index, scale, strict=True) if i >= 0}
-            used |= {abs(mean)} if -1 in index else set()
-            yield from (factor for factor in used if not _is_power_of_two(factor))
+            used = scale.factors
+            if not all(map(_is_power_of_two, used)):  # those of new positions count for nothing
+                used = frozenset(run.scale for run in runs_of(index, scale) if run.first >= 0)
+            used |= {mean} if mean and index.has_new else set()
+            yield from (abs(factor) for factor in used if not _is_power_of_two(factor))
         case Affine(_, factor) if not _is_power_of_two(abs(factor)):
             yield abs(factor)
         case _:
@@ -60,7 +65,7 @@ def _factors(expr: Expr) -> Iterator[float]:
 
 
 def _is_power_of_two(factor: float) -> bool:
-    return factor == 0 or math.frexp(factor)[0] == 0.5
+    return factor == 0 or abs(math.frexp(factor)[0]) == 0.5
 
 
 def _adds(expr: Expr) -> bool:
@@ -84,26 +89,29 @@ def _overlap(part: Expr, other: Expr) -> bool:
     if not isinstance(part, Gather):
         return True
     zeros = _zeros(part, part.dim) | _zeros(other, part.dim)
-    return len(zeros) < len(part.index)
+    return zeros.bit_count() < len(part.index)
 
 
-def _zeros(expr: Expr, dim: int) -> frozenset[int]:
-    """Return the positions along `dim` at which the expression shows that the whole tensor is zero."""
+def _zeros(expr: Expr, dim: int) -> int:
+    """Return the positions along `dim` at which the expression shows that the whole tensor is zero, one bit for each.
+
+    A number is the cheapest set of the positions of a long axis.
+    """
     match expr:
         case Gather(source, along, index, scale, fill, mean):
-            if along == dim:
-                new_are_zero = not fill and not mean
-                pairs = enumerate(zip(index, scale, strict=True))
-                return frozenset(j for j, (i, s) in pairs if (new_are_zero if i < 0 else s == 0.0))
-            return frozenset() if fill else _zeros(source, dim)
+            if along != dim:
+                return 0 if fill else _zeros(source, dim)
+            new_are_zero = not fill and not mean
+            runs = (run for run in runs_of(index, scale) if (new_are_zero if run.first < 0 else run.scale == 0.0))
+            return reduce(or_, ((1 << run.length) - 1 << run.at for run in runs), 0)
         case Affine(source, _, offset):
-            return frozenset() if offset else _zeros(source, dim)
+            return 0 if offset else _zeros(source, dim)
         case Add(parts):
-            return frozenset.intersection(*(_zeros(part, dim) for part in parts))
+            return reduce(and_, (_zeros(part, dim) for part in parts))
         case Cast(source) | Rounded(source):
             return _zeros(source, dim)
         case _:
-            return frozenset()
+            return 0
 
 
 def _wider_than(expr: Expr, dtype: str, tensors: Mapping[str, TensorSpec]) -> Iterator[str]:

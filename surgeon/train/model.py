@@ -233,7 +233,7 @@ def chosen(anatomy: Anatomy, names: Sequence[str], *, layers: frozenset[int] | N
 
 def _kind(anatomy: Anatomy, name: str) -> str:
     """Return the kind of a parameter outside the layers, by its family's table, or without one by its name."""
-    if anatomy.family is not None and name in anatomy.spec.tensors:
+    if anatomy.whole_family is not None and name in anatomy.spec.tensors:
         return anatomy.row(name)[0].kind
     if "embed" in name or name.endswith((".wte.weight", ".wpe.weight")):
         return "embedding"

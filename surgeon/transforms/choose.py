@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from surgeon.anatomy.anatomy import Anatomy
-from surgeon.anatomy.axes import axes_of
+from surgeon.anatomy.axes import Index, axes_of
 from surgeon.errors import PlanError
 from surgeon.transforms.narrow import Kept, layers_with
 from surgeon.transforms.scores import METHODS
@@ -193,13 +193,13 @@ def choose_widths(
 
     `criterion` is a name of the table WIDTHS. `values` holds the importance of positions, by axis: "hidden" (D,), and
     for each layer of the scored model "ffn", "heads" (kv_heads, group), "kv_heads" and "experts". `layers` are the
-    layers of the scored model that this one has.
+    layers of the scored model that this one has, numbered through all stacks.
 
     Raises PlanError when an axis has no scores, or cannot have that size.
     """
     check_criterion(anatomy, sizes, criterion)
     picker = _Picker(criterion, values or {}, seed)
-    numbers = range(anatomy.depth) if layers is None else layers
+    numbers = range(anatomy.num_layers) if layers is None else layers
     old = anatomy.sizes
     options: dict[str, Any] = {}
     if sizes["hidden"] != old["hidden"]:
@@ -213,7 +213,14 @@ def choose_widths(
                 if new in having
             }
     kv_heads, group = sizes["kv_heads"], sizes["heads"] // sizes["kv_heads"]
-    kept_kv = {new: picker.pick("kv_heads", layer, old["kv_heads"], kv_heads) for new, layer in enumerate(numbers)}
+    of_heads = _Picker(criterion, _pooled(anatomy, numbers, values), seed) if anatomy.shares_heads else picker
+    sources = [new // anatomy.depth if anatomy.shares_heads else layer for new, layer in enumerate(numbers)]
+    having = layers_with(anatomy, "kv_heads")
+    kept_kv = {
+        new: of_heads.pick("kv_heads", layer, old["kv_heads"], kv_heads)
+        for new, layer in enumerate(sources)
+        if new in having
+    }
     if kv_heads != old["kv_heads"]:
         options["kv_heads"] = kept_kv
     if group != old["group"]:
@@ -223,12 +230,26 @@ def choose_widths(
                 hint="Cut key-value heads and heads in one proportion, or only heads.",
             )
         options["heads"] = {
-            new: tuple(picker.pick("heads", layer, old["group"], group, inside=kv) for kv in kept_kv[new])
-            for new, layer in enumerate(numbers)
+            new: tuple(of_heads.pick("heads", layer, old["group"], group, inside=kv) for kv in kept_kv[new])
+            for new, layer in enumerate(sources)
+            if new in having
         }
     if sizes["head_dim"] != old["head_dim"]:
         options["head_dim"] = uniform_head_dim(anatomy, sizes["head_dim"])
     return Kept(**options)
+
+
+def _pooled(anatomy: Anatomy, numbers: Sequence[int], values: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Return the scores of heads, summed over the layers of each stack: one entry a stack."""
+    stacks = [numbers[first : first + anatomy.depth] for first in range(0, anatomy.num_layers, anatomy.depth)]
+    scores = {axis: rows for axis, rows in (values or {}).items() if axis in ("heads", "kv_heads")}
+    return {axis: [_summed([rows[layer] for layer in stack]) for stack in stacks] for axis, rows in scores.items()}
+
+
+def _summed(rows: Sequence[Any]) -> Any:
+    """Return the elementwise sum of nested lists of numbers."""
+    first = rows[0]
+    return [_summed(parts) for parts in zip(*rows, strict=True)] if isinstance(first, list) else math.fsum(rows)
 
 
 def check_criterion(anatomy: Anatomy, sizes: Mapping[str, int], criterion: str) -> None:
@@ -239,8 +260,9 @@ def check_criterion(anatomy: Anatomy, sizes: Mapping[str, int], criterion: str) 
             f"heads keep their size of {old['head_dim']}: its dims turn in pairs",
             hint="--score uniform takes every n-th pair.",
         )
-    rows = {name: anatomy.row(name)[0] for name in anatomy.spec.tensors if ".experts." in name}
-    in_experts = any("ffn" in axes_of(dim) for row in rows.values() for dim in row.axes)
+    in_experts = any(
+        ".experts." in name and "ffn" in axes_of(dim) for name, (row, _) in anatomy.rows.items() for dim in row.axes
+    )
     if sizes["ffn"] != old["ffn"] and criterion == "activation" and in_experts:
         raise PlanError(
             "the neurons of experts have no activation scores",
@@ -254,19 +276,19 @@ class _Picker:
     def __init__(self, criterion: str, values: Mapping[str, Any], seed: int) -> None:
         self._criterion, self._values, self._seed = criterion, values, seed
 
-    def pick(self, axis: str, layer: int | None, old: int, new: int, *, inside: int | None = None) -> tuple[int, ...]:
+    def pick(self, axis: str, layer: int | None, old: int, new: int, *, inside: int | None = None) -> Index:
         """Return `new` of `old` positions, ascending: of a layer's axis, and of one group inside it."""
         if new == old:
-            return tuple(range(old))
+            return Index.up_to(old)
         if not 0 < new < old:
             raise PlanError(
                 f"cannot prune {axis} from {old} to {new}", hint=f"Ask for 1 to {old}; to grow: surgeon grow."
             )
         if self._criterion == "uniform":
-            return uniform(old, new)
+            return Index.of(uniform(old, new))
         if self._criterion == "random":
             drawn = random.Random(f"{self._seed}/{axis}/{layer}/{inside}")  # noqa: S311  (no secret)
-            return tuple(sorted(drawn.sample(range(old), new)))
+            return Index.of(sorted(drawn.sample(range(old), new)))
         scores = self._values.get(axis)
         if scores is None:
             raise PlanError(
@@ -275,4 +297,4 @@ class _Picker:
         row = scores if layer is None else scores[layer]
         row = row if inside is None else row[inside]
         ranked = sorted(range(old), key=lambda i: (-row[i], i))
-        return tuple(sorted(ranked[:new]))
+        return Index.of(sorted(ranked[:new]))

@@ -102,10 +102,15 @@ def _wider(anatomy: Anatomy, requested: dict[str, Size], method: str, noise: flo
             f"noise {noise} is not from 0 to 1: above, the rounding that tells copies apart grows from layer to layer",
             hint="Write 0.5, or 0 for none.",
         )
-    family = anatomy.require_family()
+    family = anatomy.require_family(partial=True)
     old = anatomy.sizes
     new = {axis: old[axis] if size is None else grown_size(size, old[axis], axis) for axis, size in requested.items()}
-    if "head_dim" not in family.sizes and requested["heads"] is None and new["hidden"] % new["head_dim"] == 0:
+    if (
+        "heads" in family.sizes
+        and "head_dim" not in family.sizes
+        and requested["heads"] is None
+        and new["hidden"] % new["head_dim"] == 0
+    ):
         new["heads"] = max(new["heads"], new["hidden"] // new["head_dim"])
     if requested["kv_heads"] is None and new["heads"] != old["heads"]:
         keeps_group = old["kv_heads"] > 1 and new["heads"] % old["group"] == 0

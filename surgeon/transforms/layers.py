@@ -6,9 +6,10 @@ from collections import Counter
 from collections.abc import Collection, Sequence
 from dataclasses import replace
 
-from surgeon.anatomy.anatomy import Anatomy, Stack
-from surgeon.anatomy.axes import Places, axes_of, places
+from surgeon.anatomy.anatomy import Anatomy
+from surgeon.anatomy.axes import Index, Places, Scale, axes_of, places
 from surgeon.anatomy.config import CONFIG_HINT, declared_kinds, follow_layers, text_config
+from surgeon.anatomy.stacks import Stack
 from surgeon.checkpoint.header import is_quantized
 from surgeon.errors import CheckpointError, PlanError
 from surgeon.plan.plan import FLOAT_DTYPES, Constant, Expr, Gather, Normal, Plan, Read
@@ -147,7 +148,7 @@ def _moved(anatomy: Anatomy, name: str, old: int, new: int) -> Expr:
 
     def scale_queries(axis: str, block: frozenset[str]) -> Places | None:
         size = anatomy.sizes[axis]
-        return Places(tuple(range(size)), (factor,) * size) if axis == "q_dim" else None
+        return Places(Index.up_to(size), Scale.all(factor, size)) if axis == "q_dim" else None
 
     expr: Expr = Read(name)
     for dim, axes in enumerate(anatomy.row(name)[0].axes):

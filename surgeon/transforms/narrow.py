@@ -18,7 +18,7 @@ from itertools import pairwise
 from typing import Any
 
 from surgeon.anatomy.anatomy import EXPERT_NUMBER, Anatomy
-from surgeon.anatomy.axes import Dim, Keep, axes_of, survivors
+from surgeon.anatomy.axes import Dim, Index, Keep, Scale, axes_of, survivors
 from surgeon.anatomy.config import is_off, spelled
 from surgeon.anatomy.families import Row
 from surgeon.anatomy.spellings import SPELLINGS
@@ -26,7 +26,7 @@ from surgeon.errors import PlanError
 from surgeon.plan.plan import Affine, Expr, Gather, Plan, Read
 from surgeon.transforms.experts import UNEVEN
 from surgeon.transforms.uniform import check_head_dim
-from surgeon.transforms.widths import check_shape, sizes_in_config
+from surgeon.transforms.widths import SQUARE, check_shape, is_final_norm, resized
 
 NORMS = "norms over fewer positions are scaled as if the removed had held {}"
 HEAD_DIM = "attention logits are divided by the root of the head's size, which is smaller now"
@@ -35,9 +35,9 @@ SHARES = "the weights of a token's experts are shares among all experts, which a
 HEAD_DIMS = ("q_dim", "k_dim", "v_dim")
 WORDS = {"ffn": "MLP neurons", "kv_heads": "key-value heads", "group": "heads", "experts": "experts"}
 
-Positions = tuple[int, ...]
+Positions = Sequence[int]  # a tuple, or an Index where they may be many
 # From a layer (None: outside of all) and a dimension to its remaining positions, and a factor for each: 1.
-_Cut = Callable[[int | None, Dim], tuple[Positions, tuple[float, ...]]]
+_Cut = Callable[[int | None, Dim], tuple[Index, Scale]]
 
 
 @dataclass(frozen=True)
@@ -62,26 +62,29 @@ def narrow(anatomy: Anatomy, kept: Kept) -> Plan:
 
     Raises PlanError where `kept` does not fit this model, or the family's code cannot express the result.
     """
-    anatomy.require_family()
+    anatomy.require_family(partial=True)
     _check(anatomy, kept)
     sizes = _sizes(anatomy, kept)
-    check_shape(anatomy, **{axis: sizes[axis] for axis in ("hidden", "heads", "kv_heads", "head_dim")})
+    check_shape(anatomy, {axis: sizes[axis] for axis in (*SQUARE, "ffn", "experts") if axis in sizes})
     _check_projections(anatomy, sizes)
     cut = _cuts(anatomy, kept)
+    numbers = {layer: {old: new for new, old in enumerate(left)} for layer, left in (kept.experts or {}).items()}
     tensors: dict[str, Expr] = {}
     for name in anatomy.spec.tensors:
-        new_name = _renamed(anatomy, kept, name)
+        new_name = _renamed(anatomy, numbers, name)
         if new_name is not None:
             tensors[new_name] = _narrowed(anatomy, name, sizes, cut)
     shown = ("hidden", "ffn", "heads", "kv_heads", "head_dim", "experts")
     return Plan(
-        config={**anatomy.spec.config, **sizes_in_config(anatomy, sizes), **_epsilon(anatomy, sizes)},
+        config=resized(anatomy, sizes, _epsilon(anatomy, sizes)),
         tensors=tensors,
         layer_map=tuple(range(anatomy.depth)),
         steps=({"narrow": {axis: sizes[axis] for axis in shown if sizes.get(axis) != anatomy.sizes.get(axis)}},),
         notes=_notes(anatomy, sizes),
         approximate=_reasons(anatomy, sizes),
-        axes=_shared(anatomy, kept),  # axes of which layers keep different positions have no one map
+        axes={
+            axis: Index.of(positions) for axis, positions in _shared(anatomy, kept).items()
+        },  # axes of which layers keep different positions have no one map
     )
 
 
@@ -94,7 +97,7 @@ def _epsilon(anatomy: Anatomy, sizes: Mapping[str, int]) -> dict[str, float]:
 
 def layers_with(anatomy: Anatomy, axis: str) -> frozenset[int]:
     """Return the layers that have an axis: where some have experts, only the others have "ffn"."""
-    places = ((anatomy.stacks[0].locate(name), anatomy.row(name)[0]) for name in anatomy.spec.tensors)
+    places = ((anatomy.locate(name), row) for name, (row, _) in anatomy.rows.items())
     return frozenset(place[0] for place, row in places if place and any(axis in axes_of(dim) for dim in row.axes))
 
 
@@ -106,7 +109,7 @@ def _sizes(anatomy: Anatomy, kept: Kept) -> dict[str, int]:
         sizes[axis] = len(first[0]) if axis == "group" else len(first)
     sizes["heads"] = sizes["kv_heads"] * sizes["group"]
     sizes |= {axis: len(positions) for axis, positions in _shared(anatomy, kept).items()}
-    return sizes | {"head_dim": sizes["q_dim"]}
+    return sizes if kept.head_dim is None else sizes | {"head_dim": len(kept.head_dim)}
 
 
 def _shared(anatomy: Anatomy, kept: Kept) -> dict[str, Positions]:
@@ -126,38 +129,37 @@ def _by_layer(kept: Kept) -> dict[str, Mapping[int, Any]]:
 # --- tensors ----------------------------------------------------------------------------------------------------
 
 
-def _renamed(anatomy: Anatomy, kept: Kept, name: str) -> str | None:
-    """Return a tensor's name in the result, where experts are renumbered; None for a tensor of a dropped expert."""
-    place, expert = anatomy.stacks[0].locate(name), EXPERT_NUMBER.search(name)
-    if kept.experts is None or place is None or expert is None:
+def _renamed(anatomy: Anatomy, numbers: Mapping[int, Mapping[int, int]], name: str) -> str | None:
+    """Return a tensor's name in the result, where experts get other numbers; None for a tensor of a dropped expert."""
+    expert = EXPERT_NUMBER.search(name) if numbers else None
+    place = anatomy.locate(name) if expert else None
+    if place is None or expert is None:
         return name
-    remaining = kept.experts[place[0]]
-    if int(expert.group()) not in remaining:
-        return None
-    return EXPERT_NUMBER.sub(str(remaining.index(int(expert.group()))), name)
+    number = numbers[place[0]].get(int(expert.group()))
+    return None if number is None else EXPERT_NUMBER.sub(str(number), name)
 
 
 def _cuts(anatomy: Anatomy, kept: Kept) -> _Cut:
     """Return the function that gives the remaining positions of a dimension; it computes each of them once."""
-    by_layer, shared, sizes = _by_layer(kept), _shared(anatomy, kept), anatomy.sizes
+    by_layer, sizes = _by_layer(kept), anatomy.sizes
+    shared = {axis: Index.of(positions) for axis, positions in _shared(anatomy, kept).items()}
 
+    @cache
     def keep_in(layer: int | None) -> Keep:
         own = {axis: layers[layer] for axis, layers in by_layer.items() if layer is not None and layer in layers}
         groups = own.get("kv_heads", range(sizes["kv_heads"]))
-        heads = {group: frozenset(members) for group, members in zip(groups, own.pop("group", ()), strict=False)}
-        sets = {axis: frozenset(positions) for axis, positions in (shared | own).items()}
+        heads = {group: Index.of(members) for group, members in zip(groups, own.pop("group", ()), strict=False)}
+        whole = shared | {axis: Index.of(positions) for axis, positions in own.items()}
 
-        def keep(axis: str, position: int, outer: Mapping[str, int]) -> bool:
-            if axis == "group" and heads:
-                return position in heads[outer["kv_heads"]]
-            return axis not in sets or position in sets[axis]
+        def keep(axis: str, outer: Mapping[str, int]) -> Index | None:
+            return heads[outer["kv_heads"]] if axis == "group" and heads else whole.get(axis)
 
         return keep
 
     @cache
-    def cut(layer: int | None, dim: Dim) -> tuple[Positions, tuple[float, ...]]:
+    def cut(layer: int | None, dim: Dim) -> tuple[Index, Scale]:
         index = survivors(dim, sizes, keep_in(layer))
-        return index, (1.0,) * len(index)
+        return index, Scale.all(1.0, len(index))
 
     return lambda layer, dim: cut(layer if axes_of(dim) & by_layer.keys() else None, dim)
 
@@ -166,17 +168,17 @@ def _narrowed(anatomy: Anatomy, name: str, sizes: Mapping[str, int], cut: _Cut) 
     """Return tensor `name` with the remaining positions of each of its dimensions."""
     row, part = anatomy.row(name)
     expr: Expr = Read(name)
-    if part == "buffer":
+    if part in ("buffer", "other"):
         return expr
-    place = anatomy.stacks[0].locate(name)
+    place, remaining = anatomy.locate(name), anatomy.shape_of(name, sizes)
     for dim, axes in enumerate(row.axes):
-        if axes.size(sizes) < axes.size(anatomy.sizes):
+        if remaining[dim] < anatomy.spec.tensors[name].shape[dim]:
             expr = Gather(expr, dim, *cut(place[0] if place else None, axes))
-    factor = _factor(anatomy, row, sizes, is_final=place is None)
+    factor = _factor(anatomy, row, sizes, is_final=is_final_norm(anatomy, name))
     if factor == 1.0:
         return expr
     # Where the code adds 1 to a stored gain, the sum is what has to grow.
-    offset = 1.0 - anatomy.require_family().init_gain if row.kind == "gain" else 0.0
+    offset = 1.0 - anatomy.require_family(partial=True).init_gain if row.kind == "gain" else 0.0
     return Affine(expr, factor, (factor - 1.0) * offset)
 
 
@@ -187,20 +189,23 @@ def _factor(anatomy: Anatomy, row: Row, sizes: Mapping[str, int], *, is_final: b
     that is tied to them would be larger too, so the final norm is divided by the same factor.
     """
     old = anatomy.sizes
-    scaled = math.sqrt(old["hidden"] / sizes["hidden"]) if anatomy.require_family().scales_embedding else 1.0
+    family, ratio = anatomy.require_family(partial=True), math.sqrt(old["hidden"] / sizes["hidden"])
+    scaled = ratio if family.scales_embedding else 1.0
     if row.kind == "embedding":
         return scaled
     if row.kind not in ("gain", "shift"):
         return 1.0
     factor = math.sqrt(row.axes[-1].size(old) / row.axes[-1].size(sizes)) if row.kind == "gain" else 1.0
-    tied = is_final and not any(anatomy.row(name)[0].kind == "head" for name in anatomy.spec.tensors)
-    return factor / scaled if tied else factor
+    tied = is_final and not any(other.kind == "head" for other, _ in anatomy.rows.values())
+    if not tied:
+        return factor
+    return factor / scaled / (ratio if family.scales_tied_head else 1.0)
 
 
 def _reasons(anatomy: Anatomy, sizes: Mapping[str, int]) -> tuple[str, ...]:
     """Return why the result is approximate even where all that was removed was zero."""
-    family, config, old = anatomy.require_family(), anatomy.spec.config, anatomy.sizes
-    rows = (anatomy.row(name)[0] for name in anatomy.spec.tensors)
+    family, config, old = anatomy.require_family(partial=True), anatomy.config, anatomy.sizes
+    rows = [row for row, _ in anatomy.rows.values()]
     reasons = []
     if any(row.kind == "gain" and row.axes[-1].size(sizes) < row.axes[-1].size(old) for row in rows):
         reasons.append(NORMS.format("the mean" if family.norm_kind == "layer" else "zero"))
@@ -252,6 +257,8 @@ def _check(anatomy: Anatomy, kept: Kept) -> None:
                 f"some layers would keep {counts[0]} {WORDS[axis]}, others {counts[-1]}",
                 hint="The config has one number for all: keep as many everywhere.",
             )
+    if anatomy.shares_heads:
+        _check_shared_heads(anatomy, kept)
     if kept.experts is not None:
         _check_per_token(anatomy, len(next(iter(kept.experts.values()))))
 
@@ -276,6 +283,20 @@ def _check_layers(anatomy: Anatomy, axis: str, chosen: Mapping[int, object]) -> 
         raise PlanError(
             f"{WORDS[axis]} to keep: layer {odd[0]} {reason}", hint=f"Layers that have them: {sorted(having)}."
         )
+
+
+def _check_shared_heads(anatomy: Anatomy, kept: Kept) -> None:
+    """Raises PlanError unless all layers of a stack keep the same heads: one bias of the heads serves them all."""
+    first = 0
+    for stack in anatomy.stacks:
+        numbers = range(first, first + stack.depth)
+        first += stack.depth
+        for chosen in (kept.heads, kept.kv_heads):
+            if chosen is not None and len({chosen[layer] for layer in numbers}) > 1:
+                raise PlanError(
+                    f"the layers of {stack.prefix}* share one bias of their heads, and would keep different heads",
+                    hint="Keep the same heads in all layers of a stack.",
+                )
 
 
 def _check_per_token(anatomy: Anatomy, left: int) -> None:

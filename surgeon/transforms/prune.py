@@ -40,7 +40,7 @@ def prune(
     if sizes is None:
         return plan
     shorter = read_anatomy(plan.result(anatomy.spec))
-    positions = choose_widths(shorter, sizes, criterion, values=values, layers=kept, seed=seed)
+    positions = choose_widths(shorter, sizes, criterion, values=values, layers=anatomy.in_all_stacks(kept), seed=seed)
     return plan.then(narrow(shorter, positions))
 
 
@@ -52,7 +52,7 @@ def pruned_sizes(anatomy: Anatomy, sizes: Mapping[str, int | None]) -> dict[str,
     """
     if all(size is None for size in sizes.values()):
         return None
-    anatomy.require_family()
+    anatomy.require_family(partial=True)
     old = anatomy.sizes
     if sizes.get("experts") is not None and "experts" not in old:
         raise PlanError(f"this {anatomy.model_type} has no experts", hint="Leave out --experts.")

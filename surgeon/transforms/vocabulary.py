@@ -8,7 +8,7 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from surgeon.anatomy.anatomy import Anatomy
-from surgeon.anatomy.axes import axes_of
+from surgeon.anatomy.axes import Index, Scale, axes_of
 from surgeon.anatomy.config import size_of, spelled, text_config
 from surgeon.anatomy.spellings import SPELLINGS
 from surgeon.errors import PlanError
@@ -32,8 +32,8 @@ def add_tokens(anatomy: Anatomy, ids: Sequence[int]) -> Plan:
     assert list(ids) == list(range(first, first + count)), "a tokenizer numbers new tokens one after the other"
     if first > size:
         raise PlanError(f"the tokenizer has {first} tokens, the model rows for {size}", hint=TOKENIZER_HINT)
-    index = (*range(first), *[-1] * count, *range(first + count, size))
-    scale = (1.0,) * len(index)
+    index = Index([(0, first), (-1, count), (first + count, max(0, size - first - count))])
+    scale = Scale.all(1.0, len(index))
     tensors: dict[str, Expr] = {name: Read(name) for name in anatomy.spec.tensors}
     tensors |= {name: Gather(Read(name), dim, index, scale, mean=1.0) for name, dim in dims.items()}
     taken = min(count, size - first)
@@ -53,7 +53,7 @@ def vocabulary_dims(anatomy: Anatomy) -> dict[str, int]:
     A family's table says so. Without a table they are the tensors outside the layers that are as long as the
     vocabulary. Raises PlanError where there is none, or where something else is as long.
     """
-    if anatomy.family is not None:
+    if anatomy.whole_family is not None:
         with_tokens = {
             name: dim
             for name in anatomy.spec.tensors

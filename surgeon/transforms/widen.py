@@ -4,15 +4,17 @@ Sources: HyperCloning (arXiv:2409.12903), bert2BERT (arXiv:2110.07143), arXiv:21
 for any width, with tied embeddings, rotary heads and noise that keeps the function.
 """
 
+from bisect import bisect_left, bisect_right
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from itertools import pairwise
 
 from surgeon.anatomy.anatomy import Anatomy, written_and_read
-from surgeon.anatomy.axes import Dim, Places, axes_of, places, shape
+from surgeon.anatomy.axes import Dim, Index, Places, Run, Scale, axes_of, places
 from surgeon.anatomy.families import Row
 from surgeon.plan.plan import Add, Affine, Expr, Gather, Plan, Read, Uniform
 from surgeon.transforms.layers import initial_std
-from surgeon.transforms.widths import Widths
+from surgeon.transforms.widths import Widths, is_final_norm
 
 RESIDUAL = frozenset({"hidden", "embed"})  # "embed" has a map only where it is the residual stream itself
 ADVANCED = "rows that would repeat others come from the next layer"
@@ -31,10 +33,9 @@ def widen(anatomy: Anatomy, widths: Widths, *, noise: float = 0.5, advanced: boo
     tensors = {name: grower.tensor(name) for name in anatomy.spec.tensors}
     if advanced:
         tensors = {name: grower.advanced(name) for name in tensors}
-    config = {**anatomy.spec.config, **widths.config}
     axes = {axis: axis_map.index for axis, axis_map in widths.maps.items()}
     reasons = (ADVANCED,) if advanced and not widths.approximate else widths.approximate
-    return Plan(config, tensors, tuple(range(anatomy.depth)), approximate=reasons, axes=axes)
+    return Plan(dict(widths.config), tensors, tuple(range(anatomy.depth)), approximate=reasons, axes=axes)
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,21 +50,21 @@ class _Grower:
     def tensor(self, name: str) -> Expr:
         """Return tensor `name`, grown along every axis that has a map."""
         row, part = self.anatomy.row(name)
-        if part == "buffer" or not any(axes_of(dim) & self.widths.axes for dim in row.axes):
+        if part in ("buffer", "other") or not any(axes_of(dim) & self.widths.axes for dim in row.axes):
             return self._final_norm(name, row, Read(name))
         if row.kind in ("gain", "shift"):
             return self._norm(name, row)
         write, read = written_and_read(row)
         expr: Expr = Read(name)
         additions: list[Expr] = []
-        new_shape = shape(row.axes, {**self.anatomy.sizes, **self.widths.sizes})
-        if write is not None:
+        new_shape = self.anatomy.shape_of(name, {**self.anatomy.sizes, **self.widths.sizes})
+        if write is not None and axes_of(row.axes[write]) & self.widths.axes:
             written = self._positions(row.axes[write], "write")
             mean = self.widths.mean_fill if axes_of(row.axes[write]) & RESIDUAL else 0.0
             expr = _gather(expr, write, written, mean=mean)
             if row.kind not in ("bias", "logit"):
                 additions += self._new_rows(name, write, written, new_shape)
-        if read is not None:
+        if read is not None and axes_of(row.axes[read]) & self.widths.axes:
             expr = _gather(expr, read, self._positions(row.axes[read], "read"))
             additions += self._noise(name, row.axes[read], read, new_shape)
         if row.kind == "embedding" and self.widths.embedding_factor != 1.0:
@@ -73,20 +74,22 @@ class _Grower:
     def advanced(self, name: str) -> Expr:
         """Return tensor `name` with the rows that repeat others taken from the next layer."""
         row, _ = self.anatomy.row(name)
-        place = self.anatomy.stacks[0].locate(name)
+        stack = next((stack for stack in self.anatomy.stacks if stack.locate(name)), None)
+        place = stack.locate(name) if stack else None
         write, _ = written_and_read(row)
         own = self.tensor(name)
-        if place is None or write is None or place[0] + 1 == self.anatomy.depth:
+        if stack is None or place is None or write is None or not axes_of(row.axes[write]) & self.widths.axes:
+            return own
+        next_name = stack.name(place[0] + 1, place[1])
+        if self.anatomy.rows.get(next_name, (None,))[0] != row:  # the last layer, or a next one of another kind
             return own
         written = self._positions(row.axes[write], "write")
-        repeats = [i in written.index[:j] for j, i in enumerate(written.index)]
-        if not any(repeats):
+        first_time, repeated = _repeats(written.index)
+        if repeated.factors <= {0.0}:
             return own
-        following = self.tensor(self.anatomy.stacks[0].name(place[0] + 1, place[1]))
-        everywhere = tuple(range(len(repeats)))
-        first_time = Gather(own, write, everywhere, tuple(float(not repeat) for repeat in repeats))
-        repeated = Gather(following, write, everywhere, tuple(float(repeat) for repeat in repeats))
-        return Add((first_time, repeated))
+        following = self.tensor(next_name)
+        everywhere = Index.up_to(len(repeated))
+        return Add((Gather(own, write, everywhere, first_time), Gather(following, write, everywhere, repeated)))
 
     def _positions(self, dim: Dim, side: str) -> Places:
         return _cached_positions(self, dim, side)
@@ -97,14 +100,12 @@ class _Grower:
         if axis_map is None:
             return None
         weights = axis_map.write if side == "write" else axis_map.read
-        new = ZEROED if axis_map.zeroed else ACTIVE
-        scale = tuple(new if i < 0 else weight for i, weight in zip(axis_map.index, weights, strict=True))
-        return Places(axis_map.index, scale)
+        return _with_factor_of_new(Places(axis_map.index, weights), ZEROED if axis_map.zeroed else ACTIVE)
 
     def _new_rows(self, name: str, dim: int, written: Places, new_shape: tuple[int, ...]) -> list[Expr]:
         """Return random weights for new active positions: what reads them has weights of zero yet."""
-        new = [j for j, (i, s) in enumerate(zip(written.index, written.scale, strict=True)) if i < 0 and s != ZEROED]
-        return [self._random_at(name, "rows", dim, new, new_shape, ratio=1.0)] if new else []
+        new = _numbered_new(written, zeroed=False)
+        return [self._random_at(name, "rows", dim, new, new_shape, ratio=1.0)] if new.highest >= 0 else []
 
     def _noise(self, name: str, axes: Dim, dim: int, new_shape: tuple[int, ...]) -> list[Expr]:
         """Return numbers to add to the weights that read an axis, which do not change the function.
@@ -116,35 +117,22 @@ class _Grower:
             return []
         read, written = self._positions(axes, "read"), self._positions(axes, "write")
         additions: list[Expr] = []
-        zeroed = [j for j, (i, s) in enumerate(zip(read.index, read.scale, strict=True)) if i < 0 and s == ZEROED]
-        if zeroed:  # "quiet" names the random stream: another name were other bytes
+        zeroed = _numbered_new(read, zeroed=True)
+        if zeroed.highest >= 0:  # "quiet" names the random stream: another name were other bytes
             additions.append(self._random_at(name, "quiet", dim, zeroed, new_shape, ratio=self.noise))
-        copies: dict[int, list[int]] = {}
-        for j, i in enumerate(read.index):
-            if i >= 0:
-                copies.setdefault(i, []).append(j)
-        most = max(map(len, copies.values()))
-        for k in range(most - 1):
-            index, scale = [-1] * len(read.index), [1.0] * len(read.index)
-            for i, places_of_i in copies.items():
-                if len(places_of_i) > k + 1:
-                    first, last = places_of_i[k], places_of_i[-1]
-                    index[first] = index[last] = i
-                    scale[first], scale[last] = 1.0 / written.scale[first], -1.0 / written.scale[last]
-            old_shape = (*new_shape[:dim], max(copies) + 1, *new_shape[dim + 1 :])
-            random = self._random(name, old_shape, self.noise / most, f"copy {k}")
-            additions.append(Gather(random, dim, tuple(index), tuple(scale)))
+        pairs = _paired_copies(written)
+        old_shape = (*new_shape[:dim], read.index.highest + 1, *new_shape[dim + 1 :])
+        for k, pair in enumerate(pairs):
+            random = self._random(name, old_shape, self.noise / (len(pairs) + 1), f"copy {k}")
+            additions.append(Gather(random, dim, pair.index, pair.scale))
         return additions
 
     def _random_at(
-        self, name: str, stream: str, dim: int, positions: list[int], new_shape: tuple[int, ...], *, ratio: float
+        self, name: str, stream: str, dim: int, index: Index, new_shape: tuple[int, ...], *, ratio: float
     ) -> Expr:
-        """Return random numbers at some positions along `dim`, and zero elsewhere."""
-        block = (*new_shape[:dim], len(positions), *new_shape[dim + 1 :])
-        index = [-1] * new_shape[dim]
-        for k, j in enumerate(positions):
-            index[j] = k
-        return Gather(self._random(name, block, ratio, stream), dim, tuple(index), (1.0,) * len(index))
+        """Return random numbers along `dim`, the ones that `index` numbers, and zero elsewhere."""
+        block = (*new_shape[:dim], index.highest + 1, *new_shape[dim + 1 :])
+        return Gather(self._random(name, block, ratio, stream), dim, index, _ones(len(index)))
 
     def _random(self, name: str, new_shape: tuple[int, ...], ratio: float, stream: str) -> Expr:
         fallback = initial_std(self.anatomy)
@@ -155,21 +143,29 @@ class _Grower:
         family = self.anatomy.require_family()
         dim = len(row.axes) - 1
         written = self._positions(row.axes[dim], "write")
+        expr: Expr = Read(name)
+        for outer in range(dim):  # one norm for each head
+            copied = self._positions(row.axes[outer], "write")
+            expr = _gather(expr, outer, replace(copied, scale=_ones(len(copied.index))), fill=family.init_gain)
+        is_query = "q_dim" in axes_of(row.axes[dim]) and bool(self.widths.query_gain)
         if row.kind == "shift":
-            return self._final_norm(name, row, _gather(Read(name), dim, written))
-        ones = replace(written, scale=(1.0,) * len(written.index))
-        expr = _gather(Read(name), dim, ones, fill=family.init_gain)
-        if "q_dim" in axes_of(row.axes[dim]) and (factors := self.widths.query_gain):
-            return self._query_gain(expr, row.axes[dim], dim, factors)
+            expr = _gather(expr, dim, written)
+            return self._query_gain(expr, row.axes[dim], dim, 0.0) if is_query else self._final_norm(name, row, expr)
+        expr = _gather(expr, dim, replace(written, scale=_ones(len(written.index))), fill=family.init_gain)
+        if is_query:
+            return self._query_gain(expr, row.axes[dim], dim, 1.0 - family.init_gain)
         return self._final_norm(name, row, expr)
 
-    def _query_gain(self, expr: Expr, axes: Dim, dim: int, factors: tuple[float, ...]) -> Expr:
-        """Return the gain of queries in a wider head: old dimensions carry the scale of the logits, copies are zero."""
-        offset = 1.0 - self.anatomy.require_family().init_gain
+    def _query_gain(self, expr: Expr, axes: Dim, dim: int, offset: float) -> Expr:
+        """Return the gain or shift of queries in a wider head: old dims carry the scale of the logits, copies are zero.
+
+        `offset` is what the code adds to it.
+        """
+        factors = self.widths.query_gain
         sizes = {**self.anatomy.sizes, **self.widths.sizes}
 
         def per_dim(axis: str, block: frozenset[str]) -> Places | None:
-            return Places(tuple(range(len(factors))), factors) if axis == "q_dim" else None
+            return Places(Index.up_to(len(factors)), factors) if axis == "q_dim" else None
 
         scaling = places(axes, sizes, per_dim)
         effective = Affine(expr, 1.0, offset) if offset else expr
@@ -179,8 +175,7 @@ class _Grower:
     def _final_norm(self, name: str, row: Row, expr: Expr) -> Expr:
         """Return the final norm with the factor that a tied head needs: it reads with the embedding, not with C."""
         factor = self.widths.tied_factor
-        inside_layer = any(stack.locate(name) for stack in self.anatomy.stacks)
-        if factor == 1.0 or inside_layer or row.kind not in ("gain", "shift"):
+        if factor == 1.0 or row.kind not in ("gain", "shift") or not is_final_norm(self.anatomy, name):
             return expr
         offset = 1.0 - self.anatomy.require_family().init_gain if row.kind == "gain" else 0.0
         return Affine(expr, factor, (factor - 1.0) * offset)
@@ -193,7 +188,79 @@ def _cached_positions(grower: _Grower, dim: Dim, side: str) -> Places:
 
 def _gather(expr: Expr, dim: int, positions: Places, *, fill: float = 0.0, mean: float = 0.0) -> Expr:
     """Return `expr` with these positions along `dim`; `expr` itself where they change nothing."""
-    if positions.index == tuple(range(len(positions.index))) and set(positions.scale) <= {1.0}:
+    if positions.are_same:
         return expr
-    scale = tuple(1.0 if i < 0 else s for i, s in zip(positions.index, positions.scale, strict=True))
-    return Gather(expr, dim, positions.index, scale, fill=fill, mean=mean)
+    return Gather(expr, dim, positions.index, _with_factor_of_new(positions, 1.0).scale, fill=fill, mean=mean)
+
+
+# The maps of a dimension are the same for many tensors, so each is made once and shared.
+
+
+@lru_cache(maxsize=64)
+def _ones(length: int) -> Scale:
+    return Scale.all(1.0, length)
+
+
+@lru_cache(maxsize=64)
+def _with_factor_of_new(positions: Places, factor: float) -> Places:
+    """Return the places with another factor at new positions."""
+    scale = Scale((factor if run.first < 0 else run.scale, run.length) for run in positions.runs)
+    return Places(positions.index, scale)
+
+
+@lru_cache(maxsize=64)
+def _numbered_new(positions: Places, *, zeroed: bool) -> Index:
+    """Return the index that numbers the new positions, those zeroed or those active: 0, 1 ..., and -1 elsewhere."""
+    runs, count = [], 0
+    for run in positions.runs:
+        is_one = run.first < 0 and (run.scale == ZEROED) == zeroed
+        runs.append((count if is_one else -1, run.length))
+        count += run.length if is_one else 0
+    return Index(runs)
+
+
+@lru_cache(maxsize=64)
+def _repeats(index: Index) -> tuple[Scale, Scale]:
+    """Return factors that are 1 where a position comes for the first time, and factors that are 1 elsewhere."""
+    first_place = {i: j for j, i in reversed(list(enumerate(index)))}
+    repeated = [first_place[i] < j for j, i in enumerate(index)]
+    return Scale.of(float(not repeat) for repeat in repeated), Scale.of(map(float, repeated))
+
+
+@lru_cache(maxsize=64)
+def _paired_copies(written: Places) -> tuple[Places, ...]:
+    """Return, for each k, the places that give noise to copy k of each position and to its last copy, none elsewhere.
+
+    Their factors are 1 / s_k and -1 / s_last, as of the weights with which the copies are written.
+    """
+    cuts = sorted({end for run in written.runs if run.first >= 0 for end in (run.first, run.first + run.length)})
+    copies: dict[int, list[Run]] = {}  # of the old positions from one cut to the next: where they are in the new axis
+    for run in written.runs:
+        inside = (
+            cuts[bisect_left(cuts, run.first) : bisect_right(cuts, run.first + run.length)] if run.first >= 0 else ()
+        )
+        for first, end in pairwise(inside):
+            copies.setdefault(first, []).append(Run(run.at + first - run.first, first, end - first, run.scale))
+    most = max(map(len, copies.values()))
+    return tuple(
+        _sparse(
+            [
+                run._replace(scale=sign / run.scale)
+                for runs in copies.values()
+                if len(runs) > k + 1
+                for run, sign in ((runs[k], 1.0), (runs[-1], -1.0))
+            ],
+            len(written.index),
+        )
+        for k in range(most - 1)
+    )
+
+
+def _sparse(runs: list[Run], length: int) -> Places:
+    """Return the places of an axis of this length that has these runs, and new positions between them."""
+    filled: list[tuple[int, int, float]] = []
+    at = 0
+    for run in [*sorted(runs), Run(length, -1, 0, 1.0)]:
+        filled += [(-1, run.at - at, 1.0), (run.first, run.length, run.scale)]
+        at = run.at + run.length
+    return Places.of_runs(filled)

@@ -5,21 +5,22 @@ family's code cannot express is refused here, and so is what would change the fu
 """
 
 import math
-from collections import Counter, defaultdict
-from collections.abc import Mapping
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from surgeon.anatomy.anatomy import Anatomy
-from surgeon.anatomy.axes import axes_of
+from surgeon.anatomy.axes import Index, Scale, axes_of
 from surgeon.anatomy.config import is_off
 from surgeon.anatomy.rotary import EXTENSIBLE_ROPE, rope_types, rotary_dims, wider_head
 from surgeon.errors import PlanError
 
+SQUARE = ("hidden", "heads", "kv_heads", "head_dim")  # the sizes that a family's code may derive from one another
 WIDTH_METHODS = ("auto", "clone", "pad", "zero-pad", "uneven", "advanced")
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, init=False)
 class AxisMap:
     """How a wider axis is made of a narrower one.
 
@@ -28,10 +29,16 @@ class AxisMap:
     New positions are either `zeroed`: written as zero and read with fresh weights, or the reverse.
     """
 
-    index: tuple[int, ...]
-    write: tuple[float, ...]
-    read: tuple[float, ...]
+    index: Index
+    write: Scale
+    read: Scale
     zeroed: bool
+
+    def __init__(self, index: Iterable[int], write: Iterable[float], read: Iterable[float], *, zeroed: bool) -> None:
+        object.__setattr__(self, "index", Index.of(index))
+        object.__setattr__(self, "write", Scale.of(write))
+        object.__setattr__(self, "read", Scale.of(read))
+        object.__setattr__(self, "zeroed", zeroed)
 
     @property
     def is_exact(self) -> bool:
@@ -46,14 +53,15 @@ class AxisMap:
 
 def tile(size: int, times: int) -> AxisMap:
     """Return the map of `times` copies laid end to end, each read with its share."""
-    return AxisMap(tuple(range(size)) * times, (1.0,) * (size * times), (1 / times,) * (size * times), zeroed=True)
+    new_size = size * times
+    index = Index([(0, size)] * times)
+    return AxisMap(index, Scale.all(1.0, new_size), Scale.all(1 / times, new_size), zeroed=True)
 
 
 def append(size: int, new_size: int) -> AxisMap:
     """Return the map that adds new positions, written at random and not read: what they hold changes nothing yet."""
-    index = (*range(size), *[-1] * (new_size - size))
-    weights = (1.0,) * size + (0.0,) * (new_size - size)
-    return AxisMap(index, weights, weights, zeroed=False)
+    weights = _old_then_new(1.0, size, new_size)
+    return AxisMap(_appended(size, new_size), weights, weights, zeroed=False)
 
 
 def isometric_pad(size: int, new_size: int) -> AxisMap:
@@ -62,9 +70,8 @@ def isometric_pad(size: int, new_size: int) -> AxisMap:
     The mean square is then what it was, so a norm needs no other epsilon: exact for any size.
     """
     ratio = math.sqrt(new_size / size)
-    index = (*range(size), *[-1] * (new_size - size))
-    new = (0.0,) * (new_size - size)
-    return AxisMap(index, (ratio,) * size + new, (1 / ratio,) * size + new, zeroed=True)
+    write, read = _old_then_new(ratio, size, new_size), _old_then_new(1 / ratio, size, new_size)
+    return AxisMap(_appended(size, new_size), write, read, zeroed=True)
 
 
 def zero_pad(size: int, new_size: int) -> AxisMap:
@@ -72,9 +79,8 @@ def zero_pad(size: int, new_size: int) -> AxisMap:
 
     A norm then divides by a smaller mean square: approximate.
     """
-    index = (*range(size), *[-1] * (new_size - size))
-    weights = (1.0,) * size + (0.0,) * (new_size - size)
-    return AxisMap(index, weights, weights, zeroed=True)
+    weights = _old_then_new(1.0, size, new_size)
+    return AxisMap(_appended(size, new_size), weights, weights, zeroed=True)
 
 
 def uneven(size: int, new_size: int) -> AxisMap:
@@ -82,9 +88,18 @@ def uneven(size: int, new_size: int) -> AxisMap:
 
     Exact but for norms, which see the repeated positions weigh more: approximate unless new is a multiple of old.
     """
-    index = tuple(j % size for j in range(new_size))
-    counts = Counter(index)
-    return AxisMap(index, (1.0,) * new_size, tuple(1 / counts[i] for i in index), zeroed=True)
+    times, more = divmod(new_size, size)  # the first `more` positions are there once more than the others
+    index = Index([(0, size)] * times + [(0, more)])
+    read = Scale([(1 / (times + 1), more), (1 / times, size - more)] * times + [(1 / (times + 1), more)])
+    return AxisMap(index, Scale.all(1.0, new_size), read, zeroed=True)
+
+
+def _appended(size: int, new_size: int) -> Index:
+    return Index([(0, size), (-1, new_size - size)])
+
+
+def _old_then_new(factor: float, size: int, new_size: int) -> Scale:
+    return Scale([(factor, size), (0.0, new_size - size)])
 
 
 @dataclass(frozen=True)
@@ -135,7 +150,8 @@ def plan_widths(
     if method not in WIDTH_METHODS:
         raise PlanError(f"unknown width method {method!r}", hint=f"One of: {', '.join(WIDTH_METHODS)}.")
     old = anatomy.sizes
-    check_shape(anatomy, hidden=hidden, heads=heads, kv_heads=kv_heads, head_dim=head_dim)
+    asked = {"hidden": hidden, "ffn": ffn, "heads": heads, "kv_heads": kv_heads, "head_dim": head_dim}
+    check_shape(anatomy, asked)
     maps: dict[str, AxisMap] = {}
     if ffn != old["ffn"] and not any(
         "ffn" in axes_of(dim) for name in anatomy.spec.tensors for dim in anatomy.row(name)[0].axes
@@ -153,13 +169,13 @@ def plan_widths(
     if old.get("embed") == old["hidden"] and "hidden" in maps:
         maps["embed"] = maps["hidden"]
     approximate = _check_norms(anatomy, maps)
-    sizes = {"hidden": hidden, "ffn": ffn, "heads": heads, "kv_heads": kv_heads, "head_dim": head_dim}
-    sizes |= {"group": heads // kv_heads, "embed": hidden if "embed" in maps else old.get("embed", 0)}
-    sizes |= dict.fromkeys(("q_dim", "k_dim", "v_dim"), head_dim)
+    sizes = asked | {"group": heads // kv_heads, "embed": hidden if "embed" in maps else old.get("embed", 0)}
+    if head_dim != old["head_dim"]:
+        sizes |= dict.fromkeys(("q_dim", "k_dim", "v_dim"), head_dim)
     return Widths(
         maps=maps,
         sizes=sizes,
-        config=sizes_in_config(anatomy, sizes),
+        config=resized(anatomy, sizes),
         splits_groups=splits,
         query_gain=query_gain,
         approximate=approximate,
@@ -167,9 +183,14 @@ def plan_widths(
     )
 
 
-def check_shape(anatomy: Anatomy, *, hidden: int, heads: int, kv_heads: int, head_dim: int) -> None:
+def check_shape(anatomy: Anatomy, sizes: Mapping[str, int]) -> None:
     """Raises PlanError, with sizes that fit, where the family's code cannot express a model of these."""
-    family, old = anatomy.require_family(), anatomy.sizes
+    family, old = anatomy.require_family(partial=True), anatomy.sizes
+    changed = [axis for axis, size in sizes.items() if size != old.get(axis, size)]
+    anatomy.check_free(changed)
+    hidden, heads, kv_heads, head_dim = (sizes[axis] for axis in SQUARE)
+    if not {*changed} & {*SQUARE}:
+        return
     shrinks = hidden < old["hidden"] or heads < old["heads"] or head_dim < old["head_dim"]
     if "kv_heads" not in family.sizes and kv_heads != heads:
         raise PlanError(
@@ -247,7 +268,7 @@ def _add_head_dim(maps: dict[str, AxisMap], anatomy: Anatomy, new: int) -> tuple
 
     Old dimensions keep their rotary frequencies. Logits are divided by sqrt(head_dim); larger queries make up for it.
     """
-    family, config = anatomy.require_family(), anatomy.spec.config
+    family, config = anatomy.require_family(), anatomy.config
     old = anatomy.sizes["head_dim"]
     if family.rotary is not None:
         if new % old:
@@ -276,7 +297,7 @@ def _add_head_dim(maps: dict[str, AxisMap], anatomy: Anatomy, new: int) -> tuple
     factor = 1.0 if family.fixed_query_scale else math.sqrt(new / old)
     ones = (1.0,) * new
     maps["v_dim"] = append(old, new)
-    if not any(axes_of(dim) & {"q_dim"} for row in family.norm.values() for dim in row.axes):
+    if not any(row.kind == "gain" and "q_dim" in axes_of(row.axes[-1]) for row, _ in anatomy.rows.values()):
         query = tuple(0.0 if i < 0 else factor for i in order)
         maps["q_dim"] = AxisMap(order, query, query, zeroed=True)
         maps["k_dim"] = AxisMap(order, tuple(float(i >= 0) for i in order), ones, zeroed=False)
@@ -291,24 +312,26 @@ def _add_head_dim(maps: dict[str, AxisMap], anatomy: Anatomy, new: int) -> tuple
 
 def _check_norms(anatomy: Anatomy, maps: Mapping[str, AxisMap]) -> tuple[str, ...]:
     """Return why norms make the result approximate, if they do. Raises PlanError where no method allows for that."""
-    family = anatomy.require_family()
-    for rest, row in family.norm.items():
+    family = anatomy.require_family(partial=True)
+    for name, (row, _) in anatomy.rows.items():
+        if row.kind not in ("gain", "shift"):
+            continue
         for axis in sorted(axes_of(row.axes[-1]) & maps.keys() - {"hidden"}):
             if not maps[axis].is_exact:
                 raise PlanError(
-                    f"{anatomy.model_type} normalises over all heads ({rest}), so new heads must be copies of the old",
+                    f"{anatomy.model_type} normalises over all heads ({name}), so new heads must be copies of the old",
                     hint="Ask for a multiple, with --width-method clone.",
                 )
     residual = maps.get("hidden")
     if residual is None:
         return ()
-    pads = -1 in residual.index
-    if pads and is_off(anatomy.spec.config, family.pre_norm_flag):
+    pads = residual.index.has_new
+    if pads and is_off(anatomy.config, family.pre_norm_flag):
         raise PlanError(
             f"{anatomy.model_type} with norms after the sum cannot be padded: a norm fixes the mean of its output",
             hint="Use a multiple, with --width-method clone.",
         )
-    mean_moves = family.norm_kind == "layer" and not pads and len(residual.index) % len(set(residual.index))
+    mean_moves = family.norm_kind == "layer" and not pads and len(residual.index) % (residual.index.highest + 1)
     if not residual.is_exact or mean_moves:
         return ("norms see another mean square than before",)
     return ()
@@ -328,25 +351,38 @@ def _residual_factors(anatomy: Anatomy, maps: Mapping[str, AxisMap], hidden: int
     if tied and axes_of(head.axes[-1]) & maps.keys():
         weight = 1.0 if method == "zero-pad" else hidden / old
         factors["tied_factor"] = 1 / (factors.get("embedding_factor", 1.0) * weight)
+        if family.scales_tied_head:
+            factors["tied_factor"] *= math.sqrt(hidden / old)
         if factors["tied_factor"] != 1.0 and not _has_final_norm(anatomy):
             raise PlanError("a tied head without a final norm cannot be widened", hint="Untie the head first.")
-    if family.norm_kind == "layer" and method != "zero-pad" and -1 in residual.index:
+    if family.norm_kind == "layer" and method != "zero-pad" and residual.index.has_new:
         factors["mean_fill"] = math.sqrt(hidden / old)
     return factors
 
 
 def _has_final_norm(anatomy: Anatomy) -> bool:
-    outside = (name for name in anatomy.spec.tensors if not anatomy.stacks[0].locate(name))
-    return any(anatomy.row(name)[0].kind == "gain" for name in outside)
+    return any(is_final_norm(anatomy, name) for name in anatomy.rows)
 
 
-def sizes_in_config(anatomy: Anatomy, sizes: Mapping[str, int]) -> dict[str, Any]:
-    """Return the config keys that hold the new sizes; a size that the code would derive otherwise is written out."""
-    config = anatomy.spec.config
+def is_final_norm(anatomy: Anatomy, name: str) -> bool:
+    """Return whether a tensor is of the norm in front of the head."""
+    family = anatomy.require_family(partial=True)
+    return name in family.final_norm or family.base + name in family.final_norm
+
+
+def resized(anatomy: Anatomy, sizes: Mapping[str, int], other: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """Return the config with the new sizes and `other` changes; a size that the code would derive is written out."""
+    family, config = anatomy.require_family(partial=True), anatomy.config
     changes: dict[str, Any] = {}
-    for axis, keys in anatomy.require_family().sizes.items():
-        if not sizes.get(axis):
+    for axis, keys in family.sizes.items():
+        if not sizes.get(axis) or (family.is_partial and sizes[axis] == anatomy.sizes[axis]):
             continue
         present = [key for key in keys if config.get(key) is not None] or keys[:1]
         changes |= {key: sizes[axis] for key in present if config.get(key) != sizes[axis]}
-    return changes
+    whole = anatomy.with_config(changes | dict(other or {}))
+    for axis, paths in family.outer_sizes.items():
+        for path in paths if sizes[axis] != anatomy.sizes[axis] else ():
+            group, _, key = path.rpartition(".")
+            if isinstance(whole.get(group), Mapping) and whole[group].get(key) == anatomy.sizes[axis]:
+                whole[group] = {**whole[group], key: sizes[axis]}
+    return whole

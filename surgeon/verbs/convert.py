@@ -33,7 +33,7 @@ def convert(source: str | os.PathLike[str], *, staging: str | os.PathLike[str] |
     opened, step, notes = _open(path, None if staging is None else Path(staging))
     anatomy = read_anatomy(spec_of(opened))
     plan = identity(anatomy.spec, depth=anatomy.depth)
-    if buffers := [name for name in plan.tensors if anatomy.family and anatomy.row(name)[1] == "buffer"]:
+    if buffers := [name for name in plan.tensors if anatomy.whole_family and anatomy.row(name)[1] == "buffer"]:
         notes = (*notes, f"left out, as every loader ignores them: {buffers[0]} and {len(buffers) - 1} more buffers")
     tensors = {name: expr for name, expr in plan.tensors.items() if name not in buffers}
     plan = replace(plan, tensors=tensors, steps=({"convert": step},), notes=(*plan.notes, *notes))

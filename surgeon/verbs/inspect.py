@@ -97,7 +97,7 @@ class Inspection:
     @property
     def sizes(self) -> dict[str, int]:
         """The sizes of the axes that a config gives, and how many heads share a key-value head; {} without a table."""
-        shown = (*self.anatomy.family.sizes, "group") if self.anatomy.family else ()
+        shown = (*family.sizes, "group") if (family := self.anatomy.family) else ()
         return {axis: self.anatomy.sizes[axis] for axis in shown if axis in self.anatomy.sizes}
 
     @property
@@ -111,7 +111,7 @@ class Inspection:
     @property
     def tied(self) -> bool | None:
         """Whether the output head is the embedding: it has no tensor of its own. None where no table can say."""
-        if self.anatomy.family is None:
+        if self.anatomy.whole_family is None:
             return self.anatomy.spec.config.get("tie_word_embeddings")
         return not any(self.anatomy.row(name)[0].kind == "head" for name in self.tensors)
 
@@ -151,7 +151,7 @@ class Inspection:
         anatomy, spec = self.anatomy, self.anatomy.spec
         lines = [
             ("model", self.label),
-            ("type", anatomy.model_type + ("" if anatomy.family else "  (no table: whole layers only)")),
+            ("type", anatomy.model_type + self._table_note()),
             ("layers", "  ".join(f"{stack.depth} ({stack.prefix}*)" for stack in anatomy.stacks)),
         ]
         lines += [("sizes", "  ".join(f"{axis} {n}" for axis, n in self.sizes.items()))] if self.sizes else []
@@ -180,8 +180,14 @@ class Inspection:
     def __str__(self) -> str:
         return self.to_text()
 
+    def _table_note(self) -> str:
+        """Return what to know of the model type's table: nothing where it is whole."""
+        if self.anatomy.family is None:
+            return "  (no table: whole layers only)"
+        return "" if self.anatomy.whole_family else "  (the table speaks of some axes: docs/models.md)"
+
     def _part(self, name: str) -> str:
-        if self.anatomy.family is not None:
+        if self.anatomy.whole_family is not None:
             return self.anatomy.row(name)[1]
         return "layers" if any(stack.locate(name) for stack in self.anatomy.stacks) else "other"
 

@@ -4,8 +4,9 @@ from collections.abc import Mapping
 
 from surgeon.anatomy.families.decoders import DECODERS
 from surgeon.anatomy.families.experts import EXPERTS
-from surgeon.anatomy.families.table import Family, Kind, Row, Rows
+from surgeon.anatomy.families.multimodal import MULTIMODAL
+from surgeon.anatomy.families.table import ANY, FIRST, Family, Kind, Layers, Row, Rows, Wrapper
 
-__all__ = ["FAMILIES", "Family", "Kind", "Row", "Rows"]
+__all__ = ["ANY", "FAMILIES", "FIRST", "MULTIMODAL", "Family", "Kind", "Layers", "Row", "Rows", "Wrapper"]
 
 FAMILIES: Mapping[str, Family] = {**DECODERS, **EXPERTS}

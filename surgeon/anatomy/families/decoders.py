@@ -43,8 +43,23 @@ QWEN3 = replace(PLAIN, norm=PRE_NORMS | HEAD_NORMS, mlp=(gated(),))
 GEMMA = replace(PLAIN, mlp=(gated(),), init_gain=0.0, scales_embedding=True)
 GEMMA2 = replace(GEMMA, norm=SANDWICH_NORMS, branch_norms=BRANCH_NORMS, fixed_query_scale=True, hidden_divisible=True)
 GEMMA3 = replace(GEMMA2, norm=SANDWICH_NORMS | HEAD_NORMS)
+ERNIE4_5 = replace(
+    PLAIN,
+    attention=attention(bias="use_bias", output_bias="use_bias"),
+    mlp=(gated(bias="use_bias"),),
+    rotary="pairs",
+)
+SEED_OSS = replace(PLAIN, attention=attention(bias="attention_bias", output_bias="attention_out_bias"))
 OLMO2 = replace(PLAIN, norm=POST_NORMS | WIDE_NORMS, mlp=(gated(),), branch_norms=BRANCH_NORMS)
 COHERE2 = replace(PLAIN, norm=norm("input_layernorm"), mlp=(gated(),), norm_kind="layer", rotary="pairs")
+# Norms of queries and keys with a gain for each head, over the dims of that head alone.
+COHERE = replace(
+    COHERE2,
+    norm=norm("input_layernorm")
+    | norm("self_attn.q_norm", "(kv_heads group) q_dim", when="use_qk_norm")
+    | norm("self_attn.k_norm", "kv_heads k_dim", when="use_qk_norm"),
+)
+COHERE_COMPASS = replace(COHERE2, rotary="halves")
 
 PHI3 = replace(
     PLAIN,
@@ -134,16 +149,26 @@ OPT = Family(
 
 DECODERS: Mapping[str, Family] = {
     "llama": LLAMA,
+    "cwm": LLAMA,
+    "internlm3": LLAMA,
+    "iquestcoder": LLAMA,
     "smollm3": PLAIN,
     "granite": GRANITE,
+    "ernie4_5": ERNIE4_5,
     "mistral": MISTRAL,
+    "ministral": MISTRAL,
+    "ministral3": MISTRAL,
     "qwen2": QWEN2,
     "qwen3": QWEN3,
     "gemma": GEMMA,
     "gemma2": GEMMA2,
     "gemma3_text": GEMMA3,
+    "seed_oss": SEED_OSS,
     "olmo2": OLMO2,
+    "olmo3": OLMO2,
+    "cohere": COHERE,
     "cohere2": COHERE2,
+    "cohere_compass_text": COHERE_COMPASS,
     "phi3": PHI3,
     "gpt2": GPT2,
     "gpt_neox": GPT_NEOX,

@@ -16,7 +16,8 @@ SIZES = {
     "experts": ("num_local_experts", "num_experts"),
     "expert_ffn": ("moe_intermediate_size",),
 }
-# Where head_dim is always hidden / heads, and every head has its own keys and values.
+SQUARE_SIZES = {axis: keys for axis, keys in SIZES.items() if axis != "head_dim"}  # head_dim is always hidden / heads
+# And every head has its own keys and values.
 HIDDEN_AND_HEADS = {axis: keys for axis, keys in SIZES.items() if axis not in ("head_dim", "kv_heads")}
 DERIVED_SIZES = {"kv_heads": (1, "heads")}  # and head_dim = hidden / heads, everywhere
 

@@ -6,12 +6,12 @@ which the tensor is stored: "out in" for a linear map, "in out" for GPT-2's Conv
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from surgeon.anatomy.axes import Dim, parse
 
-Kind = Literal["linear", "conv1d", "bias", "gain", "shift", "embedding", "head", "logit", "buffer"]
+Kind = Literal["linear", "conv1d", "bias", "gain", "shift", "embedding", "head", "logit", "buffer", "opaque"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,24 +19,56 @@ class Row:
     """A tensor's axes and what it does with them.
 
     `linear` and `conv1d` map one axis to another, `gain` and `shift` are a norm's, `logit` is a parameter added to
-    logits (a router's bias, attention sinks), `buffer` is something old files carry and every loader ignores.
-    `when` is the config key that decides whether the tensor exists, or two axes that then differ: "embed != hidden".
+    logits (a router's bias, attention sinks), `buffer` is something old files carry and every loader ignores, `opaque`
+    has no axis that a surgery could change.
+    `when` is the config key that decides whether the tensor exists, or two axes that then differ: "embed != hidden";
+    FIRST for what only the first layer of a stack has. An `optional` tensor is one that not every class of the family
+    has: a pooler, a masked LM's head.
     """
 
     axes: tuple[Dim, ...]
     kind: Kind
     when: str | None = None
+    optional: bool = False
 
 
 Rows = dict[str, Row]
+
+FIRST = "first layer"
+ANY = ""  # of Family.opaque: every tensor that has no row
+
+
+@dataclass(frozen=True, slots=True)
+class Layers:
+    """The tensors in the layers of one stack. Their names are relative to `prefix` and the layer's number.
+
+    `attention` and `mlp` list alternatives: a layer has exactly one of them (softmax attention, or a linear one; dense,
+    or experts). In names, "{}" stands for an expert's number.
+    """
+
+    prefix: str
+    attention: tuple[Rows, ...]
+    norm: Rows
+    mlp: tuple[Rows, ...]
+
+    @property
+    def rows(self) -> Rows:
+        """All rows that a layer may have."""
+        alternatives = (self.norm, *self.attention, *self.mlp)
+        return {name: row for rows in alternatives for name, row in rows.items()}
 
 
 @dataclass(frozen=True, slots=True)
 class Family:
     """The tensors of a family, grouped by part. Names inside a layer are relative to `layers` and the layer's number.
 
-    `mlp` lists alternatives: a layer has exactly one of them (dense, or experts). In names, "{}" stands for an
-    expert's number. `base` is the prefix that checkpoints saved from the headless model lack.
+    `mlp` lists alternatives: a layer has exactly one of them (dense, or experts); `mixers` are what some layers have in
+    place of `attention`. In names, "{}" stands for an expert's number, and "?" among axes for a size that is nothing
+    that can change. `base` is the prefix that checkpoints saved from the headless model lack. Of an encoder-decoder the
+    layers here are the decoder's. `embedding` holds all that lies outside of the layers but the norm before the head.
+
+    A tensor without a row is an error, unless its name begins with one of `opaque`: it belongs to another tower, or,
+    where that is ANY, the table speaks of some axes only. `frozen` says of an axis why it cannot change.
     """
 
     base: str
@@ -61,6 +93,68 @@ class Family:
     fixed_query_scale: bool = False  # logits are not divided by the square root of head_dim but by a key of the config
     rotary: Literal["halves", "pairs"] | None = "halves"  # which dims rotate together: i and i + R/2, or 2i and 2i + 1
     hidden_divisible: bool = False  # the config insists that heads divide hidden, even where head_dim is given
+    mixers: tuple[Rows, ...] = ()
+    encoder: Layers | None = None
+    opaque: tuple[str, ...] = ()
+    frozen: Mapping[str, str] = field(default_factory=dict)
+    aliases: tuple[tuple[str, str], ...] = ()  # what older files call a tensor, as (their part of a name, ours)
+    shares_heads: bool = False  # layers share a bias of their heads: all of a stack keep the same ones
+    outer_sizes: Mapping[str, tuple[str, ...]] = field(
+        default_factory=dict
+    )  # keys outside of the text config, with dots
+    scales_tied_head: bool = False  # logits are multiplied by hidden ** -0.5 where the head is the embedding
+
+    @property
+    def stacks(self) -> tuple[Layers, ...]:
+        """The layers of each stack: one, or a decoder's and an encoder's."""
+        own = Layers(self.layers, (self.attention, *self.mixers), self.norm, self.mlp)
+        return (own,) if self.encoder is None else (own, self.encoder)
+
+    @property
+    def is_partial(self) -> bool:
+        """Whether the table speaks of some axes only."""
+        return ANY in self.opaque
+
+
+@dataclass(frozen=True, slots=True)
+class Wrapper:
+    """A model around a language model that has a family of its own: where its tensors lie, and what else touches it.
+
+    `base` stands in the files for the language model's own base ("model."), `head` in front of the names that lie
+    outside of it (lm_head). `headless` is the prefix that checkpoints of the headless model lack. `rows` are tensors
+    beside it that have axes of the language model, such as a projector that writes its hidden state; all else under
+    `opaque` has none. `sizes` are config keys outside of the text config that hold a size, with dots.
+    """
+
+    base: str
+    opaque: tuple[str, ...]
+    rows: Rows = field(default_factory=dict)
+    head: str = ""
+    headless: str = ""
+    text: str | None = None  # the language model's type, where an older config does not say it
+    sizes: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    frozen: Mapping[str, str] = field(default_factory=dict)
+
+    def around(self, family: Family) -> Family:
+        """Return the family of the whole model."""
+
+        def named(name: str) -> str:
+            inside = name.startswith(family.base)
+            return self.base + name.removeprefix(family.base) if inside else self.head + name
+
+        def renamed(rows: Rows) -> Rows:
+            return {named(name): row for name, row in rows.items()}
+
+        return replace(
+            family,
+            base=self.headless,
+            layers=named(family.layers),
+            embedding=renamed(family.embedding) | self.rows,
+            final_norm=renamed(family.final_norm),
+            opaque=(*family.opaque, *self.opaque),
+            frozen={**family.frozen, **self.frozen},
+            outer_sizes=self.sizes,
+        )
 
 
 def linear(name: str, axes: str, *, bias: str | bool = False, kind: Kind = "linear") -> Rows:
@@ -73,11 +167,11 @@ def linear(name: str, axes: str, *, bias: str | bool = False, kind: Kind = "line
     return rows
 
 
-def norm(name: str, axes: str = "hidden", *, shift: bool = False) -> Rows:
+def norm(name: str, axes: str = "hidden", *, shift: bool = False, when: str | None = None) -> Rows:
     """Return the rows of a norm: its gain, and for a layer norm its shift."""
     dims = parse(axes)
-    rows = {f"{name}.weight": Row(dims, "gain")}
-    return rows | {f"{name}.bias": Row(dims, "shift")} if shift else rows
+    rows = {f"{name}.weight": Row(dims, "gain", when)}
+    return rows | {f"{name}.bias": Row(dims, "shift", when)} if shift else rows
 
 
 def one(name: str, axes: str, kind: Kind, when: str | None = None) -> Rows:

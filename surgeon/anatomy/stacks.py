@@ -1,0 +1,83 @@
+"""The stacks of a model: which tensors lie in numbered layers, and how many layers there are."""
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from surgeon.anatomy.config import CONFIG_HINT, layer_count, text_config
+from surgeon.anatomy.layer_rules import COUNT_KEYS, DECODER_COUNT_KEYS, ENCODER_COUNT_KEYS
+from surgeon.errors import CheckpointError
+
+_NUMBERED = re.compile(r"((?:.*?\.)??)(0|[1-9][0-9]{0,5})\.")  # the prefix up to the first number, and that number
+_NUMBER = re.compile(r"0|[1-9][0-9]{0,5}")
+_TOWERS = re.compile(r"vision|visual|image|audio|speech|mtp")  # stacks beside the language model's own
+
+FILES_HINT = "The weights are incomplete or of another model than config.json; fetch the whole checkpoint again."
+
+
+@dataclass(frozen=True, slots=True)
+class Stack:
+    """A stack of layers: tensors called prefix + number + "." + rest, numbered from 0 to depth - 1."""
+
+    prefix: str
+    depth: int
+
+    def locate(self, name: str) -> tuple[int, str] | None:
+        """Return the layer of a tensor and its name inside the layer, None for a tensor outside the stack."""
+        if not name.startswith(self.prefix):
+            return None
+        match = _NUMBERED.fullmatch(name[: name.find(".", len(self.prefix)) + 1])
+        if match is None or match[1] != self.prefix:
+            return None
+        return int(match[2]), name[match.end() :]
+
+    def name(self, layer: int, rest: str) -> str:
+        """Return the full name of tensor `rest` of `layer`."""
+        return f"{self.prefix}{layer}.{rest}"
+
+
+def find_stacks(config: Mapping[str, Any], names: Iterable[str]) -> tuple[Stack, ...]:
+    """Return the model's stack of layers; of an encoder-decoder the decoder's, then the encoder's.
+
+    Raises CheckpointError when the names do not show the number of layers that the config gives.
+    """
+    numbers: dict[str, set[int]] = {}
+    for name in names:
+        if odd := next((word for word in name.split(".") if word.isdigit() and not _NUMBER.fullmatch(word)), None):
+            raise CheckpointError(f"{name[:200]!r} holds {odd[:20]!r}, which is no layer's number", hint=FILES_HINT)
+        if match := _NUMBERED.match(name):
+            numbers.setdefault(match[1], set()).add(int(match[2]))
+    text = text_config(config)
+    if not text.get("is_encoder_decoder"):
+        return (_pick_stack(numbers, layer_count(text, COUNT_KEYS)),)
+    depth = layer_count(text, ENCODER_COUNT_KEYS)
+    decoder_depth = layer_count(text, DECODER_COUNT_KEYS) or depth  # T5: absent means as many
+    return (
+        _pick_stack({prefix: layers for prefix, layers in numbers.items() if "decoder" in prefix}, decoder_depth),
+        _pick_stack({prefix: layers for prefix, layers in numbers.items() if "encoder" in prefix}, depth),
+    )
+
+
+def _pick_stack(numbers: Mapping[str, set[int]], depth: int | None) -> Stack:
+    """Return the one stack with `depth` layers. Raises CheckpointError when there is none, or more than one."""
+    if depth is None:
+        raise CheckpointError("config.json does not say how many layers the model has", hint=CONFIG_HINT)
+    fitting = [prefix for prefix, layers in numbers.items() if len(layers) == depth == max(layers) + 1]
+    if len(fitting) > 1:
+        fitting = [prefix for prefix in fitting if not _TOWERS.search(prefix)]
+    if len(fitting) == 1:
+        return Stack(fitting[0], depth)
+    if fitting:
+        raise CheckpointError(
+            f"cannot tell which are the model's layers: {' or '.join(sorted(fitting))}", hint=CONFIG_HINT
+        )
+    if not numbers:
+        raise CheckpointError("the checkpoint has no layers: no tensor's name holds a number", hint=FILES_HINT)
+    prefix, layers = max(numbers.items(), key=lambda item: (not _TOWERS.search(item[0]), len(item[1])))
+    if (missing := next((i for i in range(max(layers)) if i not in layers), None)) is not None:
+        raise CheckpointError(f"layer {missing} is missing: no tensor is called {prefix}{missing}.*", hint=FILES_HINT)
+    raise CheckpointError(
+        f"config.json says {depth} layers, but the files hold {len(layers)} ({prefix}0 to {prefix}{max(layers)})",
+        hint="Config and weights do not belong together, or extra layers (MTP) follow the model's own.",
+    )
