@@ -20,6 +20,7 @@ from surgeon.measure.activations import Activations, Watcher
 from surgeon.measure.record import Scores, perplexities
 from surgeon.measure.residual import Observer
 from surgeon.models.device import available_memory, compute_dtype
+from surgeon.models.skeleton import predicts_next
 from surgeon.models.streaming import HEAD_TOKENS, Batch, Progress, StreamedModel, groups
 from surgeon.transforms.scores import METHODS, WIDTHS
 
@@ -197,7 +198,7 @@ def score(
             tokens,
             all_tokens=request.all_tokens,
             widths=any(WIDTHS[name] == "text" for name in request.widths),
-            evaluate=request.evaluate,
+            evaluate=request.evaluate and predicts_next(source),
             progress=(meter or no_meter)("scoring", tokens.numel(), model.depth),
         )
         widths |= {"activation": importance} if importance else {}

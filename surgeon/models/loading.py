@@ -182,24 +182,20 @@ def num_known(model: Any) -> int:
 
 
 def auto_class(source: Source) -> Any:
-    """Return the Auto class of transformers that builds a source's own model.
-
-    A checkpoint without a head is that of a language model, or of an encoder, as its type is in transformers.
-    """
+    """Return the Auto class of transformers for a source; without a head that of a language model, or of an encoder."""
     import transformers
     from transformers.models.auto import modeling_auto as known
 
-    names = class_names(source.config)
-    heads = {"ForMaskedLM": "AutoModelForMaskedLM", "ForSequenceClassification": "AutoModelForSequenceClassification"}
-    named = (kind for end, kind in heads.items() if any(name.endswith(end) for name in names))
-    model_type = str(source.config.get("model_type"))
-    writes = any("CausalLM" in name or "LMHead" in name for name in names)
-    both_ways = model_type in known.MODEL_FOR_MASKED_LM_MAPPING_NAMES and names and not writes
-    without_code = model_type not in known.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and "auto_map" not in source.config
-    usual = "AutoModel" if both_ways or without_code else "AutoModelForCausalLM"
     if source.config.get("is_encoder_decoder"):
-        usual = "AutoModelForSeq2SeqLM"
-    return getattr(transformers, next(named, usual))
+        return transformers.AutoModelForSeq2SeqLM
+    names, model_type = class_names(source.config), str(source.config.get("model_type"))
+    for head in ("ForMaskedLM", "ForSequenceClassification"):
+        if any(name.endswith(head) for name in names):
+            return getattr(transformers, f"AutoModel{head}")
+    writes = not names or any("CausalLM" in name or "LMHead" in name for name in names)
+    both_ways = model_type in known.MODEL_FOR_MASKED_LM_MAPPING_NAMES and not writes
+    has_code = model_type in known.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or "auto_map" in source.config
+    return transformers.AutoModel if both_ways or not has_code else transformers.AutoModelForCausalLM
 
 
 def load_model(source: Source, *, dtype: Any, hint: str, **options: Any) -> Any:
@@ -207,9 +203,6 @@ def load_model(source: Source, *, dtype: Any, hint: str, **options: Any) -> Any:
 
     Raises MeasureError, with `hint`, where transformers cannot load it or would draw weights at random.
     """
-    from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
-
-    kind: Any = AutoModelForSeq2SeqLM if source.config.get("is_encoder_decoder") else AutoModelForCausalLM
     name, revision = loadable(source)
     _check_files(name)
     if ADAPTER in source.companions:
@@ -219,7 +212,7 @@ def load_model(source: Source, *, dtype: Any, hint: str, **options: Any) -> Any:
         )
     with transformers_loads(source.label, hint=hint), quiet_transformers():
         model, report = _from_pretrained(
-            kind,
+            auto_class(source),
             name,
             revision=revision,
             config=config_of(source, hint=hint),

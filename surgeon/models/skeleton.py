@@ -92,6 +92,11 @@ class Skeleton:
                 empty_own(module)
 
 
+def predicts_next(source: Source) -> bool:
+    """Return whether a source's own class of transformers predicts the next token, by its config."""
+    return bool(auto_class(source).__name__ == "AutoModelForCausalLM")
+
+
 def build_skeleton(source: Source, dtype: torch.dtype) -> Skeleton:
     """Return the model that a source's config describes, with its buffers and without its parameters."""
     from accelerate import init_empty_weights
