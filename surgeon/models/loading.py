@@ -195,14 +195,28 @@ def num_known(model: Any) -> int:
     return int(model.get_input_embeddings().weight.shape[0])
 
 
+def auto_class(source: Source) -> Any:
+    """Return the Auto class of transformers for a source; without a head that of a language model, or of an encoder."""
+    import transformers
+    from transformers.models.auto import modeling_auto as known
+
+    if source.config.get("is_encoder_decoder"):
+        return transformers.AutoModelForSeq2SeqLM
+    names, model_type = class_names(source.config), str(source.config.get("model_type"))
+    for head in ("ForMaskedLM", "ForSequenceClassification"):
+        if any(name.endswith(head) for name in names):
+            return getattr(transformers, f"AutoModel{head}")
+    writes = not names or any("CausalLM" in name or "LMHead" in name for name in names)
+    both_ways = model_type in known.MODEL_FOR_MASKED_LM_MAPPING_NAMES and not writes
+    has_code = model_type in known.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or "auto_map" in source.config
+    return transformers.AutoModel if both_ways or not has_code else transformers.AutoModelForCausalLM
+
+
 def load_model(source: Source, *, dtype: Any, hint: str, **options: Any) -> Any:
     """Return the model in evaluation mode, on the CPU unless `options` (of from_pretrained) place it elsewhere.
 
     Raises MeasureError, with `hint`, where transformers cannot load it or would draw weights at random.
     """
-    from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
-
-    kind: Any = AutoModelForSeq2SeqLM if source.config.get("is_encoder_decoder") else AutoModelForCausalLM
     name, revision = loadable(source)
     _check_files(name)
     if ADAPTER in source.companions:
@@ -212,7 +226,7 @@ def load_model(source: Source, *, dtype: Any, hint: str, **options: Any) -> Any:
         )
     with transformers_loads(source.label, hint=hint), quiet_transformers():
         model, report = _from_pretrained(
-            kind,
+            auto_class(source),
             name,
             revision=revision,
             config=config_of(source, hint=hint),
