@@ -127,3 +127,63 @@ def test_a_head_that_differs_is_not_tied_whatever_the_config_says(tmp_path):
     assert "tie_word_embeddings became false: lm_head.weight differs" in grown.notes[0]
     assert open_source(grown.output).config["tie_word_embeddings"] is False
     assert surgeon.verify(model, grown.output).verdict == "exact"
+
+
+CLASSIFIERS = {
+    ("llama", "AutoModelForSequenceClassification"): "score.weight",
+    ("qwen3", "AutoModelForTokenClassification"): "score.bias",
+    ("gpt2", "AutoModelForTokenClassification"): "classifier.bias",
+    ("mistral", "AutoModelForQuestionAnswering"): "qa_outputs.weight",
+    ("llama", "AutoModelForQuestionAnswering"): "transformer.norm.weight",  # its base has another name
+}
+
+
+@pytest.mark.parametrize(("model_type", "kind"), CLASSIFIERS)
+def test_the_head_of_a_classifier_is_known_by_the_class_in_the_config(model_type, kind, saved):
+    model = saved(kind, model_type, **toys.TOYS[model_type], num_labels=5)
+    assert CLASSIFIERS[model_type, kind] in open_source(model).tensors
+
+    cut = surgeon.truncate(model, layers=4).save(model.with_name("cut")).output
+    wide = surgeon.grow(model, hidden_size="2x", intermediate_size="2x").save(model.with_name("wide")).output
+
+    sound, wider = (getattr(transformers, kind).from_pretrained(each).eval() for each in (model, wide))
+    _, report = getattr(transformers, kind).from_pretrained(cut, output_loading_info=True)
+    assert not any(report.values())
+    outputs = [model(input_ids=torch.arange(3, 15)[None])[0] for model in (sound, wider)]
+    torch.testing.assert_close(outputs[1], outputs[0], rtol=0, atol=1e-4)  # the criterion for growth in float32
+
+
+def test_a_head_that_no_class_names_is_no_tensor_of_the_model(saved):
+    model = saved("AutoModelForSequenceClassification", "llama", **toys.TOYS["llama"])
+    edit_config(model, architectures=["LlamaForCausalLM"])
+
+    with pytest.raises(CheckpointError, match=r"'score.weight' is not a tensor of a llama model"):
+        open_model(model)
+
+
+@pytest.mark.parametrize("model_type", ["bart", "marian"])
+def test_a_decoder_that_was_saved_alone_has_the_decoders_layers(model_type, saved):
+    depths = {"encoder_layers": 6, "decoder_layers": 4, "is_decoder": True, "is_encoder_decoder": False}
+    kind = {"bart": "BartForCausalLM", "marian": "MarianForCausalLM"}[model_type]
+    model = saved(kind, model_type, **toys.TOYS["bart"] | depths)
+
+    cut = surgeon.truncate(model, layers=2).save(model.with_name("cut")).output
+
+    assert open_model(model).anatomy.depth == 4
+    _, report = getattr(transformers, kind).from_pretrained(cut, output_loading_info=True)
+    assert not any(report.values())
+
+
+@pytest.mark.parametrize("model_type", ["t5gemma", "t5gemma2"])
+def test_an_encoder_and_a_decoder_with_configs_of_their_own_are_cut_alike(model_type, saved):
+    vision = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "image_size": 28, "patch_size": 14}
+    sizes = toys.TOYS["gemma2"] | {"vocab_size": 131}
+    encoder = {"text_config": sizes, "vision_config": vision | {"intermediate_size": 48}}
+    configs = {"encoder": encoder if model_type == "t5gemma2" else sizes, "decoder": sizes}
+    model = saved("AutoModelForSeq2SeqLM", model_type, **configs, vocab_size=131)
+
+    cut = surgeon.truncate(model, layers=2).save(model.with_name("cut")).output
+
+    assert [stack.depth for stack in open_model(cut).anatomy.stacks] == [2, 2]
+    _, report = transformers.AutoModelForSeq2SeqLM.from_pretrained(cut, output_loading_info=True)
+    assert not any(report.values())

@@ -5,18 +5,19 @@ Reading an anatomy is also the check that a checkpoint is whole: each tensor is 
 
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from surgeon.anatomy.axes import axes_of
+from surgeon.anatomy.axes import axes_of, parse
 from surgeon.anatomy.config import (
     CONFIG_HINT,
     check_layer_keys,
+    class_names,
     model_type,
     text_config,
     with_text,
 )
-from surgeon.anatomy.families import FAMILIES, FIRST, MULTIMODAL, Family, Layers, Row, Rows
+from surgeon.anatomy.families import FAMILIES, FIRST, MULTIMODAL, Family, Layers, Row, Rows, Wrapper
 from surgeon.anatomy.stacks import FILES_HINT, Stack, find_stacks
 from surgeon.checkpoint.header import CheckpointSpec, is_quantized
 from surgeon.errors import CheckpointError, PlanError
@@ -165,6 +166,7 @@ def read_anatomy(spec: CheckpointSpec) -> Anatomy:
     )  # tables: unquantized files
     if family is None or _differing(family, spec.config):
         return Anatomy(spec, name, stacks, None, {}, {})
+    family = _as_named_by_class(_with_class_head(family, spec.config), stacks[0])
     if stacks[0].prefix not in (family.layers, family.layers.removeprefix(family.base)):
         raise CheckpointError(
             f"the layers are called {stacks[0].prefix}*, those of a {name} model {family.layers}*", hint=FILES_HINT
@@ -190,6 +192,36 @@ def family_of(config: Mapping[str, Any], layers: str) -> Family | None:
         ):
             return whole
     return FAMILIES.get(own)
+
+
+# What the heads of classifiers and reward models are called, by the end of the class that has them.
+CLASS_HEADS = {
+    "ForSequenceClassification": ("score", "classifier"),
+    "ForTokenClassification": ("score", "classifier"),
+    "ForQuestionAnswering": ("qa_outputs",),
+    "RewardModel": ("score", "v_head"),
+}
+
+
+def _with_class_head(family: Family, config: Mapping[str, Any]) -> Family:
+    """Return the family with the head of the class that the config names, where it is not a language model's."""
+    names = (names for end, names in CLASS_HEADS.items() if any(word.endswith(end) for word in class_names(config)))
+    heads = {name: row for name, row in family.embedding.items() if row.kind == "head"}
+    added: Rows = {}
+    for name in next(names, ()) if heads else ():
+        axes = (*parse("?"), *next(iter(heads.values())).axes[1:])
+        added[f"{name}.weight"] = Row(axes, "head", optional=True)
+        added[f"{name}.bias"] = Row(axes[:1], "bias", optional=True)
+    if not added:
+        return family
+    unneeded = {name: replace(row, optional=True) for name, row in heads.items()}
+    return replace(family, embedding={**added, **family.embedding, **unneeded})
+
+
+def _as_named_by_class(family: Family, stack: Stack) -> Family:
+    """Return the family with the names of the class of Llama's kind that answers questions: its base is another."""
+    own, other = family.layers.removeprefix(family.base), "transformer."
+    return Wrapper(other, ()).around(family) if own and stack.prefix == other + own != family.layers else family
 
 
 def written_and_read(row: Row) -> tuple[int | None, int | None]:

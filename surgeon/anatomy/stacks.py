@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from surgeon.anatomy.config import CONFIG_HINT, layer_count, text_config
+from surgeon.anatomy.config import CONFIG_HINT, layer_count, nested_stacks, text_config
 from surgeon.anatomy.layer_rules import COUNT_KEYS, DECODER_COUNT_KEYS, ENCODER_COUNT_KEYS
 from surgeon.errors import CheckpointError
 
@@ -49,14 +49,19 @@ def find_stacks(config: Mapping[str, Any], names: Iterable[str]) -> tuple[Stack,
         if match := _NUMBERED.match(name):
             numbers.setdefault(match[1], set()).add(int(match[2]))
     text = text_config(config)
-    if not text.get("is_encoder_decoder"):
-        return (_pick_stack(numbers, layer_count(text, COUNT_KEYS)),)
-    depth = layer_count(text, ENCODER_COUNT_KEYS)
-    decoder_depth = layer_count(text, DECODER_COUNT_KEYS) or depth  # T5: absent means as many
-    return (
-        _pick_stack({prefix: layers for prefix, layers in numbers.items() if "decoder" in prefix}, decoder_depth),
-        _pick_stack({prefix: layers for prefix, layers in numbers.items() if "encoder" in prefix}, depth),
-    )
+    parts = nested_stacks(config)
+    if not parts and not text.get("is_encoder_decoder"):
+        is_alone = all("decoder." in prefix for prefix, layers in numbers.items() if len(layers) > 1)
+        depth = layer_count(text, DECODER_COUNT_KEYS) if is_alone else None  # an encoder-decoder's, saved by itself
+        return (_pick_stack(numbers, depth or layer_count(text, COUNT_KEYS)),)
+    if parts:
+        decoder_depth, depth = (layer_count(text_config(config[part]), COUNT_KEYS) for part in parts)
+    else:
+        depth = layer_count(text, ENCODER_COUNT_KEYS)
+        decoder_depth = layer_count(text, DECODER_COUNT_KEYS) or depth  # T5: absent means as many
+    decoders = {prefix: layers for prefix, layers in numbers.items() if "decoder" in prefix}
+    encoders = {prefix: layers for prefix, layers in numbers.items() if "encoder" in prefix and prefix not in decoders}
+    return _pick_stack(decoders, decoder_depth), _pick_stack(encoders, depth)
 
 
 def _pick_stack(numbers: Mapping[str, set[int]], depth: int | None) -> Stack:
