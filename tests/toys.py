@@ -311,7 +311,9 @@ def _randomise(model: PreTrainedModel) -> None:
     with torch.no_grad():
         for tensor in model.state_dict().values():
             noise = torch.randn(tensor.shape)
-            if tensor.ndim == 1:
+            if not tensor.is_floating_point():
+                continue
+            if tensor.ndim < 2:
                 tensor.add_(0.2 * noise)
             else:
                 tensor.copy_(noise * tensor.shape[-1] ** -0.5)
