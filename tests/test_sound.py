@@ -187,3 +187,36 @@ def test_an_encoder_and_a_decoder_with_configs_of_their_own_are_cut_alike(model_
     assert [stack.depth for stack in open_model(cut).anatomy.stacks] == [2, 2]
     _, report = transformers.AutoModelForSeq2SeqLM.from_pretrained(cut, output_loading_info=True)
     assert not any(report.values())
+
+
+def with_predictor(model, layers):
+    """Add a layer that predicts further tokens to a model of so many layers, under the next number, as published."""
+    tensors = load_file(model / "model.safetensors")
+    last, new = f"model.layers.{layers - 1}.", f"model.layers.{layers}."
+    tensors |= {new + name.removeprefix(last): tensors[name].clone() for name in tensors if name.startswith(last)}
+    tensors[new + "eh_proj.weight"] = torch.randn(48, 96)
+    save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
+    edit_config(model, num_nextn_predict_layers=1)
+
+
+def test_layers_that_predict_further_tokens_are_shown_and_left_out(saved):
+    model = saved("AutoModelForCausalLM", "deepseek_v3", **toys.TOYS["deepseek_v3"])
+    with_predictor(model, 6)
+
+    shown = surgeon.inspect(model)
+    summary = surgeon.truncate(model, layers=4).save(model.with_name("cut"))
+
+    assert shown.anatomy.depth == 6
+    assert "tensors of layers that predict further tokens" in str(shown)
+    assert "(MTP) are left out: model.layers.6." in summary.notes[0]
+    assert json.loads((summary.output / "config.json").read_text())["num_nextn_predict_layers"] == 0
+    assert not any(toys.load(summary.output)[1].values())
+
+
+def test_a_layer_too_many_without_a_word_in_the_config_is_still_refused(saved):
+    model = saved("AutoModelForCausalLM", "deepseek_v3", **toys.TOYS["deepseek_v3"])
+    with_predictor(model, 6)
+    edit_config(model, num_nextn_predict_layers=0)
+
+    with pytest.raises(CheckpointError, match="config.json says 6 layers, but the files hold 7"):
+        open_model(model)

@@ -6,6 +6,7 @@ Reading an anatomy is also the check that a checkpoint is whole: each tensor is 
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, Literal
 
 from surgeon.anatomy.axes import axes_of, parse
@@ -82,6 +83,11 @@ class Anatomy:
     def shares_heads(self) -> bool:
         """Whether a bias of heads serves all layers of a stack, so that they keep the same ones."""
         return self.family is not None and self.family.shares_heads
+
+    @cached_property
+    def predictors(self) -> frozenset[str]:
+        """The tensors of layers that predict further tokens (MTP), where they follow the model's own by number."""
+        return frozenset(name for name in self.spec.tensors if any(stack.is_beyond(name) for stack in self.stacks))
 
     @property
     def stored_tie(self) -> tuple[str, str] | None:
@@ -247,6 +253,8 @@ def _differing(family: Family, config: Mapping[str, Any]) -> bool:
 
 
 def _find_row(family: Family, stacks: Sequence[Stack], name: str) -> tuple[Row, Part] | None:
+    if any(stack.is_beyond(name) for stack in stacks):
+        return OPAQUE
     for old, new in family.aliases:
         name = name.replace(old, new)
     tables: list[tuple[Part, Rows]] = [("embedding", family.embedding), ("norm", family.final_norm)]

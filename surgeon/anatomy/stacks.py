@@ -13,6 +13,7 @@ _NUMBERED = re.compile(r"((?:.*?\.)??)(0|[1-9][0-9]{0,5})\.")  # the prefix up t
 _NUMBER = re.compile(r"0|[1-9][0-9]{0,5}")
 _TOWERS = re.compile(r"vision|visual|image|audio|speech|mtp")  # stacks beside the language model's own
 
+PREDICTORS = "num_nextn_predict_layers"  # of DeepSeek-V3 and GLM-4.5: layers that predict further tokens (MTP)
 FILES_HINT = "The weights are incomplete or of another model than config.json; fetch the whole checkpoint again."
 
 
@@ -28,9 +29,16 @@ class Stack:
         if not name.startswith(self.prefix):
             return None
         match = _NUMBERED.fullmatch(name[: name.find(".", len(self.prefix)) + 1])
-        if match is None or match[1] != self.prefix:
+        if match is None or match[1] != self.prefix or int(match[2]) >= self.depth:
             return None
         return int(match[2]), name[match.end() :]
+
+    def is_beyond(self, name: str) -> bool:
+        """Return whether a tensor is one of a layer that follows the stack's own under the next numbers."""
+        if not name.startswith(self.prefix):
+            return False
+        number = name[len(self.prefix) :].partition(".")[0]
+        return _NUMBER.fullmatch(number) is not None and int(number) >= self.depth
 
     def name(self, layer: int, rest: str) -> str:
         """Return the full name of tensor `rest` of `layer`."""
@@ -53,7 +61,9 @@ def find_stacks(config: Mapping[str, Any], names: Iterable[str]) -> tuple[Stack,
     if not parts and not text.get("is_encoder_decoder"):
         is_alone = all("decoder." in prefix for prefix, layers in numbers.items() if len(layers) > 1)
         depth = layer_count(text, DECODER_COUNT_KEYS) if is_alone else None  # an encoder-decoder's, saved by itself
-        return (_pick_stack(numbers, depth or layer_count(text, COUNT_KEYS)),)
+        following = text.get(PREDICTORS)
+        extra = following if type(following) is int else 0
+        return (_pick_stack(numbers, depth or layer_count(text, COUNT_KEYS), extra),)
     if parts:
         decoder_depth, depth = (layer_count(text_config(config[part]), COUNT_KEYS) for part in parts)
     else:
@@ -64,11 +74,15 @@ def find_stacks(config: Mapping[str, Any], names: Iterable[str]) -> tuple[Stack,
     return _pick_stack(decoders, decoder_depth), _pick_stack(encoders, depth)
 
 
-def _pick_stack(numbers: Mapping[str, set[int]], depth: int | None) -> Stack:
-    """Return the one stack with `depth` layers. Raises CheckpointError when there is none, or more than one."""
+def _pick_stack(numbers: Mapping[str, set[int]], depth: int | None, extra: int = 0) -> Stack:
+    """Return the one stack with `depth` layers, which `extra` others may follow.
+
+    Raises CheckpointError when there is none, or more than one.
+    """
     if depth is None:
         raise CheckpointError("config.json does not say how many layers the model has", hint=CONFIG_HINT)
-    fitting = [prefix for prefix, layers in numbers.items() if len(layers) == depth == max(layers) + 1]
+    depths = (depth, depth + extra)
+    fitting = [prefix for prefix, layers in numbers.items() if len(layers) == max(layers) + 1 in depths]
     if len(fitting) > 1:
         fitting = [prefix for prefix in fitting if not _TOWERS.search(prefix)]
     if len(fitting) == 1:
