@@ -200,6 +200,9 @@ def never_chosen(anatomy, tensors, kept):
         elif part == "mlp" and [axes_of(dim) for dim in row.axes] == [{"experts"}, {"hidden"}]:
             gone = set(range(anatomy.sizes["experts"])) - set(kept.experts[anatomy.stacks[0].locate(name)[0]])
             value[sorted(gone), channel] = -1000.0
+        elif row.kind == "logit" and part == "mlp":  # it sways the choice
+            gone = set(range(anatomy.sizes["experts"])) - set(kept.experts[anatomy.locate(name)[0]])
+            value[..., sorted(gone)] = -1000.0
 
 
 @pytest.fixture(scope="module")

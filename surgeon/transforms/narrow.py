@@ -231,7 +231,8 @@ def _reasons(anatomy: Anatomy, sizes: Mapping[str, int]) -> tuple[str, ...]:
     divided = not family.fixed_query_scale and not is_off(config, family.query_scale_flag)
     if divided and sizes["head_dim"] < old["head_dim"]:
         reasons.append(HEAD_DIM)
-    if sizes.get("experts") != old.get("experts") and is_off(config, family.expert_shares_flag):
+    shares = family.expert_shares or is_off(config, family.expert_shares_flag)
+    if sizes.get("experts") != old.get("experts") and shares:
         reasons.append(SHARES)
     return tuple(reasons)
 
@@ -280,6 +281,7 @@ def _check(anatomy: Anatomy, kept: Kept) -> None:
         _check_shared_heads(anatomy, kept)
     if kept.experts is not None:
         _check_per_token(anatomy, len(next(iter(kept.experts.values()))))
+        _check_groups(anatomy, kept.experts)
 
 
 def _check_positions(noun: str, positions: Sequence[int], size: int) -> None:
@@ -316,6 +318,19 @@ def _check_shared_heads(anatomy: Anatomy, kept: Kept) -> None:
                     f"the layers of {stack.prefix}* share one bias of their heads, and would keep different heads",
                     hint="Keep the same heads in all layers of a stack.",
                 )
+
+
+def _check_groups(anatomy: Anatomy, experts: Mapping[int, Positions]) -> None:
+    """Raises PlanError where experts compete in groups, and groups would keep different numbers, or less than two."""
+    groups = anatomy.expert_groups
+    for layer, positions in experts.items() if groups > 1 else ():
+        size = anatomy.sizes["experts"] // groups
+        left = [sum(i // size == group for i in positions) for group in range(groups)]
+        if len(set(left)) > 1 or left[0] < 2:
+            raise PlanError(
+                f"experts compete in {groups} groups, of which layer {layer} would keep {left}",
+                hint=f"Keep two or more, and as many, of each group: a multiple of {groups}.",
+            )
 
 
 def _check_per_token(anatomy: Anatomy, left: int) -> None:
