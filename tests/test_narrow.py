@@ -128,7 +128,7 @@ def stays(kept, layer, point, sizes):
 
 def left(anatomy, kept, name):
     """Return, for each dimension of a tensor, the positions that stay."""
-    place = anatomy.stacks[0].locate(name)
+    place = anatomy.locate(name)
     layer = place[0] if place else None
     return [
         [j for j, point in enumerate(coordinates(dim, anatomy.sizes)) if stays(kept, layer, point, anatomy.sizes)]

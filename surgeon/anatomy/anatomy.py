@@ -4,8 +4,9 @@ Reading an anatomy is also the check that a checkpoint is whole: each tensor is 
 """
 
 import re
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property, reduce
 from typing import Any, Literal
 
 from surgeon.anatomy.axes import axes_of
@@ -18,7 +19,7 @@ from surgeon.anatomy.config import (
     text_config,
     with_text,
 )
-from surgeon.anatomy.families import FAMILIES, FIRST, MULTIMODAL, Family, Layers, Row, Rows
+from surgeon.anatomy.families import FAMILIES, FIRST, MULTIMODAL, UNTIED, Family, Layers, Row, Rows
 from surgeon.anatomy.stacks import FILES_HINT, Stack, find_stacks
 from surgeon.checkpoint.header import CheckpointSpec, is_quantized
 from surgeon.errors import CheckpointError, PlanError
@@ -84,6 +85,19 @@ class Anatomy:
         """Whether a bias of heads serves all layers of a stack, so that they keep the same ones."""
         return self.family is not None and self.family.shares_heads
 
+    @property
+    def stored_tie(self) -> tuple[str, str] | None:
+        """The head that is stored though the config ties it to the embedding, and the embedding; else None."""
+        if self.spec.config.get("tie_word_embeddings", self.config.get("tie_word_embeddings")) is not True:
+            return None
+        of_tokens = {"head": "", "embedding": ""} | {
+            row.kind: name
+            for name, (row, _) in self.rows.items()
+            if row.kind in ("head", "embedding") and axes_of(row.axes[0]) == {"vocab"}
+        }
+        head, embedding = of_tokens["head"], of_tokens["embedding"]
+        return (head, embedding) if head and embedding else None
+
     def locate(self, name: str) -> tuple[int, str] | None:
         """Return the layer of a tensor, numbered through all stacks, and its name inside the layer; None outside."""
         first = 0
@@ -92,6 +106,17 @@ class Anatomy:
                 return first + place[0], place[1]
             first += stack.depth
         return None
+
+    @cached_property
+    def layers_by_axis(self) -> Mapping[str, frozenset[int]]:
+        """The layers that have each axis: where some have experts, only the others have "ffn"."""
+        axes = {id(row): frozenset().union(*map(axes_of, row.axes)) for row, _ in self.rows.values()}
+        layers: dict[str, set[int]] = {}
+        for name, (row, _) in self.rows.items():
+            if axes[id(row)] and (place := self.locate(name)):
+                for axis in axes[id(row)]:
+                    layers.setdefault(axis, set()).add(place[0])
+        return {axis: frozenset(having) for axis, having in layers.items()}
 
     def in_all_stacks(self, layers: Sequence[int]) -> tuple[int, ...]:
         """Return the numbers of the layers at these places of each stack."""
@@ -135,7 +160,8 @@ class Anatomy:
     def sums_normed(self) -> bool:
         """Whether what the layers add to has gone through a norm, so that none of them can leave it as it is."""
         family = self.require_family(partial=True)
-        return is_off(self.config, family.pre_norm_flag) or bool(self.config.get(family.post_norm_flag or ""))
+        normed = is_off(self.config, family.pre_norm_flag) or bool(self.config.get(family.post_norm_flag or ""))
+        return normed or family.norms_after_sum
 
     @property
     def expert_groups(self) -> int:
@@ -235,21 +261,36 @@ def _differing(family: Family, config: Mapping[str, Any]) -> bool:
     return any(len(set(map(repr, values))) > 1 for values in counts)
 
 
-def _find_row(family: Family, stacks: Sequence[Stack], name: str) -> tuple[Row, Part] | None:
-    for old, new in family.aliases:
-        name = name.replace(old, new)
-    tables: list[tuple[Part, Rows]] = [("embedding", family.embedding), ("norm", family.final_norm)]
-    inside = name if name in family.embedding or name.startswith(family.base) else family.base + name
+_Table = Mapping[str, tuple[Row, Part]]
+
+
+def _row_finder(family: Family, stacks: Sequence[Stack]) -> Callable[[str], tuple[Row, Part] | None]:
+    """Return the function from a tensor's name to its row and part, None for a tensor that the table does not know."""
+    outside = _table([("embedding", family.embedding), ("norm", family.final_norm)])
+    inside: list[tuple[Stack, _Table]] = []
     for stack, layers in zip(stacks, family.stacks, strict=True):
-        if place := stack.locate(name):
-            inside = EXPERT_NUMBER.sub("{}", place[1])
-            tables = [("norm", layers.norm), *(("attention", rows) for rows in layers.attention)]
-            tables += [("mlp", rows) for rows in layers.mlp]
-    for part, rows in tables:
-        if row := rows.get(inside):
-            return row, PART_OF_KIND.get(row.kind, part)
-    is_opaque = name.startswith(family.opaque) or (family.base + name).startswith(family.opaque)
-    return OPAQUE if is_opaque else None
+        parts: list[tuple[Part, Rows]] = [("norm", layers.norm), *(("attention", rows) for rows in layers.attention)]
+        inside.append((stack, _table([*parts, *(("mlp", rows) for rows in layers.mlp)])))
+
+    def find(name: str) -> tuple[Row, Part] | None:
+        name = family.current(name)
+        table, rest = outside, name
+        if name not in outside and not name.startswith(family.base):
+            rest = family.base + name
+        for stack, of_layers in inside:
+            if place := stack.locate(name):
+                table, rest = of_layers, place[1]
+        known = table.get(rest) or table.get(EXPERT_NUMBER.sub("{}", rest))
+        is_opaque = known is None and (name.startswith(family.opaque) or (family.base + name).startswith(family.opaque))
+        return OPAQUE if is_opaque else known
+
+    return find
+
+
+def _table(parts: Sequence[tuple[Part, Rows]]) -> _Table:
+    """Return the rows of several parts as one table; the first part with a name has it."""
+    tables = ({name: (row, PART_OF_KIND.get(row.kind, part)) for name, row in rows.items()} for part, rows in parts)
+    return reduce(lambda earlier, later: {**later, **earlier}, tables)
 
 
 def _sizes(family: Family, config: Mapping[str, Any]) -> dict[str, int]:
@@ -304,15 +345,18 @@ def _check_present(
 ) -> dict[str, tuple[Row, Part]]:
     """Return the row of each tensor. Refuses one that the table does not know, or of another shape than it implies."""
     rows: dict[str, tuple[Row, Part]] = {}
+    find = _row_finder(family, stacks)
+    right: set[tuple[int, tuple[int, ...]]] = set()  # rows, and shapes that fit them: thousands of experts share a few
     for name, tensor in spec.tensors.items():
-        place = _find_row(family, stacks, name)
-        if place is None or not _may_exist(place[0], spec.config, sizes):
+        place = find(name)
+        if place is None or (place[0].when is not None and not _may_exist(place[0], spec.config, sizes)):
             raise CheckpointError(
                 f"{name!r} is not a tensor of a {model_type(spec.config)} model with this config.json", hint=FILES_HINT
             )
         row, part = rows[name] = place
-        if part not in ("buffer", "other"):
+        if part not in ("buffer", "other") and (id(row), tensor.shape) not in right:
             _check_shape(name, tensor.shape, row, sizes)
+            right.add((id(row), tensor.shape))
     return rows
 
 
@@ -335,9 +379,7 @@ def _check_shape(name: str, stored: tuple[int, ...], row: Row, sizes: Mapping[st
 
 def _check_missing(family: Family, stacks: Sequence[Stack], spec: CheckpointSpec, sizes: Mapping[str, int]) -> None:
     """Refuse a checkpoint that lacks a tensor: a loader would fill it with random numbers."""
-    present = set(spec.tensors)
-    for old, new in family.aliases:
-        present = {name.replace(old, new) for name in present}
+    present = {family.current(name) for name in spec.tensors}
     for name in _expected(family, stacks, present, spec.config, sizes):
         if name not in present:
             raise CheckpointError(f"the checkpoint has no tensor {name!r}", hint=FILES_HINT)
@@ -353,11 +395,16 @@ def _expected(
     """Yield every name that a checkpoint of this family, with this config, must have."""
     text = text_config(config)
     saved_with_base = stacks[0].prefix == family.layers
-    for name, row in {**family.embedding, **family.final_norm}.items():
-        stored = name if saved_with_base else name.removeprefix(family.base)
-        if row.optional or not (saved_with_base or name.startswith(family.base)):  # the head's, without a head
+    outside = {
+        name if saved_with_base else name.removeprefix(family.base): row
+        for name, row in {**family.embedding, **family.final_norm}.items()
+        if saved_with_base or name.startswith(family.base)  # the rest are the head's, and there is no head
+    }
+    parts = {row.optional for name, row in outside.items() if name in present}
+    for stored, row in outside.items():
+        if row.optional and row.optional not in parts:
             is_needed = False
-        elif row.kind == "head":  # absent when tied, and from a headless model; the default of tying is the family's
+        elif row.kind == "head" or row.when == UNTIED:  # none when tied; the default of tying is the family's
             is_needed = config.get("tie_word_embeddings", text.get("tie_word_embeddings")) is False
         else:
             is_needed = _must_exist(row, text, sizes, sample=stored in present)
@@ -405,6 +452,8 @@ def _exists_by_config(row: Row, config: Mapping[str, Any], sizes: Mapping[str, i
     if row.when in (None, FIRST):
         return True
     assert row.when is not None
+    if row.when == UNTIED:  # where it is tied, old files have it all the same
+        return None
     left, differs, right = row.when.partition(" != ")
     if differs:
         return sizes[left] != sizes[right]

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from surgeon.errors import MeasureError
+from surgeon.measure.activations import Watcher
 from surgeon.models.device import wide
-from surgeon.models.streaming import Watcher
 
 
 class Routing(Watcher):

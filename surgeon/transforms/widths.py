@@ -375,7 +375,7 @@ def _residual_factors(anatomy: Anatomy, maps: Mapping[str, AxisMap], hidden: int
     factors: dict[str, float] = {}
     if family.scales_embedding:
         factors["embedding_factor"] = math.sqrt(old / hidden)
-    tied = not any(anatomy.row(name)[0].kind == "head" for name in anatomy.spec.tensors)
+    tied = has_tied_head(anatomy)
     head = next(row for row in family.embedding.values() if row.kind == "head")
     if tied and axes_of(head.axes[-1]) & maps.keys():
         weight = 1.0 if method == "zero-pad" else hidden / old
@@ -389,6 +389,15 @@ def _residual_factors(anatomy: Anatomy, maps: Mapping[str, AxisMap], hidden: int
     return factors
 
 
+def has_tied_head(anatomy: Anatomy) -> bool:
+    """Return whether the embedding is the head too; where the head is a part that this class lacks, nothing is."""
+    family = anatomy.require_family(partial=True)
+    if any(row.kind == "head" for row, _ in anatomy.rows.values()):
+        return False
+    is_part = bool(family.final_norm) and all(row.optional for row in family.final_norm.values())
+    return not is_part or _has_final_norm(anatomy)
+
+
 def _has_final_norm(anatomy: Anatomy) -> bool:
     return any(is_final_norm(anatomy, name) for name in anatomy.rows)
 
@@ -396,7 +405,8 @@ def _has_final_norm(anatomy: Anatomy) -> bool:
 def is_final_norm(anatomy: Anatomy, name: str) -> bool:
     """Return whether a tensor is of the norm in front of the head."""
     family = anatomy.require_family(partial=True)
-    return name in family.final_norm or family.base + name in family.final_norm
+    today = family.current(name)
+    return today in family.final_norm or family.base + today in family.final_norm
 
 
 def is_first_norm(anatomy: Anatomy, name: str) -> bool:

@@ -23,15 +23,16 @@ class Row:
     parameter), `buffer` is something old files carry and every loader ignores, `opaque` has no axis that a surgery
     could change.
     `when` is the config key that decides whether the tensor exists, or two axes that then differ: "embed != hidden";
-    FIRST for what only the first layer of a stack has, ALL_OR_NONE for what all layers have or none. An `optional`
-    tensor is one that not every class of the family has: a pooler, a masked LM's head. `start` is the value of a fresh
-    one, where its kind does not say.
+    FIRST for what only the first layer of a stack has, ALL_OR_NONE for what all layers have or none, UNTIED for what a
+    head of its own has beside it. `optional` names the part of a model that not every class of the family has, such as
+    a pooler or a masked LM's head: of one part all tensors are there, or none. `start` is the value of a fresh one,
+    where its kind does not say.
     """
 
     axes: tuple[Dim, ...]
     kind: Kind
     when: str | None = None
-    optional: bool = False
+    optional: str = ""
     start: float | None = None
 
 
@@ -39,6 +40,7 @@ Rows = dict[str, Row]
 
 FIRST = "first layer"
 ALL_OR_NONE = "all or none"  # no config key, so that the layers themselves say it
+UNTIED = "untied head"
 ANY = ""  # of Family.opaque: every tensor that has no row
 
 
@@ -91,6 +93,7 @@ class Family:
     norm_kind: Literal["rms", "layer"] = "rms"
     branch_norms: tuple[str, ...] = ()  # norms at the end of a branch: all that a layer adds passes through their gains
     pre_norm_flag: str | None = None  # the config key that is false where norms follow the sum instead
+    norms_after_sum: bool = False  # norms always follow the sum
     scales_embedding: bool = False  # the model multiplies embeddings by the square root of hidden
     query_scale_flag: str | None = None  # the config key that is false where attention logits are not scaled
     expert_shares_flag: str | None = None  # the config key that is false where experts' weights are shares among all
@@ -122,6 +125,12 @@ class Family:
         """The layers of each stack: one, or a decoder's and an encoder's."""
         own = Layers(self.layers, (self.attention, *self.mixers), self.norm, self.mlp)
         return (own,) if self.encoder is None else (own, self.encoder)
+
+    def current(self, name: str) -> str:
+        """Return what files call a tensor today that an older one calls `name`."""
+        for old, new in self.aliases:
+            name = name.replace(old, new)
+        return name
 
     @property
     def is_partial(self) -> bool:
@@ -185,6 +194,11 @@ def norm(name: str, axes: str = "hidden", *, shift: bool = False, when: str | No
     dims = parse(axes)
     rows = {f"{name}.weight": Row(dims, "gain", when)}
     return rows | {f"{name}.bias": Row(dims, "shift", when)} if shift else rows
+
+
+def optional(part: str, rows: Rows) -> Rows:
+    """Return the rows of a part of the model that not every class has."""
+    return {name: replace(row, optional=part) for name, row in rows.items()}
 
 
 def one(name: str, axes: str, kind: Kind, when: str | None = None, *, start: float | None = None) -> Rows:
