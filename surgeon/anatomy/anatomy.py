@@ -169,6 +169,13 @@ class Anatomy:
         normed = is_off(self.config, family.pre_norm_flag) or bool(self.config.get(family.post_norm_flag or ""))
         return normed or family.norms_after_sum
 
+    @property
+    def expert_groups(self) -> int:
+        """The number of groups in which experts compete, each with as many of them one after the other."""
+        family = self.require_family(partial=True)
+        count = self.config.get(family.expert_groups or "")
+        return count if type(count) is int and count > 1 else 1
+
     def implied_kv_heads(self, heads: int) -> int | None:
         """Return how many key-value heads `heads` heads must have, None where that is free."""
         return _implied_kv_heads(self.require_family(), self.config, heads)
@@ -331,6 +338,8 @@ def _sizes(family: Family, config: Mapping[str, Any]) -> dict[str, int]:
     text = text_config(config)
     for axis, keys in family.sizes.items():
         if key := next((key for key in keys if text.get(key) is not None), None):
+            if text[key] == 0 and axis == "shared":  # no expert that every token takes
+                continue
             if type(text[key]) is not int or text[key] < 1:
                 raise CheckpointError(
                     f"config.json says {key} = {text[key]!r}, not a positive number", hint=CONFIG_HINT
