@@ -204,7 +204,8 @@ def _differing(family: Family, config: Mapping[str, Any]) -> bool:
 def _find_row(family: Family, stacks: Sequence[Stack], name: str) -> tuple[Row, Part] | None:
     name = family.current(name)
     tables: list[tuple[Part, Rows]] = [("embedding", family.embedding), ("norm", family.final_norm)]
-    is_whole = name in family.embedding or name in family.final_norm or name.startswith(family.base)
+    tables.append(("norm", family.encoder_norm))
+    is_whole = name in family.outside or name.startswith(family.base)
     inside = name if is_whole else family.base + name
     for stack, layers in zip(stacks, family.stacks, strict=True):
         if place := stack.locate(name):
@@ -303,10 +304,7 @@ def _expected(
     """Yield every name that a checkpoint of this family, with this config, must have."""
     text = text_config(config)
     saved_with_base = stacks[0].prefix == family.layers
-    outside = {
-        name if saved_with_base else name.removeprefix(family.base): row
-        for name, row in {**family.embedding, **family.final_norm}.items()
-    }
+    outside = {name if saved_with_base else name.removeprefix(family.base): row for name, row in family.outside.items()}
     parts = {row.optional for name, row in outside.items() if name in present}
     for stored, row in outside.items():
         if row.optional and row.optional not in parts:

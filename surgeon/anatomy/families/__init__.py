@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 
 from surgeon.anatomy.families.decoders import DECODERS
+from surgeon.anatomy.families.encoder_decoders import ENCODER_DECODERS
 from surgeon.anatomy.families.encoders import ENCODERS
 from surgeon.anatomy.families.experts import EXPERTS
 from surgeon.anatomy.families.multimodal import MULTIMODAL
@@ -10,4 +11,4 @@ from surgeon.anatomy.families.table import ANY, FIRST, UNTIED, Family, Kind, Lay
 
 __all__ = ["ANY", "FAMILIES", "FIRST", "MULTIMODAL", "UNTIED", "Family", "Kind", "Layers", "Row", "Rows", "Wrapper"]
 
-FAMILIES: Mapping[str, Family] = {**DECODERS, **ENCODERS, **EXPERTS}
+FAMILIES: Mapping[str, Family] = {**DECODERS, **ENCODERS, **ENCODER_DECODERS, **EXPERTS}
