@@ -233,6 +233,15 @@ def save(model_type: str, sizes: Config, directory: Path, *, seed: int = 0, dtyp
     return directory
 
 
+def unheard_of(name: str, directory: Path) -> Path:
+    """Return `directory`, now holding the toy `name` as a model type that no table and no code knows."""
+    import json
+
+    config = json.loads((build(name, directory) / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps(config | {"model_type": "unheard_of"}))
+    return directory
+
+
 def load(directory: Path, **kwargs: Any) -> tuple[PreTrainedModel, dict[str, Any]]:
     """Return the model in `directory`, ready for inference, and what transformers says about loading it.
 
@@ -316,6 +325,8 @@ def _randomise(model: PreTrainedModel) -> None:
     with torch.no_grad():
         for tensor in model.state_dict().values():
             noise = torch.randn(tensor.shape)
+            if not tensor.is_floating_point() or tensor.ndim == 0:  # a number that counts; a constant of an activation
+                continue
             if tensor.ndim == 1:
                 tensor.add_(0.2 * noise)
             else:

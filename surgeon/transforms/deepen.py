@@ -15,7 +15,6 @@ from surgeon.checkpoint.header import CheckpointSpec
 from surgeon.errors import PlanError
 from surgeon.plan.plan import Add, Affine, Constant, Expr, Plan, Read, changed_keys, substitute
 from surgeon.transforms.layers import keep_layers
-from surgeon.transforms.widths import follows_sum
 
 DEPTH_METHODS = ("identity", "stack", "interleave", "solar", "interpolate")
 APPROXIMATE = "the new layers change what the model computes; it has to be trained on"
@@ -108,7 +107,7 @@ def _identity(anatomy: Anatomy, plan: Plan, stack: Stack, order: Sequence[int], 
     gradient by 1 / sqrt(epsilon).
     """
     family = anatomy.require_family()
-    if follows_sum(anatomy):
+    if anatomy.sums_normed:
         raise PlanError(
             f"{anatomy.model_type} normalises after the sum, so no layer of it can leave the sum as it is",
             hint="Use --depth-method stack; it does not keep the function.",

@@ -173,6 +173,8 @@ def plan_widths(
     sizes = asked | {"group": heads // kv_heads, "embed": hidden if "embed" in maps else old.get("embed", 0)}
     if head_dim != old["head_dim"]:
         sizes |= dict.fromkeys(("q_dim", "k_dim", "v_dim"), head_dim)
+        if "rotary" in old:
+            sizes["rotary"] = rotary_dims(anatomy, head_dim)
     return Widths(
         maps=maps,
         sizes=sizes,
@@ -189,13 +191,16 @@ def check_shape(anatomy: Anatomy, sizes: Mapping[str, int]) -> None:
     family, old = anatomy.require_family(partial=True), anatomy.sizes
     changed = [axis for axis, size in sizes.items() if size != old.get(axis, size)]
     anatomy.check_free(changed)
+    _check_derived_ffn(anatomy, sizes)
     hidden, heads, kv_heads, head_dim = (sizes[axis] for axis in SQUARE)
     if not {*changed} & {*SQUARE}:
         return
     shrinks = hidden < old["hidden"] or heads < old["heads"] or head_dim < old["head_dim"]
-    if "kv_heads" not in family.sizes and kv_heads != heads:
+    implied = anatomy.implied_kv_heads(heads)
+    if implied not in (None, kv_heads):
+        all_heads = "all heads share one key-value head" if implied == 1 else "every head has its own keys and values"
         raise PlanError(
-            f"every head of {anatomy.model_type} has its own keys and values: {heads} heads cannot share {kv_heads}",
+            f"{all_heads} in this {anatomy.model_type}: {heads} heads cannot share {kv_heads}",
             hint="Leave out --key-value-heads; they follow the heads.",
         )
     if heads % kv_heads:
@@ -203,7 +208,7 @@ def check_shape(anatomy: Anatomy, sizes: Mapping[str, int]) -> None:
             f"{heads} attention heads cannot share {kv_heads} key-value heads",
             hint=f"Attention heads must be a multiple of key-value heads: {-(-heads // kv_heads) * kv_heads}.",
         )
-    if "head_dim" not in family.sizes and hidden != heads * head_dim:
+    if anatomy.is_square and hidden != heads * head_dim:
         count = max(1, hidden // head_dim) if shrinks and hidden != old["hidden"] else heads
         fitting = f"--hidden-size {count * head_dim} with {count} heads"
         legal = fitting if shrinks or hidden == old["hidden"] else f"{head_dim} a head"
@@ -216,6 +221,25 @@ def check_shape(anatomy: Anatomy, sizes: Mapping[str, int]) -> None:
         raise PlanError(
             f"{anatomy.model_type} wants a hidden size that its heads divide: {hidden} is no multiple of {heads}",
             hint=f"Near: --hidden-size {near}.",
+        )
+
+
+def derived_ffn(anatomy: Anatomy, sizes: Mapping[str, int]) -> int | None:
+    """Return the MLP's size where the code derives it from another, None where the config holds it."""
+    family = anatomy.require_family(partial=True)
+    if "ffn" in family.sizes or "ffn" not in family.default_sizes:
+        return None
+    factor, other = family.default_sizes["ffn"]
+    return int(factor * sizes[other])
+
+
+def _check_derived_ffn(anatomy: Anatomy, sizes: Mapping[str, int]) -> None:
+    derived = derived_ffn(anatomy, sizes)
+    if derived is not None and sizes["ffn"] != derived:
+        raise PlanError(
+            f"{anatomy.model_type} takes its MLP to be {derived} wide with a hidden size of {sizes['hidden']}: "
+            f"not {sizes['ffn']}",
+            hint="The MLP follows the hidden size: leave out --intermediate-size.",
         )
 
 
@@ -271,7 +295,7 @@ def _add_head_dim(maps: dict[str, AxisMap], anatomy: Anatomy, new: int) -> tuple
     """
     family, config = anatomy.require_family(), anatomy.config
     old = anatomy.sizes["head_dim"]
-    if family.rotary is not None:
+    if family.rotary is not None and rotary_dims(anatomy, old):
         if new % old:
             raise PlanError(
                 f"a rotary head of {old} dims cannot grow to {new}: other multiples have other frequencies",
@@ -282,7 +306,7 @@ def _add_head_dim(maps: dict[str, AxisMap], anatomy: Anatomy, new: int) -> tuple
                 f"rope type {wrong[0]!r} derives its frequencies from the whole head, so a wider one changes them",
                 hint="Grow the number of heads instead.",
             )
-        times, rotating, would_rotate = new // old, rotary_dims(config, old), rotary_dims(config, new)
+        times, rotating, would_rotate = new // old, rotary_dims(anatomy, old), rotary_dims(anatomy, new)
         if would_rotate != times * rotating:
             raise PlanError(
                 f"{rotating} of {old} dims rotate, {would_rotate} of {new} would: other frequencies",
@@ -327,9 +351,14 @@ def _check_norms(anatomy: Anatomy, maps: Mapping[str, AxisMap]) -> tuple[str, ..
     if residual is None:
         return ()
     pads = residual.index.has_new
-    if pads and follows_sum(anatomy):
+    if pads and anatomy.sums_normed:
         raise PlanError(
             f"{anatomy.model_type} with norms after the sum cannot be padded: a norm fixes the mean of its output",
+            hint="Use a multiple, with --width-method clone.",
+        )
+    if pads and any(row.kind == "shift" and is_first_norm(anatomy, name) for name, (row, _) in anatomy.rows.items()):
+        raise PlanError(
+            f"{anatomy.model_type} has a layer norm behind its embedding, which fixes the mean: no padding",
             hint="Use a multiple, with --width-method clone.",
         )
     if pads and (dense := _activated(anatomy)):
@@ -364,12 +393,6 @@ def _residual_factors(anatomy: Anatomy, maps: Mapping[str, AxisMap], hidden: int
     if family.norm_kind == "layer" and method != "zero-pad" and residual.index.has_new:
         factors["mean_fill"] = math.sqrt(hidden / old)
     return factors
-
-
-def follows_sum(anatomy: Anatomy) -> bool:
-    """Return whether norms follow the sum with what a layer adds, so that none of them sees the stream itself."""
-    family = anatomy.require_family(partial=True)
-    return family.norms_after_sum or is_off(anatomy.config, family.pre_norm_flag)
 
 
 def _activated(anatomy: Anatomy) -> str | None:
@@ -419,6 +442,14 @@ def is_final_norm(anatomy: Anatomy, name: str) -> bool:
         return True
     place = anatomy.stacks[0].locate(today) if family.last_norm else None
     return place is not None and place[0] == anatomy.depth - 1 and place[1].rpartition(".")[0] == family.last_norm
+
+
+def is_first_norm(anatomy: Anatomy, name: str) -> bool:
+    """Return whether a tensor is of a norm whose output enters the layers: one outside of them, and not the last."""
+    family, row = anatomy.require_family(partial=True), anatomy.rows[name]
+    if row[1] != "norm" or anatomy.locate(name) or is_final_norm(anatomy, name):
+        return False
+    return name not in family.encoder_norm and family.base + name not in family.encoder_norm
 
 
 def resized(anatomy: Anatomy, sizes: Mapping[str, int], other: Mapping[str, Any] | None = None) -> dict[str, Any]:
