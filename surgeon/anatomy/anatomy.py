@@ -303,7 +303,7 @@ _Table = Mapping[str, tuple[Row, Part]]
 
 def _row_finder(family: Family, stacks: Sequence[Stack]) -> Callable[[str], tuple[Row, Part] | None]:
     """Return the function from a tensor's name to its row and part, None for a tensor that the table does not know."""
-    outside = _table([("embedding", family.embedding), ("norm", family.final_norm)])
+    outside = _table([("embedding", family.embedding), ("norm", family.encoder_norm | family.final_norm)])
     inside: list[tuple[Stack, _Table]] = []
     for stack, layers in zip(stacks, family.stacks, strict=True):
         parts: list[tuple[Part, Rows]] = [("norm", layers.norm), *(("attention", rows) for rows in layers.attention)]
@@ -436,7 +436,7 @@ def _expected(
     saved_with_base = stacks[0].prefix == family.layers
     outside = {
         name if saved_with_base else name.removeprefix(family.base): row
-        for name, row in {**family.embedding, **family.final_norm}.items()
+        for name, row in family.outside.items()
         if saved_with_base or name.startswith(family.base)  # the rest are the head's, and there is no head
     }
     parts = {row.optional for name, row in outside.items() if name in present}
