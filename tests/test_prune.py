@@ -709,7 +709,7 @@ def test_like_a_model_that_is_larger_or_speaks_another_vocabulary_is_refused(sma
     with pytest.raises(PlanError, match="sizes are given beside a model"):
         surgeon.prune(toy("llama"), score="uniform", like=small, hidden_size=40)
     with pytest.raises(PlanError, match="has no table"):
-        surgeon.prune(toy("bloom"), score="uniform", like=toy("bloom"))
+        surgeon.prune(toys.unheard_of("llama", tmp_path / "unheard"), score="uniform", like=small)
 
 
 # --- budgets --------------------------------------------------------------------------------------------------------
@@ -858,7 +858,7 @@ def test_what_cannot_be_is_refused_without_reading_a_weight(toy, tmp_path):
     [
         ("qwen3_moe", {"experts": 2}, "a token takes 3 experts, and 2 would be left"),
         ("qwen3_moe", {"intermediate_size": 20}, "no layer of this qwen3_moe has MLP neurons"),
-        ("bloom", {"intermediate_size": 20}, "model type 'bloom' has no table"),
+        ("lfm2", {"intermediate_size": 20}, "model type 'lfm2' has no table"),
         ("gpt2", {"attention_heads": 4}, "gpt2 derives a head's size from hidden / heads"),
         ("gpt2", {"attention_heads": 4, "key_value_heads": 2, "hidden_size": 40}, "are 2 a group, more than 1"),
     ],

@@ -100,6 +100,14 @@ def size_of(config: Mapping[str, Any], quantity: Quantity) -> int | None:
     return next((value for value in spelled(config, quantity).values() if type(value) is int), None)
 
 
+def setting(config: Mapping[str, Any], key: str) -> Any:
+    """Return the value of a key, with dots for one inside another; None where there is none."""
+    value: Any = config
+    for part in key.split("."):
+        value = value.get(part) if isinstance(value, Mapping) else None
+    return value
+
+
 def is_off(config: Mapping[str, Any], flag: str | None) -> bool:
     """Return whether a config turns a flag off outright; False for a family that has no such flag (None)."""
     return flag is not None and config.get(flag) is False
@@ -111,8 +119,9 @@ def layer_count(config: Mapping[str, Any], keys: Sequence[str]) -> int | None:
     Raises CheckpointError when it is no positive number.
     """
     key = next((key for key in keys if config.get(key) is not None), None)
-    if key is None:
-        return None
+    if key is None:  # transformers 5 saves only the kinds of Nemotron-H's layers
+        kinds = (config.get(key) for key in ("layers_block_type", "layer_types"))
+        return next((len(value) for value in kinds if isinstance(value, list) and value), None)
     count = config[key]
     if type(count) is not int or count < 1:
         raise CheckpointError(f"config.json says {key} = {count!r}; a model has at least one layer", hint=CONFIG_HINT)

@@ -17,16 +17,17 @@ from functools import cache
 from itertools import pairwise
 from typing import Any
 
-from surgeon.anatomy.anatomy import EXPERT_NUMBER, Anatomy
+from surgeon.anatomy.anatomy import EXPERT_NUMBER, Anatomy, written_and_read
 from surgeon.anatomy.axes import Dim, Index, Keep, Scale, axes_of, survivors
 from surgeon.anatomy.config import is_off, spelled
 from surgeon.anatomy.families import Row
+from surgeon.anatomy.rotary import rotary_dims
 from surgeon.anatomy.spellings import SPELLINGS
 from surgeon.errors import PlanError
 from surgeon.plan.plan import Affine, Expr, Gather, Plan, Read
 from surgeon.transforms.experts import UNEVEN
 from surgeon.transforms.uniform import check_head_dim
-from surgeon.transforms.widths import SQUARE, check_shape, is_final_norm, resized
+from surgeon.transforms.widths import SQUARE, check_shape, has_tied_head, is_final_norm, resized
 
 NORMS = "norms over fewer positions are scaled as if the removed had held {}"
 HEAD_DIM = "attention logits are divided by the root of the head's size, which is smaller now"
@@ -97,8 +98,7 @@ def _epsilon(anatomy: Anatomy, sizes: Mapping[str, int]) -> dict[str, float]:
 
 def layers_with(anatomy: Anatomy, axis: str) -> frozenset[int]:
     """Return the layers that have an axis: where some have experts, only the others have "ffn"."""
-    places = ((anatomy.locate(name), row) for name, (row, _) in anatomy.rows.items())
-    return frozenset(place[0] for place, row in places if place and any(axis in axes_of(dim) for dim in row.axes))
+    return anatomy.layers_by_axis.get(axis, frozenset())
 
 
 def _sizes(anatomy: Anatomy, kept: Kept) -> dict[str, int]:
@@ -109,7 +109,11 @@ def _sizes(anatomy: Anatomy, kept: Kept) -> dict[str, int]:
         sizes[axis] = len(first[0]) if axis == "group" else len(first)
     sizes["heads"] = sizes["kv_heads"] * sizes["group"]
     sizes |= {axis: len(positions) for axis, positions in _shared(anatomy, kept).items()}
-    return sizes if kept.head_dim is None else sizes | {"head_dim": len(kept.head_dim)}
+    if kept.head_dim is not None:
+        sizes["head_dim"] = len(kept.head_dim)
+        if "rotary" in sizes:
+            sizes["rotary"] = rotary_dims(anatomy, sizes["head_dim"])
+    return sizes
 
 
 def _shared(anatomy: Anatomy, kept: Kept) -> dict[str, Positions]:
@@ -170,10 +174,13 @@ def _narrowed(anatomy: Anatomy, name: str, sizes: Mapping[str, int], cut: _Cut) 
     expr: Expr = Read(name)
     if part in ("buffer", "other"):
         return expr
-    place, remaining = anatomy.locate(name), anatomy.shape_of(name, sizes)
+    stored, remaining = anatomy.spec.tensors[name].shape, anatomy.shape_of(name, sizes)
+    place = anatomy.locate(name) if remaining != stored else None
     for dim, axes in enumerate(row.axes):
-        if remaining[dim] < anatomy.spec.tensors[name].shape[dim]:
+        if remaining[dim] < stored[dim]:
             expr = Gather(expr, dim, *cut(place[0] if place else None, axes))
+    if row.kind not in ("embedding", "gain", "shift"):
+        return expr
     factor = _factor(anatomy, row, sizes, is_final=is_final_norm(anatomy, name))
     if factor == 1.0:
         return expr
@@ -193,21 +200,35 @@ def _factor(anatomy: Anatomy, row: Row, sizes: Mapping[str, int], *, is_final: b
     scaled = ratio if family.scales_embedding else 1.0
     if row.kind == "embedding":
         return scaled
+    reads = written_and_read(row)[1]
+    if reads is not None and ratio != 1.0 and axes_of(row.axes[reads]) == {"hidden"} and not _has_gains(anatomy):
+        return ratio  # what reads a norm without gains
     if row.kind not in ("gain", "shift"):
         return 1.0
     factor = math.sqrt(row.axes[-1].size(old) / row.axes[-1].size(sizes)) if row.kind == "gain" else 1.0
-    tied = is_final and not any(other.kind == "head" for other, _ in anatomy.rows.values())
+    tied = is_final and has_tied_head(anatomy)
     if not tied:
         return factor
     return factor / scaled / (ratio if family.scales_tied_head else 1.0)
 
 
+def _has_gains(anatomy: Anatomy) -> bool:
+    """Return whether the norms over channels have gains. Raises PlanError where a tied head would need one."""
+    rows = [row for row, _ in anatomy.rows.values()]
+    if any(row.kind == "gain" and axes_of(row.axes[-1]) == {"hidden"} for row in rows):
+        return True
+    if not any(row.kind == "head" for row in rows):
+        raise PlanError("a tied head without a final norm cannot be narrowed", hint="Untie the head first.")
+    return False
+
+
 def _reasons(anatomy: Anatomy, sizes: Mapping[str, int]) -> tuple[str, ...]:
     """Return why the result is approximate even where all that was removed was zero."""
     family, config, old = anatomy.require_family(partial=True), anatomy.config, anatomy.sizes
-    rows = [row for row, _ in anatomy.rows.values()]
+    rows = {id(row): row for row, _ in anatomy.rows.values()}.values()  # thousands of experts share a few
     reasons = []
-    if any(row.kind == "gain" and row.axes[-1].size(sizes) < row.axes[-1].size(old) for row in rows):
+    fewer_normed = any(row.kind == "gain" and row.axes[-1].size(sizes) < row.axes[-1].size(old) for row in rows)
+    if fewer_normed or sizes["hidden"] < old["hidden"]:
         reasons.append(NORMS.format("the mean" if family.norm_kind == "layer" else "zero"))
     divided = not family.fixed_query_scale and not is_off(config, family.query_scale_flag)
     if divided and sizes["head_dim"] < old["head_dim"]:
@@ -220,8 +241,8 @@ def _reasons(anatomy: Anatomy, sizes: Mapping[str, int]) -> tuple[str, ...]:
 def _notes(anatomy: Anatomy, sizes: Mapping[str, int]) -> tuple[str, ...]:
     """Return a note where an expert gets a size that grouped products take badly."""
     old = anatomy.sizes
-    rows = {name: anatomy.row(name)[0] for name in anatomy.spec.tensors}
-    inside = {axis for name, row in rows.items() if ".experts." in name for dim in row.axes for axis in axes_of(dim)}
+    rows = {id(row): row for name, (row, _) in anatomy.rows.items() if ".experts." in name}
+    inside = {axis for row in rows.values() for dim in row.axes for axis in axes_of(dim)}
     uneven = [sizes[axis] for axis in sorted(inside - {"experts"}) if sizes[axis] < old[axis] and sizes[axis] % 8]
     return (UNEVEN.format(uneven[0]),) if uneven else ()
 
