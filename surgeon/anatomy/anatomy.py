@@ -4,9 +4,9 @@ Reading an anatomy is also the check that a checkpoint is whole: each tensor is 
 """
 
 import re
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, reduce
 from typing import Any, Literal
 
 from surgeon.anatomy.axes import axes_of, parse
@@ -14,11 +14,13 @@ from surgeon.anatomy.config import (
     CONFIG_HINT,
     check_layer_keys,
     class_names,
+    is_off,
     model_type,
+    setting,
     text_config,
     with_text,
 )
-from surgeon.anatomy.families import FAMILIES, FIRST, MULTIMODAL, Family, Layers, Row, Rows, Wrapper
+from surgeon.anatomy.families import FAMILIES, FIRST, MULTIMODAL, UNTIED, Family, Layers, Row, Rows, Wrapper
 from surgeon.anatomy.stacks import FILES_HINT, Stack, find_stacks
 from surgeon.checkpoint.header import CheckpointSpec, is_quantized
 from surgeon.errors import CheckpointError, PlanError
@@ -111,6 +113,17 @@ class Anatomy:
             first += stack.depth
         return None
 
+    @cached_property
+    def layers_by_axis(self) -> Mapping[str, frozenset[int]]:
+        """The layers that have each axis: where some have experts, only the others have "ffn"."""
+        axes = {id(row): frozenset().union(*map(axes_of, row.axes)) for row, _ in self.rows.values()}
+        layers: dict[str, set[int]] = {}
+        for name, (row, _) in self.rows.items():
+            if axes[id(row)] and (place := self.locate(name)):
+                for axis in axes[id(row)]:
+                    layers.setdefault(axis, set()).add(place[0])
+        return {axis: frozenset(having) for axis, having in layers.items()}
+
     def in_all_stacks(self, layers: Sequence[int]) -> tuple[int, ...]:
         """Return the numbers of the layers at these places of each stack."""
         return tuple(stack * self.depth + layer for stack in range(len(self.stacks)) for layer in layers)
@@ -134,9 +147,42 @@ class Anatomy:
             )
         return self.family
 
+    @property
+    def frozen(self) -> dict[str, str]:
+        """The axes that cannot change in this checkpoint, each with the reason."""
+        family = self.require_family(partial=True)
+        by_config = (reasons for key, reasons in family.frozen_by.items() if setting(self.config, key))
+        return {axis: reason for reasons in (family.frozen, *by_config) for axis, reason in reasons.items()}
+
+    @property
+    def is_square(self) -> bool:
+        """Whether heads x head_dim must be hidden, so that none of them changes alone."""
+        family = self.require_family(partial=True)
+        if isinstance(family.square_heads, str):
+            return bool(self.config.get(family.square_heads))
+        return family.square_heads or ("heads" in family.sizes and "head_dim" not in family.sizes)
+
+    @property
+    def sums_normed(self) -> bool:
+        """Whether what the layers add to has gone through a norm, so that none of them can leave it as it is."""
+        family = self.require_family(partial=True)
+        normed = is_off(self.config, family.pre_norm_flag) or bool(self.config.get(family.post_norm_flag or ""))
+        return normed or family.norms_after_sum
+
+    @property
+    def expert_groups(self) -> int:
+        """The number of groups in which experts compete, each with as many of them one after the other."""
+        family = self.require_family(partial=True)
+        count = self.config.get(family.expert_groups or "")
+        return count if type(count) is int and count > 1 else 1
+
+    def implied_kv_heads(self, heads: int) -> int | None:
+        """Return how many key-value heads `heads` heads must have, None where that is free."""
+        return _implied_kv_heads(self.require_family(), self.config, heads)
+
     def check_free(self, axes: Iterable[str]) -> None:
         """Raises PlanError, with the reason, for an axis that cannot change in this family."""
-        frozen = self.require_family(partial=True).frozen
+        frozen = self.frozen
         if axis := next((axis for axis in axes if axis in frozen), None):
             raise PlanError(
                 f"the {WORDS.get(axis, axis)} of {self.model_type} cannot change: {frozen[axis]}", hint=FREE
@@ -216,11 +262,11 @@ def _with_class_head(family: Family, config: Mapping[str, Any]) -> Family:
     added: Rows = {}
     for name in next(names, ()) if heads else ():
         axes = (*parse("?"), *next(iter(heads.values())).axes[1:])
-        added[f"{name}.weight"] = Row(axes, "head", optional=True)
-        added[f"{name}.bias"] = Row(axes[:1], "bias", optional=True)
+        added[f"{name}.weight"] = Row(axes, "head", optional=name)
+        added[f"{name}.bias"] = Row(axes[:1], "bias", optional=f"{name} with a bias")
     if not added:
         return family
-    unneeded = {name: replace(row, optional=True) for name, row in heads.items()}
+    unneeded = {name: replace(row, optional="language model") for name, row in heads.items()}
     return replace(family, embedding={**added, **family.embedding, **unneeded})
 
 
@@ -252,23 +298,38 @@ def _differing(family: Family, config: Mapping[str, Any]) -> bool:
     return any(len(set(map(repr, values))) > 1 for values in counts)
 
 
-def _find_row(family: Family, stacks: Sequence[Stack], name: str) -> tuple[Row, Part] | None:
-    if any(stack.is_beyond(name) for stack in stacks):
-        return OPAQUE
-    for old, new in family.aliases:
-        name = name.replace(old, new)
-    tables: list[tuple[Part, Rows]] = [("embedding", family.embedding), ("norm", family.final_norm)]
-    inside = name if name in family.embedding or name.startswith(family.base) else family.base + name
+_Table = Mapping[str, tuple[Row, Part]]
+
+
+def _row_finder(family: Family, stacks: Sequence[Stack]) -> Callable[[str], tuple[Row, Part] | None]:
+    """Return the function from a tensor's name to its row and part, None for a tensor that the table does not know."""
+    outside = _table([("embedding", family.embedding), ("norm", family.encoder_norm | family.final_norm)])
+    inside: list[tuple[Stack, _Table]] = []
     for stack, layers in zip(stacks, family.stacks, strict=True):
-        if place := stack.locate(name):
-            inside = EXPERT_NUMBER.sub("{}", place[1])
-            tables = [("norm", layers.norm), *(("attention", rows) for rows in layers.attention)]
-            tables += [("mlp", rows) for rows in layers.mlp]
-    for part, rows in tables:
-        if row := rows.get(inside):
-            return row, PART_OF_KIND.get(row.kind, part)
-    is_opaque = name.startswith(family.opaque) or (family.base + name).startswith(family.opaque)
-    return OPAQUE if is_opaque else None
+        parts: list[tuple[Part, Rows]] = [("norm", layers.norm), *(("attention", rows) for rows in layers.attention)]
+        inside.append((stack, _table([*parts, *(("mlp", rows) for rows in layers.mlp)])))
+
+    def find(name: str) -> tuple[Row, Part] | None:
+        if any(stack.is_beyond(name) for stack in stacks):
+            return OPAQUE
+        name = family.current(name)
+        table, rest = outside, name
+        if name not in outside and not name.startswith(family.base):
+            rest = family.base + name
+        for stack, of_layers in inside:
+            if place := stack.locate(name):
+                table, rest = of_layers, place[1]
+        known = table.get(rest) or table.get(EXPERT_NUMBER.sub("{}", rest))
+        is_opaque = known is None and (name.startswith(family.opaque) or (family.base + name).startswith(family.opaque))
+        return OPAQUE if is_opaque else known
+
+    return find
+
+
+def _table(parts: Sequence[tuple[Part, Rows]]) -> _Table:
+    """Return the rows of several parts as one table; the first part with a name has it."""
+    tables = ({name: (row, PART_OF_KIND.get(row.kind, part)) for name, row in rows.items()} for part, rows in parts)
+    return reduce(lambda earlier, later: {**later, **earlier}, tables)
 
 
 def _sizes(family: Family, config: Mapping[str, Any]) -> dict[str, int]:
@@ -277,14 +338,18 @@ def _sizes(family: Family, config: Mapping[str, Any]) -> dict[str, int]:
     text = text_config(config)
     for axis, keys in family.sizes.items():
         if key := next((key for key in keys if text.get(key) is not None), None):
+            if text[key] == 0 and axis == "shared":  # no expert that every token takes
+                continue
             if type(text[key]) is not int or text[key] < 1:
                 raise CheckpointError(
                     f"config.json says {key} = {text[key]!r}, not a positive number", hint=CONFIG_HINT
                 )
             sizes[axis] = text[key]
+    if "heads" in sizes and (implied := _implied_kv_heads(family, text, sizes["heads"])) is not None:
+        sizes["kv_heads"] = implied
     for axis, (factor, other) in family.default_sizes.items():
         if other in sizes:
-            sizes.setdefault(axis, factor * sizes[other])
+            sizes.setdefault(axis, int(factor * sizes[other]))
     if family.is_partial:  # it does not speak of heads, or of all it has
         sizes = {"heads": 1, "kv_heads": 1, "hidden": 1, "ffn": 1} | sizes
         sizes = {"head_dim": max(1, sizes["hidden"] // sizes["heads"])} | sizes
@@ -304,20 +369,33 @@ def _sizes(family: Family, config: Mapping[str, Any]) -> dict[str, int]:
     return sizes | {axis: sizes.get(axis, sizes["head_dim"]) for axis in ("q_dim", "k_dim", "v_dim")}
 
 
+def _implied_kv_heads(family: Family, text: Mapping[str, Any], heads: int) -> int | None:
+    """Return the number of key-value heads where no key of the config holds it, None where one does."""
+    if family.is_partial or "kv_heads" not in {*family.sizes, *family.default_sizes}:
+        return None
+    flag = family.kv_heads_flag
+    if "kv_heads" in family.sizes and (flag is True or (flag and text.get(flag))):
+        return None
+    return 1 if family.multi_query_flag and text.get(family.multi_query_flag) is not False else heads
+
+
 def _check_present(
     family: Family, stacks: Sequence[Stack], spec: CheckpointSpec, sizes: Mapping[str, int]
 ) -> dict[str, tuple[Row, Part]]:
     """Return the row of each tensor. Refuses one that the table does not know, or of another shape than it implies."""
     rows: dict[str, tuple[Row, Part]] = {}
+    find = _row_finder(family, stacks)
+    right: set[tuple[int, tuple[int, ...]]] = set()  # rows, and shapes that fit them: thousands of experts share a few
     for name, tensor in spec.tensors.items():
-        place = _find_row(family, stacks, name)
-        if place is None or not _may_exist(place[0], spec.config, sizes):
+        place = find(name)
+        if place is None or (place[0].when is not None and not _may_exist(place[0], spec.config, sizes)):
             raise CheckpointError(
                 f"{name!r} is not a tensor of a {model_type(spec.config)} model with this config.json", hint=FILES_HINT
             )
         row, part = rows[name] = place
-        if part not in ("buffer", "other"):
+        if part not in ("buffer", "other") and (id(row), tensor.shape) not in right:
             _check_shape(name, tensor.shape, row, sizes)
+            right.add((id(row), tensor.shape))
     return rows
 
 
@@ -340,9 +418,7 @@ def _check_shape(name: str, stored: tuple[int, ...], row: Row, sizes: Mapping[st
 
 def _check_missing(family: Family, stacks: Sequence[Stack], spec: CheckpointSpec, sizes: Mapping[str, int]) -> None:
     """Refuse a checkpoint that lacks a tensor: a loader would fill it with random numbers."""
-    present = set(spec.tensors)
-    for old, new in family.aliases:
-        present = {name.replace(old, new) for name in present}
+    present = {family.current(name) for name in spec.tensors}
     for name in _expected(family, stacks, present, spec.config, sizes):
         if name not in present:
             raise CheckpointError(f"the checkpoint has no tensor {name!r}", hint=FILES_HINT)
@@ -358,12 +434,17 @@ def _expected(
     """Yield every name that a checkpoint of this family, with this config, must have."""
     text = text_config(config)
     saved_with_base = stacks[0].prefix == family.layers
-    for name, row in {**family.embedding, **family.final_norm}.items():
-        stored = name if saved_with_base else name.removeprefix(family.base)
-        if row.optional:
+    outside = {
+        name if saved_with_base else name.removeprefix(family.base): row
+        for name, row in family.outside.items()
+        if saved_with_base or name.startswith(family.base)  # the rest are the head's, and there is no head
+    }
+    parts = {row.optional for name, row in outside.items() if name in present}
+    for stored, row in outside.items():
+        if row.optional and row.optional not in parts:
             is_needed = False
-        elif row.kind == "head":  # absent when tied, and from a headless model; the default of tying is the family's
-            is_needed = saved_with_base and config.get("tie_word_embeddings", text.get("tie_word_embeddings")) is False
+        elif row.kind == "head" or row.when == UNTIED:  # none when tied; the default of tying is the family's
+            is_needed = config.get("tie_word_embeddings", text.get("tie_word_embeddings")) is False
         else:
             is_needed = _must_exist(row, text, sizes, sample=stored in present)
         if is_needed:
@@ -376,7 +457,7 @@ def _expected_in_layers(
     stack: Stack, layers: Layers, present: Collection[str], text: Mapping[str, Any], sizes: Mapping[str, int]
 ) -> Iterator[str]:
     places = (stack.locate(name) for name in present)
-    first = {place[1] for place in places if place and place[0] == 0}
+    anywhere = {place[1] for place in places if place}
     for layer in range(stack.depth):
 
         def fitting(alternatives: Sequence[Rows], layer: int = layer) -> Rows:
@@ -388,13 +469,13 @@ def _expected_in_layers(
         for rest, row in {**fitting(layers.attention), **layers.norm, **fitting(layers.mlp)}.items():
             if row.optional or (row.when == FIRST and layer):
                 continue
-            if _must_exist(row, text, sizes, sample=rest in first):
+            if _must_exist(row, text, sizes, sample=rest in anywhere):
                 for expert in range(sizes["experts"] if "{}" in rest else 1):
                     yield stack.name(layer, rest.format(expert))
 
 
 def _must_exist(row: Row, config: Mapping[str, Any], sizes: Mapping[str, int], *, sample: bool) -> bool:
-    """Return whether a tensor must exist: as the config says, and else as in layer 0, where it does if `sample`."""
+    """Return whether a tensor must exist: as the config says, else as in other layers, where it does if `sample`."""
     if row.kind == "buffer":
         return False
     by_config = _exists_by_config(row, config, sizes)
@@ -410,6 +491,8 @@ def _exists_by_config(row: Row, config: Mapping[str, Any], sizes: Mapping[str, i
     if row.when in (None, FIRST):
         return True
     assert row.when is not None
+    if row.when == UNTIED:  # where it is tied, old files have it all the same
+        return None
     left, differs, right = row.when.partition(" != ")
     if differs:
         return sizes[left] != sizes[right]

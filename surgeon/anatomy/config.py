@@ -106,6 +106,14 @@ def size_of(config: Mapping[str, Any], quantity: Quantity) -> int | None:
     return next((value for value in spelled(config, quantity).values() if type(value) is int), None)
 
 
+def setting(config: Mapping[str, Any], key: str) -> Any:
+    """Return the value of a key, with dots for one inside another; None where there is none."""
+    value: Any = config
+    for part in key.split("."):
+        value = value.get(part) if isinstance(value, Mapping) else None
+    return value
+
+
 def is_off(config: Mapping[str, Any], flag: str | None) -> bool:
     """Return whether a config turns a flag off outright; False for a family that has no such flag (None)."""
     return flag is not None and config.get(flag) is False

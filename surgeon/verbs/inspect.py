@@ -167,11 +167,9 @@ class Inspection:
             what = f"{len(anatomy.predictors)} tensors of layers that predict further tokens; no surgery keeps them"
             lines += [("MTP", what)]
         lines += [("sizes", "  ".join(f"{axis} {n}" for axis, n in self.sizes.items()))] if self.sizes else []
-        lines += [("parameters", f"{spec.num_parameters:,}")]
-        lines += [
-            (f"  {part}", f"{count:,}  ({100 * count / spec.num_parameters:.1f} %)")
-            for part, count in self.parameters.items()
-        ]
+        total = spec.num_parameters
+        lines += [("parameters", f"{total:,}")]
+        lines += [(f"  {part}", f"{count:,}  ({100 * count / total:.1f} %)") for part, count in self.parameters.items()]
         lines += [
             ("bytes", f"{text.size(spec.nbytes)}  ({', '.join(f'{t} {text.size(n)}' for t, n in self.dtypes.items())})")
         ]
