@@ -237,6 +237,7 @@ PLACE_BOUND = {
     "minimax": "derives its decay from a layer's place",
     "glm_moe_dsa": "lets layers share the indexer of a layer before them",
     "hy_v4": "lets layers share the indexer of a layer before them",
+    "idefics": "puts a layer that attends to images in front of its layers by number",
     "qwen3_vl": "feeds visual features into its first text layers by number",
     "qwen3_vl_moe": "feeds visual features into its first text layers by number",
 }
