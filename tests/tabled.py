@@ -105,6 +105,7 @@ TYPES: Mapping[str, Config] = {
     "qwen2_moe": DERIVED
     | EXPERTS
     | {"moe_intermediate_size": 28, "shared_expert_intermediate_size": 36, "mlp_only_layers": [1]},
+    "qwen3_moe": OWN | EXPERTS | {"moe_intermediate_size": 28, "mlp_only_layers": [1]},
     "solar_open": OWN | ROUTED,
     "exaone4": OWN | SLIDING,
     "falcon": THREE_FALCON,

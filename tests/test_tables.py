@@ -5,7 +5,7 @@ of all other types, and of each the axes that it lets change, and the words with
 """
 
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 
 import pytest
 import tabled
@@ -14,7 +14,7 @@ from test_narrow import drawn, narrowed, silent
 
 import surgeon
 from surgeon.anatomy.anatomy import read_anatomy
-from surgeon.anatomy.axes import shape
+from surgeon.anatomy.axes import axes_of, shape
 from surgeon.anatomy.families import FAMILIES
 from surgeon.checkpoint.header import TensorSpec
 from surgeon.errors import CheckpointError, PlanError
@@ -30,6 +30,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 GROWN = {
     "hidden": {"hidden_size": 1.5},
     "ffn": {"intermediate_size": 71},
+    "expert_ffn": {"expert_intermediate_size": 71},
     "heads": {"attention_heads": 12},
     "head_dim": {"head_dim": "2x"},
     "all": {"layers": 4, "hidden_size": 2.0, "intermediate_size": "2x", "attention_heads": "2x", "head_dim": "2x"},
@@ -41,7 +42,13 @@ GROWN_SQUARE = {
     "head_dim": {"hidden_size": 2.0, "head_dim": "2x"},
     "all": {"layers": 4, "hidden_size": 4.0, "intermediate_size": "2x", "head_dim": "2x"},
 }
-CUT = {"ffn": ("ffn",), "heads": ("heads", "kv_heads"), "hidden": ("hidden",), "experts": ("experts",)}
+CUT = {
+    "ffn": ("ffn",),
+    "expert_ffn": ("expert_ffn",),
+    "heads": ("heads", "kv_heads"),
+    "hidden": ("hidden",),
+    "experts": ("experts",),
+}
 
 LATENT = ("deepseek_v2", "deepseek_v2-lite", "deepseek_v3", "glm4_moe_lite")
 SLOPES = "it tells positions by"
@@ -97,9 +104,17 @@ def is_square(name):
     return "head_dim" not in family.sizes or flag is True or flag in tabled.TYPES[name]
 
 
+def has_sized_experts(name):
+    """Return whether experts have a size of their own."""
+    rows = [row for part in FAMILIES[name.partition("-")[0]].mlp for row in part.values()]
+    return any("expert_ffn" in axes_of(dim) for row in rows for dim in row.axes)
+
+
 def growth(name, operation):
     """Return what an operation asks for, {} where the family leaves no such choice; a hidden size is a factor."""
     options = dict((GROWN_SQUARE if is_square(name) else GROWN).get(operation, ()))
+    if operation == "expert_ffn" and not has_sized_experts(name):
+        return {}
     if operation == "ffn" and "ffn" not in FAMILIES[name.partition("-")[0]].sizes:
         options["intermediate_size"] = 400  # more than 4 x 80, which the code takes it to be
     return options
@@ -128,6 +143,7 @@ NARROWER = [
     for name in tabled.TYPES
     for op in CUT
     if not (op == "heads" and is_square(name))
+    and not (op == "expert_ffn" and not has_sized_experts(name))
     and not (op == "experts" and not tabled.TYPES[name].keys() & {"num_experts_per_tok", "moe_k", "moe_topk"})
 ]
 
@@ -201,9 +217,12 @@ def test_the_experts_with_the_largest_weights_stay_and_the_model_loads(name, sma
     anatomy = open_model(small(name)).anatomy
     left = 6 if anatomy.expert_groups > 1 else 4
 
-    surgeon.prune(small(name), experts=left, score="magnitude").save(tmp_path / "cut")
+    width = {"expert_intermediate_size": 20} if has_sized_experts(name) else {"intermediate_size": 20}
 
-    assert open_model(tmp_path / "cut").anatomy.sizes["experts"] == left
+    surgeon.prune(small(name), experts=left, score="magnitude", **width).save(tmp_path / "cut")
+
+    sizes = open_model(tmp_path / "cut").anatomy.sizes
+    assert (sizes["experts"], sizes["expert_ffn" if has_sized_experts(name) else "ffn"]) == (left, 20)
     assert logits64(tmp_path / "cut").isfinite().all()
 
 
@@ -221,3 +240,16 @@ def test_other_experts_of_a_group_than_of_the_next_are_not_kept(small):
 
     with pytest.raises(PlanError, match=r"layer 1 would keep \[3, 2, 1\]"):
         narrow(anatomy, Kept(experts=dict.fromkeys((1, 2), (0, 1, 2, 4, 5, 7))))
+
+
+def test_experts_without_a_size_of_their_own_grow_and_shrink_with_the_mlp(small):
+    for verb in (surgeon.grow, partial(surgeon.prune, score="uniform")):
+        with pytest.raises(PlanError, match="experts of olmoe have the MLP's size") as caught:
+            verb(small("olmoe"), expert_intermediate_size=20 if verb is not surgeon.grow else 80)
+        assert "--intermediate-size" in caught.value.hint
+
+
+def test_neurons_of_experts_that_no_text_can_rank_are_refused_before_one_is_read(small, tmp_path):
+    for name, option in (("qwen2_moe", "expert_intermediate_size"), ("granitemoe", "intermediate_size")):
+        with pytest.raises(PlanError, match="neurons of experts have no activation scores"):
+            surgeon.prune(small(name), data=[str(tmp_path / "none.txt")], **{option: 20})

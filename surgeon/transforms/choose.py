@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from surgeon.anatomy.anatomy import Anatomy
+from surgeon.anatomy.anatomy import EXPERT_NUMBER, Anatomy
 from surgeon.anatomy.axes import Index, axes_of
+from surgeon.anatomy.families import Row
 from surgeon.errors import PlanError
 from surgeon.transforms.narrow import Kept, layers_with
 from surgeon.transforms.scores import METHODS
@@ -205,7 +206,7 @@ def choose_widths(
     options: dict[str, Any] = {}
     if sizes["hidden"] != old["hidden"]:
         options["hidden"] = picker.pick("hidden", None, old["hidden"], sizes["hidden"])
-    for axis in ("ffn", "experts"):
+    for axis in ("ffn", "expert_ffn", "experts"):
         if axis in old and sizes.get(axis, old[axis]) != old[axis]:
             having = layers_with(anatomy, axis)
             pick = partial(picker.pick_in_groups, anatomy.expert_groups) if axis == "experts" else picker.pick
@@ -260,14 +261,19 @@ def check_criterion(anatomy: Anatomy, sizes: Mapping[str, int], criterion: str) 
             f"heads keep their size of {old['head_dim']}: its dims turn in pairs",
             hint="--score uniform takes every n-th pair.",
         )
-    in_experts = any(
-        ".experts." in name and "ffn" in axes_of(dim) for name, (row, _) in anatomy.rows.items() for dim in row.axes
-    )
-    if sizes["ffn"] != old["ffn"] and criterion == "activation" and in_experts:
+    shrinking = {axis for axis in ("ffn", "expert_ffn") if axis in old and sizes.get(axis, old[axis]) != old[axis]}
+    rows = {id(row): row for name, (row, _) in anatomy.rows.items() if _is_of_expert(name, row)}
+    inside = {axis for row in rows.values() for dim in row.axes for axis in axes_of(dim)}
+    if criterion == "activation" and shrinking & inside:
         raise PlanError(
             "the neurons of experts have no activation scores",
             hint="Keep fewer experts: --experts; or --score magnitude.",
         )
+
+
+def _is_of_expert(name: str, row: Row) -> bool:
+    """Return whether a tensor is an expert's own, or that of all experts together."""
+    return bool(EXPERT_NUMBER.search(name)) or (len(row.axes) > 2 and axes_of(row.axes[0]) == {"experts"})
 
 
 class _Picker:
