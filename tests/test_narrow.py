@@ -79,7 +79,7 @@ def drawn(anatomy, fields, seed=0):
     derived = "kv_heads" not in anatomy.family.sizes
     counts = SIZES | ({"kv_heads": 6, "group": 1} if derived else {})
     hidden = (
-        60 if derived else sizes["hidden"] * 5 // 6 // 24 * 24
+        60 if derived and "head_dim" not in anatomy.family.sizes else sizes["hidden"] * 5 // 6 // 24 * 24
     )  # by 8 and by 3: some families insist that heads divide it
     options = {}
     if "hidden" in fields:
@@ -87,6 +87,9 @@ def drawn(anatomy, fields, seed=0):
     for axis in ("ffn", "expert_ffn", "kv_heads", "experts"):
         if axis in fields:
             options[axis] = in_layers(axis, lambda _, axis=axis: some(sizes[axis], counts[axis]))
+    if "kv_heads" in fields and anatomy.shares_heads:
+        by_stack = [some(sizes["kv_heads"], counts["kv_heads"]) for _ in anatomy.stacks]
+        options["kv_heads"] = {layer: by_stack[layer // anatomy.depth] for layer in options["kv_heads"]}
     if "heads" in fields:
         groups = counts["kv_heads"] if "kv_heads" in fields else sizes["kv_heads"]
         options["heads"] = in_layers(
@@ -130,9 +133,10 @@ def left(anatomy, kept, name):
     """Return, for each dimension of a tensor, the positions that stay."""
     place = anatomy.locate(name)
     layer = place[0] if place else None
+    sizes = [anatomy.sizes | {"?": size} for size in anatomy.spec.tensors[name].shape]
     return [
-        [j for j, point in enumerate(coordinates(dim, anatomy.sizes)) if stays(kept, layer, point, anatomy.sizes)]
-        for dim in anatomy.row(name)[0].axes
+        [j for j, point in enumerate(coordinates(dim, own)) if stays(kept, layer, point, anatomy.sizes)]
+        for dim, own in zip(anatomy.row(name)[0].axes, sizes, strict=True)
     ]
 
 

@@ -27,7 +27,16 @@ from surgeon.errors import PlanError
 from surgeon.plan.plan import Affine, Expr, Gather, Plan, Read
 from surgeon.transforms.experts import UNEVEN
 from surgeon.transforms.uniform import check_head_dim
-from surgeon.transforms.widths import SQUARE, check_shape, has_tied_head, is_final_norm, resized
+from surgeon.transforms.widths import (
+    SQUARE,
+    check_shape,
+    has_tied_head,
+    is_final_norm,
+    is_scaled,
+    resized,
+    scales_embedding,
+    scales_head,
+)
 
 NORMS = "norms over fewer positions are scaled as if the removed had held {}"
 HEAD_DIM = "attention logits are divided by the root of the head's size, which is smaller now"
@@ -210,9 +219,9 @@ def _factor(anatomy: Anatomy, row: Row, sizes: Mapping[str, int], *, is_final: b
     that is tied to them would be larger too, so the final norm is divided by the same factor.
     """
     old = anatomy.sizes
-    family, ratio = anatomy.require_family(partial=True), math.sqrt(old["hidden"] / sizes["hidden"])
-    scaled = ratio if family.scales_embedding else 1.0
-    if row.kind == "embedding":
+    ratio = math.sqrt(old["hidden"] / sizes["hidden"])
+    scaled = ratio if scales_embedding(anatomy) else 1.0
+    if is_scaled(row):
         return scaled
     reads = written_and_read(row)[1]
     if reads is not None and ratio != 1.0 and axes_of(row.axes[reads]) == {"hidden"} and not _has_gains(anatomy):
@@ -220,10 +229,9 @@ def _factor(anatomy: Anatomy, row: Row, sizes: Mapping[str, int], *, is_final: b
     if row.kind not in ("gain", "shift"):
         return 1.0
     factor = math.sqrt(row.axes[-1].size(old) / row.axes[-1].size(sizes)) if row.kind == "gain" else 1.0
-    tied = is_final and has_tied_head(anatomy)
-    if not tied:
+    if not is_final:
         return factor
-    return factor / scaled / (ratio if family.scales_tied_head else 1.0)
+    return factor / (scaled if has_tied_head(anatomy) else 1.0) / (ratio if scales_head(anatomy) else 1.0)
 
 
 def _has_gains(anatomy: Anatomy) -> bool:
