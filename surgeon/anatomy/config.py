@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from itertools import product
 from typing import Any, NoReturn
 
-from surgeon.anatomy.families import FAMILIES
+from surgeon.anatomy.families import FAMILIES, Family
 from surgeon.anatomy.layer_rules import (
     COUNT_KEYS,
     DECODER_COUNT_KEYS,
@@ -112,6 +112,53 @@ def setting(config: Mapping[str, Any], key: str) -> Any:
     for part in key.split("."):
         value = value.get(part) if isinstance(value, Mapping) else None
     return value
+
+
+def sizes_of(family: Family, config: Mapping[str, Any]) -> dict[str, int]:
+    """Return the size of every axis that the config gives. Raises CheckpointError for what is no positive number."""
+    sizes: dict[str, int] = {}
+    text = text_config(config)
+    for axis, keys in family.sizes.items():
+        if key := next((key for key in keys if text.get(key) is not None), None):
+            if text[key] == 0 and axis == "shared":  # no expert that every token takes
+                continue
+            if type(text[key]) is not int or text[key] < 1:
+                raise CheckpointError(
+                    f"config.json says {key} = {text[key]!r}, not a positive number", hint=CONFIG_HINT
+                )
+            sizes[axis] = text[key]
+    if "heads" in sizes and (implied := implied_kv_heads(family, text, sizes["heads"])) is not None:
+        sizes["kv_heads"] = implied
+    for axis, (factor, other) in family.default_sizes.items():
+        if other in sizes:
+            sizes.setdefault(axis, int(factor * sizes[other]))
+    if family.is_partial:  # it does not speak of heads, or of all it has
+        sizes = {"heads": 1, "kv_heads": 1, "hidden": 1, "ffn": 1} | sizes
+        sizes = {"head_dim": max(1, sizes["hidden"] // sizes["heads"])} | sizes
+    for axis in ("hidden", "heads", "vocab", "ffn"):
+        if axis not in sizes and (axis in family.sizes or not family.is_partial):
+            raise CheckpointError(f"config.json does not say {family.sizes[axis][0]}", hint=CONFIG_HINT)
+    hidden, heads, kv_heads = sizes["hidden"], sizes["heads"], sizes["kv_heads"]
+    if heads % kv_heads and not family.is_partial:
+        raise CheckpointError(
+            f"config.json says {heads} attention heads, not a multiple of {kv_heads} key-value heads", hint=CONFIG_HINT
+        )
+    if "head_dim" not in sizes and hidden % heads:
+        raise CheckpointError(
+            f"config.json says hidden size {hidden}, not a multiple of {heads} attention heads", hint=CONFIG_HINT
+        )
+    sizes = {"head_dim": hidden // heads} | sizes | {"group": max(1, heads // kv_heads)}
+    return sizes | {axis: sizes.get(axis, sizes["head_dim"]) for axis in ("q_dim", "k_dim", "v_dim")}
+
+
+def implied_kv_heads(family: Family, text: Mapping[str, Any], heads: int) -> int | None:
+    """Return the number of key-value heads where no key of the config holds it, None where one does."""
+    if family.is_partial or "kv_heads" not in {*family.sizes, *family.default_sizes}:
+        return None
+    flag = family.kv_heads_flag
+    if "kv_heads" in family.sizes and (flag is True or (flag and text.get(flag))):
+        return None
+    return 1 if family.multi_query_flag and text.get(family.multi_query_flag) is not False else heads
 
 
 def is_off(config: Mapping[str, Any], flag: str | None) -> bool:
