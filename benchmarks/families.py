@@ -29,6 +29,7 @@ sys.path.insert(0, str(ROOT / "tests"))
 
 import every_type  # noqa: E402
 import oracle  # noqa: E402
+from coverage_table import write_table  # noqa: E402
 
 import surgeon  # noqa: E402
 from surgeon.checkpoint.header import read_json  # noqa: E402
@@ -45,6 +46,9 @@ class Cell:
 
     verdict: str
     why: str = ""
+
+
+Rows = dict[str, dict[str, dict[str, Cell]]]  # type, variant ("" or "as published"), verb
 
 
 @dataclass
@@ -155,6 +159,9 @@ VERBS: Mapping[str, Verb] = {
 }
 
 
+DEPTH_VERBS = ("inspect", "truncate", "cut", "stack")
+
+
 def _smaller(toy: Toy, quantity: str) -> int:
     """Return a smaller size: three quarters, half of the heads."""
     from surgeon.anatomy.config import size_of
@@ -196,7 +203,8 @@ def run_type(model_type: str, verbs: Sequence[str]) -> dict[str, dict[str, Cell]
             except Exception as error:  # noqa: BLE001  # what cannot be built is a row of the table
                 rows[variant] = {"build": Cell("refused", f"{type(error).__name__}: {' '.join(str(error).split())}")}
                 continue
-            rows[variant] = {verb: judged(VERBS[verb], toy) for verb in verbs}
+            asked = [verb for verb in verbs if not variant or verb in DEPTH_VERBS]  # lists of layers change no width
+            rows[variant] = {verb: judged(VERBS[verb], toy) for verb in asked}
     return rows
 
 
@@ -245,11 +253,19 @@ def run_all(types: Sequence[str], verbs: Sequence[str], jobs: int) -> Iterator[t
             said = stream.read()
         _, status = os.waitpid(child, 0)
         if said:
-            yield name, {v: {verb: Cell(**cell) for verb, cell in row.items()} for v, row in json.loads(said).items()}
+            yield name, from_json(json.dumps({name: json.loads(said)}))[name]
         else:
             too_long = os.WTERMSIG(status) in (signal.SIGALRM, signal.SIGXCPU)
             why = f"took more than {SECONDS} s" if too_long else f"died ({status})"
             yield name, {"": {"build": Cell("crash", f"the process {why}")}}
+
+
+def from_json(text: str) -> Rows:
+    """Return the rows that --json wrote."""
+    return {
+        name: {variant: {verb: Cell(**cell) for verb, cell in cells.items()} for variant, cells in variants.items()}
+        for name, variants in json.loads(text).items()
+    }
 
 
 def warm_up() -> None:
@@ -274,24 +290,31 @@ def main() -> None:
     parser.add_argument("--verbs", nargs="*", default=list(VERBS), choices=list(VERBS), help="only these verbs")
     parser.add_argument("--third", type=int, choices=(0, 1, 2), help="only every third type, from this one on")
     parser.add_argument("--jobs", type=int, default=1, help="processes at a time")
-    parser.add_argument("--json", type=Path, help="write all cells to this file")
+    parser.add_argument("--json", type=Path, help="write all cells to this file, after each type")
+    parser.add_argument("--from", nargs="*", type=Path, default=[], dest="earlier", help="begin with these files")
+    parser.add_argument("--write", action="store_true", help="write docs/models.md's table and README.md's counts")
     args = parser.parse_args()
+    rows: Rows = {}
+    for path in args.earlier:
+        rows |= from_json(path.read_text())
     warm_up()
-    types = args.types or every_type.every_type(*args.kinds)
-    if args.third is not None:
-        types = types[args.third :: 3]
-    rows: dict[str, dict[str, dict[str, Cell]]] = {}
+    types = args.types if args.types is not None else every_type.every_type(*args.kinds)
+    types = [name for name in (types if args.third is None else types[args.third :: 3]) if name not in rows]
     begun = time.perf_counter()
     for name, variants in run_all(types, args.verbs, args.jobs):
         rows[name] = variants
         for variant, cells in variants.items():
             print(f"{name}{variant and ' ' + variant}: {_line(cells)}", flush=True)
+        if args.json:
+            args.json.write_text(json.dumps(rows, default=asdict, indent=1))
     all_cells = [cells for variants in rows.values() for cells in variants.values()]
     for verb in args.verbs:
         print(f"{verb:14}", dict(Counter(cells[verb].verdict for cells in all_cells if verb in cells)))
-    print(f"{len(rows)} types in {time.perf_counter() - begun:.0f} s")
-    if args.json:
-        args.json.write_text(json.dumps(rows, default=asdict, indent=1))
+    print(f"{len(types)} types in {time.perf_counter() - begun:.0f} s")
+    if args.write:
+        write_table(rows, ROOT / "docs/models.md", ROOT / "README.md")
+    if any(cell.verdict in ("wrong", "crash") for cells in all_cells for cell in cells.values()):
+        raise SystemExit(1)
 
 
 def _line(cells: Mapping[str, Cell]) -> str:

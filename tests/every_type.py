@@ -199,7 +199,7 @@ NEEDS: Mapping[str, Config] = {
         },
     },
     "recurrent_gemma": {"lru_width": 128},
-    "reformer": {"is_decoder": False, "axial_pos_embds": False, "attn_layers": ["local", "lsh"] * 3,
+    "reformer": {"is_decoder": False, "hash_seed": 0, "axial_pos_embds": False, "attn_layers": ["local", "lsh"] * 3,
                  "local_attn_chunk_length": 4, "lsh_attn_chunk_length": 4, "feed_forward_size": 56, "num_buckets": 2},
     "roc_bert": {"pronunciation_vocab_size": 40, "shape_vocab_size": 44, "pronunciation_embed_dim": 24,
                  "shape_embed_dim": 26},

@@ -159,16 +159,28 @@ def _lists(model: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.ModuleL
 def bypassed(stacks: Sequence[nn.ModuleList], dropped: Sequence[int]) -> Iterator[None]:
     """Return a context in which these layers of every stack leave the hidden state as it was; they still run."""
 
-    def restore(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-        hidden = args[0] if args else kwargs["hidden_states"]
-        return type(output)((hidden, *output[1:])) if isinstance(output, tuple | list) else hidden
+    def wrapped(forward: Any) -> Any:
+        return lambda *args, **kwargs: _restored(args, kwargs, forward(*args, **kwargs))
 
-    hooks = [stack[i].register_forward_hook(restore, with_kwargs=True) for stack in stacks for i in dropped]
+    layers = [stack[i] for stack in stacks for i in dropped]
+    for layer in layers:
+        layer.forward = wrapped(layer.forward)  # no hook: SqueezeBERT calls forward itself
     try:
         yield
     finally:
-        for hook in hooks:
-            hook.remove()
+        for layer in layers:
+            del layer.forward
+
+
+def _restored(args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+    """Return the output of a layer with the hidden states that went in."""
+    hidden = args[0] if args else kwargs["hidden_states"]
+    if isinstance(output, dict):  # SqueezeBERT's
+        return {**output, next(iter(output)): hidden}
+    if hasattr(output, "_replace"):  # Reformer's, with two streams
+        passed = {name: kwargs[f"prev_{name}"] for name in output._fields if f"prev_{name}" in kwargs}
+        return output._replace(hidden_states=hidden, **passed)
+    return type(output)((hidden, *output[1:])) if isinstance(output, tuple | list) else hidden
 
 
 def _tensors(directory: Path) -> dict[str, Tensor]:

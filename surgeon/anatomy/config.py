@@ -357,6 +357,8 @@ def declared_kinds(text: Mapping[str, Any], depth: int) -> list[tuple[object, ..
             by_key.append([repr(item) for item in value])
         elif key in INDEX_LISTS and isinstance(value, list):
             by_key.append([i in value for i in range(depth)])
+        elif key in LAYER_REFERENCES and isinstance(value, list) and len(value) == depth:
+            by_key.append([value[i] == i for i in range(depth)])
     rules = RULES.get(str(text.get("model_type")), ())
     by_key += [kinds_by(rule, text, depth) for rule in rules if rule.explicit is None or not text.get(rule.explicit)]
     return [tuple(kinds[i] for kinds in by_key) for i in range(depth)]
