@@ -5,7 +5,7 @@ saves an expert's three matrices; in memory there are two, fused over the expert
 which the tensor is stored: "out in" for a linear map, "in out" for GPT-2's Conv1D.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -62,6 +62,15 @@ class Layers:
         """All rows that a layer may have."""
         alternatives = (self.norm, *self.attention, *self.mlp)
         return {name: row for rows in alternatives for name, row in rows.items()}
+
+
+# What the heads of classifiers and reward models are called, by the end of the class that has them.
+CLASS_HEADS: Mapping[str, tuple[str, ...]] = {
+    "ForSequenceClassification": ("score", "classifier"),
+    "ForTokenClassification": ("score", "classifier"),
+    "ForQuestionAnswering": ("qa_outputs",),
+    "RewardModel": ("score", "v_head"),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,6 +149,24 @@ class Family:
         for old, new in self.aliases:
             name = name.replace(old, new)
         return name
+
+    def of_class(self, names: Sequence[str], layers: str) -> "Family":
+        """Return this family with the head of the class of one of these names, and its name of the base.
+
+        `layers` is what the files call the layers: the class of Llama's kind that answers questions has another base.
+        """
+        heads = {name: row for name, row in self.embedding.items() if row.kind == "head"}
+        own = next((own for end, own in CLASS_HEADS.items() if any(name.endswith(end) for name in names)), ())
+        added: Rows = {}
+        for name in own if heads else ():
+            axes = (*parse("?"), *next(iter(heads.values())).axes[1:])
+            added[f"{name}.weight"] = Row(axes, "head", optional=name)
+            added[f"{name}.bias"] = Row(axes[:1], "bias", optional=f"bias of {name}")
+        unneeded = {name: replace(row, optional="language model head") for name, row in heads.items()} if added else {}
+        family = replace(self, embedding={**added, **self.embedding, **unneeded}) if added else self
+        inside = self.layers.removeprefix(self.base)
+        is_other = bool(inside) and layers == "transformer." + inside != self.layers
+        return Wrapper("transformer.", ()).around(family) if is_other else family
 
     @property
     def is_partial(self) -> bool:
