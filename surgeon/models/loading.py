@@ -195,25 +195,6 @@ def num_known(model: Any) -> int:
     return int(model.get_input_embeddings().weight.shape[0])
 
 
-def auto_class(source: Source) -> Any:
-    """Return the Auto class of a source with one stack; without a head that of a language model, or of an encoder."""
-    import transformers as auto
-    from transformers.models.auto import modeling_auto as known
-
-    named, model_type = " ".join(class_names(source.config)), source.config.get("model_type")
-    if "ForMaskedLM" in named:
-        return auto.AutoModelForMaskedLM
-    if "ForSequenceClassification" in named:
-        return auto.AutoModelForSequenceClassification
-    writes = not named or "CausalLM" in named or "LMHead" in named
-    if model_type in known.MODEL_FOR_MASKED_LM_MAPPING_NAMES and not writes:
-        return auto.AutoModel
-    if model_type in known.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or "auto_map" in source.config:
-        return auto.AutoModelForCausalLM
-    has_images = model_type in known.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
-    return auto.AutoModelForImageTextToText if has_images else auto.AutoModel
-
-
 def load_model(source: Source, *, dtype: Any, hint: str, kind: Any = None, **options: Any) -> Any:
     """Return the model in evaluation mode, by an Auto class or as one that writes, on the CPU or where `options` say.
 
