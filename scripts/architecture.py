@@ -15,8 +15,8 @@ ROOT = Path(__file__).resolve().parent.parent
 PAGE, PICTURE = ROOT / "docs/design.md", ROOT / "docs/images/architecture.svg"
 # The floors of the house, from the ground up. A package imports its own files and lower floors only.
 FLOORS = (
-    *("text", "errors", "options", "checkpoint", "anatomy", "plan", "transforms", "surgery"),
-    *("data", "models", "checkpoint.formats", "cost", "measure", "plots"),
+    *("text", "errors", "options", "checkpoint", "anatomy", "plan", "transforms"),
+    *("data", "models", "surgery", "checkpoint.formats", "cost", "measure", "plots"),
     *("train", "gist", "evals", "verbs", "cli"),
 )
 GROUND = ("text", "errors", "options")  # every package may use these; the picture draws no arrows to them

@@ -4,26 +4,27 @@ import os
 import re
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from surgeon import text
 from surgeon.anatomy.anatomy import Anatomy, read_anatomy
 from surgeon.anatomy.config import runtime_notes
 from surgeon.checkpoint import output, receipt
 from surgeon.checkpoint.derived import JoinedSource
-from surgeon.checkpoint.header import QUANTIZATION_FILES, CheckpointSpec, is_quantized, read_header
+from surgeon.checkpoint.header import QUANTIZATION_FILES, CheckpointSpec, is_quantized
 from surgeon.checkpoint.output import CountBytes
 from surgeon.checkpoint.source import CARD, CONFIG, RECEIPT, Source, content_of, open_directory, spec_of
-from surgeon.errors import CheckpointError, OutputError, PlanError
+from surgeon.errors import CheckpointError, PlanError
 from surgeon.options import Reads, verb_named
-from surgeon.plan.execute import Shard, execute, lay_out, peak_memory, ranges_read, shareable_files
+from surgeon.plan.execute import Shard, check_written, execute, lay_out, peak_memory, ranges_read, shareable_files
 from surgeon.plan.plan import Plan, changed_keys, identity
 from surgeon.plan.rounding import dtype_cost
 
+Asks = Literal["nothing", "config", "tensors"]  # of transformers about a result
 _BLOCKS = (0, *(2**power for power in range(9, 17)))  # sizes of disk blocks to share; 0: the order of the source
 
 
@@ -183,7 +184,7 @@ class Surgery:
         if not plan.moves_only:
             plan = replace(plan, notes=(*plan.notes, *dtype_cost(plan, source.tensors)))
         result = plan.result(source)
-        read_anatomy(result)
+        anatomy = read_anatomy(result)
         known = runtime_notes(self.before.spec.config, self.before.depth)
         found = runtime_notes(result.config, len(plan.layer_map))
         plan = replace(plan, notes=(*plan.notes, *(note for kind, note in found.items() if kind not in known)))
@@ -208,7 +209,17 @@ class Surgery:
             seconds=0.0,
         )
         options = {"dtype": dtype, "max_shard_size": max_shard_size, "block": block}
-        return Draft(self.source, plan, tuple(shards), summary, options, attachments, self._all_reads())
+        reads, asks = self._all_reads(), self._asks(source, anatomy)
+        return Draft(self.source, plan, tuple(shards), summary, options, attachments, reads, result, asks)
+
+    def _asks(self, source: CheckpointSpec, result: Anatomy) -> Asks:
+        """Return what transformers must be asked of a result, beyond what the family's table has checked."""
+        changed = changed_keys(source.config, result.spec.config).keys() - {"dtype", "torch_dtype"}
+        if not changed and source.tensors.keys() == result.spec.tensors.keys():
+            return "nothing"
+        if result.family is None or result.family.opaque:  # not all tensors are in a table
+            return "tensors"
+        return "nothing" if result.sizes == self.before.sizes else "config"
 
     def _all_reads(self) -> Reads:
         """Return what is read, with the source that is open: it may be another than the option named."""
@@ -222,10 +233,9 @@ class Surgery:
             return {}
         from surgeon.anatomy.quantized import follow_quantization_file
 
-        contents = {name: content_of(self.source.fetch(name)) for name in names}
         return {
-            name: follow_quantization_file(name, content, self.before, plan.layer_map)
-            for name, content in contents.items()
+            name: follow_quantization_file(name, content_of(self.source.fetch(name)), self.before, plan.layer_map)
+            for name in names
         }
 
     def _placed(self, shards: list[Shard], plan: Plan, target: Path, block: int | None) -> tuple[list[Shard], int, int]:
@@ -294,6 +304,8 @@ class Draft:
     options: Mapping[str, Any]  # those that decide bytes
     attachments: Mapping[str, bytes]
     reads: Reads  # none of which may lie in the output
+    result: CheckpointSpec
+    asks: Asks
 
     def check(self, *, overwrite: bool) -> None:
         """Raises OutputError where the output may not be written, CheckpointError where a companion cannot be read."""
@@ -320,9 +332,10 @@ class Draft:
         sizes = sum(path.stat().st_size for path in companions.values())
         needed = self.summary.bytes_written - self.summary.bytes_shared
         output.check_space(target, needed + sizes + 300 * len(plan.tensors) + 100_000)
-        with output.staged(target, overwrite=overwrite) as stage:
+        with output.staged(target, overwrite=overwrite) as stage, self._building() as built:
             written = execute(plan, self.source, stage, shards=self.shards, progress=progress)
-            _verify(stage, self.shards)
+            check_written(stage, self.shards)
+            plan = replace(plan, notes=(*plan.notes, *built()))
             record = receipt.receipt(
                 source=self.source.provenance(),
                 steps=plan.steps,
@@ -335,15 +348,23 @@ class Draft:
                 transfer=self.source.transfer,
                 bytes_shared=written.shared,
             )
-            page = self._card(command=command, card=card)
+            page = replace(self, plan=plan)._card(command=command, card=card)
             output.copy_files(stage, companions)
             output.write_files(stage, {CARD: page.encode(), RECEIPT: receipt.to_bytes(record), **self.attachments})
             output.write_files(stage, {CONFIG: receipt.to_bytes(plan.config)})  # last: now it is a checkpoint
             if confirm is not None:
                 confirm(stage)
             self.source.check_unchanged()
-        done = replace(self.summary.downloaded_from(self.source), bytes_shared=written.shared)
+        done = replace(self.summary.downloaded_from(self.source), bytes_shared=written.shared, notes=plan.all_notes)
         return replace(done, seconds=time.perf_counter() - began)
+
+    def _building(self) -> AbstractContextManager[Callable[[], Sequence[str]]]:
+        """Return a context in which transformers is asked about the result; its value returns what is to be noted."""
+        if self.asks == "nothing":
+            return nullcontext(tuple)
+        from surgeon.models.building import building
+
+        return building(spec_of(self.source), self.result, config_only=self.asks == "config")
 
     def _card(self, *, command: str | None, card: Path | None) -> str:
         source = receipt.public_name(self.source)
@@ -373,17 +394,6 @@ def parse_size(size: int | str) -> int:
     return result
 
 
-def _verify(directory: Path, shards: Sequence[Shard]) -> None:
-    """Read every written header back. Raises OutputError when one differs from the plan."""
-    for shard in shards:
-        written = {name: entry.spec for name, entry in read_header(directory / shard.file).items()}
-        if written != dict(shard.tensors):
-            raise OutputError(
-                f"{shard.file} does not hold what was written to it; the disk may be failing",
-                hint="Write to another disk with -o.",
-            )
-
-
 def open_model(
     model: "str | os.PathLike[str] | Surgery", *, revision: str | None = None, reads: Reads | None = None
 ) -> Surgery:
@@ -395,12 +405,12 @@ def open_model(
         return replace(model, reads={**model.reads, **reads}) if reads else model
     source = open_source(model, revision=revision)
     anatomy = _anatomy_of(source)
-    return Surgery(
-        source,
-        identity(anatomy.spec, depth=anatomy.depth),
-        begun_with=anatomy,
-        reads={"MODEL": (os.fspath(model),), **(reads or {})},
-    )
+    plan = identity(anatomy.spec, depth=anatomy.depth)
+    if anatomy.stored_tie is not None or anatomy.predictors:
+        from surgeon.transforms.settling import settle
+
+        plan, anatomy = settle(source, anatomy, plan)
+    return Surgery(source, plan, begun_with=anatomy, reads={"MODEL": (os.fspath(model),), **(reads or {})})
 
 
 def _anatomy_of(source: Source) -> Anatomy:

@@ -17,7 +17,8 @@ from transformers import AutoConfig
 EXACT = 1e-9  # largest |difference| of logits of order 1 in float64: rounding leaves 3e-14, a wrong frequency 1e-1
 CLOSE = 1e-4  # the same in float32, relative to the largest logit: the acceptance of function-preserving growth
 LENGTH = 40  # tokens: a wrong rotary frequency is invisible at position 0 and small at the next few
-EAGER = ("gemma2", "gpt_oss")  # soft caps and attention sinks: transformers computes them in its own code only
+# Soft caps, attention sinks, slopes for positions: transformers computes them in its own code only.
+EAGER = ("gemma2", "gpt_oss", "bloom", "codegen", "gpt_neo", "gptj", "mpt")
 
 # Hidden sizes that 8, 12 and 16 heads divide, and so does 1.25 times them by 8 and 1.5 times them by 12: for the
 # families that insist. The toys' own 48 times 1.25 is no multiple of 8.
@@ -37,6 +38,16 @@ class Exact64(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
+class WithoutEpsilon(Exact64):
+    """The same, and layer norms add next to nothing under the root: for one whose epsilon is in the code."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.nn.functional.layer_norm:
+            kwargs = {**(kwargs or {}), "eps": 1e-18}
+            args = args[:4]
+        return super().__torch_function__(func, types, args, kwargs)
+
+
 def build64(name: str, directory: Path, **overrides: Any) -> Path:
     """Return `directory`, now holding the toy `name` in float64, its config changed by `overrides`."""
     return toys.build(name, directory, dtype="float64", **HIDDEN.get(name, {}) | overrides)
@@ -44,7 +55,8 @@ def build64(name: str, directory: Path, **overrides: Any) -> Path:
 
 def load64(directory: Path) -> Any:
     """Return the model in a folder, loaded plainly in float64. Nothing may be missing, left over or mismatched."""
-    return _load(directory, dtype=torch.float64, attn_implementation="sdpa")  # eager attention goes to float32
+    # Eager attention goes to float32. So are the routers of some models, whatever is asked for.
+    return _load(directory, dtype=torch.float64, attn_implementation="sdpa").double()
 
 
 def logits64(directory: Path) -> Tensor:

@@ -80,7 +80,7 @@ def test_the_page_of_models_lists_what_has_a_table_and_what_is_tested():
     tabled, untabled = (ROOT / "docs/models.md").read_text().split("## ")[1:3]
     types = {name.partition("-")[0] for name in toys.TOYS}
 
-    assert set(re.findall(r"`(\w+)`", tabled.split("\n\n")[1])) == set(FAMILIES)
+    assert set(re.findall(r"`([\w-]+)`", tabled.split("\n\n")[1])) == set(FAMILIES)
     assert set(re.findall(r"`(\w+)`", untabled.split("exact logits:")[1].split("\n\n")[0])) == types - set(FAMILIES)
     assert f"tested on {len(types)} model types" in (ROOT / "README.md").read_text()
 

@@ -279,9 +279,9 @@ def test_experts_in_one_tensor_are_taken_apart(toy):
     assert_same(found, "heads", [heads(part) for part in parts])
 
 
-def test_a_family_without_a_table_has_no_widths(toy):
-    with pytest.raises(PlanError, match="'bloom' has no table"):
-        widths(toy("bloom"))
+def test_a_family_without_a_table_has_no_widths(tmp_path):
+    with pytest.raises(PlanError, match="'unheard_of' has no table"):
+        widths(toys.unheard_of("llama", tmp_path / "toy"))
 
 
 @pytest.mark.parametrize("measure", ["layer_magnitudes", "width_magnitudes"])

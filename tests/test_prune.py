@@ -14,7 +14,6 @@ from later import LATER
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 import surgeon
-from surgeon.anatomy.families import FAMILIES
 from surgeon.checkpoint.header import TensorSpec, format_header
 from surgeon.errors import DataError, MeasureError, PlanError
 from surgeon.measure.record import Scores, read_scores
@@ -34,7 +33,6 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 NEEDS_FIRST = ("t5", "t5-gated")
 ENCODERS = ("bert", "roberta")
 DECODERS = tuple(name for name in toys.TOYS if name.partition("-")[0] not in (*ENCODERS, "t5", "bart"))
-TABLED = tuple(name for name in toys.TOYS if name.partition("-")[0] in FAMILIES)
 MIXTURES = ("mixtral", "qwen3_moe", "qwen3_moe-sparse-step", "gpt_oss")
 DERIVED = ("gpt2", "gpt2-inverse-layer-idx", "gpt_neox", "gpt_neox-serial", "opt", "opt-post-norm")
 TEXT = {"samples": 3, "sequence_length": 14}
@@ -506,7 +504,7 @@ def options_for(sizes):
 
 
 @pytest.mark.parametrize("criterion", WIDTHS)
-@pytest.mark.parametrize("name", TABLED)
+@pytest.mark.parametrize("name", toys.TABLED)
 def test_a_cut_in_width_and_depth_loads_whole_with_the_sizes_asked_for(name, criterion, toy, tmp_path):
     sizes = sizes_for(name)
     options = {"score": "block-influence" if criterion == "activation" else criterion, "protect": (0, 0)}
@@ -711,7 +709,7 @@ def test_like_a_model_that_is_larger_or_speaks_another_vocabulary_is_refused(sma
     with pytest.raises(PlanError, match="sizes are given beside a model"):
         surgeon.prune(toy("llama"), score="uniform", like=small, hidden_size=40)
     with pytest.raises(PlanError, match="has no table"):
-        surgeon.prune(toy("bloom"), score="uniform", like=toy("bloom"))
+        surgeon.prune(toys.unheard_of("llama", tmp_path / "unheard"), score="uniform", like=small)
 
 
 # --- budgets --------------------------------------------------------------------------------------------------------
@@ -860,7 +858,7 @@ def test_what_cannot_be_is_refused_without_reading_a_weight(toy, tmp_path):
     [
         ("qwen3_moe", {"experts": 2}, "a token takes 3 experts, and 2 would be left"),
         ("qwen3_moe", {"intermediate_size": 20}, "no layer of this qwen3_moe has MLP neurons"),
-        ("bloom", {"intermediate_size": 20}, "model type 'bloom' has no table"),
+        ("lfm2", {"intermediate_size": 20}, "model type 'lfm2' has no table"),
         ("gpt2", {"attention_heads": 4}, "gpt2 derives a head's size from hidden / heads"),
         ("gpt2", {"attention_heads": 4, "key_value_heads": 2, "hidden_size": 40}, "are 2 a group, more than 1"),
     ],

@@ -14,7 +14,6 @@ from surgeon.anatomy.spellings import SPELLINGS
 from surgeon.checkpoint.source import spec_of
 from surgeon.surgery import open_source
 
-TABLED = [name for name in toys.TOYS if name.partition("-")[0] in FAMILIES]
 NO_FFN_KEY = ("bloom", "mpt")  # their code makes an MLP four times as wide as the state
 EXPERTS = {"deepseek_v3": 9}  # and 7 of every other toy that has some
 PACKAGE = Path(surgeon.__file__).parent
@@ -35,7 +34,7 @@ def anatomy_of(path: Path) -> Anatomy:
     return read_anatomy(spec_of(open_source(path)))
 
 
-@pytest.mark.parametrize("name", TABLED)
+@pytest.mark.parametrize("name", toys.TABLED)
 def test_the_reader_agrees_with_the_table(name, toy):
     anatomy = anatomy_of(toy(name))
 

@@ -167,9 +167,9 @@ def test_sizes_that_do_not_fit_are_refused_with_what_fits(name, options, message
     assert hint in caught.value.hint
 
 
-def test_a_model_without_a_table_is_not_widened(toy):
-    with pytest.raises(PlanError, match="'bloom' has no table"):
-        surgeon.grow(toy("bloom"), hidden_size="2x")
+def test_a_model_without_a_table_is_not_widened(tmp_path):
+    with pytest.raises(PlanError, match="'unheard_of' has no table"):
+        surgeon.grow(toys.unheard_of("llama", tmp_path / "toy"), hidden_size="2x")
 
 
 ROPE = {

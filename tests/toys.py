@@ -197,8 +197,16 @@ AUTO_CLASSES = {
     "bart": "AutoModelForSeq2SeqLM",
     "bert": "AutoModelForMaskedLM",
     "roberta": "AutoModelForMaskedLM",
+    "camembert": "AutoModelForMaskedLM",
+    "xlm-roberta": "AutoModelForMaskedLM",
 }
 DECODERS = tuple(name for name in TOYS if name.partition("-")[0] not in AUTO_CLASSES)
+# With a table that is tested on every operation. The other tables have the lighter tests of test_tables.py.
+_THOROUGH = (
+    *("cohere2", "gemma", "gemma2", "gemma3_text", "gpt2", "gpt_neox", "gpt_oss", "granite", "llama", "mistral"),
+    *("mixtral", "olmo2", "opt", "phi3", "qwen2", "qwen3", "qwen3_moe", "smollm3"),
+)
+TABLED = tuple(name for name in TOYS if name.partition("-")[0] in _THOROUGH)
 
 
 def build(name: str, directory: Path, *, seed: int = 0, dtype: str = "float32", **overrides: Any) -> Path:
@@ -206,15 +214,29 @@ def build(name: str, directory: Path, *, seed: int = 0, dtype: str = "float32", 
 
     The weights are a function of `seed` and of the config: those in bfloat16 are those in float32, rounded.
     """
+    return save(name.partition("-")[0], TOYS[name] | overrides, directory, seed=seed, dtype=dtype)
+
+
+def save(model_type: str, sizes: Config, directory: Path, *, seed: int = 0, dtype: str = "float32") -> Path:
+    """Return `directory`, now holding a model of this type and these sizes with random weights."""
     import torch
     from transformers import AutoConfig
 
-    config = AutoConfig.for_model(name.partition("-")[0], **TOYS[name] | overrides)
+    config = AutoConfig.for_model(model_type, **sizes)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = _auto_class(config).from_config(config, dtype=torch.float32)
+        model = auto_class(config).from_config(config, dtype=torch.float32)
         _randomise(model)
     model.to(getattr(torch, dtype)).save_pretrained(directory)
+    return directory
+
+
+def unheard_of(name: str, directory: Path) -> Path:
+    """Return `directory`, now holding the toy `name` as a model type that no table and no code knows."""
+    import json
+
+    config = json.loads((build(name, directory) / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps(config | {"model_type": "unheard_of"}))
     return directory
 
 
@@ -226,9 +248,9 @@ def load(directory: Path, **kwargs: Any) -> tuple[PreTrainedModel, dict[str, Any
     """
     from transformers import AutoConfig
 
-    auto_class = _auto_class(AutoConfig.from_pretrained(directory))
+    loader = auto_class(AutoConfig.from_pretrained(directory))
     options = {"experts_implementation": "eager"} | kwargs  # transformers' grouped_mm refuses float64
-    model, report = auto_class.from_pretrained(directory, output_loading_info=True, **options)
+    model, report = loader.from_pretrained(directory, output_loading_info=True, **options)
     return model.eval(), report
 
 
@@ -283,7 +305,8 @@ def stacks(model: nn.Module) -> list[nn.ModuleList]:
     return found
 
 
-def _auto_class(config: PreTrainedConfig) -> Any:
+def auto_class(config: PreTrainedConfig) -> Any:
+    """Return the class of transformers that loads a model with this config."""
     import transformers
 
     return getattr(transformers, AUTO_CLASSES.get(config.model_type, "AutoModelForCausalLM"))
@@ -300,6 +323,8 @@ def _randomise(model: PreTrainedModel) -> None:
     with torch.no_grad():
         for tensor in model.state_dict().values():
             noise = torch.randn(tensor.shape)
+            if not tensor.is_floating_point() or tensor.ndim == 0:  # a number that counts; a constant of an activation
+                continue
             if tensor.ndim == 1:
                 tensor.add_(0.2 * noise)
             else:

@@ -5,19 +5,22 @@ Reading an anatomy is also the check that a checkpoint is whole: each tensor is 
 
 import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, reduce
 from typing import Any, Literal
 
-from surgeon.anatomy.axes import axes_of
+from surgeon.anatomy.axes import axes_of, parse
 from surgeon.anatomy.config import (
     CONFIG_HINT,
     check_layer_keys,
+    class_names,
+    is_off,
     model_type,
+    setting,
     text_config,
     with_text,
 )
-from surgeon.anatomy.families import FAMILIES, FIRST, MULTIMODAL, Family, Layers, Row, Rows
+from surgeon.anatomy.families import FAMILIES, FIRST, MULTIMODAL, UNTIED, Family, Layers, Row, Rows, Wrapper
 from surgeon.anatomy.stacks import FILES_HINT, Stack, find_stacks
 from surgeon.checkpoint.header import CheckpointSpec, is_quantized
 from surgeon.errors import CheckpointError, PlanError
@@ -83,6 +86,24 @@ class Anatomy:
         """Whether a bias of heads serves all layers of a stack, so that they keep the same ones."""
         return self.family is not None and self.family.shares_heads
 
+    @cached_property
+    def predictors(self) -> frozenset[str]:
+        """The tensors of layers that predict further tokens (MTP), where they follow the model's own by number."""
+        return frozenset(name for name in self.spec.tensors if any(stack.is_beyond(name) for stack in self.stacks))
+
+    @property
+    def stored_tie(self) -> tuple[str, str] | None:
+        """The head that is stored though the config ties it to the embedding, and the embedding; else None."""
+        if self.spec.config.get("tie_word_embeddings", self.config.get("tie_word_embeddings")) is not True:
+            return None
+        of_tokens = {"head": "", "embedding": ""} | {
+            row.kind: name
+            for name, (row, _) in self.rows.items()
+            if row.kind in ("head", "embedding") and axes_of(row.axes[0]) == {"vocab"}
+        }
+        head, embedding = of_tokens["head"], of_tokens["embedding"]
+        return (head, embedding) if head and embedding else None
+
     def locate(self, name: str) -> tuple[int, str] | None:
         """Return the layer of a tensor, numbered through all stacks, and its name inside the layer; None outside."""
         first = 0
@@ -126,9 +147,42 @@ class Anatomy:
             )
         return self.family
 
+    @property
+    def frozen(self) -> dict[str, str]:
+        """The axes that cannot change in this checkpoint, each with the reason."""
+        family = self.require_family(partial=True)
+        by_config = (reasons for key, reasons in family.frozen_by.items() if setting(self.config, key))
+        return {axis: reason for reasons in (family.frozen, *by_config) for axis, reason in reasons.items()}
+
+    @property
+    def is_square(self) -> bool:
+        """Whether heads x head_dim must be hidden, so that none of them changes alone."""
+        family = self.require_family(partial=True)
+        if isinstance(family.square_heads, str):
+            return bool(self.config.get(family.square_heads))
+        return family.square_heads or ("heads" in family.sizes and "head_dim" not in family.sizes)
+
+    @property
+    def sums_normed(self) -> bool:
+        """Whether what the layers add to has gone through a norm, so that none of them can leave it as it is."""
+        family = self.require_family(partial=True)
+        normed = is_off(self.config, family.pre_norm_flag) or bool(self.config.get(family.post_norm_flag or ""))
+        return normed or family.norms_after_sum
+
+    @property
+    def expert_groups(self) -> int:
+        """The number of groups in which experts compete, each with as many of them one after the other."""
+        family = self.require_family(partial=True)
+        count = self.config.get(family.expert_groups or "")
+        return count if type(count) is int and count > 1 else 1
+
+    def implied_kv_heads(self, heads: int) -> int | None:
+        """Return how many key-value heads `heads` heads must have, None where that is free."""
+        return _implied_kv_heads(self.require_family(), self.config, heads)
+
     def check_free(self, axes: Iterable[str]) -> None:
         """Raises PlanError, with the reason, for an axis that cannot change in this family."""
-        frozen = self.require_family(partial=True).frozen
+        frozen = self.frozen
         if axis := next((axis for axis in axes if axis in frozen), None):
             raise PlanError(
                 f"the {WORDS.get(axis, axis)} of {self.model_type} cannot change: {frozen[axis]}", hint=FREE
@@ -164,6 +218,7 @@ def read_anatomy(spec: CheckpointSpec) -> Anatomy:
     )  # tables: unquantized files
     if family is None or _differing(family, spec.config):
         return Anatomy(spec, name, stacks, None, {}, {})
+    family = _as_named_by_class(_with_class_head(family, spec.config), stacks[0])
     if stacks[0].prefix not in (family.layers, family.layers.removeprefix(family.base)):
         raise CheckpointError(
             f"the layers are called {stacks[0].prefix}*, those of a {name} model {family.layers}*", hint=FILES_HINT
@@ -189,6 +244,36 @@ def family_of(config: Mapping[str, Any], layers: str) -> Family | None:
         ):
             return whole
     return FAMILIES.get(own)
+
+
+# What the heads of classifiers and reward models are called, by the end of the class that has them.
+CLASS_HEADS = {
+    "ForSequenceClassification": ("score", "classifier"),
+    "ForTokenClassification": ("score", "classifier"),
+    "ForQuestionAnswering": ("qa_outputs",),
+    "RewardModel": ("score", "v_head"),
+}
+
+
+def _with_class_head(family: Family, config: Mapping[str, Any]) -> Family:
+    """Return the family with the head of the class that the config names, where it is not a language model's."""
+    names = (names for end, names in CLASS_HEADS.items() if any(word.endswith(end) for word in class_names(config)))
+    heads = {name: row for name, row in family.embedding.items() if row.kind == "head"}
+    added: Rows = {}
+    for name in next(names, ()) if heads else ():
+        axes = (*parse("?"), *next(iter(heads.values())).axes[1:])
+        added[f"{name}.weight"] = Row(axes, "head", optional=name)
+        added[f"{name}.bias"] = Row(axes[:1], "bias", optional=f"{name} with a bias")
+    if not added:
+        return family
+    unneeded = {name: replace(row, optional="language model") for name, row in heads.items()}
+    return replace(family, embedding={**added, **family.embedding, **unneeded})
+
+
+def _as_named_by_class(family: Family, stack: Stack) -> Family:
+    """Return the family with the names of the class of Llama's kind that answers questions: its base is another."""
+    own, other = family.layers.removeprefix(family.base), "transformer."
+    return Wrapper(other, ()).around(family) if own and stack.prefix == other + own != family.layers else family
 
 
 def written_and_read(row: Row) -> tuple[int | None, int | None]:
@@ -225,10 +310,11 @@ def _row_finder(family: Family, stacks: Sequence[Stack]) -> Callable[[str], tupl
         inside.append((stack, _table([*parts, *(("mlp", rows) for rows in layers.mlp)])))
 
     def find(name: str) -> tuple[Row, Part] | None:
-        for old, new in family.aliases:
-            name = name.replace(old, new)
+        if any(stack.is_beyond(name) for stack in stacks):
+            return OPAQUE
+        name = family.current(name)
         table, rest = outside, name
-        if name not in family.embedding and not name.startswith(family.base):
+        if name not in outside and not name.startswith(family.base):
             rest = family.base + name
         for stack, of_layers in inside:
             if place := stack.locate(name):
@@ -252,14 +338,18 @@ def _sizes(family: Family, config: Mapping[str, Any]) -> dict[str, int]:
     text = text_config(config)
     for axis, keys in family.sizes.items():
         if key := next((key for key in keys if text.get(key) is not None), None):
+            if text[key] == 0 and axis == "shared":  # no expert that every token takes
+                continue
             if type(text[key]) is not int or text[key] < 1:
                 raise CheckpointError(
                     f"config.json says {key} = {text[key]!r}, not a positive number", hint=CONFIG_HINT
                 )
             sizes[axis] = text[key]
+    if "heads" in sizes and (implied := _implied_kv_heads(family, text, sizes["heads"])) is not None:
+        sizes["kv_heads"] = implied
     for axis, (factor, other) in family.default_sizes.items():
         if other in sizes:
-            sizes.setdefault(axis, factor * sizes[other])
+            sizes.setdefault(axis, int(factor * sizes[other]))
     if family.is_partial:  # it does not speak of heads, or of all it has
         sizes = {"heads": 1, "kv_heads": 1, "hidden": 1, "ffn": 1} | sizes
         sizes = {"head_dim": max(1, sizes["hidden"] // sizes["heads"])} | sizes
@@ -277,6 +367,16 @@ def _sizes(family: Family, config: Mapping[str, Any]) -> dict[str, int]:
         )
     sizes = {"head_dim": hidden // heads} | sizes | {"group": max(1, heads // kv_heads)}
     return sizes | {axis: sizes.get(axis, sizes["head_dim"]) for axis in ("q_dim", "k_dim", "v_dim")}
+
+
+def _implied_kv_heads(family: Family, text: Mapping[str, Any], heads: int) -> int | None:
+    """Return the number of key-value heads where no key of the config holds it, None where one does."""
+    if family.is_partial or "kv_heads" not in {*family.sizes, *family.default_sizes}:
+        return None
+    flag = family.kv_heads_flag
+    if "kv_heads" in family.sizes and (flag is True or (flag and text.get(flag))):
+        return None
+    return 1 if family.multi_query_flag and text.get(family.multi_query_flag) is not False else heads
 
 
 def _check_present(
@@ -318,9 +418,7 @@ def _check_shape(name: str, stored: tuple[int, ...], row: Row, sizes: Mapping[st
 
 def _check_missing(family: Family, stacks: Sequence[Stack], spec: CheckpointSpec, sizes: Mapping[str, int]) -> None:
     """Refuse a checkpoint that lacks a tensor: a loader would fill it with random numbers."""
-    present = set(spec.tensors)
-    for old, new in family.aliases:
-        present = {name.replace(old, new) for name in present}
+    present = {family.current(name) for name in spec.tensors}
     for name in _expected(family, stacks, present, spec.config, sizes):
         if name not in present:
             raise CheckpointError(f"the checkpoint has no tensor {name!r}", hint=FILES_HINT)
@@ -336,12 +434,17 @@ def _expected(
     """Yield every name that a checkpoint of this family, with this config, must have."""
     text = text_config(config)
     saved_with_base = stacks[0].prefix == family.layers
-    for name, row in {**family.embedding, **family.final_norm}.items():
-        stored = name if saved_with_base else name.removeprefix(family.base)
-        if row.optional:
+    outside = {
+        name if saved_with_base else name.removeprefix(family.base): row
+        for name, row in {**family.embedding, **family.final_norm}.items()
+        if saved_with_base or name.startswith(family.base)  # the rest are the head's, and there is no head
+    }
+    parts = {row.optional for name, row in outside.items() if name in present}
+    for stored, row in outside.items():
+        if row.optional and row.optional not in parts:
             is_needed = False
-        elif row.kind == "head":  # absent when tied, and from a headless model; the default of tying is the family's
-            is_needed = saved_with_base and config.get("tie_word_embeddings", text.get("tie_word_embeddings")) is False
+        elif row.kind == "head" or row.when == UNTIED:  # none when tied; the default of tying is the family's
+            is_needed = config.get("tie_word_embeddings", text.get("tie_word_embeddings")) is False
         else:
             is_needed = _must_exist(row, text, sizes, sample=stored in present)
         if is_needed:
@@ -354,7 +457,7 @@ def _expected_in_layers(
     stack: Stack, layers: Layers, present: Collection[str], text: Mapping[str, Any], sizes: Mapping[str, int]
 ) -> Iterator[str]:
     places = (stack.locate(name) for name in present)
-    first = {place[1] for place in places if place and place[0] == 0}
+    anywhere = {place[1] for place in places if place}
     for layer in range(stack.depth):
 
         def fitting(alternatives: Sequence[Rows], layer: int = layer) -> Rows:
@@ -366,13 +469,13 @@ def _expected_in_layers(
         for rest, row in {**fitting(layers.attention), **layers.norm, **fitting(layers.mlp)}.items():
             if row.optional or (row.when == FIRST and layer):
                 continue
-            if _must_exist(row, text, sizes, sample=rest in first):
+            if _must_exist(row, text, sizes, sample=rest in anywhere):
                 for expert in range(sizes["experts"] if "{}" in rest else 1):
                     yield stack.name(layer, rest.format(expert))
 
 
 def _must_exist(row: Row, config: Mapping[str, Any], sizes: Mapping[str, int], *, sample: bool) -> bool:
-    """Return whether a tensor must exist: as the config says, and else as in layer 0, where it does if `sample`."""
+    """Return whether a tensor must exist: as the config says, else as in other layers, where it does if `sample`."""
     if row.kind == "buffer":
         return False
     by_config = _exists_by_config(row, config, sizes)
@@ -388,6 +491,8 @@ def _exists_by_config(row: Row, config: Mapping[str, Any], sizes: Mapping[str, i
     if row.when in (None, FIRST):
         return True
     assert row.when is not None
+    if row.when == UNTIED:  # where it is tied, old files have it all the same
+        return None
     left, differs, right = row.when.partition(" != ")
     if differs:
         return sizes[left] != sizes[right]

@@ -70,6 +70,12 @@ def with_text(config: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str
     return {**config, **outer, "text_config": {**text, **changes}}
 
 
+def nested_stacks(config: Mapping[str, Any]) -> tuple[str, ...]:
+    """Return the keys of the configs of a decoder and of an encoder, where each stack has a config of its own."""
+    parts = ("decoder", "encoder")
+    return parts if all(isinstance(config.get(part), Mapping) for part in parts) else ()
+
+
 def model_type(config: Mapping[str, Any]) -> str:
     """Return the config's `model_type`. Raises CheckpointError when there is none."""
     name = config.get("model_type")
@@ -100,6 +106,14 @@ def size_of(config: Mapping[str, Any], quantity: Quantity) -> int | None:
     return next((value for value in spelled(config, quantity).values() if type(value) is int), None)
 
 
+def setting(config: Mapping[str, Any], key: str) -> Any:
+    """Return the value of a key, with dots for one inside another; None where there is none."""
+    value: Any = config
+    for part in key.split("."):
+        value = value.get(part) if isinstance(value, Mapping) else None
+    return value
+
+
 def is_off(config: Mapping[str, Any], flag: str | None) -> bool:
     """Return whether a config turns a flag off outright; False for a family that has no such flag (None)."""
     return flag is not None and config.get(flag) is False
@@ -111,8 +125,9 @@ def layer_count(config: Mapping[str, Any], keys: Sequence[str]) -> int | None:
     Raises CheckpointError when it is no positive number.
     """
     key = next((key for key in keys if config.get(key) is not None), None)
-    if key is None:
-        return None
+    if key is None:  # transformers 5 saves only the kinds of Nemotron-H's layers
+        kinds = (config.get(key) for key in ("layers_block_type", "layer_types"))
+        return next((len(value) for value in kinds if isinstance(value, list) and value), None)
     count = config[key]
     if type(count) is not int or count < 1:
         raise CheckpointError(f"config.json says {key} = {count!r}; a model has at least one layer", hint=CONFIG_HINT)
@@ -165,6 +180,10 @@ def follow_layers(config: Mapping[str, Any], keep: Sequence[int], depth: int, *,
     Raises PlanError, naming the key, when the model's code cannot give the surviving layers the kinds they have.
     """
     name = model_type(config)
+    if parts := nested_stacks(config):
+        edits = {part: follow_layers(config[part], keep, depth, tabled=tabled) for part in parts}
+        nested = {part: edit.config for part, edit in edits.items()}
+        return ConfigEdit({**config, **nested}, [note for edit in edits.values() for note in edit.notes])
     text = text_config(config)
     text_name = str(text.get("model_type", name))
     _refuse_what_cannot_move(config, {name, text_name}, keep, depth)

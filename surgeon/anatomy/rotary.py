@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+from surgeon.anatomy.anatomy import Anatomy
 from surgeon.anatomy.config import CONFIG_HINT
 from surgeon.errors import CheckpointError
 
@@ -18,18 +19,24 @@ def rope_types(config: Mapping[str, Any]) -> set[str]:
     return {str(group[key]) for group in groups for key in ("rope_type", "type") if group.get(key)}
 
 
-def rotary_dims(config: Mapping[str, Any], head_dim: int) -> int:
+def rotary_dims(anatomy: Anatomy, head_dim: int) -> int:
     """Return how many dimensions of a head of `head_dim` rotate: the first ones.
 
-    Raises CheckpointError for a share of them that is none.
+    Where the config gives their number, as many more of a wider head. Raises CheckpointError for a share of them that
+    is none.
     """
+    config = anatomy.config
+    if config.get(anatomy.require_family().rotary_off_flag or ""):
+        return 0
+    if "rotary" in anatomy.sizes:
+        return anatomy.sizes["rotary"] * head_dim // anatomy.sizes["head_dim"]
     rope = config.get("rope_parameters")
     for group, key in ((rope, "partial_rotary_factor"), (config, "partial_rotary_factor"), (config, "rotary_pct")):
         if isinstance(group, Mapping) and isinstance(group.get(key), (int, float)):
             if not 0 <= group[key] <= 1:
                 raise CheckpointError(f"config.json says {key} = {group[key]!r}, not between 0 and 1", hint=CONFIG_HINT)
             return int(head_dim * float(group[key]))
-    return head_dim
+    return int(head_dim * anatomy.require_family().rotary_share)
 
 
 def wider_head(head_dim: int, rotary_dim: int, times: int, style: str) -> tuple[int, ...]:

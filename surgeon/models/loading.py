@@ -6,6 +6,7 @@ call, and none of them can ask, because none has a standard input.
 
 import errno
 import io
+import math
 import os
 import sys
 import warnings
@@ -15,10 +16,10 @@ from contextvars import ContextVar
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from surgeon.anatomy.config import class_names, size_of, text_config
+from surgeon.anatomy.config import CONFIG_HINT, class_names, size_of, text_config
 from surgeon.checkpoint.derived import JoinedSource
-from surgeon.checkpoint.header import not_regular, read_json
-from surgeon.checkpoint.source import Source, check_links, inside, is_companion
+from surgeon.checkpoint.header import QUANTIZATION_KEYS, not_regular, read_json
+from surgeon.checkpoint.source import CONFIG, Source, check_links, inside, is_companion
 from surgeon.errors import CheckpointError, DataError, MeasureError, PlanError, SurgeonError, failure_of_library
 from surgeon.models.device import available_memory, compute_dtype
 from surgeon.plan.plan import chooses_kernel
@@ -98,7 +99,7 @@ def _without_input() -> Iterator[None]:
         sys.stdin = before
 
 
-def _from_pretrained(kind: Any, name: "str | os.PathLike[str]", **options: Any) -> Any:
+def _from_pretrained(kind: Any, name: "str | os.PathLike[str] | None", **options: Any) -> Any:
     """Return what a class of transformers loads. Nothing else calls `from_pretrained`, but for `load_adapter`."""
     with _without_input():
         return kind.from_pretrained(name, trust_remote_code=_TRUSTED.get(), **options)
@@ -114,6 +115,24 @@ def _safe(config: Mapping[str, Any]) -> dict[str, Any]:
     """Return a config without the keys that choose other files or a kernel, which may be code on the Hub."""
     kept = {key: value for key, value in config.items() if not chooses_kernel(key) and key != "transformers_weights"}
     return {key: _safe(value) if isinstance(value, Mapping) else value for key, value in kept.items()}
+
+
+_FLOATS = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
+
+
+def _with_floats(value: Any) -> Any:
+    """Return a value of a config with the floats that JSON lacks, which transformers writes as {"__float__": "NaN"}."""
+    if isinstance(value, list):
+        return [_with_floats(item) for item in value]
+    if not isinstance(value, Mapping):
+        return value
+    tag = value.get("__float__") if len(value) == 1 else None
+    return _FLOATS.get(tag, value) if isinstance(tag, str) else {key: _with_floats(item) for key, item in value.items()}
+
+
+def _unquantized(config: Mapping[str, Any]) -> dict[str, Any]:
+    kept = {key: value for key, value in config.items() if key not in QUANTIZATION_KEYS}
+    return {key: _unquantized(value) if isinstance(value, Mapping) else value for key, value in kept.items()}
 
 
 # --- models -------------------------------------------------------------------------------------------------------
@@ -140,14 +159,26 @@ def config_of(source: Source, *, hint: str) -> Any:
         return _from_pretrained(AutoConfig, name, revision=revision)
     if model_type not in CONFIG_MAPPING and has_code:
         raise MeasureError(f"{source.label} is run by code of its own (auto_map in config.json)", hint=TRUST_HINT)
-    if model_type not in CONFIG_MAPPING:
-        raise MeasureError(f"transformers has no model type {model_type!r} of its own", hint=hint)
     text = text_config(source.config)
     padding, vocabulary = text.get("pad_token_id"), size_of(text, "vocab")
     if isinstance(padding, int) and vocabulary is not None and padding >= vocabulary:
         message = f"config.json of {source.label} says pad_token_id = {padding}, beyond its {vocabulary} tokens"
         raise CheckpointError(message, hint="Set it to a token of the vocabulary, or to null.")
-    return CONFIG_MAPPING[model_type].from_dict(_safe(source.config))
+    return parsed_config(source.config, f"config.json of {source.label}", hint=hint)
+
+
+def parsed_config(config: Mapping[str, Any], what: str, *, hint: str = HINT) -> Any:
+    """Return a config as transformers reads it, with its validators run. Imports no torch where there is none.
+
+    Raises MeasureError, with `hint`, for a model type that transformers does not have, and for a config it refuses.
+    """
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    model_type = str(config.get("model_type"))
+    if model_type not in CONFIG_MAPPING:
+        raise MeasureError(f"transformers has no model type {model_type!r} of its own", hint=hint)
+    with libraries_fail(f"transformers refuses {what}", hint=hint):
+        return CONFIG_MAPPING[model_type].from_dict(_with_floats(_safe(config)))
 
 
 def check_tokens(largest: int, known: int, label: str) -> None:
@@ -164,14 +195,28 @@ def num_known(model: Any) -> int:
     return int(model.get_input_embeddings().weight.shape[0])
 
 
+def auto_class(source: Source) -> Any:
+    """Return the Auto class of transformers for a source; without a head that of a language model, or of an encoder."""
+    import transformers
+    from transformers.models.auto import modeling_auto as known
+
+    if source.config.get("is_encoder_decoder"):
+        return transformers.AutoModelForSeq2SeqLM
+    names, model_type = class_names(source.config), str(source.config.get("model_type"))
+    for head in ("ForMaskedLM", "ForSequenceClassification"):
+        if any(name.endswith(head) for name in names):
+            return getattr(transformers, f"AutoModel{head}")
+    writes = not names or any("CausalLM" in name or "LMHead" in name for name in names)
+    both_ways = model_type in known.MODEL_FOR_MASKED_LM_MAPPING_NAMES and not writes
+    has_code = model_type in known.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or "auto_map" in source.config
+    return transformers.AutoModel if both_ways or not has_code else transformers.AutoModelForCausalLM
+
+
 def load_model(source: Source, *, dtype: Any, hint: str, **options: Any) -> Any:
     """Return the model in evaluation mode, on the CPU unless `options` (of from_pretrained) place it elsewhere.
 
     Raises MeasureError, with `hint`, where transformers cannot load it or would draw weights at random.
     """
-    from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
-
-    kind: Any = AutoModelForSeq2SeqLM if source.config.get("is_encoder_decoder") else AutoModelForCausalLM
     name, revision = loadable(source)
     _check_files(name)
     if ADAPTER in source.companions:
@@ -181,7 +226,7 @@ def load_model(source: Source, *, dtype: Any, hint: str, **options: Any) -> Any:
         )
     with transformers_loads(source.label, hint=hint), quiet_transformers():
         model, report = _from_pretrained(
-            kind,
+            auto_class(source),
             name,
             revision=revision,
             config=config_of(source, hint=hint),
@@ -215,13 +260,49 @@ def load_architecture(name: str, revision: str | None, *, dtype: Any) -> tuple[A
     _check_files(name)
     raw, _ = transformers.PreTrainedConfig.get_config_dict(name, revision=revision)
     config = type(load_config(name, revision)).from_dict(_safe(raw))
+    options = {"config": config, "revision": revision, "dtype": dtype, "use_safetensors": True}
+    model, report = _from_pretrained(_class_of(config, raw), name, **options, output_loading_info=True)
+    return model, report
+
+
+def _class_of(config: Any, raw: Mapping[str, Any]) -> Any:
+    """Return the class of transformers that a config names, else the one that its Auto classes choose for it."""
+    import transformers
+
     named = (getattr(transformers, word, None) for word in class_names(raw))
     classes = (each for each in named if isinstance(each, type) and issubclass(each, transformers.PreTrainedModel))
     usual = transformers.AutoModelForSeq2SeqLM if config.is_encoder_decoder else transformers.AutoModelForCausalLM
-    kind: Any = next(classes, usual)
-    options = {"config": config, "revision": revision, "dtype": dtype, "use_safetensors": True}
-    model, report = _from_pretrained(kind, name, **options, output_loading_info=True)
-    return model, report
+    return next(classes, usual)
+
+
+def load_shapes(raw: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
+    """Return transformers' report of loading tensors of these shapes into the model of a config, without their numbers.
+
+    A quantized model is taken for the unquantized one. Raises MeasureError where transformers cannot build it.
+    """
+    import torch
+    from transformers import AutoModel
+    from transformers.models.auto.auto_factory import _get_model_class
+
+    nowhere = torch.device("meta")
+    tensors = {name: torch.empty(shape, dtype=torch.float32, device=nowhere) for name, shape in shapes.items()}
+    config = parsed_config(_unquantized(raw), "the config")
+    kind = _class_of(config, raw)
+    if hasattr(kind, "_model_mapping"):  # an Auto class, which would look for files
+        mapping = next(each._model_mapping for each in (kind, AutoModel) if type(config) in each._model_mapping)
+        kind = _get_model_class(config, mapping)  # type: ignore[no-untyped-call]
+    with libraries_fail("transformers cannot build the result", hint=HINT), quiet_transformers():
+        _, report = _from_pretrained(
+            kind,
+            None,
+            config=config,
+            state_dict=tensors,
+            device_map={"": nowhere},
+            dtype=torch.float32,
+            ignore_mismatched_sizes=True,  # they are reported, not raised
+            output_loading_info=True,
+        )
+    return dict(report)
 
 
 def load_gguf(path: Path) -> tuple[Any, dict[str, Any], Any]:
@@ -262,7 +343,7 @@ def ties_embeddings(config: Mapping[str, Any]) -> bool:
 
     try:
         with libraries_fail("no config", hint=HINT, error_type=MeasureError):
-            parsed = AutoConfig.for_model(**config)
+            parsed = AutoConfig.for_model(**_with_floats(config))
     except MeasureError:
         return False
     return bool(getattr(parsed, "tie_word_embeddings", False))
@@ -322,6 +403,11 @@ def load_tokenizer(name: str, revision: str | None = None) -> "PreTrainedTokeniz
             # Without its files, transformers makes some classes with no vocabulary: every text has 0 tokens then.
             is_empty = tokenizer.get_vocab().keys() <= set(tokenizer.all_special_tokens)
     except DataError as error:
+        with libraries_fail(
+            f"transformers refuses config.json of {name}", hint=CONFIG_HINT, error_type=CheckpointError
+        ):
+            if Path(name, CONFIG).exists():
+                load_config(name, revision)  # its class decides that of the tokenizer
         if "trust_remote_code" in str(error.__cause__):
             message = f"the tokenizer of {name} is code of its own (auto_map in tokenizer_config.json)"
             raise DataError(message, hint=TRUST_HINT) from error

@@ -10,7 +10,6 @@ from dataclasses import replace
 
 from surgeon.anatomy.anatomy import Anatomy, written_and_read
 from surgeon.anatomy.axes import axes_of
-from surgeon.anatomy.config import is_off
 from surgeon.checkpoint.header import CheckpointSpec
 from surgeon.errors import PlanError
 from surgeon.plan.plan import Add, Affine, Constant, Expr, Plan, Read, changed_keys, substitute
@@ -108,7 +107,7 @@ def _identity(anatomy: Anatomy, plan: Plan, order: Sequence[int], layer: int, re
     """
     family = anatomy.require_family()
     stack = anatomy.stacks[0]
-    if len(anatomy.stacks) > 1 or is_off(anatomy.spec.config, family.pre_norm_flag):
+    if len(anatomy.stacks) > 1 or anatomy.sums_normed:
         raise PlanError(
             f"{anatomy.model_type} normalises after the sum, so no layer of it can leave the sum as it is",
             hint="Use --depth-method stack; it does not keep the function.",

@@ -29,6 +29,8 @@ def fresh(anatomy: Anatomy, name: str, *, seed: int, layers: int) -> Expr:
             f"cannot draw {name!r} anew: it is stored as {spec.dtype}",
             hint="Leave out --inherit, or start from a checkpoint in a floating dtype.",
         )
+    if row.start is not None:
+        return Constant(spec, row.start)
     if row.kind == "gain":
         return Constant(spec, family.init_gain)
     if row.kind in ("bias", "shift"):
@@ -66,9 +68,9 @@ def keep_layers(anatomy: Anatomy, keep: Sequence[int]) -> Plan:
     """
     _check_indices(anatomy, keep)
     spec = anatomy.spec
+    edit = follow_layers(spec.config, keep, anatomy.depth, tabled=anatomy.family is not None)
     for stack in anatomy.stacks:
         _check_places(anatomy, stack, keep)
-    edit = follow_layers(spec.config, keep, anatomy.depth, tabled=anatomy.family is not None)
     if is_quantized(edit.config):
         from surgeon.anatomy.quantized import follow_quantization
 
@@ -129,9 +131,12 @@ def _check_places(anatomy: Anatomy, stack: Stack, keep: Sequence[int]) -> None:
     groups: dict[object, Counter[frozenset[str]]] = {}
     for kind, names in zip(kinds, inside, strict=True):
         groups.setdefault(kind, Counter())[frozenset(names)] += 1
+    counts = Counter(rest for names in inside for rest in names)
+    in_most = {rest for rest, count in counts.items() if 2 * count > stack.depth}
     for layer, (kind, names) in enumerate(zip(kinds, inside, strict=True)):
-        usual, count = groups[kind].most_common(1)[0]
-        if names == usual and (count > 1 or len(groups[kind]) == 1):
+        # Of two layers that are the only ones of their kind, the odd one is further from the layers of all kinds.
+        ranks = {there: (count, -len(there ^ in_most)) for there, count in groups[kind].items()}
+        if all(there == names or ranks[there] < ranks[frozenset(names)] for there in ranks):
             continue
         place_kept = keep[0] == 0 if layer == 0 else keep[-1] == layer if layer == stack.depth - 1 else True
         if not place_kept or keep.count(layer) > 1 or (0 < layer < stack.depth - 1 and layer in keep[:layer]):

@@ -79,14 +79,14 @@ def _num_rotating(anatomy: Anatomy) -> int:
     """Return how many dimensions of a head rotate with the position: the first ones."""
     if anatomy.require_family().rotary is None:
         return 0
-    return rotary_dims(anatomy.spec.config, anatomy.sizes["head_dim"])
+    return rotary_dims(anatomy, anatomy.sizes["head_dim"])
 
 
 def _legal_sizes(anatomy: Anatomy) -> Iterator[int]:
     """Yield the smaller sizes of a head whose frequencies are among those of this one."""
     old, rotating = anatomy.sizes["head_dim"], _num_rotating(anatomy)
     for new in range(1, old):
-        count = rotary_dims(anatomy.spec.config, new)
+        count = rotary_dims(anatomy, new)
         if old % new == 0 and count and count % 2 == 0 and count * (old // new) == rotating:
             yield new
 

@@ -143,16 +143,25 @@ class _Grower:
         family = self.anatomy.require_family()
         dim = len(row.axes) - 1
         written = self._positions(row.axes[dim], "write")
+        expr: Expr = Read(name)
+        for outer in range(dim):  # one norm for each head
+            copied = self._positions(row.axes[outer], "write")
+            expr = _gather(expr, outer, replace(copied, scale=_ones(len(copied.index))), fill=family.init_gain)
+        is_query = "q_dim" in axes_of(row.axes[dim]) and bool(self.widths.query_gain)
         if row.kind == "shift":
-            return self._final_norm(name, row, _gather(Read(name), dim, written))
-        expr = _gather(Read(name), dim, replace(written, scale=_ones(len(written.index))), fill=family.init_gain)
-        if "q_dim" in axes_of(row.axes[dim]) and (factors := self.widths.query_gain):
-            return self._query_gain(expr, row.axes[dim], dim, factors)
+            expr = _gather(expr, dim, written)
+            return self._query_gain(expr, row.axes[dim], dim, 0.0) if is_query else self._final_norm(name, row, expr)
+        expr = _gather(expr, dim, replace(written, scale=_ones(len(written.index))), fill=family.init_gain)
+        if is_query:
+            return self._query_gain(expr, row.axes[dim], dim, 1.0 - family.init_gain)
         return self._final_norm(name, row, expr)
 
-    def _query_gain(self, expr: Expr, axes: Dim, dim: int, factors: tuple[float, ...]) -> Expr:
-        """Return the gain of queries in a wider head: old dimensions carry the scale of the logits, copies are zero."""
-        offset = 1.0 - self.anatomy.require_family().init_gain
+    def _query_gain(self, expr: Expr, axes: Dim, dim: int, offset: float) -> Expr:
+        """Return the gain or shift of queries in a wider head: old dims carry the scale of the logits, copies are zero.
+
+        `offset` is what the code adds to it.
+        """
+        factors = self.widths.query_gain
         sizes = {**self.anatomy.sizes, **self.widths.sizes}
 
         def per_dim(axis: str, block: frozenset[str]) -> Places | None:

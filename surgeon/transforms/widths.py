@@ -141,6 +141,7 @@ def plan_widths(
     heads: int,
     kv_heads: int,
     head_dim: int,
+    expert_ffn: int | None = None,
     method: str = "auto",
 ) -> Widths:
     """Return how to reach these sizes, none of which may be smaller than it is.
@@ -151,6 +152,7 @@ def plan_widths(
         raise PlanError(f"unknown width method {method!r}", hint=f"One of: {', '.join(WIDTH_METHODS)}.")
     old = anatomy.sizes
     asked = {"hidden": hidden, "ffn": ffn, "heads": heads, "kv_heads": kv_heads, "head_dim": head_dim}
+    asked |= {} if expert_ffn is None else {"expert_ffn": expert_ffn}
     check_shape(anatomy, asked)
     maps: dict[str, AxisMap] = {}
     if ffn != old["ffn"] and not any(
@@ -158,10 +160,12 @@ def plan_widths(
     ):
         raise PlanError(
             f"no tensor of this {anatomy.model_type} has the intermediate size: all its layers have experts",
-            hint="The size of experts cannot be grown yet.",
+            hint="Use --expert-intermediate-size.",
         )
     if hidden != old["hidden"]:
         maps["hidden"] = _residual_map(old["hidden"], hidden, method)
+    if expert_ffn not in (None, old.get("expert_ffn")):
+        maps["expert_ffn"] = _inner_map(old["expert_ffn"], expert_ffn, method, "size of experts")
     if ffn != old["ffn"]:
         maps["ffn"] = _inner_map(old["ffn"], ffn, method, "intermediate size")
     splits = _add_heads(maps, old, heads, kv_heads, method)
@@ -172,6 +176,8 @@ def plan_widths(
     sizes = asked | {"group": heads // kv_heads, "embed": hidden if "embed" in maps else old.get("embed", 0)}
     if head_dim != old["head_dim"]:
         sizes |= dict.fromkeys(("q_dim", "k_dim", "v_dim"), head_dim)
+        if "rotary" in old:
+            sizes["rotary"] = rotary_dims(anatomy, head_dim)
     return Widths(
         maps=maps,
         sizes=sizes,
@@ -188,13 +194,16 @@ def check_shape(anatomy: Anatomy, sizes: Mapping[str, int]) -> None:
     family, old = anatomy.require_family(partial=True), anatomy.sizes
     changed = [axis for axis, size in sizes.items() if size != old.get(axis, size)]
     anatomy.check_free(changed)
+    _check_derived_ffn(anatomy, sizes)
     hidden, heads, kv_heads, head_dim = (sizes[axis] for axis in SQUARE)
     if not {*changed} & {*SQUARE}:
         return
     shrinks = hidden < old["hidden"] or heads < old["heads"] or head_dim < old["head_dim"]
-    if "kv_heads" not in family.sizes and kv_heads != heads:
+    implied = anatomy.implied_kv_heads(heads)
+    if implied not in (None, kv_heads):
+        all_heads = "all heads share one key-value head" if implied == 1 else "every head has its own keys and values"
         raise PlanError(
-            f"every head of {anatomy.model_type} has its own keys and values: {heads} heads cannot share {kv_heads}",
+            f"{all_heads} in this {anatomy.model_type}: {heads} heads cannot share {kv_heads}",
             hint="Leave out --key-value-heads; they follow the heads.",
         )
     if heads % kv_heads:
@@ -202,7 +211,7 @@ def check_shape(anatomy: Anatomy, sizes: Mapping[str, int]) -> None:
             f"{heads} attention heads cannot share {kv_heads} key-value heads",
             hint=f"Attention heads must be a multiple of key-value heads: {-(-heads // kv_heads) * kv_heads}.",
         )
-    if "head_dim" not in family.sizes and hidden != heads * head_dim:
+    if anatomy.is_square and hidden != heads * head_dim:
         count = max(1, hidden // head_dim) if shrinks and hidden != old["hidden"] else heads
         fitting = f"--hidden-size {count * head_dim} with {count} heads"
         legal = fitting if shrinks or hidden == old["hidden"] else f"{head_dim} a head"
@@ -215,6 +224,37 @@ def check_shape(anatomy: Anatomy, sizes: Mapping[str, int]) -> None:
         raise PlanError(
             f"{anatomy.model_type} wants a hidden size that its heads divide: {hidden} is no multiple of {heads}",
             hint=f"Near: --hidden-size {near}.",
+        )
+
+
+def check_experts_size(anatomy: Anatomy) -> None:
+    """Raises PlanError where experts have no size of their own."""
+    if "expert_ffn" not in anatomy.layers_by_axis:
+        has_some = "experts" in anatomy.layers_by_axis
+        raise PlanError(
+            f"the experts of {anatomy.model_type} have the MLP's size"
+            if has_some
+            else f"this {anatomy.model_type} has no experts",
+            hint="Use --intermediate-size.",
+        )
+
+
+def derived_ffn(anatomy: Anatomy, sizes: Mapping[str, int]) -> int | None:
+    """Return the MLP's size where the code derives it from another, None where the config holds it."""
+    family = anatomy.require_family(partial=True)
+    if "ffn" in family.sizes or "ffn" not in family.default_sizes:
+        return None
+    factor, other = family.default_sizes["ffn"]
+    return int(factor * sizes[other])
+
+
+def _check_derived_ffn(anatomy: Anatomy, sizes: Mapping[str, int]) -> None:
+    derived = derived_ffn(anatomy, sizes)
+    if derived is not None and sizes["ffn"] != derived:
+        raise PlanError(
+            f"{anatomy.model_type} takes its MLP to be {derived} wide with a hidden size of {sizes['hidden']}: "
+            f"not {sizes['ffn']}",
+            hint="The MLP follows the hidden size: leave out --intermediate-size.",
         )
 
 
@@ -270,7 +310,7 @@ def _add_head_dim(maps: dict[str, AxisMap], anatomy: Anatomy, new: int) -> tuple
     """
     family, config = anatomy.require_family(), anatomy.config
     old = anatomy.sizes["head_dim"]
-    if family.rotary is not None:
+    if family.rotary is not None and rotary_dims(anatomy, old):
         if new % old:
             raise PlanError(
                 f"a rotary head of {old} dims cannot grow to {new}: other multiples have other frequencies",
@@ -281,7 +321,7 @@ def _add_head_dim(maps: dict[str, AxisMap], anatomy: Anatomy, new: int) -> tuple
                 f"rope type {wrong[0]!r} derives its frequencies from the whole head, so a wider one changes them",
                 hint="Grow the number of heads instead.",
             )
-        times, rotating, would_rotate = new // old, rotary_dims(config, old), rotary_dims(config, new)
+        times, rotating, would_rotate = new // old, rotary_dims(anatomy, old), rotary_dims(anatomy, new)
         if would_rotate != times * rotating:
             raise PlanError(
                 f"{rotating} of {old} dims rotate, {would_rotate} of {new} would: other frequencies",
@@ -326,7 +366,12 @@ def _check_norms(anatomy: Anatomy, maps: Mapping[str, AxisMap]) -> tuple[str, ..
     if residual is None:
         return ()
     pads = residual.index.has_new
-    if pads and is_off(anatomy.config, family.pre_norm_flag):
+    if pads and any(row.kind == "shift" and is_first_norm(anatomy, name) for name, (row, _) in anatomy.rows.items()):
+        raise PlanError(
+            f"{anatomy.model_type} has a layer norm behind its embedding, which fixes the mean: no padding",
+            hint="Use a multiple, with --width-method clone.",
+        )
+    if pads and anatomy.sums_normed:
         raise PlanError(
             f"{anatomy.model_type} with norms after the sum cannot be padded: a norm fixes the mean of its output",
             hint="Use a multiple, with --width-method clone.",
@@ -346,7 +391,7 @@ def _residual_factors(anatomy: Anatomy, maps: Mapping[str, AxisMap], hidden: int
     factors: dict[str, float] = {}
     if family.scales_embedding:
         factors["embedding_factor"] = math.sqrt(old / hidden)
-    tied = not any(anatomy.row(name)[0].kind == "head" for name in anatomy.spec.tensors)
+    tied = has_tied_head(anatomy)
     head = next(row for row in family.embedding.values() if row.kind == "head")
     if tied and axes_of(head.axes[-1]) & maps.keys():
         weight = 1.0 if method == "zero-pad" else hidden / old
@@ -360,6 +405,15 @@ def _residual_factors(anatomy: Anatomy, maps: Mapping[str, AxisMap], hidden: int
     return factors
 
 
+def has_tied_head(anatomy: Anatomy) -> bool:
+    """Return whether the embedding is the head too; where the head is a part that this class lacks, nothing is."""
+    family = anatomy.require_family(partial=True)
+    if any(row.kind == "head" for row, _ in anatomy.rows.values()):
+        return False
+    is_part = bool(family.final_norm) and all(row.optional for row in family.final_norm.values())
+    return not is_part or _has_final_norm(anatomy)
+
+
 def _has_final_norm(anatomy: Anatomy) -> bool:
     return any(is_final_norm(anatomy, name) for name in anatomy.rows)
 
@@ -367,7 +421,13 @@ def _has_final_norm(anatomy: Anatomy) -> bool:
 def is_final_norm(anatomy: Anatomy, name: str) -> bool:
     """Return whether a tensor is of the norm in front of the head."""
     family = anatomy.require_family(partial=True)
-    return name in family.final_norm or family.base + name in family.final_norm
+    today = family.current(name)
+    return today in family.final_norm or family.base + today in family.final_norm
+
+
+def is_first_norm(anatomy: Anatomy, name: str) -> bool:
+    """Return whether a tensor is of a norm whose output enters the layers: one outside of them, and not the last."""
+    return anatomy.rows[name][1] == "norm" and anatomy.locate(name) is None and not is_final_norm(anatomy, name)
 
 
 def resized(anatomy: Anatomy, sizes: Mapping[str, int], other: Mapping[str, Any] | None = None) -> dict[str, Any]:

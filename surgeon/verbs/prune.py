@@ -71,6 +71,9 @@ class CutOptions:
     )
     hidden_size: int | None = option(f"Hidden size of the result. {_UNCHANGED}", None, metavar="N")
     intermediate_size: int | None = option(f"Neurons of each MLP of the result. {_UNCHANGED}", None, metavar="N")
+    expert_intermediate_size: int | None = option(
+        f"Neurons of each expert of the result. {_UNCHANGED}", None, metavar="N"
+    )
     attention_heads: int | None = option(f"Attention heads of the result. {_UNCHANGED}", None, metavar="N")
     key_value_heads: int | None = option(
         f"Key-value heads of the result; each is removed with its group of heads. {_UNCHANGED}", None, metavar="N"
@@ -169,6 +172,7 @@ class CutOptions:
         return {
             "hidden": self.hidden_size,
             "ffn": self.intermediate_size,
+            "expert_ffn": self.expert_intermediate_size,
             "heads": self.attention_heads,
             "kv_heads": self.key_value_heads,
             "experts": self.experts,
@@ -223,19 +227,20 @@ class Pruning(Surgery):
     def evaluate(
         self, result: str | os.PathLike[str], *, before: float | None = None, meter: "Meter | None" = None
     ) -> tuple[float, float] | None:
-        """Return the perplexity of the source (`before` if known) and of the written result, None without a text."""
-        if self.text is None:
+        """Return the perplexity of the source (`before` if known) and of the written result; None without one."""
+        known = self.perplexity(meter=meter) if before is None else before
+        if known is None or self.text is None:
             return None
         from surgeon.measure.scoring import perplexity
 
-        known = self.perplexity(meter=meter) if before is None else before
-        assert known is not None, "there is a text"
         with runs(self.source.label, trust_remote_code=self.trust_remote_code):
             return known, perplexity(open_source(result), self.text.tokens, device=self.device, meter=meter)
 
     def perplexity(self, *, meter: "Meter | None" = None) -> float | None:
-        """Return the perplexity of the source on the text, None where none was read."""
-        if self.text is None:
+        """Return the perplexity of the source on the text; None without a text, and for an encoder."""
+        from surgeon.models.skeleton import predicts_next
+
+        if self.text is None or not predicts_next(self.source):
             return None
         from surgeon.measure.scoring import perplexity
 

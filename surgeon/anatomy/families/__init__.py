@@ -2,11 +2,13 @@
 
 from collections.abc import Mapping
 
+from surgeon.anatomy.families.classics import CLASSICS
 from surgeon.anatomy.families.decoders import DECODERS
+from surgeon.anatomy.families.encoders import ENCODERS
 from surgeon.anatomy.families.experts import EXPERTS
 from surgeon.anatomy.families.multimodal import MULTIMODAL
-from surgeon.anatomy.families.table import ANY, FIRST, Family, Kind, Layers, Row, Rows, Wrapper
+from surgeon.anatomy.families.table import ANY, FIRST, UNTIED, Family, Kind, Layers, Row, Rows, Wrapper
 
-__all__ = ["ANY", "FAMILIES", "FIRST", "MULTIMODAL", "Family", "Kind", "Layers", "Row", "Rows", "Wrapper"]
+__all__ = ["ANY", "FAMILIES", "FIRST", "MULTIMODAL", "UNTIED", "Family", "Kind", "Layers", "Row", "Rows", "Wrapper"]
 
-FAMILIES: Mapping[str, Family] = {**DECODERS, **EXPERTS}
+FAMILIES: Mapping[str, Family] = {**CLASSICS, **DECODERS, **ENCODERS, **EXPERTS}

@@ -1,5 +1,8 @@
 """Parts that many families share: attention with grouped keys, gated MLPs, norms, and the usual names of sizes."""
 
+from dataclasses import replace
+from math import expm1, log
+
 from surgeon.anatomy.families.table import Rows, linear, norm, one
 
 QUERY, KEY, VALUE = "kv_heads group q_dim", "kv_heads k_dim", "kv_heads v_dim"
@@ -16,7 +19,8 @@ SIZES = {
     "experts": ("num_local_experts", "num_experts"),
     "expert_ffn": ("moe_intermediate_size",),
 }
-# Where head_dim is always hidden / heads, and every head has its own keys and values.
+SQUARE_SIZES = {axis: keys for axis, keys in SIZES.items() if axis != "head_dim"}  # head_dim is always hidden / heads
+# And every head has its own keys and values.
 HIDDEN_AND_HEADS = {axis: keys for axis, keys in SIZES.items() if axis not in ("head_dim", "kv_heads")}
 DERIVED_SIZES = {"kv_heads": (1, "heads")}  # and head_dim = hidden / heads, everywhere
 
@@ -29,6 +33,22 @@ BRANCH_NORMS = ("post_attention_layernorm.weight", "post_feedforward_layernorm.w
 SANDWICH_NORMS = PRE_NORMS | norm("pre_feedforward_layernorm") | norm("post_feedforward_layernorm")
 HEAD_NORMS = norm("self_attn.q_norm", "q_dim") | norm("self_attn.k_norm", "k_dim")
 WIDE_NORMS = norm("self_attn.q_norm", f"({QUERY})") | norm("self_attn.k_norm", f"({KEY})")
+
+
+# An activation with numbers of its own (arXiv:2411.13010).
+XIELU = (
+    one("mlp.act_fn.alpha_p", "1", "scalar", start=log(expm1(0.8)))
+    | one("mlp.act_fn.alpha_n", "1", "scalar", start=log(expm1(0.8 - 0.5)))
+    | one("mlp.act_fn.beta", "", "scalar", start=0.5)
+    | one("mlp.act_fn.eps", "", "scalar", start=-1e-6)
+)
+CLIPPED = {"head_dim": "queries and keys are clipped, and those of another size would have to be scaled"}
+ALIBI = {"heads": "it tells positions by a slope for each head, which the code derives from their number"}
+
+SCALED_ALIBI = dict.fromkeys(
+    ("hidden", "heads", "head_dim"),
+    "it tells positions by slopes, which the code derives from the number of heads and divides by the size of a head",
+)
 
 
 def attention(*, bias: str | bool = False, output_bias: str | bool = False) -> Rows:
@@ -49,3 +69,18 @@ def gated(ffn: str = "ffn", *, prefix: str = "mlp.", bias: str | bool = False) -
         | linear(f"{prefix}up_proj", f"{ffn} hidden", bias=bias)
         | linear(f"{prefix}down_proj", f"hidden {ffn}", bias=bias)
     )
+
+
+def ungated(*, bias: str | bool = False, up: str = "mlp.up_proj", down: str = "mlp.down_proj") -> Rows:
+    """Return the rows of an MLP without a gate."""
+    return linear(up, "ffn hidden", bias=bias) | linear(down, "hidden ffn", bias=bias)
+
+
+def gpt_norms(*names: str) -> Rows:
+    """Return the rows of layer norms with a shift."""
+    return {row: value for name in names for row, value in norm(name, shift=True).items()}
+
+
+def started(rows: Rows, *, gain: float) -> Rows:
+    """Return rows whose gains, when fresh, have this value."""
+    return {name: replace(row, start=gain) if row.kind == "gain" else row for name, row in rows.items()}

@@ -11,7 +11,7 @@ from typing import Literal
 
 from surgeon.anatomy.axes import Dim, parse
 
-Kind = Literal["linear", "conv1d", "bias", "gain", "shift", "embedding", "head", "logit", "buffer", "opaque"]
+Kind = Literal["linear", "conv1d", "bias", "gain", "shift", "embedding", "head", "logit", "scalar", "buffer", "opaque"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,22 +19,28 @@ class Row:
     """A tensor's axes and what it does with them.
 
     `linear` and `conv1d` map one axis to another, `gain` and `shift` are a norm's, `logit` is a parameter added to
-    logits (a router's bias, attention sinks), `buffer` is something old files carry and every loader ignores, `opaque`
-    has no axis that a surgery could change.
+    logits (a router's bias, attention sinks), `scalar` something without axes of the model's (an activation's own
+    parameter), `buffer` is something old files carry and every loader ignores, `opaque` has no axis that a surgery
+    could change.
     `when` is the config key that decides whether the tensor exists, or two axes that then differ: "embed != hidden";
-    FIRST for what only the first layer of a stack has. An `optional` tensor is one that not every class of the family
-    has: a pooler, a masked LM's head.
+    FIRST for what only the first layer of a stack has, ALL_OR_NONE for what all layers have or none, UNTIED for what a
+    head of its own has beside it. `optional` names the part of a model that not every class of the family has, such as
+    a pooler or a masked LM's head: of one part all tensors are there, or none. `start` is the value of a fresh one,
+    where its kind does not say.
     """
 
     axes: tuple[Dim, ...]
     kind: Kind
     when: str | None = None
-    optional: bool = False
+    optional: str = ""
+    start: float | None = None
 
 
 Rows = dict[str, Row]
 
 FIRST = "first layer"
+ALL_OR_NONE = "all or none"  # no config key, so that the layers themselves say it
+UNTIED = "untied head"
 ANY = ""  # of Family.opaque: every tensor that has no row
 
 
@@ -79,7 +85,7 @@ class Family:
     norm: Rows
     mlp: tuple[Rows, ...]
     sizes: Mapping[str, tuple[str, ...]]  # axis: the config keys that may hold its size; the first one counts
-    default_sizes: Mapping[str, tuple[int, str]]  # axis: (factor, axis) where no key holds it
+    default_sizes: Mapping[str, tuple[float, str]]  # axis: (factor, axis) where no key holds it
     init_std: str = "initializer_range"  # the config key with the standard deviation of fresh weights
     init_gain: float = 1.0  # a fresh norm's stored gain; 0 where the model adds 1
     residual_init: tuple[str, ...] = ()  # fresh weights drawn with std / sqrt(2 * layers)
@@ -87,9 +93,12 @@ class Family:
     norm_kind: Literal["rms", "layer"] = "rms"
     branch_norms: tuple[str, ...] = ()  # norms at the end of a branch: all that a layer adds passes through their gains
     pre_norm_flag: str | None = None  # the config key that is false where norms follow the sum instead
+    norms_after_sum: bool = False  # norms always follow the sum
     scales_embedding: bool = False  # the model multiplies embeddings by the square root of hidden
     query_scale_flag: str | None = None  # the config key that is false where attention logits are not scaled
     expert_shares_flag: str | None = None  # the config key that is false where experts' weights are shares among all
+    expert_shares: bool = False  # experts' weights are always shares among all
+    expert_groups: str | None = None  # the config key with the number of groups in which experts compete
     fixed_query_scale: bool = False  # logits are not divided by the square root of head_dim but by a key of the config
     rotary: Literal["halves", "pairs"] | None = "halves"  # which dims rotate together: i and i + R/2, or 2i and 2i + 1
     hidden_divisible: bool = False  # the config insists that heads divide hidden, even where head_dim is given
@@ -102,6 +111,13 @@ class Family:
     outer_sizes: Mapping[str, tuple[str, ...]] = field(
         default_factory=dict
     )  # keys outside of the text config, with dots
+    frozen_by: Mapping[str, Mapping[str, str]] = field(default_factory=dict)  # the same, where a config key is set
+    kv_heads_flag: str | bool = True  # whether the config's number of key-value heads counts, or the key that says so
+    multi_query_flag: str | None = None  # else: the config key that is true, or absent, where one serves all heads
+    square_heads: bool | str = False  # whether heads x head_dim must be hidden where head_dim is given too, or the key
+    post_norm_flag: str | None = None  # the config key that is true where what a norm puts out is what is added to
+    rotary_off_flag: str | None = None  # the config key that is true where no dims rotate
+    rotary_share: float = 1.0  # the share of a head's dims that rotate, where the config does not say
     scales_tied_head: bool = False  # logits are multiplied by hidden ** -0.5 where the head is the embedding
 
     @property
@@ -109,6 +125,12 @@ class Family:
         """The layers of each stack: one, or a decoder's and an encoder's."""
         own = Layers(self.layers, (self.attention, *self.mixers), self.norm, self.mlp)
         return (own,) if self.encoder is None else (own, self.encoder)
+
+    def current(self, name: str) -> str:
+        """Return what files call a tensor today that an older one calls `name`."""
+        for old, new in self.aliases:
+            name = name.replace(old, new)
+        return name
 
     @property
     def is_partial(self) -> bool:
@@ -167,12 +189,17 @@ def linear(name: str, axes: str, *, bias: str | bool = False, kind: Kind = "line
     return rows
 
 
-def norm(name: str, axes: str = "hidden", *, shift: bool = False) -> Rows:
+def norm(name: str, axes: str = "hidden", *, shift: bool = False, when: str | None = None) -> Rows:
     """Return the rows of a norm: its gain, and for a layer norm its shift."""
     dims = parse(axes)
-    rows = {f"{name}.weight": Row(dims, "gain")}
-    return rows | {f"{name}.bias": Row(dims, "shift")} if shift else rows
+    rows = {f"{name}.weight": Row(dims, "gain", when)}
+    return rows | {f"{name}.bias": Row(dims, "shift", when)} if shift else rows
 
 
-def one(name: str, axes: str, kind: Kind, when: str | None = None) -> Rows:
-    return {name: Row(parse(axes), kind, when)}
+def optional(part: str, rows: Rows) -> Rows:
+    """Return the rows of a part of the model that not every class has."""
+    return {name: replace(row, optional=part) for name, row in rows.items()}
+
+
+def one(name: str, axes: str, kind: Kind, when: str | None = None, *, start: float | None = None) -> Rows:
+    return {name: Row(parse(axes), kind, when, start=start)}
