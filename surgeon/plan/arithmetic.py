@@ -25,12 +25,11 @@ from torch import Tensor
 from surgeon.anatomy.axes import Run, runs_of
 from surgeon.checkpoint.header import FilePart, TensorSpec
 from surgeon.checkpoint.source import StoredTensor
-from surgeon.plan.execute import KEPT
-from surgeon.plan.making import Part
+from surgeon.plan.making import BLOCK_NUMBERS, KEPT, Part
 from surgeon.plan.plan import Add, Affine, Cast, Constant, Expr, Gather, Normal, Read, Rounded, Uniform, infer
 
 TORCH_DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
-BLOCK = 1 << 18  # numbers in a block
+BLOCK = BLOCK_NUMBERS
 PART = 1 << 21  # numbers that one thread makes before it takes the next part
 NEAR = 4  # times the rows that are wanted: so many are read for those that lie among them
 SHORT = 16  # positions: if runs are shorter on average, a Gather uses an index

@@ -43,9 +43,7 @@ if TYPE_CHECKING:
 # Measured peaks of a whole process that only moves bytes, and of one that has imported torch, in bytes.
 MOVING_MEMORY = 45_000_000
 TORCH_MEMORY = 260_000_000
-KEPT = 1 << 25  # bytes: a tensor up to this size is read once and kept while it is needed, a larger one row by row
 MOST_THREADS = 8  # more write no faster
-BLOCK_NUMBERS, BLOCK_MEMORY = 1 << 18, 32  # numbers of a block, and the bytes that a thread holds for each
 
 
 @dataclass(frozen=True, slots=True)
@@ -211,6 +209,8 @@ def peak_memory(plan: Plan, result: CheckpointSpec, source: CheckpointSpec) -> i
     computed = {name: expr for name, expr in plan.tensors.items() if not isinstance(expr, Read) and not _is_zero(expr)}
     if not computed:
         return MOVING_MEMORY
+    from surgeon.plan.making import BLOCK_MEMORY, BLOCK_NUMBERS, KEPT
+
     kept = block = 0
     for name, expr in computed.items():
         read = [source.tensors[other] for other in reads(expr)]

@@ -8,6 +8,9 @@ from typing import Any, NamedTuple
 
 from surgeon.checkpoint.output import STEP, CountBytes, start_writeback
 
+KEPT = 1 << 25  # bytes: a tensor up to this size is read once and kept while it is needed, a larger one row by row
+BLOCK_NUMBERS, BLOCK_MEMORY = 1 << 18, 32  # numbers of a block, and the bytes that a thread holds for each
+
 
 class Part(NamedTuple):
     """A part of a tensor's bytes, so many, and the function that makes them, in any thread."""
