@@ -19,7 +19,7 @@ from surgeon.anatomy.config import (
     text_config,
     with_text,
 )
-from surgeon.anatomy.families import FAMILIES, FIRST, MULTIMODAL, UNTIED, Family, Layers, Row, Rows
+from surgeon.anatomy.families import FAMILIES, FIRST, LATER, MULTIMODAL, UNTIED, Family, Layers, Row, Rows
 from surgeon.anatomy.stacks import FILES_HINT, Stack, find_stacks
 from surgeon.checkpoint.header import CheckpointSpec, is_quantized
 from surgeon.errors import CheckpointError, PlanError
@@ -203,7 +203,7 @@ def read_anatomy(spec: CheckpointSpec) -> Anatomy:
     family = (
         None if is_quantized(spec.config) else family_of(spec.config, stacks[0].prefix)
     )  # tables: unquantized files
-    if family is None or _differing(family, spec.config):
+    if family is None or _differing(family, spec.config) or _is_wrapped(family, stacks[0].prefix):
         return Anatomy(spec, name, stacks, None, {}, {})
     if stacks[0].prefix not in (family.layers, family.layers.removeprefix(family.base)):
         raise CheckpointError(
@@ -244,6 +244,11 @@ def written_and_read(row: Row) -> tuple[int | None, int | None]:
             return None, last
         case _:
             return last, None
+
+
+def _is_wrapped(family: Family, prefix: str) -> bool:
+    """Return whether another class holds the model, so that every name begins with more than the table says."""
+    return prefix.endswith("." + family.layers)
 
 
 def _differing(family: Family, config: Mapping[str, Any]) -> bool:
@@ -419,7 +424,7 @@ def _expected_in_layers(
             )
 
         for rest, row in {**fitting(layers.attention), **layers.norm, **fitting(layers.mlp)}.items():
-            if row.optional or (row.when == FIRST and layer):
+            if row.optional or (row.when == FIRST and layer) or (row.when == LATER and not layer):
                 continue
             if _must_exist(row, text, sizes, sample=rest in anywhere):
                 for expert in range(sizes["experts"] if "{}" in rest else 1):
@@ -440,7 +445,7 @@ def _may_exist(row: Row, config: Mapping[str, Any], sizes: Mapping[str, int]) ->
 
 def _exists_by_config(row: Row, config: Mapping[str, Any], sizes: Mapping[str, int]) -> bool | None:
     """Return whether the config says that a tensor exists, None where it does not say."""
-    if row.when in (None, FIRST):
+    if row.when in (None, FIRST, LATER):
         return True
     assert row.when is not None
     if row.when == UNTIED:  # where it is tied, old files have it all the same
