@@ -5,21 +5,23 @@ Reading an anatomy is also the check that a checkpoint is whole: each tensor is 
 
 import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, reduce
 from typing import Any, Literal
 
-from surgeon.anatomy.axes import axes_of
+from surgeon.anatomy.axes import axes_of, parse
 from surgeon.anatomy.config import (
-    CONFIG_HINT,
     check_layer_keys,
+    class_names,
+    implied_kv_heads,
     is_off,
     model_type,
     setting,
+    sizes_of,
     text_config,
     with_text,
 )
-from surgeon.anatomy.families import FAMILIES, FIRST, LATER, MULTIMODAL, UNTIED, Family, Layers, Row, Rows
+from surgeon.anatomy.families import FAMILIES, FIRST, LATER, MULTIMODAL, UNTIED, Family, Layers, Row, Rows, Wrapper
 from surgeon.anatomy.stacks import FILES_HINT, Stack, find_stacks
 from surgeon.checkpoint.header import CheckpointSpec, is_quantized
 from surgeon.errors import CheckpointError, PlanError
@@ -84,6 +86,11 @@ class Anatomy:
     def shares_heads(self) -> bool:
         """Whether a bias of heads serves all layers of a stack, so that they keep the same ones."""
         return self.family is not None and self.family.shares_heads
+
+    @cached_property
+    def predictors(self) -> frozenset[str]:
+        """The tensors of layers that predict further tokens (MTP), where they follow the model's own by number."""
+        return frozenset(name for name in self.spec.tensors if any(stack.is_beyond(name) for stack in self.stacks))
 
     @property
     def stored_tie(self) -> tuple[str, str] | None:
@@ -163,9 +170,16 @@ class Anatomy:
         normed = is_off(self.config, family.pre_norm_flag) or bool(self.config.get(family.post_norm_flag or ""))
         return normed or family.norms_after_sum
 
+    @property
+    def expert_groups(self) -> int:
+        """The number of groups in which experts compete, each with as many of them one after the other."""
+        family = self.require_family(partial=True)
+        count = self.config.get(family.expert_groups or "")
+        return count if type(count) is int and count > 1 else 1
+
     def implied_kv_heads(self, heads: int) -> int | None:
         """Return how many key-value heads `heads` heads must have, None where that is free."""
-        return _implied_kv_heads(self.require_family(), self.config, heads)
+        return implied_kv_heads(self.require_family(), self.config, heads)
 
     def check_free(self, axes: Iterable[str]) -> None:
         """Raises PlanError, with the reason, for an axis that cannot change in this family."""
@@ -205,11 +219,12 @@ def read_anatomy(spec: CheckpointSpec) -> Anatomy:
     )  # tables: unquantized files
     if family is None or _differing(family, spec.config) or _is_wrapped(family, stacks[0].prefix):
         return Anatomy(spec, name, stacks, None, {}, {})
+    family = _as_named_by_class(_with_class_head(family, spec.config), stacks[0])
     if stacks[0].prefix not in (family.layers, family.layers.removeprefix(family.base)):
         raise CheckpointError(
             f"the layers are called {stacks[0].prefix}*, those of a {name} model {family.layers}*", hint=FILES_HINT
         )
-    sizes = _sizes(family, spec.config)
+    sizes = sizes_of(family, spec.config)
     rows = _check_present(family, stacks, spec, sizes)
     _check_missing(family, stacks, spec, sizes)
     return Anatomy(spec, name, stacks, family, sizes, rows)
@@ -232,6 +247,36 @@ def family_of(config: Mapping[str, Any], layers: str) -> Family | None:
     return FAMILIES.get(own)
 
 
+# What the heads of classifiers and reward models are called, by the end of the class that has them.
+CLASS_HEADS = {
+    "ForSequenceClassification": ("score", "classifier"),
+    "ForTokenClassification": ("score", "classifier"),
+    "ForQuestionAnswering": ("qa_outputs",),
+    "RewardModel": ("score", "v_head"),
+}
+
+
+def _with_class_head(family: Family, config: Mapping[str, Any]) -> Family:
+    """Return the family with the head of the class that the config names, where it is not a language model's."""
+    names = (names for end, names in CLASS_HEADS.items() if any(word.endswith(end) for word in class_names(config)))
+    heads = {name: row for name, row in family.embedding.items() if row.kind == "head"}
+    added: Rows = {}
+    for name in next(names, ()) if heads else ():
+        axes = (*parse("?"), *next(iter(heads.values())).axes[1:])
+        added[f"{name}.weight"] = Row(axes, "head", optional=name)
+        added[f"{name}.bias"] = Row(axes[:1], "bias", optional=f"{name} with a bias")
+    if not added:
+        return family
+    unneeded = {name: replace(row, optional="language model") for name, row in heads.items()}
+    return replace(family, embedding={**added, **family.embedding, **unneeded})
+
+
+def _as_named_by_class(family: Family, stack: Stack) -> Family:
+    """Return the family with the names of the class of Llama's kind that answers questions: its base is another."""
+    own, other = family.layers.removeprefix(family.base), "transformer."
+    return Wrapper(other, ()).around(family) if own and stack.prefix == other + own != family.layers else family
+
+
 def written_and_read(row: Row) -> tuple[int | None, int | None]:
     """Return which dimension of a tensor writes an axis, and which reads one; None where none does."""
     last = len(row.axes) - 1
@@ -247,8 +292,8 @@ def written_and_read(row: Row) -> tuple[int | None, int | None]:
 
 
 def _is_wrapped(family: Family, prefix: str) -> bool:
-    """Return whether another class holds the model, so that every name begins with more than the table says."""
-    return prefix.endswith("." + family.layers)
+    """Return whether a class holds the whole encoder-decoder, so that every name begins with more than the table says."""
+    return family.encoder is not None and prefix.endswith("." + family.layers)
 
 
 def _differing(family: Family, config: Mapping[str, Any]) -> bool:
@@ -271,6 +316,8 @@ def _row_finder(family: Family, stacks: Sequence[Stack]) -> Callable[[str], tupl
         inside.append((stack, _table([*parts, *(("mlp", rows) for rows in layers.mlp)])))
 
     def find(name: str) -> tuple[Row, Part] | None:
+        if any(stack.is_beyond(name) for stack in stacks):
+            return OPAQUE
         name = family.current(name)
         table, rest = outside, name
         if name not in outside and not name.startswith(family.base):
@@ -289,51 +336,6 @@ def _table(parts: Sequence[tuple[Part, Rows]]) -> _Table:
     """Return the rows of several parts as one table; the first part with a name has it."""
     tables = ({name: (row, PART_OF_KIND.get(row.kind, part)) for name, row in rows.items()} for part, rows in parts)
     return reduce(lambda earlier, later: {**later, **earlier}, tables)
-
-
-def _sizes(family: Family, config: Mapping[str, Any]) -> dict[str, int]:
-    """Return the size of every axis that the config gives. Raises CheckpointError for what is no positive number."""
-    sizes: dict[str, int] = {}
-    text = text_config(config)
-    for axis, keys in family.sizes.items():
-        if key := next((key for key in keys if text.get(key) is not None), None):
-            if type(text[key]) is not int or text[key] < 1:
-                raise CheckpointError(
-                    f"config.json says {key} = {text[key]!r}, not a positive number", hint=CONFIG_HINT
-                )
-            sizes[axis] = text[key]
-    if "heads" in sizes and (implied := _implied_kv_heads(family, text, sizes["heads"])) is not None:
-        sizes["kv_heads"] = implied
-    for axis, (factor, other) in family.default_sizes.items():
-        if other in sizes:
-            sizes.setdefault(axis, int(factor * sizes[other]))
-    if family.is_partial:  # it does not speak of heads, or of all it has
-        sizes = {"heads": 1, "kv_heads": 1, "hidden": 1, "ffn": 1} | sizes
-        sizes = {"head_dim": max(1, sizes["hidden"] // sizes["heads"])} | sizes
-    for axis in ("hidden", "heads", "vocab", "ffn"):
-        if axis not in sizes and (axis in family.sizes or not family.is_partial):
-            raise CheckpointError(f"config.json does not say {family.sizes[axis][0]}", hint=CONFIG_HINT)
-    hidden, heads, kv_heads = sizes["hidden"], sizes["heads"], sizes["kv_heads"]
-    if heads % kv_heads and not family.is_partial:
-        raise CheckpointError(
-            f"config.json says {heads} attention heads, not a multiple of {kv_heads} key-value heads", hint=CONFIG_HINT
-        )
-    if "head_dim" not in sizes and hidden % heads:
-        raise CheckpointError(
-            f"config.json says hidden size {hidden}, not a multiple of {heads} attention heads", hint=CONFIG_HINT
-        )
-    sizes = {"head_dim": hidden // heads} | sizes | {"group": max(1, heads // kv_heads)}
-    return sizes | {axis: sizes.get(axis, sizes["head_dim"]) for axis in ("q_dim", "k_dim", "v_dim")}
-
-
-def _implied_kv_heads(family: Family, text: Mapping[str, Any], heads: int) -> int | None:
-    """Return the number of key-value heads where no key of the config holds it, None where one does."""
-    if family.is_partial or "kv_heads" not in {*family.sizes, *family.default_sizes}:
-        return None
-    flag = family.kv_heads_flag
-    if "kv_heads" in family.sizes and (flag is True or (flag and text.get(flag))):
-        return None
-    return 1 if family.multi_query_flag and text.get(family.multi_query_flag) is not False else heads
 
 
 def _check_present(

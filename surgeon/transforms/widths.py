@@ -142,6 +142,7 @@ def plan_widths(
     heads: int,
     kv_heads: int,
     head_dim: int,
+    expert_ffn: int | None = None,
     method: str = "auto",
 ) -> Widths:
     """Return how to reach these sizes, none of which may be smaller than it is.
@@ -152,6 +153,7 @@ def plan_widths(
         raise PlanError(f"unknown width method {method!r}", hint=f"One of: {', '.join(WIDTH_METHODS)}.")
     old = anatomy.sizes
     asked = {"hidden": hidden, "ffn": ffn, "heads": heads, "kv_heads": kv_heads, "head_dim": head_dim}
+    asked |= {} if expert_ffn is None else {"expert_ffn": expert_ffn}
     check_shape(anatomy, asked)
     maps: dict[str, AxisMap] = {}
     if ffn != old["ffn"] and not any(
@@ -159,10 +161,12 @@ def plan_widths(
     ):
         raise PlanError(
             f"no tensor of this {anatomy.model_type} has the intermediate size: all its layers have experts",
-            hint="The size of experts cannot be grown yet.",
+            hint="Use --expert-intermediate-size.",
         )
     if hidden != old["hidden"]:
         maps["hidden"] = _residual_map(old["hidden"], hidden, method)
+    if expert_ffn not in (None, old.get("expert_ffn")):
+        maps["expert_ffn"] = _inner_map(old["expert_ffn"], expert_ffn, method, "size of experts")
     if ffn != old["ffn"]:
         maps["ffn"] = _inner_map(old["ffn"], ffn, method, "intermediate size")
     splits = _add_heads(maps, old, heads, kv_heads, method)
@@ -221,6 +225,18 @@ def check_shape(anatomy: Anatomy, sizes: Mapping[str, int]) -> None:
         raise PlanError(
             f"{anatomy.model_type} wants a hidden size that its heads divide: {hidden} is no multiple of {heads}",
             hint=f"Near: --hidden-size {near}.",
+        )
+
+
+def check_experts_size(anatomy: Anatomy) -> None:
+    """Raises PlanError where experts have no size of their own."""
+    if "expert_ffn" not in anatomy.layers_by_axis:
+        has_some = "experts" in anatomy.layers_by_axis
+        raise PlanError(
+            f"the experts of {anatomy.model_type} have the MLP's size"
+            if has_some
+            else f"this {anatomy.model_type} has no experts",
+            hint="Use --intermediate-size.",
         )
 
 

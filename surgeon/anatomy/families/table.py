@@ -98,6 +98,8 @@ class Family:
     scales_embedding: bool | str = False  # embeddings are multiplied by sqrt(hidden): always, or as a config key says
     query_scale_flag: str | None = None  # the config key that is false where attention logits are not scaled
     expert_shares_flag: str | None = None  # the config key that is false where experts' weights are shares among all
+    expert_shares: bool = False  # experts' weights are always shares among all
+    expert_groups: str | None = None  # the config key with the number of groups in which experts compete
     fixed_query_scale: bool = False  # logits are not divided by the square root of head_dim but by a key of the config
     rotary: Literal["halves", "pairs"] | None = "halves"  # which dims rotate together: i and i + R/2, or 2i and 2i + 1
     hidden_divisible: bool = False  # the config insists that heads divide hidden, even where head_dim is given
