@@ -292,7 +292,7 @@ def written_and_read(row: Row) -> tuple[int | None, int | None]:
 
 
 def _is_wrapped(family: Family, prefix: str) -> bool:
-    """Return whether a class holds the whole encoder-decoder, so that every name begins with more than the table says."""
+    """Return whether a class holds the encoder-decoder whole, so that names begin with more than the table says."""
     return family.encoder is not None and prefix.endswith("." + family.layers)
 
 
