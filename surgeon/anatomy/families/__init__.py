@@ -8,8 +8,21 @@ from surgeon.anatomy.families.encoder_decoders import ENCODER_DECODERS
 from surgeon.anatomy.families.encoders import ENCODERS
 from surgeon.anatomy.families.experts import EXPERTS
 from surgeon.anatomy.families.multimodal import MULTIMODAL
-from surgeon.anatomy.families.table import ANY, FIRST, UNTIED, Family, Kind, Layers, Row, Rows, Wrapper
+from surgeon.anatomy.families.table import ANY, FIRST, LATER, UNTIED, Family, Kind, Layers, Row, Rows, Wrapper
 
-__all__ = ["ANY", "FAMILIES", "FIRST", "MULTIMODAL", "UNTIED", "Family", "Kind", "Layers", "Row", "Rows", "Wrapper"]
+__all__ = [
+    "ANY",
+    "FAMILIES",
+    "FIRST",
+    "LATER",
+    "MULTIMODAL",
+    "UNTIED",
+    "Family",
+    "Kind",
+    "Layers",
+    "Row",
+    "Rows",
+    "Wrapper",
+]
 
 FAMILIES: Mapping[str, Family] = {**CLASSICS, **DECODERS, **ENCODERS, **ENCODER_DECODERS, **EXPERTS}
