@@ -11,12 +11,13 @@ from typing import Any, Literal
 
 from surgeon.anatomy.axes import axes_of, parse
 from surgeon.anatomy.config import (
-    CONFIG_HINT,
     check_layer_keys,
     class_names,
+    implied_kv_heads,
     is_off,
     model_type,
     setting,
+    sizes_of,
     text_config,
     with_text,
 )
@@ -178,7 +179,7 @@ class Anatomy:
 
     def implied_kv_heads(self, heads: int) -> int | None:
         """Return how many key-value heads `heads` heads must have, None where that is free."""
-        return _implied_kv_heads(self.require_family(), self.config, heads)
+        return implied_kv_heads(self.require_family(), self.config, heads)
 
     def check_free(self, axes: Iterable[str]) -> None:
         """Raises PlanError, with the reason, for an axis that cannot change in this family."""
@@ -223,7 +224,7 @@ def read_anatomy(spec: CheckpointSpec) -> Anatomy:
         raise CheckpointError(
             f"the layers are called {stacks[0].prefix}*, those of a {name} model {family.layers}*", hint=FILES_HINT
         )
-    sizes = _sizes(family, spec.config)
+    sizes = sizes_of(family, spec.config)
     rows = _check_present(family, stacks, spec, sizes)
     _check_missing(family, stacks, spec, sizes)
     return Anatomy(spec, name, stacks, family, sizes, rows)
@@ -330,53 +331,6 @@ def _table(parts: Sequence[tuple[Part, Rows]]) -> _Table:
     """Return the rows of several parts as one table; the first part with a name has it."""
     tables = ({name: (row, PART_OF_KIND.get(row.kind, part)) for name, row in rows.items()} for part, rows in parts)
     return reduce(lambda earlier, later: {**later, **earlier}, tables)
-
-
-def _sizes(family: Family, config: Mapping[str, Any]) -> dict[str, int]:
-    """Return the size of every axis that the config gives. Raises CheckpointError for what is no positive number."""
-    sizes: dict[str, int] = {}
-    text = text_config(config)
-    for axis, keys in family.sizes.items():
-        if key := next((key for key in keys if text.get(key) is not None), None):
-            if text[key] == 0 and axis == "shared":  # no expert that every token takes
-                continue
-            if type(text[key]) is not int or text[key] < 1:
-                raise CheckpointError(
-                    f"config.json says {key} = {text[key]!r}, not a positive number", hint=CONFIG_HINT
-                )
-            sizes[axis] = text[key]
-    if "heads" in sizes and (implied := _implied_kv_heads(family, text, sizes["heads"])) is not None:
-        sizes["kv_heads"] = implied
-    for axis, (factor, other) in family.default_sizes.items():
-        if other in sizes:
-            sizes.setdefault(axis, int(factor * sizes[other]))
-    if family.is_partial:  # it does not speak of heads, or of all it has
-        sizes = {"heads": 1, "kv_heads": 1, "hidden": 1, "ffn": 1} | sizes
-        sizes = {"head_dim": max(1, sizes["hidden"] // sizes["heads"])} | sizes
-    for axis in ("hidden", "heads", "vocab", "ffn"):
-        if axis not in sizes and (axis in family.sizes or not family.is_partial):
-            raise CheckpointError(f"config.json does not say {family.sizes[axis][0]}", hint=CONFIG_HINT)
-    hidden, heads, kv_heads = sizes["hidden"], sizes["heads"], sizes["kv_heads"]
-    if heads % kv_heads and not family.is_partial:
-        raise CheckpointError(
-            f"config.json says {heads} attention heads, not a multiple of {kv_heads} key-value heads", hint=CONFIG_HINT
-        )
-    if "head_dim" not in sizes and hidden % heads:
-        raise CheckpointError(
-            f"config.json says hidden size {hidden}, not a multiple of {heads} attention heads", hint=CONFIG_HINT
-        )
-    sizes = {"head_dim": hidden // heads} | sizes | {"group": max(1, heads // kv_heads)}
-    return sizes | {axis: sizes.get(axis, sizes["head_dim"]) for axis in ("q_dim", "k_dim", "v_dim")}
-
-
-def _implied_kv_heads(family: Family, text: Mapping[str, Any], heads: int) -> int | None:
-    """Return the number of key-value heads where no key of the config holds it, None where one does."""
-    if family.is_partial or "kv_heads" not in {*family.sizes, *family.default_sizes}:
-        return None
-    flag = family.kv_heads_flag
-    if "kv_heads" in family.sizes and (flag is True or (flag and text.get(flag))):
-        return None
-    return 1 if family.multi_query_flag and text.get(family.multi_query_flag) is not False else heads
 
 
 def _check_present(
