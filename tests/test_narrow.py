@@ -111,7 +111,7 @@ def coordinates(dim, sizes):
 def stays(kept, layer, point, sizes):
     """Return whether `kept` keeps the place that has these positions on its axes."""
     for axis, i in point.items():
-        in_stream = axis == "hidden" or (axis == "embed" and sizes["embed"] == sizes["hidden"])
+        in_stream = axis in ("hidden", "projected") or (axis == "embed" and sizes["embed"] == sizes["hidden"])
         if in_stream and kept.hidden is not None and i not in kept.hidden:
             return False
         if axis in ("q_dim", "k_dim", "v_dim") and kept.head_dim is not None and i not in kept.head_dim:
@@ -127,12 +127,15 @@ def stays(kept, layer, point, sizes):
 
 
 def left(anatomy, kept, name):
-    """Return, for each dimension of a tensor, the positions that stay."""
+    """Return, for each dimension of a tensor, the positions that stay: all of one that no axis names."""
     place = anatomy.locate(name)
     layer = place[0] if place else None
+    shape = anatomy.spec.tensors[name].shape
     return [
         [j for j, point in enumerate(coordinates(dim, anatomy.sizes)) if stays(kept, layer, point, anatomy.sizes)]
-        for dim in anatomy.row(name)[0].axes
+        if axes_of(dim) <= anatomy.sizes.keys()
+        else list(range(size))
+        for dim, size in zip(anatomy.row(name)[0].axes or map(Axis, map(str, shape)), shape, strict=True)
     ]
 
 
@@ -157,8 +160,7 @@ def silent(source, directory, kept, *, fill_mean=True):
         write, read = written_and_read(row)
         for dim, stay in enumerate(left(anatomy, kept, name)):
             gone = sorted(set(range(value.shape[dim])) - set(stay))
-            axes = axes_of(row.axes[dim])
-            if not gone or "experts" in axes:
+            if not gone or "experts" in (axes := axes_of(row.axes[dim])):
                 continue
             if axes & {"hidden", "embed"}:
                 is_branch = any(name.endswith(norm) for norm in anatomy.family.branch_norms)

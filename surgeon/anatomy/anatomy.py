@@ -5,7 +5,7 @@ Reading an anatomy is also the check that a checkpoint is whole: each tensor is 
 
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from surgeon.anatomy.axes import axes_of
@@ -18,7 +18,7 @@ from surgeon.anatomy.config import (
     text_config,
     with_text,
 )
-from surgeon.anatomy.families import FAMILIES, FIRST, MULTIMODAL, UNTIED, Family, Layers, Row, Rows
+from surgeon.anatomy.families import FAMILIES, FIRST, MULTIMODAL, PARTIAL, UNTIED, Family, Layers, Row, Rows
 from surgeon.anatomy.stacks import FILES_HINT, Stack, find_stacks
 from surgeon.checkpoint.header import CheckpointSpec, is_quantized
 from surgeon.errors import CheckpointError, PlanError
@@ -53,6 +53,7 @@ class Anatomy:
     family: Family | None
     sizes: Mapping[str, int]  # axis: size; empty without a family
     rows: Mapping[str, tuple[Row, Part]]  # of every tensor; empty without a family
+    misfit: str = ""  # why the type's table, which speaks of some axes only, says nothing of this checkpoint
 
     @property
     def depth(self) -> int:
@@ -102,6 +103,11 @@ class Anatomy:
 
         So it does for a table that speaks of some axes only, unless such a `partial` one will do.
         """
+        if self.misfit:
+            raise PlanError(
+                f"the table of model type {self.model_type!r} does not fit this checkpoint: {self.misfit}",
+                hint="Whole layers can be moved all the same.",
+            )
         if self.family is None:
             quantized = is_quantized(self.spec.config)
             what = "a quantized checkpoint" if quantized else f"model type {self.model_type!r}"
@@ -180,6 +186,8 @@ def read_anatomy(spec: CheckpointSpec) -> Anatomy:
     )  # tables: unquantized files
     if family is None or _differing(family, spec.config):
         return Anatomy(spec, name, stacks, None, {}, {})
+    if family.is_partial:
+        return _read_partially(family, stacks, spec)
     if stacks[0].prefix not in (family.layers, family.layers.removeprefix(family.base)):
         raise CheckpointError(
             f"the layers are called {stacks[0].prefix}*, those of a {name} model {family.layers}*", hint=FILES_HINT
@@ -188,6 +196,23 @@ def read_anatomy(spec: CheckpointSpec) -> Anatomy:
     rows = _check_present(family, stacks, spec, sizes)
     _check_missing(family, stacks, spec, sizes)
     return Anatomy(spec, name, stacks, family, sizes, rows)
+
+
+def _read_partially(family: Family, stacks: tuple[Stack, ...], spec: CheckpointSpec) -> Anatomy:
+    """Return the anatomy by a table that speaks of some axes only.
+
+    It says the same of each stack, wherever it lies. A checkpoint that it does not fit can still be cut in depth.
+    """
+    name = model_type(spec.config)
+    layers = [replace(family.stacks[0], prefix=stack.prefix) for stack in stacks]
+    placed = replace(family, layers=stacks[0].prefix, encoder=layers[1] if layers[1:] else None)
+    try:
+        sizes = _sizes(placed, spec.config)
+        rows = _check_present(placed, stacks, spec, sizes)
+        _check_missing(placed, stacks, spec, sizes)
+    except CheckpointError as error:
+        return Anatomy(spec, name, stacks, None, {}, {}, misfit=str(error))
+    return Anatomy(spec, name, stacks, placed, sizes, rows)
 
 
 def family_of(config: Mapping[str, Any], layers: str) -> Family | None:
@@ -204,7 +229,7 @@ def family_of(config: Mapping[str, Any], layers: str) -> Family | None:
             whole.layers.removeprefix(whole.base),
         ):
             return whole
-    return FAMILIES.get(own)
+    return FAMILIES.get(own) or PARTIAL.get(own)
 
 
 def written_and_read(row: Row) -> tuple[int | None, int | None]:

@@ -11,7 +11,7 @@ from surgeon.errors import CheckpointError
 
 _NUMBERED = re.compile(r"((?:.*?\.)??)(0|[1-9][0-9]{0,5})\.")  # the prefix up to the first number, and that number
 _NUMBER = re.compile(r"0|[1-9][0-9]{0,5}")
-_TOWERS = re.compile(r"vision|visual|image|audio|speech|mtp")  # stacks beside the language model's own
+_TOWERS = re.compile(r"vision|visual|image|video|audio|speech|mtp")  # stacks beside the language model's own
 
 FILES_HINT = "The weights are incomplete or of another model than config.json; fetch the whole checkpoint again."
 

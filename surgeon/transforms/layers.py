@@ -46,7 +46,7 @@ def initial_std(anatomy: Anatomy) -> float:
 
     Raises CheckpointError for a value that is no standard deviation.
     """
-    key = anatomy.require_family().init_std
+    key = anatomy.require_family(partial=True).init_std
     value = anatomy.spec.config.get(key)
     if value is not None and not (isinstance(value, int | float) and 0 <= value < math.inf):
         raise CheckpointError(f"config.json says {key} = {value!r}, no standard deviation", hint=CONFIG_HINT)
@@ -63,7 +63,7 @@ def keep_layers(anatomy: Anatomy, keep: Sequence[int]) -> Plan:
     spec = anatomy.spec
     for stack in anatomy.stacks:
         _check_places(anatomy, stack, keep)
-    edit = follow_layers(spec.config, keep, anatomy.depth, tabled=anatomy.family is not None)
+    edit = follow_layers(spec.config, keep, anatomy.depth, tabled=anatomy.whole_family is not None)
     if is_quantized(edit.config):
         from surgeon.anatomy.quantized import follow_quantization
 

@@ -122,6 +122,8 @@ def _shared(anatomy: Anatomy, kept: Kept) -> dict[str, Positions]:
     shared = dict.fromkeys(HEAD_DIMS, kept.head_dim) | {"hidden": kept.hidden}
     if anatomy.sizes.get("embed") == anatomy.sizes["hidden"]:
         shared["embed"] = kept.hidden
+    if "projected" in anatomy.sizes:
+        shared["projected"] = kept.hidden
     return {axis: positions for axis, positions in shared.items() if positions is not None}
 
 
@@ -241,7 +243,11 @@ def _notes(anatomy: Anatomy, sizes: Mapping[str, int]) -> tuple[str, ...]:
     old = anatomy.sizes
     rows = {name: anatomy.row(name)[0] for name in anatomy.spec.tensors}
     inside = {axis for name, row in rows.items() if ".experts." in name for dim in row.axes for axis in axes_of(dim)}
-    uneven = [sizes[axis] for axis in sorted(inside - {"experts"}) if sizes[axis] < old[axis] and sizes[axis] % 8]
+    uneven = [
+        sizes[axis]
+        for axis in sorted(inside & sizes.keys() - {"experts"})
+        if sizes[axis] < old[axis] and sizes[axis] % 8
+    ]
     return (UNEVEN.format(uneven[0]),) if uneven else ()
 
 

@@ -6,9 +6,11 @@ from surgeon.anatomy.families.classics import CLASSICS
 from surgeon.anatomy.families.decoders import DECODERS
 from surgeon.anatomy.families.encoders import ENCODERS
 from surgeon.anatomy.families.experts import EXPERTS
-from surgeon.anatomy.families.multimodal import MULTIMODAL
+from surgeon.anatomy.families.multimodal import MULTIMODAL, TEXT_MODELS
+from surgeon.anatomy.families.partial import PARTIAL
 from surgeon.anatomy.families.table import ANY, FIRST, UNTIED, Family, Kind, Layers, Row, Rows, Wrapper
 
-__all__ = ["ANY", "FAMILIES", "FIRST", "MULTIMODAL", "UNTIED", "Family", "Kind", "Layers", "Row", "Rows", "Wrapper"]
+__all__ = ["ANY", "FAMILIES", "FIRST", "MULTIMODAL", "PARTIAL", "UNTIED"]
+__all__ += ["Family", "Kind", "Layers", "Row", "Rows", "Wrapper"]
 
-FAMILIES: Mapping[str, Family] = {**CLASSICS, **DECODERS, **ENCODERS, **EXPERTS}
+FAMILIES: Mapping[str, Family] = {**CLASSICS, **DECODERS, **ENCODERS, **EXPERTS, **TEXT_MODELS}

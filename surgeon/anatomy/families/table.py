@@ -142,8 +142,9 @@ class Wrapper:
 
     `base` stands in the files for the language model's own base ("model."), `head` in front of the names that lie
     outside of it (lm_head). `headless` is the prefix that checkpoints of the headless model lack. `rows` are tensors
-    beside it that have axes of the language model, such as a projector that writes its hidden state; all else under
-    `opaque` has none. `sizes` are config keys outside of the text config that hold a size, with dots.
+    beside it that have axes of the language model, such as a projector that writes its hidden state ("projected" is an
+    axis inside a projector that is as wide as hidden); all else under `opaque` has none. `sizes` are config keys outside
+    of the text config that hold a size, with dots.
     """
 
     base: str
@@ -171,6 +172,7 @@ class Wrapper:
             layers=named(family.layers),
             embedding=renamed(family.embedding) | self.rows,
             final_norm=renamed(family.final_norm),
+            default_sizes={**family.default_sizes, "projected": (1, "hidden")},
             opaque=(*family.opaque, *self.opaque),
             frozen={**family.frozen, **self.frozen},
             outer_sizes=self.sizes,
