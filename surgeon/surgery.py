@@ -405,12 +405,12 @@ def open_model(
         return replace(model, reads={**model.reads, **reads}) if reads else model
     source = open_source(model, revision=revision)
     anatomy = _anatomy_of(source)
-    return Surgery(
-        source,
-        identity(anatomy.spec, depth=anatomy.depth),
-        begun_with=anatomy,
-        reads={"MODEL": (os.fspath(model),), **(reads or {})},
-    )
+    plan = identity(anatomy.spec, depth=anatomy.depth)
+    if anatomy.stored_tie is not None:
+        from surgeon.transforms.tying import settle_tie
+
+        plan, anatomy = settle_tie(source, anatomy, plan)
+    return Surgery(source, plan, begun_with=anatomy, reads={"MODEL": (os.fspath(model),), **(reads or {})})
 
 
 def _anatomy_of(source: Source) -> Anatomy:

@@ -262,10 +262,10 @@ def test_weights_that_are_not_finite_are_refused(model, text, tmp_path):
 
 def test_a_model_that_sees_ahead_is_refused_whatever_it_is_called(text, tmp_path):
     bert = talker(tmp_path / "bert", "bert")
-    with pytest.raises(MeasureError, match="sees tokens on both sides"):
+    with pytest.raises(MeasureError, match="a token sees those after it"):
         evaluate(bert, text, sequence_length=16)
 
-    edit_config(bert, architectures=["BertForPreTraining"])
+    edit_config(bert, architectures=["BertLMHeadModel"])
     with pytest.raises(MeasureError, match="a token sees those after it"):
         evaluate(bert, text, sequence_length=16)
 

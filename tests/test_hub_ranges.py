@@ -652,3 +652,20 @@ def test_an_answer_is_exactly_the_range_that_was_asked_for(status, changes):
 
     with pytest.raises(hub_http.WrongAnswer):
         hub_ranges._check(status, right | changes, 10, 20, 100)
+
+
+def test_whether_a_stored_head_is_a_copy_is_seen_by_little_of_it(hub, tmp_path):
+    """Head and embedding have 2 MB each; handmade ones differ from the first byte on."""
+    tensors = handmade.llama(vocab=70_000)
+    model = handmade.checkpoint(tmp_path / "tied", tensors=tensors, vocab_size=70_000, tie_word_embeddings=True)
+    weights = model / "model.safetensors"
+    head, embedding = (handmade.data(name, 2_240_000) for name in ("lm_head.weight", "model.embed_tokens.weight"))
+    weights.write_bytes(weights.read_bytes().replace(head, embedding))
+    publish(hub, model)
+
+    summary = surgeon.truncate("org/deep", layers=1).summary(tmp_path / "out")
+    sent = hub.sent_of_weights()
+
+    assert "lm_head.weight is left out: it equals model.embed_tokens.weight" in summary.notes[0]
+    assert sent < 1_000_000
+    assert surgeon.truncate(model, layers=1).summary(tmp_path / "out").notes == summary.notes

@@ -323,7 +323,7 @@ def _randomise(model: PreTrainedModel) -> None:
     with torch.no_grad():
         for tensor in model.state_dict().values():
             noise = torch.randn(tensor.shape)
-            if tensor.ndim == 0:  # a constant of an activation
+            if not tensor.is_floating_point() or tensor.ndim == 0:  # a number that counts; a constant of an activation
                 continue
             if tensor.ndim == 1:
                 tensor.add_(0.2 * noise)

@@ -4,8 +4,9 @@ Reading an anatomy is also the check that a checkpoint is whole: each tensor is 
 """
 
 import re
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property, reduce
 from typing import Any, Literal
 
 from surgeon.anatomy.axes import axes_of
@@ -85,6 +86,19 @@ class Anatomy:
         """Whether a bias of heads serves all layers of a stack, so that they keep the same ones."""
         return self.family is not None and self.family.shares_heads
 
+    @property
+    def stored_tie(self) -> tuple[str, str] | None:
+        """The head that is stored though the config ties it to the embedding, and the embedding; else None."""
+        if self.spec.config.get("tie_word_embeddings", self.config.get("tie_word_embeddings")) is not True:
+            return None
+        of_tokens = {"head": "", "embedding": ""} | {
+            row.kind: name
+            for name, (row, _) in self.rows.items()
+            if row.kind in ("head", "embedding") and axes_of(row.axes[0]) == {"vocab"}
+        }
+        head, embedding = of_tokens["head"], of_tokens["embedding"]
+        return (head, embedding) if head and embedding else None
+
     def locate(self, name: str) -> tuple[int, str] | None:
         """Return the layer of a tensor, numbered through all stacks, and its name inside the layer; None outside."""
         first = 0
@@ -93,6 +107,17 @@ class Anatomy:
                 return first + place[0], place[1]
             first += stack.depth
         return None
+
+    @cached_property
+    def layers_by_axis(self) -> Mapping[str, frozenset[int]]:
+        """The layers that have each axis: where some have experts, only the others have "ffn"."""
+        axes = {id(row): frozenset().union(*map(axes_of, row.axes)) for row, _ in self.rows.values()}
+        layers: dict[str, set[int]] = {}
+        for name, (row, _) in self.rows.items():
+            if axes[id(row)] and (place := self.locate(name)):
+                for axis in axes[id(row)]:
+                    layers.setdefault(axis, set()).add(place[0])
+        return {axis: frozenset(having) for axis, having in layers.items()}
 
     def in_all_stacks(self, layers: Sequence[int]) -> tuple[int, ...]:
         """Return the numbers of the layers at these places of each stack."""
@@ -254,21 +279,36 @@ def _differing(family: Family, config: Mapping[str, Any]) -> bool:
     return any(len(set(map(repr, values))) > 1 for values in counts)
 
 
-def _find_row(family: Family, stacks: Sequence[Stack], name: str) -> tuple[Row, Part] | None:
-    name = family.current(name)
-    tables: list[tuple[Part, Rows]] = [("embedding", family.embedding), ("norm", family.final_norm)]
-    is_whole = name in family.embedding or name in family.final_norm or name.startswith(family.base)
-    inside = name if is_whole else family.base + name
+_Table = Mapping[str, tuple[Row, Part]]
+
+
+def _row_finder(family: Family, stacks: Sequence[Stack]) -> Callable[[str], tuple[Row, Part] | None]:
+    """Return the function from a tensor's name to its row and part, None for a tensor that the table does not know."""
+    outside = _table([("embedding", family.embedding), ("norm", family.final_norm)])
+    inside: list[tuple[Stack, _Table]] = []
     for stack, layers in zip(stacks, family.stacks, strict=True):
-        if place := stack.locate(name):
-            inside = EXPERT_NUMBER.sub("{}", place[1])
-            tables = [("norm", layers.norm), *(("attention", rows) for rows in layers.attention)]
-            tables += [("mlp", rows) for rows in layers.mlp]
-    for part, rows in tables:
-        if row := rows.get(inside):
-            return row, PART_OF_KIND.get(row.kind, part)
-    is_opaque = name.startswith(family.opaque) or (family.base + name).startswith(family.opaque)
-    return OPAQUE if is_opaque else None
+        parts: list[tuple[Part, Rows]] = [("norm", layers.norm), *(("attention", rows) for rows in layers.attention)]
+        inside.append((stack, _table([*parts, *(("mlp", rows) for rows in layers.mlp)])))
+
+    def find(name: str) -> tuple[Row, Part] | None:
+        name = family.current(name)
+        table, rest = outside, name
+        if name not in outside and not name.startswith(family.base):
+            rest = family.base + name
+        for stack, of_layers in inside:
+            if place := stack.locate(name):
+                table, rest = of_layers, place[1]
+        known = table.get(rest) or table.get(EXPERT_NUMBER.sub("{}", rest))
+        is_opaque = known is None and (name.startswith(family.opaque) or (family.base + name).startswith(family.opaque))
+        return OPAQUE if is_opaque else known
+
+    return find
+
+
+def _table(parts: Sequence[tuple[Part, Rows]]) -> _Table:
+    """Return the rows of several parts as one table; the first part with a name has it."""
+    tables = ({name: (row, PART_OF_KIND.get(row.kind, part)) for name, row in rows.items()} for part, rows in parts)
+    return reduce(lambda earlier, later: {**later, **earlier}, tables)
 
 
 def _sizes(family: Family, config: Mapping[str, Any]) -> dict[str, int]:
@@ -321,15 +361,18 @@ def _check_present(
 ) -> dict[str, tuple[Row, Part]]:
     """Return the row of each tensor. Refuses one that the table does not know, or of another shape than it implies."""
     rows: dict[str, tuple[Row, Part]] = {}
+    find = _row_finder(family, stacks)
+    right: set[tuple[int, tuple[int, ...]]] = set()  # rows, and shapes that fit them: thousands of experts share a few
     for name, tensor in spec.tensors.items():
-        place = _find_row(family, stacks, name)
-        if place is None or not _may_exist(place[0], spec.config, sizes):
+        place = find(name)
+        if place is None or (place[0].when is not None and not _may_exist(place[0], spec.config, sizes)):
             raise CheckpointError(
                 f"{name!r} is not a tensor of a {model_type(spec.config)} model with this config.json", hint=FILES_HINT
             )
         row, part = rows[name] = place
-        if part not in ("buffer", "other"):
+        if part not in ("buffer", "other") and (id(row), tensor.shape) not in right:
             _check_shape(name, tensor.shape, row, sizes)
+            right.add((id(row), tensor.shape))
     return rows
 
 

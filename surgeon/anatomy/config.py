@@ -119,8 +119,9 @@ def layer_count(config: Mapping[str, Any], keys: Sequence[str]) -> int | None:
     Raises CheckpointError when it is no positive number.
     """
     key = next((key for key in keys if config.get(key) is not None), None)
-    if key is None:
-        return None
+    if key is None:  # transformers 5 saves only the kinds of Nemotron-H's layers
+        kinds = (config.get(key) for key in ("layers_block_type", "layer_types"))
+        return next((len(value) for value in kinds if isinstance(value, list) and value), None)
     count = config[key]
     if type(count) is not int or count < 1:
         raise CheckpointError(f"config.json says {key} = {count!r}; a model has at least one layer", hint=CONFIG_HINT)

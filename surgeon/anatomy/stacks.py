@@ -3,6 +3,7 @@
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 from surgeon.anatomy.config import CONFIG_HINT, layer_count, text_config
@@ -11,6 +12,7 @@ from surgeon.errors import CheckpointError
 
 _NUMBERED = re.compile(r"((?:.*?\.)??)(0|[1-9][0-9]{0,5})\.")  # the prefix up to the first number, and that number
 _NUMBER = re.compile(r"0|[1-9][0-9]{0,5}")
+_ODD = re.compile(r"(?:\A|\.)(?:0[0-9]|[0-9]{7})")  # begins what may be a number, and none of a layer
 _TOWERS = re.compile(r"vision|visual|image|video|audio|speech|mtp")  # stacks beside the language model's own
 
 FILES_HINT = "The weights are incomplete or of another model than config.json; fetch the whole checkpoint again."
@@ -27,14 +29,22 @@ class Stack:
         """Return the layer of a tensor and its name inside the layer, None for a tensor outside the stack."""
         if not name.startswith(self.prefix):
             return None
-        match = _NUMBERED.fullmatch(name[: name.find(".", len(self.prefix)) + 1])
-        if match is None or match[1] != self.prefix:
-            return None
-        return int(match[2]), name[match.end() :]
+        number, dot, rest = name[len(self.prefix) :].partition(".")
+        layer = _layer_number(number) if dot else None
+        return None if layer is None else (layer, rest)
 
     def name(self, layer: int, rest: str) -> str:
         """Return the full name of tensor `rest` of `layer`."""
         return f"{self.prefix}{layer}.{rest}"
+
+
+@lru_cache(maxsize=4096)  # many thousand tensors may have one of these
+def _layer_number(text: str) -> int | None:
+    return int(text) if _NUMBER.fullmatch(text) else None
+
+
+def _odd_number(name: str) -> str | None:
+    return next((word for word in name.split(".") if word.isdigit() and not _NUMBER.fullmatch(word)), None)
 
 
 def find_stacks(config: Mapping[str, Any], names: Iterable[str]) -> tuple[Stack, ...]:
@@ -44,7 +54,7 @@ def find_stacks(config: Mapping[str, Any], names: Iterable[str]) -> tuple[Stack,
     """
     numbers: dict[str, set[int]] = {}
     for name in names:
-        if odd := next((word for word in name.split(".") if word.isdigit() and not _NUMBER.fullmatch(word)), None):
+        if (_ODD.search(name) or not name.isascii()) and (odd := _odd_number(name)):
             raise CheckpointError(f"{name[:200]!r} holds {odd[:20]!r}, which is no layer's number", hint=FILES_HINT)
         if match := _NUMBERED.match(name):
             numbers.setdefault(match[1], set()).add(int(match[2]))

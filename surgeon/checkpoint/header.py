@@ -18,6 +18,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from math import prod
 from pathlib import Path
 from typing import Any, BinaryIO, NoReturn, Protocol
@@ -207,8 +208,11 @@ def _is_text(name: str) -> bool:
     return not any("\ud800" <= char <= "\udfff" for char in name)
 
 
+_FIELDS = frozenset(("dtype", "shape", "data_offsets"))
+
+
 def _entry(name: str, value: Any, data_start: int, where: str) -> Entry:
-    if not isinstance(value, dict) or set(value) != {"dtype", "shape", "data_offsets"}:
+    if not isinstance(value, dict) or value.keys() != _FIELDS:
         _refuse(where, f"describes {_brief(name)} by something other than dtype, shape and data_offsets")
     dtype, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
     if not isinstance(dtype, str) or dtype not in DTYPE_BITS:
@@ -217,7 +221,7 @@ def _entry(name: str, value: Any, data_start: int, where: str) -> Entry:
         _refuse(where, f"gives {_brief(name)} the impossible shape {_brief(shape)}")
     if not _are_counts(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
         _refuse(where, f"gives {_brief(name)} the impossible data_offsets {_brief(offsets)}")
-    spec = TensorSpec(dtype, tuple(shape))
+    spec = _spec(dtype, tuple(shape))
     bits = spec.num_parameters * DTYPE_BITS[dtype]
     if bits != 8 * (offsets[1] - offsets[0]):
         needed = f"{dtype} {_brief(shape)} needs {bits / 8:.15g}"
@@ -225,8 +229,19 @@ def _entry(name: str, value: Any, data_start: int, where: str) -> Entry:
     return Entry(spec, data_start + offsets[0], data_start + offsets[1])
 
 
+@lru_cache(maxsize=1024)
+def _spec(dtype: str, shape: tuple[int, ...]) -> TensorSpec:
+    """Return a spec, the same object for many tensors: layers and experts are alike."""
+    return TensorSpec(dtype, shape)
+
+
 def _are_counts(value: Any) -> bool:
-    return isinstance(value, list) and all(type(item) is int and 0 <= item < 2**63 for item in value)
+    if not isinstance(value, list):
+        return False
+    for item in value:  # noqa: SIM110  (several times for each tensor: a loop costs half of what all() does)
+        if type(item) is not int or not 0 <= item < 2**63:
+            return False
+    return True
 
 
 def _overflows(shape: Sequence[int]) -> bool:

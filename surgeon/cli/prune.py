@@ -72,6 +72,11 @@ class PruneReport:
         """Raises PlanError for a curve or a picture without data, before anything is written."""
         if self.curve and self.surgery.text is None:
             raise PlanError("a curve is measured on a text, and there is none", hint="Give one: --data FILE.")
+        if self.curve:
+            from surgeon.models.skeleton import predicts_next
+
+            if not predicts_next(self.surgery.source):
+                raise PlanError("this model has no perplexity to draw a curve of", hint="Leave out --curve.")
         score, scores = self.surgery.score, self.surgery.scores
         if self.plot is not None and not self.curve and not has_picture(score, scores):
             raise PlanError(NOTHING.format(score), hint=NOTHING_HINT)

@@ -5,8 +5,9 @@ from typing import TYPE_CHECKING, Any
 
 from surgeon.anatomy.config import text_config
 from surgeon.checkpoint.source import Source
-from surgeon.evals.perplexity import HARNESS_HINT, PROBE, check_causal
+from surgeon.evals.perplexity import HARNESS_HINT
 from surgeon.models.loading import check_tokens, load_on, num_known, quiet_transformers
+from surgeon.models.streaming import PROBE, check_causal
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

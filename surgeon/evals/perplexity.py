@@ -25,8 +25,6 @@ if TYPE_CHECKING:
 ONE_ROW = "one row only: a standard error takes two"
 NO_OFFSETS = "the tokenizer does not give the offsets of its tokens in the text, so there are no bits per byte"
 HARNESS_HINT = "lm-evaluation-harness may be able to run it: --tasks NAME."
-PROBE = ((0, 0, 0, 0), (0, 0, 0, 1))  # rows of tokens that differ in the last one
-SAME = 1e-3  # of the largest state: what rounding may differ by; an effect of a later token is far larger
 
 
 def evaluate_perplexity(context: EvalContext, options: EvaluationOptions) -> Evaluation:
@@ -203,23 +201,9 @@ def streamed(source: Source, device: str) -> StreamedModel:
     except MeasureError as error:
         has_code = source.config.get("auto_map") is not None  # then the error says how it is run
         raise MeasureError(str(error), hint=error.hint if has_code else HARNESS_HINT) from error
-    with model.head():
-        pass  # refuses a head without weights now, not after the last layer
-    with torch.no_grad():
-        batch = model.embed(torch.tensor(PROBE))[0]
-        with model.layer(0) as apply:
-            check_causal(apply(batch, batch.hidden), source.label)
+    model.check_head()  # now, not after the last layer
+    model.check_predicts()
     return model
-
-
-def check_causal(states: Tensor, label: str) -> None:
-    """Raises MeasureError where states or logits on PROBE, shape (2, 4, ...), show that a token sees later ones."""
-    one, other = states[:, :-1].float()
-    if float((one - other).abs().max()) > SAME * float(one.abs().max()):
-        raise MeasureError(
-            f"in {label} a token sees those after it, so it cannot predict them",
-            hint="What is evaluated here are models that write from left to right (GPT, Llama ...).",
-        )
 
 
 def row_losses(
@@ -235,14 +219,14 @@ def row_losses(
     with torch.no_grad():
         for parts in _passes(windows, model.hidden_size * 4 * 2):
             chosen = [windows[i].part(start, stop) for i, start, stop in parts]
-            batches = [model.embed(part.tokens.contiguous(), part.real) for part in chosen]
+            batches = [model.start(part.tokens.contiguous(), part.real) for part in chosen]
             for index in range(model.depth):
                 with model.layer(index) as apply:
                     for batch in (batch for group in batches for batch in group):
-                        batch.hidden = apply(batch, batch.hidden)
+                        apply(batch, batch.hidden)
                         if progress:
                             progress(batch.tokens.numel())
-            with model.head() as head:
+            with model.finish([batch for group in batches for batch in group]) as head:
                 for (i, start, _), part, group in zip(parts, chosen, batches, strict=True):
                     predicted = part.predicted
                     for batch in group:

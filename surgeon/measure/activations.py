@@ -6,7 +6,7 @@ projection does, a channel of the residual stream after the norms before attenti
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -14,7 +14,21 @@ from torch import Tensor, nn
 
 from surgeon.anatomy.anatomy import Anatomy
 from surgeon.anatomy.axes import axes_of
-from surgeon.models.streaming import Watcher
+from surgeon.models.streaming import Batch
+
+
+class Watcher:
+    """Sees the inside of a layer. `batch` is the one that goes through it."""
+
+    batch: Batch | None = None
+
+    def watch(self, layer: int, module: nn.Module) -> AbstractContextManager[None]:
+        """Return a context in which the inside of a layer is seen."""
+        return nullcontext()
+
+    def result(self) -> dict[str, Tensor]:
+        """Return the importance of positions, by axis."""
+        return {}
 
 
 class Activations(Watcher):

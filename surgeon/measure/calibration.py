@@ -10,6 +10,7 @@ from surgeon.data.rows import check_shape, digest, read_rows
 from surgeon.errors import MeasureError
 from surgeon.models.device import available_memory
 from surgeon.models.loading import load_model, load_tokenizer, loadable, quiet_transformers
+from surgeon.models.skeleton import predicts_next
 from surgeon.models.streaming import check_runs
 
 if TYPE_CHECKING:
@@ -55,6 +56,8 @@ def sample_calibration(source: Source, *, samples: int, sequence_length: int, de
     """
     import torch
 
+    if not predicts_next(source):
+        raise MeasureError(f"{source.label} cannot write a text to be scored on", hint="Give one: --data FILE.")
     check_shape(samples, sequence_length)
     _check_length(source, sequence_length)
     needed = sum(4 * item.spec.num_parameters for item in source.tensors.values())

@@ -12,7 +12,25 @@ import torch
 from torch import Tensor
 
 from surgeon.models.device import wide
-from surgeon.models.streaming import Batch, Observer
+from surgeon.models.streaming import Batch
+
+
+class Observer:
+    """Sees the states between layers while batches go through them. A subclass overrides what it needs.
+
+    `kept_states` is how many states of each token it keeps until its group of rows is done.
+    """
+
+    kept_states = 0
+
+    def begin(self, batch: Batch) -> None:
+        """See a batch before the first layer."""
+
+    def see(self, layer: int, batch: Batch, before: Tensor, after: Tensor) -> None:
+        """See the states before and after a layer, shape (B, T, D)."""
+
+    def end_group(self) -> None:
+        """See the end of a group of rows: the hidden states of its batches are the final ones now."""
 
 
 class Angular(Observer):

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from surgeon.measure.activations import Watcher
 from surgeon.models.device import wide
-from surgeon.models.streaming import Watcher
 
 
 class Routing(Watcher):

@@ -16,9 +16,12 @@ from torch import Tensor, nn
 from surgeon.anatomy.anatomy import Anatomy, read_anatomy
 from surgeon.checkpoint.source import Source, spec_of
 from surgeon.errors import MeasureError
+from surgeon.measure.activations import Activations, Watcher
 from surgeon.measure.record import Scores, perplexities
+from surgeon.measure.residual import Observer
 from surgeon.models.device import available_memory, compute_dtype
-from surgeon.models.streaming import HEAD_TOKENS, Batch, Observer, Progress, StreamedModel, Watcher, groups
+from surgeon.models.skeleton import predicts_next
+from surgeon.models.streaming import HEAD_TOKENS, Batch, Progress, StreamedModel, groups
 from surgeon.transforms.scores import METHODS, WIDTHS
 
 # Is called when work begins: with its name, its number of tokens, and the number of layers that each goes through.
@@ -65,8 +68,9 @@ def observe(
     held = 2 + sum(observer.kept_states for observer in observers)  # states of each token in memory at once
     with torch.no_grad():
         for start, stop in groups(len(tokens), tokens.shape[1] * model.hidden_size * 4 * held):
-            batches = model.embed(tokens[start:stop], None if real is None else real[start:stop])
+            batches = model.start(tokens[start:stop], None if real is None else real[start:stop])
             for batch in batches:
+                model.check_per_token(batch.hidden, batch.tokens)
                 for observer in observers:
                     observer.begin(batch)
             for index in range(model.depth):
@@ -74,10 +78,10 @@ def observe(
                     for batch in batches:
                         for watcher in watchers:
                             watcher.batch = batch
-                        after = apply(batch, batch.hidden)
+                        before = batch.hidden
+                        after = apply(batch, before)
                         for observer in observers:
-                            observer.see(index, batch, batch.hidden, after)
-                        batch.hidden = after
+                            observer.see(index, batch, before, after)
                         if progress:
                             progress(batch.tokens.numel())
             for observer in observers:
@@ -130,7 +134,6 @@ def _observers(depth: int, *, all_tokens: bool) -> dict[str, Observer]:
 
 
 def _watchers(anatomy: Anatomy) -> list[Watcher]:
-    from surgeon.measure.activations import Activations
     from surgeon.measure.routing import Routing
 
     experts = anatomy.sizes.get("experts")
@@ -147,6 +150,7 @@ class FinalLoss(Observer):
     """Sums the next-token loss of the whole model, at the end of the pass that other observers share."""
 
     def __init__(self, model: StreamedModel) -> None:
+        model.check_predicts()
         self._model = model
         self._batches: list[Batch] = []
         self._sum, self._count = 0.0, 0
@@ -157,7 +161,7 @@ class FinalLoss(Observer):
 
     def end_group(self) -> None:
         """Add the loss of the group."""
-        with self._model.head() as head:
+        with self._model.finish(self._batches) as head:
             for batch in self._batches:
                 total, count = loss_sum(head, batch, batch.hidden)
                 self._sum += total
@@ -194,7 +198,7 @@ def score(
             tokens,
             all_tokens=request.all_tokens,
             widths=any(WIDTHS[name] == "text" for name in request.widths),
-            evaluate=request.evaluate,
+            evaluate=request.evaluate and predicts_next(source),
             progress=(meter or no_meter)("scoring", tokens.numel(), model.depth),
         )
         widths |= {"activation": importance} if importance else {}
@@ -241,7 +245,10 @@ def _scores_by_own_pass(
 
 def perplexity(source: Source, tokens: Tensor, *, device: str = "cpu", meter: Meter | None = None) -> float:
     """Return the perplexity of a model on rows of tokens, shape (R, T)."""
-    return removal_curve(source, tokens, [()], device=device, meter=meter)[0]
+    model = _streamed(source, device, resident=False)
+    loss = FinalLoss(model)
+    observe(model, tokens, [loss], progress=(meter or no_meter)("perplexity", tokens.numel(), model.depth))
+    return perplexities([loss.result()])[0]
 
 
 def removal_curve(
@@ -282,6 +289,7 @@ def losses_without(
 
     `tokens` has shape (R, T); the loss is taken inside rows, over targets that are no padding.
     """
+    model.check_predicts()
     totals = torch.zeros(len(removed), dtype=torch.float64)
     count = 0
     row_bytes = tokens.shape[1] * model.hidden_size * 4 * (len(set(removed)) + 1)

@@ -19,6 +19,7 @@ def taylor(model: StreamedModel, tokens: Tensor, *, meter: Meter = no_meter) -> 
     every layer, one layer and its gradients.
     """
     progress = meter("gradients", tokens.numel(), 3 * model.depth)
+    model.check_predicts()
     batches = model.embed(tokens)
     inputs: list[list[Tensor]] = [[batch.hidden for batch in batches]]
     with torch.no_grad():

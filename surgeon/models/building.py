@@ -71,7 +71,7 @@ def examine(source: CheckpointSpec, result: CheckpointSpec, *, config_only: bool
     if refused := _refusal(lambda: _read(source)):
         return None, (UNCHECKED.format(refused),)
     if refused := _refusal(lambda: _read(result)):
-        return refused.replace("config.json", "the config of this result"), ()
+        return refused, ()
     if config_only:
         return None, ()
     try:
@@ -93,7 +93,7 @@ def _refusal(act: Callable[[], object]) -> str | None:
 def _read(spec: CheckpointSpec) -> None:
     from surgeon.models.loading import parsed_config
 
-    parsed_config(spec.config)
+    parsed_config(spec.config, "the config of this result")
 
 
 def _compared(faults: Mapping[str, Sequence[str]], source: CheckpointSpec) -> Answer:

@@ -6,6 +6,7 @@ call, and none of them can ask, because none has a standard input.
 
 import errno
 import io
+import math
 import os
 import sys
 import warnings
@@ -15,10 +16,10 @@ from contextvars import ContextVar
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from surgeon.anatomy.config import class_names, size_of, text_config
+from surgeon.anatomy.config import CONFIG_HINT, class_names, size_of, text_config
 from surgeon.checkpoint.derived import JoinedSource
 from surgeon.checkpoint.header import QUANTIZATION_KEYS, not_regular, read_json
-from surgeon.checkpoint.source import Source, check_links, inside, is_companion
+from surgeon.checkpoint.source import CONFIG, Source, check_links, inside, is_companion
 from surgeon.errors import CheckpointError, DataError, MeasureError, PlanError, SurgeonError, failure_of_library
 from surgeon.models.device import available_memory, compute_dtype
 from surgeon.plan.plan import chooses_kernel
@@ -116,6 +117,19 @@ def _safe(config: Mapping[str, Any]) -> dict[str, Any]:
     return {key: _safe(value) if isinstance(value, Mapping) else value for key, value in kept.items()}
 
 
+_FLOATS = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
+
+
+def _with_floats(value: Any) -> Any:
+    """Return a value of a config with the floats that JSON lacks, which transformers writes as {"__float__": "NaN"}."""
+    if isinstance(value, list):
+        return [_with_floats(item) for item in value]
+    if not isinstance(value, Mapping):
+        return value
+    tag = value.get("__float__") if len(value) == 1 else None
+    return _FLOATS.get(tag, value) if isinstance(tag, str) else {key: _with_floats(item) for key, item in value.items()}
+
+
 def _unquantized(config: Mapping[str, Any]) -> dict[str, Any]:
     kept = {key: value for key, value in config.items() if key not in QUANTIZATION_KEYS}
     return {key: _unquantized(value) if isinstance(value, Mapping) else value for key, value in kept.items()}
@@ -150,10 +164,10 @@ def config_of(source: Source, *, hint: str) -> Any:
     if isinstance(padding, int) and vocabulary is not None and padding >= vocabulary:
         message = f"config.json of {source.label} says pad_token_id = {padding}, beyond its {vocabulary} tokens"
         raise CheckpointError(message, hint="Set it to a token of the vocabulary, or to null.")
-    return parsed_config(source.config, hint=hint)
+    return parsed_config(source.config, f"config.json of {source.label}", hint=hint)
 
 
-def parsed_config(config: Mapping[str, Any], *, hint: str = HINT) -> Any:
+def parsed_config(config: Mapping[str, Any], what: str, *, hint: str = HINT) -> Any:
     """Return a config as transformers reads it, with its validators run. Imports no torch where there is none.
 
     Raises MeasureError, with `hint`, for a model type that transformers does not have, and for a config it refuses.
@@ -163,8 +177,8 @@ def parsed_config(config: Mapping[str, Any], *, hint: str = HINT) -> Any:
     model_type = str(config.get("model_type"))
     if model_type not in CONFIG_MAPPING:
         raise MeasureError(f"transformers has no model type {model_type!r} of its own", hint=hint)
-    with libraries_fail("transformers refuses config.json", hint=hint):
-        return CONFIG_MAPPING[model_type].from_dict(_safe(config))
+    with libraries_fail(f"transformers refuses {what}", hint=hint):
+        return CONFIG_MAPPING[model_type].from_dict(_with_floats(_safe(config)))
 
 
 def check_tokens(largest: int, known: int, label: str) -> None:
@@ -181,14 +195,28 @@ def num_known(model: Any) -> int:
     return int(model.get_input_embeddings().weight.shape[0])
 
 
+def auto_class(source: Source) -> Any:
+    """Return the Auto class of transformers for a source; without a head that of a language model, or of an encoder."""
+    import transformers
+    from transformers.models.auto import modeling_auto as known
+
+    if source.config.get("is_encoder_decoder"):
+        return transformers.AutoModelForSeq2SeqLM
+    names, model_type = class_names(source.config), str(source.config.get("model_type"))
+    for head in ("ForMaskedLM", "ForSequenceClassification"):
+        if any(name.endswith(head) for name in names):
+            return getattr(transformers, f"AutoModel{head}")
+    writes = not names or any("CausalLM" in name or "LMHead" in name for name in names)
+    both_ways = model_type in known.MODEL_FOR_MASKED_LM_MAPPING_NAMES and not writes
+    has_code = model_type in known.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or "auto_map" in source.config
+    return transformers.AutoModel if both_ways or not has_code else transformers.AutoModelForCausalLM
+
+
 def load_model(source: Source, *, dtype: Any, hint: str, **options: Any) -> Any:
     """Return the model in evaluation mode, on the CPU unless `options` (of from_pretrained) place it elsewhere.
 
     Raises MeasureError, with `hint`, where transformers cannot load it or would draw weights at random.
     """
-    from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
-
-    kind: Any = AutoModelForSeq2SeqLM if source.config.get("is_encoder_decoder") else AutoModelForCausalLM
     name, revision = loadable(source)
     _check_files(name)
     if ADAPTER in source.companions:
@@ -198,7 +226,7 @@ def load_model(source: Source, *, dtype: Any, hint: str, **options: Any) -> Any:
         )
     with transformers_loads(source.label, hint=hint), quiet_transformers():
         model, report = _from_pretrained(
-            kind,
+            auto_class(source),
             name,
             revision=revision,
             config=config_of(source, hint=hint),
@@ -258,7 +286,7 @@ def load_shapes(raw: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -
 
     nowhere = torch.device("meta")
     tensors = {name: torch.empty(shape, dtype=torch.float32, device=nowhere) for name, shape in shapes.items()}
-    config = parsed_config(_unquantized(raw))
+    config = parsed_config(_unquantized(raw), "the config")
     kind = _class_of(config, raw)
     if hasattr(kind, "_model_mapping"):  # an Auto class, which would look for files
         mapping = next(each._model_mapping for each in (kind, AutoModel) if type(config) in each._model_mapping)
@@ -315,7 +343,7 @@ def ties_embeddings(config: Mapping[str, Any]) -> bool:
 
     try:
         with libraries_fail("no config", hint=HINT, error_type=MeasureError):
-            parsed = AutoConfig.for_model(**config)
+            parsed = AutoConfig.for_model(**_with_floats(config))
     except MeasureError:
         return False
     return bool(getattr(parsed, "tie_word_embeddings", False))
@@ -375,6 +403,11 @@ def load_tokenizer(name: str, revision: str | None = None) -> "PreTrainedTokeniz
             # Without its files, transformers makes some classes with no vocabulary: every text has 0 tokens then.
             is_empty = tokenizer.get_vocab().keys() <= set(tokenizer.all_special_tokens)
     except DataError as error:
+        with libraries_fail(
+            f"transformers refuses config.json of {name}", hint=CONFIG_HINT, error_type=CheckpointError
+        ):
+            if Path(name, CONFIG).exists():
+                load_config(name, revision)  # its class decides that of the tokenizer
         if "trust_remote_code" in str(error.__cause__):
             message = f"the tokenizer of {name} is code of its own (auto_map in tokenizer_config.json)"
             raise DataError(message, hint=TRUST_HINT) from error

@@ -1,14 +1,17 @@
 """A forward pass that streams: layer by layer, with the weights of one layer in memory.
 
 Every batch goes through a layer before the next one is read, so that a model larger than memory runs from the disk.
-The rest (embeddings, positions, masks, the final norm, the head) is computed by the model's own forward pass, in which
-the layers are stubs. So this file knows nothing of any family.
+The rest (embeddings, positions, masks, the final norm, the head) is computed by the model's own forward pass. It is
+paused before each layer (`start`), so that all that a layer hands on arrives. Where layers run on states of the
+caller's choice (`embed`), they are stubs in it; then it is checked that they take no more than the states from each
+other. So this file knows nothing of any family.
 """
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -17,78 +20,55 @@ from torch import Tensor, nn
 
 from surgeon.anatomy.anatomy import read_anatomy
 from surgeon.anatomy.axes import axes_of
-from surgeon.anatomy.config import class_names, text_config
 from surgeon.checkpoint.header import is_quantized
 from surgeon.checkpoint.source import Source, spec_of
 from surgeon.errors import MeasureError
-from surgeon.models.loading import check_tokens, num_known, quiet_transformers
-from surgeon.models.skeleton import Weights, build_skeleton, empty, empty_own, layer_list, read_rows_as
+from surgeon.models.loading import check_tokens, libraries_fail, num_known
+from surgeon.models.skeleton import (
+    AROUND,
+    RUN,
+    Call,
+    LayerCall,
+    Passage,
+    StubOutput,
+    Weights,
+    answering,
+    build_skeleton,
+    differs,
+    empty,
+    equal_calls,
+    first_of,
+    layer_list,
+    pause_at,
+    read_rows_as,
+    states_of,
+)
 
+NO_TEXT = "Scores that read no text work: --score random, last or magnitude."
+WHOLE = "Scores of the whole model work: --score angular or block-influence."
+PROBE = ((0, 0, 0, 0), (0, 0, 0, 1))  # rows of tokens that differ in the last one
+# What rounding may differ by, of the largest number, by bytes of the dtype. A token's effect is far larger.
+SAME = {4: 1e-3, 2: 5e-2}
 HEAD_TOKENS = 512  # logits of so many tokens exist at once: 0.3 GB in float32 for a vocabulary of 150,000
 BATCH_TOKENS = 2048  # tokens that go through a layer at once; more make no matrix product faster on a CPU
 STATES_BYTES = 2_000_000_000  # the states of a group of rows take no more memory
 Progress = Callable[[int], None]  # is called with the number of tokens that just went through a layer
 
 
-@dataclass(frozen=True)
-class Call:
-    """The arguments that the model passes to one of its layers beside the hidden states: masks, positions."""
-
-    args: tuple[Any, ...]
-    kwargs: Mapping[str, Any]
-
-    @classmethod
-    def split(cls, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> "tuple[Tensor, Call]":
-        """Return the hidden states of a call, and its other arguments."""
-        if args:
-            return args[0], cls((None, *args[1:]), kwargs)
-        return kwargs["hidden_states"], cls((), {key: value for key, value in kwargs.items() if key != "hidden_states"})
-
-    def with_hidden(self, hidden: Tensor) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Return the arguments of this call with other states, by position and by name."""
-        if self.args:
-            return (hidden, *self.args[1:]), dict(self.kwargs)
-        return (), {"hidden_states": hidden, **self.kwargs}
-
-
-def equal_calls(one: object, other: object) -> bool:
-    """Return whether two calls have equal arguments: tensors (some depend on the tokens), flags, and tuples of them."""
-    match one, other:
-        case Tensor(), Tensor():
-            return one.shape == other.shape and torch.equal(one, other)
-        case Call(), Call():
-            return equal_calls(one.args, other.args) and equal_calls(one.kwargs, other.kwargs)
-        case (tuple() | list(), tuple() | list()):
-            return len(one) == len(other) and all(map(equal_calls, one, other))
-        case Mapping(), Mapping():
-            return one.keys() == other.keys() and all(equal_calls(value, other[key]) for key, value in one.items())
-        case _:
-            return one is other or (type(one) is type(other) and isinstance(one, (int, float, str)) and one == other)
-
-
-class StubOutput(Tensor):
-    """A tensor that is also the first of several outputs: some models take a layer's output, some its item 0."""
-
-    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]  # results are plain tensors
-
-    def __getitem__(self, key: Any) -> Tensor:
-        return self if isinstance(key, int) and key == 0 else super().__getitem__(key)
-
-    def __iter__(self) -> Iterator[Any]:
-        return iter((self, None))
-
-
 @dataclass
 class Batch:
     """Rows on their way through the layers. `hidden`, shape (B, T, D), is the input of the next layer.
 
-    `real`, shape (B, T), is False for padding; None where there is none.
+    `real`, shape (B, T), is False for padding; None where there is none. A batch has either the calls of its layers, or
+    the forward pass that makes them.
     """
 
     tokens: Tensor
     real: Tensor | None
     hidden: Tensor
-    calls: Sequence[Call]
+    calls: Sequence[Call] = ()
+    passage: Passage | None = None
+    output: Any = None  # of the last layer, until the forward pass goes on with it
 
     def chosen(self, states: Tensor) -> Tensor:
         """Return the states of the tokens that are no padding, shape (N, D)."""
@@ -115,48 +95,6 @@ def check_runs(source: Source) -> None:
             f"{source.label} is quantized; scores are taken from unquantized weights",
             hint="Prune the unquantized checkpoint, then quantize the result.",
         )
-    if any(name.endswith("ForMaskedLM") for name in class_names(source.config)):
-        raise MeasureError(
-            f"{source.label} sees tokens on both sides, and scores need a model that predicts the next token",
-            hint="Scores that read no text work: --score random, last or magnitude.",
-        )
-    if text_config(source.config).get("num_kv_shared_layers"):
-        raise MeasureError(
-            f"late layers of {source.label} use the keys and values of early ones, so they cannot run alone",
-            hint="Scores that read no text work: --score random, last or magnitude.",
-        )
-
-
-class Observer:
-    """Sees the states between layers while batches go through them. A subclass overrides what it needs.
-
-    `kept_states` is how many states of each token it keeps until its group of rows is done.
-    """
-
-    kept_states = 0
-
-    def begin(self, batch: Batch) -> None:
-        """See a batch before the first layer."""
-
-    def see(self, layer: int, batch: Batch, before: Tensor, after: Tensor) -> None:
-        """See the states before and after a layer, shape (B, T, D)."""
-
-    def end_group(self) -> None:
-        """See the end of a group of rows: the hidden states of its batches are the final ones now."""
-
-
-class Watcher:
-    """Sees the inside of a layer. `batch` is the one that goes through it."""
-
-    batch: Batch | None = None
-
-    def watch(self, layer: int, module: nn.Module) -> AbstractContextManager[None]:
-        """Return a context in which the inside of a layer is seen."""
-        return nullcontext()
-
-    def result(self) -> dict[str, Tensor]:
-        """Return the importance of positions, by axis."""
-        return {}
 
 
 class StreamedModel:
@@ -173,6 +111,8 @@ class StreamedModel:
         self._weights = Weights(source)
         self._model = build_skeleton(source, dtype).to_device(self.device)
         self._layers = layer_list(self._model.module, anatomy.stacks[0].prefix, self.depth)
+        self._model.find_base(self._layers)
+        pause_at(self._layers, self._model.bases)
         self._names: list[list[str]] = [[] for _ in range(self.depth)]
         self._outer: list[str] = []
         for name in self._weights.stored:
@@ -180,6 +120,9 @@ class StreamedModel:
             (self._names[place[0]] if place else self._outer).append(name)
         self._calls: dict[Any, list[Call]] = {}
         self._loaded: set[int] = set()
+        self._probe: Batch | None = None
+        self._predicts = False  # whether it is known to predict the next token
+        self._output: Any = None  # what the forward pass before the head returns, for its type
 
     @property
     def label(self) -> str:
@@ -196,34 +139,53 @@ class StreamedModel:
         return self._layers[layer]
 
     def embed(self, tokens: Tensor, real: Tensor | None = None) -> list[Batch]:
-        """Return the rows, shape (R, T), as batches before the first layer. `real` is False for padding.
+        """Return the rows, shape (R, T), as batches whose layers can be run on any states. `real` is False for padding.
 
         Padded rows are positioned by their real tokens, wherever the padding lies.
         """
-        vocabulary = num_known(self._model.module)
-        check_tokens(int(tokens.max()), vocabulary, self.label)
+        if self._probe is None:
+            self._probe = self.start(torch.tensor(PROBE))[0]
+            self._probe.calls = self._batches(torch.tensor(PROBE), None, self._embedded)[0].calls
+        return self._batches(tokens, real, self._embedded)
+
+    def start(self, tokens: Tensor, real: Tensor | None = None) -> list[Batch]:
+        """Return the rows, shape (R, T), as batches that go through each layer once, in order, from their own states.
+
+        Each is a forward pass of the model, which waits before its first layer. See `embed` for the rest.
+        """
+        return self._batches(tokens, real, self._started)
+
+    def _batches(
+        self, tokens: Tensor, real: Tensor | None, begin: Callable[[Tensor, Tensor | None], Batch]
+    ) -> list[Batch]:
+        check_tokens(int(tokens.max()), num_known(self._model.module), self.label)
         rows = max(1, BATCH_TOKENS // tokens.shape[1])
         with self._embedding(tokens):
             return [
-                self._embedded(tokens[at : at + rows], None if real is None else real[at : at + rows])
+                begin(tokens[at : at + rows], None if real is None else real[at : at + rows])
                 for at in range(0, len(tokens), rows)
             ]
 
     @contextmanager
     def layer(self, index: int) -> Iterator[Callable[[Batch, Tensor], Tensor]]:
-        """Return a context with a layer's weights in memory: a function from a batch and its states to the next."""
+        """Return a context with a layer's weights in memory: a function from a batch and its states to the next.
+
+        Raises MeasureError where a batch of `embed` goes through a layer that takes more than states from earlier ones.
+        """
         if index not in self._loaded:
-            self._load(self._names[index], self._layers[index], drop=False)
+            self._fill(self._names[index])
+            self._model.check_present(self._layers[index], ())
             self._loaded.add(index)
         if index + 1 < self.depth and index + 1 not in self._loaded:
             self._weights.read_ahead(self._names[index + 1])
         module = self._layers[index]
+        self._check_alone(index)
 
         def apply(batch: Batch, hidden: Tensor) -> Tensor:
+            if batch.passage is not None:
+                return self._step(index, batch)
             args, kwargs = batch.calls[index].with_hidden(hidden)
-            output = module(*args, **kwargs)
-            states: Tensor = output[0] if isinstance(output, (tuple, list)) else output
-            return states
+            return first_of(module(*args, **kwargs))
 
         try:
             yield apply
@@ -232,12 +194,74 @@ class StreamedModel:
                 empty(module)
                 self._loaded.discard(index)
 
+    def _check_alone(self, index: int) -> None:
+        """Raises MeasureError where a layer takes more from earlier ones than states. Each is checked once."""
+        probe = self._probe
+        if probe is None or probe.passage is None or probe.output is not None:
+            return
+        while probe.passage.call is not None and probe.passage.call.index < index:  # layers that no choice keeps
+            probe.passage.go_on(states_of(probe.passage.call).as_subclass(StubOutput))
+        call = probe.passage.call
+        if call is None or call.index != index:
+            return
+        if (name := differs(self._layers[index], call, probe.calls[index])) is not None:
+            raise MeasureError(
+                f"layer {index} of {self.label} takes {name} from the layers before it, so it cannot run without them",
+                hint=WHOLE,
+            )
+        with torch.no_grad():
+            self._step(index, probe)
+
+    def _check_head_alone(self, head: Callable[[Tensor], Tensor]) -> None:
+        """Raises MeasureError where the logits depend on more than the states after the last layer."""
+        probe = self._probe
+        if probe is None or probe.passage is None or probe.output is None:
+            return
+        last = probe.hidden
+        with torch.no_grad():
+            self._end(probe)
+            whole, alone = self._logits(probe.hidden).float(), head(last).float()
+        probe.passage = None
+        allowed = SAME[self._model.dtype.itemsize] * float(whole.abs().max())
+        if float((whole - alone).abs().max()) > allowed:
+            raise MeasureError(
+                f"the logits of {self.label} depend on more than its last layer's states, so no layer can be left out",
+                hint=WHOLE,
+            )
+
+    def check_predicts(self) -> None:
+        """Raises MeasureError where a token sees those after it: such a model does not predict the next token."""
+        if self._predicts:
+            return
+        with torch.no_grad():
+            batch = self.start(torch.tensor(PROBE))[0]
+            with self.layer(0) as apply:
+                states = apply(batch, batch.hidden)
+        self.check_per_token(states[..., 0] if states.ndim > 3 else states, batch.tokens)  # of several streams one
+        check_causal(states, self.label)
+        self._predicts = True
+
+    def _step(self, index: int, batch: Batch) -> Tensor:
+        """Run the layer before which a batch's forward pass waits; return its states, and let the pass go on."""
+        passage = batch.passage
+        assert passage is not None, "the batch was started"
+        call = passage.call
+        if call is None or call.index != index:
+            raise MeasureError(f"{self.label} does not run its layers once each, in their order", hint=NO_TEXT)
+        output = self._layers[index].forward(*call.args, **call.kwargs)
+        batch.hidden = after = first_of(output)
+        if index == self.depth - 1:  # what comes next has no weights yet
+            batch.output = output
+            return after
+        passage.go_on(output)
+        if passage.call is not None:
+            batch.hidden = states_of(passage.call)
+        return after
+
     @contextmanager
     def head(self) -> Iterator[Callable[[Tensor], Tensor]]:
         """Return a context with a function from the states after the last layer, (..., D), to logits, (..., V)."""
         model = self._model.module
-        if model.get_output_embeddings() is None:
-            raise MeasureError(f"{self.label} has no language model head", hint="Perplexity needs one.")
 
         def apply(hidden: Tensor) -> Tensor:
             flat = hidden.reshape(1, -1, hidden.shape[-1])
@@ -246,13 +270,53 @@ class StreamedModel:
                 logits: Tensor = model(input_ids=dummy, use_cache=False).logits
             return logits.view(*hidden.shape[:-1], -1)
 
-        try:
-            self._load(self._outer, model, drop=True)
-            model.tie_weights()
-            self._check_present(model)
+        with self._around():
+            self._check_head_alone(apply)
             yield apply
-        finally:
-            self._empty_outer()
+
+    @contextmanager
+    def finish(self, batches: Sequence[Batch]) -> Iterator[Callable[[Tensor], Tensor]]:
+        """End the passes of started batches: `hidden`, shape (B, T, D), is what the head reads now.
+
+        Return a context with a function from such states, (..., D), to logits, (..., V).
+        """
+        with self._around():
+            for batch in batches:
+                self._end(batch)
+            yield self._logits
+
+    def _logits(self, hidden: Tensor) -> Tensor:
+        """Return the logits of states that the head reads."""
+        flat = hidden.reshape(1, -1, hidden.shape[-1])
+        calls: list[LayerCall] = []
+
+        def stub(call: LayerCall) -> Any:
+            calls.append(call)
+            kind = type(self._output)
+            return (flat,) if kind is tuple else kind(last_hidden_state=flat)
+
+        dummy = torch.zeros(flat.shape[:2], dtype=torch.long, device=self.device)
+        with answering(stub):
+            logits: Tensor = self._model.module(input_ids=dummy, use_cache=False).logits
+        if not calls or logits.shape[:-1] != dummy.shape:
+            raise MeasureError(f"the logits of {self.label} are not computed from one state per token", hint=NO_TEXT)
+        return logits.view(*hidden.shape[:-1], -1)
+
+    def _end(self, batch: Batch) -> None:
+        """Let the forward pass of a batch run from its last layer to the states before the head."""
+        passage = batch.passage
+        assert passage is not None, "the batch was started"
+        passage.go_on(batch.output)
+        if passage.call is not None:
+            raise MeasureError(f"{self.label} runs its layers more than once", hint=NO_TEXT)
+        self._output, batch.output = passage.result, None
+        batch.hidden = first_of(self._output)
+        self.check_per_token(batch.hidden, batch.tokens)
+
+    def check_head(self) -> None:
+        """Raises MeasureError for a model without a language model head, or without its weights."""
+        with self._around():
+            pass
 
     # --- around the layers ------------------------------------------------------------------------------------
 
@@ -264,12 +328,29 @@ class StreamedModel:
         table = next((name for name in self._outer if family and self._is_token_embedding(name)), None)
         names = [name for name in self._outer if name not in heads and name != table]
         try:
-            self._load(names, self._model.module, drop=True)
+            self._fill(names)
             with nullcontext() if table is None else self._needed_rows(table, _used(tokens)):
-                self._check_present(self._model.module.base_model)
+                self._model.check_present(self._model.module.base_model, self._layers)
                 yield
         finally:
-            self._empty_outer()
+            self._model.empty_around(self._layers)
+
+    @contextmanager
+    def _around(self) -> Iterator[None]:
+        """Return a context with the weights of the head and all else around the layers."""
+        model = self._model.module
+        if model.get_output_embeddings() is None:
+            raise MeasureError(f"{self.label} has no language model head", hint="Perplexity needs one.")
+        try:
+            self._fill(self._outer)
+            model.tie_weights()
+            self._model.check_present(model, self._layers)
+            yield
+        finally:
+            self._model.empty_around(self._layers)
+
+    def _fill(self, names: Sequence[str]) -> None:
+        self._model.fill(self._weights.unread(names, self._model.dtype), self.device)
 
     def _is_token_embedding(self, name: str) -> bool:
         row, _ = self.anatomy.row(name)
@@ -292,29 +373,45 @@ class StreamedModel:
             hook.remove()
             module._parameters["weight"], module.padding_idx = whole, padding
 
+    def _inputs(self, tokens: Tensor, real: Tensor | None) -> dict[str, Any]:
+        """Return the arguments of the forward pass for rows; a mask only where there is padding."""
+        inputs: dict[str, Any] = {"input_ids": tokens.to(self.device), "use_cache": False}
+        if real is not None and not bool(real.all()):
+            mask = real.to(self.device).long()
+            inputs["attention_mask"] = mask
+            if self._model.takes_positions and not bool(real[:, 0].all()):  # else tokens stand at their own places
+                inputs["position_ids"] = (mask.cumsum(-1) - 1).clamp(min=0)
+        return inputs
+
+    def _started(self, tokens: Tensor, real: Tensor | None) -> Batch:
+        inputs = self._inputs(tokens, real)
+        passage = Passage(partial(self._model.base, **inputs))
+        if passage.call is None or passage.call.index != 0:
+            raise MeasureError(f"{self.label} does not run its layers once each, in their order", hint=NO_TEXT)
+        mask = real.to(self.device) if real is not None and "attention_mask" in inputs else None
+        return Batch(inputs["input_ids"], mask, states_of(passage.call), passage=passage)
+
     def _embedded(self, tokens: Tensor, real: Tensor | None) -> Batch:
-        tokens = tokens.to(self.device)
-        padded = real is not None and not bool(real.all())
-        mask = real.to(self.device) if real is not None and padded else None
-        base = self._model.module.base_model
-        options: dict[str, Any] = {"use_cache": False}
-        if mask is not None:
-            options["attention_mask"] = mask.long()
-            if self._model.takes_positions:
-                options["position_ids"] = (mask.long().cumsum(-1) - 1).clamp(min=0)
+        inputs = self._inputs(tokens, real)
+        mask = real.to(self.device) if real is not None and "attention_mask" in inputs else None
         seen: dict[int, tuple[Tensor, Call]] = {}
-        with self._stubbed({}, seen=seen), torch.no_grad():
-            base(input_ids=tokens, **options)
-        if seen[0][0].shape[:-1] != tokens.shape:
-            raise MeasureError(
-                f"the layers of {self.label} pass on states of shape {list(seen[0][0].shape)}, not one per token",
-                hint="Scores that read no text work: --score random, last or magnitude.",
-            )
+        alone = libraries_fail(f"the layers of {self.label} do not run alone", hint=WHOLE)
+        with alone, self._stubbed({}, seen=seen), torch.no_grad():
+            self._model.base(**inputs)
+        self.check_per_token(seen[0][0], tokens)
         calls = [seen[layer][1] for layer in range(self.depth)]
         if mask is None:  # rows of one shape mostly have equal masks: keep one set of them
             known = self._calls.setdefault(tokens.shape, calls)
             calls = [before if equal_calls(before, call) else call for before, call in zip(known, calls, strict=True)]
-        return Batch(tokens, mask, seen[0][0], calls)
+        return Batch(inputs["input_ids"], mask, seen[0][0], calls)
+
+    def check_per_token(self, states: Tensor, tokens: Tensor) -> None:
+        """Raises MeasureError for states that are not one per token."""
+        if states.shape[:-1] != tokens.shape:
+            shape = list(states.shape)
+            raise MeasureError(
+                f"the layers of {self.label} pass on states of shape {shape}, not one per token", hint=NO_TEXT
+            )
 
     @contextmanager
     def _stubbed(
@@ -322,58 +419,26 @@ class StreamedModel:
     ) -> Iterator[None]:
         """Make every layer a stub that returns its input, or the states `given` for it; record its calls in `seen`."""
 
-        def stub(index: int) -> Callable[..., Tensor]:
-            def forward(*args: Any, **kwargs: Any) -> Tensor:
-                hidden, call = Call.split(args, kwargs)
-                if seen is not None:
-                    seen[index] = (hidden.as_subclass(Tensor), call)
-                return given.get(index, hidden).as_subclass(StubOutput)
+        def stub(call: LayerCall) -> Any:
+            if call.index == AROUND:
+                return RUN
+            hidden, others = Call.split(call.args, call.kwargs)
+            if seen is not None:
+                seen[call.index] = (hidden.as_subclass(Tensor), others)
+            return given.get(call.index, hidden).as_subclass(StubOutput)
 
-            return forward
-
-        for index, layer in enumerate(self._layers):
-            layer.forward = stub(index)
-        try:
+        with answering(stub):
             yield
-        finally:
-            for layer in self._layers:
-                del layer.forward
 
-    # --- weights ----------------------------------------------------------------------------------------------
 
-    def _load(self, names: Sequence[str], inside: nn.Module, *, drop: bool) -> None:
-        """Fill parameters from the files, through transformers' own conversion of names and layouts."""
-        from transformers.core_model_loading import convert_and_load_state_dict_in_model
-        from transformers.modeling_utils import LoadStateDictConfig
-
-        stored = self._weights.unread(names, self._model.dtype)
-        config = LoadStateDictConfig(device_map={"": self.device}, weight_mapping=self._model.conversions)
-        with quiet_transformers():
-            report, _ = convert_and_load_state_dict_in_model(self._model.module, stored, config)
-        for kind in ("mismatched_keys", "error_msgs", "conversion_errors"):
-            if wrong := getattr(report, kind):
-                raise MeasureError(
-                    f"transformers cannot load {self.label}: {kind.replace('_', ' ')} {min(map(str, wrong))}",
-                    hint="surgeon inspect shows what the checkpoint holds.",
-                )
-        if not drop:
-            self._check_present(inside)
-
-    def _check_present(self, inside: nn.Module) -> None:
-        around = [] if any(inside is layer for layer in self._layers) else list(self._layers)
-        elsewhere = {id(parameter) for layer in around for parameter in layer.parameters()}
-        for name, parameter in inside.named_parameters():
-            if parameter.is_meta and id(parameter) not in elsewhere:
-                raise MeasureError(
-                    f"{self.label} has no weights for {name!r}, which transformers would draw at random",
-                    hint="surgeon inspect shows what the checkpoint holds.",
-                )
-
-    def _empty_outer(self) -> None:
-        inside = {id(module) for layer in self._layers for module in layer.modules()}
-        for module in self._model.module.modules():
-            if id(module) not in inside:
-                empty_own(module)
+def check_causal(states: Tensor, label: str) -> None:
+    """Raises MeasureError where states or logits on PROBE, shape (2, 4, ...), show that a token sees later ones."""
+    one, other = states[:, :-1].float()
+    if float((one - other).abs().max()) > SAME[4] * float(one.abs().max()):
+        raise MeasureError(
+            f"in {label} a token sees those after it, so it cannot predict them",
+            hint="Use a model that writes from left to right (GPT, Llama ...).",
+        )
 
 
 def _used(tokens: Tensor) -> Tensor:

@@ -4,9 +4,10 @@ Plans are pure data. Deciding one reads no weights; plans compose with `then`, a
 """
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from itertools import starmap
+from operator import is_
 from typing import Any
 
 from surgeon.anatomy.axes import Index, Scale
@@ -48,9 +49,13 @@ class Gather:
         fill: float = 0.0,
         mean: float = 0.0,
     ) -> None:
-        fields = {"source": source, "dim": dim, "index": Index.of(index), "scale": Scale.of(scale)}
-        for name, value in (fields | {"fill": fill, "mean": mean}).items():
-            object.__setattr__(self, name, value)
+        assign = object.__setattr__
+        assign(self, "source", source)
+        assign(self, "dim", dim)
+        assign(self, "index", Index.of(index))
+        assign(self, "scale", Scale.of(scale))
+        assign(self, "fill", fill)
+        assign(self, "mean", mean)
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,42 +129,43 @@ Expr = Read | Gather | Affine | Add | Uniform | Normal | Constant | Cast | Round
 
 def children(expr: Expr) -> tuple[Expr, ...]:
     """Return the expressions that `expr` is made of."""
-    match expr:
-        case Gather(source) | Affine(source) | Cast(source) | Rounded(source):
-            return (source,)
-        case Add(parts):
-            return parts
-        case Uniform(_, like):
-            return (like,)
-        case Read() | Normal() | Constant():
-            return ()
+    kind = type(expr)  # a match takes several times as long, and this is asked a million times of a mixture of experts
+    if kind in _OF_ONE:
+        return (expr.source,)  # type: ignore[union-attr]
+    if kind is Add:
+        return expr.parts  # type: ignore[union-attr]
+    return (expr.like,) if kind is Uniform else ()  # type: ignore[union-attr]
+
+
+_OF_ONE = frozenset((Gather, Affine, Cast, Rounded))
 
 
 def substitute(expr: Expr, replacement: Callable[[str], Expr]) -> Expr:
-    """Return `expr` with every Read of a name replaced by `replacement(name)`."""
+    """Return `expr` with every Read of a name replaced by `replacement(name)`, and `expr` itself where all stay."""
+    if isinstance(expr, Read):
+        new = replacement(expr.name)
+        return expr if new == expr else new
+    old = children(expr)
+    parts = tuple([substitute(part, replacement) for part in old])
+    if all(map(is_, parts, old)):
+        return expr
     match expr:
-        case Read(name):
-            return replacement(name)
-        case Gather(source) | Affine(source) | Cast(source) | Rounded(source):
-            return replace(expr, source=substitute(source, replacement))
-        case Add(parts):
-            return Add(tuple(substitute(part, replacement) for part in parts))
-        case Uniform(_, like):
-            return replace(expr, like=substitute(like, replacement))
-        case Normal() | Constant():
-            return expr
+        case Gather() | Affine() | Cast() | Rounded():
+            return replace(expr, source=parts[0])
+        case Add():
+            return Add(parts)
+        case Uniform():
+            return replace(expr, like=parts[0])
+        case _:
+            raise AssertionError(f"{expr} has no parts")
 
 
 def reads(expr: Expr) -> tuple[str, ...]:
     """Return the names of the source tensors that `expr` reads, each once, in the order of their first use."""
-    return tuple(dict.fromkeys(_reads(expr)))
-
-
-def _reads(expr: Expr) -> Iterator[str]:
     if isinstance(expr, Read):
-        yield expr.name
-    for child in children(expr):
-        yield from _reads(child)
+        return (expr.name,)
+    names = [name for child in children(expr) for name in reads(child)]
+    return tuple(dict.fromkeys(names)) if len(names) > 1 else tuple(names)
 
 
 def infer(expr: Expr, tensors: Mapping[str, TensorSpec]) -> TensorSpec:
@@ -173,21 +179,21 @@ def infer(expr: Expr, tensors: Mapping[str, TensorSpec]) -> TensorSpec:
             spec = _number(source, tensors)
             if dim >= len(spec.shape) or index.highest >= spec.shape[dim]:
                 raise PlanError(f"cannot gather {len(index)} positions along dim {dim} of {list(spec.shape)}")
-            return replace(spec, shape=(*spec.shape[:dim], len(index), *spec.shape[dim + 1 :]))
+            return TensorSpec(spec.dtype, (*spec.shape[:dim], len(index), *spec.shape[dim + 1 :]))
         case Affine(source):
             return _number(source, tensors)
         case Add(parts):
-            specs = {_number(part, tensors) for part in parts}
-            if len(specs) != 1:
-                shapes = sorted(f"{spec.dtype} {list(spec.shape)}" for spec in specs)
+            first, *others = [_number(part, tensors) for part in parts]
+            if any(other != first for other in others):
+                shapes = sorted({f"{spec.dtype} {list(spec.shape)}" for spec in (first, *others)})
                 raise PlanError(f"cannot add {' and '.join(shapes)}")
-            return specs.pop()
+            return first
         case Cast(source, dtype):
-            return replace(_number(source, tensors), dtype=dtype)
+            return TensorSpec(dtype, _number(source, tensors).shape)
         case Rounded(source):
             return infer(source, tensors)
         case Uniform(shape, like):
-            return replace(_number(like, tensors), shape=shape)
+            return TensorSpec(_number(like, tensors).dtype, shape)
         case Normal(spec) | Constant(spec):
             return spec
 

@@ -3,12 +3,12 @@
 from collections.abc import Sequence
 from dataclasses import replace
 
-from surgeon.anatomy.anatomy import Anatomy, read_anatomy
+from surgeon.anatomy.anatomy import Anatomy
 from surgeon.errors import PlanError
 from surgeon.plan.plan import Plan, identity
 from surgeon.transforms.deepen import deepen
 from surgeon.transforms.experts import to_experts
-from surgeon.transforms.layers import resolve_depth
+from surgeon.transforms.layers import planned, resolve_depth
 from surgeon.transforms.widen import widen
 from surgeon.transforms.widths import derived_ffn, plan_widths
 
@@ -44,7 +44,7 @@ def grow(
         raise PlanError("places for new layers are given, but no number of layers", hint="Add --layers, such as 2x.")
     if layers is not None:
         plan = plan.then(deepen(anatomy, grown_depth(layers, anatomy.depth), method=depth_method, at=at))
-    deeper = read_anatomy(plan.result(anatomy.spec))
+    deeper = planned(anatomy, plan)
     requested = {
         "hidden": hidden_size,
         "ffn": intermediate_size,
@@ -59,7 +59,7 @@ def grow(
             "nothing to grow", hint="Give --layers, --hidden-size, --intermediate-size, --attention-heads or --experts."
         )
     if experts is not None:
-        wider = read_anatomy(plan.result(anatomy.spec))
+        wider = planned(anatomy, plan)
         plan = plan.then(to_experts(wider, experts, per_token=experts_per_token, seed=seed))
     elif experts_per_token != 2:
         raise PlanError("experts per token are given, but no experts", hint="Add --experts, such as --experts 8.")

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Collection, Sequence
 from dataclasses import replace
 
-from surgeon.anatomy.anatomy import Anatomy
+from surgeon.anatomy.anatomy import Anatomy, read_anatomy
 from surgeon.anatomy.axes import Index, Places, Scale, axes_of, places
 from surgeon.anatomy.config import CONFIG_HINT, declared_kinds, follow_layers, text_config
 from surgeon.anatomy.stacks import Stack
@@ -53,6 +53,13 @@ def initial_std(anatomy: Anatomy) -> float:
     return float(value or 0.02)
 
 
+def planned(anatomy: Anatomy, plan: Plan) -> Anatomy:
+    """Return the anatomy of the model that a plan makes of this one; this one where the plan changes nothing."""
+    if not plan.steps and plan.config == anatomy.spec.config:
+        return anatomy
+    return read_anatomy(plan.result(anatomy.spec))
+
+
 def keep_layers(anatomy: Anatomy, keep: Sequence[int]) -> Plan:
     """Return the plan for a model whose layer i is layer keep[i] of this one. An index may repeat.
 
@@ -61,9 +68,9 @@ def keep_layers(anatomy: Anatomy, keep: Sequence[int]) -> Plan:
     """
     _check_indices(anatomy, keep)
     spec = anatomy.spec
+    edit = follow_layers(spec.config, keep, anatomy.depth, tabled=anatomy.whole_family is not None)
     for stack in anatomy.stacks:
         _check_places(anatomy, stack, keep)
-    edit = follow_layers(spec.config, keep, anatomy.depth, tabled=anatomy.whole_family is not None)
     if is_quantized(edit.config):
         from surgeon.anatomy.quantized import follow_quantization
 
@@ -124,9 +131,12 @@ def _check_places(anatomy: Anatomy, stack: Stack, keep: Sequence[int]) -> None:
     groups: dict[object, Counter[frozenset[str]]] = {}
     for kind, names in zip(kinds, inside, strict=True):
         groups.setdefault(kind, Counter())[frozenset(names)] += 1
+    counts = Counter(rest for names in inside for rest in names)
+    in_most = {rest for rest, count in counts.items() if 2 * count > stack.depth}
     for layer, (kind, names) in enumerate(zip(kinds, inside, strict=True)):
-        usual, count = groups[kind].most_common(1)[0]
-        if names == usual and (count > 1 or len(groups[kind]) == 1):
+        # Of two layers that are the only ones of their kind, the odd one is further from the layers of all kinds.
+        ranks = {there: (count, -len(there ^ in_most)) for there, count in groups[kind].items()}
+        if all(there == names or ranks[there] < ranks[frozenset(names)] for there in ranks):
             continue
         place_kept = keep[0] == 0 if layer == 0 else keep[-1] == layer if layer == stack.depth - 1 else True
         if not place_kept or keep.count(layer) > 1 or (0 < layer < stack.depth - 1 and layer in keep[:layer]):

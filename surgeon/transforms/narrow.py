@@ -98,8 +98,7 @@ def _epsilon(anatomy: Anatomy, sizes: Mapping[str, int]) -> dict[str, float]:
 
 def layers_with(anatomy: Anatomy, axis: str) -> frozenset[int]:
     """Return the layers that have an axis: where some have experts, only the others have "ffn"."""
-    places = ((anatomy.locate(name), row) for name, (row, _) in anatomy.rows.items())
-    return frozenset(place[0] for place, row in places if place and any(axis in axes_of(dim) for dim in row.axes))
+    return anatomy.layers_by_axis.get(axis, frozenset())
 
 
 def _sizes(anatomy: Anatomy, kept: Kept) -> dict[str, int]:
@@ -177,10 +176,13 @@ def _narrowed(anatomy: Anatomy, name: str, sizes: Mapping[str, int], cut: _Cut) 
     expr: Expr = Read(name)
     if part in ("buffer", "other"):
         return expr
-    place, remaining = anatomy.locate(name), anatomy.shape_of(name, sizes)
+    stored, remaining = anatomy.spec.tensors[name].shape, anatomy.shape_of(name, sizes)
+    place = anatomy.locate(name) if remaining != stored else None
     for dim, axes in enumerate(row.axes):
-        if remaining[dim] < anatomy.spec.tensors[name].shape[dim]:
+        if remaining[dim] < stored[dim]:
             expr = Gather(expr, dim, *cut(place[0] if place else None, axes))
+    if row.kind not in ("embedding", "gain", "shift"):
+        return expr
     factor = _factor(anatomy, row, sizes, is_final=is_final_norm(anatomy, name))
     if factor == 1.0:
         return expr
@@ -225,7 +227,7 @@ def _has_gains(anatomy: Anatomy) -> bool:
 def _reasons(anatomy: Anatomy, sizes: Mapping[str, int]) -> tuple[str, ...]:
     """Return why the result is approximate even where all that was removed was zero."""
     family, config, old = anatomy.require_family(partial=True), anatomy.config, anatomy.sizes
-    rows = [row for row, _ in anatomy.rows.values()]
+    rows = {id(row): row for row, _ in anatomy.rows.values()}.values()  # thousands of experts share a few
     reasons = []
     fewer_normed = any(row.kind == "gain" and row.axes[-1].size(sizes) < row.axes[-1].size(old) for row in rows)
     if fewer_normed or sizes["hidden"] < old["hidden"]:
@@ -241,13 +243,10 @@ def _reasons(anatomy: Anatomy, sizes: Mapping[str, int]) -> tuple[str, ...]:
 def _notes(anatomy: Anatomy, sizes: Mapping[str, int]) -> tuple[str, ...]:
     """Return a note where an expert gets a size that grouped products take badly."""
     old = anatomy.sizes
-    rows = {name: anatomy.row(name)[0] for name in anatomy.spec.tensors}
-    inside = {axis for name, row in rows.items() if ".experts." in name for dim in row.axes for axis in axes_of(dim)}
-    uneven = [
-        sizes[axis]
-        for axis in sorted(inside & sizes.keys() - {"experts"})
-        if sizes[axis] < old[axis] and sizes[axis] % 8
-    ]
+    rows = {id(row): row for name, (row, _) in anatomy.rows.items() if ".experts." in name}
+    inside = {axis for row in rows.values() for dim in row.axes for axis in axes_of(dim)}
+    known = sorted(inside & sizes.keys() - {"experts"})
+    uneven = [sizes[axis] for axis in known if sizes[axis] < old[axis] and sizes[axis] % 8]
     return (UNEVEN.format(uneven[0]),) if uneven else ()
 
 

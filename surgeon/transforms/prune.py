@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from surgeon.anatomy.anatomy import Anatomy, read_anatomy
+from surgeon.anatomy.anatomy import Anatomy
 from surgeon.anatomy.config import period_of
 from surgeon.errors import PlanError
 from surgeon.plan.plan import Plan, identity
@@ -17,7 +17,7 @@ from surgeon.transforms.choose import (
     choose_widths,
     free_layers,
 )
-from surgeon.transforms.layers import keep_layers, resolve_depth
+from surgeon.transforms.layers import keep_layers, planned, resolve_depth
 from surgeon.transforms.narrow import narrow
 from surgeon.transforms.scores import METHODS, WIDTHS, Method
 from surgeon.transforms.widths import derived_ffn
@@ -40,7 +40,7 @@ def prune(
     plan = keep_layers(anatomy, kept) if dropped else identity(anatomy.spec, depth=anatomy.depth)
     if sizes is None:
         return plan
-    shorter = read_anatomy(plan.result(anatomy.spec))
+    shorter = planned(anatomy, plan)
     positions = choose_widths(shorter, sizes, criterion, values=values, layers=anatomy.in_all_stacks(kept), seed=seed)
     return plan.then(narrow(shorter, positions))
 

@@ -10,13 +10,19 @@ from typing import Any
 from surgeon import text
 from surgeon.anatomy.anatomy import Anatomy, read_anatomy
 from surgeon.anatomy.config import layer_kinds
+from surgeon.checkpoint.comparing import are_equal
 from surgeon.checkpoint.receipt import read_receipt
 from surgeon.checkpoint.source import LocalSource, Source, StoredTensor, spec_of
 from surgeon.options import option, revision_option, takes
 from surgeon.plan.plan import changed_keys
 from surgeon.surgery import open_source
+from surgeon.transforms.tying import is_copy
 
-CHUNK = 4 * 1024 * 1024
+STORED_TIE = {
+    None: "",
+    True: "  (the head is stored too, and equals the embedding)",
+    False: "  (config.json says so, but the stored head differs from the embedding: transformers does not tie it)",
+}
 MADE_BY = 2000  # characters of the steps in a receipt; --json has them all
 
 
@@ -85,6 +91,7 @@ class Inspection:
     tensors: Mapping[str, StoredTensor]
     receipt: Mapping[str, Any] | None
     difference: ModelDifference | None = None
+    stored_tie: bool | None = None  # whether a head that is stored, and tied by the config, equals the embedding
 
     @property
     def parameters(self) -> dict[str, int]:
@@ -110,7 +117,9 @@ class Inspection:
 
     @property
     def tied(self) -> bool | None:
-        """Whether the output head is the embedding: it has no tensor of its own. None where no table can say."""
+        """Whether the output head is the embedding: it is not stored, or a copy. None where no table can say."""
+        if self.stored_tie is not None:
+            return self.stored_tie
         if self.anatomy.whole_family is None:
             return self.anatomy.spec.config.get("tie_word_embeddings")
         return not any(self.anatomy.row(name)[0].kind == "head" for name in self.tensors)
@@ -155,15 +164,13 @@ class Inspection:
             ("layers", "  ".join(f"{stack.depth} ({stack.prefix}*)" for stack in anatomy.stacks)),
         ]
         lines += [("sizes", "  ".join(f"{axis} {n}" for axis, n in self.sizes.items()))] if self.sizes else []
-        lines += [("parameters", f"{spec.num_parameters:,}")]
-        lines += [
-            (f"  {part}", f"{count:,}  ({100 * count / spec.num_parameters:.1f} %)")
-            for part, count in self.parameters.items()
-        ]
+        total = spec.num_parameters
+        lines += [("parameters", f"{total:,}")]
+        lines += [(f"  {part}", f"{count:,}  ({100 * count / total:.1f} %)") for part, count in self.parameters.items()]
         lines += [
             ("bytes", f"{text.size(spec.nbytes)}  ({', '.join(f'{t} {text.size(n)}' for t, n in self.dtypes.items())})")
         ]
-        lines += [("tied", {True: "yes", False: "no", None: "not known"}[self.tied])]
+        lines += [("tied", {True: "yes", False: "no", None: "not known"}[self.tied] + STORED_TIE[self.stored_tie])]
         if self.layer_kinds:
             lines += [("attention", text.runs(self.layer_kinds))]
         if self.receipt:
@@ -214,7 +221,8 @@ def inspect(model: str | os.PathLike[str], options: InspectOptions) -> Inspectio
     if options.against is not None:
         other = open_source(options.against)
         difference = _difference(source, anatomy, other, read_anatomy(spec_of(other)))
-    return Inspection(source.label, anatomy, source.tensors, _receipt_of(source), difference)
+    tie = None if anatomy.stored_tie is None else is_copy(source, anatomy.stored_tie)
+    return Inspection(source.label, anatomy, source.tensors, _receipt_of(source), difference, tie)
 
 
 def _difference(source: Source, anatomy: Anatomy, other: Source, other_anatomy: Anatomy) -> ModelDifference:
@@ -231,7 +239,7 @@ def _difference(source: Source, anatomy: Anatomy, other: Source, other_anatomy: 
     }
     alike = [name for name in common if name not in reshaped]
     local = isinstance(source, LocalSource) and isinstance(other, LocalSource)
-    same = [name for name in alike if local and _equal(source, name, other, there[name] or "")]
+    same = [name for name in alike if local and are_equal(source, name, other, there[name] or "")]
     return ModelDifference(
         other=other.label,
         layer_map=layer_map,
@@ -266,22 +274,6 @@ def _name_in_other(name: str, anatomy: Anatomy, other: Anatomy, layer_map: tuple
             layer = layer_map[place[0]]
             return None if layer is None else other_stack.name(layer, place[1])
     return name
-
-
-def _equal(source: Source, name: str, other: Source, other_name: str) -> bool:
-    """Return whether two tensors of one dtype and shape hold the same bytes."""
-    here, there = source.tensors[name], other.tensors[other_name]
-    first = source.parts({here.file: [(here.start, here.end)]})[here.file]
-    second = other.parts({there.file: [(there.start, there.end)]})[there.file]
-    with first.opened() as one, second.opened() as two:
-        for at in range(0, here.end - here.start, CHUNK):
-            count = min(CHUNK, here.end - here.start - at)
-            left, right = bytearray(count), bytearray(count)
-            one.read_into(left, here.start + at)
-            two.read_into(right, there.start + at)
-            if left != right:
-                return False
-    return True
 
 
 def _axis(runs: Sequence[Sequence[int]]) -> str:

@@ -223,19 +223,20 @@ class Pruning(Surgery):
     def evaluate(
         self, result: str | os.PathLike[str], *, before: float | None = None, meter: "Meter | None" = None
     ) -> tuple[float, float] | None:
-        """Return the perplexity of the source (`before` if known) and of the written result, None without a text."""
-        if self.text is None:
+        """Return the perplexity of the source (`before` if known) and of the written result; None without one."""
+        known = self.perplexity(meter=meter) if before is None else before
+        if known is None or self.text is None:
             return None
         from surgeon.measure.scoring import perplexity
 
-        known = self.perplexity(meter=meter) if before is None else before
-        assert known is not None, "there is a text"
         with runs(self.source.label, trust_remote_code=self.trust_remote_code):
             return known, perplexity(open_source(result), self.text.tokens, device=self.device, meter=meter)
 
     def perplexity(self, *, meter: "Meter | None" = None) -> float | None:
-        """Return the perplexity of the source on the text, None where none was read."""
-        if self.text is None:
+        """Return the perplexity of the source on the text; None without a text, and for an encoder."""
+        from surgeon.models.skeleton import predicts_next
+
+        if self.text is None or not predicts_next(self.source):
             return None
         from surgeon.measure.scoring import perplexity
 

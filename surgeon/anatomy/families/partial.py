@@ -62,6 +62,25 @@ STACKED = {  # all experts of a layer in one tensor
     "block_sparse_moe.output_linear.weight": Row(parse("? ? ffn"), "linear"),
 }
 
+EXPERTS_FEED = mlp(
+    "feed_forward.experts.{}.gate_proj feed_forward.experts.{}.up_proj", "feed_forward.experts.{}.down_proj"
+)
+STACKED_MLP = {name.replace("block_sparse_moe", "mlp"): row for name, row in STACKED.items()}
+SHARED = mlp("mlp.shared_mlp.gate_proj mlp.shared_mlp.up_proj", "mlp.shared_mlp.down_proj")
+AS_GTE = mlp("mlp.up_gate_proj", "mlp.down_proj", width="(ffn + ffn)")
+AS_NOMIC = mlp("mlp.fc11 mlp.fc12", "mlp.fc2")
+AS_DISTILBERT = mlp("ffn.lin1", "ffn.lin2")
+AS_CTRL = mlp("ffn.0", "ffn.2")
+AS_FUYU = mlp("mlp.dense_h_to_4h", "mlp.dense_4h_to_h")
+AS_PROPHETNET = mlp("feed_forward.intermediate", "feed_forward.output")
+AS_KIMI = mlp("block_sparse_moe.gate_proj block_sparse_moe.up_proj", "block_sparse_moe.down_proj")
+AS_HY_V4 = mlp("mlp.linear_gate mlp.up_proj", "mlp.down_proj")
+AS_MOLMO = mlp("mlp.ff_proj", "mlp.ff_out", width="(ffn + ffn)")
+AS_T5 = mlp("layer.1.DenseReluDense.wi", "layer.1.DenseReluDense.wo")
+AS_T5_DECODER = mlp("layer.2.DenseReluDense.wi", "layer.2.DenseReluDense.wo")
+AS_MT5 = mlp("layer.1.DenseReluDense.wi_0 layer.1.DenseReluDense.wi_1", "layer.1.DenseReluDense.wo")
+AS_MT5_DECODER = mlp("layer.2.DenseReluDense.wi_0 layer.2.DenseReluDense.wi_1", "layer.2.DenseReluDense.wo")
+
 _TABLES: tuple[tuple[Family, str], ...] = (
     (only(GATED), "@GATED"),
     (only(UNGATED), "@UNGATED"),

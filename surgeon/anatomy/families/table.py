@@ -143,8 +143,8 @@ class Wrapper:
     `base` stands in the files for the language model's own base ("model."), `head` in front of the names that lie
     outside of it (lm_head). `headless` is the prefix that checkpoints of the headless model lack. `rows` are tensors
     beside it that have axes of the language model, such as a projector that writes its hidden state ("projected" is an
-    axis inside a projector that is as wide as hidden); all else under `opaque` has none. `sizes` are config keys outside
-    of the text config that hold a size, with dots.
+    axis inside a projector that is as wide as hidden); all else under `opaque` has none. `sizes` are config keys
+    outside of the text config that hold a size, with dots.
     """
 
     base: str

@@ -1,0 +1,129 @@
+"""Sound checkpoints in forms that differ from the usual are read as what they are, and refused for true reasons."""
+
+import json
+import math
+
+import pytest
+import toys
+from handmade import edit_config
+from later import LATER
+from talkers import talker
+
+import surgeon
+from surgeon.errors import CheckpointError, PlanError
+from surgeon.surgery import open_model, open_source
+
+if LATER:
+    import torch
+    import transformers
+    from safetensors.torch import load_file, save_file
+
+    from surgeon.models.loading import config_of, load_tokenizer
+
+MAMBA = {"mamba_n_heads": 8, "mamba_d_head": 16, "mamba_d_state": 8, "mamba_n_groups": 1}
+SMALL = toys.DERIVED_HEAD_DIM | {"num_hidden_layers": 4, "hidden_size": 64, "num_attention_heads": 4}
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """Return a function that saves a random model of a class of transformers and returns its directory."""
+
+    def save(kind: str, model_type: str, **config):
+        config = transformers.AutoConfig.for_model(model_type, **config)
+        torch.manual_seed(0)
+        made = getattr(transformers, kind)
+        model = made.from_config(config) if hasattr(made, "from_config") else made(config)
+        toys._randomise(model)
+        model.save_pretrained(tmp_path / model_type)
+        return tmp_path / model_type
+
+    return save
+
+
+def test_infinity_in_the_config_of_transformers_5_is_a_number(saved):
+    model = saved(
+        "AutoModelForCausalLM", "granitemoehybrid", **SMALL, **toys.EXPERTS, **MAMBA, layer_types=["mamba"] * 4
+    )
+    assert json.loads((model / "config.json").read_text())["time_step_limit"][1] == {"__float__": "Infinity"}
+
+    cut = surgeon.truncate(model, layers=2).save(model.with_name("cut")).output
+
+    assert config_of(open_source(model), hint="").time_step_limit[1] == math.inf
+    assert config_of(open_source(cut), hint="").time_step_limit[1] == math.inf
+
+
+def test_layers_that_the_config_only_lists_are_counted(saved):
+    sizes = {"mamba_num_heads": 8, "mamba_head_dim": 16, "ssm_state_size": 8, "n_groups": 1, "head_dim": 16}
+    model = saved("AutoModelForCausalLM", "nemotron_h", **SMALL | {"hybrid_override_pattern": "M*-M"}, **sizes)
+    assert "num_hidden_layers" not in json.loads((model / "config.json").read_text())
+
+    cut = surgeon.truncate(model, layers=2).save(model.with_name("cut")).output
+
+    assert open_model(model).anatomy.depth == 4
+    assert json.loads((cut / "config.json").read_text())["layers_block_type"] == ["linear_attention", "full_attention"]
+
+
+def test_of_two_layers_of_a_kind_the_one_unlike_all_others_is_the_odd_one(saved):
+    """ModernBERT's layer 0 has no attn_norm, and layer 3 is the only other one that attends to everything."""
+    model = saved("AutoModelForMaskedLM", "modernbert", **SMALL | {"global_attn_every_n_layers": 3})
+
+    cut = surgeon.truncate(model, layers=3).save(model.with_name("cut")).output
+
+    assert open_model(cut).anatomy.depth == 3
+
+
+def test_the_reason_is_that_of_the_family_and_not_of_one_layer(saved):
+    kinds = {"num_kv_shared_layers": 2, "layer_types": ["sliding_attention", "full_attention"] * 2}
+    sizes = {"head_dim": 16, "hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": 131}
+    model = saved("AutoModelForCausalLM", "gemma4_text", **SMALL, **kinds, **sizes)
+
+    with pytest.raises(PlanError, match="packs per-layer embeddings into one tensor") as refused:
+        surgeon.truncate(model, layers=2)
+
+    assert "Keep layer" not in str(refused.value.hint)
+
+
+def test_a_config_that_transformers_refuses_is_no_fault_of_the_tokenizer(tmp_path):
+    model = talker(tmp_path / "model")
+    edit_config(model, rms_norm_eps="tiny")
+
+    with pytest.raises(CheckpointError, match="transformers refuses config.json of .*'rms_norm_eps' expected float"):
+        load_tokenizer(str(model))
+
+
+def with_stored_head(directory, *, add=0.0):
+    """Add to a tied model's file a head that is the embedding plus `add` in one number; return the directory."""
+    tensors = load_file(directory / "model.safetensors")
+    head = tensors["model.embed_tokens.weight"].clone()
+    head[100, 7] += add
+    save_file(tensors | {"lm_head.weight": head}, directory / "model.safetensors", metadata={"format": "pt"})
+    return directory
+
+
+@pytest.mark.parametrize("name", ["llama", "granite"])
+def test_a_stored_copy_of_a_tied_head_is_the_embedding(name, tmp_path):
+    """As granite-4.1 is published. transformers ties a stored head that equals the embedding."""
+    model = with_stored_head(toys.build(name, tmp_path / "model", tie_word_embeddings=True))
+
+    grown = surgeon.grow(model, hidden_size="2x").save(tmp_path / "grown")
+
+    assert surgeon.inspect(model).tied
+    assert "lm_head.weight is left out: it equals model.embed_tokens.weight" in grown.notes[0]
+    assert surgeon.inspect(grown.output).tied
+    assert "lm_head.weight" not in open_source(grown.output).tensors
+    surgeon.verify(model, grown.output)
+
+
+def test_a_head_that_differs_is_not_tied_whatever_the_config_says(tmp_path):
+    """One number among many differs. transformers compares them all, warns, and uses the stored head."""
+    model = with_stored_head(toys.build("llama", tmp_path / "model", tie_word_embeddings=True), add=1.0)
+    loaded, _ = toys.load(model)
+    assert loaded.lm_head.weight is not loaded.model.embed_tokens.weight
+
+    grown = surgeon.grow(model, hidden_size="2x").save(tmp_path / "grown")
+
+    assert surgeon.inspect(model).tied is False
+    assert "stored head differs" in str(surgeon.inspect(model))
+    assert "tie_word_embeddings became false: lm_head.weight differs" in grown.notes[0]
+    assert open_source(grown.output).config["tie_word_embeddings"] is False
+    assert surgeon.verify(model, grown.output).verdict == "exact"
