@@ -29,7 +29,9 @@ DERIVED = DERIVED_HEAD_DIM | {"num_hidden_layers": 2}
 LLAMA = OWN | {"model_type": "llama"}
 MISTRAL = OWN | {"model_type": "mistral"}
 QWEN2 = DERIVED | {"model_type": "qwen2"}
-QWEN2_VL = DERIVED | MROPE
+QWEN2_VL = DERIVED | MROPE | {"model_type": "qwen2_vl_text"}
+QWEN2_5_VL = QWEN2_VL | {"model_type": "qwen2_5_vl_text"}
+QWEN3_VL = OWN | MROPE | {"model_type": "qwen3_vl_text"}
 COHERE2 = OWN | {"model_type": "cohere2", "layer_types": ["sliding_attention", "full_attention"], "sliding_window": 5}
 GEMMA3 = COHERE2 | {"model_type": "gemma3_text", "query_pre_attn_scalar": 13}
 
@@ -75,7 +77,7 @@ TYPES: dict[str, Config] = {
     ),
     "paligemma": _model(OWN | {"model_type": "gemma"}, SIGLIP | {"projection_dim": 96}, projection_dim=96),
     "qwen2_5_vl": _qwen(
-        QWEN2_VL,
+        QWEN2_5_VL,
         {
             "hidden_size": 32,
             "intermediate_size": 36,
@@ -86,7 +88,7 @@ TYPES: dict[str, Config] = {
     ),
     "qwen2_vl": _qwen(QWEN2_VL, {"hidden_size": 80, "embed_dim": 32}),
     "qwen3_vl": _qwen(
-        OWN | MROPE,
+        QWEN3_VL,
         {
             "hidden_size": 32,
             "intermediate_size": 36,
