@@ -406,10 +406,10 @@ def open_model(
     source = open_source(model, revision=revision)
     anatomy = _anatomy_of(source)
     plan = identity(anatomy.spec, depth=anatomy.depth)
-    if anatomy.stored_tie is not None:
-        from surgeon.transforms.tying import settle_tie
+    if anatomy.stored_tie is not None or anatomy.predictors:
+        from surgeon.transforms.settling import settle
 
-        plan, anatomy = settle_tie(source, anatomy, plan)
+        plan, anatomy = settle(source, anatomy, plan)
     return Surgery(source, plan, begun_with=anatomy, reads={"MODEL": (os.fspath(model),), **(reads or {})})
 
 

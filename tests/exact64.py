@@ -55,7 +55,8 @@ def build64(name: str, directory: Path, **overrides: Any) -> Path:
 
 def load64(directory: Path) -> Any:
     """Return the model in a folder, loaded plainly in float64. Nothing may be missing, left over or mismatched."""
-    return _load(directory, dtype=torch.float64, attn_implementation="sdpa")  # eager attention goes to float32
+    # Eager attention goes to float32. So are the routers of some models, whatever is asked for.
+    return _load(directory, dtype=torch.float64, attn_implementation="sdpa").double()
 
 
 def logits64(directory: Path) -> Tensor:

@@ -8,7 +8,17 @@ from pathlib import Path
 from typing import Any
 
 import toys
-from toys import DERIVED_HEAD_DIM, FALCON, GPT2_NAMES, ONE_KV_PER_HEAD, OWN_HEAD_DIM, PARTIAL_ROTARY, TOKENS, Config
+from toys import (
+    DERIVED_HEAD_DIM,
+    FALCON,
+    GPT2_NAMES,
+    GRANITE_SCALES,
+    ONE_KV_PER_HEAD,
+    OWN_HEAD_DIM,
+    PARTIAL_ROTARY,
+    TOKENS,
+    Config,
+)
 
 THREE: Config = {"num_hidden_layers": 3}
 OWN = OWN_HEAD_DIM | THREE
@@ -20,6 +30,32 @@ SLIDING: Config = {
 FOR_96: Config = {"hidden_size": 96}  # where the config insists that heads divide hidden, 12 and 16 of them too
 COHERE: Config = DERIVED | {"logit_scale": 0.5, "tie_word_embeddings": True}
 
+EXPERTS: Config = {"num_experts": 7, "num_experts_per_tok": 3, "norm_topk_prob": True}
+LOCAL_EXPERTS: Config = {"num_local_experts": 7, "num_experts_per_tok": 3}
+# Nine experts in three groups of three; two groups at a time, of which a token takes two experts in all.
+ROUTED: Config = {
+    "n_routed_experts": 9,
+    "num_experts_per_tok": 2,
+    "n_group": 3,
+    "topk_group": 2,
+    "moe_intermediate_size": 28,
+    "n_shared_experts": 2,
+    "norm_topk_prob": True,
+    "first_k_dense_replace": 1,
+}
+LATENT: Config = (
+    ONE_KV_PER_HEAD
+    | THREE
+    | {
+        "hidden_size": 48,
+        "num_key_value_heads": 8,
+        "q_lora_rank": 26,
+        "kv_lora_rank": 18,
+        "qk_nope_head_dim": 10,
+        "qk_rope_head_dim": 4,
+        "v_head_dim": 12,
+    }
+)
 GPT2: Config = GPT2_NAMES | {"n_layer": 3}
 STABLELM: Config = DERIVED | PARTIAL_ROTARY
 THREE_FALCON: Config = FALCON | THREE
@@ -30,6 +66,47 @@ TYPES: Mapping[str, Config] = {
     "arcee-biases": OWN | FOR_96 | {"mlp_bias": True, "attention_bias": True},
     "bloom": TOKENS | {"n_layer": 3, "hidden_size": 80, "n_head": 8},
     "codegen": GPT2 | {"rotary_dim": 4},
+    "deepseek_v2": LATENT | ROUTED | {"topk_method": "group_limited_greedy"},
+    "deepseek_v2-lite": LATENT | ROUTED | {"q_lora_rank": None, "topk_method": "greedy", "n_group": 1},
+    "deepseek_v3": LATENT | ROUTED,
+    "dots1": OWN | ROUTED,
+    "ernie4_5_moe": OWN
+    | {
+        "moe_num_experts": 7,
+        "moe_k": 3,
+        "moe_intermediate_size": 28,
+        "moe_num_shared_experts": 2,
+        "use_bias": True,
+        "tie_word_embeddings": False,
+    },
+    "exaone_moe": OWN | SLIDING | ROUTED | {"n_routed_experts": None, "num_experts": 9, "num_shared_experts": 2},
+    "flex_olmo": DERIVED | EXPERTS,
+    "glm4_moe": OWN | ROUTED | PARTIAL_ROTARY,
+    "glm4_moe-qk-norm": OWN | ROUTED | PARTIAL_ROTARY | {"use_qk_norm": True},
+    "glm4_moe_lite": LATENT | ROUTED,
+    "granitemoe": DERIVED | LOCAL_EXPERTS | GRANITE_SCALES,
+    "granitemoeshared": DERIVED | LOCAL_EXPERTS | GRANITE_SCALES | {"shared_intermediate_size": 36},
+    "hunyuan_v1_moe": OWN | {"num_experts": 7, "moe_topk": 3},
+    "llama4_text": OWN
+    | LOCAL_EXPERTS
+    | {
+        "intermediate_size_mlp": 60,
+        "interleave_moe_layer_step": 2,
+        "no_rope_layer_interval": 3,
+        "attention_chunk_size": 5,
+    },
+    "llama4_text-no-norm": OWN
+    | LOCAL_EXPERTS
+    | {"intermediate_size_mlp": 60, "interleave_moe_layer_step": 2, "use_qk_norm": False},
+    "mellum": OWN | LOCAL_EXPERTS | SLIDING | {"moe_intermediate_size": 28, "mlp_layer_types": ["sparse"] * 3},
+    "minimax_m2": OWN | LOCAL_EXPERTS | PARTIAL_ROTARY,
+    "olmoe": DERIVED | EXPERTS,
+    "phimoe": OWN | LOCAL_EXPERTS | {"attention_bias": True, "lm_head_bias": True},
+    "qwen2_moe": DERIVED
+    | EXPERTS
+    | {"moe_intermediate_size": 28, "shared_expert_intermediate_size": 36, "mlp_only_layers": [1]},
+    "qwen3_moe": OWN | EXPERTS | {"moe_intermediate_size": 28, "mlp_only_layers": [1]},
+    "solar_open": OWN | ROUTED,
     "exaone4": OWN | SLIDING,
     "falcon": THREE_FALCON,
     "falcon-new-decoder": THREE_FALCON | {"new_decoder_architecture": True, "num_kv_heads": 2},

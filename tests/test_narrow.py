@@ -40,7 +40,7 @@ ROUNDED = 4e-6  # in float32, of the largest logit: rounding, for in float64 not
 WRONG = 1e-2  # of logits of order 1. What a wrong cut leaves is more
 
 # What is kept of each axis; heads of DERIVED follow from hidden / 10.
-SIZES = {"ffn": 37, "kv_heads": 1, "group": 3, "experts": 5}
+SIZES = {"ffn": 37, "expert_ffn": 19, "kv_heads": 1, "group": 3, "experts": 5}
 OPERATIONS = {
     "neurons": ("ffn",),
     "heads in groups": ("heads",),
@@ -79,14 +79,17 @@ def drawn(anatomy, fields, seed=0):
     derived = "kv_heads" not in anatomy.family.sizes
     counts = SIZES | ({"kv_heads": 6, "group": 1} if derived else {})
     hidden = (
-        60 if derived else sizes["hidden"] * 5 // 6 // 24 * 24
+        60 if derived and "head_dim" not in anatomy.family.sizes else sizes["hidden"] * 5 // 6 // 24 * 24
     )  # by 8 and by 3: some families insist that heads divide it
     options = {}
     if "hidden" in fields:
         options["hidden"] = some(sizes["hidden"], hidden)
-    for axis in ("ffn", "kv_heads", "experts"):
+    for axis in ("ffn", "expert_ffn", "kv_heads", "experts"):
         if axis in fields:
             options[axis] = in_layers(axis, lambda _, axis=axis: some(sizes[axis], counts[axis]))
+    if "kv_heads" in fields and anatomy.shares_heads:
+        by_stack = [some(sizes["kv_heads"], counts["kv_heads"]) for _ in anatomy.stacks]
+        options["kv_heads"] = {layer: by_stack[layer // anatomy.depth] for layer in options["kv_heads"]}
     if "heads" in fields:
         groups = counts["kv_heads"] if "kv_heads" in fields else sizes["kv_heads"]
         options["heads"] = in_layers(
@@ -117,7 +120,7 @@ def stays(kept, layer, point, sizes):
         if axis in ("q_dim", "k_dim", "v_dim") and kept.head_dim is not None and i not in kept.head_dim:
             return False
         found = getattr(kept, axis, None)
-        if axis in ("ffn", "kv_heads", "experts") and found is not None and i not in found[layer]:
+        if axis in ("ffn", "expert_ffn", "kv_heads", "experts") and found is not None and i not in found[layer]:
             return False
         if axis == "group" and kept.heads is not None:
             groups = list(range(sizes["kv_heads"])) if kept.kv_heads is None else kept.kv_heads[layer]
@@ -130,12 +133,10 @@ def left(anatomy, kept, name):
     """Return, for each dimension of a tensor, the positions that stay: all of one that no axis names."""
     place = anatomy.locate(name)
     layer = place[0] if place else None
-    shape = anatomy.spec.tensors[name].shape
+    sizes = [anatomy.sizes | {"?": size} for size in anatomy.spec.tensors[name].shape]
     return [
-        [j for j, point in enumerate(coordinates(dim, anatomy.sizes)) if stays(kept, layer, point, anatomy.sizes)]
-        if axes_of(dim) <= anatomy.sizes.keys()
-        else list(range(size))
-        for dim, size in zip(anatomy.row(name)[0].axes or map(Axis, map(str, shape)), shape, strict=True)
+        [j for j, point in enumerate(coordinates(dim, own)) if stays(kept, layer, point, anatomy.sizes)]
+        for dim, own in zip(anatomy.row(name)[0].axes or [Axis("?")] * len(sizes), sizes, strict=True)
     ]
 
 
@@ -202,6 +203,9 @@ def never_chosen(anatomy, tensors, kept):
         elif part == "mlp" and [axes_of(dim) for dim in row.axes] == [{"experts"}, {"hidden"}]:
             gone = set(range(anatomy.sizes["experts"])) - set(kept.experts[anatomy.stacks[0].locate(name)[0]])
             value[sorted(gone), channel] = -1000.0
+        elif row.kind == "logit" and part == "mlp":  # it sways the choice
+            gone = set(range(anatomy.sizes["experts"])) - set(kept.experts[anatomy.locate(name)[0]])
+            value[..., sorted(gone)] = -1000.0
 
 
 @pytest.fixture(scope="module")

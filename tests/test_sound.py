@@ -127,3 +127,96 @@ def test_a_head_that_differs_is_not_tied_whatever_the_config_says(tmp_path):
     assert "tie_word_embeddings became false: lm_head.weight differs" in grown.notes[0]
     assert open_source(grown.output).config["tie_word_embeddings"] is False
     assert surgeon.verify(model, grown.output).verdict == "exact"
+
+
+CLASSIFIERS = {
+    ("llama", "AutoModelForSequenceClassification"): "score.weight",
+    ("qwen3", "AutoModelForTokenClassification"): "score.bias",
+    ("gpt2", "AutoModelForTokenClassification"): "classifier.bias",
+    ("mistral", "AutoModelForQuestionAnswering"): "qa_outputs.weight",
+    ("llama", "AutoModelForQuestionAnswering"): "transformer.norm.weight",  # its base has another name
+}
+
+
+@pytest.mark.parametrize(("model_type", "kind"), CLASSIFIERS)
+def test_the_head_of_a_classifier_is_known_by_the_class_in_the_config(model_type, kind, saved):
+    model = saved(kind, model_type, **toys.TOYS[model_type], num_labels=5)
+    assert CLASSIFIERS[model_type, kind] in open_source(model).tensors
+
+    cut = surgeon.truncate(model, layers=4).save(model.with_name("cut")).output
+    wide = surgeon.grow(model, hidden_size="2x", intermediate_size="2x").save(model.with_name("wide")).output
+
+    sound, wider = (getattr(transformers, kind).from_pretrained(each).eval() for each in (model, wide))
+    _, report = getattr(transformers, kind).from_pretrained(cut, output_loading_info=True)
+    assert not any(report.values())
+    outputs = [model(input_ids=torch.arange(3, 15)[None])[0] for model in (sound, wider)]
+    torch.testing.assert_close(outputs[1], outputs[0], rtol=0, atol=1e-4)  # the criterion for growth in float32
+
+
+def test_a_head_that_no_class_names_is_no_tensor_of_the_model(saved):
+    model = saved("AutoModelForSequenceClassification", "llama", **toys.TOYS["llama"])
+    edit_config(model, architectures=["LlamaForCausalLM"])
+
+    with pytest.raises(CheckpointError, match=r"'score.weight' is not a tensor of a llama model"):
+        open_model(model)
+
+
+@pytest.mark.parametrize("model_type", ["bart", "marian"])
+def test_a_decoder_that_was_saved_alone_has_the_decoders_layers(model_type, saved):
+    depths = {"encoder_layers": 6, "decoder_layers": 4, "is_decoder": True, "is_encoder_decoder": False}
+    kind = {"bart": "BartForCausalLM", "marian": "MarianForCausalLM"}[model_type]
+    model = saved(kind, model_type, **toys.TOYS["bart"] | depths)
+
+    cut = surgeon.truncate(model, layers=2).save(model.with_name("cut")).output
+
+    assert open_model(model).anatomy.depth == 4
+    _, report = getattr(transformers, kind).from_pretrained(cut, output_loading_info=True)
+    assert not any(report.values())
+
+
+@pytest.mark.parametrize("model_type", ["t5gemma", "t5gemma2"])
+def test_an_encoder_and_a_decoder_with_configs_of_their_own_are_cut_alike(model_type, saved):
+    vision = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "image_size": 28, "patch_size": 14}
+    sizes = toys.TOYS["gemma2"] | {"vocab_size": 131}
+    encoder = {"text_config": sizes, "vision_config": vision | {"intermediate_size": 48}}
+    configs = {"encoder": encoder if model_type == "t5gemma2" else sizes, "decoder": sizes}
+    model = saved("AutoModelForSeq2SeqLM", model_type, **configs, vocab_size=131)
+
+    cut = surgeon.truncate(model, layers=2).save(model.with_name("cut")).output
+
+    assert [stack.depth for stack in open_model(cut).anatomy.stacks] == [2, 2]
+    _, report = transformers.AutoModelForSeq2SeqLM.from_pretrained(cut, output_loading_info=True)
+    assert not any(report.values())
+
+
+def with_predictor(model, layers):
+    """Add a layer that predicts further tokens to a model of so many layers, under the next number, as published."""
+    tensors = load_file(model / "model.safetensors")
+    last, new = f"model.layers.{layers - 1}.", f"model.layers.{layers}."
+    tensors |= {new + name.removeprefix(last): tensors[name].clone() for name in tensors if name.startswith(last)}
+    tensors[new + "eh_proj.weight"] = torch.randn(48, 96)
+    save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
+    edit_config(model, num_nextn_predict_layers=1)
+
+
+def test_layers_that_predict_further_tokens_are_shown_and_left_out(saved):
+    model = saved("AutoModelForCausalLM", "deepseek_v3", **toys.TOYS["deepseek_v3"])
+    with_predictor(model, 6)
+
+    shown = surgeon.inspect(model)
+    summary = surgeon.truncate(model, layers=4).save(model.with_name("cut"))
+
+    assert shown.anatomy.depth == 6
+    assert "tensors of layers that predict further tokens" in str(shown)
+    assert "(MTP) are left out: model.layers.6." in summary.notes[0]
+    assert json.loads((summary.output / "config.json").read_text())["num_nextn_predict_layers"] == 0
+    assert not any(toys.load(summary.output)[1].values())
+
+
+def test_a_layer_too_many_without_a_word_in_the_config_is_still_refused(saved):
+    model = saved("AutoModelForCausalLM", "deepseek_v3", **toys.TOYS["deepseek_v3"])
+    with_predictor(model, 6)
+    edit_config(model, num_nextn_predict_layers=0)
+
+    with pytest.raises(CheckpointError, match="config.json says 6 layers, but the files hold 7"):
+        open_model(model)

@@ -5,7 +5,7 @@ of all other types, and of each the axes that it lets change, and the words with
 """
 
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 
 import pytest
 import tabled
@@ -14,12 +14,12 @@ from test_narrow import drawn, narrowed, silent
 
 import surgeon
 from surgeon.anatomy.anatomy import read_anatomy
-from surgeon.anatomy.axes import shape
+from surgeon.anatomy.axes import axes_of, shape
 from surgeon.anatomy.families import FAMILIES
 from surgeon.checkpoint.header import TensorSpec
 from surgeon.errors import CheckpointError, PlanError
 from surgeon.surgery import open_model
-from surgeon.transforms.narrow import Kept
+from surgeon.transforms.narrow import Kept, layers_with, narrow
 
 if LATER:
     from exact64 import EXACT, difference, logits64
@@ -30,6 +30,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 GROWN = {
     "hidden": {"hidden_size": 1.5},
     "ffn": {"intermediate_size": 71},
+    "expert_ffn": {"expert_intermediate_size": 71},
     "heads": {"attention_heads": 12},
     "head_dim": {"head_dim": "2x"},
     "all": {"layers": 4, "hidden_size": 2.0, "intermediate_size": "2x", "attention_heads": "2x", "head_dim": "2x"},
@@ -41,10 +42,25 @@ GROWN_SQUARE = {
     "head_dim": {"hidden_size": 2.0, "head_dim": "2x"},
     "all": {"layers": 4, "hidden_size": 4.0, "intermediate_size": "2x", "head_dim": "2x"},
 }
-CUT = {"ffn": ("ffn",), "heads": ("heads", "kv_heads"), "hidden": ("hidden",), "experts": ("experts",)}
+CUT = {
+    "ffn": ("ffn",),
+    "expert_ffn": ("expert_ffn",),
+    "heads": ("heads", "kv_heads"),
+    "hidden": ("hidden",),
+    "experts": ("experts",),
+}
 
+LATENT = ("deepseek_v2", "deepseek_v2-lite", "deepseek_v3", "glm4_moe_lite")
 SLOPES = "it tells positions by"
+NO_DENSE = "all its layers have experts"
 REFUSED = {
+    **{(name, op): NO_DENSE for name in ("mellum", "solar_open") for op in ("ffn", "all")},
+    **{(name, op): "four sizes" for name in LATENT for op in ("head_dim", "all")},
+    ("ernie4_5_moe", "all"): "derives which layers have experts",
+    ("flex_olmo", "heads"): "must be copies",
+    **{("llama4_text", op): "without gains" for op in ("head_dim", "all")},
+    ("minimax_m2", "heads"): "must be copies",
+    ("olmoe", "hidden"): "must be copies",
     ("bloom", "hidden"): "layer norm behind its embedding",
     ("bloom", "ffn"): "takes its MLP to be 320 wide",
     ("bloom", "all"): SLOPES,
@@ -61,14 +77,14 @@ REFUSED = {
     ("olmo3", "heads"): "must be copies",
 }
 NOT_CUT = {
+    **{(name, "ffn"): "has MLP neurons to choose from" for name in ("mellum", "solar_open")},
     **{(name, "hidden"): SLOPES for name in ("bloom", "falcon-alibi", "mpt")},
     **{(name, "ffn"): "takes its MLP to be 320 wide" for name in ("bloom", "mpt")},
     ("codegen", "hidden"): "four blocks",
     ("stablelm-parallel", "hidden"): "a norm of its own",
 }
-# It normalises queries and keys after it has rotated them. Copies rotate by other angles, whose cosines and sines
-# transformers computes in float32: their squares sum to 1 within 1e-7 only.
-ROTATED = {"hunyuan_v1_dense": 1e-6}
+# transformers holds their routers in float32, whatever is asked for: 2^-24 of each weight.
+ROUNDED = {"ernie4_5_moe": 1e-6, "hunyuan_v1_moe": 1e-6}
 
 if LATER:
     before64 = cache(logits64)
@@ -88,9 +104,17 @@ def is_square(name):
     return "head_dim" not in family.sizes or flag is True or flag in tabled.TYPES[name]
 
 
+def has_sized_experts(name):
+    """Return whether experts have a size of their own."""
+    rows = [row for part in FAMILIES[name.partition("-")[0]].mlp for row in part.values()]
+    return any("expert_ffn" in axes_of(dim) for row in rows for dim in row.axes)
+
+
 def growth(name, operation):
     """Return what an operation asks for, {} where the family leaves no such choice; a hidden size is a factor."""
     options = dict((GROWN_SQUARE if is_square(name) else GROWN).get(operation, ()))
+    if operation == "expert_ffn" and not has_sized_experts(name):
+        return {}
     if operation == "ffn" and "ffn" not in FAMILIES[name.partition("-")[0]].sizes:
         options["intermediate_size"] = 400  # more than 4 x 80, which the code takes it to be
     return options
@@ -99,13 +123,17 @@ def growth(name, operation):
 def kept(anatomy, operation):
     """Return what an operation keeps: of square families in shapes that they have."""
     sizes = anatomy.sizes
+    six = dict.fromkeys(range(anatomy.depth), (0, 1, 3, 4, 6, 7))
+    if operation == "experts" and anatomy.expert_groups > 1:
+        return Kept(experts=dict.fromkeys(sorted(layers_with(anatomy, "experts")), (0, 2, 4, 5, 6, 7)))
+    if operation == "heads" and sizes["group"] == 1:
+        return Kept(kv_heads=six)
     if not anatomy.is_square or operation != "hidden":
         return drawn(anatomy, CUT[operation])
     if sizes["group"] == 1:
-        heads = dict.fromkeys(range(anatomy.depth), (0, 1, 3, 4, 6, 7))
-        return Kept(hidden=tuple(range(10, 70)), kv_heads=heads)
+        return Kept(hidden=tuple(range(10, 70)), kv_heads=six)
     if sizes["kv_heads"] == 1:
-        return Kept(hidden=tuple(range(10, 70)), heads=dict.fromkeys(range(anatomy.depth), ((0, 1, 3, 4, 6, 7),)))
+        return Kept(hidden=tuple(range(10, 70)), heads={layer: (heads,) for layer, heads in six.items()})
     return Kept(hidden=tuple(range(20, 60)), kv_heads={layer: (layer % 2,) for layer in range(anatomy.depth)})
 
 
@@ -115,7 +143,8 @@ NARROWER = [
     for name in tabled.TYPES
     for op in CUT
     if not (op == "heads" and is_square(name))
-    and not (op == "experts" and "num_experts_per_tok" not in tabled.TYPES[name])
+    and not (op == "expert_ffn" and not has_sized_experts(name))
+    and not (op == "experts" and not tabled.TYPES[name].keys() & {"num_experts_per_tok", "moe_k", "moe_topk"})
 ]
 
 
@@ -160,7 +189,7 @@ def test_a_wider_model_computes_what_the_original_computes_or_is_refused(name, o
     surgery.save(tmp_path / "wide")
 
     assert surgery.plan.all_notes == ()
-    assert difference(logits64(tmp_path / "wide"), before64(source)) <= ROTATED.get(name, EXACT)
+    assert difference(logits64(tmp_path / "wide"), before64(source)) <= ROUNDED.get(name, EXACT)
 
 
 @pytest.mark.parametrize(("name", "operation"), NARROWER)
@@ -176,3 +205,51 @@ def test_removing_what_holds_nothing_changes_nothing_or_is_refused(name, operati
     cut = narrowed(source, tmp_path / "narrow", keep)
 
     assert difference(logits_without_epsilon(cut), logits_without_epsilon(source)) <= EXACT
+
+
+# --- experts -------------------------------------------------------------------------------------------------------
+
+MIXTURES = [name for name, operation in NARROWER if operation == "experts"]
+
+
+@pytest.mark.parametrize("name", MIXTURES)
+def test_the_experts_with_the_largest_weights_stay_and_the_model_loads(name, small, tmp_path):
+    anatomy = open_model(small(name)).anatomy
+    left = 6 if anatomy.expert_groups > 1 else 4
+
+    width = {"expert_intermediate_size": 20} if has_sized_experts(name) else {"intermediate_size": 20}
+
+    surgeon.prune(small(name), experts=left, score="magnitude", **width).save(tmp_path / "cut")
+
+    sizes = open_model(tmp_path / "cut").anatomy.sizes
+    assert (sizes["experts"], sizes["expert_ffn" if has_sized_experts(name) else "ffn"]) == (left, 20)
+    assert logits64(tmp_path / "cut").isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("experts", "message"),
+    [(5, "compete in 3 groups, each of which keeps as many: 5"), (3, r"layer 1 would keep \[1, 1, 1\]")],
+)
+def test_groups_of_experts_stay_alike(experts, message, small):
+    with pytest.raises(PlanError, match=message):
+        surgeon.prune(small("deepseek_v3"), experts=experts, score="uniform").summary()
+
+
+def test_other_experts_of_a_group_than_of_the_next_are_not_kept(small):
+    anatomy = open_model(small("deepseek_v3")).anatomy
+
+    with pytest.raises(PlanError, match=r"layer 1 would keep \[3, 2, 1\]"):
+        narrow(anatomy, Kept(experts=dict.fromkeys((1, 2), (0, 1, 2, 4, 5, 7))))
+
+
+def test_experts_without_a_size_of_their_own_grow_and_shrink_with_the_mlp(small):
+    for verb in (surgeon.grow, partial(surgeon.prune, score="uniform")):
+        with pytest.raises(PlanError, match="experts of olmoe have the MLP's size") as caught:
+            verb(small("olmoe"), expert_intermediate_size=20 if verb is not surgeon.grow else 80)
+        assert "--intermediate-size" in caught.value.hint
+
+
+def test_neurons_of_experts_that_no_text_can_rank_are_refused_before_one_is_read(small, tmp_path):
+    for name, option in (("qwen2_moe", "expert_intermediate_size"), ("granitemoe", "intermediate_size")):
+        with pytest.raises(PlanError, match="neurons of experts have no activation scores"):
+            surgeon.prune(small(name), data=[str(tmp_path / "none.txt")], **{option: 20})

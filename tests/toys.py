@@ -194,6 +194,8 @@ TOYS: dict[str, Config] = {
 
 AUTO_CLASSES = {
     "t5": "AutoModelForSeq2SeqLM",
+    "mt5": "AutoModelForSeq2SeqLM",
+    "umt5": "AutoModelForSeq2SeqLM",
     "bart": "AutoModelForSeq2SeqLM",
     "bert": "AutoModelForMaskedLM",
     "roberta": "AutoModelForMaskedLM",

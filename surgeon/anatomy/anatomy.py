@@ -9,17 +9,18 @@ from dataclasses import dataclass, replace
 from functools import cached_property, reduce
 from typing import Any, Literal
 
-from surgeon.anatomy.axes import axes_of
+from surgeon.anatomy.axes import axes_of, parse
 from surgeon.anatomy.config import (
     CONFIG_HINT,
     check_layer_keys,
+    class_names,
     is_off,
     model_type,
     setting,
     text_config,
     with_text,
 )
-from surgeon.anatomy.families import FAMILIES, FIRST, MULTIMODAL, PARTIAL, UNTIED, Family, Layers, Row, Rows
+from surgeon.anatomy.families import FAMILIES, FIRST, MULTIMODAL, PARTIAL, UNTIED, Family, Layers, Row, Rows, Wrapper
 from surgeon.anatomy.stacks import FILES_HINT, Stack, find_stacks
 from surgeon.checkpoint.header import CheckpointSpec, is_quantized
 from surgeon.errors import CheckpointError, PlanError
@@ -85,6 +86,11 @@ class Anatomy:
     def shares_heads(self) -> bool:
         """Whether a bias of heads serves all layers of a stack, so that they keep the same ones."""
         return self.family is not None and self.family.shares_heads
+
+    @cached_property
+    def predictors(self) -> frozenset[str]:
+        """The tensors of layers that predict further tokens (MTP), where they follow the model's own by number."""
+        return frozenset(name for name in self.spec.tensors if any(stack.is_beyond(name) for stack in self.stacks))
 
     @property
     def stored_tie(self) -> tuple[str, str] | None:
@@ -169,6 +175,13 @@ class Anatomy:
         normed = is_off(self.config, family.pre_norm_flag) or bool(self.config.get(family.post_norm_flag or ""))
         return normed or family.norms_after_sum
 
+    @property
+    def expert_groups(self) -> int:
+        """The number of groups in which experts compete, each with as many of them one after the other."""
+        family = self.require_family(partial=True)
+        count = self.config.get(family.expert_groups or "")
+        return count if type(count) is int and count > 1 else 1
+
     def implied_kv_heads(self, heads: int) -> int | None:
         """Return how many key-value heads `heads` heads must have, None where that is free."""
         return _implied_kv_heads(self.require_family(), self.config, heads)
@@ -213,6 +226,7 @@ def read_anatomy(spec: CheckpointSpec) -> Anatomy:
         return Anatomy(spec, name, stacks, None, {}, {})
     if family.is_partial:
         return _read_partially(family, stacks, spec)
+    family = _as_named_by_class(_with_class_head(family, spec.config), stacks[0])
     if stacks[0].prefix not in (family.layers, family.layers.removeprefix(family.base)):
         raise CheckpointError(
             f"the layers are called {stacks[0].prefix}*, those of a {name} model {family.layers}*", hint=FILES_HINT
@@ -257,6 +271,36 @@ def family_of(config: Mapping[str, Any], layers: str) -> Family | None:
     return FAMILIES.get(own) or PARTIAL.get(own)
 
 
+# What the heads of classifiers and reward models are called, by the end of the class that has them.
+CLASS_HEADS = {
+    "ForSequenceClassification": ("score", "classifier"),
+    "ForTokenClassification": ("score", "classifier"),
+    "ForQuestionAnswering": ("qa_outputs",),
+    "RewardModel": ("score", "v_head"),
+}
+
+
+def _with_class_head(family: Family, config: Mapping[str, Any]) -> Family:
+    """Return the family with the head of the class that the config names, where it is not a language model's."""
+    names = (names for end, names in CLASS_HEADS.items() if any(word.endswith(end) for word in class_names(config)))
+    heads = {name: row for name, row in family.embedding.items() if row.kind == "head"}
+    added: Rows = {}
+    for name in next(names, ()) if heads else ():
+        axes = (*parse("?"), *next(iter(heads.values())).axes[1:])
+        added[f"{name}.weight"] = Row(axes, "head", optional=name)
+        added[f"{name}.bias"] = Row(axes[:1], "bias", optional=f"{name} with a bias")
+    if not added:
+        return family
+    unneeded = {name: replace(row, optional="language model") for name, row in heads.items()}
+    return replace(family, embedding={**added, **family.embedding, **unneeded})
+
+
+def _as_named_by_class(family: Family, stack: Stack) -> Family:
+    """Return the family with the names of the class of Llama's kind that answers questions: its base is another."""
+    own, other = family.layers.removeprefix(family.base), "transformer."
+    return Wrapper(other, ()).around(family) if own and stack.prefix == other + own != family.layers else family
+
+
 def written_and_read(row: Row) -> tuple[int | None, int | None]:
     """Return which dimension of a tensor writes an axis, and which reads one; None where none does."""
     last = len(row.axes) - 1
@@ -284,13 +328,15 @@ _Table = Mapping[str, tuple[Row, Part]]
 
 def _row_finder(family: Family, stacks: Sequence[Stack]) -> Callable[[str], tuple[Row, Part] | None]:
     """Return the function from a tensor's name to its row and part, None for a tensor that the table does not know."""
-    outside = _table([("embedding", family.embedding), ("norm", family.final_norm)])
+    outside = _table([("embedding", family.embedding), ("norm", family.encoder_norm | family.final_norm)])
     inside: list[tuple[Stack, _Table]] = []
     for stack, layers in zip(stacks, family.stacks, strict=True):
         parts: list[tuple[Part, Rows]] = [("norm", layers.norm), *(("attention", rows) for rows in layers.attention)]
         inside.append((stack, _table([*parts, *(("mlp", rows) for rows in layers.mlp)])))
 
     def find(name: str) -> tuple[Row, Part] | None:
+        if any(stack.is_beyond(name) for stack in stacks):
+            return OPAQUE
         name = family.current(name)
         table, rest = outside, name
         if name not in outside and not name.startswith(family.base):
@@ -317,6 +363,8 @@ def _sizes(family: Family, config: Mapping[str, Any]) -> dict[str, int]:
     text = text_config(config)
     for axis, keys in family.sizes.items():
         if key := next((key for key in keys if text.get(key) is not None), None):
+            if text[key] == 0 and axis == "shared":  # no expert that every token takes
+                continue
             if type(text[key]) is not int or text[key] < 1:
                 raise CheckpointError(
                     f"config.json says {key} = {text[key]!r}, not a positive number", hint=CONFIG_HINT
@@ -413,7 +461,7 @@ def _expected(
     saved_with_base = stacks[0].prefix == family.layers
     outside = {
         name if saved_with_base else name.removeprefix(family.base): row
-        for name, row in {**family.embedding, **family.final_norm}.items()
+        for name, row in family.outside.items()
         if saved_with_base or name.startswith(family.base)  # the rest are the head's, and there is no head
     }
     parts = {row.optional for name, row in outside.items() if name in present}

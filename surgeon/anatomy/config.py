@@ -70,6 +70,12 @@ def with_text(config: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str
     return {**config, **outer, "text_config": {**text, **changes}}
 
 
+def nested_stacks(config: Mapping[str, Any]) -> tuple[str, ...]:
+    """Return the keys of the configs of a decoder and of an encoder, where each stack has a config of its own."""
+    parts = ("decoder", "encoder")
+    return parts if all(isinstance(config.get(part), Mapping) for part in parts) else ()
+
+
 def model_type(config: Mapping[str, Any]) -> str:
     """Return the config's `model_type`. Raises CheckpointError when there is none."""
     name = config.get("model_type")
@@ -174,6 +180,10 @@ def follow_layers(config: Mapping[str, Any], keep: Sequence[int], depth: int, *,
     Raises PlanError, naming the key, when the model's code cannot give the surviving layers the kinds they have.
     """
     name = model_type(config)
+    if parts := nested_stacks(config):
+        edits = {part: follow_layers(config[part], keep, depth, tabled=tabled) for part in parts}
+        nested = {part: edit.config for part, edit in edits.items()}
+        return ConfigEdit({**config, **nested}, [note for edit in edits.values() for note in edit.notes])
     text = text_config(config)
     text_name = str(text.get("model_type", name))
     _refuse_what_cannot_move(config, {name, text_name}, keep, depth)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
-from surgeon.anatomy.config import CONFIG_HINT, layer_count, text_config
+from surgeon.anatomy.config import CONFIG_HINT, layer_count, nested_stacks, text_config
 from surgeon.anatomy.layer_rules import COUNT_KEYS, DECODER_COUNT_KEYS, ENCODER_COUNT_KEYS
 from surgeon.errors import CheckpointError
 
@@ -15,6 +15,7 @@ _NUMBER = re.compile(r"0|[1-9][0-9]{0,5}")
 _ODD = re.compile(r"(?:\A|\.)(?:0[0-9]|[0-9]{7})")  # begins what may be a number, and none of a layer
 _TOWERS = re.compile(r"vision|visual|image|video|audio|speech|mtp")  # stacks beside the language model's own
 
+PREDICTORS = "num_nextn_predict_layers"  # of DeepSeek-V3 and GLM-4.5: layers that predict further tokens (MTP)
 FILES_HINT = "The weights are incomplete or of another model than config.json; fetch the whole checkpoint again."
 
 
@@ -31,7 +32,14 @@ class Stack:
             return None
         number, dot, rest = name[len(self.prefix) :].partition(".")
         layer = _layer_number(number) if dot else None
-        return None if layer is None else (layer, rest)
+        return None if layer is None or layer >= self.depth else (layer, rest)
+
+    def is_beyond(self, name: str) -> bool:
+        """Return whether a tensor is one of a layer that follows the stack's own under the next numbers."""
+        if not name.startswith(self.prefix):
+            return False
+        layer = _layer_number(name[len(self.prefix) :].partition(".")[0])
+        return layer is not None and layer >= self.depth
 
     def name(self, layer: int, rest: str) -> str:
         """Return the full name of tensor `rest` of `layer`."""
@@ -59,21 +67,32 @@ def find_stacks(config: Mapping[str, Any], names: Iterable[str]) -> tuple[Stack,
         if match := _NUMBERED.match(name):
             numbers.setdefault(match[1], set()).add(int(match[2]))
     text = text_config(config)
-    if not text.get("is_encoder_decoder"):
-        return (_pick_stack(numbers, layer_count(text, COUNT_KEYS)),)
-    depth = layer_count(text, ENCODER_COUNT_KEYS)
-    decoder_depth = layer_count(text, DECODER_COUNT_KEYS) or depth  # T5: absent means as many
-    return (
-        _pick_stack({prefix: layers for prefix, layers in numbers.items() if "decoder" in prefix}, decoder_depth),
-        _pick_stack({prefix: layers for prefix, layers in numbers.items() if "encoder" in prefix}, depth),
-    )
+    parts = nested_stacks(config)
+    if not parts and not text.get("is_encoder_decoder"):
+        is_alone = all("decoder." in prefix for prefix, layers in numbers.items() if len(layers) > 1)
+        depth = layer_count(text, DECODER_COUNT_KEYS) if is_alone else None  # an encoder-decoder's, saved by itself
+        following = text.get(PREDICTORS)
+        extra = following if type(following) is int else 0
+        return (_pick_stack(numbers, depth or layer_count(text, COUNT_KEYS), extra),)
+    if parts:
+        decoder_depth, depth = (layer_count(text_config(config[part]), COUNT_KEYS) for part in parts)
+    else:
+        depth = layer_count(text, ENCODER_COUNT_KEYS)
+        decoder_depth = layer_count(text, DECODER_COUNT_KEYS) or depth  # T5: absent means as many
+    decoders = {prefix: layers for prefix, layers in numbers.items() if "decoder" in prefix}
+    encoders = {prefix: layers for prefix, layers in numbers.items() if "encoder" in prefix and prefix not in decoders}
+    return _pick_stack(decoders, decoder_depth), _pick_stack(encoders, depth)
 
 
-def _pick_stack(numbers: Mapping[str, set[int]], depth: int | None) -> Stack:
-    """Return the one stack with `depth` layers. Raises CheckpointError when there is none, or more than one."""
+def _pick_stack(numbers: Mapping[str, set[int]], depth: int | None, extra: int = 0) -> Stack:
+    """Return the one stack with `depth` layers, which `extra` others may follow.
+
+    Raises CheckpointError when there is none, or more than one.
+    """
     if depth is None:
         raise CheckpointError("config.json does not say how many layers the model has", hint=CONFIG_HINT)
-    fitting = [prefix for prefix, layers in numbers.items() if len(layers) == depth == max(layers) + 1]
+    depths = (depth, depth + extra)
+    fitting = [prefix for prefix, layers in numbers.items() if len(layers) == max(layers) + 1 in depths]
     if len(fitting) > 1:
         fitting = [prefix for prefix in fitting if not _TOWERS.search(prefix)]
     if len(fitting) == 1:

@@ -37,9 +37,9 @@ def layer_magnitudes(source: Source) -> list[float]:
 def width_magnitudes(source: Source) -> dict[str, Tensor]:
     """Return Σ |w| over all weights that belong to a position of an axis.
 
-    "hidden" has shape (D,), of the whole model; "ffn" (L, F), "heads" (L, kv_heads, group), "kv_heads" (L, kv_heads)
-    and "experts" (L, E) are of each layer, zero where a layer has none of the axis. An encoder's layers follow the
-    decoder's.
+    "hidden" has shape (D,), of the whole model; "ffn" and "expert_ffn" (L, F), "heads" (L, kv_heads, group), "kv_heads"
+    (L, kv_heads) and "experts" (L, E) are of each layer, zero where a layer has none of the axis. An encoder's layers
+    follow the decoder's.
 
     Raises PlanError when the model type has no table.
     """
@@ -49,8 +49,7 @@ def width_magnitudes(source: Source) -> dict[str, Tensor]:
     shapes = {"ffn": (depth, sizes["ffn"]), "hidden": (1, sizes["hidden"])}
     shapes["heads"] = (depth, sizes["kv_heads"] * sizes["group"])
     shapes["kv_heads"] = (depth, sizes["kv_heads"])
-    if "experts" in sizes:
-        shapes["experts"] = (depth, sizes["experts"])
+    shapes |= {axis: (depth, sizes[axis]) for axis in ("expert_ffn", "experts") if axis in sizes}
     sums = {axis: torch.zeros(shape, dtype=torch.float64) for axis, shape in shapes.items()}
     for name, tensor in _tensors(source):
         _add(sums, anatomy, name, tensor)

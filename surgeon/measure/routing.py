@@ -5,6 +5,7 @@ token's chosen experts summing to 1. Experts run one slot at a time, which costs
 gives each expert's part of the sum.
 """
 
+import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from surgeon.errors import MeasureError
 from surgeon.measure.activations import Watcher
 from surgeon.models.device import wide
 
@@ -31,6 +33,11 @@ class Routing(Watcher):
             yield
             return
         original = experts.forward
+        if len(inspect.signature(original).parameters) < 3:
+            raise MeasureError(
+                "the experts of this model are given states without the tokens' choices, so they cannot be scored",
+                hint="Use --score magnitude.",
+            )
 
         def forward(hidden: Tensor, chosen: Tensor, gates: Tensor, *rest: Any) -> Tensor:
             parts = (

@@ -196,27 +196,32 @@ def num_known(model: Any) -> int:
 
 
 def auto_class(source: Source) -> Any:
-    """Return the Auto class of transformers for a source; without a head that of a language model, or of an encoder."""
-    import transformers
+    """Return the Auto class of a source with one stack; without a head that of a language model, or of an encoder."""
+    import transformers as auto
     from transformers.models.auto import modeling_auto as known
 
-    if source.config.get("is_encoder_decoder"):
-        return transformers.AutoModelForSeq2SeqLM
-    names, model_type = class_names(source.config), str(source.config.get("model_type"))
-    for head in ("ForMaskedLM", "ForSequenceClassification"):
-        if any(name.endswith(head) for name in names):
-            return getattr(transformers, f"AutoModel{head}")
-    writes = not names or any("CausalLM" in name or "LMHead" in name for name in names)
-    both_ways = model_type in known.MODEL_FOR_MASKED_LM_MAPPING_NAMES and not writes
-    has_code = model_type in known.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or "auto_map" in source.config
-    return transformers.AutoModel if both_ways or not has_code else transformers.AutoModelForCausalLM
+    named, model_type = " ".join(class_names(source.config)), source.config.get("model_type")
+    if "ForMaskedLM" in named:
+        return auto.AutoModelForMaskedLM
+    if "ForSequenceClassification" in named:
+        return auto.AutoModelForSequenceClassification
+    writes = not named or "CausalLM" in named or "LMHead" in named
+    if model_type in known.MODEL_FOR_MASKED_LM_MAPPING_NAMES and not writes:
+        return auto.AutoModel
+    if model_type in known.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or "auto_map" in source.config:
+        return auto.AutoModelForCausalLM
+    has_images = model_type in known.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+    return auto.AutoModelForImageTextToText if has_images else auto.AutoModel
 
 
-def load_model(source: Source, *, dtype: Any, hint: str, **options: Any) -> Any:
-    """Return the model in evaluation mode, on the CPU unless `options` (of from_pretrained) place it elsewhere.
+def load_model(source: Source, *, dtype: Any, hint: str, kind: Any = None, **options: Any) -> Any:
+    """Return the model in evaluation mode, by an Auto class or as one that writes, on the CPU or where `options` say.
 
     Raises MeasureError, with `hint`, where transformers cannot load it or would draw weights at random.
     """
+    import transformers as auto
+
+    writer = auto.AutoModelForSeq2SeqLM if source.config.get("is_encoder_decoder") else auto.AutoModelForCausalLM
     name, revision = loadable(source)
     _check_files(name)
     if ADAPTER in source.companions:
@@ -226,7 +231,7 @@ def load_model(source: Source, *, dtype: Any, hint: str, **options: Any) -> Any:
         )
     with transformers_loads(source.label, hint=hint), quiet_transformers():
         model, report = _from_pretrained(
-            auto_class(source),
+            kind or writer,
             name,
             revision=revision,
             config=config_of(source, hint=hint),
@@ -370,7 +375,7 @@ def quiet_transformers() -> Iterator[None]:
             logging.enable_progress_bar()  # type: ignore[no-untyped-call]
 
 
-def load_on(source: Source, device: str, *, hint: str = HINT, smaller: str = SMALLER) -> Any:
+def load_on(source: Source, device: str, *, hint: str = HINT, smaller: str = SMALLER, kind: Any = None) -> Any:
     """Return the model on `device`, in float32 or on a GPU in the 16 bits of its weights.
 
     Raises MeasureError where it does not fit (hint: `smaller`), cannot be loaded (`hint`), or lacks weights.
@@ -382,7 +387,7 @@ def load_on(source: Source, device: str, *, hint: str = HINT, smaller: str = SMA
             f"{source.label} takes {needed / 1e9:.1f} GB, more than there is on {device}",
             hint=smaller,
         )
-    return load_model(source, dtype=dtype, hint=hint).to(device)
+    return load_model(source, dtype=dtype, hint=hint, kind=kind).to(device)
 
 
 # --- tokenizers ---------------------------------------------------------------------------------------------------

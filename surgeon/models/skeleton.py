@@ -94,7 +94,7 @@ class Skeleton:
 
 def predicts_next(source: Source) -> bool:
     """Return whether a source's own class of transformers predicts the next token, by its config."""
-    return bool(auto_class(source).__name__ == "AutoModelForCausalLM")
+    return auto_class(source).__name__ in ("AutoModelForCausalLM", "AutoModelForImageTextToText")
 
 
 def build_skeleton(source: Source, dtype: torch.dtype) -> Skeleton:

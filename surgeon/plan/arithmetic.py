@@ -3,17 +3,20 @@
 Everything is computed in float32 or wider. It is rounded to the expression's dtype once at its end, and once at each
 step's end inside it, so that a fused plan makes the same bytes as its steps one by one.
 
-An expression becomes a function that makes a range of rows, and a tensor is made block by block: a block stays in the
-cache through all operations. Memory holds the tensors that are read, never the whole tensor that is made.
+An expression becomes a function that makes any range of rows, and a tensor is made block by block: a block stays in the
+cache through all operations, and several threads make blocks at once. Memory holds no large tensor whole, neither one
+that is made nor one that is read.
 
-The bytes are the same on every machine, whatever its vector units and threads: random numbers come from integers, and
-sums are made of elementwise additions in an order that is fixed here.
+The bytes are the same on every machine, whatever its vector units and threads, and whatever the size of a block: random
+numbers come from a place in their stream, and sums are made of elementwise additions in an order that is fixed here.
 """
 
 import hashlib
 import math
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import lru_cache, partial
 
 import numpy as np
 import torch
@@ -22,12 +25,17 @@ from torch import Tensor
 from surgeon.anatomy.axes import Run, runs_of
 from surgeon.checkpoint.header import FilePart, TensorSpec
 from surgeon.checkpoint.source import StoredTensor
+from surgeon.plan.execute import KEPT, Part
 from surgeon.plan.plan import Add, Affine, Cast, Constant, Expr, Gather, Normal, Read, Rounded, Uniform, infer
 
 TORCH_DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
-BLOCK = 1 << 18  # numbers in a block. Sums go block by block, so another size may change their last bit
-DRAW = 1 << 22  # normal numbers drawn at a time: bounds the memory of a draw in float64 to 32 MB
+BLOCK = 1 << 18  # numbers in a block
+PART = 1 << 21  # numbers that one thread makes before it takes the next part
+NEAR = 4  # times the rows that are wanted: so many are read for those that lie among them
 SHORT = 16  # positions: if runs are shorter on average, a Gather uses an index
+# These two decide bytes: sums go block by block, and each block of a normal draw has a seed of its own.
+SUMMED = 1 << 18
+DRAWN = 1 << 20
 
 MakeRows = Callable[[int, int], Tensor]  # returns rows [start, stop) of a tensor; do not write to them
 
@@ -58,36 +66,37 @@ class Arithmetic:
         self._tensors = tensors
         self._parts = parts
         self._specs = _Specs(tensors)
-        self._read: dict[str, Tensor] = {}
+        self._kept: dict[StoredTensor, Tensor] = {}
+        self._stds: dict[Expr, float] = {}
 
-    def make(self, expr: Expr) -> Iterator[memoryview]:
-        """Yield the bytes of the tensor that `expr` makes, block by block."""
-        for block in self._blocks(expr):
-            yield block.view(torch.uint8).numpy().data
+    def parts(self, expr: Expr) -> list[Part]:
+        """Return the parts of the tensor that `expr` makes, in order. Any thread can make any part."""
+        dtype = TORCH_DTYPES[infer(expr, self._specs).dtype]
+        rows, shape = self._rows(expr.source if isinstance(expr, Cast | Rounded) else expr), self._shape(expr)
+        row_bytes = math.prod(shape[1:]) * dtype.itemsize
+
+        def make(first: int, last: int) -> Iterator[memoryview]:
+            for start, stop in _row_ranges((last - first, *shape[1:]), BLOCK):
+                block = rows(first + start, first + stop).to(dtype).flatten().contiguous()
+                yield block.view(torch.uint8).numpy().data
+
+        ranges = _row_ranges(shape, PART)
+        return [Part((stop - start) * row_bytes, partial(make, start, stop)) for start, stop in ranges]
 
     def tensor(self, expr: Expr) -> Tensor:
         """Return the tensor that `expr` makes, in the dtype that the plan says."""
         spec = infer(expr, self._specs)
-        return torch.cat([torch.empty(0, dtype=TORCH_DTYPES[spec.dtype]), *self._blocks(expr)]).view(spec.shape)
-
-    def _blocks(self, expr: Expr) -> Iterator[Tensor]:
-        """Yield the numbers of the tensor that `expr` makes, flat."""
-        dtype = TORCH_DTYPES[infer(expr, self._specs).dtype]
-        threads = torch.get_num_threads()
-        torch.set_num_threads(1)  # a block is too small to share between threads
-        try:
-            rows = self._rows(expr.source if isinstance(expr, Cast | Rounded) else expr)
-            for start, stop in _row_ranges(self._shape(expr)):
-                yield rows(start, stop).to(dtype).flatten().contiguous()
-        finally:
-            torch.set_num_threads(threads)
+        with single_threaded():
+            content = b"".join(block for part in self.parts(expr) for block in part.make())
+        whole = torch.empty(math.prod(spec.shape), dtype=TORCH_DTYPES[spec.dtype])
+        whole.view(torch.uint8).numpy()[:] = np.frombuffer(content, np.uint8)
+        return whole.view(spec.shape)
 
     def _rows(self, expr: Expr) -> MakeRows:
         """Return the function that makes rows of `expr`, in float64 if its sources are, else in float32."""
         match expr:
             case Read(name):
-                stored = self._stored(name)
-                return lambda start, stop: _at_least_float32(stored[start:stop])
+                return self._read_rows(self._tensors[name])
             case Gather():
                 return self._gather(expr)
             case Affine(source, factor, offset):
@@ -101,8 +110,7 @@ class Arithmetic:
             case Uniform():
                 return self._uniform(expr)
             case Normal(spec, std, seed, stream):
-                drawn = _draw_normal(spec.shape or (1,), std, seed, stream)
-                return lambda start, stop: drawn[start:stop]
+                return _normal_rows(spec.shape or (1,), std, seed, stream)
             case Constant(_, value):
                 rest = self._shape(expr)[1:]
                 return lambda start, stop: torch.full((stop - start, *rest), value, dtype=torch.float32)
@@ -196,10 +204,14 @@ class Arithmetic:
                 moved = value.index_select(dim, index.clamp(min=0)).mul_(scale)
                 return torch.where(is_new, new(value), moved)
             positions = index[start:stop]
-            old = positions[positions >= 0]
-            low = int(old.min()) if len(old) else 0
-            value = source(low, int(old.max()) + 1 if len(old) else 1)
-            moved = value.index_select(0, (positions - low).clamp(min=0)).mul_(scale[start:stop])
+            old = sorted({i for i in positions.tolist() if i >= 0})
+            low, high = (old[0], old[-1] + 1) if old else (0, 1)
+            if high - low <= NEAR * (stop - start):
+                value, places = source(low, high), (positions - low).clamp(min=0)
+            else:  # far apart: each by itself, and not all that lies between
+                value = torch.cat([source(row, row + 1) for row in old])
+                places = torch.searchsorted(torch.tensor(old), positions.clamp(min=low))
+            moved = value.index_select(0, places).mul_(scale[start:stop])
             return torch.where(is_new[start:stop], new(value), moved)
 
         return rows
@@ -217,16 +229,21 @@ class Arithmetic:
     def _mean_row(self, expr: Expr) -> Tensor:
         """Return the mean of all rows, as one row in float64."""
         shape, rows = self._shape(expr), self._rows(expr)
-        sums = [_total(_to_float64(rows(start, stop)), 0) for start, stop in _row_ranges(shape)]
+        sums = [_total(_to_float64(rows(start, stop)), 0) for start, stop in _row_ranges(shape, SUMMED)]
         return _total(torch.cat(sums), 0) / shape[0]
 
     def _std(self, expr: Expr) -> float:
-        """Return the standard deviation of the tensor that `expr` makes."""
+        """Return the standard deviation of the tensor that `expr` makes. It is computed once."""
+        if expr not in self._stds:
+            self._stds[expr] = self._new_std(expr)
+        return self._stds[expr]
+
+    def _new_std(self, expr: Expr) -> float:
         shape, rows = self._shape(expr), self._rows(expr)
         count = max(1, math.prod(shape))
-        sums, squares = torch.zeros(2, min(BLOCK, count), dtype=torch.float64)
-        for start, stop in _row_ranges(shape):
-            for piece in torch.split(rows(start, stop).flatten(), BLOCK):
+        sums, squares = torch.zeros(2, min(SUMMED, count), dtype=torch.float64)
+        for start, stop in _row_ranges(shape, SUMMED):
+            for piece in torch.split(rows(start, stop).flatten(), SUMMED):
                 numbers = _to_float64(piece)
                 sums[: len(numbers)] += numbers
                 squares[: len(numbers)] += numbers.mul_(numbers)
@@ -249,11 +266,22 @@ class Arithmetic:
 
         return rows
 
-    def _stored(self, name: str) -> Tensor:
-        if name not in self._read:
-            stored = self._tensors[name]
-            self._read[name] = read(stored, self._parts[stored.file]).view(stored.spec.shape or (1,))
-        return self._read[name]
+    def _read_rows(self, stored: StoredTensor) -> MakeRows:
+        """Return the function that reads rows of a stored tensor; a small one is read once and kept."""
+        part, shape, dtype = self._parts[stored.file], stored.spec.shape or (1,), TORCH_DTYPES[stored.spec.dtype]
+        if stored.spec.nbytes <= KEPT:
+            if stored not in self._kept:
+                self._kept[stored] = read(stored, part).view(shape)
+            kept = self._kept[stored]
+            return lambda start, stop: _at_least_float32(kept[start:stop])
+        row_bytes = stored.spec.nbytes // shape[0]
+
+        def rows(start: int, stop: int) -> Tensor:
+            at = stored.start + start * row_bytes
+            data = _read_bytes(part, at, (stop - start) * row_bytes)
+            return _at_least_float32(data.view(dtype).view(stop - start, *shape[1:]))
+
+        return rows
 
     def _shape(self, expr: Expr) -> tuple[int, ...]:
         return infer(expr, self._specs).shape or (1,)
@@ -264,15 +292,31 @@ class Arithmetic:
 
 def read(stored: StoredTensor, part: FilePart) -> Tensor:
     """Return a stored tensor of a floating dtype."""
-    data = torch.empty(stored.end - stored.start, dtype=torch.uint8)
-    with part.opened() as file:
-        file.read_into(data.numpy().data, stored.start)
+    data = _read_bytes(part, stored.start, stored.end - stored.start)
     return data.view(TORCH_DTYPES[stored.spec.dtype]).view(stored.spec.shape)
 
 
-def _row_ranges(shape: tuple[int, ...]) -> Iterator[tuple[int, int]]:
-    """Return the ranges of rows, one per block."""
-    step = max(1, BLOCK // max(1, math.prod(shape[1:])))
+def _read_bytes(part: FilePart, start: int, count: int) -> Tensor:
+    data = torch.empty(count, dtype=torch.uint8)
+    with part.opened() as file:
+        file.read_into(data.numpy().data, start)
+    return data
+
+
+@contextmanager
+def single_threaded() -> Iterator[None]:
+    """Return a context in which torch does not share one operation between threads: a block is too small for that."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # also of the threads that begin from now on
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _row_ranges(shape: tuple[int, ...], size: int) -> Iterator[tuple[int, int]]:
+    """Return the ranges of rows, each with at most `size` numbers or one row."""
+    step = max(1, size // max(1, math.prod(shape[1:])))
     return ((start, min(start + step, shape[0])) for start in range(0, shape[0], step))
 
 
@@ -299,18 +343,25 @@ def _total(value: Tensor, dim: int) -> Tensor:
     return value
 
 
-def _draw_normal(shape: tuple[int, ...], std: float, seed: int, stream: str) -> Tensor:
-    """Return normal numbers in float32, the same for the same seed and stream whatever the number of threads.
+def _normal_rows(shape: tuple[int, ...], std: float, seed: int, stream: str) -> MakeRows:
+    """Return the function that draws rows of normal numbers in float32, from any place of the stream.
 
     Drawn in float64, for which torch has one scalar routine; its float32 routine depends on the vector unit.
     """
-    generator = torch.Generator().manual_seed(_key(seed, stream))
-    value = torch.empty(shape, dtype=torch.float32)
-    flat = value.view(-1)
-    for start in range(0, flat.numel(), DRAW):
-        chunk = flat[start : start + DRAW]
-        chunk.copy_(torch.randn(chunk.numel(), generator=generator, dtype=torch.float64) * std)
-    return value
+    columns = math.prod(shape[1:])
+
+    @lru_cache(maxsize=4)  # rows do not end where a block of the stream ends
+    def block(number: int) -> Tensor:
+        generator = torch.Generator().manual_seed(_key(seed, f"{stream}/{number}"))
+        return (torch.randn(DRAWN, generator=generator, dtype=torch.float64) * std).to(torch.float32)
+
+    def rows(start: int, stop: int) -> Tensor:
+        first, last = start * columns, stop * columns
+        numbers = range(first // DRAWN, -(-last // DRAWN))
+        pieces = [block(k)[max(0, first - k * DRAWN) : last - k * DRAWN] for k in numbers]
+        return torch.cat([torch.empty(0), *pieces]).view(stop - start, *shape[1:])
+
+    return rows
 
 
 def _key(seed: int, stream: str) -> int:

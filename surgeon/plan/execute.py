@@ -5,13 +5,16 @@ the kernel, or shared block by block where the file system can. torch is importe
 """
 
 import json
+import math
 import os
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from pathlib import Path
-from typing import NamedTuple
+from threading import Thread
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from surgeon.checkpoint.header import (
     DTYPE_BITS,
@@ -34,11 +37,17 @@ from surgeon.checkpoint.output import (
 )
 from surgeon.checkpoint.source import INDEX, WEIGHTS, Ranges, Source, StoredTensor, ranges_by_file
 from surgeon.errors import OutputError
-from surgeon.plan.plan import Expr, Plan, Read, reads
+from surgeon.plan.plan import Constant, Expr, Plan, Read, reads
+
+if TYPE_CHECKING:
+    from concurrent.futures import Executor, Future
 
 # Measured peaks of a whole process that only moves bytes, and of one that has imported torch, in bytes.
 MOVING_MEMORY = 45_000_000
 TORCH_MEMORY = 260_000_000
+KEPT = 1 << 25  # bytes: a tensor up to this size is read once and kept while it is needed, a larger one row by row
+MOST_THREADS = 8  # more write no faster
+BLOCK_NUMBERS, BLOCK_MEMORY = 1 << 18, 32  # numbers of a block, and the bytes that a thread holds for each
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,10 +70,17 @@ class _ComputedTensor:
     tensors: Mapping[str, StoredTensor]
     parts: Mapping[str, FilePart]
 
-    def __call__(self) -> Iterable[memoryview]:
+    def __call__(self) -> Sequence["Part"]:
         from surgeon.plan.arithmetic import Arithmetic
 
-        return Arithmetic(self.tensors, self.parts).make(self.expr)
+        return Arithmetic(self.tensors, self.parts).parts(self.expr)
+
+
+class Part(NamedTuple):
+    """A part of a tensor's bytes, so many, and the function that makes them, in any thread."""
+
+    nbytes: int
+    make: Callable[[], Iterable[memoryview]]
 
 
 def lay_out(plan: Plan, result: CheckpointSpec, source: Source, *, max_shard_bytes: int) -> list[Shard]:
@@ -118,18 +134,31 @@ class Written(NamedTuple):
 
 
 def execute(
-    plan: Plan, source: Source, directory: Path, *, shards: Sequence[Shard], progress: CountBytes | None = None
+    plan: Plan,
+    source: Source,
+    directory: Path,
+    *,
+    shards: Sequence[Shard],
+    progress: CountBytes | None = None,
+    threads: int | None = None,
 ) -> Written:
-    """Return what was written: the weights of the result and their index, into an existing directory."""
+    """Return what was written: the weights of the result and their index, into an existing directory.
+
+    `threads` make new numbers: None, as many as this process has cores. The bytes are the same for any number.
+    """
     tensors = source.tensors
     parts = source.parts(ranges_read(plan, source))
     size, shared = 0, 0
+    if not all(isinstance(expr, Read) or _is_zero(expr) for expr in plan.tensors.values()):
+        Thread(target=_import_arithmetic).start()  # meanwhile the kernel copies
     for shard in shards:
         writes = [
             TensorWrite(name, spec, _content(plan.tensors[name], tensors, parts))
             for name, spec in shard.tensors.items()
         ]
-        written = write_safetensors(directory / shard.file, writes, progress=progress, block=shard.block)
+        written = write_safetensors(
+            directory / shard.file, writes, progress=progress, block=shard.block, threads=threads
+        )
         size, shared = size + written.size, shared + written.shared
     if len(shards) > 1:
         text = _index(shards)
@@ -149,6 +178,11 @@ def check_written(directory: Path, shards: Sequence[Shard]) -> None:
             )
 
 
+def _import_arithmetic() -> None:
+    with suppress(ImportError):  # the one who needs it says so
+        import surgeon.plan.arithmetic  # noqa: F401
+
+
 def ranges_read(plan: Plan, source: Source, *, also: Iterable[str] = ()) -> Ranges:
     """Return the byte ranges that carrying out the plan reads, by file, and those of the tensors in `also`."""
     return ranges_by_file(source.tensors, {name for expr in plan.tensors.values() for name in reads(expr)}.union(also))
@@ -156,11 +190,16 @@ def ranges_read(plan: Plan, source: Source, *, also: Iterable[str] = ()) -> Rang
 
 def _content(
     expr: Expr, tensors: Mapping[str, StoredTensor], parts: Mapping[str, FilePart]
-) -> FileRange | _ComputedTensor:
+) -> FileRange | _ComputedTensor | None:
     if isinstance(expr, Read):
         stored = tensors[expr.name]
         return parts[stored.file].range(stored.start, stored.end)
-    return _ComputedTensor(expr, tensors, parts)
+    return None if _is_zero(expr) else _ComputedTensor(expr, tensors, parts)
+
+
+def _is_zero(expr: Expr) -> bool:
+    """Return whether all bytes of a tensor are zero: those of a new file are."""
+    return isinstance(expr, Constant) and expr.value == 0 and math.copysign(1, expr.value) > 0
 
 
 def _index(shards: Sequence[Shard]) -> str:
@@ -174,15 +213,27 @@ def _index(shards: Sequence[Shard]) -> str:
 
 
 def peak_memory(plan: Plan, result: CheckpointSpec, source: CheckpointSpec) -> int:
-    """Return the estimated peak memory of carrying out the plan, in bytes: a constant, or one tensor's arithmetic."""
-    if plan.moves_only:
+    """Return the estimated peak memory of carrying out the plan, in bytes: a constant, and what its threads hold.
+
+    A thread holds a few blocks of rows, and of the source what is small enough to be kept.
+    """
+    computed = {name: expr for name, expr in plan.tensors.items() if not isinstance(expr, Read) and not _is_zero(expr)}
+    if not computed:
         return MOVING_MEMORY
-    sizes = (
-        sum(source.tensors[read].nbytes for read in reads(expr)) + 8 * result.tensors[name].num_parameters
-        for name, expr in plan.tensors.items()
-        if not isinstance(expr, Read)
-    )
-    return TORCH_MEMORY + max(sizes)
+    kept = block = 0
+    for name, expr in computed.items():
+        read = [source.tensors[other] for other in reads(expr)]
+        kept = max(kept, sum(spec.nbytes for spec in read if spec.nbytes <= KEPT))
+        rows = (math.prod(spec.shape[1:]) for spec in (*read, result.tensors[name]))
+        block = max(block, *rows)
+    return TORCH_MEMORY + 2 * kept + num_threads() * BLOCK_MEMORY * max(BLOCK_NUMBERS, block)
+
+
+def num_threads() -> int:
+    """Return how many threads make new numbers: one for each core of this process, or as OMP_NUM_THREADS says."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    wanted = os.environ.get("OMP_NUM_THREADS", "")
+    return max(1, min(cores, MOST_THREADS, int(wanted) if wanted.isdecimal() else cores))
 
 
 # One weight file
@@ -190,11 +241,14 @@ def peak_memory(plan: Plan, result: CheckpointSpec, source: CheckpointSpec) -> i
 
 @dataclass(frozen=True, slots=True)
 class TensorWrite:
-    """A tensor to write: bytes of a file, or a function that makes them."""
+    """A tensor to write: bytes of a file, a function that makes them, or None: zeros.
+
+    The function gives the bytes, or parts that make them later.
+    """
 
     name: str
     spec: TensorSpec
-    content: FileRange | Callable[[], Iterable[memoryview]]
+    content: FileRange | Callable[[], Iterable[memoryview] | Sequence[Part]] | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -218,7 +272,12 @@ class Piece:
 
 
 def write_safetensors(
-    path: Path, writes: Sequence[TensorWrite], *, progress: CountBytes | None = None, block: int = PAGE
+    path: Path,
+    writes: Sequence[TensorWrite],
+    *,
+    progress: CountBytes | None = None,
+    block: int = PAGE,
+    threads: int | None = None,
 ) -> Written:
     """Return what was written to the new file `path`: `writes`, in their order, and synced.
 
@@ -243,11 +302,12 @@ def write_safetensors(
                 shared, offset = shared + done, offset + done
                 source = source.between(source.start + done, source.end)
             copy_range(source, target, offset, count_bytes)
-        offset = len(header)
-        for write in writes:
-            if not isinstance(write.content, FileRange):
-                _write_computed(target, write, offset, count_bytes)
-            offset += write.spec.nbytes
+        offsets = accumulate((write.spec.nbytes for write in writes), initial=len(header))
+        made = [
+            (write, at) for write, at in zip(writes, offsets, strict=False) if not isinstance(write.content, FileRange)
+        ]
+        if made:
+            _write_made(target, made, count_bytes, threads or num_threads())
         os.fsync(target)
     finally:
         os.close(target)
@@ -296,21 +356,97 @@ def _allocate(target: int, size: int, shared: Sequence[Piece]) -> None:
                 os.posix_fallocate(target, start, end - start)
 
 
-def _write_computed(target: int, write: TensorWrite, offset: int, count_bytes: CountBytes) -> None:
-    assert not isinstance(write.content, FileRange)
-    end = offset + write.spec.nbytes
-    unsent = offset  # the kernel has not begun to write the bytes from here to `offset` to the disk
-    for chunk in write.content():
-        view = memoryview(chunk)
-        view = view.cast("B") if view.nbytes else memoryview(b"")  # an empty view cannot be cast
-        while view:
-            done = os.pwrite(target, view[:STEP], offset)
-            offset, view = offset + done, view[done:]
-            count_bytes(done)
-            if offset - unsent >= STEP:
-                start_writeback(target, unsent, offset - unsent)
-                unsent = offset
-    assert offset == end, f"{write.name} was planned {write.spec.nbytes} bytes long, made {offset - end:+d}"
+def _write_made(target: int, writes: Sequence[tuple[TensorWrite, int]], count_bytes: CountBytes, threads: int) -> None:
+    """Write tensors that are no bytes of a file, each to its offset: `threads` make their parts at once."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    computes = any(isinstance(write.content, _ComputedTensor) for write, _ in writes)
+    with _one_thread_each() if computes else nullcontext(), ThreadPoolExecutor(threads) as pool:
+        try:
+            _Making(target, pool, count_bytes, most=3 * threads).run(writes)
+        except BaseException:  # Ctrl-C too: what has not begun is left
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+def _one_thread_each() -> AbstractContextManager[None]:
+    from surgeon.plan.arithmetic import single_threaded
+
+    return single_threaded()
+
+
+class _Making:
+    """Gives the parts of tensors to a pool, some ahead, and takes them back in their order."""
+
+    def __init__(self, target: int, pool: "Executor", count_bytes: CountBytes, *, most: int) -> None:
+        self._target, self._pool, self._count_bytes, self._most = target, pool, count_bytes, most
+        self._parts: deque[tuple[Future[int], int]] = deque()
+        self._unsent = 0, 0  # bytes that are written, and whose way to the disk the kernel has not begun
+
+    def run(self, writes: Iterable[tuple[TensorWrite, int]]) -> None:
+        """Write all tensors: while the parts of one are made, the next is prepared."""
+        ahead: deque[tuple[TensorWrite, int, Future[Any]]] = deque()
+        for write, offset in writes:
+            if write.content is None:
+                self._count_bytes(write.spec.nbytes)
+                continue
+            assert not isinstance(write.content, FileRange)
+            ahead.append((write, offset, self._pool.submit(write.content)))
+            if len(ahead) > 1:
+                self._make(*ahead.popleft())
+        for item in ahead:
+            self._make(*item)
+        while self._parts:
+            self._take_back()
+        self._send(*self._unsent)
+
+    def _make(self, write: TensorWrite, offset: int, prepared: "Future[Any]") -> None:
+        end = offset + write.spec.nbytes
+        for part in prepared.result():
+            if len(self._parts) >= self._most:
+                self._take_back()
+            if isinstance(part, Part):
+                self._parts.append((self._pool.submit(_write_part, self._target, part, offset), offset))
+                offset += part.nbytes
+            else:
+                view = memoryview(part)
+                done = _write_at(self._target, view.cast("B") if view.nbytes else b"", offset)  # empty: no cast
+                self._count(offset, done)
+                offset += done
+        assert offset == end, f"{write.name} was planned {write.spec.nbytes} bytes long, made {offset - end:+d}"
+
+    def _take_back(self) -> None:
+        future, offset = self._parts.popleft()
+        self._count(offset, future.result())
+
+    def _count(self, offset: int, done: int) -> None:
+        self._count_bytes(done)
+        start, end = self._unsent
+        if offset != end or end - start >= STEP:
+            self._send(start, end)
+            start = offset
+        self._unsent = start, offset + done
+
+    def _send(self, start: int, end: int) -> None:
+        if end > start:
+            start_writeback(self._target, start, end - start)
+
+
+def _write_part(target: int, part: Part, offset: int) -> int:
+    """Return how many bytes were written: all of a part."""
+    done = 0
+    for block in part.make():
+        done += _write_at(target, block, offset + done)
+    assert done == part.nbytes, f"a part of {part.nbytes} bytes has {done}"
+    return done
+
+
+def _write_at(target: int, content: memoryview | bytes, offset: int) -> int:
+    """Return how many bytes were written: all of `content`."""
+    done = 0
+    while done < len(content):
+        done += os.pwrite(target, content[done : done + STEP], offset + done)
+    return done
 
 
 def in_pieces(run: CopyRun, data_start: int, block: int) -> Iterator[Piece]:

@@ -4,10 +4,12 @@ import math
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
-from surgeon.anatomy.anatomy import Anatomy
+from surgeon.anatomy.anatomy import EXPERT_NUMBER, Anatomy
 from surgeon.anatomy.axes import Index, axes_of
+from surgeon.anatomy.families import Row
 from surgeon.errors import PlanError
 from surgeon.transforms.narrow import Kept, layers_with
 from surgeon.transforms.scores import METHODS
@@ -204,13 +206,12 @@ def choose_widths(
     options: dict[str, Any] = {}
     if sizes["hidden"] != old["hidden"]:
         options["hidden"] = picker.pick("hidden", None, old["hidden"], sizes["hidden"])
-    for axis in ("ffn", "experts"):
+    for axis in ("ffn", "expert_ffn", "experts"):
         if axis in old and sizes.get(axis, old[axis]) != old[axis]:
             having = layers_with(anatomy, axis)
+            pick = partial(picker.pick_in_groups, anatomy.expert_groups) if axis == "experts" else picker.pick
             options[axis] = {
-                new: picker.pick(axis, layer, old[axis], sizes[axis])
-                for new, layer in enumerate(numbers)
-                if new in having
+                new: pick(axis, layer, old[axis], sizes[axis]) for new, layer in enumerate(numbers) if new in having
             }
     kv_heads, group = sizes["kv_heads"], sizes["heads"] // sizes["kv_heads"]
     of_heads = _Picker(criterion, _pooled(anatomy, numbers, values), seed) if anatomy.shares_heads else picker
@@ -260,14 +261,19 @@ def check_criterion(anatomy: Anatomy, sizes: Mapping[str, int], criterion: str) 
             f"heads keep their size of {old['head_dim']}: its dims turn in pairs",
             hint="--score uniform takes every n-th pair.",
         )
-    in_experts = any(
-        ".experts." in name and "ffn" in axes_of(dim) for name, (row, _) in anatomy.rows.items() for dim in row.axes
-    )
-    if sizes["ffn"] != old["ffn"] and criterion == "activation" and in_experts:
+    shrinking = {axis for axis in ("ffn", "expert_ffn") if axis in old and sizes.get(axis, old[axis]) != old[axis]}
+    rows = {id(row): row for name, (row, _) in anatomy.rows.items() if _is_of_expert(name, row)}
+    inside = {axis for row in rows.values() for dim in row.axes for axis in axes_of(dim)}
+    if criterion == "activation" and shrinking & inside:
         raise PlanError(
             "the neurons of experts have no activation scores",
             hint="Keep fewer experts: --experts; or --score magnitude.",
         )
+
+
+def _is_of_expert(name: str, row: Row) -> bool:
+    """Return whether a tensor is an expert's own, or that of all experts together."""
+    return bool(EXPERT_NUMBER.search(name)) or (len(row.axes) > 2 and axes_of(row.axes[0]) == {"experts"})
 
 
 class _Picker:
@@ -289,12 +295,34 @@ class _Picker:
         if self._criterion == "random":
             drawn = random.Random(f"{self._seed}/{axis}/{layer}/{inside}")  # noqa: S311  (no secret)
             return Index.of(sorted(drawn.sample(range(old), new)))
+        row = self._scores(axis, layer)
+        row = row if inside is None else row[inside]
+        ranked = sorted(range(old), key=lambda i: (-row[i], i))
+        return Index.of(sorted(ranked[:new]))
+
+    def pick_in_groups(self, groups: int, axis: str, layer: int, old: int, new: int) -> Index:
+        """Return `new` of `old` positions, ascending, as many of each of so many groups, which lie end to end."""
+        if groups == 1:
+            return self.pick(axis, layer, old, new)
+        if new % groups:
+            raise PlanError(
+                f"{axis} compete in {groups} groups, each of which keeps as many: {new} is no multiple",
+                hint=f"Near: --{axis} {max(2, new // groups) * groups}.",
+            )
+        size, ranked = old // groups, self._criterion not in ("uniform", "random")
+        row = self._scores(axis, layer) if ranked else [0.0] * old
+        kept: list[int] = []
+        for group in range(groups):
+            own = {axis: {layer: row[group * size : (group + 1) * size]}}
+            picker = _Picker(self._criterion, own, self._seed + group)
+            kept += [group * size + i for i in picker.pick(axis, layer, size, new // groups)]
+        return Index.of(kept)
+
+    def _scores(self, axis: str, layer: int | None) -> Any:
+        """Return the scores of an axis, of a layer where it has one. Raises PlanError where there are none."""
         scores = self._values.get(axis)
         if scores is None:
             raise PlanError(
                 f"there are no {self._criterion} scores of {axis}", hint="Score the model again, without --scores-from."
             )
-        row = scores if layer is None else scores[layer]
-        row = row if inside is None else row[inside]
-        ranked = sorted(range(old), key=lambda i: (-row[i], i))
-        return Index.of(sorted(ranked[:new]))
+        return scores if layer is None else scores[layer]

@@ -10,7 +10,7 @@ from surgeon.transforms.deepen import deepen
 from surgeon.transforms.experts import to_experts
 from surgeon.transforms.layers import planned, resolve_depth
 from surgeon.transforms.widen import widen
-from surgeon.transforms.widths import derived_ffn, plan_widths
+from surgeon.transforms.widths import check_experts_size, derived_ffn, plan_widths
 
 Size = int | str | None
 
@@ -23,6 +23,7 @@ def grow(
     at: Sequence[int] | None = None,
     hidden_size: Size = None,
     intermediate_size: Size = None,
+    expert_intermediate_size: Size = None,
     attention_heads: Size = None,
     key_value_heads: Size = None,
     head_dim: Size = None,
@@ -48,6 +49,7 @@ def grow(
     requested = {
         "hidden": hidden_size,
         "ffn": intermediate_size,
+        "expert_ffn": expert_intermediate_size,
         "heads": attention_heads,
         "kv_heads": key_value_heads,
         "head_dim": head_dim,
@@ -66,6 +68,7 @@ def grow(
     options = {"layers": layers, "depth_method": depth_method, "at": None if at is None else list(at)} | {
         "hidden_size": hidden_size,
         "intermediate_size": intermediate_size,
+        "expert_intermediate_size": expert_intermediate_size,
         "attention_heads": attention_heads,
         "key_value_heads": key_value_heads,
         "head_dim": head_dim,
@@ -103,6 +106,10 @@ def _wider(anatomy: Anatomy, requested: dict[str, Size], method: str, noise: flo
             hint="Write 0.5, or 0 for none.",
         )
     anatomy.require_family(partial=True)
+    if requested["expert_ffn"] is None:
+        requested = {axis: size for axis, size in requested.items() if axis != "expert_ffn"}
+    else:
+        check_experts_size(anatomy)
     old = anatomy.sizes
     new = {axis: old[axis] if size is None else grown_size(size, old[axis], axis) for axis, size in requested.items()}
     if (follows := derived_ffn(anatomy, new)) is not None and requested["ffn"] is None:

@@ -6,9 +6,10 @@ from collections import Counter
 from collections.abc import Collection, Sequence
 from dataclasses import replace
 
-from surgeon.anatomy.anatomy import Anatomy, read_anatomy
+from surgeon.anatomy.anatomy import Anatomy, read_anatomy, written_and_read
 from surgeon.anatomy.axes import Index, Places, Scale, axes_of, places
 from surgeon.anatomy.config import CONFIG_HINT, declared_kinds, follow_layers, text_config
+from surgeon.anatomy.families import FIRST, Row
 from surgeon.anatomy.stacks import Stack
 from surgeon.checkpoint.header import is_quantized
 from surgeon.errors import CheckpointError, PlanError
@@ -32,25 +33,42 @@ def fresh(anatomy: Anatomy, name: str, *, seed: int, layers: int) -> Expr:
     if row.start is not None:
         return Constant(spec, row.start)
     if row.kind == "gain":
-        return Constant(spec, family.init_gain)
+        return Constant(spec, family.init_gain * (initial_std(anatomy) if family.init_by_inputs else 1.0))
     if row.kind in ("bias", "shift"):
         return Constant(spec, 0.0)
     std = initial_std(anatomy)
+    if family.init_by_inputs:
+        std /= math.sqrt(_num_inputs(anatomy, row))
     if name.endswith(family.residual_init):
         std /= math.sqrt(2 * layers)
     return Normal(spec, std, seed, name)
 
 
+def _num_inputs(anatomy: Anatomy, row: Row) -> int:
+    """Return by how much the variance of a fresh weight is smaller where it goes by its inputs (mesh-tensorflow's)."""
+    sizes = anatomy.sizes
+    if row.kind == "logit":
+        return sizes["hidden"]
+    if row.kind not in ("linear", "conv1d"):
+        return 1
+    write, read = written_and_read(row)
+    assert write is not None
+    assert read is not None
+    makes_queries = "q_dim" in axes_of(row.axes[write])  # whose products with keys are not scaled
+    return row.axes[read].size(sizes) * (sizes["q_dim"] if makes_queries else 1)
+
+
 def initial_std(anatomy: Anatomy) -> float:
-    """Return the standard deviation of fresh weights: the config's, or transformers' usual 0.02.
+    """Return the standard deviation of fresh weights: the config's, or transformers' usual 0.02 (1 before a division).
 
     Raises CheckpointError for a value that is no standard deviation.
     """
-    key = anatomy.require_family(partial=True).init_std
+    family = anatomy.require_family(partial=True)
+    key = family.init_std
     value = anatomy.spec.config.get(key)
     if value is not None and not (isinstance(value, int | float) and 0 <= value < math.inf):
         raise CheckpointError(f"config.json says {key} = {value!r}, no standard deviation", hint=CONFIG_HINT)
-    return float(value or 0.02)
+    return float(value or (1.0 if family.init_by_inputs else 0.02))
 
 
 def planned(anatomy: Anatomy, plan: Plan) -> Anatomy:
@@ -84,6 +102,9 @@ def keep_layers(anatomy: Anatomy, keep: Sequence[int]) -> Plan:
         for stack in anatomy.stacks:
             if place := stack.locate(name):
                 old, rest = place
+                if _serves_all(anatomy, name):
+                    tensors[name] = Read(name)
+                    break
                 for new in targets.get(old, ()):
                     tensors[stack.name(new, rest)] = _moved(anatomy, name, old, new)
                 break
@@ -125,7 +146,7 @@ def _check_places(anatomy: Anatomy, stack: Stack, keep: Sequence[int]) -> None:
     """Refuse to move a layer that holds other tensors than its kind does elsewhere: the code builds it by its place."""
     inside: list[set[str]] = [set() for _ in range(stack.depth)]
     for name in anatomy.spec.tensors:
-        if place := stack.locate(name):
+        if (place := stack.locate(name)) and not _serves_all(anatomy, name):
             inside[place[0]].add(place[1])
     kinds = declared_kinds(text_config(anatomy.spec.config), stack.depth)
     groups: dict[object, Counter[frozenset[str]]] = {}
@@ -146,6 +167,11 @@ def _check_places(anatomy: Anatomy, stack: Stack, keep: Sequence[int]) -> None:
                 f"layer {layer} of {anatomy.model_type} differs from the others in {odd!r} because of its place",
                 hint=f"Keep layer {layer} where it is.",
             )
+
+
+def _serves_all(anatomy: Anatomy, name: str) -> bool:
+    """Return whether a tensor lies in the first layer and serves them all, so that it stays when that layer goes."""
+    return anatomy.family is not None and anatomy.row(name)[0].when == FIRST
 
 
 def _moved(anatomy: Anatomy, name: str, old: int, new: int) -> Expr:

@@ -27,14 +27,29 @@ from surgeon.errors import PlanError
 from surgeon.plan.plan import Affine, Expr, Gather, Plan, Read
 from surgeon.transforms.experts import UNEVEN
 from surgeon.transforms.uniform import check_head_dim
-from surgeon.transforms.widths import SQUARE, check_shape, has_tied_head, is_final_norm, resized
+from surgeon.transforms.widths import (
+    SQUARE,
+    check_shape,
+    has_tied_head,
+    is_final_norm,
+    is_scaled,
+    resized,
+    scales_embedding,
+    scales_head,
+)
 
 NORMS = "norms over fewer positions are scaled as if the removed had held {}"
 HEAD_DIM = "attention logits are divided by the root of the head's size, which is smaller now"
 SHARES = "the weights of a token's experts are shares among all experts, which are fewer now"
 
 HEAD_DIMS = ("q_dim", "k_dim", "v_dim")
-WORDS = {"ffn": "MLP neurons", "kv_heads": "key-value heads", "group": "heads", "experts": "experts"}
+WORDS = {
+    "ffn": "MLP neurons",
+    "expert_ffn": "neurons of experts",
+    "kv_heads": "key-value heads",
+    "group": "heads",
+    "experts": "experts",
+}
 
 Positions = Sequence[int]  # a tuple, or an Index where they may be many
 # From a layer (None: outside of all) and a dimension to its remaining positions, and a factor for each: 1.
@@ -45,13 +60,15 @@ _Cut = Callable[[int | None, Dim], tuple[Index, Scale]]
 class Kept:
     """The positions of each axis that stay, in the source's numbering, ascending. An axis that is None stays whole.
 
-    Where experts have the MLP's own size, all experts of a layer keep the neurons in `ffn`. `heads` lists, for each
-    key-value head that stays, the query heads that stay of those that share it (0 to group - 1). All layers keep the
-    same number; `hidden` and `head_dim` are the same everywhere.
+    All experts of a layer keep the neurons in `expert_ffn`, or those in `ffn` where experts have the MLP's size; so
+    does each of those that every token takes. `heads` lists, for each key-value head that stays, the query heads that
+    stay of those that share it (0 to group - 1). All layers keep the same number; `hidden` and `head_dim` are the same
+    everywhere.
     """
 
     hidden: Positions | None = None
     ffn: Mapping[int, Positions] | None = None
+    expert_ffn: Mapping[int, Positions] | None = None
     heads: Mapping[int, tuple[Positions, ...]] | None = None
     kv_heads: Mapping[int, Positions] | None = None
     experts: Mapping[int, Positions] | None = None
@@ -66,7 +83,7 @@ def narrow(anatomy: Anatomy, kept: Kept) -> Plan:
     anatomy.require_family(partial=True)
     _check(anatomy, kept)
     sizes = _sizes(anatomy, kept)
-    check_shape(anatomy, {axis: sizes[axis] for axis in (*SQUARE, "ffn", "experts") if axis in sizes})
+    check_shape(anatomy, {axis: sizes[axis] for axis in (*SQUARE, "ffn", "expert_ffn", "experts") if axis in sizes})
     _check_projections(anatomy, sizes)
     cut = _cuts(anatomy, kept)
     numbers = {layer: {old: new for new, old in enumerate(left)} for layer, left in (kept.experts or {}).items()}
@@ -75,7 +92,7 @@ def narrow(anatomy: Anatomy, kept: Kept) -> Plan:
         new_name = _renamed(anatomy, numbers, name)
         if new_name is not None:
             tensors[new_name] = _narrowed(anatomy, name, sizes, cut)
-    shown = ("hidden", "ffn", "heads", "kv_heads", "head_dim", "experts")
+    shown = ("hidden", "ffn", "expert_ffn", "heads", "kv_heads", "head_dim", "experts")
     return Plan(
         config=resized(anatomy, sizes, _epsilon(anatomy, sizes)),
         tensors=tensors,
@@ -128,7 +145,13 @@ def _shared(anatomy: Anatomy, kept: Kept) -> dict[str, Positions]:
 
 def _by_layer(kept: Kept) -> dict[str, Mapping[int, Any]]:
     """Return what each layer keeps of the axes that may differ by layer; of "group", for each key-value head."""
-    chosen = {"ffn": kept.ffn, "kv_heads": kept.kv_heads, "group": kept.heads, "experts": kept.experts}
+    chosen: dict[str, Mapping[int, Any] | None] = {
+        "ffn": kept.ffn,
+        "expert_ffn": kept.expert_ffn,
+        "kv_heads": kept.kv_heads,
+        "group": kept.heads,
+        "experts": kept.experts,
+    }
     return {axis: layers for axis, layers in chosen.items() if layers is not None}
 
 
@@ -198,9 +221,9 @@ def _factor(anatomy: Anatomy, row: Row, sizes: Mapping[str, int], *, is_final: b
     that is tied to them would be larger too, so the final norm is divided by the same factor.
     """
     old = anatomy.sizes
-    family, ratio = anatomy.require_family(partial=True), math.sqrt(old["hidden"] / sizes["hidden"])
-    scaled = ratio if family.scales_embedding else 1.0
-    if row.kind == "embedding":
+    ratio = math.sqrt(old["hidden"] / sizes["hidden"])
+    scaled = ratio if scales_embedding(anatomy) else 1.0
+    if is_scaled(row):
         return scaled
     reads = written_and_read(row)[1]
     if reads is not None and ratio != 1.0 and axes_of(row.axes[reads]) == {"hidden"} and not _has_gains(anatomy):
@@ -208,10 +231,9 @@ def _factor(anatomy: Anatomy, row: Row, sizes: Mapping[str, int], *, is_final: b
     if row.kind not in ("gain", "shift"):
         return 1.0
     factor = math.sqrt(row.axes[-1].size(old) / row.axes[-1].size(sizes)) if row.kind == "gain" else 1.0
-    tied = is_final and has_tied_head(anatomy)
-    if not tied:
+    if not is_final:
         return factor
-    return factor / scaled / (ratio if family.scales_tied_head else 1.0)
+    return factor / (scaled if has_tied_head(anatomy) else 1.0) / (ratio if scales_head(anatomy) else 1.0)
 
 
 def _has_gains(anatomy: Anatomy) -> bool:
@@ -235,7 +257,8 @@ def _reasons(anatomy: Anatomy, sizes: Mapping[str, int]) -> tuple[str, ...]:
     divided = not family.fixed_query_scale and not is_off(config, family.query_scale_flag)
     if divided and sizes["head_dim"] < old["head_dim"]:
         reasons.append(HEAD_DIM)
-    if sizes.get("experts") != old.get("experts") and is_off(config, family.expert_shares_flag):
+    shares = family.expert_shares or is_off(config, family.expert_shares_flag)
+    if sizes.get("experts") != old.get("experts") and shares:
         reasons.append(SHARES)
     return tuple(reasons)
 
@@ -285,6 +308,7 @@ def _check(anatomy: Anatomy, kept: Kept) -> None:
         _check_shared_heads(anatomy, kept)
     if kept.experts is not None:
         _check_per_token(anatomy, len(next(iter(kept.experts.values()))))
+        _check_groups(anatomy, kept.experts)
 
 
 def _check_positions(noun: str, positions: Sequence[int], size: int) -> None:
@@ -300,7 +324,8 @@ def _check_layers(anatomy: Anatomy, axis: str, chosen: Mapping[int, object]) -> 
     """Raises PlanError unless `chosen` has an entry for each of the layers that have an axis, and for no other."""
     having = layers_with(anatomy, axis)
     if not having:
-        hint = "The size of experts cannot be cut; keep fewer of them." if axis == "ffn" else "Cut another axis."
+        in_experts = axis == "ffn" and layers_with(anatomy, "expert_ffn")
+        hint = "Use --expert-intermediate-size: the size of experts." if in_experts else "Cut another axis."
         raise PlanError(f"no layer of this {anatomy.model_type} has {WORDS[axis]} to choose from", hint=hint)
     if odd := sorted(chosen.keys() ^ having):
         reason = "is not listed" if odd[0] in having else f"has no {WORDS[axis]}, or does not exist"
@@ -321,6 +346,19 @@ def _check_shared_heads(anatomy: Anatomy, kept: Kept) -> None:
                     f"the layers of {stack.prefix}* share one bias of their heads, and would keep different heads",
                     hint="Keep the same heads in all layers of a stack.",
                 )
+
+
+def _check_groups(anatomy: Anatomy, experts: Mapping[int, Positions]) -> None:
+    """Raises PlanError where experts compete in groups, and groups would keep different numbers, or less than two."""
+    groups = anatomy.expert_groups
+    for layer, positions in experts.items() if groups > 1 else ():
+        size = anatomy.sizes["experts"] // groups
+        left = [sum(i // size == group for i in positions) for group in range(groups)]
+        if len(set(left)) > 1 or left[0] < 2:
+            raise PlanError(
+                f"experts compete in {groups} groups, of which layer {layer} would keep {left}",
+                hint=f"Keep two or more, and as many, of each group: a multiple of {groups}.",
+            )
 
 
 def _check_per_token(anatomy: Anatomy, left: int) -> None:

@@ -20,7 +20,9 @@ from surgeon.transforms.choose import (
 from surgeon.transforms.layers import keep_layers, planned, resolve_depth
 from surgeon.transforms.narrow import narrow
 from surgeon.transforms.scores import METHODS, WIDTHS, Method
-from surgeon.transforms.widths import derived_ffn
+from surgeon.transforms.widths import check_experts_size, derived_ffn
+
+AXES = ("hidden", "ffn", "heads", "kv_heads", "head_dim")
 
 
 def prune(
@@ -58,7 +60,9 @@ def pruned_sizes(anatomy: Anatomy, sizes: Mapping[str, int | None]) -> dict[str,
     anatomy.check_free(axis for axis, size in sizes.items() if size not in (None, old.get(axis)))
     if sizes.get("experts") is not None and "experts" not in old:
         raise PlanError(f"this {anatomy.model_type} has no experts", hint="Leave out --experts.")
-    axes = [axis for axis in ("hidden", "ffn", "heads", "kv_heads", "head_dim", "experts") if axis in old]
+    if sizes.get("expert_ffn") is not None:
+        check_experts_size(anatomy)
+    axes = [axis for axis in (*AXES, "expert_ffn", "experts") if axis in old]
     new = {axis: old[axis] if (size := sizes.get(axis)) is None else size for axis in axes}
     for axis, size in new.items():
         if not 0 < size <= old[axis]:
@@ -131,9 +135,10 @@ def sizes_like(anatomy: Anatomy, small: Anatomy, name: str) -> tuple[dict[str, i
             f"{name} has a vocabulary of {small.sizes['vocab']}, the model of {anatomy.sizes['vocab']}",
             hint="Weight selection needs models with one vocabulary.",
         )
-    axes = ("hidden", "ffn", "heads", "kv_heads", "head_dim", "experts")
     sizes: dict[str, int | None] = {
-        axis: small.sizes[axis] for axis in axes if axis in anatomy.sizes and axis in small.sizes
+        axis: small.sizes[axis]
+        for axis in (*AXES, "expert_ffn", "experts")
+        if axis in anatomy.sizes and axis in small.sizes
     }
     key = "tie_word_embeddings"
     ties = [bool(spec.config.get(key)) for spec in (anatomy.spec, small.spec)]

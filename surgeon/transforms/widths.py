@@ -13,6 +13,7 @@ from typing import Any
 from surgeon.anatomy.anatomy import Anatomy
 from surgeon.anatomy.axes import Index, Scale, axes_of
 from surgeon.anatomy.config import is_off
+from surgeon.anatomy.families import Row
 from surgeon.anatomy.rotary import EXTENSIBLE_ROPE, rope_types, rotary_dims, wider_head
 from surgeon.errors import PlanError
 
@@ -141,6 +142,7 @@ def plan_widths(
     heads: int,
     kv_heads: int,
     head_dim: int,
+    expert_ffn: int | None = None,
     method: str = "auto",
 ) -> Widths:
     """Return how to reach these sizes, none of which may be smaller than it is.
@@ -151,6 +153,7 @@ def plan_widths(
         raise PlanError(f"unknown width method {method!r}", hint=f"One of: {', '.join(WIDTH_METHODS)}.")
     old = anatomy.sizes
     asked = {"hidden": hidden, "ffn": ffn, "heads": heads, "kv_heads": kv_heads, "head_dim": head_dim}
+    asked |= {} if expert_ffn is None else {"expert_ffn": expert_ffn}
     check_shape(anatomy, asked)
     maps: dict[str, AxisMap] = {}
     if ffn != old["ffn"] and not any(
@@ -158,12 +161,14 @@ def plan_widths(
     ):
         raise PlanError(
             f"no tensor of this {anatomy.model_type} has the intermediate size: all its layers have experts",
-            hint="The size of experts cannot be grown yet.",
+            hint="Use --expert-intermediate-size.",
         )
     if hidden != old["hidden"]:
         maps["hidden"] = _residual_map(old["hidden"], hidden, method)
         if "projected" in old:  # an activation follows, so its positions keep their values
             maps["projected"] = _inner_map(old["hidden"], hidden, method, "hidden size")
+    if expert_ffn not in (None, old.get("expert_ffn")):
+        maps["expert_ffn"] = _inner_map(old["expert_ffn"], expert_ffn, method, "size of experts")
     if ffn != old["ffn"]:
         maps["ffn"] = _inner_map(old["ffn"], ffn, method, "intermediate size")
     splits = _add_heads(maps, old, heads, kv_heads, method)
@@ -224,6 +229,18 @@ def check_shape(anatomy: Anatomy, sizes: Mapping[str, int]) -> None:
         raise PlanError(
             f"{anatomy.model_type} wants a hidden size that its heads divide: {hidden} is no multiple of {heads}",
             hint=f"Near: --hidden-size {near}.",
+        )
+
+
+def check_experts_size(anatomy: Anatomy) -> None:
+    """Raises PlanError where experts have no size of their own."""
+    if "expert_ffn" not in anatomy.layers_by_axis:
+        has_some = "experts" in anatomy.layers_by_axis
+        raise PlanError(
+            f"the experts of {anatomy.model_type} have the MLP's size"
+            if has_some
+            else f"this {anatomy.model_type} has no experts",
+            hint="Use --intermediate-size.",
         )
 
 
@@ -354,14 +371,19 @@ def _check_norms(anatomy: Anatomy, maps: Mapping[str, AxisMap]) -> tuple[str, ..
     if residual is None:
         return ()
     pads = residual.index.has_new
+    if pads and anatomy.sums_normed:
+        raise PlanError(
+            f"{anatomy.model_type} with norms after the sum cannot be padded: a norm fixes the mean of its output",
+            hint="Use a multiple, with --width-method clone.",
+        )
     if pads and any(row.kind == "shift" and is_first_norm(anatomy, name) for name, (row, _) in anatomy.rows.items()):
         raise PlanError(
             f"{anatomy.model_type} has a layer norm behind its embedding, which fixes the mean: no padding",
             hint="Use a multiple, with --width-method clone.",
         )
-    if pads and anatomy.sums_normed:
+    if pads and (dense := _activated(anatomy)):
         raise PlanError(
-            f"{anatomy.model_type} with norms after the sum cannot be padded: a norm fixes the mean of its output",
+            f"{anatomy.model_type} has an activation behind {dense!r}, which would see another scale: no padding",
             hint="Use a multiple, with --width-method clone.",
         )
     mean_moves = family.norm_kind == "layer" and not pads and len(residual.index) % (residual.index.highest + 1)
@@ -377,20 +399,46 @@ def _residual_factors(anatomy: Anatomy, maps: Mapping[str, AxisMap], hidden: int
         return {}
     family, old = anatomy.require_family(), anatomy.sizes["hidden"]
     factors: dict[str, float] = {}
-    if family.scales_embedding:
+    if scales_embedding(anatomy):
         factors["embedding_factor"] = math.sqrt(old / hidden)
-    tied = has_tied_head(anatomy)
+    factor = math.sqrt(hidden / old) if scales_head(anatomy) else 1.0
     head = next(row for row in family.embedding.values() if row.kind == "head")
-    if tied and axes_of(head.axes[-1]) & maps.keys():
+    if has_tied_head(anatomy) and axes_of(head.axes[-1]) & maps.keys():
         weight = 1.0 if method == "zero-pad" else hidden / old
-        factors["tied_factor"] = 1 / (factors.get("embedding_factor", 1.0) * weight)
-        if family.scales_tied_head:
-            factors["tied_factor"] *= math.sqrt(hidden / old)
-        if factors["tied_factor"] != 1.0 and not _has_final_norm(anatomy):
+        factor /= factors.get("embedding_factor", 1.0) * weight
+    if factor != 1.0:
+        factors["tied_factor"] = factor
+        if not _has_final_norm(anatomy):
             raise PlanError("a tied head without a final norm cannot be widened", hint="Untie the head first.")
     if family.norm_kind == "layer" and method != "zero-pad" and residual.index.has_new:
         factors["mean_fill"] = math.sqrt(hidden / old)
     return factors
+
+
+def _activated(anatomy: Anatomy) -> str | None:
+    """Return a map from the stream to itself outside of the layers, such as a pooler's: an activation follows it."""
+    for name, (row, _) in anatomy.rows.items():
+        if row.kind == "linear" and not anatomy.locate(name) and all("hidden" in axes_of(dim) for dim in row.axes):
+            return name
+    return None
+
+
+def scales_embedding(anatomy: Anatomy) -> bool:
+    """Return whether the model multiplies the embedding of tokens by sqrt(hidden)."""
+    scales = anatomy.require_family(partial=True).scales_embedding
+    return bool(anatomy.config.get(scales)) if isinstance(scales, str) else scales
+
+
+def is_scaled(row: Row) -> bool:
+    """Return whether a tensor is what a model multiplies where it scales its embedding: tokens, and no positions."""
+    return row.kind == "embedding" and "vocab" in axes_of(row.axes[0])
+
+
+def scales_head(anatomy: Anatomy) -> bool:
+    """Return whether the model multiplies what its head reads by hidden ** -0.5."""
+    family, config = anatomy.require_family(partial=True), anatomy.config
+    flag = next((flag for flag in family.head_scale_flags if config.get(flag) is not None), None)
+    return family.scales_head and not is_off(config, flag)
 
 
 def has_tied_head(anatomy: Anatomy) -> bool:
@@ -410,12 +458,18 @@ def is_final_norm(anatomy: Anatomy, name: str) -> bool:
     """Return whether a tensor is of the norm in front of the head."""
     family = anatomy.require_family(partial=True)
     today = family.current(name)
-    return today in family.final_norm or family.base + today in family.final_norm
+    if today in family.final_norm or family.base + today in family.final_norm:
+        return True
+    place = anatomy.stacks[0].locate(today) if family.last_norm else None
+    return place is not None and place[0] == anatomy.depth - 1 and place[1].rpartition(".")[0] == family.last_norm
 
 
 def is_first_norm(anatomy: Anatomy, name: str) -> bool:
     """Return whether a tensor is of a norm whose output enters the layers: one outside of them, and not the last."""
-    return anatomy.rows[name][1] == "norm" and anatomy.locate(name) is None and not is_final_norm(anatomy, name)
+    family, row = anatomy.require_family(partial=True), anatomy.rows[name]
+    if row[1] != "norm" or anatomy.locate(name) or is_final_norm(anatomy, name):
+        return False
+    return name not in family.encoder_norm and family.base + name not in family.encoder_norm
 
 
 def resized(anatomy: Anatomy, sizes: Mapping[str, int], other: Mapping[str, Any] | None = None) -> dict[str, Any]:

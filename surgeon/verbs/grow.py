@@ -40,6 +40,7 @@ class GrowOptions:
     )
     hidden_size: int | str | None = option(f"Hidden size: {_SIZE}.", None, metavar="N")
     intermediate_size: int | str | None = option(f"Size of the MLP: {_SIZE}.", None, metavar="N")
+    expert_intermediate_size: int | str | None = option(f"Size of each expert's MLP: {_SIZE}.", None, metavar="N")
     attention_heads: int | str | None = option(f"Attention heads: {_SIZE}.", None, metavar="N")
     key_value_heads: int | str | None = option(f"Key-value heads: {_SIZE}.", None, metavar="N")
     head_dim: int | str | None = option(f"Size of a head: {_SIZE}.", None, metavar="N")
@@ -59,8 +60,9 @@ class GrowOptions:
     @property
     def widths(self) -> dict[str, int | str | None]:
         """The sizes that were asked for, by their option."""
-        names = ("hidden_size", "intermediate_size", "attention_heads", "key_value_heads", "head_dim")
-        return {name: getattr(self, name) for name in names}
+        sizes = ("hidden_size", "intermediate_size", "expert_intermediate_size")
+        heads = ("attention_heads", "key_value_heads", "head_dim")
+        return {name: getattr(self, name) for name in (*sizes, *heads)}
 
 
 @takes(GrowOptions)

@@ -16,7 +16,7 @@ from surgeon.checkpoint.source import LocalSource, Source, StoredTensor, spec_of
 from surgeon.options import option, revision_option, takes
 from surgeon.plan.plan import changed_keys
 from surgeon.surgery import open_source
-from surgeon.transforms.tying import is_copy
+from surgeon.transforms.settling import is_copy
 
 STORED_TIE = {
     None: "",
@@ -164,6 +164,9 @@ class Inspection:
             ("type", anatomy.model_type + self._table_note()),
             ("layers", "  ".join(f"{stack.depth} ({stack.prefix}*)" for stack in anatomy.stacks)),
         ]
+        if anatomy.predictors:
+            what = f"{len(anatomy.predictors)} tensors of layers that predict further tokens; no surgery keeps them"
+            lines += [("MTP", what)]
         lines += [("sizes", "  ".join(f"{axis} {n}" for axis, n in self.sizes.items()))] if self.sizes else []
         total = spec.num_parameters
         lines += [("parameters", f"{total:,}")]

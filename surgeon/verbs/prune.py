@@ -71,6 +71,9 @@ class CutOptions:
     )
     hidden_size: int | None = option(f"Hidden size of the result. {_UNCHANGED}", None, metavar="N")
     intermediate_size: int | None = option(f"Neurons of each MLP of the result. {_UNCHANGED}", None, metavar="N")
+    expert_intermediate_size: int | None = option(
+        f"Neurons of each expert of the result. {_UNCHANGED}", None, metavar="N"
+    )
     attention_heads: int | None = option(f"Attention heads of the result. {_UNCHANGED}", None, metavar="N")
     key_value_heads: int | None = option(
         f"Key-value heads of the result; each is removed with its group of heads. {_UNCHANGED}", None, metavar="N"
@@ -169,6 +172,7 @@ class CutOptions:
         return {
             "hidden": self.hidden_size,
             "ffn": self.intermediate_size,
+            "expert_ffn": self.expert_intermediate_size,
             "heads": self.attention_heads,
             "kv_heads": self.key_value_heads,
             "experts": self.experts,

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 
 from surgeon.anatomy.families.classics import CLASSICS
 from surgeon.anatomy.families.decoders import DECODERS
+from surgeon.anatomy.families.encoder_decoders import ENCODER_DECODERS
 from surgeon.anatomy.families.encoders import ENCODERS
 from surgeon.anatomy.families.experts import EXPERTS
 from surgeon.anatomy.families.multimodal import MULTIMODAL, TEXT_MODELS
@@ -13,4 +14,11 @@ from surgeon.anatomy.families.table import ANY, FIRST, UNTIED, Family, Kind, Lay
 __all__ = ["ANY", "FAMILIES", "FIRST", "MULTIMODAL", "PARTIAL", "UNTIED"]
 __all__ += ["Family", "Kind", "Layers", "Row", "Rows", "Wrapper"]
 
-FAMILIES: Mapping[str, Family] = {**CLASSICS, **DECODERS, **ENCODERS, **EXPERTS, **TEXT_MODELS}
+FAMILIES: Mapping[str, Family] = {
+    **CLASSICS,
+    **DECODERS,
+    **ENCODERS,
+    **ENCODER_DECODERS,
+    **EXPERTS,
+    **TEXT_MODELS,
+}

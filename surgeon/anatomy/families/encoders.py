@@ -52,7 +52,7 @@ BERT = Family(
         "masked LM",
         linear("cls.predictions.transform.dense", "hidden hidden", bias=True)
         | one("cls.predictions.bias", "vocab", "bias")
-        | one("cls.predictions.decoder.weight", "vocab hidden", "head")
+        | one("cls.predictions.decoder.weight", "vocab hidden", "head", when=UNTIED)
         | one("cls.predictions.decoder.bias", "vocab", "bias", when=UNTIED),
     )
     | optional("next sentence", linear("cls.seq_relationship", "? hidden", bias=True))
@@ -82,7 +82,7 @@ ROBERTA = replace(
         "masked LM",
         linear("lm_head.dense", "hidden hidden", bias=True)
         | one("lm_head.bias", "vocab", "bias")
-        | one("lm_head.decoder.weight", "vocab hidden", "head")
+        | one("lm_head.decoder.weight", "vocab hidden", "head", when=UNTIED)
         | one("lm_head.decoder.bias", "vocab", "bias", when=UNTIED),
     )
     | optional("classifier of two layers", DEEP_CLASSIFIER)

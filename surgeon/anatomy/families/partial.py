@@ -77,52 +77,54 @@ AS_HY_V4 = mlp("mlp.linear_gate mlp.up_proj", "mlp.down_proj")
 AS_MOLMO = mlp("mlp.ff_proj", "mlp.ff_out", width="(ffn + ffn)")
 AS_T5 = mlp("layer.1.DenseReluDense.wi", "layer.1.DenseReluDense.wo")
 AS_T5_DECODER = mlp("layer.2.DenseReluDense.wi", "layer.2.DenseReluDense.wo")
-AS_MT5 = mlp("layer.1.DenseReluDense.wi_0 layer.1.DenseReluDense.wi_1", "layer.1.DenseReluDense.wo")
-AS_MT5_DECODER = mlp("layer.2.DenseReluDense.wi_0 layer.2.DenseReluDense.wi_1", "layer.2.DenseReluDense.wo")
 
 _TABLES: tuple[tuple[Family, str], ...] = (
     (
         only(GATED),
-        ("afmoe audioflamingo3 axk1 axk2 aya_vision beam cosmos3_omni deepseek_v2 deepseek_v3 deepseek_v32 "
-        "deepseek_vl_hybrid diffllama doge embedding_gemma2 embedding_gemma2_text eurobert exaone4_5 "
-        "exaone_moe flint gemma4 gemma4_text gemma4_unified gemma4_unified_text glm4_moe glm4_moe_lite "
-        "glm4v_moe glm4v_moe_text glm5_next glm5_next_text glm_moe_dsa glmasr got_ocr2 granite_docling "
-        "granite_docling_text granite_swa hy_v3 hyperclovax hyperclovax_vision_v2 kimi_k25 laguna "
-        "mimo_v2_flash minicpm3 minicpm_ocr minicpmv4_6 minicpmv4_7 mllama moss_transcribe_diarize "
-        "muse_glimmer muse_glimmer_text musicflamingo olmo_hybrid pp_chart2table qianfan_ocr qwen2_audio "
-        "qwen3_5 qwen3_5_text qwen3_asr ultrabert ultravbert unlimited_ocr vaultgemma video_llama_3 voxtral"),
+        (
+            "afmoe audioflamingo3 axk1 axk2 aya_vision beam cosmos3_omni deepseek_v32 deepseek_vl_hybrid "
+            "diffllama doge embedding_gemma2 embedding_gemma2_text eurobert exaone4_5 flint gemma4 gemma4_text "
+            "gemma4_unified gemma4_unified_text glm4v_moe glm4v_moe_text glm5_next glm5_next_text glm_moe_dsa "
+            "glmasr got_ocr2 granite_docling granite_docling_text granite_swa hy_v3 hyperclovax "
+            "hyperclovax_vision_v2 kimi_k25 laguna mimo_v2_flash minicpm3 minicpm_ocr minicpmv4_6 minicpmv4_7 "
+            "mllama moss_transcribe_diarize muse_glimmer muse_glimmer_text musicflamingo olmo_hybrid "
+            "pp_chart2table qianfan_ocr qwen2_audio qwen3_5 qwen3_5_text qwen3_asr ultrabert ultravbert "
+            "unlimited_ocr vaultgemma video_llama_3 voxtral"
+        ),
     ),
     (
         only(AS_BERT),
-        ("bert-generation big_bird convbert data2vec-text data2vec-vision deberta deberta-v2 deit dpt electra "
-        "ernie fnet git ijepa layoutlm longformer markuplm megatron-bert mpnet mra nystromformer rembert "
-        "roberta-prelayernorm roc_bert roformer sew-d splinter tapas visual_bert vit vit_msn"),
+        (
+            "bert-generation big_bird convbert data2vec-text data2vec-vision deberta deberta-v2 deit dpt electra "
+            "ernie fnet git ijepa layoutlm longformer markuplm megatron-bert mpnet mra nystromformer rembert "
+            "roberta-prelayernorm roc_bert roformer sew-d splinter tapas visual_bert vit vit_msn"
+        ),
     ),
     (
         only(FC, ffn="encoder_ffn_dim decoder_ffn_dim"),
-        ("bart bigbird_pegasus blenderbot blenderbot-small fsmt led m2m_100 marian mbart mvp pegasus pegasus_x "
-        "plbart"),
+        ("bigbird_pegasus blenderbot blenderbot-small fsmt led m2m_100 marian mbart mvp pegasus pegasus_x plbart"),
     ),
     (
         only(MLP_FC),
-        ("chinese_clip_vision_model clip_text_model clip_vision_model granite_docling_vision idefics3_vision "
-        "internvl_vision jina_embeddings_v3 mlcd_vision_model nanochat qianfan_ocr_vision sam3_vit_model "
-        "smolvlm_vision"),
+        (
+            "chinese_clip_vision_model clip_text_model clip_vision_model granite_docling_vision idefics3_vision "
+            "internvl_vision jina_embeddings_v3 mlcd_vision_model nanochat qianfan_ocr_vision sam3_vit_model "
+            "smolvlm_vision"
+        ),
     ),
     (only(FUSED), "glm46v glm4v glm4v_text glm_image glm_image_text glm_ocr glm_ocr_text glmga phi4_multimodal"),
     (only(AS_WAV2VEC), "data2vec-audio hubert sew unispeech unispeech-sat wav2vec2 wavlm"),
     (only(FEED), "bamba falcon_h1 mistral_large4_text pixtral"),
     (only(W123), "lfm2_moe lfm3 lfm3_vl mistral_large4"),
-    (only(EXPERTS_W123), "minimax minimax_m2 minimax_m3_vl phimoe"),
-    (only(EXPERTS), "cohere2_moe flex_olmo olmoe"),
-    (only(STACKED), "granitemoe granitemoehybrid granitemoeshared"),
     (only(AS_MODERNBERT), "modernbert modernbert-decoder modernvbert"),
     (only(UNGATED), "jais2 neomme"),
-    (only(AS_MT5, AS_MT5_DECODER, ffn="d_ff"), "mt5 umt5"),
+    (only(EXPERTS_W123), "minimax minimax_m3_vl"),
     (only(FC), "biogpt"),
+    (only(EXPERTS), "cohere2_moe"),
     (only(AS_CTRL, ffn="dff"), "ctrl"),
     (only(AS_DISTILBERT, ffn="hidden_dim"), "distilbert"),
     (only(AS_FUYU), "fuyu"),
+    (only(STACKED), "granitemoehybrid"),
     (only(AS_GTE), "gte"),
     (only(AS_HY_V4), "hy_v4"),
     (only(FEED, EXPERTS_FEED), "jamba"),

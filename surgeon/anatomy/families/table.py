@@ -94,9 +94,11 @@ class Family:
     branch_norms: tuple[str, ...] = ()  # norms at the end of a branch: all that a layer adds passes through their gains
     pre_norm_flag: str | None = None  # the config key that is false where norms follow the sum instead
     norms_after_sum: bool = False  # norms always follow the sum
-    scales_embedding: bool = False  # the model multiplies embeddings by the square root of hidden
+    scales_embedding: bool | str = False  # embeddings are multiplied by sqrt(hidden): always, or as a config key says
     query_scale_flag: str | None = None  # the config key that is false where attention logits are not scaled
     expert_shares_flag: str | None = None  # the config key that is false where experts' weights are shares among all
+    expert_shares: bool = False  # experts' weights are always shares among all
+    expert_groups: str | None = None  # the config key with the number of groups in which experts compete
     fixed_query_scale: bool = False  # logits are not divided by the square root of head_dim but by a key of the config
     rotary: Literal["halves", "pairs"] | None = "halves"  # which dims rotate together: i and i + R/2, or 2i and 2i + 1
     hidden_divisible: bool = False  # the config insists that heads divide hidden, even where head_dim is given
@@ -109,6 +111,11 @@ class Family:
     outer_sizes: Mapping[str, tuple[str, ...]] = field(
         default_factory=dict
     )  # keys outside of the text config, with dots
+    scales_head: bool = False  # what the head reads is multiplied by hidden ** -0.5
+    head_scale_flags: tuple[str, ...] = ()  # the config keys that are false where it is not; the first one counts
+    last_norm: str = ""  # the norm at the end of a layer that stands before the head where no final norm does
+    encoder_norm: Rows = field(default_factory=dict)  # the norm at the end of the encoder, which the decoder reads
+    init_by_inputs: bool = False  # fresh weights are drawn with std / sqrt(inputs), embeddings with std
     frozen_by: Mapping[str, Mapping[str, str]] = field(default_factory=dict)  # the same, where a config key is set
     kv_heads_flag: str | bool = True  # whether the config's number of key-value heads counts, or the key that says so
     multi_query_flag: str | None = None  # else: the config key that is true, or absent, where one serves all heads
@@ -116,13 +123,17 @@ class Family:
     post_norm_flag: str | None = None  # the config key that is true where what a norm puts out is what is added to
     rotary_off_flag: str | None = None  # the config key that is true where no dims rotate
     rotary_share: float = 1.0  # the share of a head's dims that rotate, where the config does not say
-    scales_tied_head: bool = False  # logits are multiplied by hidden ** -0.5 where the head is the embedding
 
     @property
     def stacks(self) -> tuple[Layers, ...]:
         """The layers of each stack: one, or a decoder's and an encoder's."""
         own = Layers(self.layers, (self.attention, *self.mixers), self.norm, self.mlp)
         return (own,) if self.encoder is None else (own, self.encoder)
+
+    @property
+    def outside(self) -> Rows:
+        """All rows of tensors that lie outside of the layers."""
+        return self.embedding | self.encoder_norm | self.final_norm
 
     def current(self, name: str) -> str:
         """Return what files call a tensor today that an older one calls `name`."""

@@ -1,14 +1,42 @@
-"""A head that is stored though the config ties it to the embedding: what transformers makes of it is made plain."""
+"""What a checkpoint stores and its language model does not run, settled before the first surgery on it.
+
+A head may be stored though the config ties it to the embedding, and layers that predict further tokens (MTP) may follow
+the model's own, under the next numbers.
+"""
 
 from collections.abc import Mapping
 from dataclasses import replace
 
 from surgeon.anatomy.anatomy import Anatomy, read_anatomy
+from surgeon.anatomy.stacks import PREDICTORS
 from surgeon.checkpoint.comparing import are_equal
 from surgeon.checkpoint.source import Source
 from surgeon.plan.plan import Plan
 
 KEY = "tie_word_embeddings"
+
+
+def settle(source: Source, anatomy: Anatomy, plan: Plan) -> tuple[Plan, Anatomy]:
+    """Return the plan, which so far changes nothing, and the anatomy of what the surgeries begin with."""
+    if anatomy.predictors:
+        plan = without_predictors(anatomy, plan)
+        anatomy = read_anatomy(plan.result(anatomy.spec))
+    return (plan, anatomy) if anatomy.stored_tie is None else settle_tie(source, anatomy, plan)
+
+
+def without_predictors(anatomy: Anatomy, plan: Plan) -> Plan:
+    """Return the plan without the layers that predict further tokens, and the config without their number.
+
+    transformers does not run them, so nothing can be said of what another depth or width would make of them.
+    """
+    tensors = {name: expr for name, expr in plan.tensors.items() if name not in anatomy.predictors}
+    config = dict(plan.config)
+    if PREDICTORS in config:
+        config[PREDICTORS] = 0
+    if isinstance(text := config.get("text_config"), Mapping) and PREDICTORS in text:
+        config["text_config"] = {**text, PREDICTORS: 0}
+    note = f"the layers that predict further tokens (MTP) are left out: {min(anatomy.predictors)} and the rest of them"
+    return replace(plan, config=config, tensors=tensors, notes=(*plan.notes, note))
 
 
 def settle_tie(source: Source, anatomy: Anatomy, plan: Plan) -> tuple[Plan, Anatomy]:
