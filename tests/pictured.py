@@ -117,6 +117,23 @@ def build64(name: str, directory: Path) -> Path:
     return directory
 
 
+def talker(name: str, directory: Path) -> Path:
+    """Return `directory`, now holding the toy `name` in float32, with a larger vocabulary and the tokenizer of it."""
+    import talkers
+    import torch
+    from transformers import AutoConfig, AutoModelForImageTextToText
+
+    text = TYPES[name]["text_config"] | {"vocab_size": talkers.VOCABULARY, "max_position_embeddings": 512}
+    config = AutoConfig.for_model(name, **TYPES[name] | {"text_config": text})
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = AutoModelForImageTextToText.from_config(config, dtype=torch.float32)
+        toys._randomise(model)
+    model.save_pretrained(directory)
+    talkers.tokenizer_of().save_pretrained(directory)
+    return directory
+
+
 def load64(directory: Path) -> PreTrainedModel:
     """Return the model in `directory`. Nothing may be missing, left over or mismatched."""
     import torch

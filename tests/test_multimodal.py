@@ -5,6 +5,7 @@ from functools import cache
 
 import pictured
 import pytest
+import talkers
 from later import LATER
 from test_narrow import narrowed, silent
 
@@ -15,8 +16,10 @@ from surgeon.surgery import open_model
 from surgeon.transforms.narrow import Kept
 
 if LATER:
+    import torch
     from exact64 import EXACT, difference
     from safetensors.torch import load_file, save_file
+    from transformers import AutoModelForImageTextToText
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -137,3 +140,20 @@ def test_a_config_from_before_text_config_says_the_size_that_the_tower_writes(na
 def test_a_head_with_sections_of_positions_keeps_its_size(name, pictures):
     with pytest.raises(PlanError, match="sections for time, height and width"):
         surgeon.grow(pictures(name), hidden_size="2x", head_dim="2x")
+
+
+@pytest.mark.parametrize("name", ["llava", "qwen2_vl"])
+def test_a_model_that_sees_is_evaluated_and_scored_on_text(name, tmp_path):
+    """Its vision tower has as many layers as its language model, and other names in the files than in memory."""
+    source, text = pictured.talker(name, tmp_path / "toy"), talkers.written(tmp_path / "text.txt")
+    tokens = talkers.tokenizer_of()(talkers.TEXT, add_special_tokens=False, return_tensors="pt")["input_ids"]
+    model = AutoModelForImageTextToText.from_pretrained(source)
+
+    evaluation = surgeon.evaluate(source, data=[text])
+    pruned = surgeon.prune(source, layers=1, intermediate_size=20, score="angular", data=[text])
+
+    with torch.no_grad():
+        loss = model(input_ids=tokens, labels=tokens).loss.item()
+    assert evaluation.to_dict()["loss"] == pytest.approx(loss, abs=1e-5)  # float32, two orders of summing
+    assert (pruned.anatomy.depth, pruned.anatomy.sizes["ffn"]) == (1, 20)
+    assert surgeon.generate(source, "the cat", max_new_tokens=2).new_tokens == 2

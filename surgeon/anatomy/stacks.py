@@ -13,7 +13,7 @@ from surgeon.errors import CheckpointError
 _NUMBERED = re.compile(r"((?:.*?\.)??)(0|[1-9][0-9]{0,5})\.")  # the prefix up to the first number, and that number
 _NUMBER = re.compile(r"0|[1-9][0-9]{0,5}")
 _ODD = re.compile(r"(?:\A|\.)(?:0[0-9]|[0-9]{7})")  # begins what may be a number, and none of a layer
-_TOWERS = re.compile(r"vision|visual|image|video|audio|speech|mtp")  # stacks beside the language model's own
+TOWERS = re.compile(r"vision|visual|image|video|audio|speech|mtp")  # stacks beside the language model's own
 
 PREDICTORS = "num_nextn_predict_layers"  # of DeepSeek-V3 and GLM-4.5: layers that predict further tokens (MTP)
 FILES_HINT = "The weights are incomplete or of another model than config.json; fetch the whole checkpoint again."
@@ -94,7 +94,7 @@ def _pick_stack(numbers: Mapping[str, set[int]], depth: int | None, extra: int =
     depths = (depth, depth + extra)
     fitting = [prefix for prefix, layers in numbers.items() if len(layers) == max(layers) + 1 in depths]
     if len(fitting) > 1:
-        fitting = [prefix for prefix in fitting if not _TOWERS.search(prefix)]
+        fitting = [prefix for prefix in fitting if not TOWERS.search(prefix)]
     if len(fitting) == 1:
         return Stack(fitting[0], depth)
     if fitting:
@@ -103,7 +103,7 @@ def _pick_stack(numbers: Mapping[str, set[int]], depth: int | None, extra: int =
         )
     if not numbers:
         raise CheckpointError("the checkpoint has no layers: no tensor's name holds a number", hint=FILES_HINT)
-    prefix, layers = max(numbers.items(), key=lambda item: (not _TOWERS.search(item[0]), len(item[1])))
+    prefix, layers = max(numbers.items(), key=lambda item: (not TOWERS.search(item[0]), len(item[1])))
     if (missing := next((i for i in range(max(layers)) if i not in layers), None)) is not None:
         raise CheckpointError(f"layer {missing} is missing: no tensor is called {prefix}{missing}.*", hint=FILES_HINT)
     raise CheckpointError(
