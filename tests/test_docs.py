@@ -12,7 +12,8 @@ import pytest
 import toys
 
 import surgeon
-from surgeon.anatomy.families import FAMILIES, MULTIMODAL, PARTIAL
+from surgeon.anatomy.families import FAMILIES, MULTIMODAL
+from surgeon.anatomy.families.partial import PARTIAL
 from surgeon.cli.app import commands
 
 ROOT = Path(__file__).parent.parent

@@ -156,4 +156,3 @@ def test_a_model_that_sees_is_evaluated_and_scored_on_text(name, tmp_path):
         loss = model(input_ids=tokens, labels=tokens).loss.item()
     assert evaluation.to_dict()["loss"] == pytest.approx(loss, abs=1e-5)  # float32, two orders of summing
     assert (pruned.anatomy.depth, pruned.anatomy.sizes["ffn"]) == (1, 20)
-    assert surgeon.generate(source, "the cat", max_new_tokens=2).new_tokens == 2

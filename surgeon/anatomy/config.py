@@ -12,14 +12,17 @@ from dataclasses import dataclass, field
 from itertools import product
 from typing import Any, NoReturn
 
-from surgeon.anatomy.families import FAMILIES
+from surgeon.anatomy.families import FAMILIES, Family
 from surgeon.anatomy.layer_rules import (
     COUNT_KEYS,
     DECODER_COUNT_KEYS,
     ENCODER_COUNT_KEYS,
     FULL_ATTENTION,
     INDEX_LISTS,
+    LAST_IS_FULL,
     LAYER_LISTS,
+    LAYER_REFERENCES,
+    LAYER_TEXTS,
     NO_ROPE,
     OTHER_LISTS,
     PLACE_BOUND,
@@ -114,6 +117,53 @@ def setting(config: Mapping[str, Any], key: str) -> Any:
     return value
 
 
+def sizes_of(family: Family, config: Mapping[str, Any]) -> dict[str, int]:
+    """Return the size of every axis that the config gives. Raises CheckpointError for what is no positive number."""
+    sizes: dict[str, int] = {}
+    text = text_config(config)
+    for axis, keys in family.sizes.items():
+        if key := next((key for key in keys if text.get(key) is not None), None):
+            if text[key] == 0 and axis == "shared":  # no expert that every token takes
+                continue
+            if type(text[key]) is not int or text[key] < 1:
+                raise CheckpointError(
+                    f"config.json says {key} = {text[key]!r}, not a positive number", hint=CONFIG_HINT
+                )
+            sizes[axis] = text[key]
+    if "heads" in sizes and (implied := implied_kv_heads(family, text, sizes["heads"])) is not None:
+        sizes["kv_heads"] = implied
+    for axis, (factor, other) in family.default_sizes.items():
+        if other in sizes:
+            sizes.setdefault(axis, int(factor * sizes[other]))
+    if family.is_partial:  # it does not speak of heads, or of all it has
+        sizes = {"heads": 1, "kv_heads": 1, "hidden": 1, "ffn": 1} | sizes
+        sizes = {"head_dim": max(1, sizes["hidden"] // sizes["heads"])} | sizes
+    for axis in ("hidden", "heads", "vocab", "ffn"):
+        if axis not in sizes and (axis in family.sizes or not family.is_partial):
+            raise CheckpointError(f"config.json does not say {family.sizes[axis][0]}", hint=CONFIG_HINT)
+    hidden, heads, kv_heads = sizes["hidden"], sizes["heads"], sizes["kv_heads"]
+    if heads % kv_heads and not family.is_partial:
+        raise CheckpointError(
+            f"config.json says {heads} attention heads, not a multiple of {kv_heads} key-value heads", hint=CONFIG_HINT
+        )
+    if "head_dim" not in sizes and hidden % heads:
+        raise CheckpointError(
+            f"config.json says hidden size {hidden}, not a multiple of {heads} attention heads", hint=CONFIG_HINT
+        )
+    sizes = {"head_dim": hidden // heads} | sizes | {"group": max(1, heads // kv_heads)}
+    return sizes | {axis: sizes.get(axis, sizes["head_dim"]) for axis in ("q_dim", "k_dim", "v_dim")}
+
+
+def implied_kv_heads(family: Family, text: Mapping[str, Any], heads: int) -> int | None:
+    """Return the number of key-value heads where no key of the config holds it, None where one does."""
+    if family.is_partial or "kv_heads" not in {*family.sizes, *family.default_sizes}:
+        return None
+    flag = family.kv_heads_flag
+    if "kv_heads" in family.sizes and (flag is True or (flag and text.get(flag))):
+        return None
+    return 1 if family.multi_query_flag and text.get(family.multi_query_flag) is not False else heads
+
+
 def is_off(config: Mapping[str, Any], flag: str | None) -> bool:
     """Return whether a config turns a flag off outright; False for a family that has no such flag (None)."""
     return flag is not None and config.get(flag) is False
@@ -191,11 +241,17 @@ def follow_layers(config: Mapping[str, Any], keep: Sequence[int], depth: int, *,
     edit = ConfigEdit(dict(text))
     _slice_lists(edit, keep, depth, tabled=tabled)
     _remap_indices(edit, keep)
+    _follow_references(edit, text, keep)
     for key in COUNT_KEYS + ENCODER_COUNT_KEYS + DECODER_COUNT_KEYS:
         if edit.config.get(key) == depth:
             edit.config[key] = len(keep)
     for rule in RULES.get(text_name, ()):
         _apply_rule(edit, rule, text, keep, depth, text_name)
+    if text_name in LAST_IS_FULL and attention_kinds(edit.config, len(keep))[-1] not in FULL_ATTENTION:
+        raise PlanError(
+            f"{text_name} makes its last layer attend to everything, and layer {keep[-1]} does not",
+            hint="Let the last layer of the result be one with full attention.",
+        )
     if not tabled and text_name not in RULES:
         _refuse_unknown_strides(text, keep, text_name)
     _follow_residual_scale(edit, len(keep), depth)
@@ -227,7 +283,9 @@ def _refuse_what_cannot_move(config: Mapping[str, Any], names: set[str], keep: S
 
 def _slice_lists(edit: ConfigEdit, keep: Sequence[int], depth: int, *, tabled: bool) -> None:
     for key, value in list(edit.config.items()):
-        if not isinstance(value, list):
+        if key in LAYER_TEXTS and isinstance(value, str) and len(value) == depth:
+            edit.config[key] = "".join(value[i] for i in keep)
+        if not isinstance(value, list) or key in LAYER_REFERENCES:
             continue
         if key in LAYER_LISTS and value:
             if len(value) == depth:
@@ -251,6 +309,35 @@ def _remap_indices(edit: ConfigEdit, keep: Sequence[int]) -> None:
             edit.config[key] = [j for j, i in enumerate(keep) if i in value]
 
 
+def _follow_references(edit: ConfigEdit, text: Mapping[str, Any], keep: Sequence[int]) -> None:
+    """Renumber what a layer takes from another layer. Raises PlanError where it would lose it, or take another's."""
+    for key in LAYER_REFERENCES & text.keys():
+        if isinstance(numbers := text[key], list):
+            wanted = [numbers[i] for i in keep]
+            edit.config[key] = [_last_place(keep[: j + 1], layer, key) for j, layer in enumerate(wanted)]
+    kinds = text.get("indexer_types")
+    if isinstance(kinds, list) and "shared" in kinds:
+        owner = [max((k for k in range(i + 1) if kinds[k] != "shared"), default=-1) for i in range(len(kinds))]
+        for j, layer in enumerate(keep):
+            owners = [other for other in keep[: j + 1] if kinds[other] != "shared"]
+            if kinds[layer] == "shared" and owners[-1:] != [owner[layer]]:
+                _lacks(layer, owner[layer], "indexer_types")
+
+
+def _last_place(keep: Sequence[int], layer: int, key: str) -> int:
+    """Return the last place of a layer among those kept."""
+    if layer not in keep:
+        _lacks(keep[-1], layer, key)
+    return len(keep) - 1 - list(reversed(keep)).index(layer)
+
+
+def _lacks(layer: int, other: int, key: str) -> NoReturn:
+    raise PlanError(
+        f"layer {layer} takes from layer {other} ({key} of config.json), which would not come before it",
+        hint=f"Keep layer {other} with layer {layer}.",
+    )
+
+
 def _apply_rule(
     edit: ConfigEdit, rule: Rule, text: Mapping[str, Any], keep: Sequence[int], depth: int, name: str
 ) -> None:
@@ -269,8 +356,9 @@ def _apply_rule(
         if _fits(rule, attempt, kinds):
             edit.config = attempt
             return
+    source = " and ".join(rule.keys) or f"a layer's place, where config.json has no {rule.explicit}"
     raise PlanError(
-        f"{name} derives its layer kinds from {' and '.join(rule.keys)}; removing layers would change them",
+        f"{name} derives its layer kinds from {source}; removing layers would change them",
         hint="Ask for another number of layers, such as whole periods of that rule.",
     )
 
@@ -317,12 +405,17 @@ def _follow_residual_scale(edit: ConfigEdit, new: int, old: int) -> None:
 
 def declared_kinds(text: Mapping[str, Any], depth: int) -> list[tuple[object, ...]]:
     """Return everything that the config says of each layer, comparable: two layers with equal kinds are built alike."""
-    by_key: list[Sequence[object]] = []
+    own = text.get("per_layer_config")
+    own = own if isinstance(own, Mapping) else {}
+    by_number = {int(number): repr(value) for number, value in own.items()}
+    by_key: list[Sequence[object]] = [[by_number.get(i) for i in range(depth)]]
     for key, value in text.items():
         if key in LAYER_LISTS and isinstance(value, list) and len(value) == depth:
             by_key.append([repr(item) for item in value])
         elif key in INDEX_LISTS and isinstance(value, list):
             by_key.append([i in value for i in range(depth)])
+        elif key in LAYER_REFERENCES and isinstance(value, list) and len(value) == depth:
+            by_key.append([value[i] == i for i in range(depth)])
     rules = RULES.get(str(text.get("model_type")), ())
     by_key += [kinds_by(rule, text, depth) for rule in rules if rule.explicit is None or not text.get(rule.explicit)]
     return [tuple(kinds[i] for kinds in by_key) for i in range(depth)]

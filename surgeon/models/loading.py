@@ -195,42 +195,14 @@ def num_known(model: Any) -> int:
     return int(model.get_input_embeddings().weight.shape[0])
 
 
-def auto_class(source: Source) -> Any:
-    """Return the Auto class of a source with one stack; without a head that of a language model, or of an encoder."""
-    import transformers as auto
-    from transformers.models.auto import modeling_auto as known
-
-    named, model_type = " ".join(class_names(source.config)), source.config.get("model_type")
-    if "ForMaskedLM" in named:
-        return auto.AutoModelForMaskedLM
-    if "ForSequenceClassification" in named:
-        return auto.AutoModelForSequenceClassification
-    writes = not named or "CausalLM" in named or "LMHead" in named
-    if model_type in known.MODEL_FOR_MASKED_LM_MAPPING_NAMES and not writes:
-        return auto.AutoModel
-    if model_type in known.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or "auto_map" in source.config:
-        return auto.AutoModelForCausalLM
-    has_images = model_type in known.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
-    return auto.AutoModelForImageTextToText if has_images else auto.AutoModel
-
-
-def _writer(config: Mapping[str, Any]) -> Any:
-    """Return the Auto class of a model that writes: one that reads images too where no other has its type."""
-    import transformers as auto
-    from transformers.models.auto import modeling_auto as known
-
-    if config.get("is_encoder_decoder"):
-        return auto.AutoModelForSeq2SeqLM
-    sees = config.get("model_type") in known.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
-    writes = config.get("model_type") in known.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-    return auto.AutoModelForImageTextToText if sees and not writes else auto.AutoModelForCausalLM
-
-
 def load_model(source: Source, *, dtype: Any, hint: str, kind: Any = None, **options: Any) -> Any:
     """Return the model in evaluation mode, by an Auto class or as one that writes, on the CPU or where `options` say.
 
     Raises MeasureError, with `hint`, where transformers cannot load it or would draw weights at random.
     """
+    import transformers as auto
+
+    writer = auto.AutoModelForSeq2SeqLM if source.config.get("is_encoder_decoder") else auto.AutoModelForCausalLM
     name, revision = loadable(source)
     _check_files(name)
     if ADAPTER in source.companions:
@@ -240,7 +212,7 @@ def load_model(source: Source, *, dtype: Any, hint: str, kind: Any = None, **opt
         )
     with transformers_loads(source.label, hint=hint), quiet_transformers():
         model, report = _from_pretrained(
-            kind or _writer(source.config),
+            kind or writer,
             name,
             revision=revision,
             config=config_of(source, hint=hint),

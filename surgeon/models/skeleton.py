@@ -18,11 +18,12 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from surgeon.anatomy.config import class_names
 from surgeon.anatomy.stacks import TOWERS
 from surgeon.checkpoint.header import FilePart
 from surgeon.checkpoint.source import Ranges, Source, StoredTensor, ranges_by_file
 from surgeon.errors import MeasureError, SurgeonError
-from surgeon.models.loading import auto_class, config_of, from_config, libraries_fail, quiet_transformers
+from surgeon.models.loading import config_of, from_config, libraries_fail, quiet_transformers
 from surgeon.plan.arithmetic import TORCH_DTYPES
 
 
@@ -91,6 +92,25 @@ class Skeleton:
         for module in self.module.modules():
             if id(module) not in inside:
                 empty_own(module)
+
+
+def auto_class(source: Source) -> Any:
+    """Return the Auto class of a source with one stack; without a head that of a language model, or of an encoder."""
+    import transformers as auto
+    from transformers.models.auto import modeling_auto as known
+
+    named, model_type = " ".join(class_names(source.config)), source.config.get("model_type")
+    if "ForMaskedLM" in named:
+        return auto.AutoModelForMaskedLM
+    if "ForSequenceClassification" in named:
+        return auto.AutoModelForSequenceClassification
+    writes = not named or "CausalLM" in named or "LMHead" in named
+    if model_type in known.MODEL_FOR_MASKED_LM_MAPPING_NAMES and not writes:
+        return auto.AutoModel
+    if model_type in known.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or "auto_map" in source.config:
+        return auto.AutoModelForCausalLM
+    has_images = model_type in known.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+    return auto.AutoModelForImageTextToText if has_images else auto.AutoModel
 
 
 def predicts_next(source: Source) -> bool:
@@ -309,9 +329,9 @@ def states_of(call: LayerCall) -> Tensor:
 
 
 def first_of(output: Any) -> Tensor:
-    """Return the states among the outputs of a layer, or of all of them."""
-    states: Tensor = output if isinstance(output, Tensor) else output[0]
-    return states
+    """Return the states among the outputs of a layer, or of all of them: the first."""
+    outputs = output.values() if isinstance(output, Mapping) else output
+    return output if isinstance(output, Tensor) else next(iter(outputs))
 
 
 @contextmanager

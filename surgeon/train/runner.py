@@ -221,7 +221,7 @@ class Runner:
         return warnings
 
     def _loaded(self) -> Any:
-        return load_trainable(self.source, self.settings, precision=self.inputs.precision)
+        return load_trainable(self.source, self.task, precision=self.inputs.precision)
 
     def _searched_rate(self, data: RunData, steps: int, teacher: Any) -> float:
         """Return the better of two rates, each tried for a few steps from the same weights; a resume takes the same."""

@@ -6,10 +6,10 @@ from collections import Counter
 from collections.abc import Collection, Sequence
 from dataclasses import replace
 
-from surgeon.anatomy.anatomy import Anatomy, read_anatomy, written_and_read
+from surgeon.anatomy.anatomy import Anatomy, read_anatomy
 from surgeon.anatomy.axes import Index, Places, Scale, axes_of, places
 from surgeon.anatomy.config import CONFIG_HINT, declared_kinds, follow_layers, text_config
-from surgeon.anatomy.families import FIRST, Row
+from surgeon.anatomy.families import FIRST, Row, written_and_read
 from surgeon.anatomy.stacks import Stack
 from surgeon.checkpoint.header import is_quantized
 from surgeon.errors import CheckpointError, PlanError
@@ -143,30 +143,37 @@ def _check_indices(anatomy: Anatomy, keep: Sequence[int]) -> None:
 
 
 def _check_places(anatomy: Anatomy, stack: Stack, keep: Sequence[int]) -> None:
-    """Refuse to move a layer that holds other tensors than its kind does elsewhere: the code builds it by its place."""
-    inside: list[set[str]] = [set() for _ in range(stack.depth)]
-    for name in anatomy.spec.tensors:
-        if (place := stack.locate(name)) and not _serves_all(anatomy, name):
-            inside[place[0]].add(place[1])
+    """Refuse a layer that comes to a place where the code builds other tensors: it decides by place, and not by kind.
+
+    Layers of one declared kind are built alike. Where they are not, place i is built as in the source, the last place
+    too where the source's last layer is the odd one, and no place is known beyond the source's depth.
+    """
+    inside: list[dict[str, tuple[int, ...]]] = [{} for _ in range(stack.depth)]
+    for name, tensor in anatomy.spec.tensors.items():
+        if (located := stack.locate(name)) and not _serves_all(anatomy, name):
+            inside[located[0]][located[1]] = tensor.shape
     kinds = declared_kinds(text_config(anatomy.spec.config), stack.depth)
-    groups: dict[object, Counter[frozenset[str]]] = {}
-    for kind, names in zip(kinds, inside, strict=True):
-        groups.setdefault(kind, Counter())[frozenset(names)] += 1
-    counts = Counter(rest for names in inside for rest in names)
-    in_most = {rest for rest, count in counts.items() if 2 * count > stack.depth}
-    for layer, (kind, names) in enumerate(zip(kinds, inside, strict=True)):
-        # Of two layers that are the only ones of their kind, the odd one is further from the layers of all kinds.
-        ranks = {there: (count, -len(there ^ in_most)) for there, count in groups[kind].items()}
-        if all(there == names or ranks[there] < ranks[frozenset(names)] for there in ranks):
+    built = [frozenset(tensors.items()) for tensors in inside]
+    groups: dict[object, set[frozenset[tuple[str, tuple[int, ...]]]]] = {}
+    for kind, tensors in zip(kinds, built, strict=True):
+        groups.setdefault(kind, set()).add(tensors)
+    counts = Counter(built)
+    last = stack.depth - 1
+    is_odd_end = counts[built[last]] == 1 < len(groups[kinds[last]])
+    for new, old in enumerate(keep):
+        if len(groups[kinds[old]]) == 1:
             continue
-        place_kept = keep[0] == 0 if layer == 0 else keep[-1] == layer if layer == stack.depth - 1 else True
-        if not place_kept or keep.count(layer) > 1 or (0 < layer < stack.depth - 1 and layer in keep[:layer]):
-            other = next(there for there, _ in groups[kind].most_common() if there != names)
-            odd = min(names ^ other)
-            raise PlanError(
-                f"layer {layer} of {anatomy.model_type} differs from the others in {odd!r} because of its place",
-                hint=f"Keep layer {layer} where it is.",
-            )
+        place = last if is_odd_end and new == len(keep) - 1 else min(new, last - 1 if is_odd_end else last)
+        is_known = new <= last or len(set(built[last // 2 :])) == 1
+        if built[place] == built[old] and is_known:
+            continue
+        layer = min(old, place, key=lambda i: counts[built[i]])
+        other = max(groups[kinds[old]] - {built[layer]}, key=lambda tensors: counts[tensors])
+        odd = min(name for name, _ in other ^ built[layer])
+        raise PlanError(
+            f"layer {layer} of {anatomy.model_type} differs from the others in {odd!r} because of its place",
+            hint=f"Keep layer {layer} where it is.",
+        )
 
 
 def _serves_all(anatomy: Anatomy, name: str) -> bool:

@@ -5,7 +5,7 @@ saves an expert's three matrices; in memory there are two, fused over the expert
 which the tensor is stored: "out in" for a linear map, "in out" for GPT-2's Conv1D.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -141,6 +141,11 @@ class Family:
             name = name.replace(old, new)
         return name
 
+    def placed(self, prefixes: Sequence[str]) -> "Family":
+        """Return a table that says the same of each stack, wherever it lies."""
+        layers = [replace(self.stacks[0], prefix=prefix) for prefix in prefixes]
+        return replace(self, layers=prefixes[0], encoder=layers[1] if layers[1:] else None)
+
     @property
     def is_partial(self) -> bool:
         """Whether the table speaks of some axes only."""
@@ -188,6 +193,20 @@ class Wrapper:
             frozen={**family.frozen, **self.frozen},
             outer_sizes=self.sizes,
         )
+
+
+def written_and_read(row: Row) -> tuple[int | None, int | None]:
+    """Return which dimension of a tensor writes an axis, and which reads one; None where none does."""
+    last = len(row.axes) - 1
+    match row.kind:
+        case "linear":
+            return last - 1, last
+        case "conv1d":
+            return last, last - 1
+        case "head":
+            return None, last
+        case _:
+            return last, None
 
 
 def linear(name: str, axes: str, *, bias: str | bool = False, kind: Kind = "linear") -> Rows:
