@@ -21,7 +21,18 @@ from surgeon.anatomy.config import (
     text_config,
     with_text,
 )
-from surgeon.anatomy.families import FAMILIES, FIRST, LATER, MULTIMODAL, UNTIED, Family, Layers, Row, Rows
+from surgeon.anatomy.families import (
+    FAMILIES,
+    FIRST,
+    LATER,
+    MULTIMODAL,
+    UNTIED,
+    Family,
+    Layers,
+    Row,
+    Rows,
+    table_of_mlp,
+)
 from surgeon.anatomy.stacks import FILES_HINT, PREDICTORS, Stack, find_stacks
 from surgeon.checkpoint.header import CheckpointSpec, is_quantized
 from surgeon.errors import CheckpointError, PlanError
@@ -56,6 +67,7 @@ class Anatomy:
     family: Family | None
     sizes: Mapping[str, int]  # axis: size; empty without a family
     rows: Mapping[str, tuple[Row, Part]]  # of every tensor; empty without a family
+    misfit: str = ""  # why a table of some axes only says nothing of this checkpoint, in brackets
 
     @property
     def depth(self) -> int:
@@ -126,7 +138,7 @@ class Anatomy:
             quantized = is_quantized(self.spec.config)
             what = "a quantized checkpoint" if quantized else f"model type {self.model_type!r}"
             raise PlanError(
-                f"{what} has no table of its tensors, so only whole layers can be moved",
+                f"{what} has no table of its tensors{self.misfit}, so only whole layers can be moved",
                 hint=f"Model types with a table: {', '.join(sorted({*FAMILIES, *MULTIMODAL}))}.",
             )
         if self.family.is_partial and not partial:
@@ -202,19 +214,25 @@ def read_anatomy(spec: CheckpointSpec) -> Anatomy:
     stacks = find_stacks(spec.config, spec.tensors)
     for stack in stacks:
         check_layer_keys(text_config(spec.config), stack.depth)
-    family = (
-        None if is_quantized(spec.config) else family_of(spec.config, stacks[0].prefix)
-    )  # tables: unquantized files
+    # Tables are of unquantized files.
+    family = None if is_quantized(spec.config) else family_of(spec.config, stacks[0].prefix)
     if family is None or _differing(family, spec.config) or _is_wrapped(family, stacks[0].prefix):
         return Anatomy(spec, name, stacks, None, {}, {})
+    if family.is_partial:
+        family = family.placed([stack.prefix for stack in stacks])
     family = family.of_class(class_names(spec.config), stacks[0].prefix)
     if stacks[0].prefix not in (family.layers, family.layers.removeprefix(family.base)):
         raise CheckpointError(
             f"the layers are called {stacks[0].prefix}*, those of a {name} model {family.layers}*", hint=FILES_HINT
         )
-    sizes = sizes_of(family, spec.config)
-    rows = _check_present(family, stacks, spec, sizes)
-    _check_missing(family, stacks, spec, sizes)
+    try:
+        sizes = sizes_of(family, spec.config)
+        rows = _check_present(family, stacks, spec, sizes)
+        _check_missing(family, stacks, spec, sizes)
+    except CheckpointError as error:
+        if not family.is_partial:
+            raise
+        return Anatomy(spec, name, stacks, None, {}, {}, misfit=f" that fits it ({error})")
     return Anatomy(spec, name, stacks, family, sizes, rows)
 
 
@@ -232,21 +250,7 @@ def family_of(config: Mapping[str, Any], layers: str) -> Family | None:
             whole.layers.removeprefix(whole.base),
         ):
             return whole
-    return FAMILIES.get(own)
-
-
-def written_and_read(row: Row) -> tuple[int | None, int | None]:
-    """Return which dimension of a tensor writes an axis, and which reads one; None where none does."""
-    last = len(row.axes) - 1
-    match row.kind:
-        case "linear":
-            return last - 1, last
-        case "conv1d":
-            return last, last - 1
-        case "head":
-            return None, last
-        case _:
-            return last, None
+    return FAMILIES.get(own) or table_of_mlp(own)
 
 
 def _is_wrapped(family: Family, prefix: str) -> bool:

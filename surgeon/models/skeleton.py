@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from surgeon.anatomy.config import class_names
+from surgeon.anatomy.stacks import TOWERS
 from surgeon.checkpoint.header import FilePart
 from surgeon.checkpoint.source import Ranges, Source, StoredTensor, ranges_by_file
 from surgeon.errors import MeasureError, SurgeonError
@@ -137,7 +138,10 @@ def _takes(module: nn.Module, name: str) -> bool:
 
 
 def layer_list(model: nn.Module, prefix: str, depth: int) -> nn.ModuleList:
-    """Return the model's list of layers: the one of that depth, and of several the one that the files name `prefix`."""
+    """Return the model's list of layers: the one of that depth, and of several the one that the files name `prefix`.
+
+    Where files name none of them so (those of a Llava), it is the one that is in no other tower.
+    """
     lists = {
         name: module
         for name, module in model.named_modules()
@@ -146,7 +150,8 @@ def layer_list(model: nn.Module, prefix: str, depth: int) -> nn.ModuleList:
     path = prefix.rstrip(".")
     named = [module for name, module in lists.items() if name == path or name.endswith(f".{path}")]
     assert named or lists, f"transformers builds no list of {depth} layers"
-    return named[0] if named else next(iter(lists.values()))
+    inner = [module for name, module in lists.items() if not TOWERS.search(name)]
+    return next(iter((*named, *inner, *lists.values())))
 
 
 def empty(module: nn.Module) -> None:

@@ -165,6 +165,8 @@ def plan_widths(
         )
     if hidden != old["hidden"]:
         maps["hidden"] = _residual_map(old["hidden"], hidden, method)
+        if "projected" in old:  # an activation follows, so its positions keep their values
+            maps["projected"] = _inner_map(old["hidden"], hidden, method, "hidden size")
     if expert_ffn not in (None, old.get("expert_ffn")):
         maps["expert_ffn"] = _inner_map(old["expert_ffn"], expert_ffn, method, "size of experts")
     if ffn != old["ffn"]:
@@ -175,6 +177,8 @@ def plan_widths(
         maps["embed"] = maps["hidden"]
     approximate = _check_norms(anatomy, maps)
     sizes = asked | {"group": heads // kv_heads, "embed": hidden if "embed" in maps else old.get("embed", 0)}
+    if "projected" in maps:
+        sizes["projected"] = hidden
     if head_dim != old["head_dim"]:
         sizes |= dict.fromkeys(("q_dim", "k_dim", "v_dim"), head_dim)
         if "rotary" in old:
@@ -481,6 +485,7 @@ def resized(anatomy: Anatomy, sizes: Mapping[str, int], other: Mapping[str, Any]
     for axis, paths in family.outer_sizes.items():
         for path in paths if sizes[axis] != anatomy.sizes[axis] else ():
             group, _, key = path.rpartition(".")
-            if isinstance(whole.get(group), Mapping) and whole[group].get(key) == anatomy.sizes[axis]:
-                whole[group] = {**whole[group], key: sizes[axis]}
+            holder = whole.get(group) if group else whole
+            if isinstance(holder, Mapping) and holder.get(key) == anatomy.sizes[axis]:
+                whole |= {group: {**holder, key: sizes[axis]}} if group else {key: sizes[axis]}
     return whole

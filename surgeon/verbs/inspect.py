@@ -104,7 +104,8 @@ class Inspection:
     @property
     def sizes(self) -> dict[str, int]:
         """The sizes of the axes that a config gives, and how many heads share a key-value head; {} without a table."""
-        shown = (*family.sizes, "group") if (family := self.anatomy.family) else ()
+        family = self.anatomy.family
+        shown = () if family is None else tuple(family.sizes) if family.is_partial else (*family.sizes, "group")
         return {axis: self.anatomy.sizes[axis] for axis in shown if axis in self.anatomy.sizes}
 
     @property

@@ -170,6 +170,11 @@ class Family:
         is_other = bool(inside) and layers == "transformer." + inside != self.layers
         return Wrapper("transformer.", ()).around(family) if is_other else family
 
+    def placed(self, prefixes: Sequence[str]) -> "Family":
+        """Return a table that says the same of each stack, wherever it lies."""
+        layers = [replace(self.stacks[0], prefix=prefix) for prefix in prefixes]
+        return replace(self, layers=prefixes[0], encoder=layers[1] if layers[1:] else None)
+
     @property
     def is_partial(self) -> bool:
         """Whether the table speaks of some axes only."""
@@ -182,8 +187,9 @@ class Wrapper:
 
     `base` stands in the files for the language model's own base ("model."), `head` in front of the names that lie
     outside of it (lm_head). `headless` is the prefix that checkpoints of the headless model lack. `rows` are tensors
-    beside it that have axes of the language model, such as a projector that writes its hidden state; all else under
-    `opaque` has none. `sizes` are config keys outside of the text config that hold a size, with dots.
+    beside it that have axes of the language model, such as a projector that writes its hidden state ("projected" is an
+    axis inside a projector that is as wide as hidden); all else under `opaque` has none. `sizes` are config keys
+    outside of the text config that hold a size, with dots.
     """
 
     base: str
@@ -211,10 +217,25 @@ class Wrapper:
             layers=named(family.layers),
             embedding=renamed(family.embedding) | self.rows,
             final_norm=renamed(family.final_norm),
+            default_sizes={**family.default_sizes, "projected": (1, "hidden")},
             opaque=(*family.opaque, *self.opaque),
             frozen={**family.frozen, **self.frozen},
             outer_sizes=self.sizes,
         )
+
+
+def written_and_read(row: Row) -> tuple[int | None, int | None]:
+    """Return which dimension of a tensor writes an axis, and which reads one; None where none does."""
+    last = len(row.axes) - 1
+    match row.kind:
+        case "linear":
+            return last - 1, last
+        case "conv1d":
+            return last, last - 1
+        case "head":
+            return None, last
+        case _:
+            return last, None
 
 
 def linear(name: str, axes: str, *, bias: str | bool = False, kind: Kind = "linear") -> Rows:
