@@ -17,10 +17,10 @@ from functools import cache
 from itertools import pairwise
 from typing import Any
 
-from surgeon.anatomy.anatomy import EXPERT_NUMBER, Anatomy, written_and_read
+from surgeon.anatomy.anatomy import EXPERT_NUMBER, Anatomy
 from surgeon.anatomy.axes import Dim, Index, Keep, Scale, axes_of, survivors
 from surgeon.anatomy.config import is_off, spelled
-from surgeon.anatomy.families import Row
+from surgeon.anatomy.families import Row, written_and_read
 from surgeon.anatomy.rotary import rotary_dims
 from surgeon.anatomy.spellings import SPELLINGS
 from surgeon.errors import PlanError
@@ -138,6 +138,8 @@ def _shared(anatomy: Anatomy, kept: Kept) -> dict[str, Positions]:
     shared = dict.fromkeys(HEAD_DIMS, kept.head_dim) | {"hidden": kept.hidden}
     if anatomy.sizes.get("embed") == anatomy.sizes["hidden"]:
         shared["embed"] = kept.hidden
+    if "projected" in anatomy.sizes:
+        shared["projected"] = kept.hidden
     return {axis: positions for axis, positions in shared.items() if positions is not None}
 
 
@@ -268,7 +270,8 @@ def _notes(anatomy: Anatomy, sizes: Mapping[str, int]) -> tuple[str, ...]:
     old = anatomy.sizes
     rows = {id(row): row for name, (row, _) in anatomy.rows.items() if ".experts." in name}
     inside = {axis for row in rows.values() for dim in row.axes for axis in axes_of(dim)}
-    uneven = [sizes[axis] for axis in sorted(inside - {"experts"}) if sizes[axis] < old[axis] and sizes[axis] % 8]
+    known = sorted(inside & sizes.keys() - {"experts"})
+    uneven = [sizes[axis] for axis in known if sizes[axis] < old[axis] and sizes[axis] % 8]
     return (UNEVEN.format(uneven[0]),) if uneven else ()
 
 
