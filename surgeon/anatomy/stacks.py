@@ -14,8 +14,8 @@ _NUMBERED = re.compile(r"((?:.*?\.)??)(0|[1-9][0-9]{0,5})\.")  # the prefix up t
 _NUMBER = re.compile(r"0|[1-9][0-9]{0,5}")
 _ODD = re.compile(r"(?:\A|\.)(?:0[0-9]|[0-9]{7})")  # begins what may be a number, and none of a layer
 # Stacks beside the language model's own, and the language model's where others have its depth.
-_TOWERS = re.compile(
-    r"vision|visual|image|audio|speech|mtp|qformer|connector|projector|deepstack|resampler|vit\.|vqmodel|cross_attn"
+TOWERS = re.compile(
+    r"vision|visual|image|video|audio|speech|mtp|qformer|connector|projector|deepstack|resampler|vit\.|vqmodel|cross_attn"
 )
 _LANGUAGE = re.compile(r"language_model|text_model")
 
@@ -101,7 +101,7 @@ def _pick_stack(numbers: Mapping[str, set[int]], depth: int | None, extra: int =
     depths = (depth, depth + extra)
     fitting = [prefix for prefix, layers in numbers.items() if len(layers) == max(layers) + 1 in depths]
     if len(fitting) > 1:
-        fitting = [prefix for prefix in fitting if not _TOWERS.search(prefix)] or fitting
+        fitting = [prefix for prefix in fitting if not TOWERS.search(prefix)] or fitting
     if len(fitting) > 1 and nested:
         fitting = [prefix for prefix in fitting if _LANGUAGE.search(prefix)] or fitting
     if len(fitting) == 1:
@@ -112,7 +112,7 @@ def _pick_stack(numbers: Mapping[str, set[int]], depth: int | None, extra: int =
         )
     if not numbers:
         raise CheckpointError("the checkpoint has no layers: no tensor's name holds a number", hint=UNKNOWN_HINT)
-    prefix, layers = max(numbers.items(), key=lambda item: (not _TOWERS.search(item[0]), len(item[1])))
+    prefix, layers = max(numbers.items(), key=lambda item: (not TOWERS.search(item[0]), len(item[1])))
     if (missing := next((i for i in range(max(layers)) if i not in layers), None)) is not None:
         raise CheckpointError(f"layer {missing} is missing: no tensor is called {prefix}{missing}.*", hint=FILES_HINT)
     raise CheckpointError(
