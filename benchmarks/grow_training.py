@@ -14,7 +14,7 @@ import subprocess
 import sys
 import sysconfig
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -73,20 +73,29 @@ class Lengths:
 QUICK = Lengths(small=30, grown=10, random=20, measure=5)
 
 
-def corpus() -> "tuple[Tensor, Tensor]":
-    """Return the bytes to train on, and windows of held-out ones, (windows, LENGTH + 1)."""
+def corpus(path: Path | None = None) -> "tuple[Tensor, Tensor]":
+    """Return the bytes of a file to train on (None: of the standard library), and windows of held-out ones.
+
+    Of a shorter text a twelfth is held out. Windows are of shape (windows, LENGTH + 1).
+    """
     import torch
 
+    text = _library() if path is None else bytearray(path.read_bytes())
+    data = torch.frombuffer(text[:CORPUS_BYTES], dtype=torch.uint8).long()
+    num_held_out = min(HELD_OUT_BYTES, len(data) // 12)
+    held_out = data[-num_held_out:]
+    starts = torch.linspace(0, num_held_out - LENGTH - 1, HELD_OUT_WINDOWS).long()
+    return data[:-num_held_out], torch.stack([held_out[i : i + LENGTH + 1] for i in starts.tolist()])
+
+
+def _library() -> bytearray:
     library = Path(sysconfig.get_path("stdlib"))
     left_out = {"test", "tests", "idle_test", "site-packages", "dist-packages"}
     text = bytearray()
     for path in sorted(library.rglob("*.py")):
         if left_out.isdisjoint(path.relative_to(library).parts) and len(text) < CORPUS_BYTES:
             text += path.read_bytes()
-    data = torch.frombuffer(text[:CORPUS_BYTES], dtype=torch.uint8).long()
-    held_out = data[-HELD_OUT_BYTES:]
-    starts = torch.linspace(0, HELD_OUT_BYTES - LENGTH - 1, HELD_OUT_WINDOWS).long()
-    return data[:-HELD_OUT_BYTES], torch.stack([held_out[i : i + LENGTH + 1] for i in starts.tolist()])
+    return text
 
 
 def batches(data: "Tensor", seed: int) -> "Iterator[Tensor]":
@@ -99,28 +108,7 @@ def batches(data: "Tensor", seed: int) -> "Iterator[Tensor]":
         yield torch.stack([data[i : i + LENGTH + 1] for i in starts.tolist()])
 
 
-def train(model: Any, steps: int, *, learning_rate: float, seed: int, measure: int) -> list[list[float]]:
-    """Return [tokens, held-out loss in nats per byte] from before the first step on; the model is trained in place."""
-    import torch
-
-    data, held_out = corpus()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, betas=(0.9, 0.95), weight_decay=0.1)
-    curve = [[0, loss_of(model, held_out)]]
-    for step, batch in zip(range(1, steps + 1), batches(data, seed), strict=False):
-        scale = min(step / WARM_UP, (steps - step + 1) / (DECAY * steps), 1.0)
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate * scale
-        loss = next_byte_loss(model, batch)
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        if step % measure == 0 or step == steps:
-            curve.append([step * BATCH * LENGTH, loss_of(model, held_out)])
-    return curve
-
-
-def next_byte_loss(model: Any, windows: "Tensor") -> "Tensor":
+def next_byte_loss(model: Any, windows: "Tensor", _: int = 0) -> "Tensor":
     """Return the mean loss of each next byte, in nats."""
     import torch
 
@@ -128,12 +116,42 @@ def next_byte_loss(model: Any, windows: "Tensor") -> "Tensor":
     return torch.nn.functional.cross_entropy(logits.flatten(0, 1), windows[:, 1:].flatten())
 
 
-def loss_of(model: Any, windows: "Tensor") -> float:
-    """Return the held-out loss."""
+def train(
+    model: Any,
+    steps: int,
+    *,
+    learning_rate: float,
+    seed: int,
+    measure: int,
+    loss_fn: "Callable[[Any, Tensor, int], Tensor]" = next_byte_loss,
+    text: Path | None = None,
+) -> list[list[float]]:
+    """Return [tokens, held-out loss in nats per byte] from before the first step on; the model is trained in place.
+
+    `loss_fn` takes the model, windows of text and the number of the step, 0 for held-out ones.
+    """
     import torch
 
-    with torch.no_grad():
-        return next_byte_loss(model, windows).item()
+    data, held_out = corpus(text)
+
+    def measured() -> float:
+        with torch.no_grad():
+            return float(loss_fn(model, held_out, 0))
+
+    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, betas=(0.9, 0.95), weight_decay=0.1)
+    curve = [[0, measured()]]
+    for step, batch in zip(range(1, steps + 1), batches(data, seed), strict=False):
+        scale = min(step / WARM_UP, (steps - step + 1) / (DECAY * steps), 1.0)
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate * scale
+        loss = loss_fn(model, batch, step)
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        if step % measure == 0 or step == steps:
+            curve.append([step * BATCH * LENGTH, measured()])
+    return curve
 
 
 def fresh(shape: str, seed: int) -> Any:
@@ -198,11 +216,13 @@ def run(name: str, seed: int, directory: Path, lengths: Lengths) -> None:
     (directory / f"{name}-{seed}.json").write_text(json.dumps(record))
 
 
-def run_all(directory: Path, seeds: int, *, quick: bool) -> None:
-    """Carry out every run, each in a process of its own, two at a time; first the small model."""
-    base = [sys.executable, __file__, "--directory", str(directory), *(["--quick"] if quick else [])]
+def run_all(base: list[str], seeds: int, starts: Mapping[str, Start]) -> None:
+    """Carry out every run, each in a process of its own, two at a time; first the small model.
+
+    `base` is the command that "--run NAME" and "--seed N" complete.
+    """
     subprocess.run([*base, "--run", "small"], check=True)
-    long_first = sorted(STARTS, key=lambda name: STARTS[name].grow is not None)
+    long_first = sorted(starts, key=lambda name: starts[name].grow is not None)
     waiting = [[*base, "--run", name, "--seed", str(seed)] for seed in range(seeds) for name in long_first]
     running: list[subprocess.Popen[bytes]] = []
     while waiting or running:
@@ -232,16 +252,16 @@ def mean_curve(records: list[dict[str, Any]]) -> list[list[float]]:
     return [[group[0][0], sum(loss for _, loss in group) / len(group)] for group in points]
 
 
-def gather(directory: Path, seeds: int) -> dict[str, Any]:
+def gather(directory: Path, seeds: int, starts: Mapping[str, Start]) -> dict[str, Any]:
     """Return the curves, and for each grown model how many tokens the random model needs for the same loss."""
     runs = {
-        name: [json.loads((directory / f"{name}-{seed}.json").read_text()) for seed in range(seeds)] for name in STARTS
+        name: [json.loads((directory / f"{name}-{seed}.json").read_text()) for seed in range(seeds)] for name in starts
     }
     small = json.loads((directory / "small-0.json").read_text())
     curves = {name: mean_curve(records) for name, records in runs.items()}
     spent = small["parameters"] * small["curve"][-1][0]
     rows = {}
-    for name, start in STARTS.items():
+    for name, start in starts.items():
         parameters = runs[name][0]["parameters"]
         curve, random = curves[name], curves[f"random-{start.like}"]
         tokens, final = curve[-1]
@@ -264,7 +284,7 @@ def gather(directory: Path, seeds: int) -> dict[str, Any]:
     return {"small": small, "curves": curves, "rows": rows, "seeds": seeds}
 
 
-def table(results: dict[str, Any]) -> str:
+def table(results: dict[str, Any], starts: Mapping[str, Start]) -> str:
     """Return the figures as a table in Markdown."""
     small = results["small"]
     tokens, loss = small["curve"][-1]
@@ -277,12 +297,12 @@ def table(results: dict[str, Any]) -> str:
     ]
     for name, row in results["rows"].items():
         finals = ", ".join(f"{final:.3f}" for final in row["finals"])
-        cells = [STARTS[name].label, f"{row['parameters']:,}", f"{row['start']:.3f}", f"{row['tokens'] / 1e6:.2f} M"]
+        cells = [starts[name].label, f"{row['parameters']:,}", f"{row['start']:.3f}", f"{row['tokens'] / 1e6:.2f} M"]
         cells.append(f"{row['final']:.3f} ({finals})")
-        if STARTS[name].grow is None:
+        if starts[name].grow is None:
             cells += ["", "", "1", ""]
         else:
-            longest = results["curves"][f"random-{STARTS[name].like}"][-1][0]
+            longest = results["curves"][f"random-{starts[name].like}"][-1][0]
             needs, ratio, total = row["random_needs"], row["ratio"], row["ratio_with_pretraining"]
             cells.append(f"{row['random_at_same_tokens']:.3f}")
             cells.append(f"{needs / 1e6:.2f} M" if needs else f"> {longest / 1e6:.2f} M")
@@ -292,8 +312,8 @@ def table(results: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def plot(results: dict[str, Any], path: Path) -> None:
-    """Draw the curves: one panel for the wide models, one for the deep."""
+def plot(results: dict[str, Any], path: Path, starts: Mapping[str, Start], *, top: float = 2.0) -> None:
+    """Draw the curves: one panel for each of two large shapes, with losses up to `top`."""
     import matplotlib as mpl
 
     mpl.use("Agg")
@@ -303,10 +323,10 @@ def plot(results: dict[str, Any], path: Path) -> None:
     curves = {name: [(tokens / 1e6, loss) for tokens, loss in curve] for name, curve in results["curves"].items()}
     small = results["small"]["curve"][-1][1]
     low = min(loss for curve in curves.values() for _, loss in curve)
-    for panel, like in zip(panels, ("wide", "deep"), strict=True):
+    for panel, like in zip(panels, dict.fromkeys(start.like for start in starts.values()), strict=True):
         random = curves[f"random-{like}"]
         grown = sorted(
-            (name for name in STARTS if STARTS[name].like == like and STARTS[name].grow is not None),
+            (name for name in starts if starts[name].like == like and starts[name].grow is not None),
             key=lambda name: -curves[name][-1][1],
         )
         panel.axhline(small, color="#bbbbbb", lw=0.8, zorder=0)
@@ -319,10 +339,10 @@ def plot(results: dict[str, Any], path: Path) -> None:
             x, y = curves[name][-1]
             at = (x + 0.06 * random[-1][0], min(small, curves[grown[0]][-1][1] + 0.02) - 0.042 * place)
             line = {"arrowstyle": "-", "color": color, "lw": 0.6, "shrinkA": 2, "shrinkB": 0, "relpos": (0, 0.5)}
-            label = STARTS[name].label
+            label = starts[name].label
             panel.annotate(label, (x, y), xytext=at, color=color, fontsize=9, va="center", arrowprops=line)
         panel.set(
-            title=f"{like}: {results['rows'][f'random-{like}']['parameters']:,} parameters", ylim=(low - 0.12, 2.0)
+            title=f"{like}: {results['rows'][f'random-{like}']['parameters']:,} parameters", ylim=(low - 0.12, top)
         )
         panel.set_xlabel("tokens of the large model (millions)")
         panel.spines[["top", "right"]].set_visible(False)
@@ -350,11 +370,12 @@ def main() -> None:
         return
     seeds = 1 if options.quick else options.seeds
     if not options.report:
-        run_all(options.directory, seeds, quick=options.quick)
-    results = gather(options.directory, seeds)
+        quick = ["--quick"] if options.quick else []
+        run_all([sys.executable, __file__, "--directory", str(options.directory), *quick], seeds, STARTS)
+    results = gather(options.directory, seeds, STARTS)
     (options.directory / "results.json").write_text(json.dumps(results, indent=1))
-    print(table(results))
-    plot(results, options.directory / "quick.png" if options.quick else options.plot)
+    print(table(results, STARTS))
+    plot(results, options.directory / "quick.png" if options.quick else options.plot, STARTS)
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ The tables need no torch: the functions import it.
 from __future__ import annotations
 
 import json
+import tempfile
 from collections.abc import Mapping
 from inspect import signature
 from pathlib import Path
@@ -124,7 +125,6 @@ _DELTA: Config = {"linear_key_head_dim": 18, "linear_value_head_dim": 20}
 
 # What a type needs beside the small sizes: deep changes of its config ("text_config": {...} reaches inside).
 NEEDS: Mapping[str, Config] = {
-    "apertus": {"hidden_act": "relu2"},
     "bailing_hybrid": {"num_expert_group": 1, "topk_group": 1, "layer_group_size": 3},
     "bamba": _MAMBA | {"attn_layer_indices": [2, 5]},
     "cohere_compass": {"text_config": _COMPASS},
@@ -179,6 +179,8 @@ NEEDS: Mapping[str, Config] = {
     "ministral": _OWN_HEAD_DIM,
     "musicgen": {"": {}},
     "musicgen_melody": {"": {}},
+    "nemotron_h": {"layers_block_type": ["linear_attention", "moe", "full_attention", "mlp", "linear_attention", "moe"],
+                   "mamba_num_heads": 16, "mamba_head_dim": 16, "ssm_state_size": 18, "chunk_size": 8},
     "nemotron": {"num_key_value_heads": 2},
     "qwen4_exp": {"text_config": _QWEN4},
     "qwen4_exp_text": _QWEN4,
@@ -196,7 +198,7 @@ NEEDS: Mapping[str, Config] = {
         },
     },
     "recurrent_gemma": {"lru_width": 128},
-    "reformer": {"is_decoder": False, "axial_pos_embds": False, "attn_layers": ["local", "lsh"] * 3,
+    "reformer": {"is_decoder": False, "hash_seed": 0, "axial_pos_embds": False, "attn_layers": ["local", "lsh"] * 3,
                  "local_attn_chunk_length": 4, "lsh_attn_chunk_length": 4, "feed_forward_size": 56, "num_buckets": 2},
     "roc_bert": {"pronunciation_vocab_size": 40, "shape_vocab_size": 44, "pronunciation_embed_dim": 24,
                  "shape_embed_dim": 26},
@@ -212,7 +214,8 @@ NEEDS: Mapping[str, Config] = {
                "hybrid_layer_ids": [2, 5]},
     "blt": {
         **{f"{part}_config": {"hidden_size": 64, "hidden_size_global": 128, "intermediate_size": 48,
-                              "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 4, "head_dim": 16}
+                              "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 4,
+                              "head_dim": 16}
            for part in ("encoder", "decoder", "patcher")},
         "global_config": {"hidden_size": 128, "intermediate_size": 56, "num_attention_heads": 8, "num_hidden_layers": 6,
                           "num_key_value_heads": 8},
@@ -307,7 +310,6 @@ def build(model_type: str, directory: Path, *, seed: int = 0, published: bool = 
 
 def _leave_out_what_is_derived(path: Path) -> None:
     """Remove from a config.json each list of layers that the type's class makes again when it is absent."""
-    from transformers import AutoConfig
 
     def without(values: Config, key: str) -> Config:
         return {
@@ -317,7 +319,7 @@ def _leave_out_what_is_derived(path: Path) -> None:
         }
 
     saved = json.loads(path.read_text())
-    full = AutoConfig.for_model(**saved).to_dict()
+    full = _rebuilt(saved)
     for key in sorted(DERIVED):
         shorter = without(saved, key)
         if shorter != saved and _rebuilt(shorter) == full:
@@ -329,7 +331,9 @@ def _rebuilt(values: Config) -> Config | None:
     from transformers import AutoConfig
 
     try:
-        return AutoConfig.for_model(**values).to_dict()
+        with tempfile.TemporaryDirectory() as folder:
+            (Path(folder) / "config.json").write_text(json.dumps(values))
+            return AutoConfig.from_pretrained(folder).to_dict() | {"_name_or_path": None}
     except (AttributeError, KeyError, TypeError, ValueError):  # the class needs what was left out
         return None
 
@@ -373,3 +377,15 @@ def logits(model: PreTrainedModel, **kwargs: Any) -> Tensor:
     with torch.no_grad():
         output = model(**inputs(model), **kwargs)
     return next(output[key] for key in ("logits", "prediction_logits", "last_hidden_state") if key in output)
+
+
+def add_tokenizer(directory: Path) -> None:
+    """Give a toy a tokenizer for which the word "w5" is token 8."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = ["<pad>", "<bos>", "<eos>", *(f"w{i}" for i in range(97))]
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<pad>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    special = {"pad_token": "<pad>", "bos_token": "<bos>", "eos_token": "<eos>"}
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special).save_pretrained(directory)

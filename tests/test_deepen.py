@@ -240,7 +240,7 @@ def test_what_cannot_be_is_refused(options, message, toy):
         surgeon.grow(toy("llama"), **options)
 
 
-@pytest.mark.parametrize("name", ["opt-post-norm", "bart", "t5", "bert"])
+@pytest.mark.parametrize("name", ["opt-post-norm", "bart", "bert"])
 def test_a_model_without_identity_blocks_is_refused(name, toy):
-    with pytest.raises(PlanError, match="normalises after the sum|no table|because of its place|whole layers"):
+    with pytest.raises(PlanError, match="normalises after the sum|no table|whole layers"):
         surgeon.grow(toy(name), layers=8)

@@ -29,8 +29,6 @@ if LATER:
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-# Layers that no list can drop: the first holds the position bias of all the others.
-NEEDS_FIRST = ("t5", "t5-gated")
 ENCODERS = ("bert", "roberta")
 DECODERS = tuple(name for name in toys.TOYS if name.partition("-")[0] not in (*ENCODERS, "t5", "bart"))
 MIXTURES = ("mixtral", "qwen3_moe", "qwen3_moe-sparse-step", "gpt_oss")
@@ -136,13 +134,12 @@ def assert_bypasses(name, directory, pruned, dropped):
 
 @pytest.mark.parametrize("name", toys.TOYS)
 def test_layers_drawn_at_random_are_bypassed_and_the_cache_agrees(name, toy, tmp_path):
-    protect = (1, 0) if name in NEEDS_FIRST else None
-    surgery = surgeon.prune(toy(name), score="random", layers=3, protect=protect, seed=6)
+    surgery = surgeon.prune(toy(name), score="random", layers=3, seed=6)
 
     summary = surgery.save(tmp_path / "cut")
 
     dropped = surgery.choice.dropped
-    assert dropped == choose_layers("random", 3, 6, protect=protect, seed=6).dropped
+    assert dropped == choose_layers("random", 3, 6, seed=6).dropped
     assert dropped != tuple(range(dropped[0], dropped[0] + 3))  # no one block, else it would show less
     assert summary.layers == (6, 3)
     assert summary.layer_map == tuple(i for i in range(6) if i not in dropped)
@@ -175,14 +172,6 @@ def test_layers_that_recorded_scores_choose_are_bypassed(name, score, toy, tmp_p
 
     assert surgery.choice.dropped == GONE[score]
     assert_bypasses(name, toy(name), tmp_path / "cut", GONE[score])
-
-
-@pytest.mark.parametrize("name", NEEDS_FIRST)
-def test_a_layer_that_cannot_move_is_refused_with_the_reason(name, toy, tmp_path):
-    with pytest.raises(PlanError, match=r"layer 0 of t5 differs .*relative_attention_bias.* because of its place"):
-        surgeon.prune(toy(name), score="random", layers=3, seed=6)
-
-    assert surgeon.prune(toy(name), score="random", layers=3, seed=6, protect=(1, 0)).choice.dropped[0] > 0
 
 
 def test_an_encoder_decoder_has_scores_that_read_no_text_only(toy):

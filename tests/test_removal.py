@@ -21,7 +21,7 @@ if LATER:
     from surgeon.measure.record import perplexities
     from surgeon.measure.removal import greedy, one_by_one
     from surgeon.measure.scoring import losses_without, perplexity, removal_curve, score_states
-    from surgeon.models.streaming import groups
+    from surgeon.models.device import groups
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

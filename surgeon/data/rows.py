@@ -239,9 +239,11 @@ def _while_needed(stream: Iterator[Document], ids: "array[int]", num_tokens: int
 
 
 def _end_of_text(tokenizer: "PreTrainedTokenizerBase", document: Document) -> int:
-    if tokenizer.eos_token_id is None:
+    between = tokenizer.eos_token_id
+    between = tokenizer.sep_token_id if between is None else between  # BERT has a separator
+    if between is None:
         raise DataError(
             f"{document.where} is a second document, and the tokenizer has no end-of-text token to put before it",
             hint="Put all text into one .txt, or set eos_token in tokenizer_config.json.",
         )
-    return int(tokenizer.eos_token_id)
+    return int(between)

@@ -35,18 +35,19 @@ if TYPE_CHECKING:
 
     from surgeon.measure.scoring import Meter
 
-METRICS = ("perplexity", "exact-match", "rouge-l", "choice")
+METRICS = ("perplexity", "exact-match", "rouge-l", "choice", "pseudo-perplexity", "classification")
+OF_TEXT = ("perplexity", "pseudo-perplexity")  # the metrics of a text, of which less is better
 SAMPLES, SEQUENCE_LENGTH = 64, 512  # defaults of a perplexity; of records all are used
 MAX_NEW_TOKENS, BATCH_SIZE = 256, 8  # defaults of generated answers
 # The metrics on which an option has an effect.
 _METRICS_OF = {
-    "sequence_length": ("perplexity",),
+    "sequence_length": ("perplexity", "pseudo-perplexity"),
     "stride": ("perplexity",),
     "max_new_tokens": ("exact-match", "rouge-l"),
-    "batch_size": ("exact-match", "rouge-l"),
+    "batch_size": ("exact-match", "rouge-l", "classification"),
     "chat": ("exact-match", "rouge-l"),
     "extract": ("exact-match",),
-    "predictions": ("exact-match", "rouge-l", "choice"),
+    "predictions": ("exact-match", "rouge-l", "choice", "classification"),
     "judge": ("exact-match", "rouge-l"),
 }
 
@@ -60,7 +61,9 @@ class MetricOptions:
         metavar="DATA",
         reads=True,
     )
-    metric: str = option("perplexity, exact-match, rouge-l or choice.", "perplexity", metavar="METRIC")
+    metric: str = option(
+        "perplexity, exact-match, rouge-l, choice, pseudo-perplexity or classification.", "perplexity", metavar="METRIC"
+    )
     baseline: str | os.PathLike[str] | None = option(
         "Evaluate this model too, on the same tokens; adds differences and recovery.",
         None,
@@ -68,12 +71,16 @@ class MetricOptions:
         reads=True,
     )
     samples: int | None = option(
-        "Use the first N rows of a text, or records. Default: 64 rows; all records.", None, metavar="N"
+        "Use the first N rows of a text, or records. Default: 64 rows (of pseudo-perplexity 16); all records.",
+        None,
+        metavar="N",
     )
-    sequence_length: int | None = option("Tokens per row of a text. Default: 512.", None, metavar="T")
+    sequence_length: int | None = option(
+        "Tokens per row of a text. Default: 512 (of pseudo-perplexity 128).", None, metavar="T"
+    )
     stride: int | None = option("Slide windows of T tokens over the text, S apart, instead of rows.", None, metavar="S")
     max_new_tokens: int | None = option("Longest generated answer, in tokens. Default: 256.", None, metavar="N")
-    batch_size: int | None = option("Prompts per batch. Default: 8.", None, metavar="N")
+    batch_size: int | None = option("Prompts or texts per batch. Default: 8.", None, metavar="N")
     extract: str | None = option(
         r"With exact-match: compare the first group of the last match: '#### (-?[\d,]+)'", None, metavar="REGEX"
     )
@@ -154,7 +161,8 @@ class Evaluation:
     """The scores of a model on data, and those of its baseline if there is one.
 
     `scored.figures` are, with their standard errors: for perplexity "perplexity", "loss" (nats per token) and
-    "bits_per_byte"; for the others "exact_match", "rouge_l", or "accuracy" and "accuracy_normalised", all 0 to 1.
+    "bits_per_byte", for pseudo-perplexity "pseudo_perplexity" and "loss"; for the others "exact_match", "rouge_l",
+    "accuracy", and with choices "accuracy_normalised", all 0 to 1.
     With a judge there is "win_rate" too, against the baseline; its verdicts are in `judgement`.
     `differences` are paired: this model's figure less the baseline's. `setup` makes the figures reproducible.
     `predictions` has a record per prompt: prompt, reference, prediction, score.
@@ -192,7 +200,7 @@ class Evaluation:
         if self.baseline is None:
             return None
         value, baseline = (next(iter(scored.figures.values())).value for scored in (self.scored, self.baseline))
-        return recovery(value, baseline, higher_is_better=self.metric != "perplexity")
+        return recovery(value, baseline, higher_is_better=self.metric not in OF_TEXT)
 
     @property
     def differences(self) -> dict[str, PairedDifference]:
@@ -248,7 +256,7 @@ class Evaluation:
     def _data(self) -> str:
         """Return how much of which data was used, and in which dtype."""
         counts = self.scored.counts
-        if self.metric != "perplexity":
+        if self.metric not in OF_TEXT:
             amount = f"{counts['records']:,} records"
         elif self.setup["stride"] is None:
             amount = f"{counts['tokens']:,} tokens, in {counts['rows']} rows of {self.setup['sequence_length']}"

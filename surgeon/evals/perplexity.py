@@ -16,8 +16,9 @@ from surgeon.data.rows import read_rows, text_of
 from surgeon.errors import MeasureError
 from surgeon.evals.compare import Scored, estimate, exponential
 from surgeon.evals.evaluation import SAMPLES, SEQUENCE_LENGTH, EvalContext, Evaluation, EvaluationOptions
-from surgeon.models.device import compute_dtype
-from surgeon.models.streaming import HEAD_TOKENS, STATES_BYTES, Batch, Progress, StreamedModel, groups
+from surgeon.models.device import STATES_BYTES, compute_dtype, groups, row_bytes
+from surgeon.models.skeleton import auto_class
+from surgeon.models.streaming import HEAD_TOKENS, Batch, Progress, StreamedModel
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -196,6 +197,11 @@ def streamed(source: Source, device: str) -> StreamedModel:
 
     Raises MeasureError for any other model, before anything is computed.
     """
+    if auto_class(source).__name__ == "AutoModelForMaskedLM":
+        raise MeasureError(
+            f"in {source.label} a token sees those after it, so it cannot predict them",
+            hint="A masked language model has a pseudo-perplexity: --metric pseudo-perplexity.",
+        )
     try:
         model = StreamedModel(source, device=device, dtype=compute_dtype(source, device))
     except MeasureError as error:
@@ -217,7 +223,7 @@ def row_losses(
     """
     sums = [torch.zeros(len(window.tokens), dtype=torch.float64) for window in windows]
     with torch.no_grad():
-        for parts in _passes(windows, model.hidden_size * 4 * 2):
+        for parts in _passes(windows, 2 * model.hidden_size):
             chosen = [windows[i].part(start, stop) for i, start, stop in parts]
             batches = [model.start(part.tokens.contiguous(), part.real) for part in chosen]
             for index in range(model.depth):
@@ -242,14 +248,14 @@ def row_losses(
     return sums
 
 
-def _passes(windows: Sequence[WindowBatch], token_bytes: int) -> Iterator[list[tuple[int, int, int]]]:
-    """Yield rows (number of the batch, start, stop) whose states fit into memory together."""
+def _passes(windows: Sequence[WindowBatch], numbers: int) -> Iterator[list[tuple[int, int, int]]]:
+    """Yield rows (number of the batch, start, stop) whose states, of `numbers` a token, fit into memory together."""
     parts: list[tuple[int, int, int]] = []
     used = 0
     for number, window in enumerate(windows):
-        row_bytes = window.tokens.shape[1] * token_bytes
-        for start, stop in groups(len(window.tokens), row_bytes, STATES_BYTES):
-            nbytes = (stop - start) * row_bytes
+        each = row_bytes(window.tokens.shape[1], numbers)
+        for start, stop in groups(len(window.tokens), each, STATES_BYTES):
+            nbytes = (stop - start) * each
             if parts and used + nbytes > STATES_BYTES:
                 yield parts
                 parts, used = [], 0

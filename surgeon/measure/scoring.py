@@ -19,9 +19,9 @@ from surgeon.errors import MeasureError
 from surgeon.measure.activations import Activations, Watcher
 from surgeon.measure.record import Scores, perplexities
 from surgeon.measure.residual import Observer
-from surgeon.models.device import available_memory, compute_dtype
+from surgeon.models.device import available_memory, compute_dtype, groups, row_bytes
 from surgeon.models.skeleton import predicts_next
-from surgeon.models.streaming import HEAD_TOKENS, Batch, Progress, StreamedModel, groups
+from surgeon.models.streaming import HEAD_TOKENS, Batch, Progress, StreamedModel
 from surgeon.transforms.scores import METHODS, WIDTHS
 
 # Is called when work begins: with its name, its number of tokens, and the number of layers that each goes through.
@@ -67,7 +67,7 @@ def observe(
     """
     held = 2 + sum(observer.kept_states for observer in observers)  # states of each token in memory at once
     with torch.no_grad():
-        for start, stop in groups(len(tokens), tokens.shape[1] * model.hidden_size * 4 * held):
+        for start, stop in groups(len(tokens), row_bytes(tokens.shape[1], model.hidden_size * held)):
             batches = model.start(tokens[start:stop], None if real is None else real[start:stop])
             for batch in batches:
                 model.check_per_token(batch.hidden, batch.tokens)
@@ -192,7 +192,7 @@ def score(
     order, loss = None, None
     if tokens is not None:
         runs_again = any(METHODS[name].function for name in request.layers)
-        model = _streamed(source, request.device, resident=runs_again)
+        model = streamed_model(source, request.device, resident=runs_again)
         layers, importance, loss = score_states(
             model,
             tokens,
@@ -245,7 +245,7 @@ def _scores_by_own_pass(
 
 def perplexity(source: Source, tokens: Tensor, *, device: str = "cpu", meter: Meter | None = None) -> float:
     """Return the perplexity of a model on rows of tokens, shape (R, T)."""
-    model = _streamed(source, device, resident=False)
+    model = streamed_model(source, device, resident=False)
     loss = FinalLoss(model)
     observe(model, tokens, [loss], progress=(meter or no_meter)("perplexity", tokens.numel(), model.depth))
     return perplexities([loss.result()])[0]
@@ -260,13 +260,13 @@ def removal_curve(
     meter: Meter | None = None,
 ) -> list[float]:
     """Return the perplexity of a model without each of these sets of layers, in one streamed pass."""
-    model = _streamed(source, device, resident=False)
+    model = streamed_model(source, device, resident=False)
     steps = sum(model.depth - len(dropped) for dropped in removed)
     progress = (meter or no_meter)("perplexity", tokens.numel(), steps)
     return perplexities(losses_without(model, tokens, [frozenset(dropped) for dropped in removed], progress=progress))
 
 
-def _streamed(source: Source, device: str, *, resident: bool) -> StreamedModel:
+def streamed_model(source: Source, device: str, *, resident: bool) -> StreamedModel:
     """Return the model; with `resident` its weights stay in memory once they are read, where memory allows."""
     dtype = compute_dtype(source, device)
     size = sum(item.spec.num_parameters for item in source.tensors.values()) * dtype.itemsize

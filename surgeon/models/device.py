@@ -1,6 +1,8 @@
-"""The device and the precision to compute in."""
+"""The device and the precision to compute in, and how many rows fit its memory at once."""
 
+import math
 import os
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 from surgeon.checkpoint.source import Source
@@ -11,6 +13,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 DEVICES = ("auto", "cpu", "cuda", "mps")
+STATES_BYTES = 2_000_000_000  # the states of a group of rows take no more memory
+PASS_BYTES = 4096  # for each token: no more passes are paused at once than some hundreds
 
 
 def resolve_device(device: str) -> str:
@@ -63,3 +67,16 @@ def available_memory(device: str) -> int:
         used = psutil.Process().memory_info().vms
         free = min([free, *(max(0, limit - used) for limit in limits if limit != resource.RLIM_INFINITY)])
     return free
+
+
+def groups(rows: int, bytes_per_row: int, budget: int = STATES_BYTES) -> list[tuple[int, int]]:
+    """Return ranges of rows whose states fit in memory together, as equal as they can be; a row is never split."""
+    most = max(1, budget // bytes_per_row)
+    count = math.ceil(rows / most)
+    edges = [rows * i // count for i in range(count + 1)] if rows else []
+    return list(pairwise(edges))
+
+
+def row_bytes(length: int, numbers: int) -> int:
+    """Return the bytes that a row of tokens takes, of which so many numbers each are held."""
+    return length * max(4 * numbers, PASS_BYTES)

@@ -7,12 +7,10 @@ caller's choice (`embed`), they are stubs in it; then it is checked that they ta
 other. So this file knows nothing of any family.
 """
 
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
-from itertools import pairwise
 from typing import Any
 
 import torch
@@ -24,25 +22,21 @@ from surgeon.checkpoint.header import is_quantized
 from surgeon.checkpoint.source import Source, spec_of
 from surgeon.errors import MeasureError
 from surgeon.models.loading import check_tokens, libraries_fail, num_known
-from surgeon.models.skeleton import (
+from surgeon.models.passage import (
     AROUND,
     RUN,
     Call,
     LayerCall,
     Passage,
     StubOutput,
-    Weights,
     answering,
-    build_skeleton,
     differs,
-    empty,
     equal_calls,
     first_of,
-    layer_list,
     pause_at,
-    read_rows_as,
     states_of,
 )
+from surgeon.models.skeleton import Weights, build_skeleton, empty, layer_list, read_rows_as
 
 NO_TEXT = "Scores that read no text work: --score random, last or magnitude."
 WHOLE = "Scores of the whole model work: --score angular or block-influence."
@@ -51,7 +45,6 @@ PROBE = ((0, 0, 0, 0), (0, 0, 0, 1))  # rows of tokens that differ in the last o
 SAME = {4: 1e-3, 2: 5e-2}
 HEAD_TOKENS = 512  # logits of so many tokens exist at once: 0.3 GB in float32 for a vocabulary of 150,000
 BATCH_TOKENS = 2048  # tokens that go through a layer at once; more make no matrix product faster on a CPU
-STATES_BYTES = 2_000_000_000  # the states of a group of rows take no more memory
 Progress = Callable[[int], None]  # is called with the number of tokens that just went through a layer
 
 
@@ -73,14 +66,6 @@ class Batch:
     def chosen(self, states: Tensor) -> Tensor:
         """Return the states of the tokens that are no padding, shape (N, D)."""
         return states.flatten(0, 1) if self.real is None else states[self.real]
-
-
-def groups(rows: int, bytes_per_row: int, budget: int = STATES_BYTES) -> list[tuple[int, int]]:
-    """Return ranges of rows whose states fit in memory together, as equal as they can be; a row is never split."""
-    most = max(1, budget // bytes_per_row)
-    count = math.ceil(rows / most)
-    edges = [rows * i // count for i in range(count + 1)] if rows else []
-    return list(pairwise(edges))
 
 
 def check_runs(source: Source) -> None:
@@ -409,9 +394,8 @@ class StreamedModel:
         """Raises MeasureError for states that are not one per token."""
         if states.shape[:-1] != tokens.shape:
             shape = list(states.shape)
-            raise MeasureError(
-                f"the layers of {self.label} pass on states of shape {shape}, not one per token", hint=NO_TEXT
-            )
+            message = f"the layers of {self.label} pass on states of shape {shape}, not one per token"
+            raise MeasureError(message, hint=NO_TEXT)
 
     @contextmanager
     def _stubbed(

@@ -8,8 +8,10 @@ import re
 from collections.abc import Sequence
 from dataclasses import replace
 
-from surgeon.anatomy.anatomy import Anatomy, written_and_read
+from surgeon.anatomy.anatomy import Anatomy
 from surgeon.anatomy.axes import axes_of
+from surgeon.anatomy.families import written_and_read
+from surgeon.anatomy.stacks import Stack
 from surgeon.checkpoint.header import CheckpointSpec
 from surgeon.errors import PlanError
 from surgeon.plan.plan import Add, Affine, Constant, Expr, Plan, Read, changed_keys, substitute
@@ -87,27 +89,27 @@ def _insert(anatomy: Anatomy, after: Sequence[int], method: str) -> Plan:
     plan = keep_layers(anatomy, order)
     if not new:
         return plan
-    stack = anatomy.stacks[0]
+    new_tensor = _identity if method == "identity" else _averaged
     tensors = dict(plan.tensors)
-    for name in plan.tensors:
-        place = stack.locate(name)
-        if place is not None and place[0] in new:
-            new_tensor = _identity if method == "identity" else _averaged
-            tensors[name] = new_tensor(anatomy, plan, order, place[0], place[1])
+    for stack in anatomy.stacks:
+        deeper = replace(stack, depth=len(order))
+        for name in plan.tensors:
+            place = deeper.locate(name)
+            if place is not None and place[0] in new:
+                tensors[name] = new_tensor(anatomy, plan, stack, order, place[0], place[1])
     layer_map = tuple(None if i in new else layer for i, layer in enumerate(order))
     reasons = plan.approximate if method == "identity" else (*plan.approximate, APPROXIMATE)
     return replace(plan, tensors=tensors, layer_map=layer_map, approximate=reasons)
 
 
-def _identity(anatomy: Anatomy, plan: Plan, order: Sequence[int], layer: int, rest: str) -> Expr:
+def _identity(anatomy: Anatomy, plan: Plan, stack: Stack, order: Sequence[int], layer: int, rest: str) -> Expr:
     """Return a tensor of a copied layer that adds nothing: the weights that write the residual stream are zero.
 
     Where a branch ends in a norm, its gain is zero instead: after a projection of zeros the norm would multiply the
     gradient by 1 / sqrt(epsilon).
     """
     family = anatomy.require_family()
-    stack = anatomy.stacks[0]
-    if len(anatomy.stacks) > 1 or anatomy.sums_normed:
+    if anatomy.sums_normed:
         raise PlanError(
             f"{anatomy.model_type} normalises after the sum, so no layer of it can leave the sum as it is",
             hint="Use --depth-method stack; it does not keep the function.",
@@ -124,9 +126,8 @@ def _identity(anatomy: Anatomy, plan: Plan, order: Sequence[int], layer: int, re
     return Constant(spec, 0.0) if is_zero else copied
 
 
-def _averaged(anatomy: Anatomy, plan: Plan, order: Sequence[int], layer: int, rest: str) -> Expr:
+def _averaged(anatomy: Anatomy, plan: Plan, stack: Stack, order: Sequence[int], layer: int, rest: str) -> Expr:
     """Return the mean of a tensor in the layers before and after a new one; after the last layer, that layer's own."""
-    stack = anatomy.stacks[0]
     before = plan.tensors[stack.name(layer, rest)]
     following = next((i for i in range(layer + 1, len(order)) if order[i] != order[layer]), None)
     after = None if following is None else plan.tensors.get(stack.name(following, rest))

@@ -8,7 +8,9 @@ from dataclasses import replace
 
 from surgeon.anatomy.anatomy import Anatomy, read_anatomy
 from surgeon.anatomy.axes import Index, Places, Scale, axes_of, places
-from surgeon.anatomy.config import CONFIG_HINT, declared_kinds, follow_layers, text_config
+from surgeon.anatomy.config import CONFIG_HINT, declared_kinds, text_config
+from surgeon.anatomy.families import FIRST, Row, written_and_read
+from surgeon.anatomy.following import follow_layers
 from surgeon.anatomy.stacks import Stack
 from surgeon.checkpoint.header import is_quantized
 from surgeon.errors import CheckpointError, PlanError
@@ -29,28 +31,50 @@ def fresh(anatomy: Anatomy, name: str, *, seed: int, layers: int) -> Expr:
             f"cannot draw {name!r} anew: it is stored as {spec.dtype}",
             hint="Leave out --inherit, or start from a checkpoint in a floating dtype.",
         )
+    if family.own_init:
+        raise PlanError(
+            f"{anatomy.model_type} draws fresh weights in a way of its own, which surgeon does not know",
+            hint="Leave out --inherit.",
+        )
     if row.start is not None:
         return Constant(spec, row.start)
     if row.kind == "gain":
-        return Constant(spec, family.init_gain)
+        return Constant(spec, family.init_gain * (initial_std(anatomy) if family.init_by_inputs else 1.0))
     if row.kind in ("bias", "shift"):
         return Constant(spec, 0.0)
     std = initial_std(anatomy)
+    if family.init_by_inputs:
+        std /= math.sqrt(_num_inputs(anatomy, row))
     if name.endswith(family.residual_init):
         std /= math.sqrt(2 * layers)
     return Normal(spec, std, seed, name)
 
 
+def _num_inputs(anatomy: Anatomy, row: Row) -> int:
+    """Return by how much the variance of a fresh weight is smaller where it goes by its inputs (mesh-tensorflow's)."""
+    sizes = anatomy.sizes
+    if row.kind == "logit":
+        return sizes["hidden"]
+    if row.kind not in ("linear", "conv1d"):
+        return 1
+    write, read = written_and_read(row)
+    assert write is not None
+    assert read is not None
+    makes_queries = "q_dim" in axes_of(row.axes[write])  # whose products with keys are not scaled
+    return row.axes[read].size(sizes) * (sizes["q_dim"] if makes_queries else 1)
+
+
 def initial_std(anatomy: Anatomy) -> float:
-    """Return the standard deviation of fresh weights: the config's, or transformers' usual 0.02.
+    """Return the standard deviation of fresh weights: the config's, or transformers' usual 0.02 (1 before a division).
 
     Raises CheckpointError for a value that is no standard deviation.
     """
-    key = anatomy.require_family().init_std
+    family = anatomy.require_family(partial=True)
+    key = family.init_std
     value = anatomy.spec.config.get(key)
     if value is not None and not (isinstance(value, int | float) and 0 <= value < math.inf):
         raise CheckpointError(f"config.json says {key} = {value!r}, no standard deviation", hint=CONFIG_HINT)
-    return float(value or 0.02)
+    return float(value or (1.0 if family.init_by_inputs else 0.02))
 
 
 def planned(anatomy: Anatomy, plan: Plan) -> Anatomy:
@@ -68,7 +92,7 @@ def keep_layers(anatomy: Anatomy, keep: Sequence[int]) -> Plan:
     """
     _check_indices(anatomy, keep)
     spec = anatomy.spec
-    edit = follow_layers(spec.config, keep, anatomy.depth, tabled=anatomy.family is not None)
+    edit = follow_layers(spec.config, keep, anatomy.depth, tabled=anatomy.whole_family is not None)
     for stack in anatomy.stacks:
         _check_places(anatomy, stack, keep)
     if is_quantized(edit.config):
@@ -84,6 +108,9 @@ def keep_layers(anatomy: Anatomy, keep: Sequence[int]) -> Plan:
         for stack in anatomy.stacks:
             if place := stack.locate(name):
                 old, rest = place
+                if _serves_all(anatomy, name):
+                    tensors[name] = Read(name)
+                    break
                 for new in targets.get(old, ()):
                     tensors[stack.name(new, rest)] = _moved(anatomy, name, old, new)
                 break
@@ -122,30 +149,42 @@ def _check_indices(anatomy: Anatomy, keep: Sequence[int]) -> None:
 
 
 def _check_places(anatomy: Anatomy, stack: Stack, keep: Sequence[int]) -> None:
-    """Refuse to move a layer that holds other tensors than its kind does elsewhere: the code builds it by its place."""
-    inside: list[set[str]] = [set() for _ in range(stack.depth)]
-    for name in anatomy.spec.tensors:
-        if place := stack.locate(name):
-            inside[place[0]].add(place[1])
+    """Refuse a layer that comes to a place where the code builds other tensors: it decides by place, and not by kind.
+
+    Layers of one declared kind are built alike. Where they are not, place i is built as in the source, the last place
+    too where the source's last layer is the odd one, and no place is known beyond the source's depth.
+    """
+    inside: list[dict[str, tuple[int, ...]]] = [{} for _ in range(stack.depth)]
+    for name, tensor in anatomy.spec.tensors.items():
+        if (located := stack.locate(name)) and not _serves_all(anatomy, name):
+            inside[located[0]][located[1]] = tensor.shape
     kinds = declared_kinds(text_config(anatomy.spec.config), stack.depth)
-    groups: dict[object, Counter[frozenset[str]]] = {}
-    for kind, names in zip(kinds, inside, strict=True):
-        groups.setdefault(kind, Counter())[frozenset(names)] += 1
-    counts = Counter(rest for names in inside for rest in names)
-    in_most = {rest for rest, count in counts.items() if 2 * count > stack.depth}
-    for layer, (kind, names) in enumerate(zip(kinds, inside, strict=True)):
-        # Of two layers that are the only ones of their kind, the odd one is further from the layers of all kinds.
-        ranks = {there: (count, -len(there ^ in_most)) for there, count in groups[kind].items()}
-        if all(there == names or ranks[there] < ranks[frozenset(names)] for there in ranks):
+    built = [frozenset(tensors.items()) for tensors in inside]
+    groups: dict[object, set[frozenset[tuple[str, tuple[int, ...]]]]] = {}
+    for kind, tensors in zip(kinds, built, strict=True):
+        groups.setdefault(kind, set()).add(tensors)
+    counts = Counter(built)
+    last = stack.depth - 1
+    is_odd_end = counts[built[last]] == 1 < len(groups[kinds[last]])
+    for new, old in enumerate(keep):
+        if len(groups[kinds[old]]) == 1:
             continue
-        place_kept = keep[0] == 0 if layer == 0 else keep[-1] == layer if layer == stack.depth - 1 else True
-        if not place_kept or keep.count(layer) > 1 or (0 < layer < stack.depth - 1 and layer in keep[:layer]):
-            other = next(there for there, _ in groups[kind].most_common() if there != names)
-            odd = min(names ^ other)
-            raise PlanError(
-                f"layer {layer} of {anatomy.model_type} differs from the others in {odd!r} because of its place",
-                hint=f"Keep layer {layer} where it is.",
-            )
+        place = last if is_odd_end and new == len(keep) - 1 else min(new, last - 1 if is_odd_end else last)
+        is_known = new <= last or len(set(built[last // 2 :])) == 1
+        if built[place] == built[old] and is_known:
+            continue
+        layer = min(old, place, key=lambda i: counts[built[i]])
+        other = max(groups[kinds[old]] - {built[layer]}, key=lambda tensors: counts[tensors])
+        odd = min(name for name, _ in other ^ built[layer])
+        raise PlanError(
+            f"layer {layer} of {anatomy.model_type} differs from the others in {odd!r} because of its place",
+            hint=f"Keep layer {layer} where it is.",
+        )
+
+
+def _serves_all(anatomy: Anatomy, name: str) -> bool:
+    """Return whether a tensor lies in the first layer and serves them all, so that it stays when that layer goes."""
+    return anatomy.family is not None and anatomy.row(name)[0].when == FIRST
 
 
 def _moved(anatomy: Anatomy, name: str, old: int, new: int) -> Expr:

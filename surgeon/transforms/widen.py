@@ -9,12 +9,12 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import pairwise
 
-from surgeon.anatomy.anatomy import Anatomy, written_and_read
+from surgeon.anatomy.anatomy import Anatomy
 from surgeon.anatomy.axes import Dim, Index, Places, Run, Scale, axes_of, places
-from surgeon.anatomy.families import Row
+from surgeon.anatomy.families import Row, written_and_read
 from surgeon.plan.plan import Add, Affine, Expr, Gather, Plan, Read, Uniform
 from surgeon.transforms.layers import initial_std
-from surgeon.transforms.widths import Widths, is_final_norm
+from surgeon.transforms.widths import Widths, is_final_norm, is_scaled
 
 RESIDUAL = frozenset({"hidden", "embed"})  # "embed" has a map only where it is the residual stream itself
 ADVANCED = "rows that would repeat others come from the next layer"
@@ -67,7 +67,7 @@ class _Grower:
         if read is not None and axes_of(row.axes[read]) & self.widths.axes:
             expr = _gather(expr, read, self._positions(row.axes[read], "read"))
             additions += self._noise(name, row.axes[read], read, new_shape)
-        if row.kind == "embedding" and self.widths.embedding_factor != 1.0:
+        if is_scaled(row) and self.widths.embedding_factor != 1.0:
             expr = Affine(expr, self.widths.embedding_factor)
         return Add((expr, *additions)) if additions else expr
 

@@ -113,10 +113,11 @@ def evaluate(model: str | os.PathLike[str], options: EvaluationOptions) -> Evalu
     """Return the scores of a checkpoint directory or Hub model on data, and with a `baseline` those of that model too.
 
     `metric` is "perplexity" of the first `samples` (64) rows of `sequence_length` (512) tokens, or with a `stride` of
-    windows over as many tokens; "exact-match" or "rouge-l" of greedy answers of up to `max_new_tokens` (256); or
-    "choice". Of records all are used, or the first `samples`. `extract` is a regular expression whose last match is
-    compared, `chat` puts prompts into the tokenizer's chat template, `predictions` is a .jsonl to write. `judge` is a
-    model that compares each answer with the baseline's: `surgeon.judge_answers`.
+    windows over as many tokens; "exact-match" or "rouge-l" of greedy answers of up to `max_new_tokens` (256); "choice";
+    "pseudo-perplexity" of a masked language model; or "classification". Of records all are used, or `samples`.
+    `extract` is a regular expression whose last match is compared, `chat` puts prompts into the tokenizer's chat
+    template, `predictions` is a .jsonl to write. `judge` is a model that compares each answer with the baseline's:
+    `surgeon.judge_answers`.
 
     Raises DataError for data that cannot be read or has no answers, MeasureError for a model that cannot be evaluated
     and for a baseline with other tokens, PlanError for options that contradict each other, OutputError.
@@ -144,6 +145,10 @@ def _evaluated(model: str | os.PathLike[str], options: EvaluationOptions) -> Eva
         )
     if options.metric == "perplexity":
         from surgeon.evals.perplexity import evaluate_perplexity as score
+    elif options.metric == "pseudo-perplexity":
+        from surgeon.evals.masked import evaluate_pseudo_perplexity as score
+    elif options.metric == "classification":
+        from surgeon.evals.classes import evaluate_classes as score
     elif options.metric == "choice":
         from surgeon.evals.choices import evaluate_choices as score
     else:
