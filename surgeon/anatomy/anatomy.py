@@ -5,11 +5,11 @@ Reading an anatomy is also the check that a checkpoint is whole: each tensor is 
 
 import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property, reduce
 from typing import Any, Literal
 
-from surgeon.anatomy.axes import axes_of, parse
+from surgeon.anatomy.axes import axes_of
 from surgeon.anatomy.config import (
     check_layer_keys,
     class_names,
@@ -21,19 +21,8 @@ from surgeon.anatomy.config import (
     text_config,
     with_text,
 )
-from surgeon.anatomy.families import (
-    FAMILIES,
-    FIRST,
-    MULTIMODAL,
-    UNTIED,
-    Family,
-    Layers,
-    Row,
-    Rows,
-    Wrapper,
-    table_of_mlp,
-)
-from surgeon.anatomy.stacks import FILES_HINT, Stack, find_stacks
+from surgeon.anatomy.families import FAMILIES, FIRST, MULTIMODAL, UNTIED, Family, Layers, Row, Rows, table_of_mlp
+from surgeon.anatomy.stacks import FILES_HINT, PREDICTORS, Stack, find_stacks
 from surgeon.checkpoint.header import CheckpointSpec, is_quantized
 from surgeon.errors import CheckpointError, PlanError
 
@@ -99,23 +88,11 @@ class Anatomy:
         """Whether a bias of heads serves all layers of a stack, so that they keep the same ones."""
         return self.family is not None and self.family.shares_heads
 
-    @cached_property
-    def predictors(self) -> frozenset[str]:
-        """The tensors of layers that predict further tokens (MTP), where they follow the model's own by number."""
-        return frozenset(name for name in self.spec.tensors if any(stack.is_beyond(name) for stack in self.stacks))
-
     @property
-    def stored_tie(self) -> tuple[str, str] | None:
-        """The head that is stored though the config ties it to the embedding, and the embedding; else None."""
-        if self.spec.config.get("tie_word_embeddings", self.config.get("tie_word_embeddings")) is not True:
-            return None
-        of_tokens = {"head": "", "embedding": ""} | {
-            row.kind: name
-            for name, (row, _) in self.rows.items()
-            if row.kind in ("head", "embedding") and axes_of(row.axes[0]) == {"vocab"}
-        }
-        head, embedding = of_tokens["head"], of_tokens["embedding"]
-        return (head, embedding) if head and embedding else None
+    def may_hold_more(self) -> bool:
+        """Whether the files may hold what the language model does not run: a copy of a tied head, further layers."""
+        keys = ("tie_word_embeddings", PREDICTORS)
+        return any(part.get(key) for part in (self.spec.config, self.config) for key in keys)
 
     def locate(self, name: str) -> tuple[int, str] | None:
         """Return the layer of a tensor, numbered through all stacks, and its name inside the layer; None outside."""
@@ -232,7 +209,7 @@ def read_anatomy(spec: CheckpointSpec) -> Anatomy:
         return Anatomy(spec, name, stacks, None, {}, {})
     if family.is_partial:
         family = family.placed([stack.prefix for stack in stacks])
-    family = _as_named_by_class(_with_class_head(family, spec.config), stacks[0])
+    family = family.of_class(class_names(spec.config), stacks[0].prefix)
     if stacks[0].prefix not in (family.layers, family.layers.removeprefix(family.base)):
         raise CheckpointError(
             f"the layers are called {stacks[0].prefix}*, those of a {name} model {family.layers}*", hint=FILES_HINT
@@ -265,34 +242,18 @@ def family_of(config: Mapping[str, Any], layers: str) -> Family | None:
     return FAMILIES.get(own) or table_of_mlp(own)
 
 
-# What the heads of classifiers and reward models are called, by the end of the class that has them.
-CLASS_HEADS = {
-    "ForSequenceClassification": ("score", "classifier"),
-    "ForTokenClassification": ("score", "classifier"),
-    "ForQuestionAnswering": ("qa_outputs",),
-    "RewardModel": ("score", "v_head"),
-}
-
-
-def _with_class_head(family: Family, config: Mapping[str, Any]) -> Family:
-    """Return the family with the head of the class that the config names, where it is not a language model's."""
-    names = (names for end, names in CLASS_HEADS.items() if any(word.endswith(end) for word in class_names(config)))
-    heads = {name: row for name, row in family.embedding.items() if row.kind == "head"}
-    added: Rows = {}
-    for name in next(names, ()) if heads else ():
-        axes = (*parse("?"), *next(iter(heads.values())).axes[1:])
-        added[f"{name}.weight"] = Row(axes, "head", optional=name)
-        added[f"{name}.bias"] = Row(axes[:1], "bias", optional=f"{name} with a bias")
-    if not added:
-        return family
-    unneeded = {name: replace(row, optional="language model") for name, row in heads.items()}
-    return replace(family, embedding={**added, **family.embedding, **unneeded})
-
-
-def _as_named_by_class(family: Family, stack: Stack) -> Family:
-    """Return the family with the names of the class of Llama's kind that answers questions: its base is another."""
-    own, other = family.layers.removeprefix(family.base), "transformer."
-    return Wrapper(other, ()).around(family) if own and stack.prefix == other + own != family.layers else family
+def written_and_read(row: Row) -> tuple[int | None, int | None]:
+    """Return which dimension of a tensor writes an axis, and which reads one; None where none does."""
+    last = len(row.axes) - 1
+    match row.kind:
+        case "linear":
+            return last - 1, last
+        case "conv1d":
+            return last, last - 1
+        case "head":
+            return None, last
+        case _:
+            return last, None
 
 
 def _differing(family: Family, config: Mapping[str, Any]) -> bool:

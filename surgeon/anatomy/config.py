@@ -33,6 +33,7 @@ from surgeon.anatomy.layer_rules import (
     Rule,
 )
 from surgeon.anatomy.spellings import SPELLINGS, Quantity
+from surgeon.checkpoint.header import QUANTIZATION_KEYS
 from surgeon.checkpoint.source import Source
 from surgeon.errors import CheckpointError, PlanError
 from surgeon.text import layers as ranges
@@ -71,6 +72,25 @@ def with_text(config: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str
         return {**config, **changes}
     outer = {key: value for key, value in changes.items() if key in config and config[key] == text.get(key)}
     return {**config, **outer, "text_config": {**text, **changes}}
+
+
+_FLOATS = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
+
+
+def with_floats(value: Any) -> Any:
+    """Return a value of a config with the floats that JSON lacks, which transformers writes as {"__float__": "NaN"}."""
+    if isinstance(value, list):
+        return [with_floats(item) for item in value]
+    if not isinstance(value, Mapping):
+        return value
+    tag = value.get("__float__") if len(value) == 1 else None
+    return _FLOATS.get(tag, value) if isinstance(tag, str) else {key: with_floats(item) for key, item in value.items()}
+
+
+def unquantized(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a config that does not say how weights are quantized."""
+    kept = {key: value for key, value in config.items() if key not in QUANTIZATION_KEYS}
+    return {key: unquantized(value) if isinstance(value, Mapping) else value for key, value in kept.items()}
 
 
 def nested_stacks(config: Mapping[str, Any]) -> tuple[str, ...]:

@@ -6,7 +6,6 @@ call, and none of them can ask, because none has a standard input.
 
 import errno
 import io
-import math
 import os
 import sys
 import warnings
@@ -16,9 +15,9 @@ from contextvars import ContextVar
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from surgeon.anatomy.config import CONFIG_HINT, class_names, size_of, text_config
+from surgeon.anatomy.config import CONFIG_HINT, class_names, size_of, text_config, unquantized, with_floats
 from surgeon.checkpoint.derived import JoinedSource
-from surgeon.checkpoint.header import QUANTIZATION_KEYS, not_regular, read_json
+from surgeon.checkpoint.header import not_regular, read_json
 from surgeon.checkpoint.source import CONFIG, Source, check_links, inside, is_companion
 from surgeon.errors import CheckpointError, DataError, MeasureError, PlanError, SurgeonError, failure_of_library
 from surgeon.models.device import available_memory, compute_dtype
@@ -117,24 +116,6 @@ def _safe(config: Mapping[str, Any]) -> dict[str, Any]:
     return {key: _safe(value) if isinstance(value, Mapping) else value for key, value in kept.items()}
 
 
-_FLOATS = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
-
-
-def _with_floats(value: Any) -> Any:
-    """Return a value of a config with the floats that JSON lacks, which transformers writes as {"__float__": "NaN"}."""
-    if isinstance(value, list):
-        return [_with_floats(item) for item in value]
-    if not isinstance(value, Mapping):
-        return value
-    tag = value.get("__float__") if len(value) == 1 else None
-    return _FLOATS.get(tag, value) if isinstance(tag, str) else {key: _with_floats(item) for key, item in value.items()}
-
-
-def _unquantized(config: Mapping[str, Any]) -> dict[str, Any]:
-    kept = {key: value for key, value in config.items() if key not in QUANTIZATION_KEYS}
-    return {key: _unquantized(value) if isinstance(value, Mapping) else value for key, value in kept.items()}
-
-
 # --- models -------------------------------------------------------------------------------------------------------
 
 
@@ -178,7 +159,7 @@ def parsed_config(config: Mapping[str, Any], what: str, *, hint: str = HINT) -> 
     if model_type not in CONFIG_MAPPING:
         raise MeasureError(f"transformers has no model type {model_type!r} of its own", hint=hint)
     with libraries_fail(f"transformers refuses {what}", hint=hint):
-        return CONFIG_MAPPING[model_type].from_dict(_with_floats(_safe(config)))
+        return CONFIG_MAPPING[model_type].from_dict(with_floats(_safe(config)))
 
 
 def check_tokens(largest: int, known: int, label: str) -> None:
@@ -272,7 +253,7 @@ def load_shapes(raw: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -
 
     nowhere = torch.device("meta")
     tensors = {name: torch.empty(shape, dtype=torch.float32, device=nowhere) for name, shape in shapes.items()}
-    config = parsed_config(_unquantized(raw), "the config")
+    config = parsed_config(unquantized(raw), "the config")
     kind = _class_of(config, raw)
     if hasattr(kind, "_model_mapping"):  # an Auto class, which would look for files
         mapping = next(each._model_mapping for each in (kind, AutoModel) if type(config) in each._model_mapping)
@@ -329,7 +310,7 @@ def ties_embeddings(config: Mapping[str, Any]) -> bool:
 
     try:
         with libraries_fail("no config", hint=HINT, error_type=MeasureError):
-            parsed = AutoConfig.for_model(**_with_floats(config))
+            parsed = AutoConfig.for_model(**with_floats(config))
     except MeasureError:
         return False
     return bool(getattr(parsed, "tie_word_embeddings", False))

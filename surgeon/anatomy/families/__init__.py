@@ -18,11 +18,10 @@ from surgeon.anatomy.families.table import (
     Row,
     Rows,
     Wrapper,
-    written_and_read,
 )
 
 __all__ = ["ANY", "FAMILIES", "FIRST", "MULTIMODAL", "UNTIED", "table_of_mlp"]
-__all__ += ["Family", "Kind", "Layers", "Row", "Rows", "Wrapper", "written_and_read"]
+__all__ += ["Family", "Kind", "Layers", "Row", "Rows", "Wrapper"]
 
 FAMILIES: Mapping[str, Family] = {
     **CLASSICS,

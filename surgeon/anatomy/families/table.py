@@ -64,6 +64,15 @@ class Layers:
         return {name: row for rows in alternatives for name, row in rows.items()}
 
 
+# What the heads of classifiers and reward models are called, by the end of the class that has them.
+CLASS_HEADS: Mapping[str, tuple[str, ...]] = {
+    "ForSequenceClassification": ("score", "classifier"),
+    "ForTokenClassification": ("score", "classifier"),
+    "ForQuestionAnswering": ("qa_outputs",),
+    "RewardModel": ("score", "v_head"),
+}
+
+
 @dataclass(frozen=True, slots=True)
 class Family:
     """The tensors of a family, grouped by part. Names inside a layer are relative to `layers` and the layer's number.
@@ -146,6 +155,24 @@ class Family:
         layers = [replace(self.stacks[0], prefix=prefix) for prefix in prefixes]
         return replace(self, layers=prefixes[0], encoder=layers[1] if layers[1:] else None)
 
+    def of_class(self, names: Sequence[str], layers: str) -> "Family":
+        """Return this family with the head of the class of one of these names, and its name of the base.
+
+        `layers` is what the files call the layers: the class of Llama's kind that answers questions has another base.
+        """
+        heads = {name: row for name, row in self.embedding.items() if row.kind == "head"}
+        own = next((own for end, own in CLASS_HEADS.items() if any(name.endswith(end) for name in names)), ())
+        added: Rows = {}
+        for name in own if heads else ():
+            axes = (*parse("?"), *next(iter(heads.values())).axes[1:])
+            added[f"{name}.weight"] = Row(axes, "head", optional=name)
+            added[f"{name}.bias"] = Row(axes[:1], "bias", optional=f"bias of {name}")
+        unneeded = {name: replace(row, optional="language model head") for name, row in heads.items()} if added else {}
+        family = replace(self, embedding={**added, **self.embedding, **unneeded}) if added else self
+        inside = self.layers.removeprefix(self.base)
+        is_other = bool(inside) and layers == "transformer." + inside != self.layers
+        return Wrapper("transformer.", ()).around(family) if is_other else family
+
     @property
     def is_partial(self) -> bool:
         """Whether the table speaks of some axes only."""
@@ -193,20 +220,6 @@ class Wrapper:
             frozen={**family.frozen, **self.frozen},
             outer_sizes=self.sizes,
         )
-
-
-def written_and_read(row: Row) -> tuple[int | None, int | None]:
-    """Return which dimension of a tensor writes an axis, and which reads one; None where none does."""
-    last = len(row.axes) - 1
-    match row.kind:
-        case "linear":
-            return last - 1, last
-        case "conv1d":
-            return last, last - 1
-        case "head":
-            return None, last
-        case _:
-            return last, None
 
 
 def linear(name: str, axes: str, *, bias: str | bool = False, kind: Kind = "linear") -> Rows:
