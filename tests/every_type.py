@@ -125,7 +125,6 @@ _DELTA: Config = {"linear_key_head_dim": 18, "linear_value_head_dim": 20}
 
 # What a type needs beside the small sizes: deep changes of its config ("text_config": {...} reaches inside).
 NEEDS: Mapping[str, Config] = {
-    "apertus": {"hidden_act": "relu2"},
     "bailing_hybrid": {"num_expert_group": 1, "topk_group": 1, "layer_group_size": 3},
     "bamba": _MAMBA | {"attn_layer_indices": [2, 5]},
     "cohere_compass": {"text_config": _COMPASS},

@@ -7,6 +7,7 @@ import pytest
 from later import LATER
 
 import surgeon
+from surgeon.anatomy.config import WITHOUT_CACHE, follow_layers
 from surgeon.anatomy.layer_rules import INDEX_LISTS, RULES
 from surgeon.errors import PlanError
 from surgeon.surgery import open_model
@@ -108,3 +109,15 @@ def test_the_last_layer_attends_to_everything_where_the_code_makes_it(tmp_path):
     with pytest.raises(PlanError, match="makes its last layer attend to everything, and layer 3 does not"):
         surgeon.truncate(directory, layers=4)
     assert surgeon.truncate(directory, layers=3).plan.layer_map == (0, 1, 2)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "keep"),
+    [("qwen3_next", [0, 1, 2]), ("lfm2", [0, 1]), ("jamba", [0, 1]), ("bamba", [0, 1]), ("recurrent_gemma", [0, 1])],
+)
+def test_a_hybrid_without_a_layer_that_attends_is_told_that_it_generates_nothing(model_type, keep, tmp_path):
+    """transformers: `get_seq_length` can only be called on Attention layers. Its forward pass works."""
+    config = json.loads(every_type.small_config(model_type).to_json_string(use_diff=False))
+
+    assert WITHOUT_CACHE in follow_layers(config, keep, 6, tabled=False).notes
+    assert WITHOUT_CACHE not in follow_layers(config, range(6), 6, tabled=False).notes

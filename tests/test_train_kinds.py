@@ -170,6 +170,7 @@ def test_a_cut_sentence_embedding_model_learns_the_embeddings_that_it_had(tmp_pa
     losses = [line["loss"] for line in lines if "loss" in line]
     assert losses[-1] < 0.8 * losses[0]
     assert result.output == tmp_path / "out"
+    assert "squared distance of embeddings" in result.to_text()
     names = {str(path.relative_to(tmp_path / "out")) for path in (tmp_path / "out").rglob("*")}
     assert {"modules.json", "1_Pooling/config.json"} <= names
     _, report = transformers.AutoModel.from_pretrained(tmp_path / "out", output_loading_info=True)

@@ -21,7 +21,7 @@ from surgeon.anatomy.config import (
     text_config,
     with_text,
 )
-from surgeon.anatomy.families import FAMILIES, FIRST, MULTIMODAL, UNTIED, Family, Layers, Row, Rows, table_of_mlp
+from surgeon.anatomy.families import FAMILIES, FIRST, LATER, MULTIMODAL, UNTIED, Family, Layers, Row, Rows, table_of_mlp
 from surgeon.anatomy.stacks import FILES_HINT, PREDICTORS, Stack, find_stacks
 from surgeon.checkpoint.header import CheckpointSpec, is_quantized
 from surgeon.errors import CheckpointError, PlanError
@@ -205,7 +205,7 @@ def read_anatomy(spec: CheckpointSpec) -> Anatomy:
         check_layer_keys(text_config(spec.config), stack.depth)
     # Tables are of unquantized files.
     family = None if is_quantized(spec.config) else family_of(spec.config, stacks[0].prefix)
-    if family is None or _differing(family, spec.config):
+    if family is None or _differing(family, spec.config) or _is_wrapped(family, stacks[0].prefix):
         return Anatomy(spec, name, stacks, None, {}, {})
     if family.is_partial:
         family = family.placed([stack.prefix for stack in stacks])
@@ -254,6 +254,11 @@ def written_and_read(row: Row) -> tuple[int | None, int | None]:
             return None, last
         case _:
             return last, None
+
+
+def _is_wrapped(family: Family, prefix: str) -> bool:
+    """Return whether a class holds the encoder-decoder whole, so that names begin with more than the table says."""
+    return family.encoder is not None and prefix.endswith("." + family.layers)
 
 
 def _differing(family: Family, config: Mapping[str, Any]) -> bool:
@@ -386,7 +391,7 @@ def _expected_in_layers(
             )
 
         for rest, row in {**fitting(layers.attention), **layers.norm, **fitting(layers.mlp)}.items():
-            if row.optional or (row.when == FIRST and layer):
+            if row.optional or (row.when == FIRST and layer) or (row.when == LATER and not layer):
                 continue
             if _must_exist(row, text, sizes, sample=rest in anywhere):
                 for expert in range(sizes["experts"] if "{}" in rest else 1):
@@ -407,7 +412,7 @@ def _may_exist(row: Row, config: Mapping[str, Any], sizes: Mapping[str, int]) ->
 
 def _exists_by_config(row: Row, config: Mapping[str, Any], sizes: Mapping[str, int]) -> bool | None:
     """Return whether the config says that a tensor exists, None where it does not say."""
-    if row.when in (None, FIRST):
+    if row.when in (None, FIRST, LATER):
         return True
     assert row.when is not None
     if row.when == UNTIED:  # where it is tied, old files have it all the same

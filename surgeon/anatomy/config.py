@@ -30,6 +30,7 @@ from surgeon.anatomy.layer_rules import (
     RUNTIME_PATTERNS,
     SQUARE_HEADS,
     UNCUTTABLE,
+    WITHOUT_ATTENTION,
     Rule,
 )
 from surgeon.anatomy.spellings import SPELLINGS, Quantity
@@ -43,6 +44,7 @@ _SUSPECT = re.compile(
     r"(layer|attn|attention|moe|expert|sparse|global|window|shared).*(interval|period|step|freq|every|pattern)"
 )
 
+WITHOUT_CACHE = "no layer that attends is left: transformers scores texts with such a model, and generates none"
 CONFIG_HINT = "config.json is damaged or edited; fetch it again: its values must be those the weights were made with."
 
 
@@ -232,7 +234,8 @@ def layer_kinds(config: Mapping[str, Any], depth: int) -> list[str] | None:
         rules = RULES.get(str(text.get("model_type")), ())
         rule = next((rule for rule in rules if rule.explicit == "layer_types" or "attention_types" in rule.keys), None)
         kinds = kinds_by(rule, text, depth) if rule else None
-    return list(kinds) if isinstance(kinds, Sequence) and len(kinds) == depth else None
+    is_known = isinstance(kinds, Sequence) and len(kinds) == depth and all(isinstance(kind, str) for kind in kinds)
+    return list(kinds) if kinds and is_known else None
 
 
 def attention_kinds(config: Mapping[str, Any], depth: int) -> list[str]:
@@ -240,6 +243,19 @@ def attention_kinds(config: Mapping[str, Any], depth: int) -> list[str]:
     text = text_config(config)
     slides = size_of(text, "window") and text.get("use_sliding_window") is not False
     return layer_kinds(text, depth) or ["sliding_attention" if slides else "full_attention"] * depth
+
+
+def _attending(text: Mapping[str, Any], depth: int) -> list[bool]:
+    """Return which layers of a hybrid attend; none where the config tells no layers apart."""
+    listed = (text[key] for key in ("layers_block_type", "block_types", "layer_types") if text.get(key))
+    kinds: Any = next(listed, None)
+    for rule in RULES.get(str(text.get("model_type")), ()):
+        if kinds is None and ("layer" in str(rule.explicit) or "attn_layer_period" in rule.keys):
+            kinds = kinds_by(rule, text, depth)
+    if kinds is None and isinstance(numbers := text.get("attn_layer_indices"), list):
+        kinds = [i in numbers for i in range(depth)]
+    attends = [str(kind) not in WITHOUT_ATTENTION | {"False"} for kind in kinds] if isinstance(kinds, list) else []
+    return [] if all(attends) else [attends[i % len(attends)] for i in range(depth)]
 
 
 def follow_layers(config: Mapping[str, Any], keep: Sequence[int], depth: int, *, tabled: bool) -> ConfigEdit:
@@ -275,6 +291,11 @@ def follow_layers(config: Mapping[str, Any], keep: Sequence[int], depth: int, *,
     if not tabled and text_name not in RULES:
         _refuse_unknown_strides(text, keep, text_name)
     _follow_residual_scale(edit, len(keep), depth)
+    attends = _attending(text, depth)
+    if any(attends) and not any(attends[i] for i in keep):
+        edit.notes.append(
+            "no layer that attends is left: transformers scores texts with such a model, and generates none"
+        )
     if text is not config:
         edit.config = {**config, "text_config": edit.config}
     return edit

@@ -20,6 +20,9 @@ DECODER_COUNT_KEYS = ("decoder_layers", "num_decoder_layers")
 FULL_ATTENTION = frozenset({"full_attention", "attention", "global"})
 SLIDING_ATTENTION = frozenset({"sliding_attention", "local"})
 
+# What they call one that does not attend, but keeps a state or has an MLP alone.
+WITHOUT_ATTENTION = frozenset({"linear_attention", "conv", "mamba", "recurrent", "moe", "mlp", *"ME-"})
+
 # Lists with one entry for each layer.
 LAYER_LISTS = frozenset(
     [

@@ -4,7 +4,7 @@ from array import array
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MethodType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -35,6 +35,7 @@ class ClassTask(Task):
     """
 
     classes: Mapping[int, str] = field(default_factory=dict)
+    unit: ClassVar[str] = "nats a text"
 
     @property
     def fingerprint(self) -> str | None:

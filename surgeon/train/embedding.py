@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MethodType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -36,6 +36,7 @@ class EmbeddingTask(Task):
     """Texts, each in a row, with special tokens. `pooling` is "mean" of all tokens, or "cls", the first one."""
 
     pooling: str = "mean"
+    unit: ClassVar[str] = "squared distance of embeddings"
 
     @property
     def fingerprint(self) -> str | None:

@@ -6,7 +6,7 @@ train/ asks the task, and knows none by name.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from surgeon.checkpoint.source import Source
 from surgeon.data.records import Document
@@ -33,6 +33,8 @@ class Task:
 
     settings: Settings
     recorded: Mapping[str, Any] | None = None
+
+    unit: ClassVar[str] = "nats a token"  # of the loss
 
     def record(self) -> dict[str, Any]:
         """Return the settings of the run for run.json and the receipt."""

@@ -30,6 +30,11 @@ def fresh(anatomy: Anatomy, name: str, *, seed: int, layers: int) -> Expr:
             f"cannot draw {name!r} anew: it is stored as {spec.dtype}",
             hint="Leave out --inherit, or start from a checkpoint in a floating dtype.",
         )
+    if family.own_init:
+        raise PlanError(
+            f"{anatomy.model_type} draws fresh weights in a way of its own, which surgeon does not know",
+            hint="Leave out --inherit.",
+        )
     if row.start is not None:
         return Constant(spec, row.start)
     if row.kind == "gain":

@@ -361,7 +361,7 @@ def _check_norms(anatomy: Anatomy, maps: Mapping[str, AxisMap]) -> tuple[str, ..
     for name, (row, _) in anatomy.rows.items():
         if row.kind not in ("gain", "shift"):
             continue
-        for axis in sorted(axes_of(row.axes[-1]) & maps.keys() - {"hidden"}):
+        for axis in sorted(axes_of(row.axes[-1]) & maps.keys() - {"hidden", "embed"}):
             if not maps[axis].is_exact:
                 raise PlanError(
                     f"{anatomy.model_type} normalises over all heads ({name}), so new heads must be copies of the old",
@@ -376,7 +376,7 @@ def _check_norms(anatomy: Anatomy, maps: Mapping[str, AxisMap]) -> tuple[str, ..
             f"{anatomy.model_type} with norms after the sum cannot be padded: a norm fixes the mean of its output",
             hint="Use a multiple, with --width-method clone.",
         )
-    if pads and any(row.kind == "shift" and is_first_norm(anatomy, name) for name, (row, _) in anatomy.rows.items()):
+    if pads and family.norm_kind == "layer" and any(is_first_norm(anatomy, name) for name in anatomy.rows):
         raise PlanError(
             f"{anatomy.model_type} has a layer norm behind its embedding, which fixes the mean: no padding",
             hint="Use a multiple, with --width-method clone.",

@@ -23,10 +23,10 @@ class Row:
     parameter), `buffer` is something old files carry and every loader ignores, `opaque` has no axis that a surgery
     could change.
     `when` is the config key that decides whether the tensor exists, or two axes that then differ: "embed != hidden";
-    FIRST for what only the first layer of a stack has, ALL_OR_NONE for what all layers have or none, UNTIED for what a
-    head of its own has beside it. `optional` names the part of a model that not every class of the family has, such as
-    a pooler or a masked LM's head: of one part all tensors are there, or none. `start` is the value of a fresh one,
-    where its kind does not say.
+    FIRST for what only the first layer of a stack has, LATER for what all others have, ALL_OR_NONE for what all layers
+    have or none, UNTIED for what a head of its own has beside it. `optional` names the part of a model that not every
+    class of the family has, such as a pooler or a masked LM's head: of one part all tensors are there, or none. `start`
+    is the value of a fresh one, where its kind does not say.
     """
 
     axes: tuple[Dim, ...]
@@ -39,6 +39,7 @@ class Row:
 Rows = dict[str, Row]
 
 FIRST = "first layer"
+LATER = "layers after the first"
 ALL_OR_NONE = "all or none"  # no config key, so that the layers themselves say it
 UNTIED = "untied head"
 ANY = ""  # of Family.opaque: every tensor that has no row
@@ -124,6 +125,7 @@ class Family:
     head_scale_flags: tuple[str, ...] = ()  # the config keys that are false where it is not; the first one counts
     last_norm: str = ""  # the norm at the end of a layer that stands before the head where no final norm does
     encoder_norm: Rows = field(default_factory=dict)  # the norm at the end of the encoder, which the decoder reads
+    own_init: bool = False  # fresh weights are drawn in a way of the family's own, which the table does not say
     init_by_inputs: bool = False  # fresh weights are drawn with std / sqrt(inputs), embeddings with std
     frozen_by: Mapping[str, Mapping[str, str]] = field(default_factory=dict)  # the same, where a config key is set
     kv_heads_flag: str | bool = True  # whether the config's number of key-value heads counts, or the key that says so
