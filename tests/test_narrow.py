@@ -11,8 +11,8 @@ import toys
 from later import LATER
 
 import surgeon
-from surgeon.anatomy.anatomy import written_and_read
 from surgeon.anatomy.axes import Axis, Index, Sum, axes_of, parse, survivors
+from surgeon.anatomy.families import written_and_read
 from surgeon.errors import PlanError
 from surgeon.plan.plan import Affine
 from surgeon.surgery import Surgery, open_model

@@ -21,7 +21,18 @@ from surgeon.anatomy.config import (
     text_config,
     with_text,
 )
-from surgeon.anatomy.families import FAMILIES, FIRST, LATER, MULTIMODAL, UNTIED, Family, Layers, Row, Rows, table_of_mlp
+from surgeon.anatomy.families import (
+    FAMILIES,
+    FIRST,
+    LATER,
+    MULTIMODAL,
+    UNTIED,
+    Family,
+    Layers,
+    Row,
+    Rows,
+    table_of_mlp,
+)
 from surgeon.anatomy.stacks import FILES_HINT, PREDICTORS, Stack, find_stacks
 from surgeon.checkpoint.header import CheckpointSpec, is_quantized
 from surgeon.errors import CheckpointError, PlanError
@@ -240,20 +251,6 @@ def family_of(config: Mapping[str, Any], layers: str) -> Family | None:
         ):
             return whole
     return FAMILIES.get(own) or table_of_mlp(own)
-
-
-def written_and_read(row: Row) -> tuple[int | None, int | None]:
-    """Return which dimension of a tensor writes an axis, and which reads one; None where none does."""
-    last = len(row.axes) - 1
-    match row.kind:
-        case "linear":
-            return last - 1, last
-        case "conv1d":
-            return last, last - 1
-        case "head":
-            return None, last
-        case _:
-            return last, None
 
 
 def _is_wrapped(family: Family, prefix: str) -> bool:

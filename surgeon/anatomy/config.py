@@ -234,8 +234,8 @@ def layer_kinds(config: Mapping[str, Any], depth: int) -> list[str] | None:
         rules = RULES.get(str(text.get("model_type")), ())
         rule = next((rule for rule in rules if rule.explicit == "layer_types" or "attention_types" in rule.keys), None)
         kinds = kinds_by(rule, text, depth) if rule else None
-    is_known = isinstance(kinds, Sequence) and len(kinds) == depth and all(isinstance(kind, str) for kind in kinds)
-    return list(kinds) if kinds and is_known else None
+    named = [kind for kind in kinds if isinstance(kind, str)] if isinstance(kinds, Sequence) else []
+    return named if len(named) == depth and len(kinds or ()) == depth else None
 
 
 def attention_kinds(config: Mapping[str, Any], depth: int) -> list[str]:

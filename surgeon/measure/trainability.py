@@ -12,8 +12,9 @@ from statistics import median
 from typing import TYPE_CHECKING, Any
 from zlib import crc32
 
-from surgeon.anatomy.anatomy import Anatomy, written_and_read
+from surgeon.anatomy.anatomy import Anatomy
 from surgeon.anatomy.axes import Dim, Places, axes_of, places
+from surgeon.anatomy.families import written_and_read
 from surgeon.checkpoint.source import Source, ranges_by_file
 
 if TYPE_CHECKING:

@@ -8,8 +8,9 @@ import re
 from collections.abc import Sequence
 from dataclasses import replace
 
-from surgeon.anatomy.anatomy import Anatomy, written_and_read
+from surgeon.anatomy.anatomy import Anatomy
 from surgeon.anatomy.axes import axes_of
+from surgeon.anatomy.families import written_and_read
 from surgeon.anatomy.stacks import Stack
 from surgeon.checkpoint.header import CheckpointSpec
 from surgeon.errors import PlanError

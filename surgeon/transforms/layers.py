@@ -6,10 +6,10 @@ from collections import Counter
 from collections.abc import Collection, Sequence
 from dataclasses import replace
 
-from surgeon.anatomy.anatomy import Anatomy, read_anatomy, written_and_read
+from surgeon.anatomy.anatomy import Anatomy, read_anatomy
 from surgeon.anatomy.axes import Index, Places, Scale, axes_of, places
 from surgeon.anatomy.config import CONFIG_HINT, declared_kinds, follow_layers, text_config
-from surgeon.anatomy.families import FIRST, Row
+from surgeon.anatomy.families import FIRST, Row, written_and_read
 from surgeon.anatomy.stacks import Stack
 from surgeon.checkpoint.header import is_quantized
 from surgeon.errors import CheckpointError, PlanError

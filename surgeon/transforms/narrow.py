@@ -17,10 +17,10 @@ from functools import cache
 from itertools import pairwise
 from typing import Any
 
-from surgeon.anatomy.anatomy import EXPERT_NUMBER, Anatomy, written_and_read
+from surgeon.anatomy.anatomy import EXPERT_NUMBER, Anatomy
 from surgeon.anatomy.axes import Dim, Index, Keep, Scale, axes_of, survivors
 from surgeon.anatomy.config import is_off, spelled
-from surgeon.anatomy.families import Row
+from surgeon.anatomy.families import Row, written_and_read
 from surgeon.anatomy.rotary import rotary_dims
 from surgeon.anatomy.spellings import SPELLINGS
 from surgeon.errors import PlanError

@@ -8,23 +8,22 @@ from surgeon.anatomy.families.encoder_decoders import ENCODER_DECODERS
 from surgeon.anatomy.families.encoders import ENCODERS
 from surgeon.anatomy.families.experts import EXPERTS
 from surgeon.anatomy.families.multimodal import MULTIMODAL, TEXT_MODELS
-from surgeon.anatomy.families.table import ANY, FIRST, LATER, UNTIED, Family, Kind, Layers, Row, Rows, Wrapper
+from surgeon.anatomy.families.table import (
+    ANY,
+    FIRST,
+    LATER,
+    UNTIED,
+    Family,
+    Kind,
+    Layers,
+    Row,
+    Rows,
+    Wrapper,
+    written_and_read,
+)
 
-__all__ = [
-    "ANY",
-    "FAMILIES",
-    "FIRST",
-    "LATER",
-    "MULTIMODAL",
-    "UNTIED",
-    "Family",
-    "Kind",
-    "Layers",
-    "Row",
-    "Rows",
-    "Wrapper",
-    "table_of_mlp",
-]
+__all__ = ["ANY", "FAMILIES", "FIRST", "LATER", "MULTIMODAL", "UNTIED", "table_of_mlp"]
+__all__ += ["Family", "Kind", "Layers", "Row", "Rows", "Wrapper", "written_and_read"]
 
 FAMILIES: Mapping[str, Family] = {
     **CLASSICS,

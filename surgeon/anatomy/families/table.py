@@ -152,11 +152,6 @@ class Family:
             name = name.replace(old, new)
         return name
 
-    def placed(self, prefixes: Sequence[str]) -> "Family":
-        """Return a table that says the same of each stack, wherever it lies."""
-        layers = [replace(self.stacks[0], prefix=prefix) for prefix in prefixes]
-        return replace(self, layers=prefixes[0], encoder=layers[1] if layers[1:] else None)
-
     def of_class(self, names: Sequence[str], layers: str) -> "Family":
         """Return this family with the head of the class of one of these names, and its name of the base.
 
@@ -174,6 +169,11 @@ class Family:
         inside = self.layers.removeprefix(self.base)
         is_other = bool(inside) and layers == "transformer." + inside != self.layers
         return Wrapper("transformer.", ()).around(family) if is_other else family
+
+    def placed(self, prefixes: Sequence[str]) -> "Family":
+        """Return a table that says the same of each stack, wherever it lies."""
+        layers = [replace(self.stacks[0], prefix=prefix) for prefix in prefixes]
+        return replace(self, layers=prefixes[0], encoder=layers[1] if layers[1:] else None)
 
     @property
     def is_partial(self) -> bool:
@@ -222,6 +222,20 @@ class Wrapper:
             frozen={**family.frozen, **self.frozen},
             outer_sizes=self.sizes,
         )
+
+
+def written_and_read(row: Row) -> tuple[int | None, int | None]:
+    """Return which dimension of a tensor writes an axis, and which reads one; None where none does."""
+    last = len(row.axes) - 1
+    match row.kind:
+        case "linear":
+            return last - 1, last
+        case "conv1d":
+            return last, last - 1
+        case "head":
+            return None, last
+        case _:
+            return last, None
 
 
 def linear(name: str, axes: str, *, bias: str | bool = False, kind: Kind = "linear") -> Rows:
