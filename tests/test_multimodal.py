@@ -143,7 +143,7 @@ def test_a_head_with_sections_of_positions_keeps_its_size(name, pictures):
 
 
 @pytest.mark.parametrize("name", ["llava", "qwen2_vl"])
-def test_a_model_that_sees_is_evaluated_and_scored_on_text(name, tmp_path):
+def test_a_model_that_sees_is_evaluated_and_scored_on_text_and_writes(name, tmp_path):
     """Its vision tower has as many layers as its language model, and other names in the files than in memory."""
     source, text = pictured.talker(name, tmp_path / "toy"), talkers.written(tmp_path / "text.txt")
     tokens = talkers.tokenizer_of()(talkers.TEXT, add_special_tokens=False, return_tensors="pt")["input_ids"]
@@ -156,3 +156,4 @@ def test_a_model_that_sees_is_evaluated_and_scored_on_text(name, tmp_path):
         loss = model(input_ids=tokens, labels=tokens).loss.item()
     assert evaluation.to_dict()["loss"] == pytest.approx(loss, abs=1e-5)  # float32, two orders of summing
     assert (pruned.anatomy.depth, pruned.anatomy.sizes["ffn"]) == (1, 20)
+    assert surgeon.generate(source, "the cat", max_new_tokens=2).new_tokens == 2
