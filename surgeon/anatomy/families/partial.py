@@ -87,8 +87,8 @@ _TABLES: tuple[tuple[Family, str], ...] = (
             "glmasr got_ocr2 granite_docling granite_docling_text granite_swa hy_v3 hyperclovax "
             "hyperclovax_vision_v2 kimi_k25 laguna mimo_v2_flash minicpm3 minicpm_ocr minicpmv4_6 minicpmv4_7 "
             "mllama moss_transcribe_diarize muse_glimmer muse_glimmer_text musicflamingo olmo_hybrid "
-            "pp_chart2table qianfan_ocr qwen2_audio qwen3_5 qwen3_5_text qwen3_asr ultrabert ultravbert "
-            "unlimited_ocr vaultgemma video_llama_3 voxtral"
+            "pp_chart2table qianfan_ocr qwen2_audio qwen3_asr ultrabert ultravbert unlimited_ocr vaultgemma "
+            "video_llama_3 voxtral"
         ),
     ),
     (
