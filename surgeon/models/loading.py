@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any, cast
 
 from surgeon.anatomy.config import CONFIG_HINT, class_names, size_of, text_config, unquantized, with_floats
 from surgeon.checkpoint.derived import JoinedSource
-from surgeon.checkpoint.header import not_regular, read_json
+from surgeon.checkpoint.header import not_regular
+from surgeon.checkpoint.json_files import read_json
 from surgeon.checkpoint.source import CONFIG, Source, check_links, inside, is_companion
 from surgeon.errors import CheckpointError, DataError, MeasureError, PlanError, SurgeonError, failure_of_library
 from surgeon.models.device import available_memory, compute_dtype

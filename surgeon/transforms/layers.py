@@ -8,8 +8,9 @@ from dataclasses import replace
 
 from surgeon.anatomy.anatomy import Anatomy, read_anatomy
 from surgeon.anatomy.axes import Index, Places, Scale, axes_of, places
-from surgeon.anatomy.config import CONFIG_HINT, declared_kinds, follow_layers, text_config
+from surgeon.anatomy.config import CONFIG_HINT, declared_kinds, text_config
 from surgeon.anatomy.families import FIRST, Row, written_and_read
+from surgeon.anatomy.following import follow_layers
 from surgeon.anatomy.stacks import Stack
 from surgeon.checkpoint.header import is_quantized
 from surgeon.errors import CheckpointError, PlanError
