@@ -226,8 +226,7 @@ class Pruning(Surgery):
         self, result: str | os.PathLike[str], *, before: float | None = None, meter: "Meter | None" = None
     ) -> tuple[float, float] | None:
         """Return the perplexity of the source (`before` if known) and of the written result; None without one."""
-        known = self.perplexity(meter=meter) if before is None else before
-        if known is None or self.text is None:
+        if (known := self.perplexity(meter=meter) if before is None else before) is None or self.text is None:
             return None
         from surgeon.measure.scoring import perplexity
 
