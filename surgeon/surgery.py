@@ -215,11 +215,11 @@ class Surgery:
     def _asks(self, source: CheckpointSpec, result: Anatomy) -> Asks:
         """Return what transformers must be asked of a result, beyond what the family's table has checked."""
         changed = changed_keys(source.config, result.spec.config).keys() - {"dtype", "torch_dtype"}
-        if not changed and source.tensors.keys() == result.spec.tensors.keys():
+        shapes = ({name: tensor.shape for name, tensor in spec.tensors.items()} for spec in (source, result.spec))
+        if not changed and next(shapes) == next(shapes):  # layers of other shapes may have changed places
             return "nothing"
-        if result.family is None or result.family.opaque:  # not all tensors are in a table
-            return "tensors"
-        return "nothing" if result.sizes == self.before.sizes else "config"
+        is_tabled = result.family is not None and not result.family.opaque  # all its tensors are
+        return "tensors" if not is_tabled else "config" if result.sizes != self.before.sizes else "nothing"
 
     def _all_reads(self) -> Reads:
         """Return what is read, with the source that is open: it may be another than the option named."""

@@ -1,5 +1,6 @@
 """A result is written only where transformers builds from its config exactly the tensors that are in it."""
 
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -12,6 +13,8 @@ import surgeon
 from surgeon.checkpoint.header import CheckpointSpec, TensorSpec
 from surgeon.checkpoint.source import open_directory, spec_of
 from surgeon.errors import PlanError
+from surgeon.plan.plan import Read
+from surgeon.surgery import open_model
 
 if LATER:
     import transformers
@@ -128,7 +131,8 @@ import sys
 {before}
 import surgeon
 from surgeon.errors import SurgeonError
-from surgeon.surgery import Surgery, open_model
+from surgeon.plan.plan import Read
+from surgeon.surgery import open_model
 from dataclasses import replace
 
 surgery = surgeon.truncate({model!r}, layers=3)
@@ -172,3 +176,19 @@ def test_a_check_that_dies_is_no_check(toy, monkeypatch):
     assert notes == (
         "not checked whether transformers builds this result: the process that asks it ended with status 1",
     )
+
+
+def test_layers_of_other_shapes_that_change_places_are_looked_at(tmp_path):
+    """The config does not change, nor does any name: SAM's layers that see everything have more relative positions."""
+    sizes = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "image_size": 64, "patch_size": 8}
+    config = transformers.SamVisionConfig(**sizes, window_size=2, global_attn_indexes=[1], mlp_dim=48)
+    transformers.SamVisionModel(config).save_pretrained(tmp_path / "sam")
+    model = open_model(tmp_path / "sam")
+
+    other = {"layers.0.": "layers.1.", "layers.1.": "layers.0."}
+    swapped = {
+        name: Read(re.sub(r"layers\.[01]\.", lambda found: other[found[0]], name)) for name in model.plan.tensors
+    }
+
+    with pytest.raises(PlanError, match=r"draw '.*rel_pos_h' and \d+ more at random, for it has another shape"):
+        replace(model, plan=replace(model.plan, tensors=swapped)).save(tmp_path / "swapped")

@@ -226,8 +226,7 @@ class Pruning(Surgery):
         self, result: str | os.PathLike[str], *, before: float | None = None, meter: "Meter | None" = None
     ) -> tuple[float, float] | None:
         """Return the perplexity of the source (`before` if known) and of the written result; None without one."""
-        known = self.perplexity(meter=meter) if before is None else before
-        if known is None or self.text is None:
+        if (known := self.perplexity(meter=meter) if before is None else before) is None or self.text is None:
             return None
         from surgeon.measure.scoring import perplexity
 
@@ -236,12 +235,13 @@ class Pruning(Surgery):
 
     def perplexity(self, *, meter: "Meter | None" = None) -> float | None:
         """Return the perplexity of the source on the text; None without a text, and for an encoder."""
-        from surgeon.models.skeleton import predicts_next
-
-        if self.text is None or not predicts_next(self.source):
+        if self.text is None:
             return None
         from surgeon.measure.scoring import perplexity
+        from surgeon.models.skeleton import predicts_next
 
+        if not predicts_next(self.source):
+            return None
         scored_on = None if self.scores is None or self.scores.data is None else self.scores.data.get("sha256")
         if self.scores is not None and self.scores.loss is not None and scored_on == self.text.origin["sha256"]:
             return perplexities([self.scores.loss])[0]
