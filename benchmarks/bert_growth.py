@@ -182,7 +182,7 @@ def main() -> None:
     (options.directory / "results.json").write_text(json.dumps(results, indent=1))
     print(exactness(options.directory), table(results, STARTS), sep="\n\n")
     top = results["curves"]["random-twice"][0][1]
-    plot(results, options.directory / "quick.png" if options.quick else options.plot, STARTS, top=min(top, 3.2))
+    plot(results, options.directory / "quick.png" if options.quick else options.plot, STARTS, top=min(top, 3.5))
 
 
 if __name__ == "__main__":
