@@ -45,7 +45,7 @@ STARTS = {
     "aki-half": Start("AKI, 1.5x", widths("half more", width_method="advanced", noise=0.0), "half more"),
     "random-half more": Start("random, 1.5x", None, "half more", 2e-3),
 }
-LENGTHS = Lengths(small=2000, grown=500, random=2000, measure=25)
+LENGTHS = Lengths(small=2000, grown=300, random=2000, measure=25)
 QUICK = Lengths(small=20, grown=6, random=12, measure=3)
 
 

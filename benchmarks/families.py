@@ -33,7 +33,7 @@ import oracle  # noqa: E402
 from coverage_table import write_table  # noqa: E402
 
 import surgeon  # noqa: E402
-from surgeon.checkpoint.header import read_json  # noqa: E402
+from surgeon.checkpoint.json_files import read_json  # noqa: E402
 from surgeon.errors import SurgeonError  # noqa: E402
 
 SECONDS = 120  # of computing for one type, all verbs; ten times as long by the clock, for a machine that others use

@@ -406,7 +406,7 @@ def open_model(
     source = open_source(model, revision=revision)
     anatomy = _anatomy_of(source)
     plan = identity(anatomy.spec, depth=anatomy.depth)
-    if anatomy.stored_tie is not None or anatomy.predictors:
+    if anatomy.may_hold_more:
         from surgeon.transforms.settling import settle
 
         plan, anatomy = settle(source, anatomy, plan)

@@ -9,8 +9,8 @@ from later import LATER
 
 from surgeon.anatomy.rotary import wider_head
 from surgeon.errors import PlanError
+from surgeon.transforms.axis_maps import append, isometric_pad, tile, uneven, zero_pad
 from surgeon.transforms.grow import grown_size
-from surgeon.transforms.widths import append, isometric_pad, tile, uneven, zero_pad
 
 if LATER:
     import torch

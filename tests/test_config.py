@@ -5,7 +5,8 @@ import json
 import pytest
 from later import LATER
 
-from surgeon.anatomy.config import follow_layers, layer_kinds
+from surgeon.anatomy.config import layer_kinds
+from surgeon.anatomy.following import follow_layers
 from surgeon.anatomy.layer_rules import PLACE_BOUND, RULES, UNCUTTABLE
 from surgeon.errors import CheckpointError, PlanError
 

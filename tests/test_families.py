@@ -5,6 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import encoders
+import pictured
 import pytest
 import tabled
 import toys
@@ -28,6 +29,7 @@ UNTABLED = [name for name in toys.TOYS if name.partition("-")[0] not in FAMILIES
 
 def test_every_family_of_the_tables_has_a_toy():
     tested = {name.partition("-")[0] for name in (*toys.TABLED, *tabled.TYPES)}
+    tested |= {str(config["text_config"]["model_type"]) for config in pictured.TYPES.values()}
     assert set(FAMILIES) <= tested | {name.partition(" ")[0] for name in encoders.TYPES}
 
 

@@ -13,7 +13,7 @@ from later import LATER
 
 import surgeon
 from surgeon.data.records import document
-from surgeon.errors import MeasureError, PlanError
+from surgeon.errors import PlanError
 from surgeon.gist.layout import TEXT, prompt_tokens, text_tokens
 from surgeon.gist.tokens import read_gist
 from surgeon.models.loading import load_tokenizer
@@ -257,8 +257,3 @@ def test_what_an_encoder_cannot_do_is_refused(gisted, tmp_path, options, message
     data = talkers.jsonl(tmp_path / "data.jsonl", *RECORDS)
     with pytest.raises(PlanError, match=message):
         surgeon.finetune(gisted, data=[data], output=tmp_path / "out", gist=True, **SHORT, **options)
-
-
-def test_without_gists_an_encoder_decoder_is_refused(gisted, tmp_path):
-    with pytest.raises(MeasureError, match="with gists only"):
-        surgeon.finetune(gisted, data=[talkers.jsonl(tmp_path / "d.jsonl", *RECORDS)], output=tmp_path / "out")

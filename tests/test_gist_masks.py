@@ -18,12 +18,12 @@ if LATER:
         GIST,
         PROMPT,
         cross_mask,
-        document_numbers,
         encoder_mask,
         gist_masks,
         gist_phases,
     )
     from surgeon.gist.states import encoder_states
+    from surgeon.models.split import document_numbers
 
 G = 130  # the id of the gist token
 ROW = [7, 8, 9, G, G, 4, 5]  # prompt 3, gist 2, input 2

@@ -230,3 +230,47 @@ def test_the_docs_count_the_models_that_can_be_gisted():
 
 def test_numbers_of_layers_are_said_in_runs():
     assert architecture._ranges([0, 1, 2, 4, 6, 7]) == "0-2, 4, 6-7"
+
+
+def test_what_the_config_lets_pass_is_a_model_that_the_check_can_load():
+    """Of every class of every type of transformers: `gist` reads configs, `gist --check` loads a causal LM or T5."""
+    from transformers.models.auto import modeling_auto
+
+    tables = [table for name, table in vars(modeling_auto).items() if name.endswith("_MAPPING_NAMES")]
+    writers = modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    encoder_decoders = modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES
+    kinds = {(model_type, kind) for table in tables for model_type, kinds in table.items() for kind in _texts(kinds)}
+    passed, unloadable = set(), set()
+    for model_type, kind in kinds:
+        nested = {"text_config": {"model_type": "llama"} | KINDS} if model_type in NESTED else {}
+        is_encoder_decoder = model_type in encoder_decoders
+        config = {"model_type": model_type, "architectures": [kind], "is_encoder_decoder": is_encoder_decoder}
+        if refusal(config | KINDS | nested, 6) is None:
+            passed.add(model_type)
+            if model_type not in (encoder_decoders if is_encoder_decoder else writers):
+                unloadable.add(kind)
+
+    assert len(passed) > 150
+    assert {"llama", "gpt2", "gemma3", "t5"} <= passed
+    assert unloadable == {"FlaubertWithLMHeadModel", "Mistral4ForCausalLM"}  # no Auto class of transformers has them
+
+
+KINDS = {"layer_types": ["full_attention"] * 6}
+NESTED = {"aya_vision", "gemma3", "idefics3", "internvl", "llava", "mistral3", "qwen2_5_vl", "qwen3_vl", "smolvlm"}
+
+
+def _texts(kinds):
+    return [kinds] if isinstance(kinds, str) else [kind for kind in kinds if isinstance(kind, str)]
+
+
+@pytest.mark.parametrize(
+    ("model_type", "kind", "reason"),
+    [
+        ("clip", "CLIPModel", "CLIPModel has no language model head"),
+        ("wav2vec2", "Wav2Vec2ForCTC", "Wav2Vec2ForCTC has no language model head"),
+        ("llama", "LlamaForSequenceClassification", "LlamaForSequenceClassification has no language model head"),
+        ("llava", "LlavaForConditionalGeneration", "llava has more than a language model"),
+    ],
+)
+def test_a_model_that_does_not_write_alone_is_refused_by_its_config(model_type, kind, reason):
+    assert str(refusal({"model_type": model_type, "architectures": [kind]}, 6)).startswith(reason)

@@ -7,7 +7,7 @@ import pytest
 from later import LATER
 
 import surgeon
-from surgeon.anatomy.config import WITHOUT_CACHE, follow_layers
+from surgeon.anatomy.following import WITHOUT_CACHE, follow_layers
 from surgeon.anatomy.layer_rules import INDEX_LISTS, RULES
 from surgeon.errors import PlanError
 from surgeon.surgery import open_model

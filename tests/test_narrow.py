@@ -11,8 +11,8 @@ import toys
 from later import LATER
 
 import surgeon
-from surgeon.anatomy.anatomy import written_and_read
 from surgeon.anatomy.axes import Axis, Index, Sum, axes_of, parse, survivors
+from surgeon.anatomy.families import written_and_read
 from surgeon.errors import PlanError
 from surgeon.plan.plan import Affine
 from surgeon.surgery import Surgery, open_model
@@ -114,7 +114,7 @@ def coordinates(dim, sizes):
 def stays(kept, layer, point, sizes):
     """Return whether `kept` keeps the place that has these positions on its axes."""
     for axis, i in point.items():
-        in_stream = axis == "hidden" or (axis == "embed" and sizes["embed"] == sizes["hidden"])
+        in_stream = axis in ("hidden", "projected") or (axis == "embed" and sizes["embed"] == sizes["hidden"])
         if in_stream and kept.hidden is not None and i not in kept.hidden:
             return False
         if axis in ("q_dim", "k_dim", "v_dim") and kept.head_dim is not None and i not in kept.head_dim:
@@ -130,13 +130,13 @@ def stays(kept, layer, point, sizes):
 
 
 def left(anatomy, kept, name):
-    """Return, for each dimension of a tensor, the positions that stay."""
+    """Return, for each dimension of a tensor, the positions that stay: all of one that no axis names."""
     place = anatomy.locate(name)
     layer = place[0] if place else None
     sizes = [anatomy.sizes | {"?": size} for size in anatomy.spec.tensors[name].shape]
     return [
         [j for j, point in enumerate(coordinates(dim, own)) if stays(kept, layer, point, anatomy.sizes)]
-        for dim, own in zip(anatomy.row(name)[0].axes, sizes, strict=True)
+        for dim, own in zip(anatomy.row(name)[0].axes or [Axis("?")] * len(sizes), sizes, strict=True)
     ]
 
 
@@ -161,8 +161,7 @@ def silent(source, directory, kept, *, fill_mean=True):
         write, read = written_and_read(row)
         for dim, stay in enumerate(left(anatomy, kept, name)):
             gone = sorted(set(range(value.shape[dim])) - set(stay))
-            axes = axes_of(row.axes[dim])
-            if not gone or "experts" in axes:
+            if not gone or "experts" in (axes := axes_of(row.axes[dim])):
                 continue
             if axes & {"hidden", "embed"}:
                 is_branch = any(name.endswith(norm) for norm in anatomy.family.branch_norms)

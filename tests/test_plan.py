@@ -187,6 +187,90 @@ def test_arithmetic_is_what_the_expressions_say(tmp_path):
     assert not torch.equal(drawn, make(Uniform((500, 40), Read("a"), 0.5, 1, "x")))
 
 
+@pytest.fixture(scope="module")
+def arithmetic(tmp_path_factory):
+    """Return the arithmetic on one matrix "a" of 300 x 40 float32 numbers, made anew at each call."""
+    directory = tmp_path_factory.mktemp("arithmetic")
+    numbers = torch.randn(300, 40, generator=torch.Generator().manual_seed(0))
+    save_file({"a": numbers}, directory / "model.safetensors")
+    entries = read_header(directory / "model.safetensors")
+    tensors = {name: stored("model.safetensors", entry) for name, entry in entries.items()}
+    return lambda: Arithmetic(tensors, {"model.safetensors": FilePart(directory / "model.safetensors")})
+
+
+SCATTERED = tuple((37 * j) % 300 if j % 5 else -1 for j in range(400))
+EXPRESSIONS = {
+    "a draw that is uniform": Uniform((250, 90), Read("a"), 0.5, 3, "x"),
+    "a draw that is normal": Normal(TensorSpec("F32", (250, 90)), 0.1, 3, "x"),
+    "rows in runs": Gather(Read("a"), 0, (*range(300), *range(200), *[-1] * 50), (0.5,) * 550, mean=1.0),
+    "rows far apart": Gather(Read("a"), 0, SCATTERED, (1.0,) * 400, mean=2.0),
+    "columns": Gather(Read("a"), 1, (*range(40), *range(40), -1), (0.5,) * 81),
+    "a sum with noise": Add(
+        (
+            Gather(Gather(Read("a"), 0, (*range(300),) * 2, (1.0,) * 600), 1, (*range(40),) * 2, (0.5,) * 80),
+            Gather(Uniform((600, 40), Read("a"), 0.5, 3, "x"), 1, (*range(40),) * 2, (1.0,) * 40 + (-1.0,) * 40),
+        )
+    ),
+}
+
+
+@pytest.mark.parametrize("name", EXPRESSIONS)
+def test_the_bytes_do_not_depend_on_how_a_tensor_is_cut_into_parts_and_blocks(name, arithmetic, monkeypatch):
+    """Nor on what is kept of the source, and what is read row by row. Draws go over the ends of many blocks."""
+    monkeypatch.setattr("surgeon.plan.arithmetic.DRAWN", 1000)
+    expected = arithmetic().tensor(EXPRESSIONS[name])
+
+    for part, block, kept in ((3000, 700, 1 << 20), (10_000, 123, 0), (80, 1 << 18, 0)):
+        for constant, value in (("PART", part), ("BLOCK", block), ("KEPT", kept)):
+            monkeypatch.setattr(f"surgeon.plan.arithmetic.{constant}", value)
+        assert torch.equal(arithmetic().tensor(EXPRESSIONS[name]), expected), (part, block, kept)
+
+
+def test_parts_are_made_alike_in_any_order(arithmetic, monkeypatch):
+    monkeypatch.setattr("surgeon.plan.arithmetic.PART", 2000)
+    expr = EXPRESSIONS["a sum with noise"]
+
+    forwards = [b"".join(part.make()) for part in arithmetic().parts(expr)]
+    backwards = [b"".join(part.make()) for part in reversed(arithmetic().parts(expr))]
+
+    assert len(forwards) == 24  # 600 rows of 80 numbers, 25 to a part
+    assert forwards == backwards[::-1]
+
+
+def test_the_spread_of_a_large_tensor_is_that_of_every_nth_block_of_rows(arithmetic, monkeypatch):
+    monkeypatch.setattr("surgeon.plan.arithmetic.SUMMED", 400)
+    drawn = Uniform((200, 50), Read("a"), 0.5, 3, "x")
+    whole = arithmetic().tensor(drawn)
+
+    monkeypatch.setattr("surgeon.plan.arithmetic.SAMPLE", 3000)
+    sampled = arithmetic().tensor(drawn)
+
+    ratio = (sampled / whole).flatten()
+    torch.testing.assert_close(ratio, ratio[:1].expand_as(ratio))  # rounding of float32
+    assert ratio[0] != 1
+    assert abs(ratio[0] - 1) < 0.06  # 3,000 draws: five times 1 / sqrt(2 x 3,000)
+
+
+@pytest.mark.parametrize("zeros", ["every n-th block", "all"])
+def test_a_sample_of_zeros_is_no_tensor_of_zeros(zeros, tmp_path, monkeypatch):
+    monkeypatch.setattr("surgeon.plan.arithmetic.SUMMED", 16)
+    monkeypatch.setattr("surgeon.plan.arithmetic.SAMPLE", 400)
+    numbers = torch.zeros(400, 4)
+    if zeros != "all":
+        numbers[3::4] = 1.0
+    save_file({"a": numbers}, tmp_path / "model.safetensors")
+    entries = read_header(tmp_path / "model.safetensors")
+    tensors = {name: stored("model.safetensors", entry) for name, entry in entries.items()}
+    make = Arithmetic(tensors, {"model.safetensors": FilePart(tmp_path / "model.safetensors")}).tensor
+
+    largest = make(Uniform((100, 100), Read("a"), 1.0, 0, "x", fallback=0.01)).abs().max()
+
+    std = 0.01 if zeros == "all" else numbers.std(correction=0)
+    assert largest == pytest.approx(
+        float(std * 3**0.5), rel=0.01
+    )  # of 10,000 uniform draws the largest is near the end
+
+
 def test_a_config_does_not_choose_the_code_that_runs_it(toy, tmp_path):
     toys.build("llama", tmp_path / "source")
     config = json.loads((tmp_path / "source/config.json").read_text())

@@ -10,6 +10,7 @@ from later import LATER
 from talkers import talker
 
 import surgeon
+from surgeon.anatomy.stacks import Stack, find_stacks
 from surgeon.errors import CheckpointError, PlanError
 from surgeon.surgery import open_model, open_source
 
@@ -220,3 +221,26 @@ def test_a_layer_too_many_without_a_word_in_the_config_is_still_refused(saved):
 
     with pytest.raises(CheckpointError, match="config.json says 6 layers, but the files hold 7"):
         open_model(model)
+
+
+@pytest.mark.parametrize(
+    ("tower", "language"),
+    [
+        ("qformer.encoder.layer.", "language_model.model.decoder.layers."),
+        ("encoder.layers.", "language_model.model.layers."),  # granite_speech names its audio encoder so
+        ("vit.layers.", "model.layers."),
+        ("multimodal_model.encoder.layer.", "text_model.encoder.layer."),
+    ],
+)
+def test_a_tower_as_deep_as_the_language_model_is_not_taken_for_it(tower, language):
+    config = {"model_type": "mine", "text_config": {"num_hidden_layers": 3}}
+    names = [f"{prefix}{layer}.weight" for prefix in (tower, language) for layer in range(3)]
+
+    assert find_stacks(config, names) == (Stack(language, 3),)
+
+
+def test_what_is_not_known_is_not_called_damaged():
+    with pytest.raises(CheckpointError, match="does not say how many layers") as refused:
+        find_stacks({"model_type": "convnext"}, ["stages.0.weight"])
+
+    assert "may well be sound" in str(refused.value.hint)

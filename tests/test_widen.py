@@ -12,8 +12,9 @@ import surgeon
 from surgeon.anatomy.axes import Places, axes_of, places
 from surgeon.errors import PlanError
 from surgeon.surgery import Surgery, open_model
+from surgeon.transforms.axis_maps import AxisMap
 from surgeon.transforms.widen import widen
-from surgeon.transforms.widths import AxisMap, plan_widths
+from surgeon.transforms.widths import plan_widths
 
 if LATER:
     import torch

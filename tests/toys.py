@@ -196,6 +196,8 @@ AUTO_CLASSES = {
     "t5": "AutoModelForSeq2SeqLM",
     "mt5": "AutoModelForSeq2SeqLM",
     "umt5": "AutoModelForSeq2SeqLM",
+    **dict.fromkeys(("mbart", "blenderbot", "blenderbot-small", "pegasus", "marian"), "AutoModelForSeq2SeqLM"),
+    **dict.fromkeys(("electra", "distilbert", "modernbert"), "AutoModelForMaskedLM"),
     "bart": "AutoModelForSeq2SeqLM",
     "bert": "AutoModelForMaskedLM",
     "roberta": "AutoModelForMaskedLM",

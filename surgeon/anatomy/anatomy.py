@@ -5,23 +5,35 @@ Reading an anatomy is also the check that a checkpoint is whole: each tensor is 
 
 import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property, reduce
 from typing import Any, Literal
 
-from surgeon.anatomy.axes import axes_of, parse
+from surgeon.anatomy.axes import axes_of
 from surgeon.anatomy.config import (
-    CONFIG_HINT,
     check_layer_keys,
     class_names,
+    implied_kv_heads,
     is_off,
     model_type,
     setting,
+    sizes_of,
     text_config,
     with_text,
 )
-from surgeon.anatomy.families import FAMILIES, FIRST, MULTIMODAL, UNTIED, Family, Layers, Row, Rows, Wrapper
-from surgeon.anatomy.stacks import FILES_HINT, Stack, find_stacks
+from surgeon.anatomy.families import (
+    FAMILIES,
+    FIRST,
+    LATER,
+    MULTIMODAL,
+    UNTIED,
+    Family,
+    Layers,
+    Row,
+    Rows,
+    table_of_mlp,
+)
+from surgeon.anatomy.stacks import FILES_HINT, PREDICTORS, Stack, find_stacks
 from surgeon.checkpoint.header import CheckpointSpec, is_quantized
 from surgeon.errors import CheckpointError, PlanError
 
@@ -55,6 +67,7 @@ class Anatomy:
     family: Family | None
     sizes: Mapping[str, int]  # axis: size; empty without a family
     rows: Mapping[str, tuple[Row, Part]]  # of every tensor; empty without a family
+    misfit: str = ""  # why a table of some axes only says nothing of this checkpoint, in brackets
 
     @property
     def depth(self) -> int:
@@ -86,23 +99,11 @@ class Anatomy:
         """Whether a bias of heads serves all layers of a stack, so that they keep the same ones."""
         return self.family is not None and self.family.shares_heads
 
-    @cached_property
-    def predictors(self) -> frozenset[str]:
-        """The tensors of layers that predict further tokens (MTP), where they follow the model's own by number."""
-        return frozenset(name for name in self.spec.tensors if any(stack.is_beyond(name) for stack in self.stacks))
-
     @property
-    def stored_tie(self) -> tuple[str, str] | None:
-        """The head that is stored though the config ties it to the embedding, and the embedding; else None."""
-        if self.spec.config.get("tie_word_embeddings", self.config.get("tie_word_embeddings")) is not True:
-            return None
-        of_tokens = {"head": "", "embedding": ""} | {
-            row.kind: name
-            for name, (row, _) in self.rows.items()
-            if row.kind in ("head", "embedding") and axes_of(row.axes[0]) == {"vocab"}
-        }
-        head, embedding = of_tokens["head"], of_tokens["embedding"]
-        return (head, embedding) if head and embedding else None
+    def may_hold_more(self) -> bool:
+        """Whether the files may hold what the language model does not run: a copy of a tied head, further layers."""
+        keys = ("tie_word_embeddings", PREDICTORS)
+        return any(part.get(key) for part in (self.spec.config, self.config) for key in keys)
 
     def locate(self, name: str) -> tuple[int, str] | None:
         """Return the layer of a tensor, numbered through all stacks, and its name inside the layer; None outside."""
@@ -137,7 +138,7 @@ class Anatomy:
             quantized = is_quantized(self.spec.config)
             what = "a quantized checkpoint" if quantized else f"model type {self.model_type!r}"
             raise PlanError(
-                f"{what} has no table of its tensors, so only whole layers can be moved",
+                f"{what} has no table of its tensors{self.misfit}, so only whole layers can be moved",
                 hint=f"Model types with a table: {', '.join(sorted({*FAMILIES, *MULTIMODAL}))}.",
             )
         if self.family.is_partial and not partial:
@@ -178,7 +179,7 @@ class Anatomy:
 
     def implied_kv_heads(self, heads: int) -> int | None:
         """Return how many key-value heads `heads` heads must have, None where that is free."""
-        return _implied_kv_heads(self.require_family(), self.config, heads)
+        return implied_kv_heads(self.require_family(), self.config, heads)
 
     def check_free(self, axes: Iterable[str]) -> None:
         """Raises PlanError, with the reason, for an axis that cannot change in this family."""
@@ -213,19 +214,25 @@ def read_anatomy(spec: CheckpointSpec) -> Anatomy:
     stacks = find_stacks(spec.config, spec.tensors)
     for stack in stacks:
         check_layer_keys(text_config(spec.config), stack.depth)
-    family = (
-        None if is_quantized(spec.config) else family_of(spec.config, stacks[0].prefix)
-    )  # tables: unquantized files
-    if family is None or _differing(family, spec.config):
+    # Tables are of unquantized files.
+    family = None if is_quantized(spec.config) else family_of(spec.config, stacks[0].prefix)
+    if family is None or _differing(family, spec.config) or _is_wrapped(family, stacks[0].prefix):
         return Anatomy(spec, name, stacks, None, {}, {})
-    family = _as_named_by_class(_with_class_head(family, spec.config), stacks[0])
+    if family.is_partial:
+        family = family.placed([stack.prefix for stack in stacks])
+    family = family.of_class(class_names(spec.config), stacks[0].prefix)
     if stacks[0].prefix not in (family.layers, family.layers.removeprefix(family.base)):
         raise CheckpointError(
             f"the layers are called {stacks[0].prefix}*, those of a {name} model {family.layers}*", hint=FILES_HINT
         )
-    sizes = _sizes(family, spec.config)
-    rows = _check_present(family, stacks, spec, sizes)
-    _check_missing(family, stacks, spec, sizes)
+    try:
+        sizes = sizes_of(family, spec.config)
+        rows = _check_present(family, stacks, spec, sizes)
+        _check_missing(family, stacks, spec, sizes)
+    except CheckpointError as error:
+        if not family.is_partial:
+            raise
+        return Anatomy(spec, name, stacks, None, {}, {}, misfit=f" that fits it ({error})")
     return Anatomy(spec, name, stacks, family, sizes, rows)
 
 
@@ -243,51 +250,12 @@ def family_of(config: Mapping[str, Any], layers: str) -> Family | None:
             whole.layers.removeprefix(whole.base),
         ):
             return whole
-    return FAMILIES.get(own)
+    return FAMILIES.get(own) or table_of_mlp(own)
 
 
-# What the heads of classifiers and reward models are called, by the end of the class that has them.
-CLASS_HEADS = {
-    "ForSequenceClassification": ("score", "classifier"),
-    "ForTokenClassification": ("score", "classifier"),
-    "ForQuestionAnswering": ("qa_outputs",),
-    "RewardModel": ("score", "v_head"),
-}
-
-
-def _with_class_head(family: Family, config: Mapping[str, Any]) -> Family:
-    """Return the family with the head of the class that the config names, where it is not a language model's."""
-    names = (names for end, names in CLASS_HEADS.items() if any(word.endswith(end) for word in class_names(config)))
-    heads = {name: row for name, row in family.embedding.items() if row.kind == "head"}
-    added: Rows = {}
-    for name in next(names, ()) if heads else ():
-        axes = (*parse("?"), *next(iter(heads.values())).axes[1:])
-        added[f"{name}.weight"] = Row(axes, "head", optional=name)
-        added[f"{name}.bias"] = Row(axes[:1], "bias", optional=f"{name} with a bias")
-    if not added:
-        return family
-    unneeded = {name: replace(row, optional="language model") for name, row in heads.items()}
-    return replace(family, embedding={**added, **family.embedding, **unneeded})
-
-
-def _as_named_by_class(family: Family, stack: Stack) -> Family:
-    """Return the family with the names of the class of Llama's kind that answers questions: its base is another."""
-    own, other = family.layers.removeprefix(family.base), "transformer."
-    return Wrapper(other, ()).around(family) if own and stack.prefix == other + own != family.layers else family
-
-
-def written_and_read(row: Row) -> tuple[int | None, int | None]:
-    """Return which dimension of a tensor writes an axis, and which reads one; None where none does."""
-    last = len(row.axes) - 1
-    match row.kind:
-        case "linear":
-            return last - 1, last
-        case "conv1d":
-            return last, last - 1
-        case "head":
-            return None, last
-        case _:
-            return last, None
+def _is_wrapped(family: Family, prefix: str) -> bool:
+    """Return whether a class holds the encoder-decoder whole, so that names begin with more than the table says."""
+    return family.encoder is not None and prefix.endswith("." + family.layers)
 
 
 def _differing(family: Family, config: Mapping[str, Any]) -> bool:
@@ -330,53 +298,6 @@ def _table(parts: Sequence[tuple[Part, Rows]]) -> _Table:
     """Return the rows of several parts as one table; the first part with a name has it."""
     tables = ({name: (row, PART_OF_KIND.get(row.kind, part)) for name, row in rows.items()} for part, rows in parts)
     return reduce(lambda earlier, later: {**later, **earlier}, tables)
-
-
-def _sizes(family: Family, config: Mapping[str, Any]) -> dict[str, int]:
-    """Return the size of every axis that the config gives. Raises CheckpointError for what is no positive number."""
-    sizes: dict[str, int] = {}
-    text = text_config(config)
-    for axis, keys in family.sizes.items():
-        if key := next((key for key in keys if text.get(key) is not None), None):
-            if text[key] == 0 and axis == "shared":  # no expert that every token takes
-                continue
-            if type(text[key]) is not int or text[key] < 1:
-                raise CheckpointError(
-                    f"config.json says {key} = {text[key]!r}, not a positive number", hint=CONFIG_HINT
-                )
-            sizes[axis] = text[key]
-    if "heads" in sizes and (implied := _implied_kv_heads(family, text, sizes["heads"])) is not None:
-        sizes["kv_heads"] = implied
-    for axis, (factor, other) in family.default_sizes.items():
-        if other in sizes:
-            sizes.setdefault(axis, int(factor * sizes[other]))
-    if family.is_partial:  # it does not speak of heads, or of all it has
-        sizes = {"heads": 1, "kv_heads": 1, "hidden": 1, "ffn": 1} | sizes
-        sizes = {"head_dim": max(1, sizes["hidden"] // sizes["heads"])} | sizes
-    for axis in ("hidden", "heads", "vocab", "ffn"):
-        if axis not in sizes and (axis in family.sizes or not family.is_partial):
-            raise CheckpointError(f"config.json does not say {family.sizes[axis][0]}", hint=CONFIG_HINT)
-    hidden, heads, kv_heads = sizes["hidden"], sizes["heads"], sizes["kv_heads"]
-    if heads % kv_heads and not family.is_partial:
-        raise CheckpointError(
-            f"config.json says {heads} attention heads, not a multiple of {kv_heads} key-value heads", hint=CONFIG_HINT
-        )
-    if "head_dim" not in sizes and hidden % heads:
-        raise CheckpointError(
-            f"config.json says hidden size {hidden}, not a multiple of {heads} attention heads", hint=CONFIG_HINT
-        )
-    sizes = {"head_dim": hidden // heads} | sizes | {"group": max(1, heads // kv_heads)}
-    return sizes | {axis: sizes.get(axis, sizes["head_dim"]) for axis in ("q_dim", "k_dim", "v_dim")}
-
-
-def _implied_kv_heads(family: Family, text: Mapping[str, Any], heads: int) -> int | None:
-    """Return the number of key-value heads where no key of the config holds it, None where one does."""
-    if family.is_partial or "kv_heads" not in {*family.sizes, *family.default_sizes}:
-        return None
-    flag = family.kv_heads_flag
-    if "kv_heads" in family.sizes and (flag is True or (flag and text.get(flag))):
-        return None
-    return 1 if family.multi_query_flag and text.get(family.multi_query_flag) is not False else heads
 
 
 def _check_present(
@@ -467,7 +388,7 @@ def _expected_in_layers(
             )
 
         for rest, row in {**fitting(layers.attention), **layers.norm, **fitting(layers.mlp)}.items():
-            if row.optional or (row.when == FIRST and layer):
+            if row.optional or (row.when == FIRST and layer) or (row.when == LATER and not layer):
                 continue
             if _must_exist(row, text, sizes, sample=rest in anywhere):
                 for expert in range(sizes["experts"] if "{}" in rest else 1):
@@ -488,7 +409,7 @@ def _may_exist(row: Row, config: Mapping[str, Any], sizes: Mapping[str, int]) ->
 
 def _exists_by_config(row: Row, config: Mapping[str, Any], sizes: Mapping[str, int]) -> bool | None:
     """Return whether the config says that a tensor exists, None where it does not say."""
-    if row.when in (None, FIRST):
+    if row.when in (None, FIRST, LATER):
         return True
     assert row.when is not None
     if row.when == UNTIED:  # where it is tied, old files have it all the same

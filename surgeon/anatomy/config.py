@@ -1,58 +1,29 @@
-"""The config follows the layers: what config.json must say when result layer i is source layer keep[i].
-
-Tools that change the layer count and leave the rest write checkpoints that fail to load or, worse, load with layers
-of the wrong kind. Here a surviving layer keeps its kind (sliding or full, dense or sparse, rope or none); what the
-config cannot express is refused with the reason.
-"""
+"""What config.json says: the language model's part of it, sizes under any spelling, and the kind of each layer."""
 
 import math
-import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from itertools import product
 from typing import Any, NoReturn
 
-from surgeon.anatomy.families import FAMILIES
+from surgeon.anatomy.families import FAMILIES, Family
 from surgeon.anatomy.layer_rules import (
     COUNT_KEYS,
-    DECODER_COUNT_KEYS,
-    ENCODER_COUNT_KEYS,
     FULL_ATTENTION,
     INDEX_LISTS,
-    LAST_IS_FULL,
     LAYER_LISTS,
     LAYER_REFERENCES,
-    LAYER_TEXTS,
     NO_ROPE,
-    OTHER_LISTS,
-    PLACE_BOUND,
     RULES,
     RUNTIME_PATTERNS,
     SQUARE_HEADS,
-    UNCUTTABLE,
-    WITHOUT_ATTENTION,
     Rule,
 )
 from surgeon.anatomy.spellings import SPELLINGS, Quantity
+from surgeon.checkpoint.header import QUANTIZATION_KEYS
 from surgeon.checkpoint.source import Source
-from surgeon.errors import CheckpointError, PlanError
+from surgeon.errors import CheckpointError
 from surgeon.text import layers as ranges
 
-# A key of a family without rules that looks as if it picked layers by stride; it holds only for an unmoved prefix.
-_SUSPECT = re.compile(
-    r"(layer|attn|attention|moe|expert|sparse|global|window|shared).*(interval|period|step|freq|every|pattern)"
-)
-
-WITHOUT_CACHE = "no layer that attends is left: transformers scores texts with such a model, and generates none"
 CONFIG_HINT = "config.json is damaged or edited; fetch it again: its values must be those the weights were made with."
-
-
-@dataclass
-class ConfigEdit:
-    """The config of a result, and what is worth saying about how it came to be."""
-
-    config: dict[str, Any]
-    notes: list[str] = field(default_factory=list)
 
 
 def text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -73,6 +44,25 @@ def with_text(config: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str
         return {**config, **changes}
     outer = {key: value for key, value in changes.items() if key in config and config[key] == text.get(key)}
     return {**config, **outer, "text_config": {**text, **changes}}
+
+
+_FLOATS = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
+
+
+def with_floats(value: Any) -> Any:
+    """Return a value of a config with the floats that JSON lacks, which transformers writes as {"__float__": "NaN"}."""
+    if isinstance(value, list):
+        return [with_floats(item) for item in value]
+    if not isinstance(value, Mapping):
+        return value
+    tag = value.get("__float__") if len(value) == 1 else None
+    return _FLOATS.get(tag, value) if isinstance(tag, str) else {key: with_floats(item) for key, item in value.items()}
+
+
+def unquantized(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a config that does not say how weights are quantized."""
+    kept = {key: value for key, value in config.items() if key not in QUANTIZATION_KEYS}
+    return {key: unquantized(value) if isinstance(value, Mapping) else value for key, value in kept.items()}
 
 
 def nested_stacks(config: Mapping[str, Any]) -> tuple[str, ...]:
@@ -117,6 +107,53 @@ def setting(config: Mapping[str, Any], key: str) -> Any:
     for part in key.split("."):
         value = value.get(part) if isinstance(value, Mapping) else None
     return value
+
+
+def sizes_of(family: Family, config: Mapping[str, Any]) -> dict[str, int]:
+    """Return the size of every axis that the config gives. Raises CheckpointError for what is no positive number."""
+    sizes: dict[str, int] = {}
+    text = text_config(config)
+    for axis, keys in family.sizes.items():
+        if key := next((key for key in keys if text.get(key) is not None), None):
+            if text[key] == 0 and axis == "shared":  # no expert that every token takes
+                continue
+            if type(text[key]) is not int or text[key] < 1:
+                raise CheckpointError(
+                    f"config.json says {key} = {text[key]!r}, not a positive number", hint=CONFIG_HINT
+                )
+            sizes[axis] = text[key]
+    if "heads" in sizes and (implied := implied_kv_heads(family, text, sizes["heads"])) is not None:
+        sizes["kv_heads"] = implied
+    for axis, (factor, other) in family.default_sizes.items():
+        if other in sizes:
+            sizes.setdefault(axis, int(factor * sizes[other]))
+    if family.is_partial:  # it does not speak of heads, or of all it has
+        sizes = {"heads": 1, "kv_heads": 1, "hidden": 1, "ffn": 1} | sizes
+        sizes = {"head_dim": max(1, sizes["hidden"] // sizes["heads"])} | sizes
+    for axis in ("hidden", "heads", "vocab", "ffn"):
+        if axis not in sizes and (axis in family.sizes or not family.is_partial):
+            raise CheckpointError(f"config.json does not say {family.sizes[axis][0]}", hint=CONFIG_HINT)
+    hidden, heads, kv_heads = sizes["hidden"], sizes["heads"], sizes["kv_heads"]
+    if heads % kv_heads and not family.is_partial:
+        raise CheckpointError(
+            f"config.json says {heads} attention heads, not a multiple of {kv_heads} key-value heads", hint=CONFIG_HINT
+        )
+    if "head_dim" not in sizes and hidden % heads:
+        raise CheckpointError(
+            f"config.json says hidden size {hidden}, not a multiple of {heads} attention heads", hint=CONFIG_HINT
+        )
+    sizes = {"head_dim": hidden // heads} | sizes | {"group": max(1, heads // kv_heads)}
+    return sizes | {axis: sizes.get(axis, sizes["head_dim"]) for axis in ("q_dim", "k_dim", "v_dim")}
+
+
+def implied_kv_heads(family: Family, text: Mapping[str, Any], heads: int) -> int | None:
+    """Return the number of key-value heads where no key of the config holds it, None where one does."""
+    if family.is_partial or "kv_heads" not in {*family.sizes, *family.default_sizes}:
+        return None
+    flag = family.kv_heads_flag
+    if "kv_heads" in family.sizes and (flag is True or (flag and text.get(flag))):
+        return None
+    return 1 if family.multi_query_flag and text.get(family.multi_query_flag) is not False else heads
 
 
 def is_off(config: Mapping[str, Any], flag: str | None) -> bool:
@@ -167,8 +204,8 @@ def layer_kinds(config: Mapping[str, Any], depth: int) -> list[str] | None:
         rules = RULES.get(str(text.get("model_type")), ())
         rule = next((rule for rule in rules if rule.explicit == "layer_types" or "attention_types" in rule.keys), None)
         kinds = kinds_by(rule, text, depth) if rule else None
-    is_known = isinstance(kinds, Sequence) and len(kinds) == depth and all(isinstance(kind, str) for kind in kinds)
-    return [str(kind) for kind in kinds] if kinds and is_known else None
+    named = [kind for kind in kinds if isinstance(kind, str)] if isinstance(kinds, Sequence) else []
+    return named if len(named) == depth and len(kinds or ()) == depth else None
 
 
 def attention_kinds(config: Mapping[str, Any], depth: int) -> list[str]:
@@ -176,172 +213,6 @@ def attention_kinds(config: Mapping[str, Any], depth: int) -> list[str]:
     text = text_config(config)
     slides = size_of(text, "window") and text.get("use_sliding_window") is not False
     return layer_kinds(text, depth) or ["sliding_attention" if slides else "full_attention"] * depth
-
-
-def _attending(text: Mapping[str, Any], depth: int) -> list[bool]:
-    """Return which layers of a hybrid attend; none where the config tells no layers apart."""
-    listed = (text[key] for key in ("layers_block_type", "block_types", "layer_types") if text.get(key))
-    kinds: Any = next(listed, None)
-    for rule in RULES.get(str(text.get("model_type")), ()):
-        if kinds is None and ("layer" in str(rule.explicit) or "attn_layer_period" in rule.keys):
-            kinds = kinds_by(rule, text, depth)
-    if kinds is None and isinstance(numbers := text.get("attn_layer_indices"), list):
-        kinds = [i in numbers for i in range(depth)]
-    attends = [str(kind) not in WITHOUT_ATTENTION | {"False"} for kind in kinds] if isinstance(kinds, list) else []
-    return [] if all(attends) else [attends[i % len(attends)] for i in range(depth)]
-
-
-def follow_layers(config: Mapping[str, Any], keep: Sequence[int], depth: int, *, tabled: bool) -> ConfigEdit:
-    """Return the config of a model whose layer i is layer keep[i] of this one, which has `depth` layers.
-
-    `tabled` says that the family has a table: its per-layer lists are known, others that are as long are no such lists.
-
-    Raises PlanError, naming the key, when the model's code cannot give the surviving layers the kinds they have.
-    """
-    name = model_type(config)
-    if parts := nested_stacks(config):
-        edits = {part: follow_layers(config[part], keep, depth, tabled=tabled) for part in parts}
-        nested = {part: edit.config for part, edit in edits.items()}
-        return ConfigEdit({**config, **nested}, [note for edit in edits.values() for note in edit.notes])
-    text = text_config(config)
-    text_name = str(text.get("model_type", name))
-    _refuse_what_cannot_move(config, {name, text_name}, keep, depth)
-
-    edit = ConfigEdit(dict(text))
-    _slice_lists(edit, keep, depth, tabled=tabled)
-    _remap_indices(edit, keep)
-    _follow_references(edit, text, keep)
-    for key in COUNT_KEYS + ENCODER_COUNT_KEYS + DECODER_COUNT_KEYS:
-        if edit.config.get(key) == depth:
-            edit.config[key] = len(keep)
-    for rule in RULES.get(text_name, ()):
-        _apply_rule(edit, rule, text, keep, depth, text_name)
-    if text_name in LAST_IS_FULL and attention_kinds(edit.config, len(keep))[-1] not in FULL_ATTENTION:
-        raise PlanError(
-            f"{text_name} makes its last layer attend to everything, and layer {keep[-1]} does not",
-            hint="Let the last layer of the result be one with full attention.",
-        )
-    if not tabled and text_name not in RULES:
-        _refuse_unknown_strides(text, keep, text_name)
-    _follow_residual_scale(edit, len(keep), depth)
-    attends = _attending(text, depth)
-    if any(attends) and not any(attends[i] for i in keep):
-        edit.notes.append(
-            "no layer that attends is left: transformers scores texts with such a model, and generates none"
-        )
-    if text is not config:
-        edit.config = {**config, "text_config": edit.config}
-    return edit
-
-
-def _refuse_what_cannot_move(config: Mapping[str, Any], names: set[str], keep: Sequence[int], depth: int) -> None:
-    if not keep:
-        raise PlanError(
-            "a model needs at least one layer", hint="--layers is the depth of the result; ask for 1 or more."
-        )
-    unmoved = list(keep) == list(range(len(keep)))
-    if list(keep) == list(range(depth)):
-        return
-    for name in sorted(names):
-        if name in UNCUTTABLE:
-            raise PlanError(
-                f"{name} {UNCUTTABLE[name]}; removing layers would break it",
-                hint="surgeon inspect works on it; no surgery on its layers does.",
-            )
-        if name in PLACE_BOUND and not unmoved:
-            raise PlanError(
-                f"{name} {PLACE_BOUND[name]}; moving layers would change them",
-                hint="Only layers at the end can be removed: surgeon truncate.",
-            )
-
-
-def _slice_lists(edit: ConfigEdit, keep: Sequence[int], depth: int, *, tabled: bool) -> None:
-    for key, value in list(edit.config.items()):
-        if key in LAYER_TEXTS and isinstance(value, str) and len(value) == depth:
-            edit.config[key] = "".join(value[i] for i in keep)
-        if not isinstance(value, list) or key in LAYER_REFERENCES:
-            continue
-        if key in LAYER_LISTS and value:
-            if len(value) == depth:
-                edit.config[key] = [value[i] for i in keep]
-            elif key == "block_types":  # cycled over the layers
-                edit.config[key] = [value[i % len(value)] for i in keep]
-            else:
-                raise CheckpointError(f"config.json lists {len(value)} {key} for {depth} layers", hint=CONFIG_HINT)
-        elif len(value) == depth and not tabled and key not in INDEX_LISTS | OTHER_LISTS:
-            edit.config[key] = [value[i] for i in keep]
-            edit.notes.append(f"{key} has one entry for each layer and was cut with them")
-    per_layer = edit.config.get("per_layer_config")
-    if isinstance(per_layer, Mapping):
-        by_number = {int(number): value for number, value in per_layer.items()}
-        edit.config["per_layer_config"] = {str(j): by_number[i] for j, i in enumerate(keep) if i in by_number}
-
-
-def _remap_indices(edit: ConfigEdit, keep: Sequence[int]) -> None:
-    for key in INDEX_LISTS & edit.config.keys():
-        if isinstance(value := edit.config[key], list):
-            edit.config[key] = [j for j, i in enumerate(keep) if i in value]
-
-
-def _follow_references(edit: ConfigEdit, text: Mapping[str, Any], keep: Sequence[int]) -> None:
-    """Renumber what a layer takes from another layer. Raises PlanError where it would lose it, or take another's."""
-    for key in LAYER_REFERENCES & text.keys():
-        if isinstance(numbers := text[key], list):
-            wanted = [numbers[i] for i in keep]
-            edit.config[key] = [_last_place(keep[: j + 1], layer, key) for j, layer in enumerate(wanted)]
-    kinds = text.get("indexer_types")
-    if isinstance(kinds, list) and "shared" in kinds:
-        owner = [max((k for k in range(i + 1) if kinds[k] != "shared"), default=-1) for i in range(len(kinds))]
-        for j, layer in enumerate(keep):
-            owners = [other for other in keep[: j + 1] if kinds[other] != "shared"]
-            if kinds[layer] == "shared" and owners[-1:] != [owner[layer]]:
-                _lacks(layer, owner[layer], "indexer_types")
-
-
-def _last_place(keep: Sequence[int], layer: int, key: str) -> int:
-    """Return the last place of a layer among those kept."""
-    if layer not in keep:
-        _lacks(keep[-1], layer, key)
-    return len(keep) - 1 - list(reversed(keep)).index(layer)
-
-
-def _lacks(layer: int, other: int, key: str) -> NoReturn:
-    raise PlanError(
-        f"layer {layer} takes from layer {other} ({key} of config.json), which would not come before it",
-        hint=f"Keep layer {other} with layer {layer}.",
-    )
-
-
-def _apply_rule(
-    edit: ConfigEdit, rule: Rule, text: Mapping[str, Any], keep: Sequence[int], depth: int, name: str
-) -> None:
-    """Make the code derive for layer i of the result what it derived for layer keep[i] of the source."""
-    if rule.explicit is not None and text.get(rule.explicit):
-        return  # the list itself was cut
-    before = kinds_by(rule, text, depth)
-    kinds = [before[i] for i in keep]
-    if _fits(rule, edit.config, kinds):
-        return
-    if rule.express is not None:
-        edit.config.update(rule.express(kinds))
-        return
-    for values in product(range(len(keep) + 2), repeat=len(rule.keys)):
-        attempt = edit.config | dict(zip(rule.keys, values, strict=True))
-        if _fits(rule, attempt, kinds):
-            edit.config = attempt
-            return
-    source = " and ".join(rule.keys) or f"a layer's place, where config.json has no {rule.explicit}"
-    raise PlanError(
-        f"{name} derives its layer kinds from {source}; removing layers would change them",
-        hint="Ask for another number of layers, such as whole periods of that rule.",
-    )
-
-
-def _fits(rule: Rule, config: Mapping[str, Any], kinds: Sequence[object]) -> bool:
-    try:
-        return list(rule.kinds(config, len(kinds))) == kinds
-    except (ZeroDivisionError, IndexError):  # a stride of 0, a list of another depth: they mean nothing
-        return False
 
 
 def kinds_by(rule: Rule, text: Mapping[str, Any], depth: int) -> list[object]:
@@ -354,27 +225,6 @@ def kinds_by(rule: Rule, text: Mapping[str, Any], depth: int) -> list[object]:
         values = ", ".join(f"{key} = {text.get(key)!r}" for key in rule.keys)
         raise CheckpointError(f"config.json says {values}, which does not fit {depth} layers", hint=CONFIG_HINT)
     return kinds
-
-
-def _refuse_unknown_strides(text: Mapping[str, Any], keep: Sequence[int], name: str) -> None:
-    if list(keep) == list(range(len(keep))):
-        return
-    for key, value in text.items():
-        if _SUSPECT.search(key) and type(value) is int and value > 1:
-            raise PlanError(
-                f"{name} has {key} = {value}; if it picks layers by number, moving them would change it",
-                hint="Only layers at the end can be removed: surgeon truncate.",
-            )
-
-
-def _follow_residual_scale(edit: ConfigEdit, new: int, old: int) -> None:
-    """Keep MiniCPM's residual scale, scale_depth / sqrt(layers), what it was."""
-    scale = edit.config.get("scale_depth")
-    if isinstance(scale, (int, float)) and new != old:
-        edit.config["scale_depth"] = scale * math.sqrt(new / old)
-        edit.notes.append(
-            f"scale_depth {scale:g} became {edit.config['scale_depth']:g}: the model divides it by sqrt(layers)"
-        )
 
 
 def declared_kinds(text: Mapping[str, Any], depth: int) -> list[tuple[object, ...]]:

@@ -392,6 +392,7 @@ PLACE_BOUND = {
     "zaya": "hands the states of its routers from layer to layer",
     "pegasus_x": "shifts the blocks of each second layer",
     "minimax": "derives its decay from a layer's place",
+    "idefics": "puts a layer that attends to images in front of its layers by number",
     "qwen3_vl": "feeds visual features into its first text layers by number",
     "qwen3_vl_moe": "feeds visual features into its first text layers by number",
 }

@@ -6,16 +6,23 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
-from surgeon.anatomy.config import CONFIG_HINT, layer_count, nested_stacks, text_config
+from surgeon.anatomy.config import layer_count, nested_stacks, text_config
 from surgeon.anatomy.layer_rules import COUNT_KEYS, DECODER_COUNT_KEYS, ENCODER_COUNT_KEYS
 from surgeon.errors import CheckpointError
 
 _NUMBERED = re.compile(r"((?:.*?\.)??)(0|[1-9][0-9]{0,5})\.")  # the prefix up to the first number, and that number
 _NUMBER = re.compile(r"0|[1-9][0-9]{0,5}")
 _ODD = re.compile(r"(?:\A|\.)(?:0[0-9]|[0-9]{7})")  # begins what may be a number, and none of a layer
-_TOWERS = re.compile(r"vision|visual|image|audio|speech|mtp")  # stacks beside the language model's own
+# Stacks beside the language model's own, and the language model's where others have its depth.
+TOWERS = re.compile(
+    r"vision|visual|image|video|audio|speech|mtp|qformer|connector|projector|deepstack|resampler|vit\.|vqmodel|cross_attn"
+)
+_LANGUAGE = re.compile(r"language_model|text_model")
 
 PREDICTORS = "num_nextn_predict_layers"  # of DeepSeek-V3 and GLM-4.5: layers that predict further tokens (MTP)
+UNKNOWN_HINT = (
+    "The checkpoint may well be sound, in a form that surgeon does not know: docs/models.md has those it knows."
+)
 FILES_HINT = "The weights are incomplete or of another model than config.json; fetch the whole checkpoint again."
 
 
@@ -73,7 +80,7 @@ def find_stacks(config: Mapping[str, Any], names: Iterable[str]) -> tuple[Stack,
         depth = layer_count(text, DECODER_COUNT_KEYS) if is_alone else None  # an encoder-decoder's, saved by itself
         following = text.get(PREDICTORS)
         extra = following if type(following) is int else 0
-        return (_pick_stack(numbers, depth or layer_count(text, COUNT_KEYS), extra),)
+        return (_pick_stack(numbers, depth or layer_count(text, COUNT_KEYS), extra, nested=text is not config),)
     if parts:
         decoder_depth, depth = (layer_count(text_config(config[part]), COUNT_KEYS) for part in parts)
     else:
@@ -84,29 +91,31 @@ def find_stacks(config: Mapping[str, Any], names: Iterable[str]) -> tuple[Stack,
     return _pick_stack(decoders, decoder_depth), _pick_stack(encoders, depth)
 
 
-def _pick_stack(numbers: Mapping[str, set[int]], depth: int | None, extra: int = 0) -> Stack:
-    """Return the one stack with `depth` layers, which `extra` others may follow.
+def _pick_stack(numbers: Mapping[str, set[int]], depth: int | None, extra: int = 0, *, nested: bool = False) -> Stack:
+    """Return the one stack with `depth` layers, which `extra` others may follow; `nested`: of a model around it.
 
     Raises CheckpointError when there is none, or more than one.
     """
     if depth is None:
-        raise CheckpointError("config.json does not say how many layers the model has", hint=CONFIG_HINT)
+        raise CheckpointError("config.json does not say how many layers the model has", hint=UNKNOWN_HINT)
     depths = (depth, depth + extra)
     fitting = [prefix for prefix, layers in numbers.items() if len(layers) == max(layers) + 1 in depths]
     if len(fitting) > 1:
-        fitting = [prefix for prefix in fitting if not _TOWERS.search(prefix)]
+        fitting = [prefix for prefix in fitting if not TOWERS.search(prefix)] or fitting
+    if len(fitting) > 1 and nested:
+        fitting = [prefix for prefix in fitting if _LANGUAGE.search(prefix)] or fitting
     if len(fitting) == 1:
         return Stack(fitting[0], depth)
     if fitting:
         raise CheckpointError(
-            f"cannot tell which are the model's layers: {' or '.join(sorted(fitting))}", hint=CONFIG_HINT
+            f"cannot tell which are the model's layers: {' or '.join(sorted(fitting))}", hint=UNKNOWN_HINT
         )
     if not numbers:
-        raise CheckpointError("the checkpoint has no layers: no tensor's name holds a number", hint=FILES_HINT)
-    prefix, layers = max(numbers.items(), key=lambda item: (not _TOWERS.search(item[0]), len(item[1])))
+        raise CheckpointError("the checkpoint has no layers: no tensor's name holds a number", hint=UNKNOWN_HINT)
+    prefix, layers = max(numbers.items(), key=lambda item: (not TOWERS.search(item[0]), len(item[1])))
     if (missing := next((i for i in range(max(layers)) if i not in layers), None)) is not None:
         raise CheckpointError(f"layer {missing} is missing: no tensor is called {prefix}{missing}.*", hint=FILES_HINT)
     raise CheckpointError(
         f"config.json says {depth} layers, but the files hold {len(layers)} ({prefix}0 to {prefix}{max(layers)})",
-        hint="Config and weights do not belong together, or extra layers (MTP) follow the model's own.",
+        hint="Config and weights do not belong together, or the model stores its layers in a form that is not known.",
     )

@@ -17,9 +17,10 @@ from pathlib import Path, PurePosixPath
 from tempfile import TemporaryDirectory
 from typing import Any, NoReturn
 
-from surgeon.checkpoint.header import Entry, FilePart, header_length, parse_header, read_config, read_header, read_index
+from surgeon.checkpoint.header import Entry, FilePart, header_length, parse_header, read_header
 from surgeon.checkpoint.hub_http import LOGIN, explained, fetch_bytes, hide_progress_bars, passes_for_get, patiently
 from surgeon.checkpoint.hub_weights import HubWeights
+from surgeon.checkpoint.json_files import read_config, read_index
 from surgeon.checkpoint.overlap import check_uploaded
 from surgeon.checkpoint.receipt import public_record, to_bytes
 from surgeon.checkpoint.source import (

@@ -12,7 +12,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from surgeon.checkpoint.header import read_json
+from surgeon.checkpoint.json_files import read_json
 from surgeon.checkpoint.source import RECEIPT, LocalSource, Source, Transfer, inside
 from surgeon.errors import CheckpointError
 from surgeon.text import scrubbed

@@ -15,17 +15,8 @@ from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import Any, Protocol
 
-from surgeon.checkpoint.header import (
-    CHANGED_HINT,
-    CheckpointSpec,
-    Entry,
-    FilePart,
-    TensorSpec,
-    opened,
-    read_config,
-    read_header,
-    read_index,
-)
+from surgeon.checkpoint.header import CHANGED_HINT, CheckpointSpec, Entry, FilePart, TensorSpec, opened, read_header
+from surgeon.checkpoint.json_files import read_config, read_index
 from surgeon.errors import CheckpointError
 
 WEIGHTS = "model.safetensors"

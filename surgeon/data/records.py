@@ -8,7 +8,7 @@ from surgeon.errors import DataError
 
 # A record is read in the first of these forms whose fields it has; a field in brackets may be absent, null or "".
 FORMS = (
-    ("text",),
+    ("text", "[label]"),
     ("messages",),
     ("prompt", "completion"),
     ("instruction", "[input]", "output"),
@@ -30,11 +30,15 @@ _JSON_NAMES = {
 
 @dataclass(frozen=True, slots=True)
 class Document:
-    """One text in its parts, which newlines join, or one chat; `where` is the file and line it was read from."""
+    """One text in its parts, which newlines join, or one chat; `where` is the file and line it was read from.
+
+    `label` is the class of a text, for a classifier; None where the record has none.
+    """
 
     where: str
     parts: tuple[str, ...] = ()
     messages: tuple[Mapping[str, Any], ...] = ()
+    label: str | int | None = None
 
 
 def document(record: object, where: str) -> Document:
@@ -47,10 +51,13 @@ def document(record: object, where: str) -> Document:
     fields = fields_of(record, where)
     if fields == ["messages"]:
         return Document(where, messages=_messages(record["messages"], where))
+    label = record["label"] if "label" in fields else None
+    fields = [name for name in fields if name != "label"]
     optional = {name.strip("[]") for form in FORMS for name in form if name.startswith("[")}
     present = [name for name in fields if name not in optional or record[name] not in (None, "")]
     hint = f"The record's keys are {', '.join(map(repr, record))}."
-    return Document(where, tuple(checked_text(record[name], f"{where}: {name!r}", hint=hint) for name in present))
+    parts = tuple(checked_text(record[name], f"{where}: {name!r}", hint=hint) for name in present)
+    return Document(where, parts, label=label if type(label) in (int, str) else None)
 
 
 def fields_of(names: Iterable[str], where: str) -> list[str]:

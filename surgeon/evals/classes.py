@@ -16,12 +16,13 @@ from surgeon.errors import DataError, MeasureError
 from surgeon.evals.answers import of_records
 from surgeon.evals.compare import Scored
 from surgeon.evals.evaluation import BATCH_SIZE, EvalContext, Evaluation, EvaluationOptions, sha256_of
-from surgeon.models.loading import auto_class, load_on
+from surgeon.models.loading import load_on
+from surgeon.models.skeleton import auto_class
+from surgeon.train.classifying import FORM_HINT, class_of, classes_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-FORM_HINT = 'Write a record so: {"text": "I liked it.", "label": "positive"}; a label may be a number too.'
 CUT = "{count} of {total} texts were cut to the {most} positions of {label}"
 
 
@@ -39,7 +40,7 @@ def evaluate_classes(context: EvalContext, options: EvaluationOptions) -> Evalua
     records = read_labelled(options.data, samples=options.samples)
     known = [classes_of(source) for source in context.sources]
     pairs = zip(context.sources, known, strict=True)
-    expected = [[class_of(record, names, source.label) for record in records] for source, names in pairs]
+    expected = [[class_of(record.label, names, record.where) for record in records] for _, names in pairs]
     predictions: list[dict[str, Any]] = [{"prompt": record.text, "reference": str(record.label)} for record in records]
     scored: list[Scored] = []
     notes: list[str] = []
@@ -85,40 +86,6 @@ def labelled(record: object, where: str) -> Labelled:
     if type(label) is not int:
         label = checked_text(label, f"{where}: 'label'", hint=FORM_HINT)
     return Labelled(where, checked_text(record["text"], f"{where}: 'text'", hint=FORM_HINT), label)
-
-
-def classes_of(source: Source) -> dict[int, str]:
-    """Return the names of a classifier's classes by their numbers, as transformers reads them from the config.
-
-    Raises MeasureError for a model that is no classifier, or one of another kind.
-    """
-    from surgeon.models.loading import HINT, config_of
-
-    if auto_class(source).__name__ != "AutoModelForSequenceClassification":
-        raise MeasureError(
-            f"{source.label} is no sequence classifier, by the classes that its config.json names",
-            hint="Of a model that writes from left to right: --metric perplexity.",
-        )
-    config = config_of(source, hint=HINT)
-    if config.num_labels < 2 or config.problem_type in ("regression", "multi_label_classification"):
-        raise MeasureError(
-            f"{source.label} gives numbers or several labels, not one class of a text",
-            hint="What is measured here is the accuracy of one label of several.",
-        )
-    return {int(number): str(name) for number, name in config.id2label.items()}
-
-
-def class_of(record: Labelled, classes: Mapping[int, str], model: str) -> int:
-    """Return the number of a record's class: by its name, else by its number. Raises DataError for an unknown one."""
-    label = record.label
-    by_name = {name: number for number, name in classes.items()}
-    if isinstance(label, str) and label in by_name:
-        return by_name[label]
-    number = int(label) if isinstance(label, int) or label.isdecimal() else None
-    if number is None or number not in classes:
-        known = ", ".join(f"{number} = {name}" for number, name in list(classes.items())[:8])
-        raise DataError(f"{record.where}: 'label' is {label!r}, which is no class of {model}", hint=f"It has {known}.")
-    return number
 
 
 def picked_classes(

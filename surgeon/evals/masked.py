@@ -19,7 +19,7 @@ from surgeon.evals.evaluation import EvalContext, Evaluation, EvaluationOptions
 from surgeon.evals.perplexity import ONE_ROW
 from surgeon.measure.scoring import streamed_model
 from surgeon.models.device import groups, row_bytes
-from surgeon.models.loading import auto_class
+from surgeon.models.skeleton import auto_class
 from surgeon.models.streaming import HEAD_TOKENS, Progress, StreamedModel
 
 if TYPE_CHECKING:

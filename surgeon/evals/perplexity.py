@@ -17,7 +17,7 @@ from surgeon.errors import MeasureError
 from surgeon.evals.compare import Scored, estimate, exponential
 from surgeon.evals.evaluation import SAMPLES, SEQUENCE_LENGTH, EvalContext, Evaluation, EvaluationOptions
 from surgeon.models.device import STATES_BYTES, compute_dtype, groups, row_bytes
-from surgeon.models.loading import auto_class
+from surgeon.models.skeleton import auto_class
 from surgeon.models.streaming import HEAD_TOKENS, Batch, Progress, StreamedModel
 
 if TYPE_CHECKING:

@@ -12,6 +12,29 @@ from surgeon.anatomy.config import class_names, layer_kinds, spelled, text_confi
 from surgeon.anatomy.layer_rules import FULL_ATTENTION, SLIDING_ATTENTION
 
 ENCODER_DECODERS = frozenset({"t5", "mt5"})  # relative positions, and an encoder that takes a mask of its own
+# How classes that write end: only these have a head for the next token. "WithLMHead" is Reformer's and XLM's.
+WRITERS = ("CausalLM", "LMHeadModel", "LMHead", "GenerationDecoder")
+AROUND = "Generation"  # ends those of encoder-decoders, and of language models with towers around them
+# Language models with towers that transformers loads as language models, and so runs on text alone.
+LOADED_AS_WRITERS = frozenset(
+    [
+        "dots3_note",
+        "emu3",
+        "fuyu",
+        "gemma3",
+        "gemma3n",
+        "gemma4",
+        "gemma4_unified",
+        "gemma4_unified_assistant",
+        "got_ocr2",
+        "llama4",
+        "mllama",
+        "moss_transcribe_diarize",
+        "qwen3_5",
+        "qwen3_5_moe",
+        "qwen4_exp",
+    ]
+)
 WHY = {
     "chunked_attention": "its chunks would lie elsewhere once the prompt is gone",
     "linear_attention": "the prompt would leak through their state",
@@ -38,6 +61,8 @@ def refusal(config: Mapping[str, Any], depth: int) -> str | None:
         return f"{name} is an encoder-decoder, of which only {' and '.join(sorted(ENCODER_DECODERS))} are supported"
     if any("MaskedLM" in name for name in class_names(config)):
         return f"{name} reads in both directions; gist tokens need a model that generates"
+    if (reason := _of_class(config, str(config.get("model_type")))) is not None:
+        return reason
     if name in NO_MASK and (name == "bloom" or text.get("alibi")):
         return f"{name} cannot be gisted: {NO_MASK[name]}"
     if (kinds := layer_kinds(text, depth)) is not None:
@@ -47,6 +72,20 @@ def refusal(config: Mapping[str, Any], depth: int) -> str | None:
     if states := spelled(text, "state"):
         key, value = next(iter(states.items()))
         return f"layers of {name} have a state ({key} = {value!r}), and the prompt would leak through it"
+    return None
+
+
+def _of_class(config: Mapping[str, Any], name: str) -> str | None:
+    """Return why the class of a model does not do, None where it writes, or where the config names none."""
+    names = class_names(config)
+    if config.get("is_encoder_decoder") or name in LOADED_AS_WRITERS:
+        return None
+    if text_config(config) is not config or any(each.endswith(AROUND) for each in names):
+        return (
+            f"{name} has more than a language model, and transformers does not run that alone; gist tokens need it to"
+        )
+    if names and not any(each.endswith(WRITERS) for each in names):
+        return f"{names[0]} has no language model head; gist tokens need a model that generates"
     return None
 
 

@@ -7,7 +7,7 @@ attention, and adapters can be on in the first pass alone. Both are the same fun
 
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,13 +20,12 @@ from surgeon.gist.masks import (
     PROMPT,
     Condition,
     cross_mask,
-    document_numbers,
     encoder_mask,
     gist_masks,
     gist_phases,
 )
 from surgeon.models.adapters import without_adapters
-from surgeon.models.split import AttentionLayout, SplitModel
+from surgeon.models.split import AttentionLayout, LeftAligned, Seq2Seq, SplitModel, document_numbers
 
 FIRST_SEEN = {"positive": PROMPT, "gist": GIST, "negative": AFTER}  # by condition: the first phase that AFTER sees
 
@@ -97,16 +96,6 @@ class TwoPass(AttentionLayout):
         return without_adapters(model) if self.frozen else nullcontext()
 
 
-class LeftAligned:
-    """The chosen tokens of each row, moved to its left: `ids`, `positions` and `mask`, shape (B, T); 0 for padding."""
-
-    def __init__(self, input_ids: Tensor, position_ids: Tensor, chosen: Tensor) -> None:
-        width = int(chosen.sum(1).max())
-        order = chosen.long().argsort(dim=1, stable=True, descending=True)[:, :width]
-        self.mask = chosen.long().gather(1, order)
-        self.ids, self.positions = (values.gather(1, order) * self.mask for values in (input_ids, position_ids))
-
-
 def last_places(cache: Any, *, ends: Tensor, counts: Tensor) -> tuple[DynamicCache, Tensor]:
     """Return a cache with the last `counts` of the first `ends` places of each row, and its mask, (B, W).
 
@@ -131,41 +120,16 @@ def _caching(cache: DynamicCache) -> dict[str, Any]:
 
 
 @dataclass(frozen=True)
-class EncoderDecoder(AttentionLayout):
+class EncoderDecoder(Seq2Seq):
     """The encoder reads up to the answer, the decoder writes the answer. `ids` are the ids of gist tokens.
 
     Neither the encoder's tokens after a gist nor the decoder see the prompt.
     """
 
-    has_encoder: ClassVar[bool] = True
     ids: tuple[int, ...]
     condition: Condition = "gist"
 
-    def states(
-        self, split: SplitModel, input_ids: Tensor, position_ids: Tensor | None, chosen: Tensor, **options: Any
-    ) -> Tensor:
-        """Return the decoder's states, shape (B, S, D), with zeros before the answer."""
-        assert position_ids is not None, "positions tell padding from a document"
-        is_document = document_numbers(position_ids) == 1  # padding is another document
-        place = torch.arange(input_ids.shape[1], device=input_ids.device)
-        # In a row whose answer was cut off nothing is trained: the decoder starts at its end.
-        last = torch.where(chosen.any(1), chosen.long().argmax(1), is_document.sum(1) - 1)[:, None]
-        read = LeftAligned(input_ids, position_ids, is_document & (place <= last))
-        is_written = is_document & (place >= last)
-        start = split.model.config.decoder_start_token_id
-        written = LeftAligned(input_ids.masked_fill(place == last, start), position_ids, is_written)
-        encoded, seen = self._encoded(split.model, read)
-        states = split.states(
-            written.ids,
-            attention_mask=written.mask,
-            encoder_hidden_states=encoded,
-            encoder_attention_mask=seen,
-            **options,
-        )
-        whole = states.new_zeros((*input_ids.shape, states.shape[-1]))
-        return whole.index_put(torch.where(is_written), states[written.mask.bool()])
-
-    def _encoded(self, model: Any, read: LeftAligned) -> tuple[Tensor, Tensor]:
+    def encoded(self, model: Any, read: LeftAligned) -> tuple[Tensor, Tensor]:
         """Return the encoder's states of each row, shape (B, T, D), and the decoder's mask over them, (B, T)."""
         phases = gist_phases(read.ids, self.ids, documents=read.mask)
         mask = encoder_mask(model.config, phases, condition=self.condition, padding=read.mask, dtype=model.dtype)

@@ -22,11 +22,6 @@ IMPLEMENTATIONS = ("sdpa", "eager", "flex_attention")
 Condition = Literal["gist", "negative", "positive"]
 
 
-def document_numbers(position_ids: Tensor) -> Tensor:
-    """Return the number of each token's document, shape (B, S): a document begins at each position 0."""
-    return (position_ids == 0).cumsum(-1)
-
-
 def gist_phases(input_ids: Tensor, gist_ids: Sequence[int], *, documents: Tensor | None = None) -> Tensor:
     """Return the phase of each token, shape (B, S): before the first gist token of its document, gist, or after it.
 

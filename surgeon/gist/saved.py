@@ -15,7 +15,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
-from surgeon.checkpoint.header import opened, read_json
+from surgeon.checkpoint.header import opened
+from surgeon.checkpoint.json_files import read_json
 from surgeon.checkpoint.receipt import to_bytes
 from surgeon.checkpoint.source import inside
 from surgeon.errors import CheckpointError

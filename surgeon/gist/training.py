@@ -5,7 +5,7 @@ The options, the model and its attention decide whether a run takes one pass wit
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -42,8 +42,6 @@ class GistTask(Task):
 
     source: Source
     gist: GistSettings
-
-    takes_encoders: ClassVar[bool] = True
 
     @property
     def tokens(self) -> GistTokens:

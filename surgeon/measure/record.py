@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from surgeon.checkpoint.header import read_json
+from surgeon.checkpoint.json_files import read_json
 from surgeon.checkpoint.receipt import to_bytes, versions
 from surgeon.checkpoint.source import SCORES, Source, inside
 from surgeon.errors import CheckpointError, MeasureError, PlanError

@@ -12,8 +12,9 @@ from statistics import median
 from typing import TYPE_CHECKING, Any
 from zlib import crc32
 
-from surgeon.anatomy.anatomy import Anatomy, written_and_read
+from surgeon.anatomy.anatomy import Anatomy
 from surgeon.anatomy.axes import Dim, Places, axes_of, places
+from surgeon.anatomy.families import written_and_read
 from surgeon.checkpoint.source import Source, ranges_by_file
 
 if TYPE_CHECKING:
@@ -115,7 +116,8 @@ def trainability(
             for tally in holding:
                 tally.add(anatomy, name, weights, gradients.get(name))
     dead, large = _layers(anatomy, gradients, fresh)
-    return Trainability({tally.name: tally.health(fresh) for tally in tallies if tally.layers}, dead, large, noise)
+    everywhere = set(anatomy.in_all_stacks(sorted(fresh)))
+    return Trainability({tally.name: tally.health(everywhere) for tally in tallies if tally.layers}, dead, large, noise)
 
 
 def _layers(
@@ -170,7 +172,7 @@ class _Tally:
         import torch
 
         row, _ = anatomy.row(name)
-        place = anatomy.stacks[0].locate(name) if self.inside_layers else None
+        place = anatomy.locate(name) if self.inside_layers else None
         size = len(self.index)
         positions = self.layers.setdefault(
             place[0] if place else None,
@@ -235,7 +237,7 @@ def _tallies(anatomy: Anatomy, axes: Mapping[str, Sequence[int]]) -> list[_Tally
         names = next((group & axes.keys() for group in _ONE_AXIS if axis in group), {axis})
         if any(tally.names == names for tally in tallies) or anatomy.sizes.get(axis) != len(index):
             continue
-        outside = (name for name in anatomy.spec.tensors if not anatomy.stacks[0].locate(name))
+        outside = (name for name in anatomy.spec.tensors if not anatomy.locate(name))
         shared = any(axes_of(dim) & names for name in outside for dim in anatomy.row(name)[0].axes)
         tallies.append(_Tally(axis, frozenset(names), tuple(index), inside_layers=not shared))
     return tallies

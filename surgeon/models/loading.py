@@ -6,7 +6,6 @@ call, and none of them can ask, because none has a standard input.
 
 import errno
 import io
-import math
 import os
 import sys
 import warnings
@@ -16,9 +15,10 @@ from contextvars import ContextVar
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from surgeon.anatomy.config import CONFIG_HINT, class_names, size_of, text_config
+from surgeon.anatomy.config import CONFIG_HINT, class_names, size_of, text_config, unquantized, with_floats
 from surgeon.checkpoint.derived import JoinedSource
-from surgeon.checkpoint.header import QUANTIZATION_KEYS, not_regular, read_json
+from surgeon.checkpoint.header import not_regular
+from surgeon.checkpoint.json_files import read_json
 from surgeon.checkpoint.source import CONFIG, Source, check_links, inside, is_companion
 from surgeon.errors import CheckpointError, DataError, MeasureError, PlanError, SurgeonError, failure_of_library
 from surgeon.models.device import available_memory, compute_dtype
@@ -117,24 +117,6 @@ def _safe(config: Mapping[str, Any]) -> dict[str, Any]:
     return {key: _safe(value) if isinstance(value, Mapping) else value for key, value in kept.items()}
 
 
-_FLOATS = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
-
-
-def _with_floats(value: Any) -> Any:
-    """Return a value of a config with the floats that JSON lacks, which transformers writes as {"__float__": "NaN"}."""
-    if isinstance(value, list):
-        return [_with_floats(item) for item in value]
-    if not isinstance(value, Mapping):
-        return value
-    tag = value.get("__float__") if len(value) == 1 else None
-    return _FLOATS.get(tag, value) if isinstance(tag, str) else {key: _with_floats(item) for key, item in value.items()}
-
-
-def _unquantized(config: Mapping[str, Any]) -> dict[str, Any]:
-    kept = {key: value for key, value in config.items() if key not in QUANTIZATION_KEYS}
-    return {key: _unquantized(value) if isinstance(value, Mapping) else value for key, value in kept.items()}
-
-
 # --- models -------------------------------------------------------------------------------------------------------
 
 
@@ -178,7 +160,7 @@ def parsed_config(config: Mapping[str, Any], what: str, *, hint: str = HINT) -> 
     if model_type not in CONFIG_MAPPING:
         raise MeasureError(f"transformers has no model type {model_type!r} of its own", hint=hint)
     with libraries_fail(f"transformers refuses {what}", hint=hint):
-        return CONFIG_MAPPING[model_type].from_dict(_with_floats(_safe(config)))
+        return CONFIG_MAPPING[model_type].from_dict(with_floats(_safe(config)))
 
 
 def check_tokens(largest: int, known: int, label: str) -> None:
@@ -193,25 +175,6 @@ def check_tokens(largest: int, known: int, label: str) -> None:
 def num_known(model: Any) -> int:
     """Return how many tokens a model of transformers knows."""
     return int(model.get_input_embeddings().weight.shape[0])
-
-
-def auto_class(source: Source) -> Any:
-    """Return the Auto class of a source with one stack; without a head that of a language model, or of an encoder."""
-    import transformers as auto
-    from transformers.models.auto import modeling_auto as known
-
-    named, model_type = " ".join(class_names(source.config)), source.config.get("model_type")
-    if "ForMaskedLM" in named:
-        return auto.AutoModelForMaskedLM
-    if "ForSequenceClassification" in named:
-        return auto.AutoModelForSequenceClassification
-    writes = not named or "CausalLM" in named or "LMHead" in named
-    if model_type in known.MODEL_FOR_MASKED_LM_MAPPING_NAMES and not writes:
-        return auto.AutoModel
-    if model_type in known.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or "auto_map" in source.config:
-        return auto.AutoModelForCausalLM
-    has_images = model_type in known.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
-    return auto.AutoModelForImageTextToText if has_images else auto.AutoModel
 
 
 def load_model(source: Source, *, dtype: Any, hint: str, kind: Any = None, **options: Any) -> Any:
@@ -291,7 +254,7 @@ def load_shapes(raw: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -
 
     nowhere = torch.device("meta")
     tensors = {name: torch.empty(shape, dtype=torch.float32, device=nowhere) for name, shape in shapes.items()}
-    config = parsed_config(_unquantized(raw), "the config")
+    config = parsed_config(unquantized(raw), "the config")
     kind = _class_of(config, raw)
     if hasattr(kind, "_model_mapping"):  # an Auto class, which would look for files
         mapping = next(each._model_mapping for each in (kind, AutoModel) if type(config) in each._model_mapping)
@@ -348,7 +311,7 @@ def ties_embeddings(config: Mapping[str, Any]) -> bool:
 
     try:
         with libraries_fail("no config", hint=HINT, error_type=MeasureError):
-            parsed = AutoConfig.for_model(**_with_floats(config))
+            parsed = AutoConfig.for_model(**with_floats(config))
     except MeasureError:
         return False
     return bool(getattr(parsed, "tie_word_embeddings", False))

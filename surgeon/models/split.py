@@ -7,6 +7,7 @@ logits are the model's own, without a table of families. A head that is one matr
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
 from types import MethodType
 from typing import Any, ClassVar
 
@@ -235,11 +236,62 @@ class Causal(AttentionLayout):
         return split.states(input_ids, position_ids, **options)
 
 
+def document_numbers(position_ids: Tensor) -> Tensor:
+    """Return the number of each token's document, shape (B, S): a document begins at each position 0."""
+    return (position_ids == 0).cumsum(-1)
+
+
+class LeftAligned:
+    """The chosen tokens of each row, moved to its left: `ids`, `positions` and `mask`, shape (B, T); 0 for padding."""
+
+    def __init__(self, input_ids: Tensor, position_ids: Tensor, chosen: Tensor) -> None:
+        width = int(chosen.sum(1).max())
+        order = chosen.long().argsort(dim=1, stable=True, descending=True)[:, :width]
+        self.mask = chosen.long().gather(1, order)
+        self.ids, self.positions = (values.gather(1, order) * self.mask for values in (input_ids, position_ids))
+
+
+@dataclass(frozen=True)
+class Seq2Seq(AttentionLayout):
+    """The encoder reads a document up to the answer, the decoder writes the answer; a row holds one document."""
+
+    has_encoder: ClassVar[bool] = True
+
+    def states(
+        self, split: SplitModel, input_ids: Tensor, position_ids: Tensor | None, chosen: Tensor, **options: Any
+    ) -> Tensor:
+        """Return the decoder's states, shape (B, S, D), with zeros before the answer."""
+        assert position_ids is not None, "positions tell padding from a document"
+        is_document = document_numbers(position_ids) == 1  # padding is another document
+        place = torch.arange(input_ids.shape[1], device=input_ids.device)
+        # In a row whose answer was cut off nothing is trained: the decoder starts at its end.
+        last = torch.where(chosen.any(1), chosen.long().argmax(1), is_document.sum(1) - 1)[:, None]
+        read = LeftAligned(input_ids, position_ids, is_document & (place <= last))
+        is_written = is_document & (place >= last)
+        start = split.model.config.decoder_start_token_id
+        written = LeftAligned(input_ids.masked_fill(place == last, start), position_ids, is_written)
+        encoded, seen = self.encoded(split.model, read)
+        states = split.states(
+            written.ids,
+            attention_mask=written.mask,
+            encoder_hidden_states=encoded,
+            encoder_attention_mask=seen,
+            **options,
+        )
+        whole = states.new_zeros((*input_ids.shape, states.shape[-1]))
+        return whole.index_put(torch.where(is_written), states[written.mask.bool()])
+
+    def encoded(self, model: Any, read: LeftAligned) -> tuple[Tensor, Tensor]:
+        """Return the encoder's states of each row, shape (B, T, D), and the decoder's mask over them, (B, T)."""
+        states: Tensor = model.get_encoder()(input_ids=read.ids, attention_mask=read.mask)[0]
+        return states, read.mask
+
+
 def check_layout(layout: AttentionLayout, split: SplitModel) -> None:
     """Raise PlanError for a model with an encoder in a layout without one, and the other way round."""
     if layout.has_encoder != bool(split.model.config.is_encoder_decoder):
         has, lacks = ("one stack of layers", "two") if layout.has_encoder else ("an encoder and a decoder", "one stack")
         raise PlanError(
             f"{type(split.model).__name__} has {has}; what is trained here has {lacks}",
-            hint="Encoder-decoders are trained with --gist, and are no teachers.",
+            hint="Encoder-decoders are no teachers, and a decoder alone is none of theirs.",
         )

@@ -22,25 +22,21 @@ from surgeon.checkpoint.header import is_quantized
 from surgeon.checkpoint.source import Source, spec_of
 from surgeon.errors import MeasureError
 from surgeon.models.loading import check_tokens, libraries_fail, num_known
-from surgeon.models.skeleton import (
+from surgeon.models.passage import (
     AROUND,
     RUN,
     Call,
     LayerCall,
     Passage,
     StubOutput,
-    Weights,
     answering,
-    build_skeleton,
     differs,
-    empty,
     equal_calls,
     first_of,
-    layer_list,
     pause_at,
-    read_rows_as,
     states_of,
 )
+from surgeon.models.skeleton import Weights, build_skeleton, empty, layer_list, read_rows_as
 
 NO_TEXT = "Scores that read no text work: --score random, last or magnitude."
 WHOLE = "Scores of the whole model work: --score angular or block-influence."

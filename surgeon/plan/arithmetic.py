@@ -25,16 +25,18 @@ from torch import Tensor
 from surgeon.anatomy.axes import Run, runs_of
 from surgeon.checkpoint.header import FilePart, TensorSpec
 from surgeon.checkpoint.source import StoredTensor
-from surgeon.plan.execute import KEPT, Part
+from surgeon.plan.making import BLOCK_NUMBERS, KEPT, Part
 from surgeon.plan.plan import Add, Affine, Cast, Constant, Expr, Gather, Normal, Read, Rounded, Uniform, infer
 
 TORCH_DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
-BLOCK = 1 << 18  # numbers in a block
+BLOCK = BLOCK_NUMBERS
 PART = 1 << 21  # numbers that one thread makes before it takes the next part
 NEAR = 4  # times the rows that are wanted: so many are read for those that lie among them
 SHORT = 16  # positions: if runs are shorter on average, a Gather uses an index
-# These two decide bytes: sums go block by block, and each block of a normal draw has a seed of its own.
+# These decide bytes: sums go block by block, of a large tensor the standard deviation is that of so many numbers, and
+# each block of a normal draw has a seed of its own.
 SUMMED = 1 << 18
+SAMPLE = 1 << 20
 DRAWN = 1 << 20
 
 MakeRows = Callable[[int, int], Tensor]  # returns rows [start, stop) of a tensor; do not write to them
@@ -233,16 +235,21 @@ class Arithmetic:
         return _total(torch.cat(sums), 0) / shape[0]
 
     def _std(self, expr: Expr) -> float:
-        """Return the standard deviation of the tensor that `expr` makes. It is computed once."""
+        """Return the standard deviation of the tensor that `expr` makes, of a large one by every n-th block of rows.
+
+        It is computed once. Where the sample is constant, as in a layer of zeros, all rows are looked at.
+        """
         if expr not in self._stds:
-            self._stds[expr] = self._new_std(expr)
+            step = max(1, math.prod(self._shape(expr)) // SAMPLE)
+            self._stds[expr] = self._std_of_sample(expr, step) or self._std_of_sample(expr, 1)
         return self._stds[expr]
 
-    def _new_std(self, expr: Expr) -> float:
+    def _std_of_sample(self, expr: Expr, step: int) -> float:
         shape, rows = self._shape(expr), self._rows(expr)
-        count = max(1, math.prod(shape))
+        ranges = list(_row_ranges(shape, SUMMED // min(step, 16)))[::step]
+        count = max(1, sum(stop - start for start, stop in ranges) * math.prod(shape[1:]))
         sums, squares = torch.zeros(2, min(SUMMED, count), dtype=torch.float64)
-        for start, stop in _row_ranges(shape, SUMMED):
+        for start, stop in ranges:
             for piece in torch.split(rows(start, stop).flatten(), SUMMED):
                 numbers = _to_float64(piece)
                 sums[: len(numbers)] += numbers
@@ -251,17 +258,17 @@ class Arithmetic:
         return math.sqrt(max(0.0, square - mean * mean))
 
     def _uniform(self, expr: Uniform) -> MakeRows:
-        """Return the function that draws rows of uniform numbers: 32 random bits each, from any place of the stream."""
+        """Return the function that draws rows of uniform numbers: 16 random bits each, from any place of the stream."""
         shape = self._shape(expr)
         columns = math.prod(shape[1:])
         width = expr.ratio * math.sqrt(12) * (self._std(expr.like) or expr.fallback)
-        dtype, scale, key = self._wide_dtype(expr.like), width / 2**32, _key(expr.seed, expr.stream)
+        dtype, scale, key = self._wide_dtype(expr.like), width / 2**16, _key(expr.seed, expr.stream)
 
         def rows(start: int, stop: int) -> Tensor:
             first, last = start * columns, stop * columns
-            word = first // 2  # of 64 bits: two numbers
-            drawn = np.random.PCG64(key).advance(word).random_raw(-(-last // 2) - word).view(np.int32)
-            numbers = torch.from_numpy(drawn)[first % 2 :][: last - first]
+            word = first // 4  # of 64 bits: four numbers
+            drawn = np.random.PCG64(key).advance(word).random_raw(-(-last // 4) - word).view(np.int16)
+            numbers = torch.from_numpy(drawn)[first % 4 :][: last - first]
             return numbers.to(dtype).mul_(scale).view(stop - start, *shape[1:])
 
         return rows

@@ -7,14 +7,14 @@ the kernel, or shared block by block where the file system can. torch is importe
 import json
 import math
 import os
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from pathlib import Path
 from threading import Thread
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from surgeon.checkpoint.header import (
     DTYPE_BITS,
@@ -27,27 +27,23 @@ from surgeon.checkpoint.header import (
 )
 from surgeon.checkpoint.output import (
     PAGE,
-    STEP,
     CountBytes,
     copy_range,
     share_range,
     shareable,
     shared_block,
-    start_writeback,
 )
 from surgeon.checkpoint.source import INDEX, WEIGHTS, Ranges, Source, StoredTensor, ranges_by_file
 from surgeon.errors import OutputError
 from surgeon.plan.plan import Constant, Expr, Plan, Read, reads
 
 if TYPE_CHECKING:
-    from concurrent.futures import Executor, Future
+    from surgeon.plan.making import Part
 
 # Measured peaks of a whole process that only moves bytes, and of one that has imported torch, in bytes.
 MOVING_MEMORY = 45_000_000
 TORCH_MEMORY = 260_000_000
-KEPT = 1 << 25  # bytes: a tensor up to this size is read once and kept while it is needed, a larger one row by row
 MOST_THREADS = 8  # more write no faster
-BLOCK_NUMBERS, BLOCK_MEMORY = 1 << 18, 32  # numbers of a block, and the bytes that a thread holds for each
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,17 +66,10 @@ class _ComputedTensor:
     tensors: Mapping[str, StoredTensor]
     parts: Mapping[str, FilePart]
 
-    def __call__(self) -> Sequence["Part"]:
+    def __call__(self) -> "Sequence[Part]":
         from surgeon.plan.arithmetic import Arithmetic
 
         return Arithmetic(self.tensors, self.parts).parts(self.expr)
-
-
-class Part(NamedTuple):
-    """A part of a tensor's bytes, so many, and the function that makes them, in any thread."""
-
-    nbytes: int
-    make: Callable[[], Iterable[memoryview]]
 
 
 def lay_out(plan: Plan, result: CheckpointSpec, source: Source, *, max_shard_bytes: int) -> list[Shard]:
@@ -167,6 +156,11 @@ def execute(
     return Written(size, shared)
 
 
+def _import_arithmetic() -> None:
+    with suppress(ImportError):  # the one who needs it says so
+        import surgeon.plan.arithmetic  # noqa: F401
+
+
 def check_written(directory: Path, shards: Sequence[Shard]) -> None:
     """Read every written header back. Raises OutputError when one differs from the plan."""
     for shard in shards:
@@ -176,11 +170,6 @@ def check_written(directory: Path, shards: Sequence[Shard]) -> None:
                 f"{shard.file} does not hold what was written to it; the disk may be failing",
                 hint="Write to another disk with -o.",
             )
-
-
-def _import_arithmetic() -> None:
-    with suppress(ImportError):  # the one who needs it says so
-        import surgeon.plan.arithmetic  # noqa: F401
 
 
 def ranges_read(plan: Plan, source: Source, *, also: Iterable[str] = ()) -> Ranges:
@@ -220,6 +209,8 @@ def peak_memory(plan: Plan, result: CheckpointSpec, source: CheckpointSpec) -> i
     computed = {name: expr for name, expr in plan.tensors.items() if not isinstance(expr, Read) and not _is_zero(expr)}
     if not computed:
         return MOVING_MEMORY
+    from surgeon.plan.making import BLOCK_MEMORY, BLOCK_NUMBERS, KEPT
+
     kept = block = 0
     for name, expr in computed.items():
         read = [source.tensors[other] for other in reads(expr)]
@@ -248,7 +239,7 @@ class TensorWrite:
 
     name: str
     spec: TensorSpec
-    content: FileRange | Callable[[], Iterable[memoryview] | Sequence[Part]] | None
+    content: FileRange | Callable[[], "Iterable[memoryview] | Sequence[Part]"] | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -302,12 +293,7 @@ def write_safetensors(
                 shared, offset = shared + done, offset + done
                 source = source.between(source.start + done, source.end)
             copy_range(source, target, offset, count_bytes)
-        offsets = accumulate((write.spec.nbytes for write in writes), initial=len(header))
-        made = [
-            (write, at) for write, at in zip(writes, offsets, strict=False) if not isinstance(write.content, FileRange)
-        ]
-        if made:
-            _write_made(target, made, count_bytes, threads or num_threads())
+        _write_rest(target, writes, len(header), count_bytes, threads or num_threads())
         os.fsync(target)
     finally:
         os.close(target)
@@ -356,97 +342,28 @@ def _allocate(target: int, size: int, shared: Sequence[Piece]) -> None:
                 os.posix_fallocate(target, start, end - start)
 
 
-def _write_made(target: int, writes: Sequence[tuple[TensorWrite, int]], count_bytes: CountBytes, threads: int) -> None:
-    """Write tensors that are no bytes of a file, each to its offset: `threads` make their parts at once."""
-    from concurrent.futures import ThreadPoolExecutor
+def _write_rest(target: int, writes: Sequence[TensorWrite], start: int, count_bytes: CountBytes, threads: int) -> None:
+    """Write the tensors that are no bytes of a file; those of zeros are there already."""
+    offsets = accumulate((write.spec.nbytes for write in writes), initial=start)
+    placed = list(zip(writes, offsets, strict=False))
+    if zeros := sum(write.spec.nbytes for write in writes if write.content is None):
+        count_bytes(zeros)
+    if not any(callable(write.content) for write in writes):
+        return
+    from surgeon.plan.making import ToMake, write_made
 
-    computes = any(isinstance(write.content, _ComputedTensor) for write, _ in writes)
-    with _one_thread_each() if computes else nullcontext(), ThreadPoolExecutor(threads) as pool:
-        try:
-            _Making(target, pool, count_bytes, most=3 * threads).run(writes)
-        except BaseException:  # Ctrl-C too: what has not begun is left
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
+    tensors = (
+        ToMake(write.name, at, write.spec.nbytes, write.content) for write, at in placed if callable(write.content)
+    )
+    computes = any(isinstance(write.content, _ComputedTensor) for write in writes)
+    with _one_thread_each() if computes else nullcontext():
+        write_made(target, tensors, count_bytes, threads=threads)
 
 
 def _one_thread_each() -> AbstractContextManager[None]:
     from surgeon.plan.arithmetic import single_threaded
 
     return single_threaded()
-
-
-class _Making:
-    """Gives the parts of tensors to a pool, some ahead, and takes them back in their order."""
-
-    def __init__(self, target: int, pool: "Executor", count_bytes: CountBytes, *, most: int) -> None:
-        self._target, self._pool, self._count_bytes, self._most = target, pool, count_bytes, most
-        self._parts: deque[tuple[Future[int], int]] = deque()
-        self._unsent = 0, 0  # bytes that are written, and whose way to the disk the kernel has not begun
-
-    def run(self, writes: Iterable[tuple[TensorWrite, int]]) -> None:
-        """Write all tensors: while the parts of one are made, the next is prepared."""
-        ahead: deque[tuple[TensorWrite, int, Future[Any]]] = deque()
-        for write, offset in writes:
-            if write.content is None:
-                self._count_bytes(write.spec.nbytes)
-                continue
-            assert not isinstance(write.content, FileRange)
-            ahead.append((write, offset, self._pool.submit(write.content)))
-            if len(ahead) > 1:
-                self._make(*ahead.popleft())
-        for item in ahead:
-            self._make(*item)
-        while self._parts:
-            self._take_back()
-        self._send(*self._unsent)
-
-    def _make(self, write: TensorWrite, offset: int, prepared: "Future[Any]") -> None:
-        end = offset + write.spec.nbytes
-        for part in prepared.result():
-            if len(self._parts) >= self._most:
-                self._take_back()
-            if isinstance(part, Part):
-                self._parts.append((self._pool.submit(_write_part, self._target, part, offset), offset))
-                offset += part.nbytes
-            else:
-                view = memoryview(part)
-                done = _write_at(self._target, view.cast("B") if view.nbytes else b"", offset)  # empty: no cast
-                self._count(offset, done)
-                offset += done
-        assert offset == end, f"{write.name} was planned {write.spec.nbytes} bytes long, made {offset - end:+d}"
-
-    def _take_back(self) -> None:
-        future, offset = self._parts.popleft()
-        self._count(offset, future.result())
-
-    def _count(self, offset: int, done: int) -> None:
-        self._count_bytes(done)
-        start, end = self._unsent
-        if offset != end or end - start >= STEP:
-            self._send(start, end)
-            start = offset
-        self._unsent = start, offset + done
-
-    def _send(self, start: int, end: int) -> None:
-        if end > start:
-            start_writeback(self._target, start, end - start)
-
-
-def _write_part(target: int, part: Part, offset: int) -> int:
-    """Return how many bytes were written: all of a part."""
-    done = 0
-    for block in part.make():
-        done += _write_at(target, block, offset + done)
-    assert done == part.nbytes, f"a part of {part.nbytes} bytes has {done}"
-    return done
-
-
-def _write_at(target: int, content: memoryview | bytes, offset: int) -> int:
-    """Return how many bytes were written: all of `content`."""
-    done = 0
-    while done < len(content):
-        done += os.pwrite(target, content[done : done + STEP], offset + done)
-    return done
 
 
 def in_pieces(run: CopyRun, data_start: int, block: int) -> Iterator[Piece]:

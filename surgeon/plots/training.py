@@ -41,7 +41,7 @@ def plot_losses(runs: Sequence[tuple[Path, Sequence[LossRecord]]], path: Path, *
     axes = figure.subplots()
     for number, (name, records) in enumerate(by_name.items()):
         _draw(axes, records, x=x, colour=f"C{number % 10}", label=name if len(by_name) > 1 else None)
-    axes.set(xlabel="tokens" if x == "tokens" else "step", ylabel="loss (nats a token)")
+    axes.set(xlabel="tokens" if x == "tokens" else "step", ylabel="loss")
     axes.set_ylim(*_limits(list(by_name.values()), x))
     axes.set_xlim(left=-0.01 * axes.get_xlim()[1])  # so that a dot at the start is not clipped
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))

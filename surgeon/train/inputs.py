@@ -73,7 +73,7 @@ class Inputs:
         if source is None:
             return None
         dtype = torch.float32 if self.precision == "float32" else torch.bfloat16
-        return load_model(source, dtype=dtype, hint=LOAD_HINT).to(self.device)
+        return load_model(source, dtype=dtype, hint=LOAD_HINT, kind=self.task.kind(source)).to(self.device)
 
     def data(self, directory: Path, model: Any | None, teacher: Any | None) -> RunData:
         """Return the rows of the run, tokenised in `directory`.

@@ -14,7 +14,7 @@ from surgeon.checkpoint.source import Source, spec_of
 from surgeon.errors import PlanError
 from surgeon.models.adapters import add_adapters
 from surgeon.models.loading import load_model, num_known
-from surgeon.train.objective import Objective, attach_loss
+from surgeon.train.objective import Objective
 from surgeon.train.settings import Settings
 from surgeon.train.task import Task
 
@@ -37,19 +37,20 @@ def precision_of(settings: Settings, device: str) -> "Precision":
     return "bf16" if is_bf16 else "float32"
 
 
-def load_trainable(source: Source, settings: Settings, *, precision: str) -> Any:
+def load_trainable(source: Source, task: Task, *, precision: str) -> Any:
     """Return the model to train, with its weights in float32 (the base of adapters: as stored).
 
     Weights in 16 bits lose small steps: at a rate of 1e-5 most of them never change. So they are float32, and only
     products are computed in 16 bits, unless the precision is "pure-bf16".
     """
+    settings = task.settings
     stored_bf16 = {item.spec.dtype for item in source.tensors.values()} <= {"BF16"}
     is_frozen_base = settings.lora is not None and precision == "bf16" and stored_bf16
     dtype = torch.bfloat16 if precision == "pure-bf16" or is_frozen_base else torch.float32
     options: dict[str, Any] = {"attn_implementation": settings.attention} if settings.attention else {}
     if settings.qlora:
         options["quantization_config"] = _four_bits()
-    model = load_model(source, dtype=dtype, hint=LOAD_HINT, **options)
+    model = load_model(source, dtype=dtype, hint=LOAD_HINT, kind=task.kind(source), **options)
     model.config.use_cache = False  # with a cache, packed documents see each other
     return model
 
@@ -63,7 +64,7 @@ def trained_model(model: Any, source: Source, task: Task, teacher: "Teacher | No
     set_seed(settings.seed)  # adapters are drawn
     layer_map = (receipt_of(source) or {}).get("layer_map") if settings.hidden_weight else None
     objective = Objective.of(settings, kd_weight=task.kd_weight, layer_map=layer_map)
-    attach_loss(model, objective, teacher, layout=task.layout(model))
+    task.attach(model, objective, teacher)
     if settings.activation_checkpointing:
         enable = getattr(model, "activation_checkpointing_enable", None)
         if enable is not None:

@@ -20,7 +20,7 @@ TOKENIZER_FILES = ("tokenizer", "special_tokens", "added_tokens", "vocab", "merg
 
 @dataclass(frozen=True)
 class Training:
-    """The summary of a run. Losses are means in nats per token; `train_loss` is over the last tenth of the steps.
+    """The summary of a run. Losses are means, in what `unit` says; `train_loss` is over the last tenth of the steps.
 
     `output` is the checkpoint; None for a run that SIGTERM stopped, which `--resume` continues. `steps` and `tokens`
     are of the whole run, `seconds` and `tokens_per_second` of this process alone. `already_done` marks the summary of a
@@ -40,11 +40,12 @@ class Training:
     plot: Path | None = None
     notes: tuple[str, ...] = ()
     already_done: bool = False
+    unit: str = "nats a token"
 
     @classmethod
     def of_finished(cls, summary: Mapping[str, Any]) -> "Training":
         """Return the summary of a finished run from its entries in JSON. Raises KeyError, TypeError."""
-        values = {item.name: summary[item.name] for item in fields(cls) if item.name != "already_done"}
+        values = {item.name: summary[item.name] for item in fields(cls) if item.name not in ("already_done", "unit")}
         places = {name: None if values[name] is None else Path(values[name]) for name in ("output", "run_dir", "plot")}
         return cls(**values | places | {"notes": tuple(values["notes"]), "already_done": True})
 
@@ -72,7 +73,7 @@ class Training:
             return f"already done: {self.output}  ({self.steps:,} steps; the run's files are in {self.run_dir})"
         losses = [("train loss", self.train_loss), ("validation loss", self.eval_loss)]
         rows = [("steps", f"{self.steps:,}  ({self.tokens:,} tokens)")]
-        rows += [(name, f"{loss:.4f} nats a token") for name, loss in losses if loss is not None]
+        rows += [(name, f"{loss:.4f} {self.unit}") for name, loss in losses if loss is not None]
         rows += [("learning rate", f"{self.learning_rate:g}")]
         rows += [] if self.best_step is None else [("best step", f"{self.best_step:,}")]
         rows += [] if self.tokens_per_second is None else [("tokens a second", f"{self.tokens_per_second:,.0f}")]

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Literal, Protocol, TextIO
 
 from surgeon.checkpoint.header import not_regular
-from surgeon.checkpoint.header import read_json as parsed_file
+from surgeon.checkpoint.json_files import read_json as parsed_file
 from surgeon.checkpoint.receipt import to_bytes
 from surgeon.checkpoint.source import RECEIPT
 from surgeon.errors import CheckpointError, DataError, OutputError, PlanError

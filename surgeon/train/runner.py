@@ -221,7 +221,7 @@ class Runner:
         return warnings
 
     def _loaded(self) -> Any:
-        return load_trainable(self.source, self.settings, precision=self.inputs.precision)
+        return load_trainable(self.source, self.task, precision=self.inputs.precision)
 
     def _searched_rate(self, data: RunData, steps: int, teacher: Any) -> float:
         """Return the better of two rates, each tried for a few steps from the same weights; a resume takes the same."""
@@ -264,7 +264,7 @@ class Runner:
             weights = self._merged(weights)
         losses = [("train", trained.train_loss), ("validation", trained.eval_loss)]
         listed = ", ".join(f"{name} loss {loss:.4f}" for name, loss in losses if loss is not None)
-        notes = (f"trained for {trained.steps:,} steps on {trained.tokens:,} tokens: {listed} nats a token",)
+        notes = (f"trained for {trained.steps:,} steps on {trained.tokens:,} tokens: {listed} {self.task.unit}",)
         surgery = trained_surgery(self.source, weights, dtype=dtype, step=self._step(trained), notes=notes)
         surgery.save(output, dtype=dtype, command=command, **options)
 
@@ -320,6 +320,7 @@ class Runner:
             seconds=time.perf_counter() - self.began,
             plot=self._plot(),
             notes=tuple(self.reporter.notes),
+            unit=self.task.unit,
         )
 
     def finished(self, trained: TrainedSteps, output: Path) -> Training:

@@ -19,6 +19,9 @@ from surgeon.train.teacher import OnlineTeacher
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from surgeon.train.objective import Objective
+    from surgeon.train.teacher import Teacher
+
 
 @dataclass(frozen=True)
 class Task:
@@ -31,7 +34,7 @@ class Task:
     settings: Settings
     recorded: Mapping[str, Any] | None = None
 
-    takes_encoders: ClassVar[bool] = False  # whether it trains encoder-decoders
+    unit: ClassVar[str] = "nats a token"  # of the loss
 
     def record(self) -> dict[str, Any]:
         """Return the settings of the run for run.json and the receipt."""
@@ -58,6 +61,16 @@ class Task:
         return True
 
     # --- the model --------------------------------------------------------------------------------------------
+
+    def kind(self, source: Source) -> Any:
+        """Return the Auto class of transformers that loads the model; None for one that writes."""
+        return None
+
+    def attach(self, model: Any, objective: "Objective", teacher: "Teacher | None") -> None:
+        """Make the model's forward pass return the loss of the run. Raises PlanError where they do not fit."""
+        from surgeon.train.objective import attach_loss
+
+        attach_loss(model, objective, teacher, layout=self.layout(model))
 
     def layout(self, model: Any) -> AttentionLayout:
         """Return which tokens each token sees. Raises PlanError for a model that the task cannot train."""

@@ -8,8 +8,9 @@ import re
 from collections.abc import Sequence
 from dataclasses import replace
 
-from surgeon.anatomy.anatomy import Anatomy, written_and_read
+from surgeon.anatomy.anatomy import Anatomy
 from surgeon.anatomy.axes import axes_of
+from surgeon.anatomy.families import written_and_read
 from surgeon.anatomy.stacks import Stack
 from surgeon.checkpoint.header import CheckpointSpec
 from surgeon.errors import PlanError
@@ -91,8 +92,9 @@ def _insert(anatomy: Anatomy, after: Sequence[int], method: str) -> Plan:
     new_tensor = _identity if method == "identity" else _averaged
     tensors = dict(plan.tensors)
     for stack in anatomy.stacks:
+        deeper = replace(stack, depth=len(order))
         for name in plan.tensors:
-            place = stack.locate(name)
+            place = deeper.locate(name)
             if place is not None and place[0] in new:
                 tensors[name] = new_tensor(anatomy, plan, stack, order, place[0], place[1])
     layer_map = tuple(None if i in new else layer for i, layer in enumerate(order))

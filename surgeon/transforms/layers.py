@@ -6,10 +6,11 @@ from collections import Counter
 from collections.abc import Collection, Sequence
 from dataclasses import replace
 
-from surgeon.anatomy.anatomy import Anatomy, read_anatomy, written_and_read
+from surgeon.anatomy.anatomy import Anatomy, read_anatomy
 from surgeon.anatomy.axes import Index, Places, Scale, axes_of, places
-from surgeon.anatomy.config import CONFIG_HINT, declared_kinds, follow_layers, text_config
-from surgeon.anatomy.families import FIRST, Row
+from surgeon.anatomy.config import CONFIG_HINT, declared_kinds, text_config
+from surgeon.anatomy.families import FIRST, Row, written_and_read
+from surgeon.anatomy.following import follow_layers
 from surgeon.anatomy.stacks import Stack
 from surgeon.checkpoint.header import is_quantized
 from surgeon.errors import CheckpointError, PlanError
@@ -29,6 +30,11 @@ def fresh(anatomy: Anatomy, name: str, *, seed: int, layers: int) -> Expr:
         raise PlanError(
             f"cannot draw {name!r} anew: it is stored as {spec.dtype}",
             hint="Leave out --inherit, or start from a checkpoint in a floating dtype.",
+        )
+    if family.own_init:
+        raise PlanError(
+            f"{anatomy.model_type} draws fresh weights in a way of its own, which surgeon does not know",
+            hint="Leave out --inherit.",
         )
     if row.start is not None:
         return Constant(spec, row.start)
@@ -63,7 +69,7 @@ def initial_std(anatomy: Anatomy) -> float:
 
     Raises CheckpointError for a value that is no standard deviation.
     """
-    family = anatomy.require_family()
+    family = anatomy.require_family(partial=True)
     key = family.init_std
     value = anatomy.spec.config.get(key)
     if value is not None and not (isinstance(value, int | float) and 0 <= value < math.inf):
@@ -86,7 +92,7 @@ def keep_layers(anatomy: Anatomy, keep: Sequence[int]) -> Plan:
     """
     _check_indices(anatomy, keep)
     spec = anatomy.spec
-    edit = follow_layers(spec.config, keep, anatomy.depth, tabled=anatomy.family is not None)
+    edit = follow_layers(spec.config, keep, anatomy.depth, tabled=anatomy.whole_family is not None)
     for stack in anatomy.stacks:
         _check_places(anatomy, stack, keep)
     if is_quantized(edit.config):

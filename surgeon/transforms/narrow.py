@@ -17,10 +17,10 @@ from functools import cache
 from itertools import pairwise
 from typing import Any
 
-from surgeon.anatomy.anatomy import EXPERT_NUMBER, Anatomy, written_and_read
+from surgeon.anatomy.anatomy import EXPERT_NUMBER, Anatomy
 from surgeon.anatomy.axes import Dim, Index, Keep, Scale, axes_of, survivors
 from surgeon.anatomy.config import is_off, spelled
-from surgeon.anatomy.families import Row
+from surgeon.anatomy.families import Row, written_and_read
 from surgeon.anatomy.rotary import rotary_dims
 from surgeon.anatomy.spellings import SPELLINGS
 from surgeon.errors import PlanError
@@ -85,13 +85,13 @@ def narrow(anatomy: Anatomy, kept: Kept) -> Plan:
     sizes = _sizes(anatomy, kept)
     check_shape(anatomy, {axis: sizes[axis] for axis in (*SQUARE, "ffn", "expert_ffn", "experts") if axis in sizes})
     _check_projections(anatomy, sizes)
-    cut = _cuts(anatomy, kept)
+    cut, read = _cuts(anatomy, kept), _read_factor(anatomy, sizes)
     numbers = {layer: {old: new for new, old in enumerate(left)} for layer, left in (kept.experts or {}).items()}
     tensors: dict[str, Expr] = {}
     for name in anatomy.spec.tensors:
         new_name = _renamed(anatomy, numbers, name)
         if new_name is not None:
-            tensors[new_name] = _narrowed(anatomy, name, sizes, cut)
+            tensors[new_name] = _narrowed(anatomy, name, sizes, cut, read=read)
     shown = ("hidden", "ffn", "expert_ffn", "heads", "kv_heads", "head_dim", "experts")
     return Plan(
         config=resized(anatomy, sizes, _epsilon(anatomy, sizes)),
@@ -138,6 +138,8 @@ def _shared(anatomy: Anatomy, kept: Kept) -> dict[str, Positions]:
     shared = dict.fromkeys(HEAD_DIMS, kept.head_dim) | {"hidden": kept.hidden}
     if anatomy.sizes.get("embed") == anatomy.sizes["hidden"]:
         shared["embed"] = kept.hidden
+    if "projected" in anatomy.sizes:
+        shared["projected"] = kept.hidden
     return {axis: positions for axis, positions in shared.items() if positions is not None}
 
 
@@ -191,8 +193,8 @@ def _cuts(anatomy: Anatomy, kept: Kept) -> _Cut:
     return lambda layer, dim: cut(layer if axes_of(dim) & by_layer.keys() else None, dim)
 
 
-def _narrowed(anatomy: Anatomy, name: str, sizes: Mapping[str, int], cut: _Cut) -> Expr:
-    """Return tensor `name` with the remaining positions of each of its dimensions."""
+def _narrowed(anatomy: Anatomy, name: str, sizes: Mapping[str, int], cut: _Cut, *, read: float) -> Expr:
+    """Return tensor `name` with its remaining positions; `read` is the factor of what reads channels."""
     row, part = anatomy.row(name)
     expr: Expr = Read(name)
     if part in ("buffer", "other"):
@@ -203,7 +205,8 @@ def _narrowed(anatomy: Anatomy, name: str, sizes: Mapping[str, int], cut: _Cut) 
         if remaining[dim] < stored[dim]:
             expr = Gather(expr, dim, *cut(place[0] if place else None, axes))
     if row.kind not in ("embedding", "gain", "shift"):
-        return expr
+        reads = written_and_read(row)[1] if read != 1.0 else None
+        return expr if reads is None or axes_of(row.axes[reads]) != {"hidden"} else Affine(expr, read)
     factor = _factor(anatomy, row, sizes, is_final=is_final_norm(anatomy, name))
     if factor == 1.0:
         return expr
@@ -223,9 +226,6 @@ def _factor(anatomy: Anatomy, row: Row, sizes: Mapping[str, int], *, is_final: b
     scaled = ratio if scales_embedding(anatomy) else 1.0
     if is_scaled(row):
         return scaled
-    reads = written_and_read(row)[1]
-    if reads is not None and ratio != 1.0 and axes_of(row.axes[reads]) == {"hidden"} and not _has_gains(anatomy):
-        return ratio  # what reads a norm without gains
     if row.kind not in ("gain", "shift"):
         return 1.0
     factor = math.sqrt(row.axes[-1].size(old) / row.axes[-1].size(sizes)) if row.kind == "gain" else 1.0
@@ -234,14 +234,18 @@ def _factor(anatomy: Anatomy, row: Row, sizes: Mapping[str, int], *, is_final: b
     return factor / (scaled if has_tied_head(anatomy) else 1.0) / (ratio if scales_head(anatomy) else 1.0)
 
 
-def _has_gains(anatomy: Anatomy) -> bool:
-    """Return whether the norms over channels have gains. Raises PlanError where a tied head would need one."""
-    rows = [row for row, _ in anatomy.rows.values()]
-    if any(row.kind == "gain" and axes_of(row.axes[-1]) == {"hidden"} for row in rows):
-        return True
+def _read_factor(anatomy: Anatomy, sizes: Mapping[str, int]) -> float:
+    """Return the factor of what reads channels: 1, but behind norms without gains, which would have carried it.
+
+    Raises PlanError where a tied head reads them.
+    """
+    ratio = math.sqrt(anatomy.sizes["hidden"] / sizes["hidden"])
+    rows = {id(row): row for row, _ in anatomy.rows.values()}.values()
+    if ratio == 1.0 or any(row.kind == "gain" and axes_of(row.axes[-1]) == {"hidden"} for row in rows):
+        return 1.0
     if not any(row.kind == "head" for row in rows):
         raise PlanError("a tied head without a final norm cannot be narrowed", hint="Untie the head first.")
-    return False
+    return ratio
 
 
 def _reasons(anatomy: Anatomy, sizes: Mapping[str, int]) -> tuple[str, ...]:
@@ -266,7 +270,8 @@ def _notes(anatomy: Anatomy, sizes: Mapping[str, int]) -> tuple[str, ...]:
     old = anatomy.sizes
     rows = {id(row): row for name, (row, _) in anatomy.rows.items() if ".experts." in name}
     inside = {axis for row in rows.values() for dim in row.axes for axis in axes_of(dim)}
-    uneven = [sizes[axis] for axis in sorted(inside - {"experts"}) if sizes[axis] < old[axis] and sizes[axis] % 8]
+    known = sorted(inside & sizes.keys() - {"experts"})
+    uneven = [sizes[axis] for axis in known if sizes[axis] < old[axis] and sizes[axis] % 8]
     return (UNEVEN.format(uneven[0]),) if uneven else ()
 
 

@@ -57,6 +57,7 @@ def pruned_sizes(anatomy: Anatomy, sizes: Mapping[str, int | None]) -> dict[str,
         return None
     anatomy.require_family(partial=True)
     old = anatomy.sizes
+    anatomy.check_free(axis for axis, size in sizes.items() if size not in (None, old.get(axis)))
     if sizes.get("experts") is not None and "experts" not in old:
         raise PlanError(f"this {anatomy.model_type} has no experts", hint="Leave out --experts.")
     if sizes.get("expert_ffn") is not None:

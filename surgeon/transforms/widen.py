@@ -9,9 +9,9 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import pairwise
 
-from surgeon.anatomy.anatomy import Anatomy, written_and_read
+from surgeon.anatomy.anatomy import Anatomy
 from surgeon.anatomy.axes import Dim, Index, Places, Run, Scale, axes_of, places
-from surgeon.anatomy.families import Row
+from surgeon.anatomy.families import Row, written_and_read
 from surgeon.plan.plan import Add, Affine, Expr, Gather, Plan, Read, Uniform
 from surgeon.transforms.layers import initial_std
 from surgeon.transforms.widths import Widths, is_final_norm, is_scaled

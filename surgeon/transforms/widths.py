@@ -5,102 +5,20 @@ family's code cannot express is refused here, and so is what would change the fu
 """
 
 import math
-from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from surgeon.anatomy.anatomy import Anatomy
-from surgeon.anatomy.axes import Index, Scale, axes_of
+from surgeon.anatomy.axes import axes_of
 from surgeon.anatomy.config import is_off
 from surgeon.anatomy.families import Row
 from surgeon.anatomy.rotary import EXTENSIBLE_ROPE, rope_types, rotary_dims, wider_head
 from surgeon.errors import PlanError
+from surgeon.transforms.axis_maps import AxisMap, append, isometric_pad, tile, uneven, zero_pad
 
 SQUARE = ("hidden", "heads", "kv_heads", "head_dim")  # the sizes that a family's code may derive from one another
 WIDTH_METHODS = ("auto", "clone", "pad", "zero-pad", "uneven", "advanced")
-
-
-@dataclass(frozen=True, slots=True, init=False)
-class AxisMap:
-    """How a wider axis is made of a narrower one.
-
-    What writes the axis applies S, what reads it applies C, and C S = I. Position j of the new axis is written as
-    `write[j]` times position `index[j]` of the old one, and read with weight `read[j]`; where index[j] is -1 it is new.
-    New positions are either `zeroed`: written as zero and read with fresh weights, or the reverse.
-    """
-
-    index: Index
-    write: Scale
-    read: Scale
-    zeroed: bool
-
-    def __init__(self, index: Iterable[int], write: Iterable[float], read: Iterable[float], *, zeroed: bool) -> None:
-        object.__setattr__(self, "index", Index.of(index))
-        object.__setattr__(self, "write", Scale.of(write))
-        object.__setattr__(self, "read", Scale.of(read))
-        object.__setattr__(self, "zeroed", zeroed)
-
-    @property
-    def is_exact(self) -> bool:
-        """Whether a norm over the axis sees the same mean square: every old position weighs the same in the new."""
-        weights: dict[int, float] = defaultdict(float)
-        for i, s in zip(self.index, self.write, strict=True):
-            if i >= 0:
-                weights[i] += s * s
-        ratio = len(self.index) / len(weights)
-        return all(math.isclose(weight, ratio, rel_tol=1e-12) for weight in weights.values())
-
-
-def tile(size: int, times: int) -> AxisMap:
-    """Return the map of `times` copies laid end to end, each read with its share."""
-    new_size = size * times
-    index = Index([(0, size)] * times)
-    return AxisMap(index, Scale.all(1.0, new_size), Scale.all(1 / times, new_size), zeroed=True)
-
-
-def append(size: int, new_size: int) -> AxisMap:
-    """Return the map that adds new positions, written at random and not read: what they hold changes nothing yet."""
-    weights = _old_then_new(1.0, size, new_size)
-    return AxisMap(_appended(size, new_size), weights, weights, zeroed=False)
-
-
-def isometric_pad(size: int, new_size: int) -> AxisMap:
-    """Return the map that adds zeroed positions and scales the old ones by sqrt(new / old).
-
-    The mean square is then what it was, so a norm needs no other epsilon: exact for any size.
-    """
-    ratio = math.sqrt(new_size / size)
-    write, read = _old_then_new(ratio, size, new_size), _old_then_new(1 / ratio, size, new_size)
-    return AxisMap(_appended(size, new_size), write, read, zeroed=True)
-
-
-def zero_pad(size: int, new_size: int) -> AxisMap:
-    """Return the map that adds zeroed positions and leaves the old ones as they are, as in arXiv:2104.11390.
-
-    A norm then divides by a smaller mean square: approximate.
-    """
-    weights = _old_then_new(1.0, size, new_size)
-    return AxisMap(_appended(size, new_size), weights, weights, zeroed=True)
-
-
-def uneven(size: int, new_size: int) -> AxisMap:
-    """Return the map that repeats the first positions once more, as in bert2BERT's FPI (arXiv:2110.07143).
-
-    Exact but for norms, which see the repeated positions weigh more: approximate unless new is a multiple of old.
-    """
-    times, more = divmod(new_size, size)  # the first `more` positions are there once more than the others
-    index = Index([(0, size)] * times + [(0, more)])
-    read = Scale([(1 / (times + 1), more), (1 / times, size - more)] * times + [(1 / (times + 1), more)])
-    return AxisMap(index, Scale.all(1.0, new_size), read, zeroed=True)
-
-
-def _appended(size: int, new_size: int) -> Index:
-    return Index([(0, size), (-1, new_size - size)])
-
-
-def _old_then_new(factor: float, size: int, new_size: int) -> Scale:
-    return Scale([(factor, size), (0.0, new_size - size)])
 
 
 @dataclass(frozen=True)
@@ -165,6 +83,8 @@ def plan_widths(
         )
     if hidden != old["hidden"]:
         maps["hidden"] = _residual_map(old["hidden"], hidden, method)
+        if "projected" in old:  # an activation follows, so its positions keep their values
+            maps["projected"] = _inner_map(old["hidden"], hidden, method, "hidden size")
     if expert_ffn not in (None, old.get("expert_ffn")):
         maps["expert_ffn"] = _inner_map(old["expert_ffn"], expert_ffn, method, "size of experts")
     if ffn != old["ffn"]:
@@ -175,6 +95,8 @@ def plan_widths(
         maps["embed"] = maps["hidden"]
     approximate = _check_norms(anatomy, maps)
     sizes = asked | {"group": heads // kv_heads, "embed": hidden if "embed" in maps else old.get("embed", 0)}
+    if "projected" in maps:
+        sizes["projected"] = hidden
     if head_dim != old["head_dim"]:
         sizes |= dict.fromkeys(("q_dim", "k_dim", "v_dim"), head_dim)
         if "rotary" in old:
@@ -357,7 +279,7 @@ def _check_norms(anatomy: Anatomy, maps: Mapping[str, AxisMap]) -> tuple[str, ..
     for name, (row, _) in anatomy.rows.items():
         if row.kind not in ("gain", "shift"):
             continue
-        for axis in sorted(axes_of(row.axes[-1]) & maps.keys() - {"hidden"}):
+        for axis in sorted(axes_of(row.axes[-1]) & maps.keys() - {"hidden", "embed"}):
             if not maps[axis].is_exact:
                 raise PlanError(
                     f"{anatomy.model_type} normalises over all heads ({name}), so new heads must be copies of the old",
@@ -372,7 +294,7 @@ def _check_norms(anatomy: Anatomy, maps: Mapping[str, AxisMap]) -> tuple[str, ..
             f"{anatomy.model_type} with norms after the sum cannot be padded: a norm fixes the mean of its output",
             hint="Use a multiple, with --width-method clone.",
         )
-    if pads and any(row.kind == "shift" and is_first_norm(anatomy, name) for name, (row, _) in anatomy.rows.items()):
+    if pads and family.norm_kind == "layer" and any(is_first_norm(anatomy, name) for name in anatomy.rows):
         raise PlanError(
             f"{anatomy.model_type} has a layer norm behind its embedding, which fixes the mean: no padding",
             hint="Use a multiple, with --width-method clone.",
@@ -481,6 +403,7 @@ def resized(anatomy: Anatomy, sizes: Mapping[str, int], other: Mapping[str, Any]
     for axis, paths in family.outer_sizes.items():
         for path in paths if sizes[axis] != anatomy.sizes[axis] else ():
             group, _, key = path.rpartition(".")
-            if isinstance(whole.get(group), Mapping) and whole[group].get(key) == anatomy.sizes[axis]:
-                whole[group] = {**whole[group], key: sizes[axis]}
+            holder = whole.get(group) if group else whole
+            if isinstance(holder, Mapping) and holder.get(key) == anatomy.sizes[axis]:
+                whole |= {group: {**holder, key: sizes[axis]}} if group else {key: sizes[axis]}
     return whole

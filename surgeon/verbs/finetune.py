@@ -3,7 +3,7 @@
 import os
 import tempfile
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -11,6 +11,7 @@ from types import UnionType
 from typing import TYPE_CHECKING, Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from surgeon.anatomy.anatomy import read_anatomy
+from surgeon.anatomy.config import class_names
 from surgeon.checkpoint import output as outputs
 from surgeon.checkpoint.header import is_quantized
 from surgeon.checkpoint.source import Source, spec_of
@@ -131,7 +132,7 @@ def finetune(model: str | os.PathLike[str], options: FinetuneOptions) -> Trainin
     if not options.data:
         raise OptionError("data", "--data is missing: there is nothing to train on", hint="Name a file: --data FILE.")
     training = checked(options.of(TrainingOptions))
-    source = opened(model, options.revision, gist=training.gist)
+    source = opened(model, options.revision)
     target, place = places_of(model, options)
     done = _finished(place, target) if options.resume else None
     if done is None:
@@ -226,7 +227,7 @@ def estimate_finetune(model: str | os.PathLike[str], options: EstimateOptions) -
     from surgeon.train.inputs import Inputs
 
     training = checked(options.of(TrainingOptions))
-    source = opened(model, options.revision, gist=training.gist)
+    source = opened(model, options.revision)
     inputs = Inputs(
         source,
         tuple(options.data),
@@ -251,14 +252,41 @@ def checked(options: TrainingOptions) -> TrainingOptions:
 
 def task_of(source: Source, options: TrainingOptions) -> "Task":
     """Return the task that the options choose."""
-    from surgeon.train.task import Task
-
     settings, recorded = options.of(Settings), deciding(options)
     if not options.gist:
-        return Task(settings, recorded)
+        return _plain_task(source, settings, recorded)
     from surgeon.gist.training import GistTask
 
     return GistTask(settings=settings, recorded=recorded, source=source, gist=options.of(GistSettings))
+
+
+def _plain_task(source: Source, settings: Settings, recorded: Mapping[str, Any]) -> "Task":
+    """Return the task that the model's own class chooses. Raises PlanError for options that it does not have."""
+    from surgeon.train.task import Task
+
+    names = class_names(source.config)
+    encodes = bool(source.config.get("is_encoder_decoder"))
+    classifies = any(name.endswith("ForSequenceClassification") for name in names)
+    embeds = not encodes and bool(names) and all(name.endswith("Model") and "LMHead" not in name for name in names)
+    if not encodes and not classifies and not (embeds and settings.teacher):
+        return Task(settings, recorded)
+    what = "a classifier" if classifies else "an encoder-decoder" if encodes else "an encoder without a head"
+    given: dict[str, Any] = {"train_on": settings.train_on != "completion", "hidden_weight": settings.hidden_weight}
+    given |= {"teacher_top_k": settings.teacher_top_k} if embeds else {"teacher": settings.teacher}
+    given |= {} if encodes else {"lora": settings.lora}
+    if refused := next((name for name, value in given.items() if value), None):
+        raise PlanError(f"{flag_of(refused)} has no meaning for {what}", hint=f"Leave out {flag_of(refused)}.")
+    if classifies:
+        from surgeon.train.classifying import ClassTask, classes_of
+
+        return ClassTask(settings, recorded, classes_of(source))
+    if embeds:
+        from surgeon.train.embedding import EmbeddingTask, pooling_of
+
+        return EmbeddingTask(settings, recorded, pooling_of(source))
+    from surgeon.train.answering import AnswerTask
+
+    return AnswerTask(settings, recorded)
 
 
 def _check_places(target: Path, run_dir: Path, options: FinetuneOptions, reads: Reads) -> None:
@@ -283,15 +311,10 @@ def _check_places(target: Path, run_dir: Path, options: FinetuneOptions, reads: 
         raise OutputError(f"cannot write into {parent}, where {target} is to be", hint="Choose another place with -o.")
 
 
-def opened(model: str | os.PathLike[str], revision: str | None, *, gist: bool = False) -> Source:
+def opened(model: str | os.PathLike[str], revision: str | None) -> Source:
     """Return the model to train. Raises MeasureError for one that cannot be trained, CheckpointError for damage."""
     source = open_source(model, revision=revision)
     read_anatomy(spec_of(source))
-    if source.config.get("is_encoder_decoder") and not gist:
-        raise MeasureError(
-            f"{source.label} has an encoder and a decoder; such models are trained with gists only",
-            hint="Add --gist, or train it with a script of transformers.",
-        )
     if is_quantized(source.config):
         raise MeasureError(
             f"{source.label} is quantized; what is trained are weights as numbers",

@@ -16,7 +16,7 @@ from surgeon.checkpoint.source import LocalSource, Source, StoredTensor, spec_of
 from surgeon.options import option, revision_option, takes
 from surgeon.plan.plan import changed_keys
 from surgeon.surgery import open_source
-from surgeon.transforms.settling import is_copy
+from surgeon.transforms.settling import is_copy, predictors_in, stored_tie
 
 STORED_TIE = {
     None: "",
@@ -104,7 +104,8 @@ class Inspection:
     @property
     def sizes(self) -> dict[str, int]:
         """The sizes of the axes that a config gives, and how many heads share a key-value head; {} without a table."""
-        shown = (*family.sizes, "group") if (family := self.anatomy.family) else ()
+        family = self.anatomy.family
+        shown = () if family is None else tuple(family.sizes) if family.is_partial else (*family.sizes, "group")
         return {axis: self.anatomy.sizes[axis] for axis in shown if axis in self.anatomy.sizes}
 
     @property
@@ -163,8 +164,8 @@ class Inspection:
             ("type", anatomy.model_type + self._table_note()),
             ("layers", "  ".join(f"{stack.depth} ({stack.prefix}*)" for stack in anatomy.stacks)),
         ]
-        if anatomy.predictors:
-            what = f"{len(anatomy.predictors)} tensors of layers that predict further tokens; no surgery keeps them"
+        if predictors := predictors_in(anatomy):
+            what = f"{len(predictors)} tensors of layers that predict further tokens; no surgery keeps them"
             lines += [("MTP", what)]
         lines += [("sizes", "  ".join(f"{axis} {n}" for axis, n in self.sizes.items()))] if self.sizes else []
         total = spec.num_parameters
@@ -224,7 +225,7 @@ def inspect(model: str | os.PathLike[str], options: InspectOptions) -> Inspectio
     if options.against is not None:
         other = open_source(options.against)
         difference = _difference(source, anatomy, other, read_anatomy(spec_of(other)))
-    tie = None if anatomy.stored_tie is None else is_copy(source, anatomy.stored_tie)
+    tie = None if (stored := stored_tie(anatomy)) is None else is_copy(source, stored)
     return Inspection(source.label, anatomy, source.tensors, _receipt_of(source), difference, tie)
 
 

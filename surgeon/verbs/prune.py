@@ -71,9 +71,7 @@ class CutOptions:
     )
     hidden_size: int | None = option(f"Hidden size of the result. {_UNCHANGED}", None, metavar="N")
     intermediate_size: int | None = option(f"Neurons of each MLP of the result. {_UNCHANGED}", None, metavar="N")
-    expert_intermediate_size: int | None = option(
-        f"Neurons of each expert of the result. {_UNCHANGED}", None, metavar="N"
-    )
+    expert_intermediate_size: int | None = option(f"Neurons of each expert. {_UNCHANGED}", None, metavar="N")
     attention_heads: int | None = option(f"Attention heads of the result. {_UNCHANGED}", None, metavar="N")
     key_value_heads: int | None = option(
         f"Key-value heads of the result; each is removed with its group of heads. {_UNCHANGED}", None, metavar="N"

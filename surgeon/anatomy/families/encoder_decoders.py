@@ -123,6 +123,8 @@ BART = Family(
     | repeated_embeddings("model.")
     | both("embed_positions", one("weight", "(positions + 2) hidden", "embedding"))
     | both("layernorm_embedding", one("weight", "hidden", "gain") | one("bias", "hidden", "shift"))
+    | one("model.encoder.version", "1", "buffer")
+    | one("model.decoder.version", "1", "buffer")
     | one("lm_head.weight", "vocab hidden", "head")
     | optional("the head's bias", one("final_logits_bias", "1 vocab", "bias"))
     | deep_classifier("classification_head")
@@ -148,9 +150,40 @@ BART = Family(
     rotary=None,
 )
 
+LAST_NORMS = norm("model.decoder.layer_norm", shift=True)
+EMBEDDING_NORMS = both("layernorm_embedding", one("weight", "hidden", "gain") | one("bias", "hidden", "shift"))
+POSITIONS = both("embed_positions", one("weight", "positions hidden", "embedding"))
+SINUSOIDS = {"hidden": "its positions are sinusoids that the code makes for the hidden size"}
+UNPLACED = {name: row for name, row in BART.embedding.items() if name not in POSITIONS}  # without positions
+
+MBART = replace(
+    BART,
+    norms_after_sum=False,
+    last_norm="",
+    encoder_norm=norm("model.encoder.layer_norm", shift=True),
+    final_norm=LAST_NORMS,
+)
+BLENDERBOT = replace(
+    MBART,
+    embedding={name: row for name, row in (UNPLACED | POSITIONS).items() if name not in EMBEDDING_NORMS},
+)
+BLENDERBOT_SMALL = replace(BART, embedding=UNPLACED | POSITIONS)
+MADE_POSITIONS = both("embed_positions", one("weight", "positions hidden", "buffer"))
+PEGASUS = replace(BLENDERBOT, embedding=BLENDERBOT.embedding | MADE_POSITIONS, frozen=SINUSOIDS)
+MARIAN = replace(
+    BART,
+    embedding={name: row for name, row in UNPLACED.items() if name not in EMBEDDING_NORMS} | MADE_POSITIONS,
+    frozen=SINUSOIDS,
+)
+
 ENCODER_DECODERS: Mapping[str, Family] = {
     "t5": T5,
     "mt5": MT5,
     "umt5": UMT5,
     "bart": BART,
+    "mbart": MBART,
+    "blenderbot": BLENDERBOT,
+    "blenderbot-small": BLENDERBOT_SMALL,
+    "pegasus": PEGASUS,
+    "marian": MARIAN,
 }

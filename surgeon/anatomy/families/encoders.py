@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from surgeon.anatomy.families.parts import ATTENDED, DERIVED_SIZES, HIDDEN_AND_HEADS, KEY, QUERY, VALUE
-from surgeon.anatomy.families.table import UNTIED, Family, Rows, linear, norm, one, optional
+from surgeon.anatomy.families.table import LATER, UNTIED, Family, Rows, linear, norm, one, optional
 
 SIZES = HIDDEN_AND_HEADS | {"types": ("type_vocab_size",)}
 OLD_NORMS = (("LayerNorm.gamma", "LayerNorm.weight"), ("LayerNorm.beta", "LayerNorm.bias"))
@@ -91,9 +91,99 @@ ROBERTA = replace(
     final_norm=optional("masked LM", norm("lm_head.layer_norm", shift=True)),
 )
 
+
+ELECTRA = replace(
+    BERT,
+    base="electra.",
+    layers="electra.encoder.layer.",
+    embedding=embeddings("electra.", "embed")
+    | one("electra.embeddings_project.weight", "hidden embed", "linear", "embed != hidden")
+    | one("electra.embeddings_project.bias", "hidden", "bias", "embed != hidden")
+    | optional(
+        "masked LM",
+        linear("generator_predictions.dense", "embed hidden", bias=True)
+        | one("generator_lm_head.bias", "vocab", "bias")
+        | one("generator_lm_head.weight", "vocab embed", "head", when=UNTIED),
+    )
+    | optional(
+        "discriminator",
+        linear("discriminator_predictions.dense", "hidden hidden", bias=True)
+        | linear("discriminator_predictions.dense_prediction", "1 hidden", bias=True),
+    )
+    | optional("classifier of two layers", DEEP_CLASSIFIER)
+    | optional("summary", linear("sequence_summary.summary", "hidden hidden", bias=True))
+    | optional("classifier", CLASSIFIER)
+    | ANSWERS,
+    final_norm=optional("masked LM", norm("generator_predictions.LayerNorm", "embed", shift=True)),
+    sizes=SIZES | {"embed": ("embedding_size",)},
+    default_sizes=DERIVED_SIZES | {"embed": (1, "hidden")},
+)
+
+DISTILBERT = replace(
+    BERT,
+    base="distilbert.",
+    layers="distilbert.transformer.layer.",
+    embedding={name: row for name, row in embeddings("distilbert.").items() if "token_type" not in name}
+    | optional(
+        "masked LM",
+        linear("vocab_transform", "hidden hidden", bias=True)
+        | one("vocab_projector.bias", "vocab", "bias")
+        | one("vocab_projector.weight", "vocab hidden", "head", when=UNTIED),
+    )
+    | optional("layer before a classifier", linear("pre_classifier", "hidden hidden", bias=True))
+    | optional("classifier", CLASSIFIER)
+    | ANSWERS,
+    final_norm=optional("masked LM", norm("vocab_layer_norm", shift=True)),
+    attention=linear("attention.q_lin", f"({QUERY}) hidden", bias=True)
+    | linear("attention.k_lin", f"({KEY}) hidden", bias=True)
+    | linear("attention.v_lin", f"({VALUE}) hidden", bias=True)
+    | linear("attention.out_lin", f"hidden ({ATTENDED})", bias=True),
+    norm=norm("sa_layer_norm", shift=True) | norm("output_layer_norm", shift=True),
+    mlp=(linear("ffn.lin1", "ffn hidden", bias=True) | linear("ffn.lin2", "hidden ffn", bias=True),),
+    sizes={
+        "vocab": ("vocab_size",),
+        "hidden": ("dim",),
+        "ffn": ("hidden_dim",),
+        "heads": ("n_heads",),
+        "positions": ("max_position_embeddings",),
+    },
+)
+
+
+def plain_norm(name: str) -> Rows:
+    """Return the rows of ModernBERT's layer norms, which have a shift only where the config asks for one."""
+    return norm(name) | one(f"{name}.bias", "hidden", "shift", "norm_bias")
+
+
+MODERNBERT = Family(
+    base="model.",
+    layers="model.layers.",
+    embedding=one("model.embeddings.tok_embeddings.weight", "vocab hidden", "embedding")
+    | plain_norm("model.embeddings.norm")
+    | plain_norm("model.final_norm")
+    | optional("prediction head", linear("head.dense", "hidden hidden", bias="classifier_bias"))
+    | optional("masked LM", one("decoder.weight", "vocab hidden", "head", when=UNTIED))
+    | optional("masked LM's bias", one("decoder.bias", "vocab", "bias", "decoder_bias"))
+    | optional("classifier", CLASSIFIER | one("classifier.weight", "? hidden", "head")),
+    final_norm=optional("prediction head", plain_norm("head.norm")),
+    attention=linear("attn.Wqkv", f"({QUERY} + {KEY} + {VALUE}) hidden", bias="attention_bias")
+    | linear("attn.Wo", f"hidden ({ATTENDED})", bias="attention_bias"),
+    norm=norm("attn_norm", when=LATER)
+    | optional("shift of later layers", one("attn_norm.bias", "hidden", "shift", "norm_bias"))
+    | plain_norm("mlp_norm"),
+    mlp=(linear("mlp.Wi", "(ffn + ffn) hidden", bias="mlp_bias") | linear("mlp.Wo", "hidden ffn", bias="mlp_bias"),),
+    sizes=HIDDEN_AND_HEADS,
+    default_sizes=DERIVED_SIZES,
+    norm_kind="layer",
+    own_init=True,
+)
+
 ENCODERS: Mapping[str, Family] = {
     "bert": BERT,
     "roberta": ROBERTA,
     "camembert": ROBERTA,
     "xlm-roberta": ROBERTA,
+    "electra": ELECTRA,
+    "distilbert": DISTILBERT,
+    "modernbert": MODERNBERT,
 }

@@ -5,7 +5,7 @@ saves an expert's three matrices; in memory there are two, fused over the expert
 which the tensor is stored: "out in" for a linear map, "in out" for GPT-2's Conv1D.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -23,10 +23,10 @@ class Row:
     parameter), `buffer` is something old files carry and every loader ignores, `opaque` has no axis that a surgery
     could change.
     `when` is the config key that decides whether the tensor exists, or two axes that then differ: "embed != hidden";
-    FIRST for what only the first layer of a stack has, ALL_OR_NONE for what all layers have or none, UNTIED for what a
-    head of its own has beside it. `optional` names the part of a model that not every class of the family has, such as
-    a pooler or a masked LM's head: of one part all tensors are there, or none. `start` is the value of a fresh one,
-    where its kind does not say.
+    FIRST for what only the first layer of a stack has, LATER for what all others have, ALL_OR_NONE for what all layers
+    have or none, UNTIED for what a head of its own has beside it. `optional` names the part of a model that not every
+    class of the family has, such as a pooler or a masked LM's head: of one part all tensors are there, or none. `start`
+    is the value of a fresh one, where its kind does not say.
     """
 
     axes: tuple[Dim, ...]
@@ -39,6 +39,7 @@ class Row:
 Rows = dict[str, Row]
 
 FIRST = "first layer"
+LATER = "layers after the first"
 ALL_OR_NONE = "all or none"  # no config key, so that the layers themselves say it
 UNTIED = "untied head"
 ANY = ""  # of Family.opaque: every tensor that has no row
@@ -62,6 +63,15 @@ class Layers:
         """All rows that a layer may have."""
         alternatives = (self.norm, *self.attention, *self.mlp)
         return {name: row for rows in alternatives for name, row in rows.items()}
+
+
+# What the heads of classifiers and reward models are called, by the end of the class that has them.
+CLASS_HEADS: Mapping[str, tuple[str, ...]] = {
+    "ForSequenceClassification": ("score", "classifier"),
+    "ForTokenClassification": ("score", "classifier"),
+    "ForQuestionAnswering": ("qa_outputs",),
+    "RewardModel": ("score", "v_head"),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,6 +125,7 @@ class Family:
     head_scale_flags: tuple[str, ...] = ()  # the config keys that are false where it is not; the first one counts
     last_norm: str = ""  # the norm at the end of a layer that stands before the head where no final norm does
     encoder_norm: Rows = field(default_factory=dict)  # the norm at the end of the encoder, which the decoder reads
+    own_init: bool = False  # fresh weights are drawn in a way of the family's own, which the table does not say
     init_by_inputs: bool = False  # fresh weights are drawn with std / sqrt(inputs), embeddings with std
     frozen_by: Mapping[str, Mapping[str, str]] = field(default_factory=dict)  # the same, where a config key is set
     kv_heads_flag: str | bool = True  # whether the config's number of key-value heads counts, or the key that says so
@@ -141,6 +152,29 @@ class Family:
             name = name.replace(old, new)
         return name
 
+    def of_class(self, names: Sequence[str], layers: str) -> "Family":
+        """Return this family with the head of the class of one of these names, and its name of the base.
+
+        `layers` is what the files call the layers: the class of Llama's kind that answers questions has another base.
+        """
+        heads = {name: row for name, row in self.embedding.items() if row.kind == "head"}
+        own = next((own for end, own in CLASS_HEADS.items() if any(name.endswith(end) for name in names)), ())
+        added: Rows = {}
+        for name in own if heads else ():
+            axes = (*parse("?"), *next(iter(heads.values())).axes[1:])
+            added[f"{name}.weight"] = Row(axes, "head", optional=name)
+            added[f"{name}.bias"] = Row(axes[:1], "bias", optional=f"bias of {name}")
+        unneeded = {name: replace(row, optional="language model head") for name, row in heads.items()} if added else {}
+        family = replace(self, embedding={**added, **self.embedding, **unneeded}) if added else self
+        inside = self.layers.removeprefix(self.base)
+        is_other = bool(inside) and layers == "transformer." + inside != self.layers
+        return Wrapper("transformer.", ()).around(family) if is_other else family
+
+    def placed(self, prefixes: Sequence[str]) -> "Family":
+        """Return a table that says the same of each stack, wherever it lies."""
+        layers = [replace(self.stacks[0], prefix=prefix) for prefix in prefixes]
+        return replace(self, layers=prefixes[0], encoder=layers[1] if layers[1:] else None)
+
     @property
     def is_partial(self) -> bool:
         """Whether the table speaks of some axes only."""
@@ -153,8 +187,9 @@ class Wrapper:
 
     `base` stands in the files for the language model's own base ("model."), `head` in front of the names that lie
     outside of it (lm_head). `headless` is the prefix that checkpoints of the headless model lack. `rows` are tensors
-    beside it that have axes of the language model, such as a projector that writes its hidden state; all else under
-    `opaque` has none. `sizes` are config keys outside of the text config that hold a size, with dots.
+    beside it that have axes of the language model, such as a projector that writes its hidden state ("projected" is an
+    axis inside a projector that is as wide as hidden); all else under `opaque` has none. `sizes` are config keys
+    outside of the text config that hold a size, with dots.
     """
 
     base: str
@@ -182,10 +217,25 @@ class Wrapper:
             layers=named(family.layers),
             embedding=renamed(family.embedding) | self.rows,
             final_norm=renamed(family.final_norm),
+            default_sizes={**family.default_sizes, "projected": (1, "hidden")},
             opaque=(*family.opaque, *self.opaque),
             frozen={**family.frozen, **self.frozen},
             outer_sizes=self.sizes,
         )
+
+
+def written_and_read(row: Row) -> tuple[int | None, int | None]:
+    """Return which dimension of a tensor writes an axis, and which reads one; None where none does."""
+    last = len(row.axes) - 1
+    match row.kind:
+        case "linear":
+            return last - 1, last
+        case "conv1d":
+            return last, last - 1
+        case "head":
+            return None, last
+        case _:
+            return last, None
 
 
 def linear(name: str, axes: str, *, bias: str | bool = False, kind: Kind = "linear") -> Rows:

@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from surgeon.checkpoint.formats.torch_file import StridedTensor, TorchFile, read_torch_file
-from surgeon.checkpoint.header import DOWNLOAD_HINT, DTYPE_BITS, read_index
+from surgeon.checkpoint.header import DOWNLOAD_HINT, DTYPE_BITS
+from surgeon.checkpoint.json_files import read_index
 from surgeon.checkpoint.output import check_space
 from surgeon.checkpoint.source import LocalSource, StoredTensor
 from surgeon.errors import CheckpointError, OutputError

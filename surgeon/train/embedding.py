@@ -1,0 +1,146 @@
+"""The task of an encoder without a head, as sentence embeddings are made with: to embed texts as a teacher does.
+
+The loss is the mean squared difference of the two embeddings, the distillation of Reimers and Gurevych 2020
+(arXiv:2004.09813) and of sentence-transformers' layer reduction.
+"""
+
+import json
+from array import array
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import MethodType
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from surgeon.checkpoint.source import Source
+from surgeon.data.records import Document
+from surgeon.errors import DataError, PlanError
+from surgeon.models.split import LeftAligned, document_numbers
+from surgeon.train.examples import Example, extend
+from surgeon.train.losses import sum_dtype
+from surgeon.train.store import IGNORED
+from surgeon.train.task import Task
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+POOLING = "1_Pooling/config.json"  # of sentence-transformers
+_MODES = {"pooling_mode_mean_tokens": "mean", "pooling_mode_cls_token": "cls"}
+
+
+@dataclass(frozen=True)
+class EmbeddingTask(Task):
+    """Texts, each in a row, with special tokens. `pooling` is "mean" of all tokens, or "cls", the first one."""
+
+    pooling: str = "mean"
+    unit: ClassVar[str] = "squared distance of embeddings"
+
+    @property
+    def fingerprint(self) -> str | None:
+        """Texts are tokenised with special tokens."""
+        return "embeddings"
+
+    def examples(
+        self, documents: Sequence[Document], tokenizer: "PreTrainedTokenizerBase", *, first: int, length: int
+    ) -> list[Example]:
+        """Return the example of each text, whose last token counts for it. One longer than `length` loses its end."""
+        made = []
+        for document in documents:
+            if document.messages:
+                raise DataError(f"{document.where} is a chat, not a text", hint='Write it so: {"text": "..."}')
+            ids = list(tokenizer("\n".join(document.parts), verbose=False)["input_ids"])
+            if len(ids) < 2:
+                raise DataError(f"{document.where} has fewer than two tokens", hint="Take the record out.")
+            is_cut = len(ids) > length
+            if is_cut:
+                ids = ids[: length - 1] + ids[-1:]
+            example = Example(array("I"), bytearray(), is_text=False, is_cut=is_cut)
+            extend(example, ids[:-1], False)
+            extend(example, ids[-1:], True)
+            made.append(example)
+        return made
+
+    def may_share_rows(self, attention: str) -> bool:
+        """Return that each text has a row of its own."""
+        return False
+
+    def kind(self, source: Source) -> Any:
+        """Return the Auto class of models without a head."""
+        from transformers import AutoModel
+
+        return AutoModel
+
+    def teacher(self, model: Any) -> Any:
+        """Return the loaded model, in evaluation mode."""
+        return model.eval().requires_grad_(False)
+
+    def attach(self, model: Any, objective: Any, teacher: Any) -> None:
+        """Make the model return how far its embeddings are from the teacher's. Raises PlanError for another width."""
+        width, others = (each.config.get_text_config().hidden_size for each in (model, teacher))
+        if width != others:
+            raise PlanError(
+                f"the model embeds in {width} numbers, its teacher in {others}",
+                hint="The teacher is the model that this one was cut from, in depth alone.",
+            )
+        model.__dict__["_surgeon_embedding"] = (teacher, self.pooling)  # no part of the model: it is not trained
+        model.forward = MethodType(_forward, model)
+
+
+def pooling_of(source: Source) -> str:
+    """Return how a sentence-transformers folder pools: "mean" or "cls"; without its file "mean".
+
+    Raises PlanError for another way.
+    """
+    if POOLING not in source.companions:
+        return "mean"
+    config = json.loads(Path(source.fetch(POOLING)).read_text(encoding="utf-8"))
+    modes = [name for name, value in config.items() if name.startswith("pooling_mode_") and value is True]
+    modes = [_MODES.get(name, name) for name in modes] or [str(config.get("pooling_mode", "mean"))]
+    if modes not in (["mean"], ["cls"]):
+        raise PlanError(
+            f"{source.label} pools by {', '.join(modes)}, and only mean and cls are known here",
+            hint=f"See {POOLING}; train it with sentence-transformers.",
+        )
+    return str(modes[0])
+
+
+def pooled(forward: Callable[..., Any], read: LeftAligned, pooling: str, *, padding: int | None) -> Tensor:
+    """Return the embeddings of texts, shape (B, D), in float32 at least, by a model's forward pass."""
+    ids = read.ids if padding is None else read.ids.masked_fill(read.mask == 0, padding)
+    states: Tensor = forward(input_ids=ids, attention_mask=read.mask)[0]
+    states = states.to(sum_dtype(states.dtype))
+    if pooling == "cls":
+        return states[:, 0]
+    weights = read.mask[..., None].to(states.dtype)
+    return (states * weights).sum(1) / weights.sum(1)
+
+
+def _forward(
+    model: Any,
+    input_ids: Tensor,
+    labels: Tensor | None = None,
+    position_ids: Tensor | None = None,
+    num_items: Tensor | float | None = None,
+    token_index: Tensor | None = None,
+    **options: Any,
+) -> Any:
+    own = MethodType(type(model).forward, model)
+    if labels is None:
+        return own(input_ids=input_ids, **options)
+    assert position_ids is not None, "positions tell padding from a text"
+    teacher, pooling = model.__dict__["_surgeon_embedding"]
+    counts = (labels != IGNORED).any(1)
+    read = LeftAligned(input_ids, position_ids, document_numbers(position_ids) == 1)
+    with torch.no_grad():
+        expected = pooled(teacher, read, pooling, padding=teacher.config.get_text_config().pad_token_id)
+    embedded = pooled(own, read, pooling, padding=model.config.get_text_config().pad_token_id)
+    loss = (embedded - expected)[counts].square().mean(-1).sum()
+    count = counts.sum()
+    return {
+        "loss": loss / (count.clamp(min=1) if num_items is None else num_items),
+        "cross_entropy": loss.detach(),
+        "num_tokens": count,
+    }
