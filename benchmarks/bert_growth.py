@@ -17,14 +17,19 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from grow_training import LENGTH, ROOT, Lengths, Start, corpus, gather, plot, run_all, table, train
+from grow_training import ROOT, Lengths, Start, corpus, gather, plot, run_all, table, train
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 PLOT = ROOT / "docs" / "images" / "bert-growth.png"
 MASK, SHARE = 256, 0.15  # the token that hides a byte, and how many are hidden
+BATCH = ROWS, LENGTH = (
+    32,
+    32,
+)  # short rows: on long ones so small a BERT needs thousands of steps to find its neighbours
 HEAD, LAYERS = 12, 3
+RATE = 3e-3
 SMALL_HEADS = 4
 HEADS = {"twice": 8, "half more": 6}
 
@@ -40,12 +45,12 @@ STARTS = {
     "fpi-plain": Start("FPI", widths("twice", width_method="uneven", noise=0.0), "twice"),
     "aki": Start("AKI", widths("twice", width_method="advanced", noise=0.0), "twice"),
     "small-on": Start("small, trained on", {}, "twice"),
-    "random-twice": Start("random, twice", None, "twice", 2e-3),
+    "random-twice": Start("random, twice", None, "twice", RATE),
     "fpi-half": Start("FPI + noise, 1.5x", widths("half more", width_method="uneven"), "half more"),
     "aki-half": Start("AKI, 1.5x", widths("half more", width_method="advanced", noise=0.0), "half more"),
-    "random-half more": Start("random, 1.5x", None, "half more", 2e-3),
+    "random-half more": Start("random, 1.5x", None, "half more", RATE),
 }
-LENGTHS = Lengths(small=2000, grown=300, random=2000, measure=25)
+LENGTHS = Lengths(small=800, grown=150, random=450, measure=15)
 QUICK = Lengths(small=20, grown=6, random=12, measure=3)
 
 
@@ -77,6 +82,7 @@ def fresh(heads: int, seed: int) -> Any:
         pad_token_id=None,
         hidden_dropout_prob=0.0,
         attention_probs_dropout_prob=0.0,
+        initializer_range=0.15,  # about hidden ** -0.5, as 0.02 is for BERT's own sizes
     )
     return BertForMaskedLM(config)
 
@@ -86,7 +92,7 @@ def difference(small: Path, grown: Path, text: Path | None) -> tuple[float, floa
     import torch
     from transformers import BertForMaskedLM
 
-    windows = corpus(text)[1][:, :LENGTH]
+    windows = corpus(text, LENGTH)[1][:, :LENGTH]
     with torch.no_grad():
         expected, found = (
             BertForMaskedLM.from_pretrained(path, dtype=torch.float32).eval()(input_ids=windows).logits
@@ -106,7 +112,7 @@ def run(name: str, seed: int, directory: Path, lengths: Lengths, text: Path | No
     torch.set_num_threads(1)
     logging.disable_progress_bar()
     began = time.perf_counter()
-    small, steps, rate = directory / "small", lengths.small, 2e-3
+    small, steps, rate = directory / "small", lengths.small, RATE
     record: dict[str, Any] = {"run": name, "seed": seed}
     if name == "small":
         model = fresh(SMALL_HEADS, 0)
@@ -130,6 +136,7 @@ def run(name: str, seed: int, directory: Path, lengths: Lengths, text: Path | No
         measure=lengths.measure,
         loss_fn=masked_loss,
         text=text,
+        shape=BATCH,
     )
     if name == "small":
         model.save_pretrained(small)

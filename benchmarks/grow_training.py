@@ -73,10 +73,10 @@ class Lengths:
 QUICK = Lengths(small=30, grown=10, random=20, measure=5)
 
 
-def corpus(path: Path | None = None) -> "tuple[Tensor, Tensor]":
+def corpus(path: Path | None = None, length: int = LENGTH) -> "tuple[Tensor, Tensor]":
     """Return the bytes of a file to train on (None: of the standard library), and windows of held-out ones.
 
-    Of a shorter text a twelfth is held out. Windows are of shape (windows, LENGTH + 1).
+    Of a shorter text a twelfth is held out. Windows are of shape (windows, length + 1).
     """
     import torch
 
@@ -84,8 +84,8 @@ def corpus(path: Path | None = None) -> "tuple[Tensor, Tensor]":
     data = torch.frombuffer(text[:CORPUS_BYTES], dtype=torch.uint8).long()
     num_held_out = min(HELD_OUT_BYTES, len(data) // 12)
     held_out = data[-num_held_out:]
-    starts = torch.linspace(0, num_held_out - LENGTH - 1, HELD_OUT_WINDOWS).long()
-    return data[:-num_held_out], torch.stack([held_out[i : i + LENGTH + 1] for i in starts.tolist()])
+    starts = torch.linspace(0, num_held_out - length - 1, HELD_OUT_WINDOWS).long()
+    return data[:-num_held_out], torch.stack([held_out[i : i + length + 1] for i in starts.tolist()])
 
 
 def _library() -> bytearray:
@@ -98,14 +98,15 @@ def _library() -> bytearray:
     return text
 
 
-def batches(data: "Tensor", seed: int) -> "Iterator[Tensor]":
-    """Yield random windows of the text, (BATCH, LENGTH + 1)."""
+def batches(data: "Tensor", seed: int, shape: tuple[int, int]) -> "Iterator[Tensor]":
+    """Yield random windows of the text, (rows, length + 1)."""
     import torch
 
+    rows, length = shape
     generator = torch.Generator().manual_seed(seed)
     while True:
-        starts = torch.randint(len(data) - LENGTH - 1, (BATCH,), generator=generator)
-        yield torch.stack([data[i : i + LENGTH + 1] for i in starts.tolist()])
+        starts = torch.randint(len(data) - length - 1, (rows,), generator=generator)
+        yield torch.stack([data[i : i + length + 1] for i in starts.tolist()])
 
 
 def next_byte_loss(model: Any, windows: "Tensor", _: int = 0) -> "Tensor":
@@ -125,14 +126,16 @@ def train(
     measure: int,
     loss_fn: "Callable[[Any, Tensor, int], Tensor]" = next_byte_loss,
     text: Path | None = None,
+    shape: tuple[int, int] = (BATCH, LENGTH),
 ) -> list[list[float]]:
     """Return [tokens, held-out loss in nats per byte] from before the first step on; the model is trained in place.
 
-    `loss_fn` takes the model, windows of text and the number of the step, 0 for held-out ones.
+    `loss_fn` takes the model, windows of text and the number of the step, 0 for held-out ones. `shape` is that of a
+    batch: rows and their length.
     """
     import torch
 
-    data, held_out = corpus(text)
+    data, held_out = corpus(text, shape[1])
 
     def measured() -> float:
         with torch.no_grad():
@@ -140,7 +143,7 @@ def train(
 
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, betas=(0.9, 0.95), weight_decay=0.1)
     curve = [[0, measured()]]
-    for step, batch in zip(range(1, steps + 1), batches(data, seed), strict=False):
+    for step, batch in zip(range(1, steps + 1), batches(data, seed, shape), strict=False):
         scale = min(step / WARM_UP, (steps - step + 1) / (DECAY * steps), 1.0)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate * scale
@@ -150,7 +153,7 @@ def train(
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         if step % measure == 0 or step == steps:
-            curve.append([step * BATCH * LENGTH, measured()])
+            curve.append([step * shape[0] * shape[1], measured()])
     return curve
 
 

@@ -106,6 +106,10 @@ TYPES: Mapping[str, Config] = {
     | EXPERTS
     | {"moe_intermediate_size": 28, "shared_expert_intermediate_size": 36, "mlp_only_layers": [1]},
     "qwen3_moe": OWN | EXPERTS | {"moe_intermediate_size": 28, "mlp_only_layers": [1]},
+    "granite_swa": DERIVED | GRANITE_SCALES | SLIDING,
+    "jais2": DERIVED,
+    "vaultgemma": OWN | FOR_96 | {"sliding_window": 5, "query_pre_attn_scalar": 13},
+    "youtu": LATENT,
     "solar_open": OWN | ROUTED,
     "exaone4": OWN | SLIDING,
     "falcon": THREE_FALCON,

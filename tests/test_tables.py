@@ -51,7 +51,7 @@ CUT = {
     "experts": ("experts",),
 }
 
-LATENT = ("deepseek_v2", "deepseek_v2-lite", "deepseek_v3", "glm4_moe_lite")
+LATENT = ("youtu", "deepseek_v2", "deepseek_v2-lite", "deepseek_v3", "glm4_moe_lite")
 SLOPES = "it tells positions by"
 NO_DENSE = "all its layers have experts"
 REFUSED = {

@@ -85,11 +85,11 @@ _TABLES: tuple[tuple[Family, str], ...] = (
             "afmoe audioflamingo3 axk1 axk2 aya_vision beam cosmos3_omni deepseek_v32 deepseek_vl_hybrid "
             "diffllama doge embedding_gemma2 embedding_gemma2_text eurobert exaone4_5 flint gemma4 gemma4_text "
             "gemma4_unified gemma4_unified_text glm4v_moe glm4v_moe_text glm5_next glm5_next_text glm_moe_dsa "
-            "glmasr got_ocr2 granite_docling granite_docling_text granite_swa hy_v3 hyperclovax "
+            "glmasr got_ocr2 granite_docling granite_docling_text hy_v3 hyperclovax "
             "hyperclovax_vision_v2 kimi_k25 laguna mimo_v2_flash minicpm3 minicpm_ocr minicpmv4_6 minicpmv4_7 "
             "mllama moss_transcribe_diarize muse_glimmer muse_glimmer_text musicflamingo olmo_hybrid "
             "pp_chart2table qianfan_ocr qwen2_audio qwen3_5 qwen3_5_text qwen3_asr ultrabert ultravbert "
-            "unlimited_ocr vaultgemma video_llama_3 voxtral"
+            "unlimited_ocr video_llama_3 voxtral"
         ),
     ),
     (
@@ -117,7 +117,7 @@ _TABLES: tuple[tuple[Family, str], ...] = (
     (only(FEED), "bamba falcon_h1 mistral_large4_text pixtral"),
     (only(W123), "lfm2_moe lfm3 lfm3_vl mistral_large4"),
     (only(AS_MODERNBERT), "modernbert modernbert-decoder modernvbert"),
-    (only(UNGATED), "jais2 neomme"),
+    (only(UNGATED), "neomme"),
     (only(EXPERTS_W123), "minimax minimax_m3_vl"),
     (only(FC), "biogpt"),
     (only(EXPERTS), "cohere2_moe"),
