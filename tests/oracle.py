@@ -6,7 +6,7 @@ Nothing here reads a plan's expressions or a family's table. A verdict is "exact
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -60,14 +60,23 @@ def judge_depth(source: Any, result: Path, layer_map: Sequence[int]) -> str:
 
 def judge_growth(source: Path, result: Path) -> str:
     """Return the verdict on a result that must compute what its source computes. Raises Wrong where it does not."""
-    with Exact64():
-        got, expected = (every_type.logits(loaded(path, dtype=torch.float64)) for path in (result, source))
-    width = expected.shape[-1]
-    if got.shape[-1] != width:
-        raise Wrong(f"{got.shape[-1]} outputs for {width}")
-    if (got - expected).abs().max().item() <= EXACT64 * max(1.0, expected.abs().max().item()):
-        return EXACT
-    return _close(*(every_type.logits(loaded(path)) for path in (result, source)), CLOSE)
+    return _judged(lambda dtype: (every_type.logits(loaded(path, dtype=dtype)) for path in (result, source)))
+
+
+def _judged(pair: Callable[[torch.dtype], Iterable[Tensor]]) -> str:
+    """Return the verdict on two logits, in float64, or where a difference of dtypes is left inside, in float32."""
+    try:
+        with Exact64():
+            got, expected = pair(torch.float64)
+    except RuntimeError as error:
+        if "dtype" not in str(error):
+            raise
+        got, expected = pair(torch.float32)
+    if got.shape == expected.shape and got.dtype == torch.float64:
+        if (got - expected).abs().max().item() <= EXACT64 * max(1.0, expected.abs().max().item()):
+            return EXACT
+        got, expected = pair(torch.float32)
+    return EXACT if torch.equal(got, expected) else _close(got, expected, CLOSE)
 
 
 def judge_removal(source: Path, result: Path) -> str:
@@ -76,7 +85,6 @@ def judge_removal(source: Path, result: Path) -> str:
     Each tensor must be the source's without some slices, and the result must compute what the source does with these
     slices zeroed. Raises Wrong otherwise.
     """
-    model = loaded(result, dtype=torch.float64)
     before, after = _tensors(source), _tensors(result)
     zeroed = {}
     for name, tensor in after.items():
@@ -88,8 +96,12 @@ def judge_removal(source: Path, result: Path) -> str:
             raise Wrong(f"{name} has changed")
     if not zeroed:
         raise Wrong("no tensor has become smaller")
-    with Exact64():
-        return _compared(every_type.logits(model), every_type.logits(_with(source, before | zeroed)))
+
+    def pair(dtype: torch.dtype) -> Iterable[Tensor]:
+        yield every_type.logits(loaded(result, dtype=dtype))
+        yield every_type.logits(_with(source, before | zeroed, dtype))
+
+    return _judged(pair)
 
 
 def judge_loading(result: Path) -> str:
@@ -106,14 +118,7 @@ def judge_new_tokens(source: Any, result: Path, new: Sequence[int]) -> str:
     if got.shape[-1] < width:
         raise Wrong(f"{got.shape[-1]} outputs for {width}")
     old = [token for token in range(width) if token not in new]
-    return _compared(got[..., old], expected[..., old])
-
-
-def _compared(got: Tensor, expected: Tensor) -> str:
-    """Return "exact" for equal logits, in float64 for those that differ by rounding; else "within" the tolerance."""
-    wide = got.dtype == torch.float64 and got.shape == expected.shape
-    if wide and (got - expected).abs().max().item() <= EXACT64 * max(1.0, expected.abs().max().item()):
-        return EXACT
+    got, expected = got[..., old], expected[..., old]
     return EXACT if torch.equal(got, expected) else _close(got, expected, CLOSE)
 
 
@@ -208,7 +213,7 @@ def _without_removed(name: str, before: Tensor, after: Tensor) -> Tensor:
     return before * mask.view(shape)
 
 
-def _with(source: Path, tensors: dict[str, Tensor]) -> Any:
+def _with(source: Path, tensors: dict[str, Tensor], dtype: torch.dtype) -> Any:
     """Return the model of `source` with other numbers, which transformers loads from a copy of its files."""
     import shutil
     import tempfile
@@ -221,7 +226,7 @@ def _with(source: Path, tensors: dict[str, Tensor]) -> Any:
                 shutil.copy(path, folder)
         save_file(tensors, Path(folder) / "model.safetensors", metadata={"format": "pt"})
         (Path(folder) / "model.safetensors.index.json").unlink(missing_ok=True)
-        return loaded(Path(folder), dtype=torch.float64)
+        return loaded(Path(folder), dtype=dtype)
 
 
 def loss(model: Any, tokens: Sequence[int], length: int) -> float:

@@ -32,6 +32,21 @@ QWEN2 = DERIVED | {"model_type": "qwen2"}
 QWEN2_VL = DERIVED | MROPE | {"model_type": "qwen2_vl_text"}
 QWEN2_5_VL = QWEN2_VL | {"model_type": "qwen2_5_vl_text"}
 QWEN3_VL = OWN | MROPE | {"model_type": "qwen3_vl_text"}
+DELTA: Config = {
+    "layer_types": ["linear_attention", "full_attention"],
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 18,
+    "linear_value_head_dim": 20,
+    "rope_parameters": {
+        "rope_type": "default",
+        "rope_theta": 1e4,
+        "partial_rotary_factor": 0.4,
+        "mrope_section": [1, 1, 0],
+        "mrope_interleaved": True,
+    },
+}
+QWEN3_5 = OWN | DELTA | {"model_type": "qwen3_5_text"}
 COHERE2 = OWN | {"model_type": "cohere2", "layer_types": ["sliding_attention", "full_attention"], "sliding_window": 5}
 GEMMA3 = COHERE2 | {"model_type": "gemma3_text", "query_pre_attn_scalar": 13}
 
@@ -87,6 +102,10 @@ TYPES: dict[str, Config] = {
         },
     ),
     "qwen2_vl": _qwen(QWEN2_VL, {"hidden_size": 80, "embed_dim": 32}),
+    "qwen3_5": _qwen(
+        QWEN3_5,
+        {"hidden_size": 32, "intermediate_size": 36, "out_hidden_size": 96, "num_position_embeddings": 16},
+    ),
     "qwen3_vl": _qwen(
         QWEN3_VL,
         {

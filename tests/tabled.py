@@ -30,6 +30,14 @@ SLIDING: Config = {
 FOR_96: Config = {"hidden_size": 96}  # where the config insists that heads divide hidden, 12 and 16 of them too
 COHERE: Config = DERIVED | {"logit_scale": 0.5, "tie_word_embeddings": True}
 
+DELTA: Config = PARTIAL_ROTARY | {
+    "layer_types": ["linear_attention", "linear_attention", "full_attention"],
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 18,
+    "linear_value_head_dim": 20,
+}
+
 EXPERTS: Config = {"num_experts": 7, "num_experts_per_tok": 3, "norm_topk_prob": True}
 LOCAL_EXPERTS: Config = {"num_local_experts": 7, "num_experts_per_tok": 3}
 # Nine experts in three groups of three; two groups at a time, of which a token takes two experts in all.
@@ -106,6 +114,17 @@ TYPES: Mapping[str, Config] = {
     | EXPERTS
     | {"moe_intermediate_size": 28, "shared_expert_intermediate_size": 36, "mlp_only_layers": [1]},
     "qwen3_moe": OWN | EXPERTS | {"moe_intermediate_size": 28, "mlp_only_layers": [1]},
+    "granite_swa": DERIVED | GRANITE_SCALES | SLIDING,
+    "jais2": DERIVED,
+    "vaultgemma": OWN | FOR_96 | {"sliding_window": 5, "query_pre_attn_scalar": 13},
+    "youtu": LATENT,
+    "qwen3_5_text": OWN
+    | DELTA
+    | {"rope_parameters": PARTIAL_ROTARY["rope_parameters"] | {"mrope_section": [1, 1, 0], "mrope_interleaved": True}},
+    "qwen3_next": OWN
+    | DELTA
+    | EXPERTS
+    | {"moe_intermediate_size": 28, "shared_expert_intermediate_size": 36, "mlp_only_layers": [1]},
     "solar_open": OWN | ROUTED,
     "exaone4": OWN | SLIDING,
     "falcon": THREE_FALCON,

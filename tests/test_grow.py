@@ -8,6 +8,7 @@ from later import LATER
 
 import surgeon
 from surgeon.errors import PlanError
+from surgeon.plan.execute import execute
 from surgeon.surgery import open_model
 
 if LATER:
@@ -212,3 +213,17 @@ def test_an_integer_in_the_weights_is_not_computed_with(tmp_path):
 
     with pytest.raises(PlanError, match="stored as I8"):
         surgeon.grow(source, hidden_size="2x").summary()
+
+
+def test_the_bytes_are_the_same_for_any_number_of_threads(toy, tmp_path, monkeypatch):
+    """Parts of 500 numbers: each tensor has many, and threads take them in any order."""
+    monkeypatch.setattr("surgeon.plan.arithmetic.PART", 500)
+    surgery = surgeon.grow(toy("llama"), hidden_size="2x", intermediate_size="2x", layers=8)
+    draft = surgery.prepare(tmp_path / "out")
+
+    for threads in (1, 2, 8):
+        (tmp_path / str(threads)).mkdir()
+        execute(draft.plan, surgery.source, tmp_path / str(threads), shards=draft.shards, threads=threads)
+
+    one, two, eight = ((tmp_path / str(threads) / "model.safetensors").read_bytes() for threads in (1, 2, 8))
+    assert one == two == eight

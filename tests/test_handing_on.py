@@ -6,6 +6,7 @@ import threading
 import pytest
 import toys
 from later import LATER
+from talkers import TEXT, tokenizer_of, written
 
 from surgeon.errors import MeasureError
 
@@ -150,3 +151,18 @@ def test_a_pass_that_nobody_ends_leaves_no_thread(toy):
 
     thread.join(timeout=10)
     assert not thread.is_alive()
+
+
+def test_a_curve_of_layers_that_do_not_run_alone_is_refused_before_anything_is_written(tmp_path, run):
+    directory = tmp_path / "toy"
+    config = AutoConfig.for_model("zaya", **HANDED_ON["the router's states"][1] | {"vocab_size": 300})
+    AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(directory)
+    tokenizer_of(TEXT).save_pretrained(directory)
+    text = written(tmp_path / "a.txt", TEXT)
+    command = ["prune", directory, "--layers", 5, "--data", text, "--samples", 2, "--sequence-length", 16]
+
+    result = run(*command, "--score", "block-influence", "--curve", "-o", tmp_path / "cut")
+
+    assert result.code == 1
+    assert "takes 'prev_router_hidden_states' from the layers before it" in result.err
+    assert not (tmp_path / "cut").exists()

@@ -22,7 +22,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 # One type of every other table; benchmarks/families.py tries all types.
 TYPES = (
-    *("afmoe", "cohere2_moe", "ctrl", "fuyu", "gte", "jamba", "lfm3", "longt5", "mbart", "molmo2_text", "mpnet"),
+    *("afmoe", "cohere2_moe", "ctrl", "fuyu", "gte", "jamba", "lfm3", "longt5", "m2m_100", "molmo2_text", "mpnet"),
     *("nanochat", "phi4_multimodal"),
 )
 

@@ -107,6 +107,12 @@ def test_cutting_layers_by_what_is_known_moves_bytes_only(options, toy, tmp_path
     assert modules_after(command(*arguments)) == {"yaml"}
 
 
+def test_new_layers_of_zeros_need_no_arithmetic(toy, tmp_path):
+    grow = command("grow", toy("llama"), "--layers", 8, "-o", tmp_path / "deeper", "--no-verify")
+
+    assert modules_after(grow).isdisjoint({"torch", "numpy"})
+
+
 def test_arithmetic_adds_torch_and_not_transformers(toy, tmp_path):
     loaded = modules_after(
         command("truncate", toy("llama"), "--layers", 2, "-o", tmp_path / "cut", "--dtype", "bfloat16")

@@ -18,8 +18,8 @@ NO_FFN_KEY = ("bloom", "mpt")  # their code makes an MLP four times as wide as t
 EXPERTS = {"deepseek_v3": 9}  # and 7 of every other toy that has some
 PACKAGE = Path(surgeon.__file__).parent
 
-# Words of surgeon's own that are also a config key of some family: options of grow and prune, axes, a score.
-OWN_WORDS = {"hidden_size", "intermediate_size", "head_dim", "experts_per_token", "activation"}
+# Words of surgeon's own that are also a config key of some family: options of grow and prune, axes, scores, dimensions.
+OWN_WORDS = {"hidden_size", "intermediate_size", "head_dim", "experts_per_token", "activation", "dim"}
 # Where another module holds a key of some family's config, and what it means there.
 EXCEPTIONS = {
     ("gist/saved.py", "num_attention_heads"): "a key of PEFT's adapter_config.json",

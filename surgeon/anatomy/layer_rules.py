@@ -12,7 +12,7 @@ Config = Mapping[str, Any]
 Kinds = Sequence[Any]
 
 # The keys that may hold the number of layers. A checkpoint may have several; all of them must follow.
-COUNT_KEYS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
+COUNT_KEYS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "num_blocks")
 ENCODER_COUNT_KEYS = ("encoder_layers", "num_encoder_layers", "num_layers", "num_hidden_layers")
 DECODER_COUNT_KEYS = ("decoder_layers", "num_decoder_layers")
 
@@ -389,6 +389,7 @@ RULES: Mapping[str, tuple[Rule, ...]] = {
 PLACE_BOUND = {
     "beam": "scales what each layer adds by the layer's number",
     "diffllama": "derives lambda_init from a layer's place",
+    "zaya": "hands the states of its routers from layer to layer",
     "pegasus_x": "shifts the blocks of each second layer",
     "minimax": "derives its decay from a layer's place",
     "idefics": "puts a layer that attends to images in front of its layers by number",

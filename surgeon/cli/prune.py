@@ -1,5 +1,6 @@
 """`surgeon prune`."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -54,6 +55,8 @@ def prune(
         report.check()
         if options.evaluate:  # what cannot be run is known before anything is written
             report = replace(report, before=surgery.perplexity(meter=meter))
+        if curve:
+            report = replace(report, without=surgery.curve(meter=meter))
     command.run(surgery, writing, report=report)
 
 
@@ -67,6 +70,7 @@ class PruneReport:
     plot: Path | None
     meter: TokenMeter
     before: float | None = None  # the perplexity of the source
+    without: Sequence[float] | None = None  # the curve
 
     def check(self) -> None:
         """Raises PlanError for a curve or a picture without data, before anything is written."""
@@ -113,7 +117,7 @@ class PruneReport:
             before, after = perplexity
             rows.append(("perplexity", f"{_number(before)} → {_number(after)}  (on this text)"))
             entries["perplexity"] = {"before": before, "after": after}
-        curve = surgery.curve(meter=self.meter) if self.curve else None
+        curve = None if self.without is None else list(self.without)
         if curve is not None:
             rows += [(f"without {count}", _number(value)) for count, value in enumerate(curve)]
             entries["curve"] = curve

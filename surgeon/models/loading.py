@@ -177,14 +177,23 @@ def num_known(model: Any) -> int:
     return int(model.get_input_embeddings().weight.shape[0])
 
 
+def _writer(config: Mapping[str, Any]) -> Any:
+    """Return the Auto class of a model that writes: one that sees, too, where no other has its type."""
+    import transformers as auto
+    from transformers.models.auto import modeling_auto as known
+
+    if config.get("is_encoder_decoder"):
+        return auto.AutoModelForSeq2SeqLM
+    sees = config.get("model_type") in known.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+    writes = config.get("model_type") in known.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    return auto.AutoModelForImageTextToText if sees and not writes else auto.AutoModelForCausalLM
+
+
 def load_model(source: Source, *, dtype: Any, hint: str, kind: Any = None, **options: Any) -> Any:
     """Return the model in evaluation mode, by an Auto class or as one that writes, on the CPU or where `options` say.
 
     Raises MeasureError, with `hint`, where transformers cannot load it or would draw weights at random.
     """
-    import transformers as auto
-
-    writer = auto.AutoModelForSeq2SeqLM if source.config.get("is_encoder_decoder") else auto.AutoModelForCausalLM
     name, revision = loadable(source)
     _check_files(name)
     if ADAPTER in source.companions:
@@ -194,7 +203,7 @@ def load_model(source: Source, *, dtype: Any, hint: str, kind: Any = None, **opt
         )
     with transformers_loads(source.label, hint=hint), quiet_transformers():
         model, report = _from_pretrained(
-            kind or writer,
+            kind or _writer(source.config),
             name,
             revision=revision,
             config=config_of(source, hint=hint),

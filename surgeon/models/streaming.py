@@ -222,7 +222,9 @@ class StreamedModel:
             batch = self.start(torch.tensor(PROBE))[0]
             with self.layer(0) as apply:
                 states = apply(batch, batch.hidden)
-        self.check_per_token(states[..., 0] if states.ndim > 3 else states, batch.tokens)  # of several streams one
+        if states.ndim == 4 and states.shape[1:3] == batch.tokens.shape:  # several streams, one after the other
+            states = states.movedim(0, 2)
+        self.check_per_token(states[..., 0] if states.ndim > 3 else states, batch.tokens)
         check_causal(states, self.label)
         self._predicts = True
 
@@ -315,7 +317,7 @@ class StreamedModel:
         try:
             self._fill(names)
             with nullcontext() if table is None else self._needed_rows(table, _used(tokens)):
-                self._model.check_present(self._model.module.base_model, self._layers)
+                self._model.check_present(self._model.base, self._layers)
                 yield
         finally:
             self._model.empty_around(self._layers)

@@ -42,7 +42,7 @@ def fresh(anatomy: Anatomy, name: str, *, seed: int, layers: int) -> Expr:
         return Constant(spec, family.init_gain * (initial_std(anatomy) if family.init_by_inputs else 1.0))
     if row.kind in ("bias", "shift"):
         return Constant(spec, 0.0)
-    std = initial_std(anatomy)
+    std = initial_std(anatomy, embedding=row.kind == "embedding")
     if family.init_by_inputs:
         std /= math.sqrt(_num_inputs(anatomy, row))
     if name.endswith(family.residual_init):
@@ -64,13 +64,13 @@ def _num_inputs(anatomy: Anatomy, row: Row) -> int:
     return row.axes[read].size(sizes) * (sizes["q_dim"] if makes_queries else 1)
 
 
-def initial_std(anatomy: Anatomy) -> float:
+def initial_std(anatomy: Anatomy, *, embedding: bool = False) -> float:
     """Return the standard deviation of fresh weights: the config's, or transformers' usual 0.02 (1 before a division).
 
     Raises CheckpointError for a value that is no standard deviation.
     """
     family = anatomy.require_family(partial=True)
-    key = family.init_std
+    key = (family.embedding_std if embedding else None) or family.init_std
     value = anatomy.spec.config.get(key)
     if value is not None and not (isinstance(value, int | float) and 0 <= value < math.inf):
         raise CheckpointError(f"config.json says {key} = {value!r}, no standard deviation", hint=CONFIG_HINT)

@@ -7,6 +7,7 @@ from surgeon.anatomy.families.decoders import DECODERS
 from surgeon.anatomy.families.encoder_decoders import ENCODER_DECODERS
 from surgeon.anatomy.families.encoders import ENCODERS
 from surgeon.anatomy.families.experts import EXPERTS
+from surgeon.anatomy.families.hybrids import HYBRIDS
 from surgeon.anatomy.families.multimodal import MULTIMODAL, TEXT_MODELS
 from surgeon.anatomy.families.table import (
     ANY,
@@ -31,6 +32,7 @@ FAMILIES: Mapping[str, Family] = {
     **ENCODERS,
     **ENCODER_DECODERS,
     **EXPERTS,
+    **HYBRIDS,
     **TEXT_MODELS,
 }
 

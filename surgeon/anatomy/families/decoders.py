@@ -25,7 +25,7 @@ from surgeon.anatomy.families.parts import (
     started,
     ungated,
 )
-from surgeon.anatomy.families.table import Family, linear, norm
+from surgeon.anatomy.families.table import Family, linear, norm, one
 
 LLAMA = Family(
     base="model.",
@@ -118,6 +118,20 @@ OLMO = replace(
     frozen_by={"clip_qkv": CLIPPED},
 )
 
+VAULTGEMMA = replace(GEMMA2, norm=norm("input_layernorm") | norm("pre_feedforward_layernorm"), branch_norms=())
+GRANITE_SWA = replace(
+    GRANITE,
+    attention=attention(bias="attention_bias", output_bias="attention_bias")
+    | one("self_attn.sinks", "(kv_heads group)", "logit", start=0.0),
+)
+JAIS2 = replace(
+    LLAMA,
+    norm=gpt_norms("input_layernorm", "post_attention_layernorm"),
+    final_norm=gpt_norms("model.norm"),
+    mlp=(ungated(bias="mlp_bias"),),
+    norm_kind="layer",
+)
+
 DECODERS: Mapping[str, Family] = {
     "llama": LLAMA,
     "cwm": LLAMA,
@@ -125,6 +139,9 @@ DECODERS: Mapping[str, Family] = {
     "iquestcoder": LLAMA,
     "smollm3": PLAIN,
     "granite": GRANITE,
+    "granite_swa": GRANITE_SWA,
+    "jais2": JAIS2,
+    "vaultgemma": VAULTGEMMA,
     "arcee": ARCEE,
     "apertus": APERTUS,
     "exaone4": EXAONE4,

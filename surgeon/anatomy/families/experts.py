@@ -201,6 +201,7 @@ DEEPSEEK_V3 = replace(
     expert_groups="n_group",
     frozen={"head_dim": "its heads have four sizes, of values and of the parts of queries and keys"},
 )
+YOUTU = replace(DEEPSEEK_V3, mlp=(gated(),), expert_groups=None, embedding_std="embedding_initializer_range")
 DEEPSEEK_V2 = replace(
     DEEPSEEK_V3, mlp=(gated(bias="mlp_bias"), experts() | shared(bias="mlp_bias")), expert_shares=True
 )
@@ -227,4 +228,5 @@ EXPERTS: Mapping[str, Family] = {
     "phimoe": PHIMOE,
     "qwen2_moe": QWEN2_MOE,
     "solar_open": SOLAR_OPEN,
+    "youtu": YOUTU,
 }

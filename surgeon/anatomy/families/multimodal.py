@@ -142,6 +142,7 @@ MULTIMODAL: Mapping[str, tuple[Wrapper, ...]] = {
     "qwen3_vl": as_qwen_vl(
         "qwen3_vl_text", "visual.merger.", "linear_fc2", DEEPSTACK, hidden="vision_config.out_hidden_size"
     )[1:],
+    "qwen3_5": as_qwen_vl("qwen3_5_text", "visual.merger.", "linear_fc2", hidden="vision_config.out_hidden_size")[1:],
 }
 
 QWEN2_VL = replace(QWEN2, sizes=SQUARE_SIZES, frozen={"head_dim": MROPE})

@@ -68,7 +68,6 @@ EXPERTS_FEED = mlp(
 STACKED_MLP = {name.replace("block_sparse_moe", "mlp"): row for name, row in STACKED.items()}
 AS_GTE = mlp("mlp.up_gate_proj", "mlp.down_proj", width="(ffn + ffn)")
 AS_NOMIC = mlp("mlp.fc11 mlp.fc12", "mlp.fc2")
-AS_DISTILBERT = mlp("ffn.lin1", "ffn.lin2")
 AS_CTRL = mlp("ffn.0", "ffn.2")
 AS_FUYU = mlp("mlp.dense_h_to_4h", "mlp.dense_4h_to_h")
 AS_PROPHETNET = mlp("feed_forward.intermediate", "feed_forward.output")
@@ -85,24 +84,19 @@ _TABLES: tuple[tuple[Family, str], ...] = (
             "afmoe audioflamingo3 axk1 axk2 aya_vision beam cosmos3_omni deepseek_v32 deepseek_vl_hybrid "
             "diffllama doge embedding_gemma2 embedding_gemma2_text eurobert exaone4_5 flint gemma4 gemma4_text "
             "gemma4_unified gemma4_unified_text glm4v_moe glm4v_moe_text glm5_next glm5_next_text glm_moe_dsa "
-            "glmasr got_ocr2 granite_docling granite_docling_text granite_swa hy_v3 hyperclovax "
+            "glmasr got_ocr2 granite_docling granite_docling_text hy_v3 hyperclovax "
             "hyperclovax_vision_v2 kimi_k25 laguna mimo_v2_flash minicpm3 minicpm_ocr minicpmv4_6 minicpmv4_7 "
             "mllama moss_transcribe_diarize muse_glimmer muse_glimmer_text musicflamingo olmo_hybrid "
-            "pp_chart2table qianfan_ocr qwen2_audio qwen3_5 qwen3_5_text qwen3_asr ultrabert ultravbert "
-            "unlimited_ocr vaultgemma video_llama_3 voxtral"
+            "pp_chart2table qianfan_ocr qwen2_audio qwen3_asr ultrabert ultravbert unlimited_ocr video_llama_3 voxtral"
         ),
     ),
     (
         only(AS_BERT),
         (
-            "bert-generation big_bird convbert data2vec-text data2vec-vision deberta deberta-v2 deit dpt electra "
-            "ernie fnet git ijepa layoutlm longformer markuplm megatron-bert mpnet mra nystromformer rembert "
+            "bert-generation big_bird convbert data2vec-text data2vec-vision deberta deberta-v2 deit dpt ernie "
+            "fnet git ijepa layoutlm longformer markuplm megatron-bert mpnet mra nystromformer rembert "
             "roberta-prelayernorm roc_bert roformer sew-d splinter tapas visual_bert vit vit_msn"
         ),
-    ),
-    (
-        only(FC, ffn="encoder_ffn_dim decoder_ffn_dim"),
-        ("bigbird_pegasus blenderbot blenderbot-small fsmt led m2m_100 marian mbart mvp pegasus pegasus_x plbart"),
     ),
     (
         only(MLP_FC),
@@ -113,16 +107,16 @@ _TABLES: tuple[tuple[Family, str], ...] = (
         ),
     ),
     (only(FUSED), "glm46v glm4v glm4v_text glm_image glm_image_text glm_ocr glm_ocr_text glmga phi4_multimodal"),
+    (only(FC, ffn="encoder_ffn_dim decoder_ffn_dim"), "bigbird_pegasus fsmt led m2m_100 mvp pegasus_x plbart"),
     (only(AS_WAV2VEC), "data2vec-audio hubert sew unispeech unispeech-sat wav2vec2 wavlm"),
     (only(FEED), "bamba falcon_h1 mistral_large4_text pixtral"),
     (only(W123), "lfm2_moe lfm3 lfm3_vl mistral_large4"),
-    (only(AS_MODERNBERT), "modernbert modernbert-decoder modernvbert"),
-    (only(UNGATED), "jais2 neomme"),
+    (only(UNGATED), "neomme"),
     (only(EXPERTS_W123), "minimax minimax_m3_vl"),
+    (only(AS_MODERNBERT), "modernbert-decoder modernvbert"),
     (only(FC), "biogpt"),
     (only(EXPERTS), "cohere2_moe"),
     (only(AS_CTRL, ffn="dff"), "ctrl"),
-    (only(AS_DISTILBERT, ffn="hidden_dim"), "distilbert"),
     (only(AS_FUYU), "fuyu"),
     (only(STACKED), "granitemoehybrid"),
     (only(AS_GTE), "gte"),

@@ -97,6 +97,7 @@ class Family:
     sizes: Mapping[str, tuple[str, ...]]  # axis: the config keys that may hold its size; the first one counts
     default_sizes: Mapping[str, tuple[float, str]]  # axis: (factor, axis) where no key holds it
     init_std: str = "initializer_range"  # the config key with the standard deviation of fresh weights
+    embedding_std: str | None = None  # the key of embeddings, where they have one of their own
     init_gain: float = 1.0  # a fresh norm's stored gain; 0 where the model adds 1
     residual_init: tuple[str, ...] = ()  # fresh weights drawn with std / sqrt(2 * layers)
     inverse_layer_scale: str | None = None  # the config flag with which attention logits are divided by layer + 1
