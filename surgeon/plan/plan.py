@@ -49,13 +49,9 @@ class Gather:
         fill: float = 0.0,
         mean: float = 0.0,
     ) -> None:
-        assign = object.__setattr__
-        assign(self, "source", source)
-        assign(self, "dim", dim)
-        assign(self, "index", Index.of(index))
-        assign(self, "scale", Scale.of(scale))
-        assign(self, "fill", fill)
-        assign(self, "mean", mean)
+        values = (source, dim, Index.of(index), Scale.of(scale), fill, mean)
+        for name, value in zip(self.__match_args__, values, strict=True):
+            object.__setattr__(self, name, value)
 
 
 @dataclass(frozen=True, slots=True)
