@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from handmade import edit_config
 from later import LATER
 from talkers import TEXT, jsonl, talker, tokenizer_of
 from test_encoder_scores import encoder
@@ -225,3 +226,12 @@ def test_options_without_a_meaning_for_a_classifier_are_refused(name, value, tmp
     with pytest.raises(PlanError, match=f"--{name} has no meaning for a classifier"):
         finetune(tmp_path / "model", data=[data], output=tmp_path / "out", max_steps=1, **{name: value})
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("head", ["MaskedLM", "TokenClassification", "QuestionAnswering"])
+def test_a_model_whose_loss_no_run_has_is_refused(head, tmp_path):
+    directory = talker(tmp_path / "model", "bert")
+    edit_config(directory, architectures=[f"BertFor{head}"])
+
+    with pytest.raises(PlanError, match=f"is a BertFor{head}, whose loss is none that a run has"):
+        finetune(directory, data=[jsonl(tmp_path / "data.jsonl", {"text": TEXT})], output=tmp_path / "out", **LEARNS)

@@ -260,11 +260,26 @@ def task_of(source: Source, options: TrainingOptions) -> "Task":
     return GistTask(settings=settings, recorded=recorded, source=source, gist=options.of(GistSettings))
 
 
+UNTRAINED = (  # ends of classes that would run as language models, or fail in the middle of it
+    "ForMaskedLM",
+    "ForPreTraining",
+    "ForNextSentencePrediction",
+    "ForTokenClassification",
+    "ForQuestionAnswering",
+    "ForMultipleChoice",
+)
+
+
 def _plain_task(source: Source, settings: Settings, recorded: Mapping[str, Any]) -> "Task":
     """Return the task that the model's own class chooses. Raises PlanError for options that it does not have."""
     from surgeon.train.task import Task
 
     names = class_names(source.config)
+    if other := next((name for name in names if name.endswith(UNTRAINED)), None):
+        raise PlanError(
+            f"{source.label} is a {other}, whose loss is none that a run has",
+            hint="Language models, encoder-decoders and sequence classifiers are trained; an encoder with --teacher.",
+        )
     encodes = bool(source.config.get("is_encoder_decoder"))
     classifies = any(name.endswith("ForSequenceClassification") for name in names)
     embeds = not encodes and bool(names) and all(name.endswith("Model") and "LMHead" not in name for name in names)
