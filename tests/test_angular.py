@@ -13,6 +13,7 @@ if LATER:
     from surgeon.measure import scoring as score
     from surgeon.measure.residual import Angular, distances, last_tokens
     from surgeon.measure.scoring import observe, score_states
+    from surgeon.models.device import row_bytes
     from surgeon.models.streaming import Batch
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -141,7 +142,7 @@ def test_with_all_tokens_the_mean_runs_over_every_token_that_is_no_padding(toy):
 def test_rows_in_groups_score_as_rows_at_once(all_tokens, toy, monkeypatch):
     ids, streamed, calls = tokens(5), stream(toy("llama")), []
     whole, *_ = score_states(streamed, ids, all_tokens=all_tokens)
-    row = ids.shape[1] * streamed.hidden_size * 4 * (9 if all_tokens else 2)  # bytes of a row's states
+    row = row_bytes(ids.shape[1], streamed.hidden_size * (9 if all_tokens else 2))
     split = score.groups
 
     def small(rows, bytes_per_row):

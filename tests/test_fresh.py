@@ -16,17 +16,22 @@ if LATER:
     from safetensors.torch import load_file
     from transformers import AutoConfig
 
-OWN = "modernbert"
+OWN = "modernbert"  # one of those that draw in a way of their own
 MADE = "pegasus"  # stores the sinusoids that the code makes, of which a toy's random numbers are none
 STD = 0.37  # of fresh weights: far from anything that could be left by accident
 
 
+def family_of(name):
+    return FAMILIES[re.split(" |-(?!roberta|small)", name)[0]]
+
+
 @pytest.mark.parametrize(
-    "name", [*toys.TABLED, *tabled.TYPES, *(name for name in encoders.TYPES if name not in (OWN, MADE))]
+    "name",
+    [name for name in (*toys.TABLED, *tabled.TYPES, *encoders.TYPES) if name != MADE and not family_of(name).own_init],
 )
 def test_fresh_tensors_have_the_distribution_that_transformers_gives_them(name, tmp_path):
     """Constant tensors must be equal; for drawn ones the standard deviation must agree to six standard errors."""
-    key = FAMILIES[re.split(" |-(?!roberta|small)", name)[0]].init_std
+    key = family_of(name).init_std
     build = toys.build if name in toys.TABLED else tabled.build64 if name in tabled.TYPES else encoders.build64
     build(name, tmp_path / "source", **{key: STD})
     config = AutoConfig.from_pretrained(tmp_path / "source")

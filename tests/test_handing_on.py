@@ -155,7 +155,7 @@ def test_a_pass_that_nobody_ends_leaves_no_thread(toy):
 
 def test_a_curve_of_layers_that_do_not_run_alone_is_refused_before_anything_is_written(tmp_path, run):
     directory = tmp_path / "toy"
-    config = AutoConfig.for_model("zaya", **HANDED_ON["the router's states"][1] | {"vocab_size": 300})
+    config = AutoConfig.for_model("rwkv", **HANDED_ON["a recurrent state"][1] | {"vocab_size": 300})
     AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(directory)
     tokenizer_of(TEXT).save_pretrained(directory)
     text = written(tmp_path / "a.txt", TEXT)
@@ -164,5 +164,5 @@ def test_a_curve_of_layers_that_do_not_run_alone_is_refused_before_anything_is_w
     result = run(*command, "--score", "block-influence", "--curve", "-o", tmp_path / "cut")
 
     assert result.code == 1
-    assert "takes 'prev_router_hidden_states' from the layers before it" in result.err
+    assert "do not run alone" in result.err
     assert not (tmp_path / "cut").exists()

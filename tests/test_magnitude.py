@@ -252,7 +252,7 @@ def test_layers_without_experts_or_without_an_mlp_of_their_own_have_zeros(toy):
 def test_a_model_of_experts_alone_has_no_neurons_in_common(toy):
     found = widths(toy("qwen3_moe"))
 
-    assert set(found) == {"experts", "heads", "kv_heads", "hidden"}
+    assert set(found) == {"experts", "expert_ffn", "heads", "kv_heads", "hidden"}
     assert bool((found["experts"] > 0).all())
 
 

@@ -19,10 +19,10 @@ from surgeon.errors import CheckpointError
 if LATER:
     import torch
 
+    from surgeon.checkpoint.comparing import are_equal
     from surgeon.measure.magnitude import layer_magnitudes, width_magnitudes
     from surgeon.measure.trainability import trainability
     from surgeon.models.streaming import StreamedModel
-    from surgeon.verbs.inspect import _equal
 
 CODE = Path(__file__).parents[1] / "surgeon"
 MISSING = "model.layers.1.self_attn.q_proj.weight"
@@ -76,7 +76,7 @@ READERS = {
     "magnitudes of layers": lambda source, out: layer_magnitudes(source),
     "magnitudes of widths": lambda source, out: width_magnitudes(source),
     "trainability": learned,
-    "a comparison": lambda source, out: _equal(source, MISSING, source, MISSING),
+    "a comparison": lambda source, out: are_equal(source, MISSING, source, MISSING),
 }
 
 

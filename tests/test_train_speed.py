@@ -1,5 +1,7 @@
 """Speed: operations agree with what torch counts, peaks with data sheets, and the meter with a clock made by hand."""
 
+from dataclasses import replace
+
 import pytest
 from later import LATER
 
@@ -51,11 +53,10 @@ def test_operations_are_what_torch_counts(name, toy, one_thread):
 
 @pytest.mark.parametrize("name", ["falcon", "stablelm", "phi", "glm4", "cohere", "qwen2_moe", "granitemoe", "mpt"])
 def test_operations_of_a_family_without_a_table_are_close(name, toy, one_thread):
-    anatomy = anatomy_of(toy(name))
+    anatomy = replace(anatomy_of(toy(name)), family=None, rows={})
 
     ours = flops_per_token(anatomy, TOKENS) + 3 * attention_flops(anatomy, TOKENS)
 
-    assert anatomy.family is None
     # its norms and biases cannot be told from its products; of these small toys they are at most 2 %
     assert ours == pytest.approx(counted(toy(name)), rel=0.03)
 

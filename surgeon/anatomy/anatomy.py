@@ -309,7 +309,7 @@ def _check_present(
     right: set[tuple[int, tuple[int, ...]]] = set()  # rows, and shapes that fit them: thousands of experts share a few
     for name, tensor in spec.tensors.items():
         place = find(name)
-        if place is None or (place[0].when is not None and not _may_exist(place[0], spec.config, sizes)):
+        if place is None or (place[0].when is not None and not _may_exist(place[0], spec.config, sizes, stacks, name)):
             raise CheckpointError(
                 f"{name!r} is not a tensor of a {model_type(spec.config)} model with this config.json", hint=FILES_HINT
             )
@@ -403,7 +403,12 @@ def _must_exist(row: Row, config: Mapping[str, Any], sizes: Mapping[str, int], *
     return sample if by_config is None else by_config
 
 
-def _may_exist(row: Row, config: Mapping[str, Any], sizes: Mapping[str, int]) -> bool:
+def _may_exist(
+    row: Row, config: Mapping[str, Any], sizes: Mapping[str, int], stacks: Sequence[Stack], name: str
+) -> bool:
+    if row.when in (FIRST, LATER):
+        is_first = any(place[0] == 0 for stack in stacks if (place := stack.locate(name)))
+        return is_first == (row.when == FIRST)
     return _exists_by_config(row, text_config(config), sizes) is not False
 
 

@@ -380,14 +380,14 @@ def load_tokenizer(name: str, revision: str | None = None) -> "PreTrainedTokeniz
             # Without its files, transformers makes some classes with no vocabulary: every text has 0 tokens then.
             is_empty = tokenizer.get_vocab().keys() <= set(tokenizer.all_special_tokens)
     except DataError as error:
+        if "trust_remote_code" in str(error.__cause__):
+            message = f"the tokenizer of {name} is code of its own (auto_map in tokenizer_config.json)"
+            raise DataError(message, hint=TRUST_HINT) from error
         with libraries_fail(
             f"transformers refuses config.json of {name}", hint=CONFIG_HINT, error_type=CheckpointError
         ):
             if Path(name, CONFIG).exists():
                 load_config(name, revision)  # its class decides that of the tokenizer
-        if "trust_remote_code" in str(error.__cause__):
-            message = f"the tokenizer of {name} is code of its own (auto_map in tokenizer_config.json)"
-            raise DataError(message, hint=TRUST_HINT) from error
         raise
     if is_empty:
         raise DataError(f"{name} has no tokenizer: no token of a vocabulary is in it", hint=_copy_hint(name))

@@ -151,8 +151,9 @@ def _check_indices(anatomy: Anatomy, keep: Sequence[int]) -> None:
 def _check_places(anatomy: Anatomy, stack: Stack, keep: Sequence[int]) -> None:
     """Refuse a layer that comes to a place where the code builds other tensors: it decides by place, and not by kind.
 
-    Layers of one declared kind are built alike. Where they are not, place i is built as in the source, the last place
-    too where the source's last layer is the odd one, and no place is known beyond the source's depth.
+    Layers of one declared kind are built alike. Where they are not, or those of the kind that was at the place, place i is
+    built as in the source, the last place too where the source's last layer is the odd one, and no place is known beyond
+    the source's depth.
     """
     inside: list[dict[str, tuple[int, ...]]] = [{} for _ in range(stack.depth)]
     for name, tensor in anatomy.spec.tensors.items():
@@ -167,14 +168,14 @@ def _check_places(anatomy: Anatomy, stack: Stack, keep: Sequence[int]) -> None:
     last = stack.depth - 1
     is_odd_end = counts[built[last]] == 1 < len(groups[kinds[last]])
     for new, old in enumerate(keep):
-        if len(groups[kinds[old]]) == 1:
-            continue
         place = last if is_odd_end and new == len(keep) - 1 else min(new, last - 1 if is_odd_end else last)
+        if len(groups[kinds[old]]) == len(groups[kinds[place]]) == 1:
+            continue
         is_known = new <= last or len(set(built[last // 2 :])) == 1
         if built[place] == built[old] and is_known:
             continue
         layer = min(old, place, key=lambda i: counts[built[i]])
-        other = max(groups[kinds[old]] - {built[layer]}, key=lambda tensors: counts[tensors])
+        other = max(set(built) - {built[layer]}, key=lambda tensors: counts[tensors])
         odd = min(name for name, _ in other ^ built[layer])
         raise PlanError(
             f"layer {layer} of {anatomy.model_type} differs from the others in {odd!r} because of its place",

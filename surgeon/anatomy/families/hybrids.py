@@ -41,6 +41,7 @@ QWEN3_5 = replace(
     ),
     mlp=(gated(),),
     init_gain=0.0,
+    own_init=True,  # of its linear attention
     frozen={"head_dim": HEAD_DIM},
 )
 
