@@ -151,9 +151,9 @@ def _check_indices(anatomy: Anatomy, keep: Sequence[int]) -> None:
 def _check_places(anatomy: Anatomy, stack: Stack, keep: Sequence[int]) -> None:
     """Refuse a layer that comes to a place where the code builds other tensors: it decides by place, and not by kind.
 
-    Layers of one declared kind are built alike. Where they are not, or those of the kind that was at the place, place i is
-    built as in the source, the last place too where the source's last layer is the odd one, and no place is known beyond
-    the source's depth.
+    Layers of one declared kind are built alike. Where they are not, or those of the kind that was at the place, place i
+    is built as in the source. The last place is too, where the source's last layer is the odd one. No place is known
+    beyond the source's depth.
     """
     inside: list[dict[str, tuple[int, ...]]] = [{} for _ in range(stack.depth)]
     for name, tensor in anatomy.spec.tensors.items():
