@@ -193,6 +193,7 @@ NEEDS: Mapping[str, Config] = {
     "nemotron": {"num_key_value_heads": 2},
     "qwen4_exp": {"text_config": _QWEN4},
     "qwen4_exp_text": _QWEN4,
+    "paligemma": {"vision_config": {"projection_dim": 128}, "projection_dim": 128},
     "qwen3_5": {"text_config": _DELTA},
     "qwen3_5_text": _DELTA,
     "qwen3_5_moe": {"text_config": _DELTA},
@@ -393,6 +394,7 @@ def logits(model: PreTrainedModel, **kwargs: Any) -> Tensor:
 
     if "use_cache" in signature(model.forward).parameters:
         kwargs.setdefault("use_cache", False)
+    model.config.get_text_config().use_cache = False  # or a hybrid cut below its attention asks its cache for a length
     with torch.no_grad():
         output = model(**inputs(model), **kwargs)
     return next(output[key] for key in ("logits", "prediction_logits", "last_hidden_state") if key in output)

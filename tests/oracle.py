@@ -230,8 +230,8 @@ def _with(source: Path, tensors: dict[str, Tensor], dtype: torch.dtype) -> Any:
 
 
 def loss(model: Any, tokens: Sequence[int], length: int) -> float:
-    """Return transformers' own mean loss of rows of `length` tokens."""
+    """Return the mean loss of rows of `length` tokens, each by what transformers predicts of it."""
     rows = torch.tensor(tokens).view(-1, length)
     with torch.no_grad():
-        output = model(input_ids=rows, labels=rows)
-    return float(output.loss)
+        logits = model(input_ids=rows).logits[:, :-1]
+    return float(torch.nn.functional.cross_entropy(logits.flatten(0, 1), rows[:, 1:].flatten()))

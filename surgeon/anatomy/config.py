@@ -115,7 +115,7 @@ def sizes_of(family: Family, config: Mapping[str, Any]) -> dict[str, int]:
     text = text_config(config)
     for axis, keys in family.sizes.items():
         if key := next((key for key in keys if text.get(key) is not None), None):
-            if text[key] == 0 and axis == "shared":  # no expert that every token takes
+            if text[key] == 0 and axis in ("shared", "shared_ffn"):  # no expert that every token takes
                 continue
             if type(text[key]) is not int or text[key] < 1:
                 raise CheckpointError(

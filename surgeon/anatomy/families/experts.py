@@ -99,6 +99,7 @@ GRANITEMOE = replace(GRANITE, mlp=(FUSED_EXPERTS,))
 GRANITEMOESHARED = replace(
     GRANITEMOE,
     mlp=(
+        FUSED_EXPERTS,
         FUSED_EXPERTS
         | linear("shared_mlp.input_linear", "(shared_ffn + shared_ffn) hidden")
         | linear("shared_mlp.output_linear", "hidden shared_ffn"),
@@ -131,7 +132,13 @@ GLM4_MOE = replace(
     rotary_share=0.5,
     expert_groups="n_group",
 )
-SOLAR_OPEN = replace(GLM4_MOE, norm=PRE_NORMS, rotary_share=1.0)
+# All its MLPs are experts, so its config need not say how wide a dense one would be.
+SOLAR_OPEN = replace(
+    GLM4_MOE,
+    norm=PRE_NORMS,
+    rotary_share=1.0,
+    default_sizes={**GLM4_MOE.default_sizes, "ffn": (1, "expert_ffn")},
+)
 DOTS1 = replace(QWEN3, mlp=GLM4_MOE.mlp, sizes=ROUTED, expert_groups="n_group")
 EXAONE_MOE = replace(
     QWEN3,
