@@ -343,3 +343,18 @@ def test_config_json_says_the_new_sizes(small, tmp_path):
         "intermediate_size": 71,
         "num_attention_heads": 16,
     }
+
+
+@pytest.mark.parametrize("name", ["gpt2", "t5", "llama"])
+def test_the_states_of_a_model_without_a_head_are_repeated_and_not_scaled(name, tmp_path):
+    toys.build(name, tmp_path / "whole", dtype="float64", **({"tie_word_embeddings": True} if name == "llama" else {}))
+    model = transformers.AutoModel.from_pretrained(tmp_path / "whole", dtype=torch.float64)
+    model.save_pretrained(tmp_path / "states")
+
+    sizes = {"head_dim": "2x"} if name == "gpt2" else {}
+    surgeon.grow(tmp_path / "states", hidden_size="2x", **sizes).save(tmp_path / "wide")
+
+    wide = transformers.AutoModel.from_pretrained(tmp_path / "wide", dtype=torch.float64)
+    with torch.no_grad(), Exact64():
+        before, after = (each.eval()(**toys.inputs(each)).last_hidden_state for each in (model, wide))
+    assert difference(after, before.repeat(1, 1, 2)) <= EXACT
