@@ -250,6 +250,10 @@ class LeftAligned:
         self.mask = chosen.long().gather(1, order)
         self.ids, self.positions = (values.gather(1, order) * self.mask for values in (input_ids, position_ids))
 
+    def padded(self, padding: int | None) -> Tensor:
+        """Return `ids` with another id for padding; None: as they are."""
+        return self.ids if padding is None else self.ids.masked_fill(self.mask == 0, padding)
+
 
 @dataclass(frozen=True)
 class Seq2Seq(AttentionLayout):

@@ -1,6 +1,5 @@
 """The task of an encoder-decoder: its encoder reads a prompt, its decoder learns the answer."""
 
-from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -10,15 +9,15 @@ import torch
 from surgeon.data.records import ANSWER_HINT, Document
 from surgeon.errors import DataError, PlanError
 from surgeon.models.split import AttentionLayout, Seq2Seq
-from surgeon.train.examples import Example, extend
-from surgeon.train.task import Task
+from surgeon.train.examples import Example, asked_and_answered
+from surgeon.train.row_task import RowTask
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True)
-class AnswerTask(Task):
+class AnswerTask(RowTask):
     """Prompts with answers, both with the special tokens that the tokenizer puts around a text; one in a row.
 
     The loss is the cross-entropy of the answer's tokens, as transformers computes it of `labels`.
@@ -50,15 +49,8 @@ class AnswerTask(Task):
                 answer = answer[: length - 1]
                 room = length - len(answer)
                 asked = asked[: room - 1] + asked[-1:]
-            example = Example(array("I"), bytearray(), is_text=False, is_cut=is_cut)
-            extend(example, asked, False)
-            extend(example, answer, True)
-            made.append(example)
+            made.append(asked_and_answered(asked, answer, is_cut=is_cut))
         return made
-
-    def may_share_rows(self, attention: str) -> bool:
-        """Return that each record has a row of its own."""
-        return False
 
     def layout(self, model: Any) -> AttentionLayout:
         """Return that the encoder reads the prompt. Raises PlanError for a decoder whose first token is unknown."""

@@ -1,9 +1,7 @@
 """The task of a sequence classifier: the class of a text, by cross-entropy."""
 
-from array import array
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from types import MethodType
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -15,10 +13,10 @@ from surgeon.errors import DataError, MeasureError, PlanError
 from surgeon.models.loading import HINT, config_of
 from surgeon.models.skeleton import auto_class
 from surgeon.models.split import LeftAligned, document_numbers
-from surgeon.train.examples import Example, extend
+from surgeon.train.examples import Example, asked_and_answered
 from surgeon.train.losses import sum_dtype
+from surgeon.train.row_task import RowTask, attach_row_loss
 from surgeon.train.store import IGNORED
-from surgeon.train.task import Task
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -27,7 +25,7 @@ FORM_HINT = 'Write a record so: {"text": "I liked it.", "label": "positive"}; a 
 
 
 @dataclass(frozen=True)
-class ClassTask(Task):
+class ClassTask(RowTask):
     """Texts with a label, for a model of transformers with a sequence classifier's head; one in a row.
 
     An example is the tokens of a text, with the tokenizer's special tokens, and after them the number of its class: the
@@ -57,15 +55,8 @@ class ClassTask(Task):
             is_cut = len(ids) > length - 1
             if is_cut:
                 ids = ids[: length - 2] + ids[-1:]  # the last one is a special token, where there are any
-            example = Example(array("I"), bytearray(), is_text=False, is_cut=is_cut)
-            extend(example, ids, False)
-            extend(example, [number], True)
-            made.append(example)
+            made.append(asked_and_answered(ids, [number], is_cut=is_cut))
         return made
-
-    def may_share_rows(self, attention: str) -> bool:
-        """Return that each text has a row of its own."""
-        return False
 
     def kind(self, source: Source) -> Any:
         """Return the Auto class of classifiers."""
@@ -77,7 +68,7 @@ class ClassTask(Task):
         """Make the model return the cross-entropy of classes. Raises PlanError with a teacher, or adapters."""
         if teacher is not None:
             raise PlanError("a classifier has no teacher here", hint="Leave out --teacher.")
-        model.forward = MethodType(_forward, model)
+        attach_row_loss(model, _loss)
 
 
 def classes_of(source: Source) -> dict[int, str]:
@@ -111,33 +102,18 @@ def class_of(label: str | int, classes: Mapping[int, str], where: str) -> int:
     return number
 
 
-def _forward(
-    model: Any,
-    input_ids: Tensor,
-    labels: Tensor | None = None,
-    position_ids: Tensor | None = None,
-    num_items: Tensor | float | None = None,
-    token_index: Tensor | None = None,
-    **options: Any,
-) -> Any:
-    own = MethodType(type(model).forward, model)
-    if labels is None:
-        return own(input_ids=input_ids, **options)
-    assert position_ids is not None, "positions tell padding from a text"
+def _loss(
+    model: Any, own: Callable[..., Any], input_ids: Tensor, labels: Tensor, position_ids: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Return the sum of the cross-entropy of each row's class, and how many rows have one."""
     chosen = labels != IGNORED
     trained = chosen.any(1)  # a row that only fills a batch has no label
     last = chosen.long().argmax(1)[:, None]
     place = torch.arange(input_ids.shape[1], device=input_ids.device)
     read = LeftAligned(input_ids, position_ids, (document_numbers(position_ids) == 1) & (place <= last))
-    pad = model.config.get_text_config().pad_token_id
-    ids = read.ids if pad is None else read.ids.masked_fill(read.mask == 0, pad)
+    ids = read.padded(model.config.get_text_config().pad_token_id)
     logits = own(input_ids=ids, attention_mask=read.mask).logits[trained]
     logits = logits.to(sum_dtype(logits.dtype))
     targets = labels[chosen]
     loss = nn.functional.cross_entropy(logits, targets, reduction="sum")
-    count = torch.tensor(len(targets), device=loss.device)
-    return {
-        "loss": loss / (count.clamp(min=1) if num_items is None else num_items),
-        "cross_entropy": loss.detach(),
-        "num_tokens": count,
-    }
+    return loss, torch.tensor(len(targets), device=loss.device)

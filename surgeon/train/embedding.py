@@ -5,11 +5,10 @@ The loss is the mean squared difference of the two embeddings, the distillation 
 """
 
 import json
-from array import array
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from types import MethodType
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -19,10 +18,10 @@ from surgeon.checkpoint.source import Source
 from surgeon.data.records import Document
 from surgeon.errors import DataError, PlanError
 from surgeon.models.split import LeftAligned, document_numbers
-from surgeon.train.examples import Example, extend
+from surgeon.train.examples import Example, asked_and_answered
 from surgeon.train.losses import sum_dtype
+from surgeon.train.row_task import RowTask, attach_row_loss
 from surgeon.train.store import IGNORED
-from surgeon.train.task import Task
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -32,7 +31,7 @@ _MODES = {"pooling_mode_mean_tokens": "mean", "pooling_mode_cls_token": "cls"}
 
 
 @dataclass(frozen=True)
-class EmbeddingTask(Task):
+class EmbeddingTask(RowTask):
     """Texts, each in a row, with special tokens. `pooling` is "mean" of all tokens, or "cls", the first one."""
 
     pooling: str = "mean"
@@ -57,15 +56,8 @@ class EmbeddingTask(Task):
             is_cut = len(ids) > length
             if is_cut:
                 ids = ids[: length - 1] + ids[-1:]
-            example = Example(array("I"), bytearray(), is_text=False, is_cut=is_cut)
-            extend(example, ids[:-1], False)
-            extend(example, ids[-1:], True)
-            made.append(example)
+            made.append(asked_and_answered(ids[:-1], ids[-1:], is_cut=is_cut))
         return made
-
-    def may_share_rows(self, attention: str) -> bool:
-        """Return that each text has a row of its own."""
-        return False
 
     def kind(self, source: Source) -> Any:
         """Return the Auto class of models without a head."""
@@ -85,8 +77,7 @@ class EmbeddingTask(Task):
                 f"the model embeds in {width} numbers, its teacher in {others}",
                 hint="The teacher is the model that this one was cut from, in depth alone.",
             )
-        model.__dict__["_surgeon_embedding"] = (teacher, self.pooling)  # no part of the model: it is not trained
-        model.forward = MethodType(_forward, model)
+        attach_row_loss(model, partial(_loss, teacher, self.pooling))
 
 
 def pooling_of(source: Source) -> str:
@@ -109,8 +100,7 @@ def pooling_of(source: Source) -> str:
 
 def pooled(forward: Callable[..., Any], read: LeftAligned, pooling: str, *, padding: int | None) -> Tensor:
     """Return the embeddings of texts, shape (B, D), in float32 at least, by a model's forward pass."""
-    ids = read.ids if padding is None else read.ids.masked_fill(read.mask == 0, padding)
-    states: Tensor = forward(input_ids=ids, attention_mask=read.mask)[0]
+    states: Tensor = forward(input_ids=read.padded(padding), attention_mask=read.mask)[0]
     states = states.to(sum_dtype(states.dtype))
     if pooling == "cls":
         return states[:, 0]
@@ -118,29 +108,19 @@ def pooled(forward: Callable[..., Any], read: LeftAligned, pooling: str, *, padd
     return (states * weights).sum(1) / weights.sum(1)
 
 
-def _forward(
+def _loss(
+    teacher: Any,
+    pooling: str,
     model: Any,
+    own: Callable[..., Any],
     input_ids: Tensor,
-    labels: Tensor | None = None,
-    position_ids: Tensor | None = None,
-    num_items: Tensor | float | None = None,
-    token_index: Tensor | None = None,
-    **options: Any,
-) -> Any:
-    own = MethodType(type(model).forward, model)
-    if labels is None:
-        return own(input_ids=input_ids, **options)
-    assert position_ids is not None, "positions tell padding from a text"
-    teacher, pooling = model.__dict__["_surgeon_embedding"]
+    labels: Tensor,
+    position_ids: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """Return the sum of the squared distances of embeddings from the teacher's, and how many texts it is of."""
     counts = (labels != IGNORED).any(1)
     read = LeftAligned(input_ids, position_ids, document_numbers(position_ids) == 1)
     with torch.no_grad():
         expected = pooled(teacher, read, pooling, padding=teacher.config.get_text_config().pad_token_id)
     embedded = pooled(own, read, pooling, padding=model.config.get_text_config().pad_token_id)
-    loss = (embedded - expected)[counts].square().mean(-1).sum()
-    count = counts.sum()
-    return {
-        "loss": loss / (count.clamp(min=1) if num_items is None else num_items),
-        "cross_entropy": loss.detach(),
-        "num_tokens": count,
-    }
+    return (embedded - expected)[counts].square().mean(-1).sum(), counts.sum()

@@ -92,6 +92,14 @@ def extend(example: Example, ids: Sequence[int], is_trained: bool) -> None:
     example.trained.extend(bytes([is_trained]) * len(ids))
 
 
+def asked_and_answered(asked: Sequence[int], answer: Sequence[int], *, is_cut: bool) -> Example:
+    """Return the example of token ids that are read, and of those after them, which are trained; no text."""
+    example = Example(array("I"), bytearray(), is_text=False, is_cut=is_cut)
+    extend(example, asked, False)
+    extend(example, answer, True)
+    return example
+
+
 def _fields(document: Document, tokenise: "Tokenise") -> list[Segment]:
     """Return a text, in parts where it is long, or a prompt and its answer."""
     *prompt, last = document.parts
