@@ -10,24 +10,21 @@ the same text, as grow_training.py does for decoders. Nothing is downloaded. Wri
 the plot as docs/images/bert-growth.png, and prints the tables.
 """
 
-import argparse
 import json
 import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from grow_training import ROOT, Lengths, Start, corpus, gather, plot, run_all, table, train
+from grow_training import ROOT, Lengths, Start, command_line, corpus, gather, plot, run_all, table, train
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 PLOT = ROOT / "docs" / "images" / "bert-growth.png"
 MASK, SHARE = 256, 0.15  # the token that hides a byte, and how many are hidden
-BATCH = ROWS, LENGTH = (
-    32,
-    32,
-)  # short rows: on long ones so small a BERT needs thousands of steps to find its neighbours
+# Short rows: on long ones so small a BERT needs thousands of steps to find its neighbours.
+BATCH = ROWS, LENGTH = 32, 32
 HEAD, LAYERS = 12, 3
 RATE = 3e-3
 SMALL_HEADS = 4
@@ -157,15 +154,8 @@ def exactness(directory: Path) -> str:
 
 def main() -> None:
     """Carry out the chosen runs, and report."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line(__doc__, directory="bert-growth", picture=PLOT)
     parser.add_argument("--data", type=Path, help="a text; default: the sources of the Python standard library")
-    parser.add_argument("--seeds", type=int, default=2)
-    parser.add_argument("--quick", action="store_true", help="a few steps of each run: does it work at all?")
-    parser.add_argument("--directory", type=Path, default=Path("bert-growth"), help="where checkpoints and curves go")
-    parser.add_argument("--plot", type=Path, default=PLOT)
-    parser.add_argument("--report", action="store_true", help="only tables and plot, from curves that are there")
-    parser.add_argument("--run", help=argparse.SUPPRESS)
-    parser.add_argument("--seed", type=int, default=0, help=argparse.SUPPRESS)
     options = parser.parse_args()
     options.directory.mkdir(parents=True, exist_ok=True)
     lengths = QUICK if options.quick else LENGTHS

@@ -355,17 +355,22 @@ def plot(results: dict[str, Any], path: Path, starts: Mapping[str, Start], *, to
     plt.close(figure)
 
 
-def main() -> None:
-    """Carry out the chosen runs, and report."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def command_line(description: str | None, *, directory: str, picture: Path) -> argparse.ArgumentParser:
+    """Return the parser of a benchmark whose runs are processes of their own."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=2)
     parser.add_argument("--quick", action="store_true", help="a few steps of each run: does it work at all?")
-    parser.add_argument("--directory", type=Path, default=Path("grow-training"), help="where checkpoints and curves go")
-    parser.add_argument("--plot", type=Path, default=PLOT)
+    parser.add_argument("--directory", type=Path, default=Path(directory), help="where checkpoints and curves go")
+    parser.add_argument("--plot", type=Path, default=picture)
     parser.add_argument("--report", action="store_true", help="only tables and plot, from curves that are there")
     parser.add_argument("--run", help=argparse.SUPPRESS)
     parser.add_argument("--seed", type=int, default=0, help=argparse.SUPPRESS)
-    options = parser.parse_args()
+    return parser
+
+
+def main() -> None:
+    """Carry out the chosen runs, and report."""
+    options = command_line(__doc__, directory="grow-training", picture=PLOT).parse_args()
     options.directory.mkdir(parents=True, exist_ok=True)
     lengths = QUICK if options.quick else Lengths()
     if options.run:

@@ -51,19 +51,7 @@ ROUTED: Config = {
     "norm_topk_prob": True,
     "first_k_dense_replace": 1,
 }
-LATENT: Config = (
-    ONE_KV_PER_HEAD
-    | THREE
-    | {
-        "hidden_size": 48,
-        "num_key_value_heads": 8,
-        "q_lora_rank": 26,
-        "kv_lora_rank": 18,
-        "qk_nope_head_dim": 10,
-        "qk_rope_head_dim": 4,
-        "v_head_dim": 12,
-    }
-)
+LATENT: Config = ONE_KV_PER_HEAD | THREE | toys.LATENT
 GPT2: Config = GPT2_NAMES | {"n_layer": 3}
 STABLELM: Config = DERIVED | PARTIAL_ROTARY
 THREE_FALCON: Config = FALCON | THREE

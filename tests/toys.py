@@ -38,6 +38,15 @@ ONE_KV_PER_HEAD: Config = {key: value for key, value in DERIVED_HEAD_DIM.items()
 GPT2_NAMES: Config = TOKENS | {"n_layer": 6, "n_embd": 80, "n_inner": 52, "n_head": 8, "n_positions": 64}
 
 EXPERTS: Config = {"num_local_experts": 7, "num_experts_per_tok": 3}
+LATENT: Config = {
+    "hidden_size": 48,
+    "num_key_value_heads": 8,
+    "q_lora_rank": 26,
+    "kv_lora_rank": 18,
+    "qk_nope_head_dim": 10,
+    "qk_rope_head_dim": 4,
+    "v_head_dim": 12,
+}
 QWEN_EXPERTS: Config = {
     "num_experts": 7,
     "num_experts_per_tok": 3,
@@ -146,14 +155,8 @@ TOYS: dict[str, Config] = {
     "glm4": OWN_HEAD_DIM | PARTIAL_ROTARY,
     "qwen2_moe": DERIVED_HEAD_DIM | QWEN_EXPERTS | SLIDING_FROM_LAYER_3 | {"shared_expert_intermediate_size": 36},
     "deepseek_v3": ONE_KV_PER_HEAD
+    | LATENT
     | {
-        "hidden_size": 48,
-        "num_key_value_heads": 8,
-        "q_lora_rank": 26,
-        "kv_lora_rank": 18,
-        "qk_nope_head_dim": 10,
-        "qk_rope_head_dim": 4,
-        "v_head_dim": 12,
         "n_routed_experts": 9,
         "n_group": 3,
         "topk_group": 2,

@@ -5,6 +5,7 @@ GPT-NeoX stores, head by head, its query, key and value: "(kv_heads (group q_dim
 """
 
 import re
+from abc import abstractmethod
 from array import array
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -63,14 +64,14 @@ class _Runs(Sequence[N]):
     _ends: "array[int]"  # where each run ends
 
     @classmethod
+    @abstractmethod
     def of(cls, numbers: Iterable[N]) -> Self:
         """Return these numbers as runs."""
-        raise NotImplementedError
 
     @staticmethod
+    @abstractmethod
     def _at(first: N, offset: int) -> N:
         """Return the number `offset` places after the first of a run."""
-        raise NotImplementedError
 
     @property
     def runs(self) -> Iterator[tuple[N, int]]:

@@ -85,6 +85,12 @@ def class_names(config: Mapping[str, Any]) -> list[str]:
     return [name for name in names if isinstance(name, str)] if isinstance(names, list) else []
 
 
+def is_headless(config: Mapping[str, Any]) -> bool:
+    """Return whether the classes that a config names put out their last states, and no logits: GPT2Model."""
+    names = class_names(config)
+    return bool(names) and all(name.endswith("Model") and "Head" not in name for name in names)
+
+
 def spelled(config: Mapping[str, Any], quantity: Quantity) -> dict[str, Any]:
     """Return the keys under which a config holds a quantity, with their values; {} where it does not say.
 

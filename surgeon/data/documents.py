@@ -10,10 +10,10 @@ import os
 import re
 import sys
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from importlib import import_module
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path
 from types import ModuleType
 from typing import IO, Any
@@ -122,6 +122,31 @@ def json_lines(path: Path, *, hint: str = RECORD_HINT) -> Iterator[tuple[str, An
             line = (line.removeprefix("\ufeff") if number == 1 else line).rstrip("\r\n")
             if line.strip(" \t\r"):
                 yield f"{path}:{number}", _parsed(line, path, number, hint=hint)
+
+
+def json_records(
+    specs: Sequence[str], keys: Sequence[str], *, samples: int | None, what: str, counted: str, hint: str
+) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """Yield the first `samples` records of .jsonl files, all of them with None, each with its place.
+
+    Raises DataError, with `hint`, for another file, a record that is no object with all `keys`, and where there is
+    none. `what` is read from such files, and `counted` is what a record is.
+    """
+    for spec in specs:
+        if Path(spec).suffix != ".jsonl":
+            raise DataError(f"{spec} is no .jsonl file, which {what} are read from", hint=hint)
+    lines = chain.from_iterable(json_lines(Path(spec), hint=hint) for spec in specs)
+    is_empty = True
+    for where, record in islice(lines, samples):
+        if not isinstance(record, dict):
+            raise DataError(f"{where} is no object", hint=hint)
+        if lacking := next((key for key in keys if key not in record), None):
+            has = ", ".join(map(repr, record)) or "nothing"
+            raise DataError(f"{where} has no {lacking!r}, only {has}", hint=hint)
+        yield where, record
+        is_empty = False
+    if is_empty:
+        raise DataError(f"0 {counted} in {', '.join(specs)}", hint=hint)
 
 
 def _lines(path: Path) -> Iterator[Document]:

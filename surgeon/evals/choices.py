@@ -1,16 +1,15 @@
 """Multiple choice: how often the likeliest of several continuations of a question is the right one."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import accumulate, chain, islice, pairwise
-from pathlib import Path
+from itertools import accumulate, chain, pairwise
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from surgeon.data.documents import json_lines
+from surgeon.data.documents import json_records
 from surgeon.data.records import checked_text
 from surgeon.data.rows import begin_of_text, encode
 from surgeon.errors import DataError
@@ -81,22 +80,14 @@ def read_questions(specs: Sequence[str], *, samples: int | None) -> list[Questio
     A record has `question`, `choices` (a list of two texts or more), and `answer`: the index of the right one, from 0,
     or its text. Raises DataError for any other.
     """
-    for spec in specs:
-        if Path(spec).suffix != ".jsonl":
-            raise DataError(f"{spec} is no .jsonl file, which questions with choices are read from", hint=FORM_HINT)
-    records = chain.from_iterable(json_lines(Path(spec), hint=FORM_HINT) for spec in specs)
-    questions = [_question(record, where) for where, record in islice(records, samples)]
-    if not questions:
-        raise DataError(f"0 questions in {', '.join(specs)}", hint=FORM_HINT)
-    return questions
+    keys = ("question", "choices", "answer")
+    records = json_records(
+        specs, keys, samples=samples, what="questions with choices", counted="questions", hint=FORM_HINT
+    )
+    return [_question(where, record) for where, record in records]
 
 
-def _question(record: Any, where: str) -> Question:
-    if not isinstance(record, dict):
-        raise DataError(f"{where} is no object", hint=FORM_HINT)
-    for key in ("question", "choices", "answer"):
-        if key not in record:
-            raise DataError(f"{where} has no {key!r}, only {', '.join(map(repr, record)) or 'nothing'}", hint=FORM_HINT)
+def _question(where: str, record: Mapping[str, Any]) -> Question:
     text = checked_text(record["question"], f"{where}: 'question'", hint=FORM_HINT)
     choices = record["choices"]
     if not isinstance(choices, list) or len(choices) < 2:

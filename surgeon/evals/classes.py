@@ -2,15 +2,13 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import chain, islice
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from surgeon.anatomy.config import positions_of
 from surgeon.checkpoint.source import Source
-from surgeon.data.documents import json_lines
+from surgeon.data.documents import json_records
 from surgeon.data.records import checked_text
 from surgeon.errors import DataError, MeasureError
 from surgeon.evals.answers import of_records
@@ -65,23 +63,12 @@ def read_labelled(specs: Sequence[str], *, samples: int | None) -> list[Labelled
 
     Raises DataError for any other.
     """
-    for spec in specs:
-        if Path(spec).suffix != ".jsonl":
-            raise DataError(f"{spec} is no .jsonl file, which labelled texts are read from", hint=FORM_HINT)
-    lines = chain.from_iterable(json_lines(Path(spec), hint=FORM_HINT) for spec in specs)
-    records = [labelled(record, where) for where, record in islice(lines, samples)]
-    if not records:
-        raise DataError(f"0 records in {', '.join(specs)}", hint=FORM_HINT)
-    return records
+    keys = ("text", "label")
+    records = json_records(specs, keys, samples=samples, what="labelled texts", counted="records", hint=FORM_HINT)
+    return [_labelled(where, record) for where, record in records]
 
 
-def labelled(record: object, where: str) -> Labelled:
-    """Return a record's text and label. Raises DataError for any other form."""
-    if not isinstance(record, Mapping):
-        raise DataError(f"{where} is no object", hint=FORM_HINT)
-    for key in ("text", "label"):
-        if key not in record:
-            raise DataError(f"{where} has no {key!r}, only {', '.join(map(repr, record)) or 'nothing'}", hint=FORM_HINT)
+def _labelled(where: str, record: Mapping[str, Any]) -> Labelled:
     label = record["label"]
     if type(label) is not int:
         label = checked_text(label, f"{where}: 'label'", hint=FORM_HINT)

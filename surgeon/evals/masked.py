@@ -16,7 +16,7 @@ from surgeon.data.rows import read_rows
 from surgeon.errors import MeasureError
 from surgeon.evals.compare import Scored, estimate, exponential
 from surgeon.evals.evaluation import EvalContext, Evaluation, EvaluationOptions
-from surgeon.evals.perplexity import ONE_ROW
+from surgeon.evals.perplexity import ONE_ROW, check_finite
 from surgeon.measure.scoring import streamed_model
 from surgeon.models.device import groups, row_bytes
 from surgeon.models.skeleton import auto_class
@@ -110,23 +110,14 @@ def masked_losses(model: StreamedModel, rows: Tensor, frame: Frame, *, progress:
             masked = frame.around(rows[numbers // length])
             masked[torch.arange(stop - start), places] = frame.mask
             batches = model.start(masked)
-            for index in range(model.depth):
-                with model.layer(index) as apply:
-                    for batch in batches:
-                        apply(batch, batch.hidden)
-                        if progress:
-                            progress(batch.tokens.numel())
+            model.run(batches, progress=progress)
             with model.finish(batches) as head:
                 sizes = [len(batch.tokens) for batch in batches]
                 pairs = zip(batches, torch.split(places, sizes), strict=True)
                 states = torch.cat([batch.hidden[torch.arange(len(at)), at.to(model.device)] for batch, at in pairs])
                 losses += _losses(head, states, rows.flatten()[start:stop], min(HEAD_TOKENS, width))
     sums = torch.cat(losses).view(-1, length).sum(1)
-    if not bool(sums.isfinite().all()):
-        raise MeasureError(
-            f"{model.label} gives a loss that is not finite",
-            hint="Its weights may not be finite, or be too large for 16 bits: try --device cpu.",
-        )
+    check_finite(sums, model.label)
     return [float(value) for value in sums]
 
 

@@ -226,13 +226,9 @@ def row_losses(
         for parts in _passes(windows, 2 * model.hidden_size):
             chosen = [windows[i].part(start, stop) for i, start, stop in parts]
             batches = [model.start(part.tokens.contiguous(), part.real) for part in chosen]
-            for index in range(model.depth):
-                with model.layer(index) as apply:
-                    for batch in (batch for group in batches for batch in group):
-                        apply(batch, batch.hidden)
-                        if progress:
-                            progress(batch.tokens.numel())
-            with model.finish([batch for group in batches for batch in group]) as head:
+            together = list(chain.from_iterable(batches))
+            model.run(together, progress=progress)
+            with model.finish(together) as head:
                 for (i, start, _), part, group in zip(parts, chosen, batches, strict=True):
                     predicted = part.predicted
                     for batch in group:
@@ -240,12 +236,17 @@ def row_losses(
                         sums[i][start : start + rows] = _loss_sums(head, batch, predicted[:rows])
                         predicted, start = predicted[rows:], start + rows
     for losses in sums:
-        if not bool(losses.isfinite().all()):
-            raise MeasureError(
-                f"{model.label} gives a loss that is not finite",
-                hint="Its weights may not be finite, or be too large for 16 bits: try --device cpu.",
-            )
+        check_finite(losses, model.label)
     return sums
+
+
+def check_finite(losses: Tensor, label: str) -> None:
+    """Raises MeasureError for losses that are not all numbers."""
+    if not bool(losses.isfinite().all()):
+        raise MeasureError(
+            f"{label} gives a loss that is not finite",
+            hint="Its weights may not be finite, or be too large for 16 bits: try --device cpu.",
+        )
 
 
 def _passes(windows: Sequence[WindowBatch], numbers: int) -> Iterator[list[tuple[int, int, int]]]:

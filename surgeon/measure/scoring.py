@@ -292,9 +292,9 @@ def losses_without(
     model.check_predicts()
     totals = torch.zeros(len(removed), dtype=torch.float64)
     count = 0
-    row_bytes = tokens.shape[1] * model.hidden_size * 4 * (len(set(removed)) + 1)
+    of_paths = tokens.shape[1] * model.hidden_size * 4 * (len(set(removed)) + 1)  # bytes of a row
     with torch.no_grad():
-        for start, stop in groups(len(tokens), row_bytes):
+        for start, stop in groups(len(tokens), of_paths):
             batches = model.embed(tokens[start:stop], None if real is None else real[start:stop])
             paths = _through(model, batches, removed, progress)
             count += sum(int(targets_of(batch)[1].sum()) for batch in batches)

@@ -177,16 +177,22 @@ def num_known(model: Any) -> int:
     return int(model.get_input_embeddings().weight.shape[0])
 
 
+def always_sees(config: Mapping[str, Any]) -> bool:
+    """Return whether transformers has a model type only with its eyes: no language model of it alone."""
+    from transformers.models.auto import modeling_auto as known
+
+    kind = config.get("model_type")
+    sees = kind in known.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+    return sees and kind not in known.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+
 def _writer(config: Mapping[str, Any]) -> Any:
     """Return the Auto class of a model that writes: one that sees, too, where no other has its type."""
     import transformers as auto
-    from transformers.models.auto import modeling_auto as known
 
     if config.get("is_encoder_decoder"):
         return auto.AutoModelForSeq2SeqLM
-    sees = config.get("model_type") in known.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
-    writes = config.get("model_type") in known.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-    return auto.AutoModelForImageTextToText if sees and not writes else auto.AutoModelForCausalLM
+    return auto.AutoModelForImageTextToText if always_sees(config) else auto.AutoModelForCausalLM
 
 
 def load_model(source: Source, *, dtype: Any, hint: str, kind: Any = None, **options: Any) -> Any:

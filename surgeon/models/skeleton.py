@@ -14,12 +14,12 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from surgeon.anatomy.config import class_names
+from surgeon.anatomy.config import class_names, model_type
 from surgeon.anatomy.stacks import TOWERS
 from surgeon.checkpoint.header import FilePart
 from surgeon.checkpoint.source import Ranges, Source, StoredTensor, ranges_by_file
 from surgeon.errors import MeasureError, SurgeonError
-from surgeon.models.loading import config_of, from_config, libraries_fail, quiet_transformers
+from surgeon.models.loading import always_sees, config_of, from_config, libraries_fail, quiet_transformers
 from surgeon.plan.arithmetic import TORCH_DTYPES
 
 
@@ -95,18 +95,17 @@ def auto_class(source: Source) -> Any:
     import transformers as auto
     from transformers.models.auto import modeling_auto as known
 
-    named, model_type = " ".join(class_names(source.config)), source.config.get("model_type")
+    named, kind = " ".join(class_names(source.config)), model_type(source.config)
     if "ForMaskedLM" in named:
         return auto.AutoModelForMaskedLM
     if "ForSequenceClassification" in named:
         return auto.AutoModelForSequenceClassification
     writes = not named or "CausalLM" in named or "LMHead" in named
-    if model_type in known.MODEL_FOR_MASKED_LM_MAPPING_NAMES and not writes:
+    if kind in known.MODEL_FOR_MASKED_LM_MAPPING_NAMES and not writes:
         return auto.AutoModel
-    if model_type in known.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or "auto_map" in source.config:
+    if kind in known.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or "auto_map" in source.config:
         return auto.AutoModelForCausalLM
-    has_images = model_type in known.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
-    return auto.AutoModelForImageTextToText if has_images else auto.AutoModel
+    return auto.AutoModelForImageTextToText if always_sees(source.config) else auto.AutoModel
 
 
 def predicts_next(source: Source) -> bool:

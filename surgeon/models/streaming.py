@@ -73,7 +73,7 @@ def check_runs(source: Source) -> None:
     if source.config.get("is_encoder_decoder"):
         raise MeasureError(
             f"{source.label} has an encoder and a decoder; layers are scored in a model with one stack",
-            hint="Scores that read no text work: --score random, last or magnitude.",
+            hint=NO_TEXT,
         )
     if is_quantized(source.config):
         raise MeasureError(
@@ -150,6 +150,15 @@ class StreamedModel:
                 begin(tokens[at : at + rows], None if real is None else real[at : at + rows])
                 for at in range(0, len(tokens), rows)
             ]
+
+    def run(self, batches: Sequence[Batch], *, progress: Progress | None = None) -> None:
+        """Take started batches through all layers: every batch goes through one before the next one is read."""
+        for index in range(self.depth):
+            with self.layer(index) as apply:
+                for batch in batches:
+                    apply(batch, batch.hidden)
+                    if progress:
+                        progress(batch.tokens.numel())
 
     @contextmanager
     def layer(self, index: int) -> Iterator[Callable[[Batch, Tensor], Tensor]]:
@@ -360,27 +369,26 @@ class StreamedModel:
             hook.remove()
             module._parameters["weight"], module.padding_idx = whole, padding
 
-    def _inputs(self, tokens: Tensor, real: Tensor | None) -> dict[str, Any]:
-        """Return the arguments of the forward pass for rows; a mask only where there is padding."""
+    def _inputs(self, tokens: Tensor, real: Tensor | None) -> tuple[dict[str, Any], Tensor | None]:
+        """Return the arguments of the forward pass for rows, and what is real; a mask only where there is padding."""
         inputs: dict[str, Any] = {"input_ids": tokens.to(self.device), "use_cache": False}
         if real is not None and not bool(real.all()):
             mask = real.to(self.device).long()
             inputs["attention_mask"] = mask
             if self._model.takes_positions and not bool(real[:, 0].all()):  # else tokens stand at their own places
                 inputs["position_ids"] = (mask.cumsum(-1) - 1).clamp(min=0)
-        return inputs
+            return inputs, mask.bool()
+        return inputs, None
 
     def _started(self, tokens: Tensor, real: Tensor | None) -> Batch:
-        inputs = self._inputs(tokens, real)
+        inputs, mask = self._inputs(tokens, real)
         passage = Passage(partial(self._model.base, **inputs))
         if passage.call is None or passage.call.index != 0:
             raise MeasureError(f"{self.label} does not run its layers once each, in their order", hint=NO_TEXT)
-        mask = real.to(self.device) if real is not None and "attention_mask" in inputs else None
         return Batch(inputs["input_ids"], mask, states_of(passage.call), passage=passage)
 
     def _embedded(self, tokens: Tensor, real: Tensor | None) -> Batch:
-        inputs = self._inputs(tokens, real)
-        mask = real.to(self.device) if real is not None and "attention_mask" in inputs else None
+        inputs, mask = self._inputs(tokens, real)
         seen: dict[int, tuple[Tensor, Call]] = {}
         alone = libraries_fail(f"the layers of {self.label} do not run alone", hint=WHOLE)
         with alone, self._stubbed({}, seen=seen), torch.no_grad():

@@ -30,12 +30,11 @@ class ToMake(NamedTuple):
 
 def write_made(target: int, tensors: Iterable[ToMake], count_bytes: CountBytes, *, threads: int) -> None:
     """Write tensors to their offsets in an open file. `threads` make their parts, the caller's own writes the rest."""
-    with ThreadPoolExecutor(threads) as pool:
-        try:
-            _Making(target, pool, count_bytes, most=3 * threads).run(tensors)
-        except BaseException:  # Ctrl-C too: what has not begun is left
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
+    pool = ThreadPoolExecutor(threads)
+    try:
+        _Making(target, pool, count_bytes, most=3 * threads).run(tensors)
+    finally:  # after Ctrl-C too: what has not begun is left
+        pool.shutdown(cancel_futures=True)
 
 
 class _Making:

@@ -100,9 +100,8 @@ def narrow(anatomy: Anatomy, kept: Kept) -> Plan:
         steps=({"narrow": {axis: sizes[axis] for axis in shown if sizes.get(axis) != anatomy.sizes.get(axis)}},),
         notes=_notes(anatomy, sizes),
         approximate=_reasons(anatomy, sizes),
-        axes={
-            axis: Index.of(positions) for axis, positions in _shared(anatomy, kept).items()
-        },  # axes of which layers keep different positions have no one map
+        # Axes of which layers keep different positions have no one map.
+        axes={axis: Index.of(positions) for axis, positions in _shared(anatomy, kept).items()},
     )
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from surgeon.anatomy.anatomy import Anatomy
 from surgeon.anatomy.axes import axes_of
-from surgeon.anatomy.config import class_names, is_off
+from surgeon.anatomy.config import is_headless, is_off
 from surgeon.anatomy.families import Row
 from surgeon.anatomy.rotary import EXTENSIBLE_ROPE, rope_types, rotary_dims, wider_head
 from surgeon.errors import PlanError
@@ -356,22 +356,16 @@ def scales_head(anatomy: Anatomy) -> bool:
     """Return whether the model multiplies what its head reads by hidden ** -0.5."""
     family, config = anatomy.require_family(partial=True), anatomy.config
     flag = next((flag for flag in family.head_scale_flags if config.get(flag) is not None), None)
-    return family.scales_head and not is_off(config, flag) and not _is_headless(anatomy)
+    return family.scales_head and not is_off(config, flag) and not is_headless(anatomy.spec.config)
 
 
 def has_tied_head(anatomy: Anatomy) -> bool:
     """Return whether the embedding is the head too; where the head is a part that this class lacks, nothing is."""
     family = anatomy.require_family(partial=True)
-    if _is_headless(anatomy) or any(row.kind == "head" for row, _ in anatomy.rows.values()):
+    if is_headless(anatomy.spec.config) or any(row.kind == "head" for row, _ in anatomy.rows.values()):
         return False
     is_part = bool(family.final_norm) and all(row.optional for row in family.final_norm.values())
     return not is_part or _has_final_norm(anatomy)
-
-
-def _is_headless(anatomy: Anatomy) -> bool:
-    """Return whether the class that the config names puts out its last states, and no logits: GPT2Model."""
-    names = class_names(anatomy.spec.config)
-    return bool(names) and all(name.endswith("Model") and "Head" not in name for name in names)
 
 
 def _has_final_norm(anatomy: Anatomy) -> bool:

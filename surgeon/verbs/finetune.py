@@ -11,7 +11,7 @@ from types import UnionType
 from typing import TYPE_CHECKING, Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from surgeon.anatomy.anatomy import read_anatomy
-from surgeon.anatomy.config import class_names
+from surgeon.anatomy.config import class_names, is_headless
 from surgeon.checkpoint import output as outputs
 from surgeon.checkpoint.header import is_quantized
 from surgeon.checkpoint.source import Source, spec_of
@@ -282,7 +282,7 @@ def _plain_task(source: Source, settings: Settings, recorded: Mapping[str, Any])
         )
     encodes = bool(source.config.get("is_encoder_decoder"))
     classifies = any(name.endswith("ForSequenceClassification") for name in names)
-    embeds = not encodes and bool(names) and all(name.endswith("Model") and "LMHead" not in name for name in names)
+    embeds = not encodes and is_headless(source.config)
     if not encodes and not classifies and not (embeds and settings.teacher):
         return Task(settings, recorded)
     what = "a classifier" if classifies else "an encoder-decoder" if encodes else "an encoder without a head"

@@ -119,9 +119,8 @@ class Family:
     frozen: Mapping[str, str] = field(default_factory=dict)
     aliases: tuple[tuple[str, str], ...] = ()  # what older files call a tensor, as (their part of a name, ours)
     shares_heads: bool = False  # layers share a bias of their heads: all of a stack keep the same ones
-    outer_sizes: Mapping[str, tuple[str, ...]] = field(
-        default_factory=dict
-    )  # keys outside of the text config, with dots
+    # Keys outside of the text config that hold a size, with dots.
+    outer_sizes: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     scales_head: bool = False  # what the head reads is multiplied by hidden ** -0.5
     head_scale_flags: tuple[str, ...] = ()  # the config keys that are false where it is not; the first one counts
     last_norm: str = ""  # the norm at the end of a layer that stands before the head where no final norm does
