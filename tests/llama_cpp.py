@@ -59,7 +59,6 @@ for name, path in request["files"].items():
     params.cpuparams.n_threads = 1
     params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED  # it works in 16 bits
     params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
-    print(f"@{name}", file=sys.stderr, flush=True)
     try:
         server = xllamacpp.Server(params)
     except RuntimeError:
@@ -97,15 +96,13 @@ def log_probabilities(
     refusals: dict[str, str] = json.loads(answer.read_text())
     files = {name: str(folder / f"{name}.gguf") for name in models if name not in refusals}
     request = {"files": files, "prompts": [list(prompt) for prompt in prompts], "size": vocab}
-    log = _run(RUN, str(answer), stdin=request)
-    for part in log.split("\n@"):
-        name, _, lines = part.removeprefix("@").partition("\n")
-        telling = (line.partition("model: ")[2] for line in lines.splitlines() if "error loading model" in line)
-        if reason := next(telling, ""):
-            refusals[name] = f"runtime: {reason}"
+    _run(RUN, str(answer), stdin=request)
     answers: dict[str, list[list[float]]] = json.loads(answer.read_text())
-    assert answers.keys() | refusals.keys() == models.keys(), log[-2000:]
-    return {name: answers.get(name, refusals.get(name, "")) for name in models}
+    for name in files.keys() - answers.keys():  # its log in a process of its own: llama.cpp's thread writes it late
+        log = _run(RUN, str(answer), stdin=request | {"files": {name: files[name]}})
+        refusals[name] = f"runtime: {log.partition('error loading model: ')[2].partition(chr(10))[0]}"
+        assert refusals[name] != "runtime: ", log[-2000:]
+    return {name: answers.get(name) or refusals[name] for name in models}
 
 
 def _run(script: str, *arguments: str, stdin: object) -> str:
