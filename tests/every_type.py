@@ -79,6 +79,7 @@ DERIVED = LAYER_LISTS | {
     "moe_layers", "full_attn_idxs", "cross_attention_layers", "attention_types", "hybrid_layer_ids",
     "activation_sparsity_pattern", "hybrid_override_pattern", "num_attention_heads_per_layer", "layers_block_type",
     "rope_scaling_layers", "qk_head_dim", "kv_source_layers", "layer_rope_theta", "per_layer_config",
+    "stage_names", "out_features", "out_indices",
 }  # fmt: skip
 
 _MAMBA: Config = {"mamba_n_heads": 16, "mamba_d_head": 16, "mamba_d_state": 18, "mamba_chunk_size": 8}
@@ -395,8 +396,11 @@ def logits(model: PreTrainedModel, **kwargs: Any) -> Tensor:
     if "use_cache" in signature(model.forward).parameters:
         kwargs.setdefault("use_cache", False)
     model.config.get_text_config().use_cache = False  # or a hybrid cut below its attention asks its cache for a length
+    given = {
+        name: value.to(model.dtype) if value.is_floating_point() else value for name, value in inputs(model).items()
+    }
     with torch.no_grad():
-        output = model(**inputs(model), **kwargs)
+        output = model(**given, **kwargs)
     return next(output[key] for key in ("logits", "prediction_logits", "last_hidden_state") if key in output)
 
 

@@ -121,3 +121,42 @@ def test_a_hybrid_without_a_layer_that_attends_is_told_that_it_generates_nothing
 
     assert WITHOUT_CACHE in follow_layers(config, keep, 6, tabled=False).notes
     assert WITHOUT_CACHE not in follow_layers(config, range(6), 6, tabled=False).notes
+
+
+def test_a_list_of_layers_that_nobody_knows_holds_its_layers_in_place():
+    config = {"model_type": "not_known_yet", "num_hidden_layers": 6, "special_block_ids": [2, 5]}
+
+    def follow(keep):
+        return follow_layers(config, keep, 6, tabled=False).config
+
+    assert follow([0, 1, 2, 3, 4, 5])["special_block_ids"] == [2, 5]
+    assert follow([0, 1, 2, 3, 4, 5, 0])["num_hidden_layers"] == 7
+    for keep in ([0, 2, 3, 4, 5], [0, 1, 2, 3], [0, 1, 2, 3, 4, 5, 2]):
+        with pytest.raises(PlanError, match=r"special_block_ids = \[2, 5\]"):
+            follow(keep)
+
+
+def test_layers_that_attend_to_the_whole_picture_still_do_when_they_move(tmp_path):
+    every_type.build("sam3_vit_model", tmp_path / "toy", global_attn_indexes=[1, 3])
+    stacked = surgeon.grow(tmp_path / "toy", layers=9, depth_method="stack")
+    assert stacked.plan.layer_map == (0, 1, 2, 3, 4, 5, 0, 1, 2)
+    stacked.save(tmp_path / "stacked")
+    assert json.loads((tmp_path / "stacked" / "config.json").read_text())["global_attn_indexes"] == [1, 3, 7]
+
+
+@pytest.mark.parametrize(
+    ("given", "keep", "expected"),
+    [([6], [0, 1, 2], [3]), ([0, 2, 6], [0, 1, 3, 5], [0, 2, 4]), ([-1], [0, 5], [2]), ([2], [1, 2], [1])],
+)
+def test_a_backbone_hands_on_the_stages_that_it_handed_on(given, keep, expected):
+    config = json.loads(every_type.small_config("dinov2", out_indices=given).to_json_string(use_diff=False))
+    edit = follow_layers(config, keep, 6, tabled=False).config
+    result = CONFIG_MAPPING["dinov2"](**edit)  # it checks the stages against their names
+    assert result.out_indices == edit["out_indices"] == expected
+    assert result.out_features == edit["out_features"] == [result.stage_names[stage] for stage in expected]
+
+
+def test_a_stage_that_a_backbone_hands_on_is_not_removed():
+    config = json.loads(every_type.small_config("dinov2", out_indices=[3, 6]).to_json_string(use_diff=False))
+    with pytest.raises(PlanError, match=r"hands on stage 3 .* its layer would be removed"):
+        follow_layers(config, [0, 1, 5], 6, tabled=False)

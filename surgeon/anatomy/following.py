@@ -43,6 +43,8 @@ from surgeon.errors import CheckpointError, PlanError
 _SUSPECT = re.compile(
     r"(layer|attn|attention|moe|expert|sparse|global|window|shared).*(interval|period|step|freq|every|pattern)"
 )
+# A list of numbers of which the name says that they may be layers; it holds only while these layers stay in place.
+_PLACES = re.compile(r"layer|block|index|indices|idx|ids|attn|attention")
 
 WITHOUT_CACHE = "no layer that attends is left: transformers scores texts with such a model, and generates none"
 
@@ -87,6 +89,7 @@ def follow_layers(config: Mapping[str, Any], keep: Sequence[int], depth: int, *,
     edit = ConfigEdit(dict(text))
     _slice_lists(edit, keep, depth, tabled=tabled)
     _remap_indices(edit, keep)
+    _follow_stages(edit, keep, depth)
     _follow_references(edit, text, keep)
     for key in COUNT_KEYS + ENCODER_COUNT_KEYS + DECODER_COUNT_KEYS:
         if edit.config.get(key) == depth:
@@ -100,12 +103,11 @@ def follow_layers(config: Mapping[str, Any], keep: Sequence[int], depth: int, *,
         )
     if not tabled and text_name not in RULES:
         _refuse_unknown_strides(text, keep, text_name)
+        _refuse_unknown_places(text, keep, depth, text_name)
     _follow_residual_scale(edit, len(keep), depth)
     attends = _attending(text, depth)
     if any(attends) and not any(attends[i] for i in keep):
-        edit.notes.append(
-            "no layer that attends is left: transformers scores texts with such a model, and generates none"
-        )
+        edit.notes.append(WITHOUT_CACHE)
     if text is not config:
         edit.config = {**config, "text_config": edit.config}
     return edit
@@ -158,6 +160,36 @@ def _remap_indices(edit: ConfigEdit, keep: Sequence[int]) -> None:
     for key in INDEX_LISTS & edit.config.keys():
         if isinstance(value := edit.config[key], list):
             edit.config[key] = [j for j, i in enumerate(keep) if i in value]
+
+
+def _follow_stages(edit: ConfigEdit, keep: Sequence[int], depth: int) -> None:
+    """Renumber the stages of a backbone, of which stage i is what layer i - 1 gives and stage 0 what layer 0 takes.
+
+    The stages that it hands on stay the same layers'; one that hands on its last stage alone does so still. Raises
+    PlanError where a stage that is asked for would be lost.
+    """
+    if edit.config.get("stage_names") != _stages(depth):
+        return
+    edit.config["stage_names"] = stages = _stages(len(keep))
+    wanted = edit.config.get("out_indices") or [depth]
+    numbers = [stage + depth + 1 if stage < 0 else stage for stage in wanted]
+    if numbers == [depth]:
+        new = [len(keep)]
+    else:
+        if lost := [stage for stage in numbers if stage and stage - 1 not in keep]:
+            raise PlanError(
+                f"the model hands on stage {lost[0]} (out_indices of config.json), and its layer would be removed",
+                hint=f"Keep layer {lost[0] - 1}.",
+            )
+        new = [stage and _last_place(keep, stage - 1, "out_indices") + 1 for stage in numbers]
+    if edit.config.get("out_indices"):
+        edit.config["out_indices"] = new
+    if edit.config.get("out_features"):
+        edit.config["out_features"] = [stages[stage] for stage in new]
+
+
+def _stages(depth: int) -> list[str]:
+    return ["stem", *(f"stage{i + 1}" for i in range(depth))]
 
 
 def _follow_references(edit: ConfigEdit, text: Mapping[str, Any], keep: Sequence[int]) -> None:
@@ -229,6 +261,22 @@ def _refuse_unknown_strides(text: Mapping[str, Any], keep: Sequence[int], name: 
             raise PlanError(
                 f"{name} has {key} = {value}; if it picks layers by number, moving them would change it",
                 hint="Only layers at the end can be removed: surgeon truncate.",
+            )
+
+
+def _refuse_unknown_places(text: Mapping[str, Any], keep: Sequence[int], depth: int, name: str) -> None:
+    known = INDEX_LISTS | OTHER_LISTS | LAYER_LISTS | LAYER_REFERENCES
+    if text.get("stage_names") == _stages(depth):
+        known |= {"out_indices"}
+    for key, value in text.items():
+        if key in known or not _PLACES.search(key) or not isinstance(value, list) or not value:
+            continue
+        if any(type(number) is not int or number < 0 for number in value) or sorted(set(value)) != value:
+            continue
+        if [j for j, i in enumerate(keep) if i in value] != [number for number in value if number < depth]:
+            raise PlanError(
+                f"{name} has {key} = {value}; if these are layers, this would change or remove one of them",
+                hint="Keep these layers at their places: surgeon truncate to more layers.",
             )
 
 

@@ -45,18 +45,11 @@ LAYER_TEXTS = frozenset({"hybrid_override_pattern"})
 # Lists with the number of another layer for each layer, on which it depends.
 LAYER_REFERENCES = frozenset({"kv_source_layers"})
 # Lists of layer numbers.
-INDEX_LISTS = frozenset(
-    [
-        "mlp_only_layers",
-        "moe_layers",
-        "cross_attention_layers",
-        "attn_layer_indices",
-        "full_attn_idxs",
-        "local_layer_ids",
-        "rope_scaling_layers",
-        "ple_layer_ids",
-    ]
-)
+INDEX_LISTS = frozenset([
+    "mlp_only_layers", "moe_layers", "cross_attention_layers", "attn_layer_indices", "full_attn_idxs",
+    "local_layer_ids", "rope_scaling_layers", "ple_layer_ids", "global_attn_indexes", "fullatt_block_indexes",
+    "window_block_indices", "residual_block_indices",
+])  # fmt: skip
 # Lists that may by chance be as long as the model is deep, and never speak of layers.
 OTHER_LISTS = frozenset(
     [
