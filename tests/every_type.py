@@ -399,9 +399,11 @@ def logits(model: PreTrainedModel, **kwargs: Any) -> Tensor:
     given = {
         name: value.to(model.dtype) if value.is_floating_point() else value for name, value in inputs(model).items()
     }
-    with torch.no_grad():
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)  # ViT-MAE hides patches at random
         output = model(**given, **kwargs)
-    return next(output[key] for key in ("logits", "prediction_logits", "last_hidden_state") if key in output)
+    found = next(output[key] for key in ("logits", "prediction_logits", "last_hidden_state") if key in output)
+    return torch.cat([part.flatten(1) for part in found], 1) if isinstance(found, tuple) else found  # three heads
 
 
 def add_tokenizer(directory: Path) -> None:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 EXACT, WITHIN = "exact", "within"
 CLOSE = 1e-4  # of the largest logit, in float32: the acceptance of function-preserving growth
 EXACT64 = 1e-9  # the same in float64
+_Layers = nn.ModuleList | nn.Sequential
 
 
 class Wrong(Exception):  # noqa: N818  # a verdict, not an error
@@ -59,8 +60,18 @@ def judge_depth(source: Any, result: Path, layer_map: Sequence[int]) -> str:
 
 
 def judge_growth(source: Path, result: Path) -> str:
-    """Return the verdict on a result that must compute what its source computes. Raises Wrong where it does not."""
-    return _judged(lambda dtype: (every_type.logits(loaded(path, dtype=dtype)) for path in (result, source)))
+    """Return the verdict on a result that must compute what its source computes. Raises Wrong where it does not.
+
+    A wider model without a head gives states, not logits: the source's, repeated.
+    """
+
+    def pair(dtype: torch.dtype) -> Iterable[Tensor]:
+        model = loaded(result, dtype=dtype)
+        got, expected = every_type.logits(model), every_type.logits(loaded(source, dtype=dtype))
+        is_wider = model.get_output_embeddings() is None and got.shape[-1] % expected.shape[-1] == 0
+        return got, expected.repeat(1, 1, got.shape[-1] // expected.shape[-1]) if is_wider else expected
+
+    return _judged(pair)
 
 
 def _judged(pair: Callable[[torch.dtype], Iterable[Tensor]]) -> str:
@@ -142,7 +153,7 @@ def _runs(layer_map: Sequence[int]) -> list[list[int]]:
     return runs
 
 
-def _stacks(source: Any, result: Any, depth: int) -> list[tuple[nn.ModuleList, nn.ModuleList]]:
+def _stacks(source: Any, result: Any, depth: int) -> list[tuple[_Layers, _Layers]]:
     """Return the lists of layers that have another length in the result, there `depth`, with the source's."""
     before = dict(_lists(source))
     return [
@@ -152,16 +163,16 @@ def _stacks(source: Any, result: Any, depth: int) -> list[tuple[nn.ModuleList, n
     ]
 
 
-def _lists(model: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.ModuleList]]:
+def _lists(model: nn.Module, prefix: str = "") -> Iterator[tuple[str, _Layers]]:
     for name, child in model.named_children():
-        if isinstance(child, nn.ModuleList):
+        if isinstance(child, nn.ModuleList | nn.Sequential):
             yield prefix + name, child
-        else:
+        if not isinstance(child, nn.ModuleList):
             yield from _lists(child, f"{prefix}{name}.")
 
 
 @contextmanager
-def bypassed(stacks: Sequence[nn.ModuleList], dropped: Sequence[int]) -> Iterator[None]:
+def bypassed(stacks: Sequence[_Layers], dropped: Sequence[int]) -> Iterator[None]:
     """Return a context in which these layers of every stack leave the hidden state as it was; they still run."""
 
     def wrapped(forward: Any) -> Any:

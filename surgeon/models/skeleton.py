@@ -144,7 +144,11 @@ def layer_list(model: nn.Module, prefix: str, depth: int) -> nn.ModuleList:
     }
     path = prefix.rstrip(".")
     named = [module for name, module in lists.items() if name == path or name.endswith(f".{path}")]
-    assert named or lists, f"transformers builds no list of {depth} layers"
+    if not named and not lists:
+        raise MeasureError(
+            f"transformers builds no list of {depth} layers for {type(model).__name__}",
+            hint="Perplexity and scores need a model whose layers stand in one torch.nn.ModuleList.",
+        )
     inner = [module for name, module in lists.items() if not TOWERS.search(name)]
     return next(iter((*named, *inner, *lists.values())))
 
