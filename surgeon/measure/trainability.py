@@ -124,11 +124,13 @@ def _layers(
     anatomy: Anatomy, gradients: "Mapping[str, Tensor]", fresh: set[int]
 ) -> tuple[tuple[int, ...], dict[int, float]]:
     """Return the new layers without gradient, and the ratios of those with far more than their old neighbours."""
+    from surgeon.models.device import wide
+
     squares: Counter[int] = Counter()
     for name, gradient in gradients.items():
         for stack in anatomy.stacks:
             if place := stack.locate(name):
-                squares[place[0]] += gradient.double().square().sum().item()  # type: ignore[assignment]
+                squares[place[0]] += wide(gradient).square().sum().item()  # type: ignore[assignment]
     old = [layer for layer in range(anatomy.depth) if layer not in fresh]
     large: dict[int, float] = {}
     for layer in sorted(fresh):

@@ -36,13 +36,31 @@ def resolve_device(device: str) -> str:
     return device
 
 
+def computes_bfloat16(device: str) -> bool:
+    """Return whether a device multiplies matrices of bfloat16 itself: CUDA from the A100 on.
+
+    Older cards (T4, V100) emulate it, slower than float32, and without the fast kernels of attention.
+    """
+    import torch
+
+    if not device.startswith("cuda"):
+        return False
+    return torch.version.hip is not None or torch.cuda.get_device_properties(device).major >= 8
+
+
 def compute_dtype(source: Source, device: str) -> "torch.dtype":
-    """Return the dtype to compute in: float32, but on CUDA the 16-bit dtype of the stored weights."""
+    """Return the dtype to compute in: float32, but on CUDA the 16-bit dtype of the stored weights.
+
+    On a card that only emulates bfloat16, such weights are computed in float32: float16 has no room for some of them.
+    """
     import torch
 
     stored = {item.spec.dtype for item in source.tensors.values()}
-    if device.startswith("cuda") and stored <= {"BF16", "F16"}:
-        return torch.bfloat16 if "BF16" in stored else torch.float16
+    if device.startswith("cuda"):
+        if stored == {"F16"}:
+            return torch.float16
+        if stored <= {"BF16", "F16"} and computes_bfloat16(device):
+            return torch.bfloat16
     return torch.float32
 
 

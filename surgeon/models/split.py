@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from surgeon.errors import PlanError
+from surgeon.models.device import wide
 from surgeon.models.skeleton import layer_list
 
 LARGE = 1000.0  # the largest logit of the probe, far above any cap on logits (30 is usual, 50 is large)
@@ -173,14 +174,14 @@ def keeps_documents_apart(model: Any) -> bool:
         documents = zip(torch.split(tokens, list(PROBE_LENGTHS), 1), parts, strict=True)
         alone = [decoder(input_ids=ids, position_ids=places, use_cache=False)[0] for ids, places in documents]
     apart = torch.cat(alone, 1)
-    moved = (packed - apart).double().norm(dim=-1) / apart.double().norm(dim=-1)
+    moved = wide(packed - apart).norm(dim=-1) / wide(apart).norm(dim=-1)
     return float(moved.max()) <= APART.get(packed.dtype, APART_HALF)
 
 
 def _equal(one: Tensor, other: Tensor) -> bool:
     """Return whether logits are equal up to rounding."""
     allowed = ROUNDING * torch.finfo(other.dtype).eps * float(other.abs().max())
-    return one.shape == other.shape and float((one.double() - other.double()).abs().max()) <= allowed
+    return one.shape == other.shape and float((wide(one) - wide(other)).abs().max()) <= allowed
 
 
 @contextmanager

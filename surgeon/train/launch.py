@@ -10,11 +10,15 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from datetime import timedelta
+from functools import cache
+from typing import Any
 
 from surgeon.errors import SurgeonError
 
 GRACE = 10.0  # seconds in which the first process may report an error before another reports its own
 PATIENCE = 30.0  # seconds that a process has to end after another one failed
+LONGEST_WAIT = timedelta(days=1)  # for a process that works for all; one that has died is seen at once
 LOOK = 0.1  # seconds between two checks of the processes
 STARTER = "SURGEON_STARTER"  # the environment variable with the number of the pipe that ends with the starting process
 LOST = ("closed by peer", "reset by peer", "Broken pipe", "Timed out", "NCCL", "remote process exited")
@@ -33,6 +37,25 @@ def processes() -> int:
 def is_first() -> bool:
     """Return whether this process reports and writes for all."""
     return int(os.environ.get("RANK", "0")) == 0
+
+
+def wait_for_all() -> None:
+    """Wait for the other processes of the run, if there are any, however long one of them works alone.
+
+    One tokenises, asks a teacher about every text, or writes and hashes a checkpoint, which may take hours. A group of
+    GPUs ends the run after ten minutes, so the processes meet in a group of their CPUs that waits for a day.
+    """
+    import torch.distributed
+
+    if torch.distributed.is_initialized() and processes() > 1:
+        torch.distributed.barrier(group=_meeting_place())
+
+
+@cache
+def _meeting_place() -> Any:
+    from torch.distributed import new_group
+
+    return new_group(backend="gloo", timeout=LONGEST_WAIT)
 
 
 def is_loss(error: RuntimeError) -> bool:

@@ -13,6 +13,7 @@ from surgeon.checkpoint.receipt import read_receipt
 from surgeon.checkpoint.source import Source, spec_of
 from surgeon.errors import PlanError
 from surgeon.models.adapters import add_adapters
+from surgeon.models.device import computes_bfloat16
 from surgeon.models.loading import load_model, num_known
 from surgeon.train.objective import Objective
 from surgeon.train.settings import Settings
@@ -33,7 +34,7 @@ def precision_of(settings: Settings, device: str) -> "Precision":
         return "pure-bf16"
     if settings.precision == "float32":
         return "float32"
-    is_bf16 = settings.precision == "bf16" or (device.startswith("cuda") and torch.cuda.is_bf16_supported())
+    is_bf16 = settings.precision == "bf16" or computes_bfloat16(device)
     return "bf16" if is_bf16 else "float32"
 
 
@@ -49,7 +50,7 @@ def load_trainable(source: Source, task: Task, *, precision: str) -> Any:
     dtype = torch.bfloat16 if precision == "pure-bf16" or is_frozen_base else torch.float32
     options: dict[str, Any] = {"attn_implementation": settings.attention} if settings.attention else {}
     if settings.qlora:
-        options["quantization_config"] = _four_bits()
+        options["quantization_config"] = _four_bits(torch.float32 if precision == "float32" else torch.bfloat16)
     model = load_model(source, dtype=dtype, hint=LOAD_HINT, kind=task.kind(source), **options)
     model.config.use_cache = False  # with a cache, packed documents see each other
     return model
@@ -112,7 +113,7 @@ def receipt_of(source: Source) -> dict[str, Any] | None:
     return None if source.origin is None else read_receipt(source.origin)
 
 
-def _four_bits() -> Any:
+def _four_bits(dtype: torch.dtype) -> Any:
     if find_spec("bitsandbytes") is None:
         raise PlanError("bitsandbytes is needed for --qlora", hint='pip install "surgeon[quant]"')
     from transformers import BitsAndBytesConfig
@@ -121,7 +122,7 @@ def _four_bits() -> Any:
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=torch.bfloat16,
+        bnb_4bit_compute_dtype=dtype,
     )
 
 

@@ -100,13 +100,13 @@ class PaceMeter:
         return max(0, self._total - last.step) * (per_step + pauses)
 
 
-def most_memory_used(device_type: str) -> int | None:
+def most_memory_used(device: str) -> int | None:
     """Return the peak memory in bytes: of a GPU's tensors, else of this process."""
-    if device_type == "cuda":
+    if device.startswith("cuda"):
         import torch
 
-        return torch.cuda.max_memory_allocated()
-    if device_type == "mps":
+        return torch.cuda.max_memory_allocated(device)
+    if device == "mps":
         import torch
 
         return torch.mps.driver_allocated_memory()  # the current memory: torch does not record the peak

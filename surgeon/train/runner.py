@@ -1,6 +1,7 @@
 """A training run from its request to its result, in the order in which things happen."""
 
 import math
+import os
 import shutil
 import tempfile
 import time
@@ -17,13 +18,14 @@ from surgeon.checkpoint.source import Source, spec_of
 from surgeon.cost.flops import flops_per_token, peak_flops
 from surgeon.errors import DataError, SurgeonError, TrainingError
 from surgeon.models import adapters
-from surgeon.models.device import resolve_device
+from surgeon.models.device import computes_bfloat16, resolve_device
 from surgeon.models.loading import code_is_trusted, load_model, quiet_transformers
 from surgeon.plots.training import plot_losses
 from surgeon.train import checkpoints
+from surgeon.train.arguments import arguments, check_names, check_optimizer, is_launched_by_plugin
 from surgeon.train.data import HELD_OUT, TRAINED, RunData
 from surgeon.train.inputs import TEACHER, Inputs
-from surgeon.train.launch import is_first, is_launched, is_loss, processes
+from surgeon.train.launch import is_first, is_launched, is_loss, processes, wait_for_all
 from surgeon.train.model import LOAD_HINT, load_trainable, trained_model
 from surgeon.train.pace import PaceMeter, most_memory_used
 from surgeon.train.reporter import Reporter
@@ -37,10 +39,6 @@ from surgeon.train.trainer import (
     EvalLosses,
     Stop,
     SurgeonTrainer,
-    arguments,
-    check_names,
-    check_optimizer,
-    is_launched_by_plugin,
     progress,
     stops_at_sigterm,
 )
@@ -89,6 +87,8 @@ class Runner:
         self.began = time.perf_counter()
         self.stop = Stop()
         self.inputs = Inputs(source, specs, task, self.device, self._note, self.wait)
+        if self.settings.deterministic:  # cuBLAS reads it once, at its first product, which may be the teacher's
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         self.settings.weights(len(specs))
         check_names(self.settings)
 
@@ -137,7 +137,8 @@ class Runner:
             from accelerate import PartialState
 
             uses_cpu = self.device == "cpu" and not is_launched_by_plugin()  # as in `arguments`
-            PartialState(cpu=uses_cpu).wait_for_everyone()
+            PartialState(cpu=uses_cpu)
+            wait_for_all()
 
     # --- training ---------------------------------------------------------------------------------------------
 
@@ -193,8 +194,8 @@ class Runner:
 
     def _pace_meter(self, model: Any, data: RunData, steps: int, *, done: int, tokens: int) -> PaceMeter:
         """Return the meter of the run, which knows the operations per token where it knows the devices' peak."""
-        kind = self.device.partition(":")[0]
-        peak = peak_flops(torch.cuda.get_device_name()) if kind == "cuda" else None
+        is_gpu = self.device.startswith("cuda")
+        peak = peak_flops(torch.cuda.get_device_name(self.device)) if is_gpu else None
         flops = None
         if peak is not None:
             total = sum(parameter.numel() for parameter in model.parameters())
@@ -207,7 +208,7 @@ class Runner:
             tokens=tokens,
             flops_per_token=flops,
             peak=None if peak is None else peak * processes(),
-            memory=lambda: most_memory_used(kind),
+            memory=lambda: most_memory_used(self.device),
         )
 
     def _warnings(self) -> list[str]:
@@ -215,6 +216,8 @@ class Runner:
         warnings = []
         if self.inputs.precision == "pure-bf16":
             warnings.append("weights of 16 bits lose small steps: at a rate of 1e-5 most of them never change")
+        if self.inputs.precision != "float32" and self.device.startswith("cuda") and not computes_bfloat16(self.device):
+            warnings.append("this GPU only emulates bfloat16, slowly: --precision float32 is faster")
         if self.device == "cuda" and torch.cuda.device_count() > 1 and not is_launched():
             count = torch.cuda.device_count()
             warnings.append(f"one of {count} GPUs is used; --num-processes {count} uses all")

@@ -13,7 +13,6 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from importlib.util import find_spec
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -23,14 +22,12 @@ from torch import Tensor
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import PrinterCallback, ProgressCallback, TrainerState
-from transformers.training_args import OptimizerNames
 
-from surgeon.errors import CheckpointError, PlanError, TrainingError
+from surgeon.errors import CheckpointError, TrainingError
 from surgeon.models.loading import libraries_fail
 from surgeon.train import checkpoints
 from surgeon.train.data import RunData
-from surgeon.train.model import precision_of
-from surgeon.train.settings import SCHEDULES, Settings
+from surgeon.train.launch import wait_for_all
 from surgeon.train.store import IGNORED
 
 OLDER = "Remove that checkpoint: the run then continues from the one before it."
@@ -289,7 +286,7 @@ class SurgeonTrainer(Trainer):
                     sums += torch.tensor([float(outputs["cross_entropy"]), batch["num_trained"]], dtype=torch.float64)
         model.train(was_training)
         if world > 1:
-            sums = self.accelerator.gather(sums.float().to(self.args.device)[None]).double().sum(0).cpu()
+            sums = self.accelerator.gather(sums.float().to(self.args.device)[None]).cpu().double().sum(0)
         return float(sums[0] / sums[1])
 
     def _load_from_checkpoint(self, resume_from_checkpoint: Any, *args: Any, **options: Any) -> None:
@@ -323,12 +320,12 @@ class SurgeonTrainer(Trainer):
         """Write a checkpoint, whole or not at all: Trainer's own files, staged, synced, and listed in a manifest."""
         run_dir, step, is_first = Path(str(self.args.output_dir)), self.state.global_step, self.is_world_process_zero()
         self._stage = checkpoints.begin(run_dir, step) if is_first else checkpoints.stage_path(run_dir, step)
-        self.accelerator.wait_for_everyone()
+        wait_for_all()
         try:
             with self.paused():
                 with checkpoints.explained(run_dir):
                     super()._save_checkpoint(model, trial)
-                self.accelerator.wait_for_everyone()
+                wait_for_all()
                 if is_first:
                     made = self._stage / f"checkpoint-{step}"
                     (made / TRAINING_ARGS).unlink(missing_ok=True)
@@ -339,85 +336,4 @@ class SurgeonTrainer(Trainer):
             self._stage = None
             if is_first:
                 checkpoints.abandon(run_dir, step)
-        self.accelerator.wait_for_everyone()
-
-
-# --- its arguments -----------------------------------------------------------------------------------------------
-
-
-def arguments(
-    settings: Settings, data: RunData, *, run_dir: Path, lr: float, steps: int, device: str, resumed: bool
-) -> TrainingArguments:
-    """Return the arguments of the Trainer for a run of so many steps."""
-    every, saves = cadence(settings, steps)
-    uses_cpu = device == "cpu" and not is_launched_by_plugin()
-    made = TrainingArguments(
-        output_dir=str(run_dir),
-        max_steps=steps,
-        per_device_train_batch_size=settings.batch_size,
-        per_device_eval_batch_size=settings.batch_size,
-        gradient_accumulation_steps=settings.gradient_accumulation,
-        learning_rate=lr,
-        lr_scheduler_type=SCHEDULES[settings.schedule],
-        warmup_steps=settings.warmup,
-        optim=settings.optim,
-        weight_decay=settings.weight_decay,
-        max_grad_norm=settings.max_grad_norm,
-        bf16=precision_of(settings, device) == "bf16",
-        use_cpu=uses_cpu,
-        seed=settings.seed,
-        data_seed=settings.seed,
-        full_determinism=settings.deterministic,
-        logging_steps=1,
-        logging_nan_inf_filter=False,  # it logs a loss of 0 for a NaN, and goes on
-        eval_strategy="steps",
-        eval_steps=every,
-        eval_on_start=not resumed,
-        save_strategy="steps" if saves else "no",
-        save_steps=saves or 500,
-        metric_for_best_model=f"eval_{'validation' if 'validation' in data.held_out else 'probe'}_loss",
-        greater_is_better=False,
-        remove_unused_columns=False,
-        include_num_input_tokens_seen="no",  # it waits for the GPU in every batch; we count in the collator
-        dataloader_drop_last=False,
-        dataloader_num_workers=settings.workers,
-        report_to=list(settings.track) or "none",
-        disable_tqdm=True,
-        log_level="error",
-        ddp_find_unused_parameters=False,
-    )
-    if made.n_gpu > 1:
-        made._n_gpu = 1  # two GPUs in one process would be torch's DataParallel: slower than one
-    return made
-
-
-def cadence(settings: Settings, steps: int) -> tuple[int, int]:
-    """Return how many steps lie between evaluations, and between checkpoints (0: none are written)."""
-    every = settings.eval_every or max(1, math.ceil(steps / 10))
-    return every, every if settings.save_every is None else settings.save_every
-
-
-def is_launched_by_plugin() -> bool:
-    """Return whether accelerate uses DeepSpeed or FSDP, which `use_cpu` would silently switch off."""
-    return any(os.environ.get(name) == "true" for name in ("ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_FSDP"))
-
-
-def check_names(settings: Settings) -> None:
-    """Raise PlanError for an unknown optimiser, or a tracker that is not installed."""
-    known = [item.value for item in OptimizerNames]
-    if settings.optim not in known:
-        raise PlanError(f"unknown --optim {settings.optim!r}", hint=f"One of: {', '.join(known)}.")
-    if missing := next((tool for tool in settings.track if find_spec(tool) is None), None):
-        raise PlanError(f"{missing} is needed for --track {missing}", hint=f"pip install {missing}")
-
-
-def check_optimizer(trainer: "SurgeonTrainer", settings: Settings) -> None:
-    """Raise PlanError for an optimiser whose package is missing, or that needs more arguments."""
-    model: Any = trainer.model
-    try:
-        trainer.get_optimizer_cls_and_kwargs(trainer.args, model)
-    except (ImportError, ValueError, RuntimeError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise PlanError(
-            f"--optim {settings.optim} cannot be used: {reason}", hint="Leave it out for fused AdamW."
-        ) from error
+        wait_for_all()

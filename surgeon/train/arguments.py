@@ -1,0 +1,118 @@
+"""What the Trainer is told: its arguments for a run, on the device that the user named, and what must be installed."""
+
+import math
+import os
+from dataclasses import dataclass
+from functools import cached_property
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import DistributedType
+from transformers import Trainer, TrainingArguments
+from transformers.training_args import OptimizerNames
+
+from surgeon.errors import PlanError
+from surgeon.train.data import RunData
+from surgeon.train.model import precision_of
+from surgeon.train.settings import SCHEDULES, Settings
+
+
+@dataclass
+class RunArguments(TrainingArguments):
+    """TrainingArguments of a process that computes on `gpu`, such as "cuda:1"; without it transformers chooses.
+
+    Of several GPUs transformers takes the first, whatever the model is on, and would use torch's DataParallel, which
+    is slower than one GPU.
+    """
+
+    gpu: str | None = None
+
+    @cached_property
+    def _setup_devices(self) -> torch.device:
+        chosen: torch.device = super()._setup_devices
+        if self._n_gpu > 1:
+            self._n_gpu = 1
+        if self.gpu is None or chosen.type != "cuda" or self.distributed_state.distributed_type != DistributedType.NO:
+            return chosen
+        device = torch.device(self.gpu)
+        torch.cuda.set_device(device)
+        self.distributed_state.device = device  # from which accelerate takes it
+        return device
+
+
+def arguments(
+    settings: Settings, data: RunData, *, run_dir: Path, lr: float, steps: int, device: str, resumed: bool
+) -> TrainingArguments:
+    """Return the arguments of the Trainer for a run of so many steps."""
+    every, saves = cadence(settings, steps)
+    uses_cpu = device == "cpu" and not is_launched_by_plugin()
+    return RunArguments(
+        output_dir=str(run_dir),
+        max_steps=steps,
+        per_device_train_batch_size=settings.batch_size,
+        per_device_eval_batch_size=settings.batch_size,
+        gradient_accumulation_steps=settings.gradient_accumulation,
+        learning_rate=lr,
+        lr_scheduler_type=SCHEDULES[settings.schedule],
+        warmup_steps=settings.warmup,
+        optim=settings.optim,
+        weight_decay=settings.weight_decay,
+        max_grad_norm=settings.max_grad_norm,
+        bf16=precision_of(settings, device) == "bf16",
+        use_cpu=uses_cpu,
+        seed=settings.seed,
+        data_seed=settings.seed,
+        full_determinism=settings.deterministic,
+        logging_steps=1,
+        logging_nan_inf_filter=False,  # it logs a loss of 0 for a NaN, and goes on
+        eval_strategy="steps",
+        eval_steps=every,
+        eval_on_start=not resumed,
+        save_strategy="steps" if saves else "no",
+        save_steps=saves or 500,
+        metric_for_best_model=f"eval_{'validation' if 'validation' in data.held_out else 'probe'}_loss",
+        greater_is_better=False,
+        remove_unused_columns=False,
+        include_num_input_tokens_seen="no",  # it waits for the GPU in every batch; we count in the collator
+        dataloader_drop_last=False,
+        dataloader_num_workers=settings.workers,
+        report_to=list(settings.track) or "none",
+        disable_tqdm=True,
+        log_level="error",
+        ddp_find_unused_parameters=False,
+        gpu=device if device.startswith("cuda:") else None,
+    )
+
+
+def cadence(settings: Settings, steps: int) -> tuple[int, int]:
+    """Return how many steps lie between evaluations, and between checkpoints (0: none are written)."""
+    every = settings.eval_every or max(1, math.ceil(steps / 10))
+    return every, every if settings.save_every is None else settings.save_every
+
+
+def is_launched_by_plugin() -> bool:
+    """Return whether accelerate uses DeepSpeed or FSDP, which `use_cpu` would silently switch off."""
+    return any(os.environ.get(name) == "true" for name in ("ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_FSDP"))
+
+
+def check_names(settings: Settings) -> None:
+    """Raise PlanError for an unknown optimiser, or a tracker that is not installed."""
+    known = [item.value for item in OptimizerNames]
+    if settings.optim not in known:
+        raise PlanError(f"unknown --optim {settings.optim!r}", hint=f"One of: {', '.join(known)}.")
+    if missing := next((tool for tool in settings.track if find_spec(tool) is None), None):
+        raise PlanError(f"{missing} is needed for --track {missing}", hint=f"pip install {missing}")
+
+
+def check_optimizer(trainer: Trainer, settings: Settings) -> None:
+    """Raise PlanError for an optimiser whose package is missing, or that needs more arguments."""
+    model: Any = trainer.model
+    try:
+        trainer.get_optimizer_cls_and_kwargs(trainer.args, model)
+    except (ImportError, ValueError, RuntimeError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise PlanError(
+            f"--optim {settings.optim} cannot be used: {reason}", hint="Leave it out for fused AdamW."
+        ) from error
