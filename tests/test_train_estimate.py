@@ -13,7 +13,8 @@ from surgeon.anatomy.anatomy import Anatomy, read_anatomy
 from surgeon.checkpoint.source import spec_of
 from surgeon.cost.estimate import Memory, Workload, estimate, lora_parameters, matmul_throughput, memory
 from surgeon.cost.flops import flops_per_token, multiplied_parameters
-from surgeon.cost.memory import LOGITS, BatchShape, activation_bytes, loss_bytes
+from surgeon.cost.memory import BatchShape, activation_bytes, loss_bytes
+from surgeon.models.device import LOGITS_BYTES
 from surgeon.surgery import open_source
 from surgeon.text import duration
 
@@ -22,7 +23,6 @@ if LATER:
     from torch import Tensor
     from transformers import AutoModelForCausalLM, PreTrainedModel
 
-    from surgeon.train.losses import chunk_rows
 
 ROWS, TOKENS = 2, 48
 ALIKE = ("llama", "llama-tied", "gpt2", "gpt_neox", "opt", "gemma", "gemma2", "qwen2", "qwen3", "phi3", "olmo2")
@@ -132,9 +132,8 @@ def test_the_loss_never_holds_more_than_a_chunk(toy):
     options = {"is_head_trained": False, "with_teacher": False}
     long = BatchShape(rows=64, row_tokens=1 << 16, precision="float32")
 
-    assert chunk_rows(32_000) * 32_000 <= LOGITS < (chunk_rows(32_000) + 64) * 32_000  # what losses.py makes of it
     assert loss_bytes(anatomy, batch("float32"), **options) == ROWS * TOKENS * (8 * vocab + 4 * hidden)
-    assert loss_bytes(anatomy, long, **options) == 8 * LOGITS + long.tokens * hidden * 4
+    assert loss_bytes(anatomy, long, **options) == 2 * LOGITS_BYTES + long.tokens * hidden * 4
 
 
 @pytest.mark.parametrize("rank", [1, 8])

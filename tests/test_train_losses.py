@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from itertools import pairwise
+from types import SimpleNamespace
 
 import pytest
 from later import LATER
+
+from surgeon.models.device import LOGITS_BYTES
 
 if LATER:
     import torch
     from torch import Tensor
     from torch.nn import functional
 
-    from surgeon.train import losses
     from surgeon.train.losses import chunk_rows, chunked, hidden_loss, kl, linear_cross_entropy, top_k_kl
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -173,9 +175,19 @@ def test_weights_in_bfloat16_get_gradients_in_bfloat16_that_were_summed_in_float
 
 def test_a_chunk_of_logits_takes_no_more_than_its_share():
     for vocab in (7, 32_000, 49_152, 151_936, 256_000, 50_000_000):
-        rows = chunk_rows(vocab)
+        rows = chunk_rows(vocab, torch.device("cpu"))
         assert rows >= 1
-        assert rows == 1 or rows * vocab * 4 <= losses.LOGITS_BYTES < (rows + 64) * vocab * 4
+        assert rows == 1 or rows * vocab * 4 <= LOGITS_BYTES < (rows + 64) * vocab * 4
+
+
+@pytest.mark.parametrize(("gigabytes", "most", "least"), [(141, 1 << 30, 1024), (8, 1 << 28, 256), (1, 64 << 20, 64)])
+def test_a_gpu_takes_larger_chunks_where_it_has_the_memory(gigabytes, most, least, monkeypatch):
+    properties = SimpleNamespace(total_memory=gigabytes << 30)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+
+    rows = chunk_rows(256_000, torch.device("cuda:0"))
+    assert rows >= least
+    assert rows * 256_000 * 4 <= most
 
 
 # Divergences

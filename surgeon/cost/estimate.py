@@ -9,6 +9,7 @@ from surgeon import text
 from surgeon.anatomy.anatomy import Anatomy
 from surgeon.cost.flops import attention_flops, flops_per_token, multiplied_parameters
 from surgeon.cost.memory import BatchShape, Precision, activation_bytes, loss_bytes, matrices
+from surgeon.models.device import LOGITS_BYTES
 from surgeon.text import duration
 
 STATES = {"sgd": 0, "adafactor": 0, "rmsprop": 1, "adagrad": 1, "lion": 1}  # numbers for each parameter; others: 2
@@ -35,6 +36,7 @@ class Workload:
     precision: Precision = "bf16"
     activation_checkpointing: bool = False
     teacher: Anatomy | None = None
+    logits_bytes: int = LOGITS_BYTES  # of a chunk of the loss, in float32
 
     @property
     def tokens(self) -> int:
@@ -150,6 +152,7 @@ def memory(anatomy: Anatomy, work: Workload, *, trained: int, adapters: int = 0)
         lora=work.lora,
         is_base_half=half_base,
         is_checkpointed=work.activation_checkpointing,
+        logits_bytes=work.logits_bytes,
     )
     teacher = (
         0 if work.teacher is None else work.teacher.spec.num_parameters * (4 if work.precision == "float32" else 2)
@@ -176,7 +179,7 @@ def matmul_throughput(device: str, precision: Precision, *, seconds: float = 0.5
 
     dtype = torch.float32 if precision == "float32" else torch.bfloat16
     size = 1024 if device == "cpu" else 8192
-    left = torch.ones(size, size, dtype=dtype, device=device)
+    left = torch.randn(size, size, dtype=dtype, device=device)  # of equal numbers a GPU is faster
     wait: Callable[[], None] = torch.cuda.synchronize if device.startswith("cuda") else lambda: None
     best = float("inf")
     left @ left

@@ -11,9 +11,9 @@ from typing import Literal
 
 from surgeon.anatomy.anatomy import Anatomy
 from surgeon.anatomy.config import size_of, spelled, text_config
+from surgeon.models.device import LOGITS_BYTES
 
 Precision = Literal["bf16", "float32", "pure-bf16"]
-LOGITS = 1 << 24  # of a chunk, as train/losses.py cuts them: 64 MiB in float32
 # Numbers that an MLP without a gate keeps of each channel: the activation's input, output and numbers in between. A
 # gated one keeps four: gate, activation, up, and their product.
 KEPT_BY_ACTIVATION = {"relu": 1, "gelu_new": 5, "gelu_fast": 5}
@@ -34,6 +34,7 @@ class BatchShape:
     lora: int | None = None
     is_base_half: bool = False  # the weights of products are stored in 16 bits
     is_checkpointed: bool = False
+    logits_bytes: int = LOGITS_BYTES  # of a chunk, in float32
 
     @property
     def tokens(self) -> int:
@@ -73,7 +74,7 @@ def activation_bytes(anatomy: Anatomy, batch: BatchShape) -> int:
 def loss_bytes(anatomy: Anatomy, batch: BatchShape, *, is_head_trained: bool, with_teacher: bool) -> int:
     """Return the bytes of the loss: a chunk of logits and its softmax, and the gradients that are made with them."""
     sizes = sizes_of(anatomy)
-    chunk = min(batch.tokens * sizes["vocab"], LOGITS)
+    chunk = min(batch.tokens * sizes["vocab"], batch.logits_bytes // 4)
     head = sizes["vocab"] * sizes["hidden"]
     copy = 2 * head if batch.precision == "bf16" and not batch.is_base_half else 0
     chunks = chunk * (4 + batch.item) * (2 if with_teacher else 1)

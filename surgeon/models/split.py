@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from surgeon.errors import PlanError
-from surgeon.models.device import wide
+from surgeon.models.device import wide, without_autocast
 from surgeon.models.skeleton import layer_list
 
 LARGE = 1000.0  # the largest logit of the probe, far above any cap on logits (30 is usual, 50 is large)
@@ -137,7 +137,7 @@ class SplitModel:
         device = head.weight.device
         tokens = torch.arange(4, device=device)[None]
         seen = {"encoder_hidden_states": self._zero_state()} if self.model.config.is_encoder_decoder else {}
-        with _evaluated(self.model), torch.autocast(device.type, enabled=False):
+        with _evaluated(self.model), without_autocast(device.type):
             output = self.decoder(input_ids=tokens, use_cache=False, **seen)
             self._output, states = type(output), output[0]
             whole = self._generated(tokens).logits[0]
@@ -169,7 +169,7 @@ def keeps_documents_apart(model: Any) -> bool:
     total = sum(PROBE_LENGTHS)
     tokens = torch.randint(0, embedding.shape[0], (1, total), generator=generator).to(embedding.device)
     parts = [torch.arange(length, device=embedding.device)[None] for length in PROBE_LENGTHS]
-    with torch.no_grad(), _evaluated(model), torch.autocast(embedding.device.type, enabled=False):
+    with torch.no_grad(), _evaluated(model), without_autocast(embedding.device.type):
         packed = decoder(input_ids=tokens, position_ids=torch.cat(parts, 1), use_cache=False)[0]
         documents = zip(torch.split(tokens, list(PROBE_LENGTHS), 1), parts, strict=True)
         alone = [decoder(input_ids=ids, position_ids=places, use_cache=False)[0] for ids, places in documents]

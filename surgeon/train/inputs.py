@@ -13,6 +13,7 @@ from surgeon.anatomy.config import positions_of
 from surgeon.checkpoint.source import Source, spec_of
 from surgeon.cost.estimate import RunEstimate, Workload, estimate, matmul_throughput
 from surgeon.errors import PlanError
+from surgeon.models.device import logits_bytes
 from surgeon.models.loading import load_model, load_tokenizer, loadable
 from surgeon.models.split import keeps_documents_apart
 from surgeon.surgery import open_source
@@ -141,6 +142,7 @@ class Inputs:
             stored_bf16={item.spec.dtype for item in self.source.tensors.values()} == {"BF16"},
             precision=self.precision,
             activation_checkpointing=settings.activation_checkpointing,
+            logits_bytes=logits_bytes(self.device),
             teacher=None if settings.teacher is None else read_anatomy(spec_of(open_source(settings.teacher))),
         )
         return estimate(anatomy, work, throughput=matmul_throughput(self.device, self.precision))

@@ -178,7 +178,7 @@ def _head_loss(
     """Return the loss after the head, a sum over tokens, and its parts without gradients."""
     split, objective, teacher = attached.split, attached.objective, attached.teacher
     head = split.linear_head
-    chunk = chunk_rows(split.vocab)
+    chunk = chunk_rows(split.vocab, states.device)
     if head is not None and not objective.kd_weight:
 
         def whole(hidden: Tensor) -> Tensor:

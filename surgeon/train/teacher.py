@@ -212,7 +212,7 @@ def _top_k(teacher: OnlineTeacher, batch: TeacherBatch, k: int, temperature: flo
     """Yield the ids and log-probabilities of the trained tokens of a batch, in order, a chunk at a time."""
     ids, positions, chosen = (each.to(teacher.device) for each in (batch.ids, batch.positions, batch.chosen))
     (hidden,), _ = teacher.see(ids, positions, None, chosen, layers=())
-    for states in torch.split(hidden, chunk_rows(teacher.vocab)):
+    for states in torch.split(hidden, chunk_rows(teacher.vocab, hidden.device)):
         logits = teacher.logits(states)
         log_probs = torch.log_softmax(logits.to(sum_dtype(logits.dtype)) / temperature, -1)
         values, likeliest = log_probs.topk(k)
