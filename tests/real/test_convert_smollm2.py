@@ -9,7 +9,7 @@ if LATER:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-pytestmark = pytest.mark.real
+pytestmark = [pytest.mark.real, pytest.mark.xdist_group("smollm2")]
 
 
 def test_the_model_loads_with_nothing_missing(smollm2: Path):

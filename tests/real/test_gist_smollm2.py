@@ -10,7 +10,7 @@ if LATER:
 
     from surgeon.gist.support import check_checkpoint
 
-pytestmark = pytest.mark.real
+pytestmark = [pytest.mark.real, pytest.mark.xdist_group("smollm2")]
 
 
 @pytest.fixture(scope="module")
