@@ -23,7 +23,7 @@ from surgeon.gist.tokens import GistTokens
 from surgeon.train.run_dir import read_metrics
 from surgeon.train.settings import Settings
 from surgeon.verbs.evaluate import evaluate_gist
-from surgeon.verbs.finetune import TrainingOptions, checked
+from surgeon.verbs.finetune import TrainingOptions, checked, estimate_finetune
 
 if LATER:
     import torch
@@ -362,6 +362,15 @@ def made_talker(place: Path, *, tied: bool) -> Path:
     talkers.talker(place / "plain", "llama-tied" if tied else "llama")
     surgeon.add_gist(place / "plain", tokens=2).save(place / "gist")
     return place / "gist"
+
+
+def test_the_estimate_counts_the_untrained_model_that_teaches(gisted: Path, data: str):
+    options: dict[str, Any] = {"data": (data,), "max_steps": 1, "sequence_length": 32, "gist": True}
+    alone, taught = (estimate_finetune(gisted, **options, gist_distill=weight).memory for weight in (0.0, 0.5))
+
+    assert alone.teacher == 0
+    assert taught.teacher == alone.weights > 0  # in float32, on a CPU
+    assert taught.loss > alone.loss
 
 
 def losses_of(run: Path) -> list[float]:

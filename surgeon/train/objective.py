@@ -178,7 +178,7 @@ def _head_loss(
     """Return the loss after the head, a sum over tokens, and its parts without gradients."""
     split, objective, teacher = attached.split, attached.objective, attached.teacher
     head = split.linear_head
-    chunk = chunk_rows(split.vocab, states.device)
+    chunk = chunk_rows(split.vocab, states.device, models=2 if objective.kd_weight else 1)
     if head is not None and not objective.kd_weight:
 
         def whole(hidden: Tensor) -> Tensor:
@@ -192,11 +192,12 @@ def _head_loss(
     ) -> tuple[Tensor, ...]:
         logits = logits_of(hidden)
         logits = logits.to(sum_dtype(logits.dtype))
-        entropy = nn.functional.cross_entropy(logits, labels, reduction="sum")
         if not objective.kd_weight:
+            entropy = nn.functional.cross_entropy(logits, labels, reduction="sum")
             return entropy, entropy
-        assert teacher is not None
+        assert teacher is not None  # its divergence comes first: of all, its product takes the most memory at once
         divergence = teacher.divergence(logits, *seen, temperature=objective.temperature, direction=objective.direction)
+        entropy = nn.functional.cross_entropy(logits, labels, reduction="sum")
         loss = (1 - objective.kd_weight) * entropy + objective.kd_weight * divergence
         return loss, entropy, divergence
 
