@@ -460,14 +460,16 @@ def test_with_a_frozen_reader_the_reader_is_the_untouched_model(data: str, tmp_p
         """Return the logits behind gists of which nothing is seen: what is left is the reader."""
         split, layout = SplitModel(model), TwoPass(ids, "negative", frozen=True)
         with torch.no_grad():
-            states = layout.states(split, batch["input_ids"], positions, chosen)
+            states = layout.states(split, batch["input_ids"], positions, torch.where(chosen.flatten())[0])
             with layout.reading(model):
                 return split.logits(states.flatten(0, 1))
 
     alone = read(base)
     model = peft.PeftModel.from_pretrained(base, tmp_path / "out", is_trainable=True)
     assert torch.equal(read(base), alone)
-    positive = Masked(ids, "positive").states(SplitModel(base), batch["input_ids"], positions, chosen)
+    positive = Masked(ids, "positive").states(
+        SplitModel(base), batch["input_ids"], positions, torch.where(chosen.flatten())[0]
+    )
     assert not torch.allclose(SplitModel(base).logits(positive.flatten(0, 1)), alone, atol=1e-3)
 
     attach_loss(base, Objective(), layout=TwoPass(ids, frozen=True))
