@@ -160,7 +160,7 @@ def _forward(
     answers: tuple[Tensor, ...] = ()
     if teacher is not None and (objective.kd_weight or attached.pairs):
         compared = [other for _, other in attached.pairs]
-        answers, teacher_layers = teacher.see(input_ids, position_ids, token_index, chosen, layers=compared)
+        answers, teacher_layers = teacher.see(input_ids, position_ids, token_index, chosen, layers=compared, **options)
     with attached.layout.reading(split.model):
         loss, parts = _head_loss(attached, states, targets, answers)
     if attached.pairs:

@@ -42,8 +42,12 @@ class Teacher(Protocol):
         chosen: Tensor,
         *,
         layers: Sequence[int],
+        **options: Any,
     ) -> tuple[tuple[Tensor, ...], dict[int, Tensor]]:
-        """Return its answers for the N tokens `chosen`, N rows each, and its states after `layers`, (N, D)."""
+        """Return its answers for the N tokens `chosen`, N rows each, and its states after `layers`, (N, D).
+
+        `options` are what the decoder of the student gets besides, such as the lengths of documents.
+        """
 
     def divergence(self, logits: Tensor, *seen: Tensor, temperature: float, direction: Direction) -> Tensor:
         """Return the divergence of the student's logits, (n, V), from n rows of answers, summed, times T²."""
@@ -75,10 +79,11 @@ class OnlineTeacher:
         chosen: Tensor,
         *,
         layers: Sequence[int],
+        **options: Any,
     ) -> tuple[tuple[Tensor, ...], dict[int, Tensor]]:
         """Return the states of the tokens before the teacher's head, and those after `layers`."""
         with self._split.watched(layers) as seen:
-            hidden = self._layout.states(self._split, input_ids, position_ids, chosen)
+            hidden = self._layout.states(self._split, input_ids, position_ids, chosen, **options)
         return (hidden[chosen],), {layer: states[chosen] for layer, states in seen.items()}
 
     @property
@@ -129,6 +134,7 @@ class CachedTeacher:
         chosen: Tensor,
         *,
         layers: Sequence[int],
+        **options: Any,
     ) -> tuple[tuple[Tensor, ...], dict[int, Tensor]]:
         """Return the likeliest ids of the tokens, int64, and their log-probabilities, both (N, k).
 
