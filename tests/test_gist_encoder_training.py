@@ -193,7 +193,7 @@ def test_distilling_compares_with_the_model_that_sees_the_prompt_and_no_gist(toy
         chosen = batch["labels"][row, : line.shape[1]][None] != -100
         with torch.no_grad():
             full = model(input_ids=plain, decoder_input_ids=decoder_ids).logits[0]
-            states = layout.states(split, line, torch.arange(line.shape[1])[None], chosen)
+            states = layout.states(split, line, torch.arange(line.shape[1])[None], torch.where(chosen.flatten())[0])
             student = split.logits(states[chosen])
         expected += float(kl(student, full, temperature=1.0, direction="forward"))
     assert divergence == pytest.approx(expected, rel=ALIKE)

@@ -101,7 +101,7 @@ def accuracy(condition: Condition, pairs: Tensor, family: str) -> float:
     chosen = rows["labels"] != IGNORED
     with torch.no_grad():
         split, layout = SplitModel(model), VIEWS[family]((G,), condition)
-        states = layout.states(split, rows["input_ids"], rows["position_ids"], chosen)
+        states = layout.states(split, rows["input_ids"], rows["position_ids"], torch.where(chosen.flatten())[0])
         said = split.logits(states[chosen]).argmax(-1)
     return float((said == rows["labels"][chosen]).float().mean())
 
@@ -143,7 +143,9 @@ def test_the_trained_gist_of_an_encoder_is_read_from_a_cache_as_behind_its_mask(
     chosen, end = rows["labels"] != IGNORED, PROMPT + GISTS + 1
     with torch.no_grad():
         split = SplitModel(model)
-        states = EncoderDecoder((G,)).states(split, rows["input_ids"], rows["position_ids"], chosen)
+        states = EncoderDecoder((G,)).states(
+            split, rows["input_ids"], rows["position_ids"], torch.where(chosen.flatten())[0]
+        )
         masked = split.logits(states[chosen])
         cached = []
         for ids in rows["input_ids"]:

@@ -23,7 +23,7 @@ from surgeon.gist.tokens import GistTokens
 from surgeon.train.run_dir import read_metrics
 from surgeon.train.settings import Settings
 from surgeon.verbs.evaluate import evaluate_gist
-from surgeon.verbs.finetune import TrainingOptions, checked
+from surgeon.verbs.finetune import TrainingOptions, checked, estimate_finetune
 
 if LATER:
     import torch
@@ -364,6 +364,15 @@ def made_talker(place: Path, *, tied: bool) -> Path:
     return place / "gist"
 
 
+def test_the_estimate_counts_the_untrained_model_that_teaches(gisted: Path, data: str):
+    options: dict[str, Any] = {"data": (data,), "max_steps": 1, "sequence_length": 32, "gist": True}
+    alone, taught = (estimate_finetune(gisted, **options, gist_distill=weight).memory for weight in (0.0, 0.5))
+
+    assert alone.teacher == 0
+    assert taught.teacher == alone.weights > 0  # in float32, on a CPU
+    assert taught.loss > alone.loss
+
+
 def losses_of(run: Path) -> list[float]:
     return [record["loss"] for record in read_metrics(run) if "loss" in record]
 
@@ -451,14 +460,16 @@ def test_with_a_frozen_reader_the_reader_is_the_untouched_model(data: str, tmp_p
         """Return the logits behind gists of which nothing is seen: what is left is the reader."""
         split, layout = SplitModel(model), TwoPass(ids, "negative", frozen=True)
         with torch.no_grad():
-            states = layout.states(split, batch["input_ids"], positions, chosen)
+            states = layout.states(split, batch["input_ids"], positions, torch.where(chosen.flatten())[0])
             with layout.reading(model):
                 return split.logits(states.flatten(0, 1))
 
     alone = read(base)
     model = peft.PeftModel.from_pretrained(base, tmp_path / "out", is_trainable=True)
     assert torch.equal(read(base), alone)
-    positive = Masked(ids, "positive").states(SplitModel(base), batch["input_ids"], positions, chosen)
+    positive = Masked(ids, "positive").states(
+        SplitModel(base), batch["input_ids"], positions, torch.where(chosen.flatten())[0]
+    )
     assert not torch.allclose(SplitModel(base).logits(positive.flatten(0, 1)), alone, atol=1e-3)
 
     attach_loss(base, Objective(), layout=TwoPass(ids, frozen=True))

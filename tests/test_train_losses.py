@@ -188,6 +188,26 @@ def test_a_gpu_takes_larger_chunks_where_it_has_the_memory(gigabytes, most, leas
     rows = chunk_rows(256_000, torch.device("cuda:0"))
     assert rows >= least
     assert rows * 256_000 * 4 <= most
+    halved = chunk_rows(256_000, torch.device("cuda:0"), models=2)
+    assert halved * 256_000 * 4 <= max(most / 2, LOGITS_BYTES)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_any_chunk_gives_the_same_loss_and_gradients(dtype):
+    dtype = getattr(torch, dtype)
+    hidden, weight = drawn(700, 16, dtype=dtype).requires_grad_(), drawn(90, 16, seed=1, dtype=dtype).requires_grad_()
+    targets = torch.randint(0, 90, (700,), generator=torch.Generator().manual_seed(1))
+    results = []
+    for chunk in (64, 512, 4096):
+        loss = linear_cross_entropy(hidden, weight, targets, chunk=chunk)
+        results.append([loss.detach(), *torch.autograd.grad(loss, [hidden, weight])])
+
+    # In bfloat16 a chunk's gradient of the head is rounded before it is added to the others, and their sum once more.
+    unit = 2**-8 if dtype == torch.bfloat16 else 2**-21
+    for result in results[1:]:
+        assert float(result[0]) == pytest.approx(float(results[0][0]), rel=1e-6)  # a sum of float32 in another order
+        assert torch.equal(result[1], results[0][1])  # each token's own
+        assert float((result[2] - results[0][2]).norm()) <= 2 * unit * float(result[2].norm())
 
 
 # Divergences

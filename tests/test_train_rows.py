@@ -111,7 +111,7 @@ def test_rows_are_padded_at_the_right_by_a_document_of_its_own(single):
 
 
 def test_the_index_is_left_out_unless_asked_for(single):
-    assert list(Collator(PAD)([single[0]])) == ["input_ids", "position_ids", "labels"]
+    assert list(Collator(PAD)([single[0]])) == ["input_ids", "position_ids", "labels", "trained"]
 
 
 @pytest.mark.parametrize("flatten", [False, True])

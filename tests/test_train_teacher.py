@@ -202,8 +202,8 @@ def test_a_token_has_the_answer_of_its_document_alone(store, pair, tmp_path):
         tokens = torch.from_numpy(ids.astype(np.int64))
         with torch.no_grad():
             values, expected = master(input_ids=tokens[None], use_cache=False).logits[0][chosen].log_softmax(-1).topk(3)
-        index = torch.arange(start, start + len(ids))
-        (found, log_probs), states = cached.see(tokens, None, index, chosen, layers=())
+        index, trained = torch.arange(start, start + len(ids))[None], torch.where(chosen)[0]
+        (found, log_probs), states = cached.see(tokens[None], None, index, trained, layers=())
         assert torch.equal(found, expected)
         torch.testing.assert_close(log_probs.double(), values, rtol=1e-6, atol=1e-6)  # kept in float32
         assert states == {}
@@ -211,11 +211,11 @@ def test_a_token_has_the_answer_of_its_document_alone(store, pair, tmp_path):
 
 def test_a_token_without_an_answer_is_an_error(store, pair, tmp_path):
     cache_top_k(OnlineTeacher(pair[1]), store, tmp_path / "cache", 3)
-    cached, chosen = CachedTeacher(tmp_path / "cache"), torch.tensor([True])
+    cached = CachedTeacher(tmp_path / "cache")
     untrained = int(np.flatnonzero(np.fromfile(tmp_path / "cache" / module.PLACES, np.int64) < 0)[0])
     for index in (untrained, store.num_tokens, -1):
         with pytest.raises(DataError, match=f"holds no answer for token {index} of the data"):
-            cached.see(torch.zeros(1), None, torch.tensor([index]), chosen, layers=())
+            cached.see(torch.zeros(1, 1), None, torch.tensor([[index]]), torch.tensor([0]), layers=())
 
 
 def test_answers_serve_their_temperature_and_no_states(store, pair, tmp_path):

@@ -14,6 +14,9 @@ from surgeon.anatomy.config import size_of, spelled, text_config
 from surgeon.models.device import LOGITS_BYTES
 
 Precision = Literal["bf16", "float32", "pure-bf16"]
+# The most bytes at once of each logit of a chunk, held by tests/test_traffic.py: logits and softmax in float32. A
+# distillation keeps those of two models, and what the gradient of their divergence needs.
+LOGIT_BYTES, DISTILLED_LOGIT_BYTES = 8, 28
 # Numbers that an MLP without a gate keeps of each channel: the activation's input, output and numbers in between. A
 # gated one keeps four: gate, activation, up, and their product.
 KEPT_BY_ACTIVATION = {"relu": 1, "gelu_new": 5, "gelu_fast": 5}
@@ -77,7 +80,7 @@ def loss_bytes(anatomy: Anatomy, batch: BatchShape, *, is_head_trained: bool, wi
     chunk = min(batch.tokens * sizes["vocab"], batch.logits_bytes // 4)
     head = sizes["vocab"] * sizes["hidden"]
     copy = 2 * head if batch.precision == "bf16" and not batch.is_base_half else 0
-    chunks = chunk * (4 + batch.item) * (2 if with_teacher else 1)
+    chunks = chunk * (DISTILLED_LOGIT_BYTES if with_teacher else LOGIT_BYTES)
     return chunks + copy + batch.tokens * sizes["hidden"] * batch.item + (4 * head if is_head_trained else 0)
 
 

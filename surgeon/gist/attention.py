@@ -38,7 +38,7 @@ class Masked(AttentionLayout):
     condition: Condition = "gist"
 
     def states(
-        self, split: SplitModel, input_ids: Tensor, position_ids: Tensor | None, chosen: Tensor, **options: Any
+        self, split: SplitModel, input_ids: Tensor, position_ids: Tensor | None, trained: Tensor, **options: Any
     ) -> Tensor:
         """Return the states of a batch, shape (B, S, D)."""
         assert position_ids is not None, "positions tell documents apart"
@@ -65,7 +65,7 @@ class TwoPass(AttentionLayout):
     frozen: bool = False
 
     def states(
-        self, split: SplitModel, input_ids: Tensor, position_ids: Tensor | None, chosen: Tensor, **options: Any
+        self, split: SplitModel, input_ids: Tensor, position_ids: Tensor | None, trained: Tensor, **options: Any
     ) -> Tensor:
         """Return the states of a batch, shape (B, S, D), with zeros up to the end of the gist."""
         assert position_ids is not None, "positions tell padding from a document"

@@ -157,15 +157,28 @@ class WithoutGist(OnlineTeacher):
         input_ids: Tensor,
         position_ids: Tensor | None,
         token_index: Tensor | None,
-        chosen: Tensor,
+        trained: Tensor,
         *,
         layers: Sequence[int],
         **options: Any,
     ) -> tuple[tuple[Tensor, ...], dict[int, Tensor]]:
-        """Return the teacher's states of the tokens `chosen`, no gist token, (N, D), and those after `layers`."""
+        """Return the teacher's states of the tokens at `trained`, no gist token, (N, D), and those after `layers`."""
         assert position_ids is not None, "positions tell documents apart"
         ids, positions, order = without_gist(input_ids, position_ids, self._ids)
-        return super().see(ids, positions, None, chosen.gather(1, order), layers=layers)
+        places = moved(trained, order, input_ids.shape[1])
+        return super().see(ids, positions, None, places, layers=layers)
+
+
+def moved(trained: Tensor, order: Tensor, width: int) -> Tensor:
+    """Return the new places of tokens in a batch, (B, T), that took the places `order` of rows of this width.
+
+    Both are counted along the rows. No token that is left out may be among them.
+    """
+    rows, count = order.shape
+    places = (order + torch.arange(rows, device=order.device)[:, None] * width).flatten()
+    where = torch.zeros(rows * width, dtype=torch.long, device=order.device)
+    new = torch.arange(rows * count, device=order.device)
+    return where.index_copy(0, places, new).index_select(0, trained)
 
 
 def without_gist(input_ids: Tensor, position_ids: Tensor, ids: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:

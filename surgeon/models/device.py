@@ -80,14 +80,17 @@ def without_autocast(device_type: str) -> AbstractContextManager[Any]:
     return torch.autocast(device_type, enabled=False) if torch.amp.is_autocast_available(device_type) else nullcontext()
 
 
-def logits_bytes(device: str) -> int:
-    """Return how many bytes of logits, counted in float32, a loss holds at once on a device."""
+def logits_bytes(device: str, models: int = 1) -> int:
+    """Return how many bytes of one model's logits, counted in float32, a loss holds at once on a device.
+
+    On a GPU two `models` share them, because a distillation keeps seven tensors of that size.
+    """
     import torch
 
     if not device.startswith("cuda"):
         return LOGITS_BYTES
     memory = int(torch.cuda.get_device_properties(device).total_memory)
-    return max(LOGITS_BYTES, min(LOGITS_BYTES_GPU, memory // LOGITS_SHARE))
+    return max(LOGITS_BYTES, min(LOGITS_BYTES_GPU, memory // LOGITS_SHARE) // models)
 
 
 def available_memory(device: str) -> int:

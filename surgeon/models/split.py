@@ -193,9 +193,12 @@ class AttentionLayout:
     has_encoder: ClassVar[bool] = False
 
     def states(
-        self, split: SplitModel, input_ids: Tensor, position_ids: Tensor | None, chosen: Tensor, **options: Any
+        self, split: SplitModel, input_ids: Tensor, position_ids: Tensor | None, trained: Tensor, **options: Any
     ) -> Tensor:
-        """Return the states of a batch, shape (B, S, D), at least of the trained tokens `chosen`, (B, S)."""
+        """Return the states of a batch, shape (B, S, D), at least of the tokens at `trained`, (N,).
+
+        These are places along the rows: place s of row b is b · S + s.
+        """
         raise NotImplementedError
 
     def reading(self, model: Any) -> AbstractContextManager[None]:
@@ -207,10 +210,24 @@ class Causal(AttentionLayout):
     """Each token sees the earlier tokens of its document: the model's own attention."""
 
     def states(
-        self, split: SplitModel, input_ids: Tensor, position_ids: Tensor | None, chosen: Tensor, **options: Any
+        self, split: SplitModel, input_ids: Tensor, position_ids: Tensor | None, trained: Tensor, **options: Any
     ) -> Tensor:
         """Return the states of the model's own forward pass."""
         return split.states(input_ids, position_ids, **options)
+
+
+def taken(values: Tensor, places: Tensor) -> Tensor:
+    """Return the values, (B, S) or (B, S, D), at places that are counted along all rows, (N,): shape (N,) or (N, D).
+
+    On a GPU this waits for nothing, as choosing by a mask would: how many a mask chooses is known on the GPU alone.
+    """
+    return values.flatten(0, 1).index_select(0, places)
+
+
+def marked(places: Tensor, shape: torch.Size) -> Tensor:
+    """Return whether each place of a batch of this shape is among `places`, which are counted along all rows."""
+    mask = torch.zeros(shape.numel(), dtype=torch.bool, device=places.device)
+    return mask.index_fill(0, places, True).view(shape)
 
 
 def document_numbers(position_ids: Tensor) -> Tensor:
@@ -239,10 +256,11 @@ class Seq2Seq(AttentionLayout):
     has_encoder: ClassVar[bool] = True
 
     def states(
-        self, split: SplitModel, input_ids: Tensor, position_ids: Tensor | None, chosen: Tensor, **options: Any
+        self, split: SplitModel, input_ids: Tensor, position_ids: Tensor | None, trained: Tensor, **options: Any
     ) -> Tensor:
         """Return the decoder's states, shape (B, S, D), with zeros before the answer."""
         assert position_ids is not None, "positions tell padding from a document"
+        chosen = marked(trained, input_ids.shape)
         is_document = document_numbers(position_ids) == 1  # padding is another document
         place = torch.arange(input_ids.shape[1], device=input_ids.device)
         # In a row whose answer was cut off nothing is trained: the decoder starts at its end.

@@ -70,10 +70,11 @@ class RowDataset(Dataset[TrainingRow]):
 class Collator:
     """Makes a batch of rows, each padded at its right to the longest one, int64 of shape (B, S).
 
-    With `flatten` the rows become one, (1, their sum), for attention that takes the lengths of documents: then
-    `cu_seq_lens_q` and `_k`, int32, are the begins of the documents and the end of the last one, and `max_length_q` and
-    `_k` the length of the longest. S is a multiple of `pad_to_multiple_of`. With `with_index`, `token_index` is the
-    place of each token in the store, -1 for padding.
+    `trained`, shape (N,), are the places of trained tokens, counted along the rows: to search for them on a GPU
+    would be to wait for it. With `flatten` the rows become one, (1, their sum), for attention that takes the
+    lengths of documents: then `cu_seq_lens_q` and `_k`, int32, are the begins of the documents and the end of the
+    last one, and `max_length_q` and `_k` the length of the longest. S is a multiple of `pad_to_multiple_of`. With
+    `with_index`, `token_index` is the place of each token in the store, -1 for padding.
     """
 
     pad_id: int
@@ -96,6 +97,7 @@ class Collator:
                 line[:used] = np.concatenate([getattr(row, name) for row in group])
                 line[used:] = np.arange(width - used) if name == "positions" else padding[name]
             batch[key] = torch.from_numpy(out)
+        batch["trained"] = torch.from_numpy(np.flatnonzero(batch["labels"].numpy() != IGNORED))
         return batch | self._lengths(batch["position_ids"]) if self.flatten else batch
 
     def _lengths(self, positions: Tensor) -> dict[str, Any]:

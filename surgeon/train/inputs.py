@@ -18,7 +18,6 @@ from surgeon.models.device import computes_bfloat16, logits_bytes
 from surgeon.models.documents import breaks_graph, keeps_documents_apart, without_lengths
 from surgeon.models.loading import load_model, load_tokenizer, loadable
 from surgeon.models.varlen import VARLEN, reads_lengths
-from surgeon.surgery import open_source
 from surgeon.train.arguments import is_launched_by_plugin
 from surgeon.train.data import RunData, read_data
 from surgeon.train.launch import is_first, processes
@@ -173,7 +172,7 @@ class Inputs:
         """Return the cost of the run. Reads the data, and only the headers of the model."""
         settings, anatomy = self.settings, read_anatomy(spec_of(self.source))
         data = self.data(directory, None, None)
-        rows, store = data.rows, data.stores[0]
+        rows, store, teacher = data.rows, data.stores[0], self.task.teacher_source()
         work = Workload(
             steps=self.steps(data),
             row_tokens=self.row_length if data.packed else int(store.lengths.max()),
@@ -188,8 +187,8 @@ class Inputs:
             stored_bf16={item.spec.dtype for item in self.source.tensors.values()} == {"BF16"},
             precision=self.precision,
             activation_checkpointing=settings.activation_checkpointing,
-            logits_bytes=logits_bytes(self.device),
-            teacher=None if settings.teacher is None else read_anatomy(spec_of(open_source(settings.teacher))),
+            logits_bytes=logits_bytes(self.device, 1 if teacher is None else 2),
+            teacher=None if teacher is None else read_anatomy(spec_of(teacher)),
         )
         return estimate(anatomy, work, throughput=matmul_throughput(self.device, self.precision))
 

@@ -5,6 +5,7 @@ backward pass only scales them. Every loss is a sum over tokens, which the calle
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import cache
 from typing import Any, Literal
 
 import torch
@@ -18,9 +19,12 @@ _16_BITS = (torch.bfloat16, torch.float16)
 LEAST_REST = 1e-7  # by so much a sum of probabilities in float32 may round below 1: half a unit in the last place
 
 
-def chunk_rows(vocab: int, device: torch.device) -> int:
-    """Return how many tokens' logits exist at once on a device: as `logits_bytes` allows, or a little less."""
-    rows = logits_bytes(str(device)) // (4 * vocab)
+def chunk_rows(vocab: int, device: torch.device, *, models: int = 1) -> int:
+    """Return for how many tokens logits exist at once on a device: as `logits_bytes` allows, or a little less.
+
+    With `models` = 2 a teacher's logits exist beside the student's.
+    """
+    rows = logits_bytes(str(device), models) // (4 * vocab)
     return rows // 64 * 64 if rows >= 64 else max(1, rows)
 
 
@@ -59,7 +63,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
         total = torch.zeros((), dtype=sum_dtype(dtype), device=hidden.device)
         for rows in _chunks(len(hidden), chunk):
             states, target = hidden[rows].to(dtype), labels[rows, None]
-            scores = torch.log_softmax(nn.functional.linear(states, matrix, offset), -1, dtype=sum_dtype(dtype))
+            logits = nn.functional.linear(states, matrix, offset).to(sum_dtype(dtype))  # those of 16 bits are free now
+            scores = torch.log_softmax(logits, -1)
+            del logits
             total -= scores.gather(1, target).sum()
             if not any(needed):
                 continue
@@ -73,6 +79,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 torch.mm(grad, matrix, out=grad_hidden[rows])
             if grad_weight is not None:
                 _add_product(grad_weight, grad.t(), states)
+            del grad  # before the next chunk's logits
         ctx.grads = [grad_hidden, grad_weight, grad_bias]
         ctx.dtypes = [hidden.dtype, weight.dtype, None if bias is None else bias.dtype]
         return total
@@ -86,10 +93,27 @@ def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
     """Add a product of matrices to a sum that may be wider than they are."""
     if total.dtype == left.dtype:
         total.addmm_(left, right)
-    elif left.is_cuda:  # cuBLAS adds 16-bit products in float32: the product itself is never written
+    elif adds_wide(left.device, left.dtype):  # the product itself is never written
         torch.addmm(total, left, right, out_dtype=total.dtype, out=total)
     else:
         total += left @ right
+
+
+@cache
+def adds_wide(device: torch.device, dtype: torch.dtype) -> bool:
+    """Return whether a device adds products of 16 bits to a sum in float32, in one kernel, tried on small matrices.
+
+    Only CUDA can, and not with every torch: some refuse the arguments. What the kernel gives is compared here, because
+    it was not run on a card yet.
+    """
+    if device.type != "cuda":
+        return device.type == "meta"  # which counts for a GPU
+    left, total = torch.ones(16, 8, dtype=dtype, device=device), torch.ones(16, 16, device=device)
+    try:
+        torch.addmm(total, left, left.t(), out_dtype=torch.float32, out=total)
+    except (RuntimeError, TypeError):
+        return False
+    return bool((total == 9).all())
 
 
 def _matrix_dtype(hidden: Tensor) -> torch.dtype:
@@ -232,4 +256,5 @@ def hidden_loss(student: Tensor, teacher: Tensor) -> Tensor:
 
 
 def _log_softmax(logits: Tensor, temperature: float) -> Tensor:
-    return torch.log_softmax(logits.to(sum_dtype(logits.dtype)) / temperature, -1)
+    logits = logits.to(sum_dtype(logits.dtype))
+    return torch.log_softmax(logits if temperature == 1 else logits / temperature, -1)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from surgeon.errors import PlanError
-from surgeon.models.split import AttentionLayout, Causal, SplitModel, check_layout, stubbed
+from surgeon.models.split import AttentionLayout, Causal, SplitModel, check_layout, stubbed, taken
 from surgeon.train.losses import Direction, chunk_rows, chunked, hidden_loss, linear_cross_entropy, sum_dtype
 from surgeon.train.settings import Settings
 from surgeon.train.store import IGNORED
@@ -72,10 +72,11 @@ def attach_loss(
 ) -> None:
     """Make `model(input_ids=..., labels=..., position_ids=..., num_items=..., token_index=...)` return its loss.
 
-    `labels` are already shifted, -100 where nothing is trained. The result is a dict: `loss`, the sum over trained
-    tokens divided by `num_items` (None: by their number), and without gradients the sums `cross_entropy`, `kl` and
-    `hidden`, where they exist, and `num_tokens`. Without labels the model works as before. `layout` says which tokens
-    each token sees, by default the earlier ones of its document.
+    `labels` are already shifted, -100 where nothing is trained. `trained` are the places of all others, counted
+    along the rows; without it they are searched for, which waits for a GPU. The result is a dict: `loss`, the sum
+    over trained tokens divided by `num_items` (None: by their number), and without gradients the sums
+    `cross_entropy`, `kl` and `hidden`, where they exist, and `num_tokens`. Without labels the model works as
+    before. `layout` says which tokens each token sees, by default the earlier ones of its document.
     Raises PlanError where model, teacher and objective do not fit each other.
     """
     detach_loss(model)
@@ -145,6 +146,7 @@ def _forward(
     position_ids: Tensor | None = None,
     num_items: Tensor | float | None = None,
     token_index: Tensor | None = None,
+    trained: Tensor | None = None,
     **options: Any,
 ) -> Any:
     attached: _Attached = model._surgeon_loss
@@ -153,21 +155,22 @@ def _forward(
     if labels is None:
         placed = {} if position_ids is None else {"position_ids": position_ids}
         return split.own_forward(input_ids=input_ids, **placed, **options)
-    chosen = labels != IGNORED
+    if trained is None:
+        trained = (labels != IGNORED).flatten().nonzero()[:, 0]
     with split.watched([layer for layer, _ in attached.pairs]) as layers:
-        hidden = attached.layout.states(split, input_ids, position_ids, chosen, **options)
-    states, targets = hidden[chosen], labels[chosen]
+        hidden = attached.layout.states(split, input_ids, position_ids, trained, **options)
+    states, targets = taken(hidden, trained), taken(labels, trained)
     answers: tuple[Tensor, ...] = ()
     if teacher is not None and (objective.kd_weight or attached.pairs):
         compared = [other for _, other in attached.pairs]
-        answers, teacher_layers = teacher.see(input_ids, position_ids, token_index, chosen, layers=compared, **options)
+        answers, teacher_layers = teacher.see(input_ids, position_ids, token_index, trained, layers=compared, **options)
     with attached.layout.reading(split.model):
         loss, parts = _head_loss(attached, states, targets, answers)
     if attached.pairs:
-        errors = [hidden_loss(layers[layer][chosen], teacher_layers[other]) for layer, other in attached.pairs]
+        errors = [hidden_loss(taken(layers[layer], trained), teacher_layers[other]) for layer, other in attached.pairs]
         error = torch.stack(errors).sum() / len(errors)
         loss, parts["hidden"] = loss + objective.hidden_weight * error, error.detach()
-    count = torch.tensor(len(targets), device=loss.device)
+    count = torch.full((), len(targets), dtype=torch.long, device=loss.device)
     return {"loss": loss / (count.clamp(min=1) if num_items is None else num_items), **parts, "num_tokens": count}
 
 
@@ -178,7 +181,7 @@ def _head_loss(
     """Return the loss after the head, a sum over tokens, and its parts without gradients."""
     split, objective, teacher = attached.split, attached.objective, attached.teacher
     head = split.linear_head
-    chunk = chunk_rows(split.vocab, states.device)
+    chunk = chunk_rows(split.vocab, states.device, models=2 if objective.kd_weight else 1)
     if head is not None and not objective.kd_weight:
 
         def whole(hidden: Tensor) -> Tensor:
@@ -192,11 +195,12 @@ def _head_loss(
     ) -> tuple[Tensor, ...]:
         logits = logits_of(hidden)
         logits = logits.to(sum_dtype(logits.dtype))
-        entropy = nn.functional.cross_entropy(logits, labels, reduction="sum")
         if not objective.kd_weight:
+            entropy = nn.functional.cross_entropy(logits, labels, reduction="sum")
             return entropy, entropy
-        assert teacher is not None
+        assert teacher is not None  # its divergence comes first: of all, its product takes the most memory at once
         divergence = teacher.divergence(logits, *seen, temperature=objective.temperature, direction=objective.direction)
+        entropy = nn.functional.cross_entropy(logits, labels, reduction="sum")
         loss = (1 - objective.kd_weight) * entropy + objective.kd_weight * divergence
         return loss, entropy, divergence
 

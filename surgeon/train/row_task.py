@@ -38,6 +38,7 @@ def _forward(
     position_ids: Tensor | None = None,
     num_items: Tensor | float | None = None,
     token_index: Tensor | None = None,
+    trained: Tensor | None = None,
     **options: Any,
 ) -> Any:
     own = MethodType(type(model).forward, model)

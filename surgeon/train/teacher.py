@@ -12,7 +12,7 @@ from torch import Tensor
 
 from surgeon.checkpoint.output import check_space, staged
 from surgeon.errors import DataError, PlanError
-from surgeon.models.split import AttentionLayout, Causal, SplitModel, check_layout
+from surgeon.models.split import AttentionLayout, Causal, SplitModel, check_layout, taken
 from surgeon.train.losses import Direction, chunk_rows, kl, sum_dtype, top_k_kl
 from surgeon.train.store import IGNORED, TokenStore
 
@@ -39,13 +39,14 @@ class Teacher(Protocol):
         input_ids: Tensor,
         position_ids: Tensor | None,
         token_index: Tensor | None,
-        chosen: Tensor,
+        trained: Tensor,
         *,
         layers: Sequence[int],
         **options: Any,
     ) -> tuple[tuple[Tensor, ...], dict[int, Tensor]]:
-        """Return its answers for the N tokens `chosen`, N rows each, and its states after `layers`, (N, D).
+        """Return its answers for the N tokens at the places `trained`, N rows each, and its states after `layers`.
 
+        Places are counted along the rows; states have shape (N, D).
         `options` are what the decoder of the student gets besides, such as the lengths of documents.
         """
 
@@ -76,15 +77,15 @@ class OnlineTeacher:
         input_ids: Tensor,
         position_ids: Tensor | None,
         token_index: Tensor | None,
-        chosen: Tensor,
+        trained: Tensor,
         *,
         layers: Sequence[int],
         **options: Any,
     ) -> tuple[tuple[Tensor, ...], dict[int, Tensor]]:
         """Return the states of the tokens before the teacher's head, and those after `layers`."""
         with self._split.watched(layers) as seen:
-            hidden = self._layout.states(self._split, input_ids, position_ids, chosen, **options)
-        return (hidden[chosen],), {layer: states[chosen] for layer, states in seen.items()}
+            hidden = self._layout.states(self._split, input_ids, position_ids, trained, **options)
+        return (taken(hidden, trained),), {layer: taken(states, trained) for layer, states in seen.items()}
 
     @property
     def device(self) -> torch.device:
@@ -131,7 +132,7 @@ class CachedTeacher:
         input_ids: Tensor,
         position_ids: Tensor | None,
         token_index: Tensor | None,
-        chosen: Tensor,
+        trained: Tensor,
         *,
         layers: Sequence[int],
         **options: Any,
@@ -141,7 +142,7 @@ class CachedTeacher:
         Raises DataError for a token without a stored answer.
         """
         assert token_index is not None, "a cache is read by the index of tokens in the store"
-        index = token_index[chosen].cpu().numpy()
+        index = taken(token_index, trained).cpu().numpy()
         known = (index >= 0) & (index < len(self._places))
         places = np.where(known, self._places[np.where(known, index, 0)], -1) if len(self._places) else index * 0 - 1
         if (places < 0).any():
@@ -158,11 +159,11 @@ class CachedTeacher:
 
 @dataclass(frozen=True, eq=False)
 class TeacherBatch:
-    """Pieces of the store as rows, (B, S), each padded at its right."""
+    """Pieces of the store as rows, (B, S), each padded at its right; `trained` are places along the rows, (N,)."""
 
     ids: Tensor
     positions: Tensor
-    chosen: Tensor
+    trained: Tensor
     index: Tensor
 
 
@@ -194,7 +195,7 @@ def cache_top_k(
     with staged(directory, overwrite=True) as stage:
         with (stage / IDS).open("wb") as ids_file, (stage / LOG_PROBS).open("wb") as log_probs_file:
             for batch in _batches(store):
-                rows = batch.index[batch.chosen].numpy()
+                rows = taken(batch.index, batch.trained).numpy()
                 places[rows] = np.arange(count, count + len(rows))
                 count += len(rows)
                 for ids, log_probs in _top_k(teacher, batch, k, temperature):
@@ -216,8 +217,8 @@ def cache_top_k(
 
 def _top_k(teacher: OnlineTeacher, batch: TeacherBatch, k: int, temperature: float) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield the ids and log-probabilities of the trained tokens of a batch, in order, a chunk at a time."""
-    ids, positions, chosen = (each.to(teacher.device) for each in (batch.ids, batch.positions, batch.chosen))
-    (hidden,), _ = teacher.see(ids, positions, None, chosen, layers=())
+    ids, positions, trained = (each.to(teacher.device) for each in (batch.ids, batch.positions, batch.trained))
+    (hidden,), _ = teacher.see(ids, positions, None, trained, layers=())
     for states in torch.split(hidden, chunk_rows(teacher.vocab, hidden.device)):
         logits = teacher.logits(states)
         log_probs = torch.log_softmax(logits.to(sum_dtype(logits.dtype)) / temperature, -1)
@@ -245,9 +246,8 @@ def _batch(store: TokenStore, numbers: Sequence[int]) -> TeacherBatch:
         all_ids[row, : len(ids)], labels[row, : len(ids)] = ids, targets
         index[row, : len(ids)] = np.arange(start, start + len(ids))
     positions = torch.arange(shape[1]).expand(shape)  # no token sees the padding after it
-    return TeacherBatch(
-        torch.from_numpy(all_ids), positions, torch.from_numpy(labels != IGNORED), torch.from_numpy(index)
-    )
+    trained = torch.from_numpy(np.flatnonzero(labels != IGNORED))
+    return TeacherBatch(torch.from_numpy(all_ids), positions, trained, torch.from_numpy(index))
 
 
 def _read_header(directory: Path) -> dict[str, Any]:

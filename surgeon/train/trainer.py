@@ -28,7 +28,6 @@ from surgeon.models.loading import libraries_fail
 from surgeon.train import checkpoints
 from surgeon.train.data import RunData
 from surgeon.train.launch import wait_for_all
-from surgeon.train.store import IGNORED
 
 OLDER = "Remove that checkpoint: the run then continues from the one before it."
 ECHO = 5.0  # seconds in which a second SIGTERM is the first one again, passed on by a launcher
@@ -122,8 +121,7 @@ class Counted:
 
     def __call__(self, rows: Sequence[Any]) -> dict[str, Any]:
         batch = self.collate(rows)
-        tokens, trained = int((batch["token_index"] >= 0).sum()), int((batch["labels"] != IGNORED).sum())
-        return {**batch, "num_tokens": tokens, "num_trained": trained}
+        return {**batch, "num_tokens": int((batch["token_index"] >= 0).sum()), "num_trained": len(batch["trained"])}
 
 
 @dataclass(frozen=True)
@@ -185,7 +183,8 @@ class SurgeonTrainer(Trainer):
         self.keep, self.keep_best = keep, keep_best
         self._stage: Path | None = None
         self._step: list[tuple[Tensor, Mapping[str, Any]]] = []  # loss and batch of each part of a step
-        self._parts: dict[str, Tensor | float] = {}  # sums over the tokens of a step, by name
+        self._losses: list[float] = []  # of the parts of a step, as they were read
+        self._parts: dict[str, Any] = {}  # sums over the tokens of a step, by name; tensors until they are read
 
     # --- one step ---------------------------------------------------------------------------------------------
 
@@ -215,12 +214,34 @@ class SurgeonTrainer(Trainer):
         return (loss, outputs) if return_outputs else loss
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
+        """Return the norm, a number: with it all numbers of the step are read, in its only wait for a GPU.
+
+        Raises DivergedError where one is not finite, before the weights change.
+        """
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)  # type: ignore[no-untyped-call]
-        losses = torch.stack([loss for loss, _ in self._step])
-        length = torch.as_tensor(0.0 if norm is None else norm).to(losses.device)
-        if not bool(torch.isfinite(losses).all() & torch.isfinite(length)):  # one wait for the GPU in a step
-            self._diverged(losses.tolist(), float(length))
-        return norm
+        losses = [loss for loss, _ in self._step]
+        parts = {name: value for name, value in self._parts.items() if isinstance(value, Tensor)}
+        numbers = [value.to(losses[0].dtype) for value in parts.values()]
+        if self.args.world_size > 1 and numbers:
+            numbers = list(self.accelerator.gather(torch.stack(numbers)[None]).sum(0))
+        length = torch.as_tensor(0.0 if norm is None else norm).to(losses[0])
+        read = torch.stack([*losses, length, *numbers]).tolist()
+        self._losses, size = read[: len(losses)], read[len(losses)]
+        self._parts |= dict(zip(parts, read[len(losses) + 1 :], strict=True))
+        if not all(map(math.isfinite, (*self._losses, size))):
+            self._diverged(self._losses, size)
+        return None if norm is None else size
+
+    def _maybe_log_save_evaluate(self, tr_loss: Tensor, *args: Any, **options: Any) -> None:
+        """Log the step, with the sum of its losses as it was read: reading `tr_loss` would wait for the new weights."""
+        is_logged = self.control.should_log and self.state.global_step > self._globalstep_last_logged
+        if self.args.world_size > 1 or not is_logged:
+            return super()._maybe_log_save_evaluate(tr_loss, *args, **options)
+        loss = torch.zeros((), dtype=tr_loss.dtype)
+        for each in self._losses:
+            loss += each
+        tr_loss.zero_()
+        return super()._maybe_log_save_evaluate(loss, *args, **options)
 
     def _diverged(self, losses: list[float], norm: float) -> None:
         wrong = next((index for index, loss in enumerate(losses) if not abs(loss) < float("inf")), None)
@@ -243,10 +264,7 @@ class SurgeonTrainer(Trainer):
         if "loss" not in logs:  # the summary at the end
             return
         items = max(1, int(self._parts["num_trained"]))
-        parts = {name: value for name, value in self._parts.items() if isinstance(value, Tensor)}
-        if self.args.world_size > 1:
-            parts = {name: self.accelerator.gather(value.view(1)).sum() for name, value in parts.items()}
-        logs = {**logs, **{name: float(value) / items for name, value in parts.items()}}
+        logs = {**logs, **{name: value / items for name, value in self._parts.items() if name not in COUNTS}}
         logs |= {
             "step": self.state.global_step,
             "tokens": self.state.num_input_tokens_seen,
@@ -273,7 +291,8 @@ class SurgeonTrainer(Trainer):
         """Return the cross-entropy of rows, in nats per token. All processes compute the same number of batches."""
         model, size = self.model_wrapped, self.args.per_device_eval_batch_size
         rank, world = self.args.process_index, self.args.world_size
-        sums = torch.zeros(2, dtype=torch.float64)
+        counts: list[int] = []
+        losses: list[Tensor] = []  # read together at the end: each reading waits for a GPU
         was_training = model.training
         model.eval()
         with torch.no_grad():
@@ -283,8 +302,11 @@ class SurgeonTrainer(Trainer):
                 inputs = self._prepare_inputs({name: value for name, value in batch.items() if name not in COUNTS})
                 outputs = model(**inputs, num_items=1)
                 if chosen:
-                    sums += torch.tensor([float(outputs["cross_entropy"]), batch["num_trained"]], dtype=torch.float64)
+                    losses.append(outputs["cross_entropy"])
+                    counts.append(batch["num_trained"])
         model.train(was_training)
+        read = torch.stack(losses).tolist() if losses else []
+        sums = torch.tensor([sum(read), sum(counts)], dtype=torch.float64)
         if world > 1:
             sums = self.accelerator.gather(sums.float().to(self.args.device)[None]).cpu().double().sum(0)
         return float(sums[0] / sums[1])
