@@ -19,7 +19,8 @@ if LATER:
     from torch.utils._python_dispatch import TorchDispatchMode
     from torch.utils._pytree import tree_leaves
 
-    from surgeon.models.split import SplitModel, keeps_documents_apart
+    from surgeon.models.documents import keeps_documents_apart
+    from surgeon.models.split import SplitModel
     from surgeon.train import objective
     from surgeon.train.objective import Objective, attach_loss, detach_loss
     from surgeon.train.teacher import OnlineTeacher

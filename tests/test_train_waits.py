@@ -16,8 +16,8 @@ from later import LATER
 
 if LATER:
     import numpy as np
-    import toys
     import torch
+    import toys
     from torch import Tensor
     from torch.profiler import ProfilerActivity, profile
     from transformers import AttentionInterface, AutoModelForSequenceClassification

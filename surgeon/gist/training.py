@@ -77,6 +77,11 @@ class GistTask(Task):
         passes = implementation(self.gist, self.settings, attention, encoder=self._has_encoder)
         return passes == MASK and not self._has_encoder
 
+    @property
+    def reads_lengths(self) -> bool:
+        """False: a gist needs a mask, or a cache between two passes."""
+        return False
+
     def layout(self, model: Any) -> AttentionLayout:
         """Return how tokens see the prompt and its gist. Raises PlanError for a model that cannot be gisted."""
         ids, attention = self.tokens.ids, str(model.config._attn_implementation)
@@ -172,6 +177,7 @@ class WithoutGist(OnlineTeacher):
         *,
         layers: Sequence[int],
         plan: Plan | None = None,
+        **options: Any,
     ) -> tuple[tuple[Tensor, ...], dict[int, Tensor]]:
         """Return the teacher's states of the tokens at `trained`, no gist token, (N, D), and those after `layers`."""
         plan = plan or self.plan({"input_ids": input_ids, "position_ids": position_ids, "trained": trained})

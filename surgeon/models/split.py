@@ -17,14 +17,10 @@ from torch import Tensor, nn
 from surgeon.errors import PlanError
 from surgeon.models.device import wide, without_autocast
 from surgeon.models.skeleton import layer_list
+from surgeon.models.varlen import attending_by, reads_lengths
 
 LARGE = 1000.0  # the largest logit of the probe, far above any cap on logits (30 is usual, 50 is large)
 ROUNDING = 4  # two ways to compute logits may differ by so many units in the last place of the largest
-# The relative change of a state that rounding may cause. Measured: 1e-7 in float64 in families that attend in float32,
-# 1e-6 in float32; another visible document changes some state by its own length. 16 bits have units of 2^-8.
-APART = {torch.float64: 1e-5, torch.float32: 1e-4}
-APART_HALF = 0.1
-PROBE_LENGTHS = (5, 7)  # of the two documents that are packed
 
 
 class SplitModel:
@@ -137,7 +133,9 @@ class SplitModel:
         device = head.weight.device
         tokens = torch.arange(4, device=device)[None]
         seen = {"encoder_hidden_states": self._zero_state()} if self.model.config.is_encoder_decoder else {}
-        with _evaluated(self.model), without_autocast(device.type):
+        own = self.model.config._attn_implementation
+        runs_here = "sdpa" if reads_lengths(own) else own  # kernels that read lengths want 16 bits on a GPU
+        with evaluated(self.model), without_autocast(device.type), attending_by(self.model, runs_here):
             output = self.decoder(input_ids=tokens, use_cache=False, **seen)
             self._output, states = type(output), output[0]
             whole = self._generated(tokens).logits[0]
@@ -154,28 +152,6 @@ class SplitModel:
                 if _equal(self.logits(scaled), nn.functional.linear(scaled, head.weight, head.bias)):
                     self._linear_head = head
         return int(whole.shape[-1])
-
-
-def keeps_documents_apart(model: Any) -> bool:
-    """Return whether documents in one row, whose positions restart, do not see each other.
-
-    Measured on the model: the states of two documents of random tokens, in one row and each in a row of its own.
-    """
-    decoder = model.get_decoder()
-    if "position_ids" not in inspect.signature(decoder.forward).parameters:
-        return False
-    embedding = model.get_input_embeddings().weight
-    generator = torch.Generator().manual_seed(0)
-    total = sum(PROBE_LENGTHS)
-    tokens = torch.randint(0, embedding.shape[0], (1, total), generator=generator).to(embedding.device)
-    parts = [torch.arange(length, device=embedding.device)[None] for length in PROBE_LENGTHS]
-    with torch.no_grad(), _evaluated(model), without_autocast(embedding.device.type):
-        packed = decoder(input_ids=tokens, position_ids=torch.cat(parts, 1), use_cache=False)[0]
-        documents = zip(torch.split(tokens, list(PROBE_LENGTHS), 1), parts, strict=True)
-        alone = [decoder(input_ids=ids, position_ids=places, use_cache=False)[0] for ids, places in documents]
-    apart = torch.cat(alone, 1)
-    moved = wide(packed - apart).norm(dim=-1) / wide(apart).norm(dim=-1)
-    return float(moved.max()) <= APART.get(packed.dtype, APART_HALF)
 
 
 def _equal(one: Tensor, other: Tensor) -> bool:
@@ -197,7 +173,7 @@ def stubbed(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
 
 
 @contextmanager
-def _evaluated(model: nn.Module) -> Iterator[None]:
+def evaluated(model: nn.Module) -> Iterator[None]:
     """Return a context in which a model is in evaluation mode; after it each module has its former mode."""
     training = [module for module in model.modules() if module.training]
     model.eval()

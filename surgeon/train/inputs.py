@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,12 +14,14 @@ from surgeon.anatomy.config import positions_of
 from surgeon.checkpoint.source import Source, spec_of
 from surgeon.cost.estimate import RunEstimate, Workload, estimate, matmul_throughput
 from surgeon.errors import PlanError
-from surgeon.models.device import logits_bytes
+from surgeon.models.device import computes_bfloat16, logits_bytes
+from surgeon.models.documents import breaks_graph, keeps_documents_apart, without_lengths
 from surgeon.models.loading import load_model, load_tokenizer, loadable
-from surgeon.models.split import keeps_documents_apart
+from surgeon.models.varlen import VARLEN, reads_lengths
+from surgeon.train.arguments import is_launched_by_plugin
 from surgeon.train.data import RunData, read_data
 from surgeon.train.launch import is_first, processes
-from surgeon.train.model import LOAD_HINT, num_trained, precision_of
+from surgeon.train.model import LOAD_HINT, attention_options, num_trained, precision_of
 from surgeon.train.settings import Settings
 from surgeon.train.task import Task
 from surgeon.train.teacher import CachedTeacher, Teacher, cache_top_k
@@ -27,6 +30,7 @@ if TYPE_CHECKING:
     from surgeon.cost.memory import Precision
 
 TEACHER = "teacher"  # the directory of its answers, in the run's directory
+COMPILED_STEPS = 300  # compiling takes a minute or two; assumed, not measured on a GPU
 ROW = 1024  # tokens, by default, and where the model has as many positions
 
 
@@ -73,22 +77,64 @@ class Inputs:
         if source is None:
             return None
         dtype = torch.float32 if self.precision == "float32" else torch.bfloat16
-        return load_model(source, dtype=dtype, hint=LOAD_HINT, kind=self.task.kind(source)).to(self.device)
+        attention = attention_options(self.settings)  # rows without a mask are for both
+        model = load_model(source, dtype=dtype, hint=LOAD_HINT, kind=self.task.kind(source), **attention)
+        return model.to(self.device)
+
+    def attend(self, model: Any, teacher: Any | None) -> None:
+        """Let model and teacher attend by the lengths of documents, where that is asked for, or faster and possible.
+
+        It is faster on a GPU in 16 bits: a mask rules out the fast kernels. Raises PlanError where it is asked for and
+        a model cannot.
+        """
+        if self.settings.attention == VARLEN and not self.task.reads_lengths:
+            raise PlanError(f"--attention {VARLEN} is for texts, not for this task", hint="Use --attention sdpa.")
+        if not self._wants_lengths:
+            return
+        dtype = torch.float32 if self.precision == "float32" else torch.bfloat16
+        for each in (model, teacher):
+            if each is not None and (reason := without_lengths(each, self.device, dtype)) is not None:
+                if self.settings.attention == VARLEN:
+                    raise PlanError(reason, hint="Use --attention sdpa.")
+                self.note(f"attention behind masks, which is slower: {reason}")
+                return
+        for each in (model, teacher):
+            if each is not None:
+                each.config._attn_implementation = VARLEN
+
+    def compiles(self, model: Any, steps: int) -> bool:
+        """Return whether the layers are compiled: as asked, else on a GPU where that pays and the graph is one.
+
+        Without lengths a compiled model is given a mask, even where it needs none.
+        """
+        if self.settings.compile is not None:
+            return self.settings.compile
+        is_worth_it = self.device.startswith("cuda") and steps >= COMPILED_STEPS and find_spec("triton") is not None
+        is_plain = not self.settings.qlora and not is_launched_by_plugin()
+        by_lengths = model.config._attn_implementation == VARLEN
+        return is_worth_it and is_plain and by_lengths and not breaks_graph(model)
+
+    @property
+    def _wants_lengths(self) -> bool:
+        if self.settings.attention is not None:
+            return self.settings.attention == VARLEN
+        is_fast = self.precision != "float32" and computes_bfloat16(self.device)
+        return is_fast and self.task.reads_lengths
 
     def data(self, directory: Path, model: Any | None, teacher: Any | None) -> RunData:
         """Return the rows of the run, tokenised in `directory`.
 
         The models say whether documents can share a row; without one they can.
         """
-        settings, attention = self.settings, "sdpa" if model is None else _attention(model)
+        settings, (packed, flatten) = self.settings, self._rows(model, teacher)
         data = read_data(
             self.specs,
             self.task,
             load_tokenizer(*loadable(self.source)),
             directory=directory,
             sequence_length=self.row_length,
-            packed=self._packs(model, teacher),
-            flatten="flash" in attention and self.task.may_share_rows(attention),
+            packed=packed,
+            flatten=flatten,
             max_rows=None if settings.max_steps is None else settings.max_steps * self.rows_per_step,
             is_first=is_first(),
             wait=self.wait,
@@ -146,21 +192,21 @@ class Inputs:
         )
         return estimate(anatomy, work, throughput=matmul_throughput(self.device, self.precision))
 
-    def _packs(self, model: Any | None, teacher: Any | None) -> bool:
-        """Return whether documents share rows. Raises PlanError where they must and would see each other."""
-        may_share = self.task.may_share_rows("sdpa" if model is None else _attention(model))
-        if self.settings.packing == "off" or not may_share:
-            return False
+    def _rows(self, model: Any | None, teacher: Any | None) -> tuple[bool, bool]:
+        """Return whether documents share rows, and whether all rows of a batch become one, with lengths.
+
+        Raises PlanError where documents must share rows and would see each other.
+        """
+        attention = "sdpa" if model is None else str(model.config._attn_implementation)
+        is_off, by_lengths = self.settings.packing == "off", reads_lengths(attention)
+        if not self.task.may_share_rows(attention) or (is_off and not by_lengths):
+            return False, False
         apart = all(keeps_documents_apart(each) for each in (model, teacher) if each is not None)
         if not apart and self.settings.packing == "on":
             raise PlanError(
                 f"documents in one row of {self.source.label}, or of its teacher, would see each other",
                 hint="Leave out --packing on: each then gets a row of its own.",
             )
-        if not apart:
+        if not apart and not is_off:
             self.note("one document a row: this model cannot keep several apart")
-        return apart
-
-
-def _attention(model: Any) -> str:
-    return str(model.config._attn_implementation)
+        return apart and not is_off, apart and by_lengths

@@ -15,6 +15,7 @@ from surgeon.errors import PlanError
 from surgeon.models.adapters import add_adapters
 from surgeon.models.device import computes_bfloat16
 from surgeon.models.loading import load_model, num_known
+from surgeon.models.varlen import VARLEN
 from surgeon.train.objective import Objective
 from surgeon.train.settings import Settings
 from surgeon.train.task import Task
@@ -48,7 +49,7 @@ def load_trainable(source: Source, task: Task, *, precision: str) -> Any:
     stored_bf16 = {item.spec.dtype for item in source.tensors.values()} <= {"BF16"}
     is_frozen_base = settings.lora is not None and precision == "bf16" and stored_bf16
     dtype = torch.bfloat16 if precision == "pure-bf16" or is_frozen_base else torch.float32
-    options: dict[str, Any] = {"attn_implementation": settings.attention} if settings.attention else {}
+    options = attention_options(settings)
     if settings.qlora:
         options["quantization_config"] = _four_bits(torch.float32 if precision == "float32" else torch.bfloat16)
     model = load_model(source, dtype=dtype, hint=LOAD_HINT, kind=task.kind(source), **options)
@@ -56,8 +57,15 @@ def load_trainable(source: Source, task: Task, *, precision: str) -> Any:
     return model
 
 
-def trained_model(model: Any, source: Source, task: Task, teacher: "Teacher | None") -> Any:
+def attention_options(settings: Settings) -> dict[str, Any]:
+    """Return the options of a loader for the attention of a run; ours is set once the model is there."""
+    return {} if settings.attention in (None, VARLEN) else {"attn_implementation": settings.attention}
+
+
+def trained_model(model: Any, source: Source, task: Task, teacher: "Teacher | None", *, compiles: bool = False) -> Any:
     """Return the model with its loss attached, and with its trained parameters chosen or adapters around it.
+
+    Its layers are compiled where the run `compiles` them.
 
     Raises PlanError where nothing is left to train, or the model does not fit the task or the teacher.
     """
@@ -72,7 +80,7 @@ def trained_model(model: Any, source: Source, task: Task, teacher: "Teacher | No
             enable(activation_checkpointing_kwargs={"use_reentrant": False})
         else:  # transformers before 5.20
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    if settings.compile:
+    if compiles:
         model.get_decoder().compile()
     if settings.lora is not None:
         if settings.activation_checkpointing:

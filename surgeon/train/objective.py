@@ -195,6 +195,7 @@ def _forward(
             trained,
             layers=[other for _, other in attached.pairs],
             plan=plan.get("teacher"),
+            **options,
         )
     with attached.layout.reading(split.model):
         loss, parts = _head_loss(attached, states, targets, answers)

@@ -20,6 +20,11 @@ class RowTask(Task):
         """Return that each record has a row of its own."""
         return False
 
+    @property
+    def reads_lengths(self) -> bool:
+        """False: padding is masked."""
+        return False
+
 
 def attach_row_loss(model: Any, loss: RowLoss, plan: Callable[[Batch], Plan]) -> None:
     """Make a model's forward pass return `loss` of rows with labels; of others, what it returned before.

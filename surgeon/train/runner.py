@@ -148,14 +148,17 @@ class Runner:
         resume_from = checkpoints.newest(self.run_dir, self.reporter.note)
         self.wait()
         model, teacher_model = self._loaded(), self.inputs.teacher_model()
+        self.inputs.attend(model, teacher_model)
+        self.attention = str(model.config._attn_implementation)
         data = self.inputs.data(self.run_dir, model, teacher_model)
         for note in (*data.notes, *self._warnings()):
             self.reporter.note(note)
         self._check_data(data, resumed=resume_from is not None)
         steps = self.inputs.steps(data)
         teacher = self.inputs.teacher(teacher_model, data, self.run_dir)
+        self.compiles = self.inputs.compiles(model, steps)
         self.rate = self.settings.learning_rate() or self._searched_rate(data, steps, teacher)
-        model = trained_model(model, self.source, self.task, teacher)
+        model = trained_model(model, self.source, self.task, teacher, compiles=self.compiles)
         step, tokens = (0, 0) if resume_from is None else progress(resume_from)
         meter = self._pace_meter(model, data, steps, done=step, tokens=tokens)
         self.reporter.begin(steps=steps, step=step, tokens=tokens, meter=meter)
@@ -239,7 +242,9 @@ class Runner:
         length = max(2, min(PROBE_STEPS, steps // 10))
         losses: dict[float, float] = {}
         for rate in (low, low * FACTOR):
-            model = trained_model(self._loaded(), self.source, self.task, teacher)
+            loaded = self._loaded()
+            loaded.config._attn_implementation = self.attention
+            model = trained_model(loaded, self.source, self.task, teacher, compiles=self.compiles)
             losses[rate] = loss_after(model, data, self.settings, lr=rate, steps=length, device=self.device)
         chosen = min(losses, key=lambda rate: losses[rate])
         listed = ", ".join(f"{rate:g} → {loss:.4f}" for rate, loss in losses.items())

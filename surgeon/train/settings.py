@@ -95,8 +95,12 @@ class ComputeSettings:
         metavar="P",
     )
     activation_checkpointing: bool = option("Recompute activations to save memory.", False)
-    compile: bool = option("Compile the layers with torch.compile.", False)
-    attention: str | None = option("transformers' attn_implementation: sdpa, eager ...", None, metavar="NAME")
+    compile: bool | None = option(
+        "Compile the layers with torch.compile. Default: on a GPU, for long runs whose layers need no mask.",
+        None,
+        names=("--compile/--no-compile",),
+    )
+    attention: str | None = option("sdpa, varlen, eager, or another of transformers.", None, metavar="NAME")
     seed: int = option("Seed of every random draw.", 0, metavar="N")
     deterministic: bool = option("Use only deterministic kernels on a GPU; slower.", False)
     # how often

@@ -60,6 +60,11 @@ class Task:
         """Return whether a row may hold several documents, with this attention implementation of transformers."""
         return True
 
+    @property
+    def reads_lengths(self) -> bool:
+        """Whether the task can be trained by an attention that takes the lengths of documents in place of a mask."""
+        return True
+
     # --- the model --------------------------------------------------------------------------------------------
 
     def kind(self, source: Source) -> Any:

@@ -47,10 +47,12 @@ class Teacher(Protocol):
         *,
         layers: Sequence[int],
         plan: Plan | None = None,
+        **options: Any,
     ) -> tuple[tuple[Tensor, ...], dict[int, Tensor]]:
         """Return its answers for the N tokens at the places `trained`, N rows each, and its states after `layers`.
 
         Places are counted along the rows; states have shape (N, D).
+        `options` are what the decoder of the student gets besides, such as the lengths of documents.
         """
 
     def divergence(self, logits: Tensor, *seen: Tensor, temperature: float, direction: Direction) -> Tensor:
@@ -85,10 +87,11 @@ class OnlineTeacher:
         *,
         layers: Sequence[int],
         plan: Plan | None = None,
+        **options: Any,
     ) -> tuple[tuple[Tensor, ...], dict[int, Tensor]]:
         """Return the states of the tokens before the teacher's head, and those after `layers`."""
         with self._split.watched(layers) as seen:
-            hidden = self.layout.states(self._split, input_ids, position_ids, trained, plan=plan)
+            hidden = self.layout.states(self._split, input_ids, position_ids, trained, plan=plan, **options)
         return (taken(hidden, trained),), {layer: taken(states, trained) for layer, states in seen.items()}
 
     @property
@@ -140,6 +143,7 @@ class CachedTeacher:
         *,
         layers: Sequence[int],
         plan: Plan | None = None,
+        **options: Any,
     ) -> tuple[tuple[Tensor, ...], dict[int, Tensor]]:
         """Return the likeliest ids of the tokens, int64, and their log-probabilities, both (N, k)."""
         plan = plan or self.plan({"token_index": token_index, "trained": trained})
