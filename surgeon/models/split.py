@@ -188,6 +188,26 @@ Batch = Mapping[str, Any]  # of tensors: input_ids and position_ids, (B, S), and
 Plan = Mapping[str, Any]  # of tensors, and of plans
 
 
+@dataclass(frozen=True)
+class Plans:
+    """What the contents of a batch decide for the loss of a model: for its own states, and for a teacher's."""
+
+    layout: Callable[[Batch], Plan]
+    teacher: Callable[[Batch], Plan] | None = None
+
+    def __call__(self, batch: Batch) -> Plan:
+        """Return the plans of a batch by these names; empty where nothing is to be decided.
+
+        They are made where batches are made, on the CPU: on a GPU each look at the contents would wait for it.
+        """
+        plans = {"layout": self.layout(batch), "teacher": {} if self.teacher is None else self.teacher(batch)}
+        return {name: plan for name, plan in plans.items() if plan}
+
+    def untaught(self) -> "Plans":
+        """Return the plans without a teacher's."""
+        return Plans(self.layout)
+
+
 class AttentionLayout:
     """Which tokens each token sees, and so how the states before the head are computed.
 
@@ -197,10 +217,7 @@ class AttentionLayout:
     has_encoder: ClassVar[bool] = False
 
     def plan(self, batch: Batch) -> Plan:
-        """Return what the contents of a batch decide: places, widths, masks; by default nothing.
-
-        It is made where batches are made, on the CPU: on a GPU each look at the contents would wait for it.
-        """
+        """Return what the contents of a batch decide: places, widths, masks; by default nothing."""
         return {}
 
     def states(

@@ -25,6 +25,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback, Tra
 
 from surgeon.errors import CheckpointError, TrainingError
 from surgeon.models.loading import libraries_fail
+from surgeon.models.split import Plans
 from surgeon.train import checkpoints
 from surgeon.train.data import RunData
 from surgeon.train.launch import wait_for_all
@@ -116,14 +117,14 @@ class DivergedError(TrainingError):
 class Counted:
     """A collator that adds to each batch its tokens, how many of them are trained, and the `plan` of the loss."""
 
-    def __init__(self, collate: Callable[[Sequence[Any]], dict[str, Tensor]], plan: Callable[..., Any]) -> None:
+    def __init__(self, collate: Callable[[Sequence[Any]], dict[str, Tensor]], plan: Plans) -> None:
         self.collate, self.plan = collate, plan
 
     def __call__(self, rows: Sequence[Any]) -> dict[str, Any]:
         batch = self.collate(rows)
         plan = self.plan(batch)
-        batch |= {"plan": plan} if plan else {}
-        return {**batch, "num_tokens": int((batch["token_index"] >= 0).sum()), "num_trained": len(batch["trained"])}
+        counts = {"num_tokens": int((batch["token_index"] >= 0).sum()), "num_trained": len(batch["trained"])}
+        return {**batch, **({"plan": plan} if plan else {}), **counts}
 
 
 @dataclass(frozen=True)
@@ -183,6 +184,7 @@ class SurgeonTrainer(Trainer):
         self.loss_is_scaled_for_ga = True
         self.data, self.on_step, self.on_evaluation, self.paused = data, on_step, on_evaluation, paused
         self.keep, self.keep_best = keep, keep_best
+        self._collate_evaluated = Counted(data.collate, model._surgeon_plan.untaught())
         self._stage: Path | None = None
         self._step: list[tuple[Tensor, Mapping[str, Any]]] = []  # loss and batch of each part of a step
         self._losses: list[float] = []  # of the parts of a step, as they were read
@@ -300,9 +302,9 @@ class SurgeonTrainer(Trainer):
         with torch.no_grad():
             for begin in range(rank * size, rank * size + -(-len(rows) // (size * world)) * size * world, size * world):
                 chosen = list(range(begin, min(begin + size, len(rows))))
-                batch = self.data_collator([rows[index] for index in chosen or [0]])
+                batch = self._collate_evaluated([rows[index] for index in chosen or [0]])
                 inputs = self._prepare_inputs({name: value for name, value in batch.items() if name not in COUNTS})
-                outputs = model(**inputs, num_items=1)
+                outputs = model(**inputs, num_items=1, taught=False)
                 if chosen:
                     losses.append(outputs["cross_entropy"])
                     counts.append(batch["num_trained"])
