@@ -25,7 +25,7 @@ from surgeon.gist.masks import (
     gist_phases,
 )
 from surgeon.models.adapters import without_adapters
-from surgeon.models.split import AttentionLayout, LeftAligned, Seq2Seq, SplitModel, document_numbers
+from surgeon.models.split import AttentionLayout, Batch, LeftAligned, Plan, Seq2Seq, SplitModel, document_numbers
 
 FIRST_SEEN = {"positive": PROMPT, "gist": GIST, "negative": AFTER}  # by condition: the first phase that AFTER sees
 
@@ -37,17 +37,30 @@ class Masked(AttentionLayout):
     ids: tuple[int, ...]
     condition: Condition = "gist"
 
+    def plan(self, batch: Batch) -> Plan:
+        """Return the phases of the tokens."""
+        assert batch["position_ids"] is not None, "positions tell documents apart"
+        documents = document_numbers(batch["position_ids"])
+        return {"phases": gist_phases(batch["input_ids"], self.ids, documents=documents)}
+
     def states(
-        self, split: SplitModel, input_ids: Tensor, position_ids: Tensor | None, trained: Tensor, **options: Any
+        self,
+        split: SplitModel,
+        input_ids: Tensor,
+        position_ids: Tensor | None,
+        trained: Tensor,
+        *,
+        plan: Plan | None = None,
+        **options: Any,
     ) -> Tensor:
         """Return the states of a batch, shape (B, S, D)."""
+        plan = plan or self.plan({"input_ids": input_ids, "position_ids": position_ids})
         assert position_ids is not None, "positions tell documents apart"
-        documents = document_numbers(position_ids)
         masks = gist_masks(
             split.model.config,
-            gist_phases(input_ids, self.ids, documents=documents),
+            plan["phases"],
             condition=self.condition,
-            documents=documents,
+            documents=document_numbers(position_ids),
             dtype=split.model.dtype,
         )
         return split.states(input_ids, position_ids, attention_mask=masks, **options)
@@ -64,10 +77,12 @@ class TwoPass(AttentionLayout):
     condition: Condition = "gist"
     frozen: bool = False
 
-    def states(
-        self, split: SplitModel, input_ids: Tensor, position_ids: Tensor | None, trained: Tensor, **options: Any
-    ) -> Tensor:
-        """Return the states of a batch, shape (B, S, D), with zeros up to the end of the gist."""
+    def plan(self, batch: Batch) -> Plan:
+        """Return the tokens of both passes, and the places of the first whose keys and values the second one sees.
+
+        Raises DataError for a row without a token after its gist.
+        """
+        input_ids, position_ids = batch["input_ids"], batch["position_ids"]
         assert position_ids is not None, "positions tell padding from a document"
         documents = document_numbers(position_ids)
         phases = gist_phases(input_ids, self.ids, documents=documents)
@@ -76,20 +91,35 @@ class TwoPass(AttentionLayout):
         if not after.any(-1).all():
             missing = int((~after.any(-1)).nonzero()[0])
             raise DataError(f"row {missing} has nothing after its gist", hint="Each row is a record with its gist.")
-        before = LeftAligned(input_ids, position_ids, is_document & ~after)
-        rest = LeftAligned(input_ids, position_ids, after)
+        before = LeftAligned.of(input_ids, position_ids, is_document & ~after)
+        rest = LeftAligned.of(input_ids, position_ids, after)
+        is_seen = is_document & ~after & (phases >= FIRST_SEEN[self.condition])
+        places, mask = places_before(ends=before.mask.sum(1), counts=is_seen.sum(1))
+        return {"first": vars(before), "second": vars(rest), "places": places, "mask": torch.cat([mask, rest.mask], 1)}
+
+    def states(
+        self,
+        split: SplitModel,
+        input_ids: Tensor,
+        position_ids: Tensor | None,
+        trained: Tensor,
+        *,
+        plan: Plan | None = None,
+        **options: Any,
+    ) -> Tensor:
+        """Return the states of a batch, shape (B, S, D), with zeros up to the end of the gist."""
+        plan = plan or self.plan({"input_ids": input_ids, "position_ids": position_ids})
+        before, rest = LeftAligned(**plan["first"]), LeftAligned(**plan["second"])
         cache = DynamicCache()  # without sliding layers: masks alone limit what they see
         first = split.states(before.ids, before.positions, attention_mask=before.mask, **_caching(cache), **options)
-        is_seen = is_document & ~after & (phases >= FIRST_SEEN[self.condition])
-        gist_cache, mask = last_places(cache, ends=before.mask.sum(1), counts=is_seen.sum(1))
+        gist_cache = states_at(cache, plan["places"])
         with self.reading(split.model):
-            mask = torch.cat([mask, rest.mask], 1)
-            states = split.states(rest.ids, rest.positions, attention_mask=mask, **_caching(gist_cache), **options)
+            states = split.states(
+                rest.ids, rest.positions, attention_mask=plan["mask"], **_caching(gist_cache), **options
+            )
         # The first pass is used only up to the last layer's keys and values. Adapters after them get a gradient of zero
         # here, and not None, for which processes that train together would wait.
-        states = states + first[:1, :1, :1] * 0
-        whole = states.new_zeros((*input_ids.shape, states.shape[-1]))
-        return whole.index_put(torch.where(after), states[rest.mask.bool()])
+        return rest.spread(states + first[:1, :1, :1] * 0, input_ids.shape)
 
     def reading(self, model: Any) -> AbstractContextManager[None]:
         """Return a context in which the model reads the tokens after the gist."""
@@ -97,17 +127,28 @@ class TwoPass(AttentionLayout):
 
 
 def last_places(cache: Any, *, ends: Tensor, counts: Tensor) -> tuple[DynamicCache, Tensor]:
-    """Return a cache with the last `counts` of the first `ends` places of each row, and its mask, (B, W).
+    """Return a cache with the last `counts` of the first `ends` places of each row, and its mask, (B, W)."""
+    places, mask = places_before(ends=ends, counts=counts)
+    return states_at(cache, places), mask
+
+
+def places_before(*, ends: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the last `counts` of the first `ends` places of each row, (B, W), and which of them there are, (B, W).
 
     The places are moved to the right, next to the tokens that follow, because a sliding window counts what is between.
     """
     place = torch.arange(int(counts.max()), device=ends.device) - counts.max()  # -W to -1
-    index = (ends[:, None] + place).clamp(min=0)[:, None, :, None]
+    return (ends[:, None] + place).clamp(min=0), (place >= -counts[:, None]).long()
+
+
+def states_at(cache: Any, places: Tensor) -> DynamicCache:
+    """Return a cache with the states at some places of each row, (B, W)."""
+    index = places[:, None, :, None]
     last = DynamicCache()
     for number, layer in enumerate(cache.layers):
         pair = (layer.keys, layer.values)  # of different widths in some models
         last.update(*(states.gather(2, _like(index, states)) for states in pair), number)
-    return last, (place >= -counts[:, None]).long()
+    return last
 
 
 def _like(index: Tensor, states: Tensor) -> Tensor:
@@ -129,9 +170,15 @@ class EncoderDecoder(Seq2Seq):
     ids: tuple[int, ...]
     condition: Condition = "gist"
 
-    def encoded(self, model: Any, read: LeftAligned) -> tuple[Tensor, Tensor]:
-        """Return the encoder's states of each row, shape (B, T, D), and the decoder's mask over them, (B, T)."""
+    def seen(self, read: LeftAligned) -> Plan:
+        """Return the decoder's mask over the encoder's states, (B, T), and the phases of the encoder's tokens."""
         phases = gist_phases(read.ids, self.ids, documents=read.mask)
-        mask = encoder_mask(model.config, phases, condition=self.condition, padding=read.mask, dtype=model.dtype)
+        return {"seen": cross_mask(phases, condition=self.condition, padding=read.mask), "phases": phases}
+
+    def encoded(self, model: Any, read: LeftAligned, plan: Plan) -> Tensor:
+        """Return the encoder's states of each row, shape (B, T, D)."""
+        mask = encoder_mask(
+            model.config, plan["phases"], condition=self.condition, padding=read.mask, dtype=model.dtype
+        )
         states: Tensor = model.get_encoder()(input_ids=read.ids, attention_mask=mask)[0]
-        return states, cross_mask(phases, condition=self.condition, padding=read.mask)
+        return states

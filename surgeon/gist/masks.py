@@ -47,9 +47,8 @@ def gist_phases(input_ids: Tensor, gist_ids: Sequence[int], *, documents: Tensor
             hint="Write the gist tokens of a prompt side by side, without spaces.",
         )
     phases = torch.full_like(input_ids, GIST)
-    phases[(place < first.gather(1, numbers)) & (counts.gather(1, numbers) > 0)] = PROMPT
-    phases[(place > last.gather(1, numbers)) & (counts.gather(1, numbers) > 0)] = AFTER
-    return phases
+    phases = phases.masked_fill((place < first.gather(1, numbers)) & (counts.gather(1, numbers) > 0), PROMPT)
+    return phases.masked_fill((place > last.gather(1, numbers)) & (counts.gather(1, numbers) > 0), AFTER)
 
 
 def gist_masks(

@@ -21,7 +21,7 @@ from surgeon.gist.records import Gists, gist_examples
 from surgeon.gist.settings import MASK, TWO_PASS, GistSettings
 from surgeon.gist.support import check_support
 from surgeon.gist.tokens import GistTokens, read_gist
-from surgeon.models.split import AttentionLayout, Causal
+from surgeon.models.split import AttentionLayout, Batch, Causal, Plan
 from surgeon.train.examples import Example
 from surgeon.train.settings import Settings
 from surgeon.train.task import Task
@@ -145,12 +145,28 @@ def implementation(gist: GistSettings, settings: Settings, attention: str, *, en
     return TWO_PASS
 
 
+@dataclass(frozen=True)
+class Omission:
+    """Batches without their gist tokens, of these `ids`, for a model that reads them in a layout."""
+
+    ids: tuple[int, ...]
+    layout: AttentionLayout
+
+    def plan(self, batch: Batch) -> Plan:
+        """Return the batch without gist tokens, with the new places of its trained tokens, and the layout's plan."""
+        assert batch["position_ids"] is not None, "positions tell documents apart"
+        ids, positions, order = without_gist(batch["input_ids"], batch["position_ids"], self.ids)
+        places = moved(batch["trained"], order, batch["input_ids"].shape[1])
+        made = {"input_ids": ids, "position_ids": positions, "trained": places}
+        return {**made, "layout": self.layout.plan(made)}
+
+
 class WithoutGist(OnlineTeacher):
     """An online teacher that reads batches without their gist tokens, which it may not know. `ids` are their ids."""
 
     def __init__(self, model: Any, ids: tuple[int, ...], *, layout: AttentionLayout | None = None) -> None:
         super().__init__(model, layout=layout)
-        self._ids = ids
+        self.plan = Omission(ids, self.layout).plan
 
     def see(
         self,
@@ -160,13 +176,13 @@ class WithoutGist(OnlineTeacher):
         trained: Tensor,
         *,
         layers: Sequence[int],
+        plan: Plan | None = None,
         **options: Any,
     ) -> tuple[tuple[Tensor, ...], dict[int, Tensor]]:
         """Return the teacher's states of the tokens at `trained`, no gist token, (N, D), and those after `layers`."""
-        assert position_ids is not None, "positions tell documents apart"
-        ids, positions, order = without_gist(input_ids, position_ids, self._ids)
-        places = moved(trained, order, input_ids.shape[1])
-        return super().see(ids, positions, None, places, layers=layers)
+        plan = plan or self.plan({"input_ids": input_ids, "position_ids": position_ids, "trained": trained})
+        batch = (plan["input_ids"], plan["position_ids"], None, plan["trained"])
+        return super().see(*batch, layers=layers, plan=plan["layout"])
 
 
 def moved(trained: Tensor, order: Tensor, width: int) -> Tensor:

@@ -184,6 +184,10 @@ def evaluated(model: nn.Module) -> Iterator[None]:
             module.training = True
 
 
+Batch = Mapping[str, Any]  # of tensors: input_ids and position_ids, (B, S), and trained, (N,)
+Plan = Mapping[str, Any]  # of tensors, and of plans
+
+
 class AttentionLayout:
     """Which tokens each token sees, and so how the states before the head are computed.
 
@@ -192,8 +196,22 @@ class AttentionLayout:
 
     has_encoder: ClassVar[bool] = False
 
+    def plan(self, batch: Batch) -> Plan:
+        """Return what the contents of a batch decide: places, widths, masks; by default nothing.
+
+        It is made where batches are made, on the CPU: on a GPU each look at the contents would wait for it.
+        """
+        return {}
+
     def states(
-        self, split: SplitModel, input_ids: Tensor, position_ids: Tensor | None, trained: Tensor, **options: Any
+        self,
+        split: SplitModel,
+        input_ids: Tensor,
+        position_ids: Tensor | None,
+        trained: Tensor,
+        *,
+        plan: Plan | None = None,
+        **options: Any,
     ) -> Tensor:
         """Return the states of a batch, shape (B, S, D), at least of the tokens at `trained`, (N,).
 
@@ -210,7 +228,14 @@ class Causal(AttentionLayout):
     """Each token sees the earlier tokens of its document: the model's own attention."""
 
     def states(
-        self, split: SplitModel, input_ids: Tensor, position_ids: Tensor | None, trained: Tensor, **options: Any
+        self,
+        split: SplitModel,
+        input_ids: Tensor,
+        position_ids: Tensor | None,
+        trained: Tensor,
+        *,
+        plan: Plan | None = None,
+        **options: Any,
     ) -> Tensor:
         """Return the states of the model's own forward pass."""
         return split.states(input_ids, position_ids, **options)
@@ -235,18 +260,36 @@ def document_numbers(position_ids: Tensor) -> Tensor:
     return (position_ids == 0).cumsum(-1)
 
 
+@dataclass(frozen=True, eq=False)
 class LeftAligned:
-    """The chosen tokens of each row, moved to its left: `ids`, `positions` and `mask`, shape (B, T); 0 for padding."""
+    """The chosen tokens of each row, moved to its left: `ids`, `positions` and `mask`, shape (B, T); 0 for padding.
 
-    def __init__(self, input_ids: Tensor, position_ids: Tensor, chosen: Tensor) -> None:
+    `before` are the places of these tokens in the batch, `now` their places here, both counted along the rows.
+    """
+
+    ids: Tensor
+    positions: Tensor
+    mask: Tensor
+    before: Tensor
+    now: Tensor
+
+    @classmethod
+    def of(cls, input_ids: Tensor, position_ids: Tensor, chosen: Tensor) -> "LeftAligned":
+        """Return the tokens that are chosen. Waits for a GPU."""
         width = int(chosen.sum(1).max())
         order = chosen.long().argsort(dim=1, stable=True, descending=True)[:, :width]
-        self.mask = chosen.long().gather(1, order)
-        self.ids, self.positions = (values.gather(1, order) * self.mask for values in (input_ids, position_ids))
+        mask = chosen.long().gather(1, order)
+        ids, positions = (values.gather(1, order) * mask for values in (input_ids, position_ids))
+        return cls(ids, positions, mask, *(each.flatten().nonzero()[:, 0] for each in (chosen, mask)))
 
     def padded(self, padding: int | None) -> Tensor:
         """Return `ids` with another id for padding; None: as they are."""
         return self.ids if padding is None else self.ids.masked_fill(self.mask == 0, padding)
+
+    def spread(self, states: Tensor, shape: torch.Size) -> Tensor:
+        """Return the states of its tokens, (B, T, D), at their places in a batch of shape (B, S), elsewhere zeros."""
+        whole = states.new_zeros((shape.numel(), states.shape[-1]))
+        return whole.index_copy(0, self.before, taken(states, self.now)).view(*shape, -1)
 
 
 @dataclass(frozen=True)
@@ -255,35 +298,50 @@ class Seq2Seq(AttentionLayout):
 
     has_encoder: ClassVar[bool] = True
 
-    def states(
-        self, split: SplitModel, input_ids: Tensor, position_ids: Tensor | None, trained: Tensor, **options: Any
-    ) -> Tensor:
-        """Return the decoder's states, shape (B, S, D), with zeros before the answer."""
+    def plan(self, batch: Batch) -> Plan:
+        """Return the tokens that the encoder reads and those that the decoder does, and what is seen of the former."""
+        input_ids, position_ids = batch["input_ids"], batch["position_ids"]
         assert position_ids is not None, "positions tell padding from a document"
-        chosen = marked(trained, input_ids.shape)
+        chosen = marked(batch["trained"], input_ids.shape)
         is_document = document_numbers(position_ids) == 1  # padding is another document
         place = torch.arange(input_ids.shape[1], device=input_ids.device)
         # In a row whose answer was cut off nothing is trained: the decoder starts at its end.
         last = torch.where(chosen.any(1), chosen.long().argmax(1), is_document.sum(1) - 1)[:, None]
-        read = LeftAligned(input_ids, position_ids, is_document & (place <= last))
-        is_written = is_document & (place >= last)
-        start = split.model.config.decoder_start_token_id
-        written = LeftAligned(input_ids.masked_fill(place == last, start), position_ids, is_written)
-        encoded, seen = self.encoded(split.model, read)
+        read = LeftAligned.of(input_ids, position_ids, is_document & (place <= last))
+        written = LeftAligned.of(input_ids, position_ids, is_document & (place >= last))
+        return {"read": vars(read), "written": vars(written), **self.seen(read)}
+
+    def states(
+        self,
+        split: SplitModel,
+        input_ids: Tensor,
+        position_ids: Tensor | None,
+        trained: Tensor,
+        *,
+        plan: Plan | None = None,
+        **options: Any,
+    ) -> Tensor:
+        """Return the decoder's states, shape (B, S, D), with zeros before the answer."""
+        plan = plan or self.plan({"input_ids": input_ids, "position_ids": position_ids, "trained": trained})
+        read, written = LeftAligned(**plan["read"]), LeftAligned(**plan["written"])
+        start = torch.full_like(written.ids[:, :1], split.model.config.decoder_start_token_id)
         states = split.states(
-            written.ids,
+            torch.cat([start, written.ids[:, 1:]], 1),
             attention_mask=written.mask,
-            encoder_hidden_states=encoded,
-            encoder_attention_mask=seen,
+            encoder_hidden_states=self.encoded(split.model, read, plan),
+            encoder_attention_mask=plan["seen"],
             **options,
         )
-        whole = states.new_zeros((*input_ids.shape, states.shape[-1]))
-        return whole.index_put(torch.where(is_written), states[written.mask.bool()])
+        return written.spread(states, input_ids.shape)
 
-    def encoded(self, model: Any, read: LeftAligned) -> tuple[Tensor, Tensor]:
-        """Return the encoder's states of each row, shape (B, T, D), and the decoder's mask over them, (B, T)."""
+    def seen(self, read: LeftAligned) -> Plan:
+        """Return the decoder's mask over the encoder's states, (B, T), as `seen`, and what `encoded` needs besides."""
+        return {"seen": read.mask}
+
+    def encoded(self, model: Any, read: LeftAligned, plan: Plan) -> Tensor:
+        """Return the encoder's states of each row, shape (B, T, D)."""
         states: Tensor = model.get_encoder()(input_ids=read.ids, attention_mask=read.mask)[0]
-        return states, read.mask
+        return states
 
 
 def check_layout(layout: AttentionLayout, split: SplitModel) -> None:

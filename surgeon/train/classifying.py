@@ -12,7 +12,7 @@ from surgeon.data.records import Document
 from surgeon.errors import DataError, MeasureError, PlanError
 from surgeon.models.loading import HINT, config_of
 from surgeon.models.skeleton import auto_class
-from surgeon.models.split import LeftAligned, document_numbers
+from surgeon.models.split import Batch, LeftAligned, Plan, document_numbers
 from surgeon.train.examples import Example, asked_and_answered
 from surgeon.train.losses import sum_dtype
 from surgeon.train.row_task import RowTask, attach_row_loss
@@ -68,7 +68,7 @@ class ClassTask(RowTask):
         """Make the model return the cross-entropy of classes. Raises PlanError with a teacher, or adapters."""
         if teacher is not None:
             raise PlanError("a classifier has no teacher here", hint="Leave out --teacher.")
-        attach_row_loss(model, _loss)
+        attach_row_loss(model, _loss, _plan)
 
 
 def classes_of(source: Source) -> dict[int, str]:
@@ -102,18 +102,22 @@ def class_of(label: str | int, classes: Mapping[int, str], where: str) -> int:
     return number
 
 
-def _loss(
-    model: Any, own: Callable[..., Any], input_ids: Tensor, labels: Tensor, position_ids: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Return the sum of the cross-entropy of each row's class, and how many rows have one."""
+def _plan(batch: Batch) -> Plan:
+    """Return the texts of a batch, which of its rows have a class, and the numbers of their classes."""
+    input_ids, labels, position_ids = batch["input_ids"], batch["labels"], batch["position_ids"]
     chosen = labels != IGNORED
-    trained = chosen.any(1)  # a row that only fills a batch has no label
     last = chosen.long().argmax(1)[:, None]
     place = torch.arange(input_ids.shape[1], device=input_ids.device)
-    read = LeftAligned(input_ids, position_ids, (document_numbers(position_ids) == 1) & (place <= last))
+    read = LeftAligned.of(input_ids, position_ids, (document_numbers(position_ids) == 1) & (place <= last))
+    rows = chosen.any(1).nonzero()[:, 0]  # a row that only fills a batch has no label
+    return {"read": vars(read), "rows": rows, "classes": labels[chosen]}
+
+
+def _loss(model: Any, own: Callable[..., Any], plan: Plan) -> tuple[Tensor, Tensor]:
+    """Return the sum of the cross-entropy of each row's class, and how many rows have one."""
+    read, targets = LeftAligned(**plan["read"]), plan["classes"]
     ids = read.padded(model.config.get_text_config().pad_token_id)
-    logits = own(input_ids=ids, attention_mask=read.mask).logits[trained]
+    logits = own(input_ids=ids, attention_mask=read.mask).logits.index_select(0, plan["rows"])
     logits = logits.to(sum_dtype(logits.dtype))
-    targets = labels[chosen]
     loss = nn.functional.cross_entropy(logits, targets, reduction="sum")
-    return loss, torch.tensor(len(targets), device=loss.device)
+    return loss, torch.full((), len(targets), device=loss.device)

@@ -17,7 +17,7 @@ from torch import Tensor
 from surgeon.checkpoint.source import Source
 from surgeon.data.records import Document
 from surgeon.errors import DataError, PlanError
-from surgeon.models.split import LeftAligned, document_numbers
+from surgeon.models.split import Batch, LeftAligned, Plan, document_numbers
 from surgeon.train.examples import Example, asked_and_answered
 from surgeon.train.losses import sum_dtype
 from surgeon.train.row_task import RowTask, attach_row_loss
@@ -77,7 +77,7 @@ class EmbeddingTask(RowTask):
                 f"the model embeds in {width} numbers, its teacher in {others}",
                 hint="The teacher is the model that this one was cut from, in depth alone.",
             )
-        attach_row_loss(model, partial(_loss, teacher, self.pooling))
+        attach_row_loss(model, partial(_loss, teacher, self.pooling), _plan)
 
 
 def pooling_of(source: Source) -> str:
@@ -108,19 +108,17 @@ def pooled(forward: Callable[..., Any], read: LeftAligned, pooling: str, *, padd
     return (states * weights).sum(1) / weights.sum(1)
 
 
-def _loss(
-    teacher: Any,
-    pooling: str,
-    model: Any,
-    own: Callable[..., Any],
-    input_ids: Tensor,
-    labels: Tensor,
-    position_ids: Tensor,
-) -> tuple[Tensor, Tensor]:
+def _plan(batch: Batch) -> Plan:
+    """Return the texts of a batch, and which of its rows are one."""
+    read = LeftAligned.of(batch["input_ids"], batch["position_ids"], document_numbers(batch["position_ids"]) == 1)
+    return {"read": vars(read), "rows": (batch["labels"] != IGNORED).any(1).nonzero()[:, 0]}
+
+
+def _loss(teacher: Any, pooling: str, model: Any, own: Callable[..., Any], plan: Plan) -> tuple[Tensor, Tensor]:
     """Return the sum of the squared distances of embeddings from the teacher's, and how many texts it is of."""
-    counts = (labels != IGNORED).any(1)
-    read = LeftAligned(input_ids, position_ids, document_numbers(position_ids) == 1)
+    read, rows = LeftAligned(**plan["read"]), plan["rows"]
     with torch.no_grad():
         expected = pooled(teacher, read, pooling, padding=teacher.config.get_text_config().pad_token_id)
     embedded = pooled(own, read, pooling, padding=model.config.get_text_config().pad_token_id)
-    return (embedded - expected)[counts].square().mean(-1).sum(), counts.sum()
+    loss = (embedded - expected).index_select(0, rows).square().mean(-1).sum()
+    return loss, torch.full((), len(rows), device=loss.device)

@@ -13,7 +13,16 @@ import torch
 from torch import Tensor, nn
 
 from surgeon.errors import PlanError
-from surgeon.models.split import AttentionLayout, Causal, SplitModel, check_layout, stubbed, taken
+from surgeon.models.split import (
+    AttentionLayout,
+    Batch,
+    Causal,
+    Plan,
+    SplitModel,
+    check_layout,
+    stubbed,
+    taken,
+)
 from surgeon.train.losses import Direction, chunk_rows, chunked, hidden_loss, linear_cross_entropy, sum_dtype
 from surgeon.train.settings import Settings
 from surgeon.train.store import IGNORED
@@ -56,6 +65,19 @@ class Objective:
             raise PlanError(f"there is no direction {self.direction!r}", hint="It is forward or reverse.")
 
 
+@dataclass(frozen=True)
+class Plans:
+    """What the contents of a batch decide, for the loss of a model: made on the CPU, with the batch."""
+
+    layout: Callable[[Batch], Plan]
+    teacher: Callable[[Batch], Plan] | None
+
+    def __call__(self, batch: Batch) -> Plan:
+        """Return the plans of a batch that `model(plan=...)` takes; empty where nothing is to be decided."""
+        plans = {"layout": self.layout(batch), "teacher": {} if self.teacher is None else self.teacher(batch)}
+        return {name: plan for name, plan in plans.items() if plan}
+
+
 @dataclass(frozen=True, eq=False)
 class _Attached:
     """The loss of a model and its parts. `pairs` are the layers to compare: the student's, and the teacher's."""
@@ -83,14 +105,16 @@ def attach_loss(
     split, layout = SplitModel(model), layout or Causal()
     check_layout(layout, split)
     pairs = _check(split, objective, teacher)
-    model._surgeon_loss = _Attached(split, objective, teacher, layout, pairs)
+    taught = teacher if teacher is not None and (objective.kd_weight or pairs) else None
+    model._surgeon_loss = _Attached(split, objective, taught, layout, pairs)
+    model._surgeon_plan = Plans(layout.plan, None if taught is None else taught.plan)
     model.forward = MethodType(_forward, model)  # a bound method, so that a deep copy of the model binds it to the copy
 
 
 def detach_loss(model: Any) -> None:
     """Restore the model's own forward pass."""
     if "_surgeon_loss" in model.__dict__:
-        del model._surgeon_loss, model.forward
+        del model._surgeon_loss, model._surgeon_plan, model.forward
 
 
 def _check(split: SplitModel, objective: Objective, teacher: Teacher | None) -> list[tuple[int, int]]:
@@ -147,6 +171,7 @@ def _forward(
     num_items: Tensor | float | None = None,
     token_index: Tensor | None = None,
     trained: Tensor | None = None,
+    plan: Plan | None = None,
     **options: Any,
 ) -> Any:
     attached: _Attached = model._surgeon_loss
@@ -157,13 +182,21 @@ def _forward(
         return split.own_forward(input_ids=input_ids, **placed, **options)
     if trained is None:
         trained = (labels != IGNORED).flatten().nonzero()[:, 0]
+    plan = plan or {}
     with split.watched([layer for layer, _ in attached.pairs]) as layers:
-        hidden = attached.layout.states(split, input_ids, position_ids, trained, **options)
+        hidden = attached.layout.states(split, input_ids, position_ids, trained, plan=plan.get("layout"), **options)
     states, targets = taken(hidden, trained), taken(labels, trained)
     answers: tuple[Tensor, ...] = ()
-    if teacher is not None and (objective.kd_weight or attached.pairs):
-        compared = [other for _, other in attached.pairs]
-        answers, teacher_layers = teacher.see(input_ids, position_ids, token_index, trained, layers=compared, **options)
+    if teacher is not None:
+        answers, teacher_layers = teacher.see(
+            input_ids,
+            position_ids,
+            token_index,
+            trained,
+            layers=[other for _, other in attached.pairs],
+            plan=plan.get("teacher"),
+            **options,
+        )
     with attached.layout.reading(split.model):
         loss, parts = _head_loss(attached, states, targets, answers)
     if attached.pairs:

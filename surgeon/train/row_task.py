@@ -6,10 +6,11 @@ from typing import Any
 
 from torch import Tensor
 
+from surgeon.models.split import Batch, Plan
 from surgeon.train.task import Task
 
-# From a model, its own forward pass, token ids, labels and positions, each (B, S), to a sum of losses and its count.
-RowLoss = Callable[[Any, Callable[..., Any], Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+# From a model, its own forward pass and the plan of a batch to a sum of losses and its count.
+RowLoss = Callable[[Any, Callable[..., Any], Plan], tuple[Tensor, Tensor]]
 
 
 class RowTask(Task):
@@ -25,9 +26,13 @@ class RowTask(Task):
         return False
 
 
-def attach_row_loss(model: Any, loss: RowLoss) -> None:
-    """Make a model's forward pass return `loss` of rows with labels; of others, what it returned before."""
+def attach_row_loss(model: Any, loss: RowLoss, plan: Callable[[Batch], Plan]) -> None:
+    """Make a model's forward pass return `loss` of rows with labels; of others, what it returned before.
+
+    `plan` makes of a batch what the loss reads: its input_ids, labels and position_ids are of shape (B, S).
+    """
     model.__dict__["_surgeon_row_loss"] = loss  # no part of the model: what it holds is not trained
+    model.__dict__["_surgeon_plan"] = plan
     model.forward = MethodType(_forward, model)
 
 
@@ -39,13 +44,15 @@ def _forward(
     num_items: Tensor | float | None = None,
     token_index: Tensor | None = None,
     trained: Tensor | None = None,
+    plan: Plan | None = None,
     **options: Any,
 ) -> Any:
     own = MethodType(type(model).forward, model)
     if labels is None:
         return own(input_ids=input_ids, **options)
     assert position_ids is not None, "positions tell padding from a text"
-    loss, count = model.__dict__["_surgeon_row_loss"](model, own, input_ids, labels, position_ids)
+    batch = {"input_ids": input_ids, "labels": labels, "position_ids": position_ids}
+    loss, count = model.__dict__["_surgeon_row_loss"](model, own, plan or model.__dict__["_surgeon_plan"](batch))
     return {
         "loss": loss / (count.clamp(min=1) if num_items is None else num_items),
         "cross_entropy": loss.detach(),

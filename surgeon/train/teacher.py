@@ -12,7 +12,7 @@ from torch import Tensor
 
 from surgeon.checkpoint.output import check_space, staged
 from surgeon.errors import DataError, PlanError
-from surgeon.models.split import AttentionLayout, Causal, SplitModel, check_layout, taken
+from surgeon.models.split import AttentionLayout, Batch, Causal, Plan, SplitModel, check_layout, taken
 from surgeon.train.losses import Direction, chunk_rows, kl, sum_dtype, top_k_kl
 from surgeon.train.store import IGNORED, TokenStore
 
@@ -34,6 +34,10 @@ class Teacher(Protocol):
     depth: int
     temperature: float | None
 
+    @property
+    def plan(self) -> Callable[[Batch], Plan]:
+        """Return what it reads off a batch, made on the CPU with the batch: then `see` waits for no GPU."""
+
     def see(
         self,
         input_ids: Tensor,
@@ -42,6 +46,7 @@ class Teacher(Protocol):
         trained: Tensor,
         *,
         layers: Sequence[int],
+        plan: Plan | None = None,
         **options: Any,
     ) -> tuple[tuple[Tensor, ...], dict[int, Tensor]]:
         """Return its answers for the N tokens at the places `trained`, N rows each, and its states after `layers`.
@@ -64,9 +69,10 @@ class OnlineTeacher:
     temperature: float | None = None
 
     def __init__(self, model: Any, *, layout: AttentionLayout | None = None) -> None:
-        self._layout = layout or Causal()
+        self.layout = layout or Causal()
+        self.plan = self.layout.plan
         self._split = SplitModel(model.eval().requires_grad_(False))
-        check_layout(self._layout, self._split)
+        check_layout(self.layout, self._split)
         self.name, self.vocab = type(model).__name__, self._split.vocab
         self.hidden_size: int | None = self._split.hidden_size
         self.depth = self._split.depth
@@ -80,11 +86,12 @@ class OnlineTeacher:
         trained: Tensor,
         *,
         layers: Sequence[int],
+        plan: Plan | None = None,
         **options: Any,
     ) -> tuple[tuple[Tensor, ...], dict[int, Tensor]]:
         """Return the states of the tokens before the teacher's head, and those after `layers`."""
         with self._split.watched(layers) as seen:
-            hidden = self._layout.states(self._split, input_ids, position_ids, trained, **options)
+            hidden = self.layout.states(self._split, input_ids, position_ids, trained, plan=plan, **options)
         return (taken(hidden, trained),), {layer: taken(states, trained) for layer, states in seen.items()}
 
     @property
@@ -135,14 +142,20 @@ class CachedTeacher:
         trained: Tensor,
         *,
         layers: Sequence[int],
+        plan: Plan | None = None,
         **options: Any,
     ) -> tuple[tuple[Tensor, ...], dict[int, Tensor]]:
-        """Return the likeliest ids of the tokens, int64, and their log-probabilities, both (N, k).
+        """Return the likeliest ids of the tokens, int64, and their log-probabilities, both (N, k)."""
+        plan = plan or self.plan({"token_index": token_index, "trained": trained})
+        return (plan["ids"].to(input_ids.device), plan["log_probs"].to(input_ids.device)), {}
+
+    def plan(self, batch: Batch) -> Plan:
+        """Return the likeliest ids of the trained tokens and their log-probabilities, on the CPU.
 
         Raises DataError for a token without a stored answer.
         """
-        assert token_index is not None, "a cache is read by the index of tokens in the store"
-        index = taken(token_index, trained).cpu().numpy()
+        assert batch["token_index"] is not None, "a cache is read by the index of tokens in the store"
+        index = taken(batch["token_index"], batch["trained"]).cpu().numpy()
         known = (index >= 0) & (index < len(self._places))
         places = np.where(known, self._places[np.where(known, index, 0)], -1) if len(self._places) else index * 0 - 1
         if (places < 0).any():
@@ -150,7 +163,11 @@ class CachedTeacher:
             raise DataError(f"{self._directory} holds no answer for token {missing} of the data", hint=HINT)
         ids = torch.from_numpy(self._ids[places].astype(np.int64))
         log_probs = torch.from_numpy(np.asarray(self._log_probs[places]))
-        return (ids.to(input_ids.device), log_probs.to(input_ids.device)), {}
+        return {"ids": ids, "log_probs": log_probs}
+
+    def __reduce__(self) -> Any:
+        """Let processes that load data open the files themselves."""
+        return CachedTeacher, (self._directory,)
 
     def divergence(self, logits: Tensor, *seen: Tensor, temperature: float, direction: Direction) -> Tensor:
         """Return the divergence from the teacher's likeliest tokens, all others in one bucket."""

@@ -114,13 +114,15 @@ class DivergedError(TrainingError):
 
 
 class Counted:
-    """A collator that adds to each batch how many tokens it has, and how many of them are trained."""
+    """A collator that adds to each batch its tokens, how many of them are trained, and the `plan` of the loss."""
 
-    def __init__(self, collate: Callable[[Sequence[Any]], dict[str, Tensor]]) -> None:
-        self.collate = collate
+    def __init__(self, collate: Callable[[Sequence[Any]], dict[str, Tensor]], plan: Callable[..., Any]) -> None:
+        self.collate, self.plan = collate, plan
 
     def __call__(self, rows: Sequence[Any]) -> dict[str, Any]:
         batch = self.collate(rows)
+        plan = self.plan(batch)
+        batch |= {"plan": plan} if plan else {}
         return {**batch, "num_tokens": int((batch["token_index"] >= 0).sum()), "num_trained": len(batch["trained"])}
 
 
@@ -171,7 +173,7 @@ class SurgeonTrainer(Trainer):
         super().__init__(
             model=model,
             args=args,
-            data_collator=Counted(data.collate),
+            data_collator=Counted(data.collate, model._surgeon_plan),
             train_dataset=data.rows,
             eval_dataset=dict(data.held_out),
         )

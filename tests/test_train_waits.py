@@ -1,0 +1,170 @@
+"""A training step waits for no GPU and mixes no devices: counted by torch's profiler, and tried on the meta device.
+
+What asks a GPU for a number, or for how many numbers there are, waits until all its work is done. On the meta device
+there are no numbers, so such a question is an error there, and so is a tensor that was left on the CPU.
+"""
+
+from __future__ import annotations
+
+import pickle
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+from later import LATER
+
+if LATER:
+    import numpy as np
+    import torch
+    import toys
+    from torch import Tensor
+    from torch.profiler import ProfilerActivity, profile
+    from transformers import AttentionInterface, AutoModelForSequenceClassification
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    from surgeon.gist.attention import EncoderDecoder, Masked, TwoPass
+    from surgeon.gist.training import WithoutGist
+    from surgeon.models.split import Seq2Seq
+    from surgeon.train.classifying import ClassTask
+    from surgeon.train.data import Collator, TrainingRow
+    from surgeon.train.embedding import EmbeddingTask
+    from surgeon.train.objective import Objective, attach_loss
+    from surgeon.train.settings import Settings
+    from surgeon.train.teacher import CachedTeacher, OnlineTeacher
+    from surgeon.train.trainer import COUNTS, Counted
+
+    # transformers asks whether a row holds several documents, and whether a mask hides anything. By a name for which it
+    # makes no masks it asks neither, as for attention that reads the lengths of documents.
+    AttentionInterface.register("maskless", sdpa_attention_forward)
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+GIST = 130
+WAITS = ("nonzero", "item", "_local_scalar_dense", "is_nonzero", "lift_fresh", "equal", "masked_select")
+DECODERS = ("text", "chats", "distillation", "stored", "gists", "gists two-pass", "gists distilled")
+WAYS = (*DECODERS, "answers", "gists of an encoder", "classes", "embeddings")
+SIZES = ((9, 2, 7), (14, 2, 5), (5, 2, 11))  # of documents: tokens of prompt, gist, and what follows
+
+
+def row(number: int, documents: list[tuple[int, int, int]], *, trained: str) -> TrainingRow:
+    """Return a row of documents: trained are all tokens, or the answer but for the first one after a gist."""
+    random = np.random.default_rng(number)
+    ids, positions, labels = [], [], []
+    for prompt, gist, after in documents:
+        length = prompt + gist + after
+        each = random.integers(3, 100, length)
+        each[prompt : prompt + gist] = GIST
+        goals = np.append(each[1:], -100)
+        if trained == "answers":
+            goals[: prompt + gist] = -100
+        elif trained == "last":
+            goals[:-2], goals[-2] = -100, 1
+        ids, positions, labels = [*ids, each], [*positions, np.arange(length)], [*labels, goals]
+    size = sum(map(len, ids))
+    start = 100 * number
+    return TrainingRow(*map(np.concatenate, (ids, positions, labels)), np.arange(start, start + size))
+
+
+def loaded(toy: Any, name: str, attention: str = "maskless") -> Any:
+    model = toys.load(toy(name))[0]
+    for part in model.modules():
+        if hasattr(part, "config"):  # both stacks of an encoder-decoder have their own
+            part.config._attn_implementation = attention
+    return model.train()
+
+
+def stored(directory: Path) -> CachedTeacher:
+    """Return the answers of a teacher for all tokens of the rows, as a run stores them."""
+    count, k = 300, 4
+    (directory / "teacher.json").write_text(
+        f'{{"k": {k}, "temperature": 1.0, "vocab": 131, "store": "", "num_tokens": {count}, "num_trained": {count}}}'
+    )
+    np.arange(count, dtype=np.int64).tofile(directory / "places.i64")
+    np.tile(np.arange(k, dtype=np.uint32), (count, 1)).tofile(directory / "ids.u32")
+    np.full((count, k), -3.0, np.float32).tofile(directory / "log_probs.f32")
+    return CachedTeacher(directory)
+
+
+def step(way: str, toy: Any, place: Path) -> tuple[Any, Any, dict[str, Any]]:
+    """Return a model with its loss, its teacher, and a batch as a data loader makes it."""
+    distilled = Objective(kd_weight=0.5)
+    teacher = None
+    if way in ("classes", "embeddings"):
+        model = loaded(toy, "bert")
+        if way == "classes":
+            model = AutoModelForSequenceClassification.from_config(model.config)
+        task = ClassTask(Settings()) if way == "classes" else EmbeddingTask(Settings())
+        teacher = None if way == "classes" else task.teacher(loaded(toy, "bert"))
+        task.attach(model, Objective(), teacher)
+    elif way in ("answers", "gists of an encoder"):
+        model = loaded(toy, "t5")
+        attach_loss(model, Objective(), layout=Seq2Seq() if way == "answers" else EncoderDecoder((GIST,)))
+    else:
+        model = loaded(toy, "llama", "sdpa" if way in ("gists", "gists distilled") else "maskless")
+        layout = {"gists": Masked, "gists distilled": Masked, "gists two-pass": TwoPass}.get(way)
+        if way == "distillation":
+            teacher, distilled = OnlineTeacher(loaded(toy, "llama")), Objective(kd_weight=0.5, hidden_weight=0.1)
+        elif way == "stored":
+            teacher = stored(place)
+        elif way == "gists distilled":
+            teacher = WithoutGist(loaded(toy, "llama"), (GIST,))
+        attach_loss(
+            model,
+            Objective() if teacher is None else distilled,
+            teacher,
+            layout=None if layout is None else layout((GIST,)),
+        )
+    packed = way in DECODERS and way != "gists two-pass"
+    kind = "all" if way in ("text", "distillation") else "last" if way in ("classes", "embeddings") else "answers"
+    rows = [row(number, [size, SIZES[0]] if packed else [size], trained=kind) for number, size in enumerate(SIZES)]
+    collate = Counted(Collator(0, with_index=True), pickle.loads(pickle.dumps(model._surgeon_plan)))
+    return model, teacher, {name: value for name, value in collate(rows).items() if name not in COUNTS}
+
+
+def waits(model: Any, batch: dict[str, Any]) -> Counter[str]:
+    """Return what a step would wait for on a GPU, by the names of torch's operations."""
+    with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as profiler:
+        model(**batch, num_items=30)["loss"].backward()
+    # A new cache of transformers makes tensors without numbers: nothing is copied.
+    events = [event.name.removeprefix("aten::") for event in profiler.events() if event.input_shapes != [[0]]]
+    return Counter(name for name in events if name in WAITS)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_no_part_of_a_batch_waits_for_a_number(way, toy, tmp_path):
+    model, _, batch = step(way, toy, tmp_path)
+
+    assert waits(model, batch) == {}
+
+
+@pytest.mark.parametrize("way", ["text", "gists two-pass"])
+def test_a_batch_that_says_nothing_of_its_contents_is_waited_for(way, toy, tmp_path):
+    model, _, batch = step(way, toy, tmp_path)
+    loss = model(**batch, num_items=30)["loss"]
+    bare = {name: value for name, value in batch.items() if name not in ("trained", "plan")}
+
+    assert waits(model, bare)["nonzero"] > 0
+    assert torch.equal(model(**bare, num_items=30)["loss"], loss)
+
+
+def on_meta(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.to("meta")
+    return {name: on_meta(each) for name, each in value.items()} if isinstance(value, dict) else value
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_step_keeps_to_the_device_of_its_model(way, toy, tmp_path):
+    model, teacher, batch = step(way, toy, tmp_path)
+    model.to("meta")
+    if teacher is not None and way not in ("stored", "embeddings"):
+        teacher._split.model.to("meta")
+    elif way == "embeddings":
+        teacher.to("meta")
+    loss = model(**on_meta(batch), num_items=30)["loss"]
+    loss.backward()
+
+    assert loss.is_meta
+    assert all(parameter.grad.is_meta for parameter in model.parameters() if parameter.grad is not None)
+    assert any(parameter.grad is not None for parameter in model.parameters())
