@@ -2,6 +2,8 @@
 
 import gc
 import json
+import os
+import shutil
 import weakref
 
 import pytest
@@ -204,6 +206,40 @@ def test_weights_that_were_let_go_of_leave_memory(toy):
 
     assert len(held) == 6 * 9 + 1
     assert [parameter for parameter in held if parameter() is not None] == []
+
+
+@pytest.mark.parametrize("name", ["llama-tied", "mixtral", "gpt2"])
+def test_layers_that_are_read_ahead_compute_the_same(name, toy):
+    results = []
+    for reads_ahead in (False, True):
+        model = stream(toy(name), reads_ahead=reads_ahead)
+        batches = model.start(tokens())
+        with torch.no_grad():
+            model.run(batches)
+            with model.finish(batches) as head:
+                results.append(head(batches[0].hidden))
+        assert not any(name for name, parameter in model.module(0).named_parameters() if not parameter.is_meta)
+    assert torch.equal(*results)
+
+
+def test_one_layer_is_read_ahead_while_another_computes(toy):
+    model = stream(toy("llama"), reads_ahead=True)
+    batch = model.start(tokens())[0]
+    with model.layer(0) as apply, torch.no_grad():
+        ready = model.weights.ready()
+        apply(batch, batch.hidden)
+    assert {name.split(".")[2] for name in ready} == {"1"}
+    with model.layer(1):
+        assert {name.split(".")[2] for name in model.weights.ready()} == {"2"}
+
+
+def test_a_file_that_ends_while_it_is_read_ahead_is_told_of_where_the_layer_is_needed(toy, tmp_path):
+    shutil.copytree(toy("llama"), tmp_path / "short")
+    model = stream(tmp_path / "short", reads_ahead=True)
+    batch = model.start(tokens())[0]
+    os.truncate(tmp_path / "short" / "model.safetensors", 1000)
+    with pytest.raises(CheckpointError, match="model.safetensors"), torch.no_grad():
+        model.run([batch])
 
 
 def test_weights_stay_in_memory_when_the_model_is_resident(toy):

@@ -14,20 +14,25 @@ from surgeon.anatomy.layer_rules import FULL_ATTENTION, SLIDING_ATTENTION
 # Dense bfloat16 operations a second with float32 sums, without sparsity, from the vendors' data sheets. A name that
 # is not here, or a slice of a device, has no known peak, and no MFU is shown.
 PEAKS: Mapping[str, float] = {
-    r"A100\b": 312e12,
+    r"A(100|800)\b": 312e12,
     r"A10$": 125e12,
     r"A30$": 165e12,
     r"A40$": 149.7e12,
-    r"H100 PCIe$": 756e12,
-    r"H100 NVL$": 835e12,
+    r"H100 (PCIe|80GB HBM2e)$": 756e12,
+    r"H[12]00 NVL$": 835e12,
     r"H100 80GB HBM3$": 989e12,
-    r"H200$": 989e12,
+    r"(H200|H800|GH200 480GB)$": 989e12,
+    r"H20\b": 148e12,
     r"B200$": 2250e12,
     r"L4$": 121e12,
     r"L40$": 181e12,
     r"L40S$": 362e12,
     r"RTX 3090$": 71e12,
+    r"RTX 3090 Ti$": 80e12,
     r"RTX 4090$": 165e12,
+    r"RTX 5090$": 209e12,
+    r"RTX A6000$": 154.8e12,
+    r"RTX 6000 Ada Generation$": 364e12,
     r"MI300X\b": 1307e12,
 }
 

@@ -17,7 +17,7 @@ from surgeon.evals.answers import of_records
 from surgeon.evals.compare import Scored
 from surgeon.evals.evaluation import EvalContext, Evaluation, EvaluationOptions, sha256_of
 from surgeon.evals.perplexity import WindowBatch, row_losses, streamed
-from surgeon.models.streaming import BATCH_TOKENS, Progress, StreamedModel
+from surgeon.models.streaming import Progress, StreamedModel
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -133,7 +133,7 @@ def log_likelihoods(
     batches, members = [], []
     while order:
         longest = len(options[order[-1]].ids)
-        rows = max(1, BATCH_TOKENS // longest)
+        rows = max(1, model.batch_tokens // longest)
         members.append(order[-rows:])
         batches.append(_batch([options[index] for index in members[-1]], longest))
         order = order[:-rows]

@@ -18,9 +18,9 @@ from surgeon.evals.compare import Scored, estimate, exponential
 from surgeon.evals.evaluation import EvalContext, Evaluation, EvaluationOptions
 from surgeon.evals.perplexity import ONE_ROW, check_finite
 from surgeon.measure.scoring import streamed_model
-from surgeon.models.device import groups, row_bytes
+from surgeon.models.device import groups, head_tokens, row_bytes
 from surgeon.models.skeleton import auto_class
-from surgeon.models.streaming import HEAD_TOKENS, Progress, StreamedModel
+from surgeon.models.streaming import Progress, StreamedModel
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -104,7 +104,7 @@ def masked_losses(model: StreamedModel, rows: Tensor, frame: Frame, *, progress:
     width = frame.around(rows[:1]).shape[1]
     losses: list[Tensor] = []
     with torch.no_grad():
-        for start, stop in groups(count, row_bytes(width, 2 * model.hidden_size)):
+        for start, stop in groups(count, row_bytes(width, 2 * model.hidden_size), model.states_bytes):
             numbers = torch.arange(start, stop)  # of tokens in the text, row by row
             places = numbers % length + len(frame.before)
             masked = frame.around(rows[numbers // length])
@@ -115,7 +115,7 @@ def masked_losses(model: StreamedModel, rows: Tensor, frame: Frame, *, progress:
                 sizes = [len(batch.tokens) for batch in batches]
                 pairs = zip(batches, torch.split(places, sizes), strict=True)
                 states = torch.cat([batch.hidden[torch.arange(len(at)), at.to(model.device)] for batch, at in pairs])
-                losses += _losses(head, states, rows.flatten()[start:stop], min(HEAD_TOKENS, width))
+                losses += _losses(head, states, rows.flatten()[start:stop], min(head_tokens(model.device), width))
     sums = torch.cat(losses).view(-1, length).sum(1)
     check_finite(sums, model.label)
     return [float(value) for value in sums]

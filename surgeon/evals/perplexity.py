@@ -16,9 +16,9 @@ from surgeon.data.rows import read_rows, text_of
 from surgeon.errors import MeasureError
 from surgeon.evals.compare import Scored, estimate, exponential
 from surgeon.evals.evaluation import SAMPLES, SEQUENCE_LENGTH, EvalContext, Evaluation, EvaluationOptions
-from surgeon.models.device import STATES_BYTES, compute_dtype, groups, row_bytes
+from surgeon.models.device import compute_dtype, groups, head_tokens, row_bytes
 from surgeon.models.skeleton import auto_class
-from surgeon.models.streaming import HEAD_TOKENS, Batch, Progress, StreamedModel
+from surgeon.models.streaming import Batch, Progress, StreamedModel
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -223,7 +223,7 @@ def row_losses(
     """
     sums = [torch.zeros(len(window.tokens), dtype=torch.float64) for window in windows]
     with torch.no_grad():
-        for parts in _passes(windows, 2 * model.hidden_size):
+        for parts in _passes(windows, 2 * model.hidden_size, model.states_bytes):
             chosen = [windows[i].part(start, stop) for i, start, stop in parts]
             batches = [model.start(part.tokens.contiguous(), part.real) for part in chosen]
             together = list(chain.from_iterable(batches))
@@ -249,15 +249,15 @@ def check_finite(losses: Tensor, label: str) -> None:
         )
 
 
-def _passes(windows: Sequence[WindowBatch], numbers: int) -> Iterator[list[tuple[int, int, int]]]:
-    """Yield rows (number of the batch, start, stop) whose states, of `numbers` a token, fit into memory together."""
+def _passes(windows: Sequence[WindowBatch], numbers: int, most: int) -> Iterator[list[tuple[int, int, int]]]:
+    """Yield rows (number of the batch, start, stop) whose states, of `numbers` a token, take at most so many bytes."""
     parts: list[tuple[int, int, int]] = []
     used = 0
     for number, window in enumerate(windows):
         each = row_bytes(window.tokens.shape[1], numbers)
-        for start, stop in groups(len(window.tokens), each, STATES_BYTES):
+        for start, stop in groups(len(window.tokens), each, most):
             nbytes = (stop - start) * each
-            if parts and used + nbytes > STATES_BYTES:
+            if parts and used + nbytes > most:
                 yield parts
                 parts, used = [], 0
             parts.append((number, start, stop))
@@ -270,7 +270,7 @@ def _loss_sums(head: Callable[[Tensor], Tensor], batch: Batch, predicted: Tensor
     """Return the sum of each row's losses, shape (B,), in float64 on the CPU; `predicted` has shape (B, T - 1)."""
     chosen = predicted.to(batch.tokens.device)
     states, targets = batch.hidden[:, :-1][chosen], batch.tokens[:, 1:][chosen]
-    size = min(HEAD_TOKENS, batch.tokens.shape[1])  # no more than the model has positions for
+    size = min(head_tokens(states.device), batch.tokens.shape[1])  # no more than the model has positions for
     losses = [
         nn.functional.cross_entropy(head(states[at : at + size]).float(), targets[at : at + size], reduction="none")
         for at in range(0, len(states), size)

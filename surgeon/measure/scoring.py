@@ -19,9 +19,9 @@ from surgeon.errors import MeasureError
 from surgeon.measure.activations import Activations, Watcher
 from surgeon.measure.record import Scores, perplexities
 from surgeon.measure.residual import Observer
-from surgeon.models.device import available_memory, compute_dtype, groups, row_bytes
+from surgeon.models.device import available_memory, compute_dtype, groups, head_tokens, row_bytes
 from surgeon.models.skeleton import predicts_next
-from surgeon.models.streaming import HEAD_TOKENS, Batch, Progress, StreamedModel
+from surgeon.models.streaming import Batch, Progress, StreamedModel
 from surgeon.transforms.scores import METHODS, WIDTHS
 
 # Is called when work begins: with its name, its number of tokens, and the number of layers that each goes through.
@@ -67,7 +67,9 @@ def observe(
     """
     held = 2 + sum(observer.kept_states for observer in observers)  # states of each token in memory at once
     with torch.no_grad():
-        for start, stop in groups(len(tokens), row_bytes(tokens.shape[1], model.hidden_size * held)):
+        for start, stop in groups(
+            len(tokens), row_bytes(tokens.shape[1], model.hidden_size * held), model.states_bytes
+        ):
             batches = model.start(tokens[start:stop], None if real is None else real[start:stop])
             for batch in batches:
                 model.check_per_token(batch.hidden, batch.tokens)
@@ -294,7 +296,7 @@ def losses_without(
     count = 0
     of_paths = tokens.shape[1] * model.hidden_size * 4 * (len(set(removed)) + 1)  # bytes of a row
     with torch.no_grad():
-        for start, stop in groups(len(tokens), of_paths):
+        for start, stop in groups(len(tokens), of_paths, model.states_bytes):
             batches = model.embed(tokens[start:stop], None if real is None else real[start:stop])
             paths = _through(model, batches, removed, progress)
             count += sum(int(targets_of(batch)[1].sum()) for batch in batches)
@@ -345,7 +347,7 @@ def losses_of(head: Callable[[Tensor], Tensor], batch: Batch, states: Tensor) ->
     """Yield the sum of next-token losses, in nats, of a few of a batch's tokens at a time, and how many they are."""
     following, counted = targets_of(batch)
     flat, targets = states[:, :-1][counted], following[counted]
-    size = min(HEAD_TOKENS, batch.tokens.shape[1])  # no more than the model has positions for
+    size = min(head_tokens(states.device), batch.tokens.shape[1])  # no more than the model has positions for
     for at in range(0, len(flat), size):
         logits, next_tokens = head(flat[at : at + size]).float(), targets[at : at + size]
         yield nn.functional.cross_entropy(logits, next_tokens, reduction="sum"), len(next_tokens)

@@ -18,6 +18,7 @@ STATES_BYTES = 2_000_000_000  # the states of a group of rows take no more memor
 LOGITS_BYTES = 64 << 20  # of a chunk, in float32, on a CPU: half makes a step 3 % slower, twice makes none faster
 LOGITS_BYTES_GPU = 1 << 30  # every chunk reads and writes the gradient of the whole head: few chunks, large products
 LOGITS_SHARE = 32  # a smaller card holds at most this part of its memory in a chunk
+HEAD_TOKENS, HEAD_TOKENS_GPU = 512, 2048  # of a head: 0.3 and 1.2 GB of logits for a vocabulary of 150,000
 PASS_BYTES = 4096  # for each token: no more passes are paused at once than some hundreds
 
 
@@ -111,7 +112,20 @@ def available_memory(device: str) -> int:
     return free
 
 
-def groups(rows: int, bytes_per_row: int, budget: int = STATES_BYTES) -> list[tuple[int, int]]:
+def head_tokens(device: "torch.device") -> int:
+    """Return how many tokens' logits exist at once where a text is measured on a device."""
+    return HEAD_TOKENS_GPU if device.type == "cuda" else HEAD_TOKENS
+
+
+def states_bytes(device: str) -> int:
+    """Return how many bytes of states a group of rows takes: STATES_BYTES, on a GPU a quarter of what is free, or more.
+
+    Every group reads the whole model again.
+    """
+    return max(STATES_BYTES, available_memory(device) // 4) if device.startswith("cuda") else STATES_BYTES
+
+
+def groups(rows: int, bytes_per_row: int, budget: int) -> list[tuple[int, int]]:
     """Return ranges of rows whose states fit in memory together, as equal as they can be; a row is never split."""
     most = max(1, budget // bytes_per_row)
     count = math.ceil(rows / most)

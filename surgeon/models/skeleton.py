@@ -4,8 +4,8 @@ import inspect
 import math
 import mmap
 import os
-from collections.abc import Iterable, Sequence
-from contextlib import suppress
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from threading import Thread
 from typing import Any
@@ -181,31 +181,41 @@ class _Nowhere(TorchFunctionMode):
 
 
 class Weights:
-    """The floating tensors of a source. Their bytes are fetched when they are needed, or shortly before."""
+    """The floating tensors of a source. Their bytes are fetched when they are needed, or shortly before.
 
-    def __init__(self, source: Source) -> None:
-        self._source = source
+    With `ahead` those shortly before are read by another thread, and copied to that device.
+    """
+
+    def __init__(self, source: Source, *, ahead: torch.device | None = None) -> None:
+        self._source, self._device = source, ahead
         self.stored = {name: item for name, item in source.tensors.items() if item.spec.dtype in TORCH_DTYPES}
         self._all = ranges_by_file(self.stored, self.stored)
         self._ahead: Thread | None = None
+        self._ready: dict[str, Tensor] = {}  # read ahead, and not taken yet
 
     def parts(self, names: Iterable[str]) -> dict[str, FilePart]:
         """Return the parts of files that hold these tensors."""
-        if self._ahead is not None:
-            self._ahead.join()  # it may be fetching them
-            self._ahead = None
+        self.ready()  # a thread may be fetching them
         return self._source.parts(ranges_by_file(self.stored, names), among=self._all)
 
-    def unread(self, names: Sequence[str], dtype: torch.dtype) -> dict[str, "_Unread"]:
+    def unread(self, names: Sequence[str], dtype: torch.dtype) -> "dict[str, _Unread | Tensor]":
         """Return these tensors as `dtype`, each to be read when transformers' loader slices it."""
         parts = self.parts(names)
-        return {name: _Unread(self.stored[name], parts[self.stored[name].file], dtype) for name in names}
+        ready = {name: self._ready.pop(name) for name in names if name in self._ready}
+        unread = {name: _Unread(self.stored[name], parts[self.stored[name].file], dtype) for name in names}
+        return unread | ready
 
-    def read_ahead(self, names: Iterable[str]) -> None:
-        """Begin to fetch tensors, or to read them from the disk, while others are computed with."""
+    def ready(self) -> dict[str, Tensor]:
+        """Return the tensors that were read ahead and are not taken yet, once all are there."""
+        if self._ahead is not None:
+            self._ahead.join()
+        return self._ready
+
+    def read_ahead(self, names: Sequence[str], dtype: torch.dtype) -> None:
+        """Begin to fetch tensors, or to read them, while others are computed with."""
         wanted = ranges_by_file(self.stored, names)
-        if self._source.missing(wanted):
-            self._ahead = Thread(target=self._fetch, args=(wanted,), daemon=True)  # ends with the process
+        if self._device is not None or self._source.missing(wanted):
+            self._ahead = Thread(target=self._read, args=(wanted, names, dtype), daemon=True)  # ends with the process
             self._ahead.start()
             return
         if not hasattr(os, "posix_fadvise"):
@@ -215,9 +225,26 @@ class Weights:
                 for start, end in wanted[file]:
                     os.posix_fadvise(opened.descriptor, start, end - start, os.POSIX_FADV_WILLNEED)
 
-    def _fetch(self, wanted: Ranges) -> None:
-        with suppress(SurgeonError):  # who needs the tensors fetches them again, and is told
-            self._source.parts(wanted, among=self._all)
+    def _read(self, wanted: Ranges, names: Sequence[str], dtype: torch.dtype) -> None:
+        with suppress(SurgeonError, torch.OutOfMemoryError):  # who needs the tensors reads them again, and is told
+            parts = self._source.parts(wanted, among=self._all)
+            if self._device is not None:
+                copies = (read_as(self.stored[name], parts[self.stored[name].file], dtype) for name in names)
+                self._ready = copied(dict(zip(names, copies, strict=True)), self._device)
+
+
+def copied(tensors: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+    """Return tensors on a device. A GPU computes on meanwhile: a stream of their own takes them from pinned memory."""
+    if device.type != "cuda":
+        return {name: tensor.to(device) for name, tensor in tensors.items()}
+    stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+    current = torch.cuda.current_stream(device)
+    with torch.cuda.stream(stream):
+        copies = {name: tensor.pin_memory().to(device, non_blocking=True) for name, tensor in tensors.items()}
+    stream.synchronize()
+    for copy in copies.values():
+        copy.record_stream(current)  # or its memory could be taken while a layer still computes with it
+    return copies
 
 
 @dataclass(frozen=True)
@@ -270,3 +297,24 @@ def read_rows_as(stored: StoredTensor, part: FilePart, rows: list[int], dtype: t
 
 def _own_memory(nbytes: int) -> Tensor:
     return torch.frombuffer(mmap.mmap(-1, max(1, nbytes), **_PRIVATE), dtype=torch.uint8)[:nbytes]
+
+
+@contextmanager
+def needed_rows(model: Any, weights: Weights, name: str, used: Tensor, device: torch.device) -> Iterator[None]:
+    """Return a context in which a model's token embedding holds only the rows of the tokens `used`, ascending.
+
+    `name` is that of the embedding's tensor.
+    """
+    module = model.get_input_embeddings()
+    whole, padding = module.weight, module.padding_idx
+    stored = weights.stored[name]
+    rows = read_rows_as(stored, weights.parts([name])[stored.file], used.tolist(), whole.dtype)
+    module._parameters["weight"] = nn.Parameter(rows.to(device), requires_grad=False)
+    module.padding_idx = None  # it would number another row; it matters to gradients only
+    places = used.to(device)
+    hook = module.register_forward_pre_hook(lambda _, args: (torch.searchsorted(places, args[0]), *args[1:]))
+    try:
+        yield
+    finally:
+        hook.remove()
+        module._parameters["weight"], module.padding_idx = whole, padding

@@ -21,6 +21,7 @@ from surgeon.anatomy.axes import axes_of
 from surgeon.checkpoint.header import is_quantized
 from surgeon.checkpoint.source import Source, spec_of
 from surgeon.errors import MeasureError
+from surgeon.models.device import states_bytes
 from surgeon.models.loading import check_tokens, libraries_fail, num_known
 from surgeon.models.passage import (
     AROUND,
@@ -36,15 +37,15 @@ from surgeon.models.passage import (
     pause_at,
     states_of,
 )
-from surgeon.models.skeleton import Weights, build_skeleton, empty, layer_list, read_rows_as
+from surgeon.models.skeleton import Weights, build_skeleton, empty, layer_list, needed_rows
 
 NO_TEXT = "Scores that read no text work: --score random, last or magnitude."
 WHOLE = "Scores of the whole model work: --score angular or block-influence."
 PROBE = ((0, 0, 0, 0), (0, 0, 0, 1))  # rows of tokens that differ in the last one
 # What rounding may differ by, of the largest number, by bytes of the dtype. A token's effect is far larger.
 SAME = {4: 1e-3, 2: 5e-2}
-HEAD_TOKENS = 512  # logits of so many tokens exist at once: 0.3 GB in float32 for a vocabulary of 150,000
 BATCH_TOKENS = 2048  # tokens that go through a layer at once; more make no matrix product faster on a CPU
+BATCH_TOKENS_GPU = 16384
 Progress = Callable[[int], None]  # is called with the number of tokens that just went through a layer
 
 
@@ -83,24 +84,34 @@ def check_runs(source: Source) -> None:
 
 
 class StreamedModel:
-    """A checkpoint that computes from its files. With `resident`, layers stay in memory once they are read."""
+    """A checkpoint that computes from its files. With `resident`, layers stay in memory once they are read.
+
+    Where it `reads_ahead`, by default on a GPU, the next layer is copied to the device while one computes.
+    """
 
     def __init__(
-        self, source: Source, *, device: str = "cpu", dtype: torch.dtype = torch.float32, resident: bool = False
+        self,
+        source: Source,
+        *,
+        device: str = "cpu",
+        dtype: torch.dtype = torch.float32,
+        resident: bool = False,
+        reads_ahead: bool | None = None,
     ) -> None:
         spec = spec_of(source)
         anatomy = read_anatomy(spec)
         check_runs(source)
         self.anatomy, self.depth = anatomy, anatomy.depth
         self.device, self._resident = torch.device(device), resident
-        self._weights = Weights(source)
+        is_ahead = self.device.type == "cuda" if reads_ahead is None else reads_ahead
+        self.weights = Weights(source, ahead=self.device if is_ahead else None)
         self._model = build_skeleton(source, dtype).to_device(self.device)
         self._layers = layer_list(self._model.module, anatomy.stacks[0].prefix, self.depth)
         self._model.find_base(self._layers)
         pause_at(self._layers, self._model.bases)
         self._names: list[list[str]] = [[] for _ in range(self.depth)]
         self._outer: list[str] = []
-        for name in self._weights.stored:
+        for name in self.weights.stored:
             place = anatomy.stacks[0].locate(name)
             (self._names[place[0]] if place else self._outer).append(name)
         self._calls: dict[Any, list[Call]] = {}
@@ -118,6 +129,16 @@ class StreamedModel:
     def hidden_size(self) -> int:
         """The width of the residual stream."""
         return int(self._model.module.config.get_text_config().hidden_size)
+
+    @property
+    def batch_tokens(self) -> int:
+        """How many tokens go through a layer at once, or one row of more."""
+        return BATCH_TOKENS_GPU if self.device.type == "cuda" else BATCH_TOKENS
+
+    @property
+    def states_bytes(self) -> int:
+        """How many bytes the states of all rows may take that go through the layers together."""
+        return states_bytes(str(self.device))
 
     def module(self, layer: int) -> nn.Module:
         """Return the module of a layer; its weights are there inside `layer`."""
@@ -144,7 +165,7 @@ class StreamedModel:
         self, tokens: Tensor, real: Tensor | None, begin: Callable[[Tensor, Tensor | None], Batch]
     ) -> list[Batch]:
         check_tokens(int(tokens.max()), num_known(self._model.module), self.label)
-        rows = max(1, BATCH_TOKENS // tokens.shape[1])
+        rows = max(1, self.batch_tokens // tokens.shape[1])
         with self._embedding(tokens):
             return [
                 begin(tokens[at : at + rows], None if real is None else real[at : at + rows])
@@ -171,7 +192,7 @@ class StreamedModel:
             self._model.check_present(self._layers[index], ())
             self._loaded.add(index)
         if index + 1 < self.depth and index + 1 not in self._loaded:
-            self._weights.read_ahead(self._names[index + 1])
+            self.weights.read_ahead(self._names[index + 1], self._model.dtype)
         module = self._layers[index]
         self._check_alone(index)
 
@@ -325,7 +346,8 @@ class StreamedModel:
         names = [name for name in self._outer if name not in heads and name != table]
         try:
             self._fill(names)
-            with nullcontext() if table is None else self._needed_rows(table, _used(tokens)):
+            model, used = self._model.module, _used(tokens)
+            with nullcontext() if table is None else needed_rows(model, self.weights, table, used, self.device):
                 self._model.check_present(self._model.base, self._layers)
                 yield
         finally:
@@ -346,28 +368,11 @@ class StreamedModel:
             self._model.empty_around(self._layers)
 
     def _fill(self, names: Sequence[str]) -> None:
-        self._model.fill(self._weights.unread(names, self._model.dtype), self.device)
+        self._model.fill(self.weights.unread(names, self._model.dtype), self.device)
 
     def _is_token_embedding(self, name: str) -> bool:
         row, _ = self.anatomy.row(name)
         return row.kind == "embedding" and axes_of(row.axes[0]) == {"vocab"}
-
-    @contextmanager
-    def _needed_rows(self, name: str, used: Tensor) -> Iterator[None]:
-        """Return a context in which the token embedding holds only the rows of the tokens `used`, ascending."""
-        module = self._model.module.get_input_embeddings()
-        whole, padding = module.weight, module.padding_idx
-        stored = self._weights.stored[name]
-        rows = read_rows_as(stored, self._weights.parts([name])[stored.file], used.tolist(), whole.dtype)
-        module._parameters["weight"] = nn.Parameter(rows.to(self.device), requires_grad=False)
-        module.padding_idx = None  # it would number another row; it matters to gradients only
-        places = used.to(self.device)
-        hook = module.register_forward_pre_hook(lambda _, args: (torch.searchsorted(places, args[0]), *args[1:]))
-        try:
-            yield
-        finally:
-            hook.remove()
-            module._parameters["weight"], module.padding_idx = whole, padding
 
     def _inputs(self, tokens: Tensor, real: Tensor | None) -> tuple[dict[str, Any], Tensor | None]:
         """Return the arguments of the forward pass for rows, and what is real; a mask only where there is padding."""
@@ -428,7 +433,8 @@ class StreamedModel:
 def check_causal(states: Tensor, label: str) -> None:
     """Raises MeasureError where states or logits on PROBE, shape (2, 4, ...), show that a token sees later ones."""
     one, other = states[:, :-1].float()
-    if float((one - other).abs().max()) > SAME[4] * float(one.abs().max()):
+    same = SAME.get(states.dtype.itemsize, SAME[4])
+    if float((one - other).abs().max()) > same * float(one.abs().max()):
         raise MeasureError(
             f"in {label} a token sees those after it, so it cannot predict them",
             hint="Use a model that writes from left to right (GPT, Llama ...).",
