@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import pickle
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ if LATER:
     import toys
     from torch import Tensor
     from torch.profiler import ProfilerActivity, profile
+    from torch.utils._pytree import tree_flatten_with_path
     from transformers import AttentionInterface, AutoModelForSequenceClassification
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
@@ -68,10 +70,14 @@ def row(number: int, documents: list[tuple[int, int, int]], *, trained: str) -> 
 
 def loaded(toy: Any, name: str, attention: str = "maskless") -> Any:
     model = toys.load(toy(name))[0]
+    attend_by(model, attention)
+    return model.train()
+
+
+def attend_by(model: Any, attention: str) -> None:
     for part in model.modules():
         if hasattr(part, "config"):  # both stacks of an encoder-decoder have their own
             part.config._attn_implementation = attention
-    return model.train()
 
 
 def stored(directory: Path) -> CachedTeacher:
@@ -146,6 +152,22 @@ def test_a_batch_that_says_nothing_of_its_contents_is_waited_for(way, toy, tmp_p
 
     assert waits(model, bare)["nonzero"] > 0
     assert torch.equal(model(**bare, num_items=30)["loss"], loss)
+
+
+@pytest.mark.parametrize("way", ["gists two-pass", "gists distilled", "answers", "classes"])
+def test_wider_batches_have_the_same_loss(way, toy, tmp_path):
+    """On a GPU widths are multiples of 64, so that few of them occur. No token sees the padding."""
+    model, _, batch = step(way, toy, tmp_path)
+    attend_by(model, "sdpa")  # with masks for padding
+    wide = replace(model._surgeon_plan, multiple=8)(batch)
+    batch, model = {name: value for name, value in batch.items() if name != "plan"}, model.eval()
+    narrow = model(**batch, num_items=30)["loss"]
+
+    texts = [value for path, value in tree_flatten_with_path(wide)[0] if path[-1].key in ("ids", "input_ids")]
+    assert texts
+    assert all(text.shape[1] % 8 == 0 or text.shape == batch["input_ids"].shape for text in texts)  # never wider
+    # float32 in other shapes
+    assert model(**batch, plan=wide, num_items=30)["loss"].item() == pytest.approx(narrow.item(), rel=1e-5)
 
 
 def on_meta(value: Any) -> Any:

@@ -194,18 +194,20 @@ class Plans:
 
     layout: Callable[[Batch], Plan]
     teacher: Callable[[Batch], Plan] | None = None
+    multiple: int = 1  # of widths that are chosen here
 
     def __call__(self, batch: Batch) -> Plan:
         """Return the plans of a batch by these names; empty where nothing is to be decided.
 
         They are made where batches are made, on the CPU: on a GPU each look at the contents would wait for it.
         """
+        batch = {**batch, "multiple": self.multiple}
         plans = {"layout": self.layout(batch), "teacher": {} if self.teacher is None else self.teacher(batch)}
         return {name: plan for name, plan in plans.items() if plan}
 
     def untaught(self) -> "Plans":
         """Return the plans without a teacher's."""
-        return Plans(self.layout)
+        return Plans(self.layout, multiple=self.multiple)
 
 
 class AttentionLayout:
@@ -291,9 +293,11 @@ class LeftAligned:
     now: Tensor
 
     @classmethod
-    def of(cls, input_ids: Tensor, position_ids: Tensor, chosen: Tensor) -> "LeftAligned":
-        """Return the tokens that are chosen. Waits for a GPU."""
+    def of(cls, batch: Batch, chosen: Tensor) -> "LeftAligned":
+        """Return the tokens of a batch that are chosen, (B, S), at least as wide as it asks for. Waits for a GPU."""
+        input_ids, position_ids = batch["input_ids"], batch["position_ids"]
         width = int(chosen.sum(1).max())
+        width += -width % batch.get("multiple", 1)
         order = chosen.long().argsort(dim=1, stable=True, descending=True)[:, :width]
         mask = chosen.long().gather(1, order)
         ids, positions = (values.gather(1, order) * mask for values in (input_ids, position_ids))
@@ -324,8 +328,8 @@ class Seq2Seq(AttentionLayout):
         place = torch.arange(input_ids.shape[1], device=input_ids.device)
         # In a row whose answer was cut off nothing is trained: the decoder starts at its end.
         last = torch.where(chosen.any(1), chosen.long().argmax(1), is_document.sum(1) - 1)[:, None]
-        read = LeftAligned.of(input_ids, position_ids, is_document & (place <= last))
-        written = LeftAligned.of(input_ids, position_ids, is_document & (place >= last))
+        read = LeftAligned.of(batch, is_document & (place <= last))
+        written = LeftAligned.of(batch, is_document & (place >= last))
         return {"read": vars(read), "written": vars(written), **self.seen(read)}
 
     def states(

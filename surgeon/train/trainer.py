@@ -12,7 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -171,10 +171,11 @@ class SurgeonTrainer(Trainer):
         keep: int = 1,
         keep_best: bool = False,
     ) -> None:
+        plans = replace(model._surgeon_plan, multiple=data.collate.pad_to_multiple_of or 1)
         super().__init__(
             model=model,
             args=args,
-            data_collator=Counted(data.collate, model._surgeon_plan),
+            data_collator=Counted(data.collate, plans),
             train_dataset=data.rows,
             eval_dataset=dict(data.held_out),
         )
@@ -184,7 +185,7 @@ class SurgeonTrainer(Trainer):
         self.loss_is_scaled_for_ga = True
         self.data, self.on_step, self.on_evaluation, self.paused = data, on_step, on_evaluation, paused
         self.keep, self.keep_best = keep, keep_best
-        self._collate_evaluated = Counted(data.collate, model._surgeon_plan.untaught())
+        self._collate_evaluated = Counted(data.collate, plans.untaught())
         self._stage: Path | None = None
         self._step: list[tuple[Tensor, Mapping[str, Any]]] = []  # loss and batch of each part of a step
         self._losses: list[float] = []  # of the parts of a step, as they were read
