@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import talkers
 from later import LATER
 
 if LATER:
@@ -20,11 +21,13 @@ if LATER:
     import torch
     import toys
     from torch import Tensor
+    from torch.overrides import TorchFunctionMode
     from torch.profiler import ProfilerActivity, profile
     from torch.utils._pytree import tree_flatten_with_path
     from transformers import AttentionInterface, AutoModelForSequenceClassification
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+    from surgeon import finetune
     from surgeon.gist.attention import EncoderDecoder, Masked, TwoPass
     from surgeon.gist.training import WithoutGist
     from surgeon.models.split import Seq2Seq
@@ -39,6 +42,22 @@ if LATER:
     # transformers asks whether a row holds several documents, and whether a mask hides anything. By a name for which it
     # makes no masks it asks neither, as for attention that reads the lengths of documents.
     AttentionInterface.register("maskless", sdpa_attention_forward)
+
+    class Readings(TorchFunctionMode):
+        """Counts the numbers that are read from tensors, by how."""
+
+        NAMES = ("item", "tolist", "__bool__", "__int__", "__float__", "cpu", "nonzero")
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.counts: Counter[str] = Counter()
+
+        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            name = getattr(func, "__name__", "")
+            if name in self.NAMES:
+                self.counts[name] += 1
+            return func(*args, **(kwargs or {}))
+
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -152,6 +171,28 @@ def test_a_batch_that_says_nothing_of_its_contents_is_waited_for(way, toy, tmp_p
 
     assert waits(model, bare)["nonzero"] > 0
     assert torch.equal(model(**bare, num_items=30)["loss"], loss)
+
+
+def test_a_step_reads_its_numbers_once(tmp_path):
+    model, data = talkers.talker(tmp_path / "model"), talkers.written(tmp_path / "text.txt", talkers.TEXT * 8)
+    seldom = {"eval_every": 9, "save_every": 0, "eval_fraction": 0.0, "eval_rows": 2}
+    found = []
+    for steps, batches in ((2, 1), (4, 3)):
+        with Readings() as readings:
+            finetune(
+                model,
+                data=[data],
+                output=tmp_path / f"out-{steps}",
+                max_steps=steps,
+                gradient_accumulation=batches,
+                batch_size=2,
+                sequence_length=32,
+                **seldom,
+            )
+        found.append(readings.counts)
+
+    # 2 steps and 10 batches more. Trainer reads a loss that is on the CPU already; transformers looks at packed rows.
+    assert found[1] - found[0] == {"tolist": 2, "item": 2, "__bool__": 10}
 
 
 @pytest.mark.parametrize("way", ["gists two-pass", "gists distilled", "answers", "classes"])

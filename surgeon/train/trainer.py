@@ -123,7 +123,8 @@ class Counted:
     def __call__(self, rows: Sequence[Any]) -> dict[str, Any]:
         batch = self.collate(rows)
         plan = self.plan(batch)
-        counts = {"num_tokens": int((batch["token_index"] >= 0).sum()), "num_trained": len(batch["trained"])}
+        tokens = int((batch["token_index"].numpy() >= 0).sum())
+        counts = {"num_tokens": tokens, "num_trained": len(batch["trained"])}
         return {**batch, **({"plan": plan} if plan else {}), **counts}
 
 
@@ -196,10 +197,10 @@ class SurgeonTrainer(Trainer):
     def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: Any) -> tuple[list[Any], Any]:
         """Return the batches of one step, and how many of their tokens are trained on all processes together."""
         batches = list(islice(epoch_iterator, num_batches))
-        counts = torch.tensor([[batch[name] for name in COUNTS] for batch in batches]).view(-1, 2).sum(0)
+        tokens, trained = (sum(batch[name] for batch in batches) for name in COUNTS)
         if self.args.world_size > 1:
-            counts = self.accelerator.gather(counts.to(device)[None]).sum(0).cpu()
-        tokens, trained = counts.tolist()
+            counts = torch.tensor([[tokens, trained]], device=device)
+            tokens, trained = self.accelerator.gather(counts).sum(0).tolist()
         self.state.num_input_tokens_seen += tokens
         self._step, self._parts = [], {"num_tokens": tokens, "num_trained": trained}
         return batches, max(1, trained)
