@@ -16,6 +16,8 @@ import pytest
 import talkers
 from later import LATER
 
+from surgeon.errors import DataError
+
 if LATER:
     import numpy as np
     import torch
@@ -24,20 +26,21 @@ if LATER:
     from torch.overrides import TorchFunctionMode
     from torch.profiler import ProfilerActivity, profile
     from torch.utils._pytree import tree_flatten_with_path
+    from torch.utils.data import DataLoader
     from transformers import AttentionInterface, AutoModelForSequenceClassification
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
     from surgeon import finetune
     from surgeon.gist.attention import EncoderDecoder, Masked, TwoPass
     from surgeon.gist.training import WithoutGist
-    from surgeon.models.split import Seq2Seq
+    from surgeon.models.split import Plans, Seq2Seq
     from surgeon.train.classifying import ClassTask
     from surgeon.train.data import Collator, TrainingRow
     from surgeon.train.embedding import EmbeddingTask
     from surgeon.train.objective import Objective, attach_loss
     from surgeon.train.settings import Settings
     from surgeon.train.teacher import CachedTeacher, OnlineTeacher
-    from surgeon.train.trainer import COUNTS, Counted
+    from surgeon.train.trainer import COUNTS, Counted, SurgeonTrainer
 
     # transformers asks whether a row holds several documents, and whether a mask hides anything. By a name for which it
     # makes no masks it asks neither, as for attention that reads the lengths of documents.
@@ -193,6 +196,18 @@ def test_a_step_reads_its_numbers_once(tmp_path):
 
     # 2 steps and 10 batches more. Trainer reads a loss that is on the CPU already; transformers looks at packed rows.
     assert found[1] - found[0] == {"tolist": 2, "item": 2, "__bool__": 10}
+
+
+def test_an_error_of_a_process_that_loads_data_is_told_as_it_is():
+    rows = [row(0, [SIZES[0]], trained="all"), row(1, [(20, 0, 0)], trained="all")]
+    counted = Counted(Collator(0, with_index=True), Plans(TwoPass((GIST,)).plan))
+    loader = DataLoader(rows, batch_size=2, num_workers=1, collate_fn=counted, multiprocessing_context="fork")
+
+    with pytest.raises(DataError, match="row 1 has nothing after its gist") as caught:
+        SurgeonTrainer.get_batch_samples(None, iter(loader), 1, "cpu")
+    assert caught.value.hint == "Each row is a record with its gist."
+    with pytest.raises(DataError, match="row 1 has nothing"):
+        counted(rows)
 
 
 @pytest.mark.parametrize("way", ["gists two-pass", "gists distilled", "answers", "classes"])

@@ -19,11 +19,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.data import get_worker_info
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import PrinterCallback, ProgressCallback, TrainerState
 
-from surgeon.errors import CheckpointError, TrainingError
+from surgeon.errors import CheckpointError, SurgeonError, TrainingError
 from surgeon.models.loading import libraries_fail
 from surgeon.models.split import Plans
 from surgeon.train import checkpoints
@@ -121,6 +122,18 @@ class Counted:
         self.collate, self.plan = collate, plan
 
     def __call__(self, rows: Sequence[Any]) -> dict[str, Any]:
+        """Return the batch; in a process that loads data, an error is a batch of its own, named `error`.
+
+        torch would hand on another error in its place, without its hint, and with a traceback in its sentence.
+        """
+        try:
+            return self._counted(rows)
+        except SurgeonError as error:
+            if get_worker_info() is None:
+                raise
+            return {"error": error}
+
+    def _counted(self, rows: Sequence[Any]) -> dict[str, Any]:
         batch = self.collate(rows)
         plan = self.plan(batch)
         tokens = int((batch["token_index"].numpy() >= 0).sum())
@@ -197,6 +210,8 @@ class SurgeonTrainer(Trainer):
     def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: Any) -> tuple[list[Any], Any]:
         """Return the batches of one step, and how many of their tokens are trained on all processes together."""
         batches = list(islice(epoch_iterator, num_batches))
+        if error := next((batch["error"] for batch in batches if "error" in batch), None):
+            raise error
         tokens, trained = (sum(batch[name] for batch in batches) for name in COUNTS)
         if self.args.world_size > 1:
             counts = torch.tensor([[tokens, trained]], device=device)
