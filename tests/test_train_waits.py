@@ -155,7 +155,6 @@ def waits(model: Any, batch: dict[str, Any]) -> Counter[str]:
     with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as profiler:
         model(**batch, num_items=30)["loss"].backward()
     # A new cache of transformers makes tensors without numbers: nothing is copied.
-    assert profiler.profiler is not None and profiler.profiler.kineto_results is not None
     events = profiler.profiler.kineto_results.events()  # `profiler.events()` builds trees, which takes a second
     names = (event.name().removeprefix("aten::") for event in events if event.shapes() != [[0]])
     return Counter(name for name in names if name in WAITS)
