@@ -310,7 +310,7 @@ class LeftAligned:
     def spread(self, states: Tensor, shape: torch.Size) -> Tensor:
         """Return the states of its tokens, (B, T, D), at their places in a batch of shape (B, S), elsewhere zeros."""
         whole = states.new_zeros((shape.numel(), states.shape[-1]))
-        return whole.index_copy(0, self.before, taken(states, self.now)).view(*shape, -1)
+        return whole.index_put((self.before,), taken(states, self.now)).view(*shape, -1)
 
 
 @dataclass(frozen=True)

@@ -51,6 +51,15 @@ def wait_for_all() -> None:
         torch.distributed.barrier(group=_meeting_place())
 
 
+def any_process(flag: bool) -> bool:
+    """Return whether the flag is set in any process of the run. Asked of their CPUs: their GPUs go on computing."""
+    import torch.distributed
+
+    flags = torch.tensor([int(flag)])
+    torch.distributed.all_reduce(flags, torch.distributed.ReduceOp.MAX, group=_meeting_place())
+    return bool(flags)
+
+
 @cache
 def _meeting_place() -> Any:
     from torch.distributed import new_group

@@ -379,7 +379,7 @@ def run_steps(
         keep_best=settings.keep_best,
     )
     check_optimizer(trainer, settings)
-    control = Control(stop, trainer, patience=settings.patience, history=reporter.validations())
+    control = Control(stop, patience=settings.patience, history=reporter.validations())
     trainer.add_callback(control)
     with quiet_transformers():
         if resume_from is not None and (checkpoints.step_of(resume_from) >= steps or control.is_over):

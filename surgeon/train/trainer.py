@@ -29,7 +29,7 @@ from surgeon.models.loading import libraries_fail
 from surgeon.models.split import Plans
 from surgeon.train import checkpoints
 from surgeon.train.data import RunData
-from surgeon.train.launch import wait_for_all
+from surgeon.train.launch import any_process, wait_for_all
 
 OLDER = "Remove that checkpoint: the run then continues from the one before it."
 ECHO = 5.0  # seconds in which a second SIGTERM is the first one again, passed on by a launcher
@@ -69,8 +69,8 @@ def stops_at_sigterm(stop: Stop) -> Iterator[None]:
 class Control(TrainerCallback):
     """Evaluates at the last step; stops at a request, and after `patience` evaluations without an improvement."""
 
-    def __init__(self, stop: Stop, trainer: Any, *, patience: int | None, history: Sequence[float] = ()) -> None:
-        self.stop, self.trainer, self.patience = stop, trainer, patience
+    def __init__(self, stop: Stop, *, patience: int | None, history: Sequence[float] = ()) -> None:
+        self.stop, self.patience = stop, patience
         self.worse, self.best = 0, float("inf")
         for loss in history:  # of the run that is resumed
             self._judge(loss)
@@ -100,11 +100,7 @@ class Control(TrainerCallback):
 
     def _is_stop_requested(self, processes: int) -> bool:
         """Return whether any process is to stop: all must stop at the same step."""
-        if processes == 1:
-            return self.stop.is_requested
-        accelerator = self.trainer.accelerator
-        requests = torch.tensor([int(self.stop.is_requested)], device=accelerator.device)
-        return bool(accelerator.gather(requests).any())
+        return self.stop.is_requested if processes == 1 else any_process(self.stop.is_requested)
 
 
 COUNTS = ("num_tokens", "num_trained")  # of a batch, as Python numbers: reading tensors would wait for the GPU
