@@ -51,13 +51,13 @@ def wait_for_all() -> None:
         torch.distributed.barrier(group=_meeting_place())
 
 
-def any_process(flag: bool) -> bool:
-    """Return whether the flag is set in any process of the run. Asked of their CPUs: their GPUs go on computing."""
+def totals(numbers: Sequence[int]) -> list[int]:
+    """Return the sum of each number over the processes of the run. Asked of their CPUs: their GPUs go on computing."""
     import torch.distributed
 
-    flags = torch.tensor([int(flag)])
-    torch.distributed.all_reduce(flags, torch.distributed.ReduceOp.MAX, group=_meeting_place())
-    return bool(flags)
+    sums = torch.tensor(numbers)
+    torch.distributed.all_reduce(sums, group=_meeting_place())
+    return [int(number) for number in sums.tolist()]
 
 
 @cache

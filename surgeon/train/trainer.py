@@ -29,7 +29,7 @@ from surgeon.models.loading import libraries_fail
 from surgeon.models.split import Plans
 from surgeon.train import checkpoints
 from surgeon.train.data import RunData
-from surgeon.train.launch import any_process, wait_for_all
+from surgeon.train.launch import totals, wait_for_all
 
 OLDER = "Remove that checkpoint: the run then continues from the one before it."
 ECHO = 5.0  # seconds in which a second SIGTERM is the first one again, passed on by a launcher
@@ -100,7 +100,7 @@ class Control(TrainerCallback):
 
     def _is_stop_requested(self, processes: int) -> bool:
         """Return whether any process is to stop: all must stop at the same step."""
-        return self.stop.is_requested if processes == 1 else any_process(self.stop.is_requested)
+        return self.stop.is_requested if processes == 1 else totals([int(self.stop.is_requested)]) != [0]
 
 
 COUNTS = ("num_tokens", "num_trained")  # of a batch, as Python numbers: reading tensors would wait for the GPU
@@ -208,10 +208,8 @@ class SurgeonTrainer(Trainer):
         batches = list(islice(epoch_iterator, num_batches))
         if error := next((batch["error"] for batch in batches if "error" in batch), None):
             raise error
-        tokens, trained = (sum(batch[name] for batch in batches) for name in COUNTS)
-        if self.args.world_size > 1:
-            counts = torch.tensor([[tokens, trained]], device=device)
-            tokens, trained = self.accelerator.gather(counts).sum(0).tolist()
+        counts = [sum(batch[name] for batch in batches) for name in COUNTS]
+        tokens, trained = totals(counts) if self.args.world_size > 1 else counts
         self.state.num_input_tokens_seen += tokens
         self._step, self._parts = [], {"num_tokens": tokens, "num_trained": trained}
         return batches, max(1, trained)
