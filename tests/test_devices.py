@@ -20,7 +20,8 @@ if LATER:
     import torch
 
     from surgeon.models.device import compute_dtype, resolve_device
-    from surgeon.train.arguments import RunArguments
+    from surgeon.train import arguments
+    from surgeon.train.arguments import RunArguments, num_workers, set_environment
     from surgeon.train.model import precision_of
     from surgeon.train.settings import Settings
 
@@ -83,6 +84,31 @@ def test_a_deterministic_run_says_so_to_the_gpu_before_any_model_computes(monkey
 
     assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
     monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG")
+
+
+def test_a_run_on_a_gpu_asks_for_memory_that_grows_unless_the_user_asked_for_other(monkeypatch):
+    for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
+        monkeypatch.setenv(name, "")  # to be taken away again
+        monkeypatch.delenv(name)
+    set_environment(Settings(), "cpu")
+    assert "PYTORCH_ALLOC_CONF" not in os.environ
+    set_environment(Settings(), "cuda:1")
+    assert os.environ["PYTORCH_ALLOC_CONF"] == "expandable_segments:True"
+    monkeypatch.delenv("PYTORCH_ALLOC_CONF")
+    monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "max_split_size_mb:64")
+    set_environment(Settings(), "cuda")
+    assert "PYTORCH_ALLOC_CONF" not in os.environ
+
+
+def test_a_gpu_has_its_batches_made_beside_it_where_they_can_be_handed_on(monkeypatch):
+    free = SimpleNamespace(free=2 << 30)
+    monkeypatch.setattr(arguments.shutil, "disk_usage", lambda place: free)
+    monkeypatch.setattr(arguments, "SHARED_MEMORY", Path("/"))
+
+    found = [num_workers(Settings(workers=each), device) for each in (None, 0, 5) for device in ("cpu", "cuda")]
+    assert found == [0, 2, 0, 0, 5, 5]
+    free.free = 64 << 20  # as Docker gives it
+    assert num_workers(Settings(), "cuda") == 0
 
 
 WAIT = """

@@ -228,6 +228,18 @@ def test_a_teacher_kept_whole_on_disk_teaches_what_the_teacher_does(talker: Path
     assert losses[None] == pytest.approx(losses[talkers.VOCABULARY], rel=1e-5)  # float32: a softmax kept and read
 
 
+def test_other_texts_are_evaluated_without_the_teacher(talker: Path, text: str, tmp_path: Path) -> None:
+    """Its stored answers are those of the trained texts alone, and nothing of it is in the loss of an evaluation."""
+    records = [{"prompt": f"the cat {i}", "completion": "sat"} for i in range(9)]
+    options = SHORT | {"teacher": str(talker), "teacher_top_k": 4, "eval_data": (text,)}
+    surgeon.finetune(talker, data=[talkers.jsonl(tmp_path / "a.jsonl", *records)], output=tmp_path / "out", **options)
+    surgeon.finetune(talker, data=[text], output=tmp_path / "plain", **SHORT | {"eval_data": (text,)})
+
+    runs = (read_metrics(tmp_path / f"{name}.run") for name in ("out", "plain"))
+    first, other = (next(record["eval_loss"] for record in run if "eval_loss" in record) for run in runs)
+    assert first == other
+
+
 def test_the_better_of_two_rates_is_found_and_used(talker: Path, text: str, tmp_path: Path) -> None:
     trained = surgeon.finetune(
         talker, data=[text], output=tmp_path / "out", **(SHORT | {"lr": "auto", "max_steps": 20})

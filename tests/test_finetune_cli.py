@@ -510,7 +510,7 @@ def test_a_resume_where_there_is_no_run_needs_the_data(run, talker, tmp_path):
 
 def test_a_record_of_the_run_that_was_edited_is_refused(run, finished, talker, tmp_path):
     whole = json.loads((finished / "run.json").read_text())
-    for name, value in {"batch_size": "3", "eval_data": [1], "workers": None, "lr": 1}.items():
+    for name, value in {"batch_size": "3", "eval_data": [1], "workers": "2", "lr": 1}.items():
         content = {part: dict(whole[part]) for part in ("model", "settings", "others")} | {"data": whole["data"]}
         for part in ("settings", "others"):
             content[part] |= {name: value} if name in content[part] else {}

@@ -27,30 +27,30 @@ def evaluated(judge: Control, *losses: float) -> list[bool]:
 
 
 def test_patience_counts_evaluations_since_the_best_one() -> None:
-    judge = Control(Stop(), None, patience=2)
+    judge = Control(Stop(), patience=2)
 
     assert evaluated(judge, 3.0, 3.1, 2.9, 2.9, 2.95) == [False, False, False, False, True]
 
 
 def test_without_patience_no_loss_stops_a_run() -> None:
-    assert evaluated(Control(Stop(), None, patience=None), 1.0, 2.0, 3.0, 4.0) == [False] * 4
+    assert evaluated(Control(Stop(), patience=None), 1.0, 2.0, 3.0, 4.0) == [False] * 4
 
 
 def test_a_resumed_run_has_as_much_patience_left_as_it_had() -> None:
     losses = [3.0, 2.0, 2.5, 2.4]
-    whole = Control(Stop(), None, patience=3)
+    whole = Control(Stop(), patience=3)
     evaluated(whole, *losses)
-    resumed = Control(Stop(), None, patience=3, history=losses)
+    resumed = Control(Stop(), patience=3, history=losses)
 
     assert (resumed.worse, resumed.best) == (whole.worse, whole.best) == (2, 2.0)
     assert not resumed.is_over
     assert evaluated(resumed, 2.1) == [True]
-    assert Control(Stop(), None, patience=2, history=losses).is_over
+    assert Control(Stop(), patience=2, history=losses).is_over
 
 
 def test_the_last_step_is_evaluated_and_a_stop_is_saved() -> None:
     stop = Stop()
-    judge, args = Control(stop, None, patience=None), SimpleNamespace(world_size=1)
+    judge, args = Control(stop, patience=None), SimpleNamespace(world_size=1)
     fresh = {"should_evaluate": False, "should_save": False, "should_training_stop": False}
 
     middle, last, stopped = (SimpleNamespace(**fresh) for _ in range(3))

@@ -18,6 +18,7 @@ if LATER:
     import torch
     from torch import Tensor
 
+    from surgeon.models.split import SplitModel
     from surgeon.train import teacher as module
     from surgeon.train.data import Collator, RowDataset
     from surgeon.train.losses import hidden_loss, kl
@@ -190,6 +191,20 @@ def test_a_few_answers_are_the_likeliest_and_come_close(store, pair, tmp_path):
         attach_loss(model, Objective(kd_weight=1.0), cached)
         found[k] = sum(model(**rows)["kl"].item() for rows in packed(store))
     assert found[1] < found[4] < found[16] < found[VOCABULARY]
+
+
+@pytest.mark.parametrize(("name", "runs"), [("llama", 0), ("gpt2", 0), ("gemma2", 3)])
+def test_a_head_that_is_a_matrix_answers_without_the_model_around_it(toy, name, runs):
+    """gemma2 caps its logits."""
+    model = toys.load(toy(name))[0]
+    teacher, split = OnlineTeacher(model), SplitModel(model)
+    states = torch.randn(7, split.hidden_size, generator=torch.Generator().manual_seed(0))
+    expected = split.logits(states)
+    calls = []
+    model.get_output_embeddings().register_forward_hook(lambda *_: calls.append(1))
+
+    assert all(torch.equal(teacher.logits(states), expected) for _ in range(3))
+    assert len(calls) == runs
 
 
 def test_a_token_has_the_answer_of_its_document_alone(store, pair, tmp_path):

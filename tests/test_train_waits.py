@@ -8,35 +8,59 @@ from __future__ import annotations
 
 import pickle
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import talkers
 from later import LATER
+
+from surgeon.errors import DataError
 
 if LATER:
     import numpy as np
     import torch
     import toys
     from torch import Tensor
+    from torch.overrides import TorchFunctionMode
     from torch.profiler import ProfilerActivity, profile
+    from torch.utils._pytree import tree_flatten_with_path
+    from torch.utils.data import DataLoader
     from transformers import AttentionInterface, AutoModelForSequenceClassification
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+    from surgeon import finetune
     from surgeon.gist.attention import EncoderDecoder, Masked, TwoPass
     from surgeon.gist.training import WithoutGist
-    from surgeon.models.split import Seq2Seq
+    from surgeon.models.split import Plans, Seq2Seq
     from surgeon.train.classifying import ClassTask
     from surgeon.train.data import Collator, TrainingRow
     from surgeon.train.embedding import EmbeddingTask
     from surgeon.train.objective import Objective, attach_loss
     from surgeon.train.settings import Settings
     from surgeon.train.teacher import CachedTeacher, OnlineTeacher
-    from surgeon.train.trainer import COUNTS, Counted
+    from surgeon.train.trainer import COUNTS, Counted, SurgeonTrainer
 
     # transformers asks whether a row holds several documents, and whether a mask hides anything. By a name for which it
     # makes no masks it asks neither, as for attention that reads the lengths of documents.
     AttentionInterface.register("maskless", sdpa_attention_forward)
+
+    class Readings(TorchFunctionMode):
+        """Counts the numbers that are read from tensors, by how."""
+
+        NAMES = ("item", "tolist", "__bool__", "__int__", "__float__", "cpu", "nonzero")
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.counts: Counter[str] = Counter()
+
+        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            name = getattr(func, "__name__", "")
+            if name in self.NAMES:
+                self.counts[name] += 1
+            return func(*args, **(kwargs or {}))
+
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -68,10 +92,14 @@ def row(number: int, documents: list[tuple[int, int, int]], *, trained: str) -> 
 
 def loaded(toy: Any, name: str, attention: str = "maskless") -> Any:
     model = toys.load(toy(name))[0]
+    attend_by(model, attention)
+    return model.train()
+
+
+def attend_by(model: Any, attention: str) -> None:
     for part in model.modules():
         if hasattr(part, "config"):  # both stacks of an encoder-decoder have their own
             part.config._attn_implementation = attention
-    return model.train()
 
 
 def stored(directory: Path) -> CachedTeacher:
@@ -127,8 +155,9 @@ def waits(model: Any, batch: dict[str, Any]) -> Counter[str]:
     with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as profiler:
         model(**batch, num_items=30)["loss"].backward()
     # A new cache of transformers makes tensors without numbers: nothing is copied.
-    events = [event.name.removeprefix("aten::") for event in profiler.events() if event.input_shapes != [[0]]]
-    return Counter(name for name in events if name in WAITS)
+    events = profiler.profiler.kineto_results.events()  # `profiler.events()` builds trees, which takes a second
+    names = (event.name().removeprefix("aten::") for event in events if event.shapes() != [[0]])
+    return Counter(name for name in names if name in WAITS)
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -146,6 +175,56 @@ def test_a_batch_that_says_nothing_of_its_contents_is_waited_for(way, toy, tmp_p
 
     assert waits(model, bare)["nonzero"] > 0
     assert torch.equal(model(**bare, num_items=30)["loss"], loss)
+
+
+def test_a_step_reads_its_numbers_once(tmp_path):
+    model, data = talkers.talker(tmp_path / "model"), talkers.written(tmp_path / "text.txt", talkers.TEXT * 8)
+    seldom = {"eval_every": 9, "save_every": 0, "eval_fraction": 0.0, "eval_rows": 2}
+    found = []
+    for steps, batches in ((2, 1), (4, 3)):
+        with Readings() as readings:
+            finetune(
+                model,
+                data=[data],
+                output=tmp_path / f"out-{steps}",
+                max_steps=steps,
+                gradient_accumulation=batches,
+                batch_size=2,
+                sequence_length=32,
+                **seldom,
+            )
+        found.append(readings.counts)
+
+    # 2 steps and 10 batches more. Trainer reads a loss that is on the CPU already; transformers looks at packed rows.
+    assert found[1] - found[0] == {"tolist": 2, "item": 2, "__bool__": 10}
+
+
+def test_an_error_of_a_process_that_loads_data_is_told_as_it_is():
+    rows = [row(0, [SIZES[0]], trained="all"), row(1, [(20, 0, 0)], trained="all")]
+    counted = Counted(Collator(0, with_index=True), Plans(TwoPass((GIST,)).plan))
+    loader = DataLoader(rows, batch_size=2, num_workers=1, collate_fn=counted, multiprocessing_context="fork")
+
+    with pytest.raises(DataError, match="row 1 has nothing after its gist") as caught:
+        SurgeonTrainer.get_batch_samples(None, iter(list(loader)), 1, "cpu")
+    assert caught.value.hint == "Each row is a record with its gist."
+    with pytest.raises(DataError, match="row 1 has nothing"):
+        counted(rows)
+
+
+@pytest.mark.parametrize("way", ["gists two-pass", "gists distilled", "answers", "classes"])
+def test_wider_batches_have_the_same_loss(way, toy, tmp_path):
+    """On a GPU widths are multiples of 64, so that few of them occur. No token sees the padding."""
+    model, _, batch = step(way, toy, tmp_path)
+    attend_by(model, "sdpa")  # with masks for padding
+    wide = replace(model._surgeon_plan, multiple=8)(batch)
+    batch, model = {name: value for name, value in batch.items() if name != "plan"}, model.eval()
+    narrow = model(**batch, num_items=30)["loss"]
+
+    texts = [value for path, value in tree_flatten_with_path(wide)[0] if path[-1].key in ("ids", "input_ids")]
+    assert texts
+    assert all(text.shape[1] % 8 == 0 or text.shape == batch["input_ids"].shape for text in texts)  # never wider
+    # float32 in other shapes
+    assert model(**batch, plan=wide, num_items=30)["loss"].item() == pytest.approx(narrow.item(), rel=1e-5)
 
 
 def on_meta(value: Any) -> Any:

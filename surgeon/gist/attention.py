@@ -91,8 +91,8 @@ class TwoPass(AttentionLayout):
         if not after.any(-1).all():
             missing = int((~after.any(-1)).nonzero()[0])
             raise DataError(f"row {missing} has nothing after its gist", hint="Each row is a record with its gist.")
-        before = LeftAligned.of(input_ids, position_ids, is_document & ~after)
-        rest = LeftAligned.of(input_ids, position_ids, after)
+        before = LeftAligned.of(batch, is_document & ~after)
+        rest = LeftAligned.of(batch, after)
         is_seen = is_document & ~after & (phases >= FIRST_SEEN[self.condition])
         places, mask = places_before(ends=before.mask.sum(1), counts=is_seen.sum(1))
         return {"first": vars(before), "second": vars(rest), "places": places, "mask": torch.cat([mask, rest.mask], 1)}

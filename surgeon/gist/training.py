@@ -155,10 +155,11 @@ class Omission:
     def plan(self, batch: Batch) -> Plan:
         """Return the batch without gist tokens, with the new places of its trained tokens, and the layout's plan."""
         assert batch["position_ids"] is not None, "positions tell documents apart"
-        ids, positions, order = without_gist(batch["input_ids"], batch["position_ids"], self.ids)
+        multiple = batch.get("multiple", 1)
+        ids, positions, order = without_gist(batch["input_ids"], batch["position_ids"], self.ids, multiple=multiple)
         places = moved(batch["trained"], order, batch["input_ids"].shape[1])
         made = {"input_ids": ids, "position_ids": positions, "trained": places}
-        return {**made, "layout": self.layout.plan(made)}
+        return {**made, "layout": self.layout.plan({**batch, **made})}
 
 
 class WithoutGist(OnlineTeacher):
@@ -197,15 +198,18 @@ def moved(trained: Tensor, order: Tensor, width: int) -> Tensor:
     return where.index_copy(0, places, new).index_select(0, trained)
 
 
-def without_gist(input_ids: Tensor, position_ids: Tensor, ids: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
+def without_gist(
+    input_ids: Tensor, position_ids: Tensor, ids: Sequence[int], *, multiple: int = 1
+) -> tuple[Tensor, Tensor, Tensor]:
     """Return a batch without its gist tokens, and the place that each of its tokens had before, all of shape (B, T).
 
-    Documents keep their order, and their positions have no gap. The places that are left at the end of a row become a
-    document of their own, as padding is.
+    T is a multiple of `multiple`, or as many as before. Documents keep their order, and their positions have no gap.
+    The places that are left at the end of a row become a document of their own, as padding is.
     """
     is_gist = torch.isin(input_ids, torch.tensor(ids, device=input_ids.device))
     lengths = (~is_gist).sum(1)
-    order = is_gist.long().argsort(dim=1, stable=True)[:, : int(lengths.max())]
+    width = int(lengths.max())
+    order = is_gist.long().argsort(dim=1, stable=True)[:, : width + -width % multiple]
     before = is_gist.long().cumsum(1)  # gist tokens of the row up to each token
     first = torch.zeros_like(before).masked_fill(position_ids == 0, 1) * (before - is_gist.long())
     # For a document's first token these are the gist tokens of earlier documents; `cummax` copies them to the others.

@@ -188,6 +188,28 @@ Batch = Mapping[str, Any]  # of tensors: input_ids and position_ids, (B, S), and
 Plan = Mapping[str, Any]  # of tensors, and of plans
 
 
+@dataclass(frozen=True)
+class Plans:
+    """What the contents of a batch decide for the loss of a model: for its own states, and for a teacher's."""
+
+    layout: Callable[[Batch], Plan]
+    teacher: Callable[[Batch], Plan] | None = None
+    multiple: int = 1  # of widths that are chosen here
+
+    def __call__(self, batch: Batch) -> Plan:
+        """Return the plans of a batch by these names; empty where nothing is to be decided.
+
+        They are made where batches are made, on the CPU: on a GPU each look at the contents would wait for it.
+        """
+        batch = {**batch, "multiple": self.multiple}
+        plans = {"layout": self.layout(batch), "teacher": {} if self.teacher is None else self.teacher(batch)}
+        return {name: plan for name, plan in plans.items() if plan}
+
+    def untaught(self) -> "Plans":
+        """Return the plans without a teacher's."""
+        return Plans(self.layout, multiple=self.multiple)
+
+
 class AttentionLayout:
     """Which tokens each token sees, and so how the states before the head are computed.
 
@@ -197,10 +219,7 @@ class AttentionLayout:
     has_encoder: ClassVar[bool] = False
 
     def plan(self, batch: Batch) -> Plan:
-        """Return what the contents of a batch decide: places, widths, masks; by default nothing.
-
-        It is made where batches are made, on the CPU: on a GPU each look at the contents would wait for it.
-        """
+        """Return what the contents of a batch decide: places, widths, masks; by default nothing."""
         return {}
 
     def states(
@@ -274,9 +293,11 @@ class LeftAligned:
     now: Tensor
 
     @classmethod
-    def of(cls, input_ids: Tensor, position_ids: Tensor, chosen: Tensor) -> "LeftAligned":
-        """Return the tokens that are chosen. Waits for a GPU."""
+    def of(cls, batch: Batch, chosen: Tensor) -> "LeftAligned":
+        """Return the tokens of a batch that are chosen, (B, S), at least as wide as it asks for. Waits for a GPU."""
+        input_ids, position_ids = batch["input_ids"], batch["position_ids"]
         width = int(chosen.sum(1).max())
+        width += -width % batch.get("multiple", 1)
         order = chosen.long().argsort(dim=1, stable=True, descending=True)[:, :width]
         mask = chosen.long().gather(1, order)
         ids, positions = (values.gather(1, order) * mask for values in (input_ids, position_ids))
@@ -289,7 +310,7 @@ class LeftAligned:
     def spread(self, states: Tensor, shape: torch.Size) -> Tensor:
         """Return the states of its tokens, (B, T, D), at their places in a batch of shape (B, S), elsewhere zeros."""
         whole = states.new_zeros((shape.numel(), states.shape[-1]))
-        return whole.index_copy(0, self.before, taken(states, self.now)).view(*shape, -1)
+        return whole.index_put((self.before,), taken(states, self.now)).view(*shape, -1)
 
 
 @dataclass(frozen=True)
@@ -307,8 +328,8 @@ class Seq2Seq(AttentionLayout):
         place = torch.arange(input_ids.shape[1], device=input_ids.device)
         # In a row whose answer was cut off nothing is trained: the decoder starts at its end.
         last = torch.where(chosen.any(1), chosen.long().argmax(1), is_document.sum(1) - 1)[:, None]
-        read = LeftAligned.of(input_ids, position_ids, is_document & (place <= last))
-        written = LeftAligned.of(input_ids, position_ids, is_document & (place >= last))
+        read = LeftAligned.of(batch, is_document & (place <= last))
+        written = LeftAligned.of(batch, is_document & (place >= last))
         return {"read": vars(read), "written": vars(written), **self.seen(read)}
 
     def states(

@@ -2,6 +2,8 @@
 
 import math
 import os
+import shutil
+import sys
 from dataclasses import dataclass
 from functools import cached_property
 from importlib.util import find_spec
@@ -17,6 +19,9 @@ from surgeon.errors import PlanError
 from surgeon.train.data import RunData
 from surgeon.train.model import precision_of
 from surgeon.train.settings import SCHEDULES, Settings
+
+SHARED_MEMORY, LEAST_SHARED = Path("/dev/shm"), 1 << 30  # noqa: S108  # a large batch with stored answers has 50 MB
+WORKERS = 2
 
 
 @dataclass
@@ -40,6 +45,30 @@ class RunArguments(TrainingArguments):
         torch.cuda.set_device(device)
         self.distributed_state.device = device  # from which accelerate takes it
         return device
+
+
+def set_environment(settings: Settings, device: str) -> None:
+    """Set what libraries read once, before the first product on a GPU, which may be a teacher's.
+
+    What the user has set stays. Segments that grow waste less memory where each batch has another width; not run on a
+    card yet.
+    """
+    if settings.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    if device.startswith("cuda") and sys.platform == "linux" and "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:
+        os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+
+
+def num_workers(settings: Settings, device: str) -> int:
+    """Return how many processes load data: by default none, and with CUDA two, which work while it computes.
+
+    They hand batches on through shared memory. Containers often have too little of it; there the default is none.
+    """
+    if settings.workers is not None:
+        return settings.workers
+    if not device.startswith("cuda") or not SHARED_MEMORY.is_dir():
+        return 0
+    return WORKERS if shutil.disk_usage(SHARED_MEMORY).free >= LEAST_SHARED else 0
 
 
 def arguments(
@@ -77,7 +106,8 @@ def arguments(
         remove_unused_columns=False,
         include_num_input_tokens_seen="no",  # it waits for the GPU in every batch; we count in the collator
         dataloader_drop_last=False,
-        dataloader_num_workers=settings.workers,
+        dataloader_num_workers=num_workers(settings, device),
+        accelerator_config={"non_blocking": device.startswith("cuda")},  # from pinned memory, as Trainer asks for it
         report_to=list(settings.track) or "none",
         disable_tqdm=True,
         log_level="error",

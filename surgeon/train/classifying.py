@@ -108,7 +108,7 @@ def _plan(batch: Batch) -> Plan:
     chosen = labels != IGNORED
     last = chosen.long().argmax(1)[:, None]
     place = torch.arange(input_ids.shape[1], device=input_ids.device)
-    read = LeftAligned.of(input_ids, position_ids, (document_numbers(position_ids) == 1) & (place <= last))
+    read = LeftAligned.of(batch, (document_numbers(position_ids) == 1) & (place <= last))
     rows = chosen.any(1).nonzero()[:, 0]  # a row that only fills a batch has no label
     return {"read": vars(read), "rows": rows, "classes": labels[chosen]}
 

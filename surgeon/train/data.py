@@ -1,7 +1,7 @@
 """The rows of a run: trained rows, held-out rows, and a sample of the trained rows that is evaluated as a probe."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -164,6 +164,7 @@ def read_data(
     sequence_length: int,
     packed: bool,
     flatten: bool,
+    pad_to_multiple_of: int | None,
     max_rows: int | None,
     is_first: bool,
     wait: Callable[[], None],
@@ -195,7 +196,8 @@ def read_data(
         )
         stores.append(store)
         wait()
-    return assemble(tuple(stores), settings, tokenizer, sequence_length=sequence_length, packed=packed, flatten=flatten)
+    rows = assemble(tuple(stores), settings, tokenizer, sequence_length=sequence_length, packed=packed, flatten=flatten)
+    return replace(rows, collate=replace(rows.collate, pad_to_multiple_of=pad_to_multiple_of))
 
 
 def assemble(

@@ -110,7 +110,7 @@ def pooled(forward: Callable[..., Any], read: LeftAligned, pooling: str, *, padd
 
 def _plan(batch: Batch) -> Plan:
     """Return the texts of a batch, and which of its rows are one."""
-    read = LeftAligned.of(batch["input_ids"], batch["position_ids"], document_numbers(batch["position_ids"]) == 1)
+    read = LeftAligned.of(batch, document_numbers(batch["position_ids"]) == 1)
     return {"read": vars(read), "rows": (batch["labels"] != IGNORED).any(1).nonzero()[:, 0]}
 
 

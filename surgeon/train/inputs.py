@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
 TEACHER = "teacher"  # the directory of its answers, in the run's directory
 COMPILED_STEPS = 300  # compiling takes a minute or two; assumed, not measured on a GPU
+GPU_MULTIPLE = 64  # widths of batches on a GPU: each new width is another kernel to choose, and a compiler's new case
 ROW = 1024  # tokens, by default, and where the model has as many positions
 
 
@@ -135,6 +136,7 @@ class Inputs:
             sequence_length=self.row_length,
             packed=packed,
             flatten=flatten,
+            pad_to_multiple_of=GPU_MULTIPLE if self.device.startswith("cuda") else None,
             max_rows=None if settings.max_steps is None else settings.max_steps * self.rows_per_step,
             is_first=is_first(),
             wait=self.wait,

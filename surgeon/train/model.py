@@ -6,6 +6,7 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 from transformers import set_seed
 
 from surgeon.anatomy.anatomy import Anatomy, read_anatomy
@@ -226,9 +227,20 @@ def train_rows(model: Any, tokens: Sequence[int]) -> int:
         keep = weight.detach().new_zeros(len(weight), 1)
         keep[list(tokens)] = 1
         weight.requires_grad_(True)
-        weight.register_hook(lambda gradient, keep=keep: gradient * keep.to(gradient.device))
+        weight.register_hook(_Rows(keep))
         count += len(tokens) * int(weight.shape[1])
     return count
+
+
+class _Rows:
+    """A hook that leaves the gradient of some rows, where `keep` is 1, and makes the others 0."""
+
+    def __init__(self, keep: Tensor) -> None:
+        self._keep = keep
+
+    def __call__(self, gradient: Tensor) -> Tensor:
+        self._keep = self._keep.to(gradient.device)  # once: the model moves after the hook was made
+        return gradient * self._keep
 
 
 def chosen(anatomy: Anatomy, names: Sequence[str], *, layers: frozenset[int] | None, ends: bool) -> frozenset[str]:

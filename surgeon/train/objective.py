@@ -5,7 +5,7 @@ their hooks around it. Hooks around the head fire too: the loss is computed with
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MethodType
 from typing import Any
 
@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from surgeon.errors import PlanError
 from surgeon.models.split import (
     AttentionLayout,
-    Batch,
     Causal,
     Plan,
+    Plans,
     SplitModel,
     check_layout,
     stubbed,
@@ -65,19 +65,6 @@ class Objective:
             raise PlanError(f"there is no direction {self.direction!r}", hint="It is forward or reverse.")
 
 
-@dataclass(frozen=True)
-class Plans:
-    """What the contents of a batch decide, for the loss of a model: made on the CPU, with the batch."""
-
-    layout: Callable[[Batch], Plan]
-    teacher: Callable[[Batch], Plan] | None
-
-    def __call__(self, batch: Batch) -> Plan:
-        """Return the plans of a batch that `model(plan=...)` takes; empty where nothing is to be decided."""
-        plans = {"layout": self.layout(batch), "teacher": {} if self.teacher is None else self.teacher(batch)}
-        return {name: plan for name, plan in plans.items() if plan}
-
-
 @dataclass(frozen=True, eq=False)
 class _Attached:
     """The loss of a model and its parts. `pairs` are the layers to compare: the student's, and the teacher's."""
@@ -88,17 +75,22 @@ class _Attached:
     layout: AttentionLayout
     pairs: Sequence[tuple[int, int]]
 
+    def untaught(self) -> "_Attached":
+        """Return the cross-entropy alone."""
+        return self if self.teacher is None else replace(self, objective=Objective(), teacher=None, pairs=())
+
 
 def attach_loss(
     model: Any, objective: Objective, teacher: Teacher | None = None, *, layout: AttentionLayout | None = None
 ) -> None:
     """Make `model(input_ids=..., labels=..., position_ids=..., num_items=..., token_index=...)` return its loss.
 
-    `labels` are already shifted, -100 where nothing is trained. `trained` are the places of all others, counted
-    along the rows; without it they are searched for, which waits for a GPU. The result is a dict: `loss`, the sum
-    over trained tokens divided by `num_items` (None: by their number), and without gradients the sums
-    `cross_entropy`, `kl` and `hidden`, where they exist, and `num_tokens`. Without labels the model works as
-    before. `layout` says which tokens each token sees, by default the earlier ones of its document.
+    `labels` are already shifted, -100 where nothing is trained. `trained` are the places of all others, counted along
+    the rows, and `plan` is what `Plans` made of the batch; without them both are made here, which waits for a GPU.
+    `taught` false asks for the cross-entropy alone. The result is a dict: `loss`, the sum over trained tokens divided
+    by `num_items` (None: by their number), and without gradients the sums `cross_entropy`, `kl` and `hidden`, where
+    they exist, and `num_tokens`. Without labels the model works as before. `layout` says which tokens each token sees,
+    by default the earlier ones of its document.
     Raises PlanError where model, teacher and objective do not fit each other.
     """
     detach_loss(model)
@@ -172,9 +164,10 @@ def _forward(
     token_index: Tensor | None = None,
     trained: Tensor | None = None,
     plan: Plan | None = None,
+    taught: bool = True,
     **options: Any,
 ) -> Any:
-    attached: _Attached = model._surgeon_loss
+    attached: _Attached = model._surgeon_loss if taught else model._surgeon_loss.untaught()
     split, objective, teacher = attached.split, attached.objective, attached.teacher
     options = {name: value for name, value in options.items() if value is not None}  # wrappers pass None
     if labels is None:

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from surgeon.models.split import Batch, Plan
+from surgeon.models.split import Batch, Plan, Plans
 from surgeon.train.task import Task
 
 # From a model, its own forward pass and the plan of a batch to a sum of losses and its count.
@@ -32,7 +32,7 @@ def attach_row_loss(model: Any, loss: RowLoss, plan: Callable[[Batch], Plan]) ->
     `plan` makes of a batch what the loss reads: its input_ids, labels and position_ids are of shape (B, S).
     """
     model.__dict__["_surgeon_row_loss"] = loss  # no part of the model: what it holds is not trained
-    model.__dict__["_surgeon_plan"] = plan
+    model.__dict__["_surgeon_plan"] = Plans(plan)
     model.forward = MethodType(_forward, model)
 
 
@@ -45,6 +45,7 @@ def _forward(
     token_index: Tensor | None = None,
     trained: Tensor | None = None,
     plan: Plan | None = None,
+    taught: bool = True,
     **options: Any,
 ) -> Any:
     own = MethodType(type(model).forward, model)
@@ -52,7 +53,8 @@ def _forward(
         return own(input_ids=input_ids, **options)
     assert position_ids is not None, "positions tell padding from a text"
     batch = {"input_ids": input_ids, "labels": labels, "position_ids": position_ids}
-    loss, count = model.__dict__["_surgeon_row_loss"](model, own, plan or model.__dict__["_surgeon_plan"](batch))
+    plan = (plan or model.__dict__["_surgeon_plan"](batch))["layout"]
+    loss, count = model.__dict__["_surgeon_row_loss"](model, own, plan)
     return {
         "loss": loss / (count.clamp(min=1) if num_items is None else num_items),
         "cross_entropy": loss.detach(),

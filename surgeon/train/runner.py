@@ -1,7 +1,6 @@
 """A training run from its request to its result, in the order in which things happen."""
 
 import math
-import os
 import shutil
 import tempfile
 import time
@@ -22,7 +21,7 @@ from surgeon.models.device import computes_bfloat16, resolve_device
 from surgeon.models.loading import code_is_trusted, load_model, quiet_transformers
 from surgeon.plots.training import plot_losses
 from surgeon.train import checkpoints
-from surgeon.train.arguments import arguments, check_names, check_optimizer, is_launched_by_plugin
+from surgeon.train.arguments import arguments, check_names, check_optimizer, is_launched_by_plugin, set_environment
 from surgeon.train.data import HELD_OUT, TRAINED, RunData
 from surgeon.train.inputs import TEACHER, Inputs
 from surgeon.train.launch import is_first, is_launched, is_loss, processes, wait_for_all
@@ -87,8 +86,7 @@ class Runner:
         self.began = time.perf_counter()
         self.stop = Stop()
         self.inputs = Inputs(source, specs, task, self.device, self._note, self.wait)
-        if self.settings.deterministic:  # cuBLAS reads it once, at its first product, which may be the teacher's
-            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        set_environment(self.settings, self.device)
         self.settings.weights(len(specs))
         check_names(self.settings)
 
@@ -381,7 +379,7 @@ def run_steps(
         keep_best=settings.keep_best,
     )
     check_optimizer(trainer, settings)
-    control = Control(stop, trainer, patience=settings.patience, history=reporter.validations())
+    control = Control(stop, patience=settings.patience, history=reporter.validations())
     trainer.add_callback(control)
     with quiet_transformers():
         if resume_from is not None and (checkpoints.step_of(resume_from) >= steps or control.is_over):

@@ -111,7 +111,7 @@ class ComputeSettings:
     )
     keep_best: bool = option("Write the step with the lowest validation loss, not the last one.", False)
     patience: int | None = option("Stop after N evaluations without an improvement.", None, metavar="N")
-    workers: int = option("Processes that load data.", 0, metavar="N", at_resume=True)
+    workers: int | None = option("Processes that load data. Default: 0, on CUDA 2.", None, metavar="N", at_resume=True)
     track: tuple[str, ...] = option(
         "Also log to tensorboard, wandb or trackio. Repeatable.", (), metavar="TOOL", at_resume=True
     )

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from surgeon.checkpoint.output import check_space, staged
 from surgeon.errors import DataError, PlanError
@@ -102,7 +102,10 @@ class OnlineTeacher:
     @torch.no_grad()
     def logits(self, hidden: Tensor) -> Tensor:
         """Return the teacher's logits, (n, V), of states before its head, (n, D)."""
-        return self._split.logits(hidden)
+        head = self._split.linear_head
+        if head is None:
+            return self._split.logits(hidden)
+        return nn.functional.linear(hidden, head.weight, head.bias)  # without the model's own forward pass around it
 
     def divergence(self, logits: Tensor, *seen: Tensor, temperature: float, direction: Direction) -> Tensor:
         """Return the divergence from the teacher's distribution over the whole vocabulary."""

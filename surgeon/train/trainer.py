@@ -12,22 +12,24 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.data import get_worker_info
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import PrinterCallback, ProgressCallback, TrainerState
 
-from surgeon.errors import CheckpointError, TrainingError
+from surgeon.errors import CheckpointError, SurgeonError, TrainingError
 from surgeon.models.loading import libraries_fail
+from surgeon.models.split import Plans
 from surgeon.train import checkpoints
 from surgeon.train.data import RunData
-from surgeon.train.launch import wait_for_all
+from surgeon.train.launch import totals, wait_for_all
 
 OLDER = "Remove that checkpoint: the run then continues from the one before it."
 ECHO = 5.0  # seconds in which a second SIGTERM is the first one again, passed on by a launcher
@@ -67,8 +69,8 @@ def stops_at_sigterm(stop: Stop) -> Iterator[None]:
 class Control(TrainerCallback):
     """Evaluates at the last step; stops at a request, and after `patience` evaluations without an improvement."""
 
-    def __init__(self, stop: Stop, trainer: Any, *, patience: int | None, history: Sequence[float] = ()) -> None:
-        self.stop, self.trainer, self.patience = stop, trainer, patience
+    def __init__(self, stop: Stop, *, patience: int | None, history: Sequence[float] = ()) -> None:
+        self.stop, self.patience = stop, patience
         self.worse, self.best = 0, float("inf")
         for loss in history:  # of the run that is resumed
             self._judge(loss)
@@ -98,11 +100,7 @@ class Control(TrainerCallback):
 
     def _is_stop_requested(self, processes: int) -> bool:
         """Return whether any process is to stop: all must stop at the same step."""
-        if processes == 1:
-            return self.stop.is_requested
-        accelerator = self.trainer.accelerator
-        requests = torch.tensor([int(self.stop.is_requested)], device=accelerator.device)
-        return bool(accelerator.gather(requests).any())
+        return self.stop.is_requested if processes == 1 else totals([int(self.stop.is_requested)]) != [0]
 
 
 COUNTS = ("num_tokens", "num_trained")  # of a batch, as Python numbers: reading tensors would wait for the GPU
@@ -116,14 +114,27 @@ class DivergedError(TrainingError):
 class Counted:
     """A collator that adds to each batch its tokens, how many of them are trained, and the `plan` of the loss."""
 
-    def __init__(self, collate: Callable[[Sequence[Any]], dict[str, Tensor]], plan: Callable[..., Any]) -> None:
+    def __init__(self, collate: Callable[[Sequence[Any]], dict[str, Tensor]], plan: Plans) -> None:
         self.collate, self.plan = collate, plan
 
     def __call__(self, rows: Sequence[Any]) -> dict[str, Any]:
+        """Return the batch; in a process that loads data, an error is a batch of its own, named `error`.
+
+        torch would hand on another error in its place, without its hint, and with a traceback in its sentence.
+        """
+        try:
+            return self._counted(rows)
+        except SurgeonError as error:
+            if get_worker_info() is None:
+                raise
+            return {"error": error}
+
+    def _counted(self, rows: Sequence[Any]) -> dict[str, Any]:
         batch = self.collate(rows)
         plan = self.plan(batch)
-        batch |= {"plan": plan} if plan else {}
-        return {**batch, "num_tokens": int((batch["token_index"] >= 0).sum()), "num_trained": len(batch["trained"])}
+        tokens = int((batch["token_index"].numpy() >= 0).sum())
+        counts = {"num_tokens": tokens, "num_trained": len(batch["trained"])}
+        return {**batch, **({"plan": plan} if plan else {}), **counts}
 
 
 @dataclass(frozen=True)
@@ -170,10 +181,11 @@ class SurgeonTrainer(Trainer):
         keep: int = 1,
         keep_best: bool = False,
     ) -> None:
+        plans = replace(model._surgeon_plan, multiple=data.collate.pad_to_multiple_of or 1)
         super().__init__(
             model=model,
             args=args,
-            data_collator=Counted(data.collate, model._surgeon_plan),
+            data_collator=Counted(data.collate, plans),
             train_dataset=data.rows,
             eval_dataset=dict(data.held_out),
         )
@@ -183,6 +195,7 @@ class SurgeonTrainer(Trainer):
         self.loss_is_scaled_for_ga = True
         self.data, self.on_step, self.on_evaluation, self.paused = data, on_step, on_evaluation, paused
         self.keep, self.keep_best = keep, keep_best
+        self._collate_evaluated = Counted(data.collate, plans.untaught())
         self._stage: Path | None = None
         self._step: list[tuple[Tensor, Mapping[str, Any]]] = []  # loss and batch of each part of a step
         self._losses: list[float] = []  # of the parts of a step, as they were read
@@ -193,10 +206,10 @@ class SurgeonTrainer(Trainer):
     def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: Any) -> tuple[list[Any], Any]:
         """Return the batches of one step, and how many of their tokens are trained on all processes together."""
         batches = list(islice(epoch_iterator, num_batches))
-        counts = torch.tensor([[batch[name] for name in COUNTS] for batch in batches]).view(-1, 2).sum(0)
-        if self.args.world_size > 1:
-            counts = self.accelerator.gather(counts.to(device)[None]).sum(0).cpu()
-        tokens, trained = counts.tolist()
+        if error := next((batch["error"] for batch in batches if "error" in batch), None):
+            raise error
+        counts = [sum(batch[name] for batch in batches) for name in COUNTS]
+        tokens, trained = totals(counts) if self.args.world_size > 1 else counts
         self.state.num_input_tokens_seen += tokens
         self._step, self._parts = [], {"num_tokens": tokens, "num_trained": trained}
         return batches, max(1, trained)
@@ -300,9 +313,9 @@ class SurgeonTrainer(Trainer):
         with torch.no_grad():
             for begin in range(rank * size, rank * size + -(-len(rows) // (size * world)) * size * world, size * world):
                 chosen = list(range(begin, min(begin + size, len(rows))))
-                batch = self.data_collator([rows[index] for index in chosen or [0]])
+                batch = self._collate_evaluated([rows[index] for index in chosen or [0]])
                 inputs = self._prepare_inputs({name: value for name, value in batch.items() if name not in COUNTS})
-                outputs = model(**inputs, num_items=1)
+                outputs = model(**inputs, num_items=1, taught=False)
                 if chosen:
                     losses.append(outputs["cross_entropy"])
                     counts.append(batch["num_trained"])
