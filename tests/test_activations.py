@@ -124,7 +124,7 @@ def test_samples_count_alike_whatever_their_length(toy):
 def test_rows_in_several_batches_and_groups_give_the_same(toy, monkeypatch):
     ids, split = tokens(5), score.groups
     monkeypatch.setattr(streaming, "BATCH_TOKENS", 2 * ids.shape[1])
-    monkeypatch.setattr(score, "groups", lambda rows, size: split(rows, size, 3 * size))
+    monkeypatch.setattr(score, "groups", lambda rows, size, budget: split(rows, size, 3 * size))
 
     assert_same(importance(toy("llama"), ids), by_hooks(toy("llama"), "llama", ids))
 

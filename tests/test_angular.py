@@ -145,7 +145,7 @@ def test_rows_in_groups_score_as_rows_at_once(all_tokens, toy, monkeypatch):
     row = row_bytes(ids.shape[1], streamed.hidden_size * (9 if all_tokens else 2))
     split = score.groups
 
-    def small(rows, bytes_per_row):
+    def small(rows, bytes_per_row, budget):
         calls.append(split(rows, bytes_per_row, 2 * row))
         return calls[-1]
 

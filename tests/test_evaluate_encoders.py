@@ -90,8 +90,7 @@ def test_states_that_do_not_fit_into_memory_together_give_the_same(text, tmp_pat
     model, options = masking(tmp_path / "model"), {"metric": "pseudo-perplexity", "samples": 2, "sequence_length": 9}
     whole = evaluate(model, data=[text], **options)
 
-    monkeypatch.setattr("surgeon.models.device.STATES_BYTES", 1)
-    monkeypatch.setattr("surgeon.models.device.groups.__defaults__", (5 * 4096 * 11,))
+    monkeypatch.setattr("surgeon.models.device.STATES_BYTES", 5 * 4096 * 11)
     parts = evaluate(model, data=[text], **options)
 
     assert parts.scored.outcomes["loss"] == pytest.approx(whole.scored.outcomes["loss"], rel=1e-5)  # float32

@@ -20,7 +20,6 @@ if LATER:
     from streamed import plain, stream
     from transformers import AutoModel
 
-    from surgeon.evals import perplexity as streaming
     from surgeon.evals.perplexity import row_losses, token_bytes, window_batches, windows
 
 CLOSE = 1e-6  # relative: float32 through six layers, in batches of other shapes
@@ -127,7 +126,7 @@ def test_rows_that_do_not_fit_into_memory_together_give_the_same(model, monkeypa
     pieces = window_batches(torch.tensor(ids_of(model)[:200]), windows(200, 20, 7))
     whole = row_losses(stream(model), pieces)
 
-    monkeypatch.setattr(streaming, "STATES_BYTES", 3 * 20 * 48 * 4 * 2)
+    monkeypatch.setattr("surgeon.models.device.STATES_BYTES", 3 * 20 * 48 * 4 * 2)
     parts = row_losses(stream(model), pieces)
 
     assert torch.cat(parts).tolist() == pytest.approx(torch.cat(whole).tolist(), rel=CLOSE)

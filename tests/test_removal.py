@@ -85,7 +85,7 @@ def test_rows_in_groups_and_batches_give_the_same_losses(toy, monkeypatch):
     whole = losses_without(streamed, ids, sets)
     split, calls = score.groups, []
 
-    def small(rows, bytes_per_row):
+    def small(rows, bytes_per_row, budget):
         calls.append(split(rows, bytes_per_row, 2 * bytes_per_row))
         return calls[-1]
 
@@ -97,7 +97,7 @@ def test_rows_in_groups_and_batches_give_the_same_losses(toy, monkeypatch):
 
 def test_the_budget_of_a_group_is_of_the_states_of_all_choices(toy, monkeypatch):
     seen = []
-    monkeypatch.setattr(score, "groups", lambda rows, size: seen.append((rows, size)) or [(0, rows)])
+    monkeypatch.setattr(score, "groups", lambda rows, size, budget: seen.append((rows, size)) or [(0, rows)])
 
     losses_without(stream(toy("llama")), tokens(5), [frozenset({layer % 3}) for layer in range(6)])
 
@@ -218,7 +218,7 @@ def test_greedy_refuses_to_remove_more_than_may_go(count, protect, most, toy):
 
 def test_the_loss_that_comes_with_the_scores_is_the_whole_models(toy, monkeypatch):
     ids, split = tokens(5), score.groups
-    monkeypatch.setattr(score, "groups", lambda rows, size: split(rows, size, 2 * size))
+    monkeypatch.setattr(score, "groups", lambda rows, size, budget: split(rows, size, 2 * size))
 
     *_, loss = score_states(stream(toy("gpt2")), ids, evaluate=True)
 
