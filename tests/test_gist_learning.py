@@ -122,7 +122,7 @@ def test_a_gist_carries_its_prompt_and_the_controls_bound_it(family):
 
 def test_the_trained_gist_is_read_from_a_cache_as_behind_its_mask():
     model, rows = trained("gist"), batch(24, torch.Generator().manual_seed(6), PAIRS, "llama")
-    read = rows["input_ids"], rows["position_ids"], rows["labels"] != IGNORED
+    read = rows["input_ids"], rows["position_ids"], torch.where((rows["labels"] != IGNORED).flatten())[0]
     with torch.no_grad():
         split = SplitModel(model)
         views = [kind((G,)).states(split, *read) for kind in (Masked, TwoPass)]

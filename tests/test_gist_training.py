@@ -223,7 +223,9 @@ def test_distilling_compares_with_the_model_that_sees_the_prompt_and_no_gist(toy
         layout, positions = Masked((G,)), torch.arange(line.shape[1])[None]
         with torch.no_grad():
             split = SplitModel(model)
-            student = split.logits(layout.states(split, line, positions, line != G)[0, prompt + gist : -1])
+            student = split.logits(
+                layout.states(split, line, positions, torch.where(line[0] != G)[0])[0, prompt + gist : -1]
+            )
             full = model(plain).logits[0, prompt:-1]
         expected += float(kl(student, full, temperature=1.0, direction="forward"))
     assert divergence == pytest.approx(expected, rel=1e-9)  # sums of float64 in another order, some parts float32

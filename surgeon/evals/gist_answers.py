@@ -52,7 +52,7 @@ def answer_losses(
         for row, (length, count) in enumerate(ends):
             predicting[row, length - 1 - count : length - 1] = True
         with _reader(model, frozen=frozen and form != GIST):
-            states = layout.states(split, ids, positions, predicting)
+            states = layout.states(split, ids, positions, predicting.flatten().nonzero()[:, 0])
             with layout.reading(model):
                 logits = [split.logits(states[row, predicting[row]]).float() for row in range(len(chosen))]
         for row, index in enumerate(chosen):

@@ -270,6 +270,7 @@ def taken(values: Tensor, places: Tensor) -> Tensor:
 
 def marked(places: Tensor, shape: torch.Size) -> Tensor:
     """Return whether each place of a batch of this shape is among `places`, which are counted along all rows."""
+    assert places.dtype == torch.long, "places, not a mask"
     mask = torch.zeros(shape.numel(), dtype=torch.bool, device=places.device)
     return mask.index_fill(0, places, True).view(shape)
 
