@@ -85,11 +85,12 @@ def train_surgeon(options, clock):
     import numpy as np
     from transformers import TrainerCallback
 
-    from surgeon.train import trainer as loop
+    from surgeon.train.arguments import arguments as run_arguments
     from surgeon.train.data import Collator, RowDataset, TrainingRow
     from surgeon.train.objective import Objective, attach_loss
     from surgeon.train.packing import one_per_row
     from surgeon.train.settings import Settings
+    from surgeon.train.trainer import SurgeonTrainer
 
     class Rows(RowDataset):
         def __getitem__(self, index):
@@ -113,11 +114,9 @@ def train_surgeon(options, clock):
     steps = options.steps + WARM
     with tempfile.TemporaryDirectory() as directory:
         place = {"run_dir": Path(directory), "lr": 1e-4, "steps": steps, "device": "cpu", "resumed": True}
-        args = loop.arguments(settings, data, **place)
+        args = run_arguments(settings, data, **place)
         args.eval_strategy = "no"
-        trainer = loop.SurgeonTrainer(
-            model, args, data=data, on_step=lambda logs: None, on_evaluation=lambda losses: None
-        )
+        trainer = SurgeonTrainer(model, args, data=data, on_step=lambda logs: None, on_evaluation=lambda losses: None)
         trainer.add_callback(Step())
         trainer.train()
 
