@@ -205,6 +205,39 @@ def test_a_kernel_for_16_bits_is_tried_without_it_and_trains_by_it(kernel: str, 
 # The run
 
 
+def off_its_device(module: Any, query: Tensor, *args: Any, **kwargs: Any) -> Any:
+    """Attend as a kernel that is on its device only within the autocast of a training."""
+    if not torch.is_autocast_enabled("cpu"):
+        raise RuntimeError("expected a CUDA tensor")
+    return varlen_attention(module, query, *args, **kwargs)
+
+
+@pytest.mark.parametrize("name", ["flash_attention_2", "a-kernel"])
+def test_a_kernel_that_runs_only_where_the_run_takes_it_trains(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = talkers.talker(tmp_path / "talker")
+    text = talkers.written(tmp_path / "text.txt", talkers.TEXT * 4)
+    monkeypatch.setitem(AttentionInterface._global_mapping, name, off_its_device)
+    allowed = "transformers.PreTrainedModel._check_and_adjust_attn_implementation"  # asks for the kernel's package
+    monkeypatch.setattr(allowed, lambda model, attention, *args, **kwargs: attention)
+    options = {**SHORT, "max_steps": 2, "precision": "bf16", "attention": name}
+    surgeon.finetune(model, data=[text], output=tmp_path / "out", **options)
+
+    assert len([each for each in read_metrics(tmp_path / "out.run") if "loss" in each]) == 2
+
+
+def test_a_kernel_that_cannot_be_tried_is_not_taken_to_keep_documents_apart(
+    toy: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = toys.load(toy("llama"))[0]
+    monkeypatch.setitem(AttentionInterface._global_mapping, "a-kernel", off_its_device)
+    model.config._attn_implementation = "a-kernel"
+
+    assert SplitModel(model).linear_head is not None
+    assert not keeps_documents_apart(model)
+
+
 SHORT: dict[str, Any] = {"max_steps": 3, "batch_size": 2, "sequence_length": 32, "lr": "1e-3", "eval_rows": 2}
 
 

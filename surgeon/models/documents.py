@@ -17,7 +17,7 @@ from surgeon.anatomy.layer_rules import FULL_ATTENTION, SLIDING_ATTENTION
 from surgeon.errors import PlanError
 from surgeon.models.device import wide, without_autocast
 from surgeon.models.split import evaluated
-from surgeon.models.varlen import UNKNOWN, attending_by, kernel_fault, reads_lengths, varlen_attention
+from surgeon.models.varlen import ANYWHERE, UNKNOWN, attending_by, kernel_fault, reads_lengths, varlen_attention
 
 # The relative change of a state that rounding may cause. Measured: 1e-7 in float64 in families that attend in float32,
 # 1e-6 in float32; another visible document changes some state by its own length. 16 bits have units of 2^-8.
@@ -32,11 +32,18 @@ def keeps_documents_apart(model: Any) -> bool:
     """Return whether documents in one row, whose positions restart, do not see each other.
 
     Measured on the model: the states of two documents of random tokens, in one row and each in a row of its own. For an
-    attention that reads lengths the row comes with them.
+    attention that reads lengths the row comes with them. False for a kernel that reads none and does not run here:
+    nothing can stand for it, for which masks it is given and follows is known of it alone.
     """
-    if not reads_lengths(model.config._attn_implementation):
-        return _apart(model, model.config._attn_implementation)
-    return _refusal(model) is None
+    attention = model.config._attn_implementation
+    if reads_lengths(attention):
+        return _refusal(model) is None
+    if attention in ANYWHERE:
+        return _apart(model, attention)
+    try:
+        return _apart(model, attention)
+    except FAILURES:
+        return False
 
 
 def without_lengths(model: Any, device: str, dtype: torch.dtype) -> str | None:

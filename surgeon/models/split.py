@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from surgeon.errors import PlanError
 from surgeon.models.device import wide, without_autocast
 from surgeon.models.skeleton import layer_list
-from surgeon.models.varlen import attending_by, reads_lengths
+from surgeon.models.varlen import attending_by, standing_in
 
 LARGE = 1000.0  # the largest logit of the probe, far above any cap on logits (30 is usual, 50 is large)
 ROUNDING = 4  # two ways to compute logits may differ by so many units in the last place of the largest
@@ -133,8 +133,7 @@ class SplitModel:
         device = head.weight.device
         tokens = torch.arange(4, device=device)[None]
         seen = {"encoder_hidden_states": self._zero_state()} if self.model.config.is_encoder_decoder else {}
-        own = self.model.config._attn_implementation
-        runs_here = "sdpa" if reads_lengths(own) else own  # kernels that read lengths want 16 bits on a GPU
+        runs_here = standing_in(self.model.config._attn_implementation)  # the head is the same by any attention
         with evaluated(self.model), without_autocast(device.type), attending_by(self.model, runs_here):
             output = self.decoder(input_ids=tokens, use_cache=False, **seen)
             self._output, states = type(output), output[0]

@@ -20,12 +20,18 @@ from surgeon.errors import PlanError
 
 VARLEN = "varlen"
 MOST_HEAD_DIM = 256  # of the kernel
+ANYWHERE = ("sdpa", "eager")  # attention that runs on every device, in every dtype
 UNKNOWN = ("softcap", "s_aux", "sinks", "position_bias")  # what some models ask for, and the kernel does not know
 
 
 def reads_lengths(implementation: str) -> bool:
     """Return whether an attention implementation of transformers takes the lengths of documents in place of a mask."""
     return implementation == VARLEN or "flash" in implementation
+
+
+def standing_in(implementation: str) -> str:
+    """Return the attention to try a model by before it is on its device, where that of a kernel may not run."""
+    return implementation if implementation in ANYWHERE else "sdpa"
 
 
 @contextmanager

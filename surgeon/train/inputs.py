@@ -197,7 +197,7 @@ class Inputs:
     def _rows(self, model: Any | None, teacher: Any | None) -> tuple[bool, bool]:
         """Return whether documents share rows, and whether all rows of a batch become one, with lengths.
 
-        Raises PlanError where documents must share rows and would see each other.
+        Raises PlanError where documents must share rows and may see each other.
         """
         attention = "sdpa" if model is None else str(model.config._attn_implementation)
         is_off, by_lengths = self.settings.packing == "off", reads_lengths(attention)
@@ -206,9 +206,9 @@ class Inputs:
         apart = all(keeps_documents_apart(each) for each in (model, teacher) if each is not None)
         if not apart and self.settings.packing == "on":
             raise PlanError(
-                f"documents in one row of {self.source.label}, or of its teacher, would see each other",
+                f"documents in one row of {self.source.label}, or of its teacher, may see each other",
                 hint="Leave out --packing on: each then gets a row of its own.",
             )
         if not apart and not is_off:
-            self.note("one document a row: this model cannot keep several apart")
+            self.note("one document a row: this model is not known to keep several apart")
         return apart and not is_off, apart and by_lengths
