@@ -15,6 +15,8 @@ import toys
 from later import LATER
 
 from surgeon.checkpoint.source import open_directory
+from surgeon.errors import PlanError
+from surgeon.train.launch import check_meeting
 
 if LATER:
     import torch
@@ -150,3 +152,25 @@ def test_numbers_of_a_device_become_wide_where_the_device_can():
             ):  # these read files, or sums
                 wrong.append(f"{path.relative_to(SURGEON)}:{number}: {line.strip()}")
     assert not wrong
+
+
+@pytest.mark.parametrize("name", ["fsdp2", "zero2"])
+def test_a_file_for_several_gpus_has_only_keys_that_accelerate_knows(name):
+    from accelerate.commands.config.config_args import load_config_from_file
+    from accelerate.commands.launch import launch_command_parser
+
+    path = SURGEON.parent / "docs" / "accelerate" / f"{name}.yaml"
+    config = load_config_from_file(str(path))  # it raises ValueError for a key of its own that it does not know
+    options = {action.dest for action in launch_command_parser()._actions}
+    assert (config.fsdp_config or config.deepspeed_config).keys() <= options
+    if name == "fsdp2":
+        assert config.fsdp_config["fsdp_state_dict_type"] == "FULL_STATE_DICT"
+
+
+def test_processes_that_do_not_know_each_other_do_not_train(monkeypatch):
+    """accelerate makes one process of each where FSDP or DeepSpeed is asked for and there is no GPU."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+
+    check_meeting(2)
+    with pytest.raises(PlanError, match="2 processes were started, and accelerate connects 1"):
+        check_meeting(1)

@@ -14,7 +14,7 @@ from datetime import timedelta
 from functools import cache
 from typing import Any
 
-from surgeon.errors import SurgeonError
+from surgeon.errors import PlanError, SurgeonError
 
 GRACE = 10.0  # seconds in which the first process may report an error before another reports its own
 PATIENCE = 30.0  # seconds that a process has to end after another one failed
@@ -37,6 +37,16 @@ def processes() -> int:
 def is_first() -> bool:
     """Return whether this process reports and writes for all."""
     return int(os.environ.get("RANK", "0")) == 0
+
+
+def check_meeting(connected: int) -> None:
+    """Raise PlanError where the processes of the run do not know each other: each would train and write alone."""
+    if connected != processes():
+        raise PlanError(
+            f"{processes()} processes were started, and accelerate connects {connected}: FSDP and DeepSpeed have no "
+            "several processes on a CPU",
+            hint="On a CPU: surgeon finetune ... --num-processes N, without a launcher.",
+        )
 
 
 def wait_for_all() -> None:

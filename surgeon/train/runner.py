@@ -24,7 +24,7 @@ from surgeon.train import checkpoints
 from surgeon.train.arguments import arguments, check_names, check_optimizer, is_launched_by_plugin, set_environment
 from surgeon.train.data import HELD_OUT, TRAINED, RunData
 from surgeon.train.inputs import TEACHER, Inputs
-from surgeon.train.launch import is_first, is_launched, is_loss, processes, wait_for_all
+from surgeon.train.launch import check_meeting, is_first, is_launched, is_loss, processes, wait_for_all
 from surgeon.train.model import LOAD_HINT, load_trainable, trained_model
 from surgeon.train.pace import PaceMeter, most_memory_used
 from surgeon.train.reporter import Reporter
@@ -98,6 +98,7 @@ class Runner:
 
         Raises OutputError for a directory with a run without `resume`, PlanError where that run had another request.
         """
+        self.wait()
         with ExitStack() as stack:
             if is_first():
                 stack.enter_context(checkpoints.held(self.run_dir))
@@ -135,7 +136,7 @@ class Runner:
             from accelerate import PartialState
 
             uses_cpu = self.device == "cpu" and not is_launched_by_plugin()  # as in `arguments`
-            PartialState(cpu=uses_cpu)
+            check_meeting(PartialState(cpu=uses_cpu).num_processes)
             wait_for_all()
 
     # --- training ---------------------------------------------------------------------------------------------
