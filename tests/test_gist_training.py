@@ -32,10 +32,11 @@ if LATER:
     from transformers import AutoModelForCausalLM
 
     from surgeon.gist import attention
-    from surgeon.gist.attention import FIRST_SEEN, Masked, TwoPass
+    from surgeon.gist.attention import FIRST_SEEN, ByLengths, Masked, TwoPass
     from surgeon.gist.records import Gists, gist_examples
     from surgeon.gist.training import WithoutGist, implementation, without_gist
     from surgeon.models.split import SplitModel
+    from surgeon.models.varlen import VARLEN
     from surgeon.train.losses import kl
     from surgeon.train.objective import Objective, attach_loss, detach_loss
 
@@ -106,6 +107,19 @@ def test_a_mask_and_two_passes_have_one_loss_and_its_gradients(toy, name, condit
     with Exact64():
         masked, two_pass = (learned(model, kind((G,), condition), rows()) for kind in (Masked, TwoPass))
     assert_alike(masked, two_pass)
+
+
+@pytest.mark.parametrize("condition", ["positive", "gist", "negative"])
+@pytest.mark.parametrize("name", ["llama", "qwen3", "gemma3_text", "mixtral"])
+@pytest.mark.parametrize("arranged", ["rows", "packed"])
+def test_a_mask_and_lengths_have_one_loss_and_its_gradients(toy, name, condition, arranged):
+    batch, found = rows() if arranged == "rows" else packed(rows()), []
+    for layout, attention in ((Masked, "sdpa"), (ByLengths, VARLEN)):
+        model = load64(toy(name))
+        model.config._attn_implementation = attention
+        with Exact64():
+            found.append(learned(model, layout((G,), condition), batch))
+    assert_alike(*found)
 
 
 @pytest.mark.parametrize("condition", ["positive", "gist", "negative"])
@@ -396,12 +410,14 @@ def test_both_forms_train_alike_and_the_controls_otherwise(gisted: Path, data: s
     for name, more in {
         "mask": {"gist_impl": "mask"},
         "two-pass": {"gist_impl": "two-pass"},
+        "lengths": {"attention": "varlen"},
         "positive": {"gist_control": "positive"},
         "negative": {"gist_control": "negative"},
     }.items():
         surgeon.finetune(gisted, data=[data], output=tmp_path / name, gist=True, **options, **more)
         found[name] = losses_of(tmp_path / f"{name}.run")
     assert found["mask"] == pytest.approx(found["two-pass"], rel=1e-5)  # float32, after four steps
+    assert found["mask"] == pytest.approx(found.pop("lengths"), rel=1e-5)
     assert len({round(losses[0], 4) for losses in found.values()}) == 3
 
 

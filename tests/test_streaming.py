@@ -384,3 +384,17 @@ def test_a_mask_without_padding_changes_nothing(toy):
     states = streamed_states(streamed, tokens(), torch.ones(2, 12, dtype=torch.bool))
 
     assert all(torch.equal(*pair) for pair in zip(states, streamed_states(streamed, tokens()), strict=True))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "moved", "sees"), [("float32", 2e-3, True), ("bfloat16", 2e-2, False), ("bfloat16", 0.2, True)]
+)
+def test_a_token_that_moves_others_by_more_than_rounding_is_seen(dtype, moved, sees):
+    states = torch.ones(2, 4, 8)
+    states[1, :-1] += moved
+    states = states.to(getattr(torch, dtype))
+    if not sees:
+        streaming.check_causal(states, "toy")
+        return
+    with pytest.raises(MeasureError, match="a token sees those after it"):
+        streaming.check_causal(states, "toy")

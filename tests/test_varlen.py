@@ -319,3 +319,14 @@ def test_a_decoder_that_breaks_the_graph_is_known(toy: Any, monkeypatch: pytest.
         type(model.model.norm), "forward", lambda norm, states: own(norm, states) if states.sum() else states
     )
     assert breaks_graph(model)
+
+
+def test_a_run_that_must_repeat_itself_does_not_choose_the_kernel(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(major=9))
+    path = toys.build("llama", tmp_path / "toy", head_dim=16)
+    model = toys.load(path)[0]
+    inputs_of(path, [], device="cuda", deterministic=True).attend(model, None)
+
+    assert model.config._attn_implementation == "sdpa"

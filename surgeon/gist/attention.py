@@ -2,7 +2,8 @@
 
 In one pass a mask ensures that. In two passes the model reads the prompt and its gist first, and then the rest with the
 keys and values of the gist, through which gradients flow back. The second way needs no mask, so it works with any
-attention, and adapters can be on in the first pass alone. Both are the same function of the weights.
+attention, and adapters can be on in the first pass alone. By lengths one pass needs no mask either: the kernel is told
+which keys a gist's later tokens have. All are the same function of the weights.
 """
 
 from contextlib import AbstractContextManager, nullcontext
@@ -64,6 +65,58 @@ class Masked(AttentionLayout):
             dtype=split.model.dtype,
         )
         return split.states(input_ids, position_ids, attention_mask=masks, **options)
+
+
+@dataclass(frozen=True)
+class ByLengths(AttentionLayout):
+    """One pass over rows, which may hold several documents, for an attention that reads lengths in place of a mask.
+
+    A document is cut after its gist. Its second part has more keys than queries: those of the gist, then its own.
+    """
+
+    ids: tuple[int, ...]
+    condition: Condition = "gist"
+
+    def plan(self, batch: Batch) -> Plan:
+        """Return the lengths of the parts, and the places of their keys, all rows in one."""
+        assert batch["position_ids"] is not None, "positions tell documents apart"
+        documents = document_numbers(batch["position_ids"])
+        phases = gist_phases(batch["input_ids"], self.ids, documents=documents).flatten()
+        begins = batch["position_ids"].flatten() == 0
+        first_after = (phases == AFTER) & ((phases.roll(1) != AFTER) | begins)
+        if self.condition != "positive":
+            begins = begins | first_after
+        starts = begins.nonzero()[:, 0]
+        ends = torch.cat([starts[1:], starts.new_tensor([len(phases)])])
+        gists = (phases == GIST).cumsum(0)  # up to each token; of the document's own gist, as no other lies between
+        before = torch.zeros_like(starts)
+        if self.condition == "gist":
+            of_document = torch.where(batch["position_ids"].flatten() == 0, gists - (phases == GIST).long(), 0)
+            before = torch.where(first_after[starts], (gists - of_document.cummax(0).values)[starts], 0)
+        keys = [torch.arange(begin, end) for begin, end in zip((starts - before).tolist(), ends.tolist(), strict=True)]
+        queries = ends - starts
+        counts = queries + before
+        return {
+            "cu_seq_lens_q": torch.cat([starts, ends[-1:]]).int(),
+            "cu_seq_lens_k": torch.cat([counts.new_zeros(1), counts.cumsum(0)]).int(),
+            "max_length_q": int(queries.max()),
+            "max_length_k": int(counts.max()),
+            "key_index": torch.cat(keys).to(starts.device),
+        }
+
+    def states(
+        self,
+        split: SplitModel,
+        input_ids: Tensor,
+        position_ids: Tensor | None,
+        trained: Tensor,
+        *,
+        plan: Plan | None = None,
+        **options: Any,
+    ) -> Tensor:
+        """Return the states of a batch, shape (B, S, D)."""
+        plan = plan or self.plan({"input_ids": input_ids, "position_ids": position_ids})
+        return split.states(input_ids, position_ids, **{**options, **plan})  # not the lengths of whole documents
 
 
 @dataclass(frozen=True)

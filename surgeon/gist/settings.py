@@ -7,6 +7,7 @@ from surgeon.options import flag_of, option
 from surgeon.train.settings import Settings, check_range, check_words
 
 MASK, TWO_PASS = "mask", "two-pass"
+LENGTHS = "lengths"  # one pass, chosen by the attention alone
 CONTROLS = ("none", "positive", "negative")
 READERS = ("same", "frozen")
 IMPLEMENTATIONS = ("auto", MASK, TWO_PASS)

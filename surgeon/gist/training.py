@@ -16,12 +16,13 @@ from surgeon.data.records import Document
 from surgeon.errors import PlanError
 from surgeon.gist import masks
 from surgeon.gist.architecture import refusal
-from surgeon.gist.attention import EncoderDecoder, Masked, TwoPass
+from surgeon.gist.attention import ByLengths, EncoderDecoder, Masked, TwoPass
 from surgeon.gist.records import Gists, gist_examples
-from surgeon.gist.settings import MASK, TWO_PASS, GistSettings
+from surgeon.gist.settings import LENGTHS, MASK, TWO_PASS, GistSettings
 from surgeon.gist.support import check_support
 from surgeon.gist.tokens import GistTokens, read_gist
 from surgeon.models.split import AttentionLayout, Batch, Causal, Plan
+from surgeon.models.varlen import VARLEN, attending_by
 from surgeon.train.examples import Example
 from surgeon.train.settings import Settings
 from surgeon.train.task import Task
@@ -75,22 +76,29 @@ class GistTask(Task):
     def may_share_rows(self, attention: str) -> bool:
         """Return whether a row may hold several documents: in one pass over a decoder."""
         passes = implementation(self.gist, self.settings, attention, encoder=self._has_encoder)
-        return passes == MASK and not self._has_encoder
+        return passes in (MASK, LENGTHS) and not self._has_encoder
 
     @property
     def reads_lengths(self) -> bool:
-        """False: a gist needs a mask, or a cache between two passes."""
-        return False
+        """Whether one pass by lengths is what the options ask for; the untrained model reads other lengths."""
+        gist = self.gist
+        return gist.gist_impl == "auto" and not (gist.is_frozen or gist.gist_distill or self._has_encoder)
 
     def layout(self, model: Any) -> AttentionLayout:
         """Return how tokens see the prompt and its gist. Raises PlanError for a model that cannot be gisted."""
         ids, attention = self.tokens.ids, str(model.config._attn_implementation)
-        if attention in masks.IMPLEMENTATIONS and (support := check_support(model)).reason is not None:
-            raise self._refused(support.reason)
+        if attention in (*masks.IMPLEMENTATIONS, VARLEN):
+            with attending_by(model, "sdpa" if attention == VARLEN else attention):  # it is tried with masks
+                support = check_support(model)
+            if support.reason is not None:
+                raise self._refused(support.reason)
         condition = CONDITIONS[self.gist.gist_control]
         encoder = bool(model.config.is_encoder_decoder)
-        if implementation(self.gist, self.settings, attention, encoder=encoder) == TWO_PASS:
+        passes = implementation(self.gist, self.settings, attention, encoder=encoder)
+        if passes == TWO_PASS:
             return TwoPass(ids, condition, frozen=self.gist.is_frozen)
+        if passes == LENGTHS:
+            return ByLengths(ids, condition)
         return EncoderDecoder(ids, condition) if encoder else Masked(ids, condition)
 
     def embedding_rows(self) -> Sequence[int]:
@@ -121,12 +129,14 @@ class GistTask(Task):
 
 
 def implementation(gist: GistSettings, settings: Settings, attention: str, *, encoder: bool = False) -> str:
-    """Return "mask" or "two-pass": the one that the options name, or that this attention allows.
+    """Return "mask", "two-pass" or "lengths": the one that the options name, or that this attention allows.
 
     With `encoder` an encoder reads the prompt. It looks ahead, so only a mask can limit what it sees.
     Raises PlanError where neither is possible.
     """
     takes_masks = attention in masks.IMPLEMENTATIONS
+    if attention == VARLEN and not encoder and gist.gist_impl == "auto" and not gist.is_frozen:
+        return LENGTHS
     if encoder and (gist.is_frozen or gist.gist_impl == TWO_PASS or not takes_masks):
         raise PlanError(
             "an encoder-decoder is trained with gists behind a mask, in one pass, and reads them as it was trained",

@@ -62,12 +62,15 @@ def varlen_attention(
     cu_seq_lens_k: Tensor | None = None,
     max_length_q: int | None = None,
     max_length_k: int | None = None,
+    key_index: Tensor | None = None,
     **options: Any,
 ) -> tuple[Tensor, None]:
     """Return the values that each token of its document attends to, (B, S, H, E), and no weights.
 
-    `query` has shape (B, H, S, D), `key` (B, K, S, D) and `value` (B, K, S, E), where K divides H. A mask of four
-    dimensions is followed as sdpa follows it. Raises PlanError for what the kernel does not compute.
+    `query` has shape (B, H, S, D), `key` (B, K, S, D) and `value` (B, K, S, E), where K divides H. `key_index`, (N,),
+    are the places whose keys and values `cu_seq_lens_k` counts, by default all in order; a document's last key is its
+    last query's own. A mask of four dimensions is followed as sdpa follows it. Raises PlanError for what the kernel
+    does not compute.
     """
     if attention_mask is not None:
         if attention_mask.ndim != 4:
@@ -88,6 +91,8 @@ def varlen_attention(
         )
         max_length_q = max_length_k = length
     queries, keys, values = (states.transpose(1, 2).flatten(0, 1).to(dtype) for states in (query, key, value))
+    if key_index is not None:
+        keys, values = keys.index_select(0, key_index), values.index_select(0, key_index)
     if query.is_cuda:
         from torch.nn.attention.varlen import varlen_attn
 

@@ -89,7 +89,7 @@ class Inputs:
         a model cannot.
         """
         if self.settings.attention == VARLEN and not self.task.reads_lengths:
-            raise PlanError(f"--attention {VARLEN} is for texts, not for this task", hint="Use --attention sdpa.")
+            raise PlanError(f"--attention {VARLEN} is not for this task", hint="Use --attention sdpa.")
         if not self._wants_lengths:
             return
         dtype = torch.float32 if self.precision == "float32" else torch.bfloat16
@@ -120,7 +120,8 @@ class Inputs:
         if self.settings.attention is not None:
             return self.settings.attention == VARLEN
         is_fast = self.precision != "float32" and computes_bfloat16(self.device)
-        return is_fast and self.task.reads_lengths
+        # Whether the kernel's gradients are the same in each run has not been seen on a GPU.
+        return is_fast and self.task.reads_lengths and not self.settings.deterministic
 
     def data(self, directory: Path, model: Any | None, teacher: Any | None) -> RunData:
         """Return the rows of the run, tokenised in `directory`.
