@@ -248,9 +248,11 @@ def accelerate(bench: Bench) -> dict[str, Any]:
     """A bare loop of accelerate with the same model and batches of tokens, each row one document."""
     import torch
     from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
     from transformers import AutoModelForCausalLM
 
     size = bench.timed
+    AcceleratorState._reset_state(reset_partial_state=True)  # of a training in the same process
     accelerator = Accelerator(cpu=bench.device == "cpu", mixed_precision="bf16")
     model = AutoModelForCausalLM.from_pretrained(bench.model("timed"), dtype=torch.float32)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0.0, fused=True)
