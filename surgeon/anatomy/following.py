@@ -159,7 +159,12 @@ def _slice_lists(edit: ConfigEdit, keep: Sequence[int], depth: int, *, tabled: b
 def _remap_indices(edit: ConfigEdit, keep: Sequence[int]) -> None:
     for key in INDEX_LISTS & edit.config.keys():
         if isinstance(value := edit.config[key], list):
-            edit.config[key] = [j for j, i in enumerate(keep) if i in value]
+            edit.config[key] = _new_numbers(value, keep)
+
+
+def _new_numbers(layers: Sequence[int], keep: Sequence[int]) -> list[int]:
+    """Return the numbers that these layers have in the result, one for each time that a layer is in it."""
+    return [j for j, i in enumerate(keep) if i in layers]
 
 
 def _follow_stages(edit: ConfigEdit, keep: Sequence[int], depth: int) -> None:
@@ -273,7 +278,7 @@ def _refuse_unknown_places(text: Mapping[str, Any], keep: Sequence[int], depth: 
             continue
         if any(type(number) is not int or number < 0 for number in value) or sorted(set(value)) != value:
             continue
-        if [j for j, i in enumerate(keep) if i in value] != [number for number in value if number < depth]:
+        if _new_numbers(value, keep) != [number for number in value if number < depth]:
             raise PlanError(
                 f"{name} has {key} = {value}; if these are layers, this would change or remove one of them",
                 hint="Keep these layers at their places: surgeon truncate to more layers.",
