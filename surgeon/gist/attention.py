@@ -44,18 +44,10 @@ class Masked(AttentionLayout):
         documents = document_numbers(batch["position_ids"])
         return {"phases": gist_phases(batch["input_ids"], self.ids, documents=documents)}
 
-    def states(
-        self,
-        split: SplitModel,
-        input_ids: Tensor,
-        position_ids: Tensor | None,
-        trained: Tensor,
-        *,
-        plan: Plan | None = None,
-        **options: Any,
+    def computed(
+        self, split: SplitModel, input_ids: Tensor, position_ids: Tensor | None, plan: Plan, **options: Any
     ) -> Tensor:
         """Return the states of a batch, shape (B, S, D)."""
-        plan = plan or self.plan({"input_ids": input_ids, "position_ids": position_ids})
         assert position_ids is not None, "positions tell documents apart"
         masks = gist_masks(
             split.model.config,
@@ -82,17 +74,15 @@ class ByLengths(AttentionLayout):
         assert batch["position_ids"] is not None, "positions tell documents apart"
         documents = document_numbers(batch["position_ids"])
         phases = gist_phases(batch["input_ids"], self.ids, documents=documents).flatten()
-        begins = batch["position_ids"].flatten() == 0
-        first_after = (phases == AFTER) & ((phases.roll(1) != AFTER) | begins)
-        if self.condition != "positive":
-            begins = begins | first_after
-        starts = begins.nonzero()[:, 0]
+        is_first, is_gist = batch["position_ids"].flatten() == 0, phases == GIST
+        is_cut = (phases == AFTER) & ((phases.roll(1) != AFTER) | is_first)  # the first token after a gist
+        starts = (is_first if self.condition == "positive" else is_first | is_cut).nonzero()[:, 0]
         ends = torch.cat([starts[1:], starts.new_tensor([len(phases)])])
-        gists = (phases == GIST).cumsum(0)  # up to each token; of the document's own gist, as no other lies between
-        before = torch.zeros_like(starts)
+        before = torch.zeros_like(starts)  # gist tokens whose keys come first
         if self.condition == "gist":
-            of_document = torch.where(batch["position_ids"].flatten() == 0, gists - (phases == GIST).long(), 0)
-            before = torch.where(first_after[starts], (gists - of_document.cummax(0).values)[starts], 0)
+            gists = is_gist.cumsum(0)
+            of_earlier = torch.where(is_first, gists - is_gist.long(), 0).cummax(0).values  # in the documents before
+            before = torch.where(is_cut, gists - of_earlier, 0)[starts]
         keys = [torch.arange(begin, end) for begin, end in zip((starts - before).tolist(), ends.tolist(), strict=True)]
         queries = ends - starts
         counts = queries + before
@@ -104,18 +94,10 @@ class ByLengths(AttentionLayout):
             "key_index": torch.cat(keys).to(starts.device),
         }
 
-    def states(
-        self,
-        split: SplitModel,
-        input_ids: Tensor,
-        position_ids: Tensor | None,
-        trained: Tensor,
-        *,
-        plan: Plan | None = None,
-        **options: Any,
+    def computed(
+        self, split: SplitModel, input_ids: Tensor, position_ids: Tensor | None, plan: Plan, **options: Any
     ) -> Tensor:
         """Return the states of a batch, shape (B, S, D)."""
-        plan = plan or self.plan({"input_ids": input_ids, "position_ids": position_ids})
         return split.states(input_ids, position_ids, **{**options, **plan})  # not the lengths of whole documents
 
 
@@ -150,18 +132,10 @@ class TwoPass(AttentionLayout):
         places, mask = places_before(ends=before.mask.sum(1), counts=is_seen.sum(1))
         return {"first": vars(before), "second": vars(rest), "places": places, "mask": torch.cat([mask, rest.mask], 1)}
 
-    def states(
-        self,
-        split: SplitModel,
-        input_ids: Tensor,
-        position_ids: Tensor | None,
-        trained: Tensor,
-        *,
-        plan: Plan | None = None,
-        **options: Any,
+    def computed(
+        self, split: SplitModel, input_ids: Tensor, position_ids: Tensor | None, plan: Plan, **options: Any
     ) -> Tensor:
         """Return the states of a batch, shape (B, S, D), with zeros up to the end of the gist."""
-        plan = plan or self.plan({"input_ids": input_ids, "position_ids": position_ids})
         before, rest = LeftAligned(**plan["first"]), LeftAligned(**plan["second"])
         cache = DynamicCache()  # without sliding layers: masks alone limit what they see
         first = split.states(before.ids, before.positions, attention_mask=before.mask, **_caching(cache), **options)

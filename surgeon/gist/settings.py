@@ -45,6 +45,11 @@ class GistSettings:
         """Whether the model without adapters reads the gist."""
         return self.gist_reader == "frozen"
 
+    @property
+    def leaves_form_open(self) -> bool:
+        """Whether the attention decides how a gist is trained: nothing asks for a form of its own."""
+        return self.gist_impl == "auto" and not self.is_frozen
+
     def counts(self) -> tuple[int, ...] | None:
         """Return the numbers of gist tokens to draw from; None for the checkpoint's own."""
         if self.gist_random_tokens is None:

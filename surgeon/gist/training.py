@@ -81,8 +81,7 @@ class GistTask(Task):
     @property
     def reads_lengths(self) -> bool:
         """Whether one pass by lengths is what the options ask for; the untrained model reads other lengths."""
-        gist = self.gist
-        return gist.gist_impl == "auto" and not (gist.is_frozen or gist.gist_distill or self._has_encoder)
+        return self.gist.leaves_form_open and not (self.gist.gist_distill or self._has_encoder)
 
     def layout(self, model: Any) -> AttentionLayout:
         """Return how tokens see the prompt and its gist. Raises PlanError for a model that cannot be gisted."""
@@ -135,7 +134,7 @@ def implementation(gist: GistSettings, settings: Settings, attention: str, *, en
     Raises PlanError where neither is possible.
     """
     takes_masks = attention in masks.IMPLEMENTATIONS
-    if attention == VARLEN and not encoder and gist.gist_impl == "auto" and not gist.is_frozen:
+    if attention == VARLEN and gist.leaves_form_open and not encoder:
         return LENGTHS
     if encoder and (gist.is_frozen or gist.gist_impl == TWO_PASS or not takes_masks):
         raise PlanError(
@@ -144,7 +143,7 @@ def implementation(gist: GistSettings, settings: Settings, attention: str, *, en
         )
     if gist.gist_impl == MASK and not takes_masks:
         raise PlanError(f"{attention} attention takes no gist mask", hint="Use --gist-impl two-pass.")
-    if gist.gist_impl == MASK or (gist.gist_impl == "auto" and takes_masks and not gist.is_frozen):
+    if gist.gist_impl == MASK or (gist.leaves_form_open and takes_masks):
         return MASK
     if settings.activation_checkpointing:
         raise PlanError(

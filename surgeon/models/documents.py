@@ -16,8 +16,17 @@ from surgeon.anatomy.config import attention_kinds, size_of
 from surgeon.anatomy.layer_rules import FULL_ATTENTION, SLIDING_ATTENTION
 from surgeon.errors import PlanError
 from surgeon.models.device import wide, without_autocast
-from surgeon.models.split import evaluated
-from surgeon.models.varlen import ANYWHERE, UNKNOWN, attending_by, kernel_fault, reads_lengths, varlen_attention
+from surgeon.models.split import in_mode
+from surgeon.models.varlen import (
+    ANYWHERE,
+    UNKNOWN,
+    attending_by,
+    kernel_fault,
+    lengths_of,
+    reads_lengths,
+    standing_in,
+    varlen_attention,
+)
 
 # The relative change of a state that rounding may cause. Measured: 1e-7 in float64 in families that attend in float32,
 # 1e-6 in float32; another visible document changes some state by its own length. 16 bits have units of 2^-8.
@@ -60,18 +69,14 @@ def without_lengths(model: Any, device: str, dtype: torch.dtype) -> str | None:
 def breaks_graph(model: Any) -> bool:
     """Return whether torch cannot compile a decoder that attends by lengths as one graph; nothing is generated."""
     embedding = model.get_input_embeddings().weight
-    ends = torch.tensor([0, 2, 4], dtype=torch.int32, device=embedding.device)
     given = {
         "input_ids": torch.full((1, 4), len(embedding) - 1, device=embedding.device),
         "position_ids": torch.tensor([[0, 1, 0, 1]], device=embedding.device),
-        "cu_seq_lens_q": ends,
-        "cu_seq_lens_k": ends,
-        "max_length_q": 2,
-        "max_length_k": 2,
+        **lengths_of(torch.tensor([0, 2, 4], dtype=torch.int32, device=embedding.device)),
     }
     compiled: Any = torch.compile(model.get_decoder(), fullgraph=True, backend="eager")
     try:
-        with torch.no_grad(), evaluated(model), without_autocast(embedding.device.type):
+        with torch.no_grad(), in_mode(model, training=False), without_autocast(embedding.device.type):
             compiled(**given, use_cache=False)
     except (torch._dynamo.exc.TorchDynamoException, *FAILURES):
         return True
@@ -114,16 +119,15 @@ def _apart(model: Any, implementation: str) -> bool:
         return False
     embedding = model.get_input_embeddings().weight
     generator = torch.Generator().manual_seed(0)
-    total, longest = sum(PROBE_LENGTHS), max(PROBE_LENGTHS)
+    total = sum(PROBE_LENGTHS)
     tokens = torch.randint(0, embedding.shape[0], (1, total), generator=generator).to(embedding.device)
     parts = [torch.arange(length, device=embedding.device)[None] for length in PROBE_LENGTHS]
     lengths = {}
     own = model.config._attn_implementation
     if implementation == RECORDED:
-        own = "sdpa" if reads_lengths(own) else own
-        ends = torch.tensor([0, PROBE_LENGTHS[0], total], dtype=torch.int32, device=embedding.device)
-        lengths = {"cu_seq_lens_q": ends, "cu_seq_lens_k": ends, "max_length_q": longest, "max_length_k": longest}
-    with torch.no_grad(), evaluated(model), without_autocast(embedding.device.type):
+        own = standing_in(own)
+        lengths = lengths_of(torch.tensor([0, PROBE_LENGTHS[0], total], dtype=torch.int32, device=embedding.device))
+    with torch.no_grad(), in_mode(model, training=False), without_autocast(embedding.device.type):
         with attending_by(model, implementation):
             packed = decoder(input_ids=tokens, position_ids=torch.cat(parts, 1), use_cache=False, **lengths)[0]
         with attending_by(model, own):
@@ -137,20 +141,16 @@ def _apart(model: Any, implementation: str) -> bool:
 def _train_mode(model: Any) -> None:
     """Run a decoder on a few tokens as in training. Raises PlanError where that needs more, such as dropout."""
     embedding = model.get_input_embeddings().weight
-    device, training = embedding.device, {module: module.training for module in model.modules()}
+    device = embedding.device
     tokens = torch.full((1, 4), len(embedding) - 1, device=device)  # not the padding, of which transformers warns
-    model.train()
-    try:
-        with (
-            torch.no_grad(),
-            torch.random.fork_rng([device] if device.type == "cuda" else []),
-            without_autocast(device.type),
-            attending_by(model, RECORDED),
-        ):
-            model.get_decoder()(input_ids=tokens, use_cache=False)
-    finally:
-        for module, is_training in training.items():
-            module.training = is_training
+    with (
+        torch.no_grad(),
+        in_mode(model, training=True),
+        torch.random.fork_rng([device] if device.type == "cuda" else []),
+        without_autocast(device.type),
+        attending_by(model, RECORDED),
+    ):
+        model.get_decoder()(input_ids=tokens, use_cache=False)
 
 
 class _Calls:

@@ -5,6 +5,7 @@ logits are the model's own, without a table of families. A head that is one matr
 """
 
 import inspect
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -134,7 +135,7 @@ class SplitModel:
         tokens = torch.arange(4, device=device)[None]
         seen = {"encoder_hidden_states": self._zero_state()} if self.model.config.is_encoder_decoder else {}
         runs_here = standing_in(self.model.config._attn_implementation)  # the head is the same by any attention
-        with evaluated(self.model), without_autocast(device.type), attending_by(self.model, runs_here):
+        with in_mode(self.model, training=False), without_autocast(device.type), attending_by(self.model, runs_here):
             output = self.decoder(input_ids=tokens, use_cache=False, **seen)
             self._output, states = type(output), output[0]
             whole = self._generated(tokens).logits[0]
@@ -172,15 +173,15 @@ def stubbed(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
 
 
 @contextmanager
-def evaluated(model: nn.Module) -> Iterator[None]:
-    """Return a context in which a model is in evaluation mode; after it each module has its former mode."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
+def in_mode(model: nn.Module, *, training: bool) -> Iterator[None]:
+    """Return a context in which a model is in this mode; after it each module has its former one."""
+    before = {module: module.training for module in model.modules()}
+    model.train(training)
     try:
         yield
     finally:
-        for module in training:
-            module.training = True
+        for module, was_training in before.items():
+            module.training = was_training
 
 
 Batch = Mapping[str, Any]  # of tensors: input_ids and position_ids, (B, S), and trained, (N,)
@@ -209,7 +210,7 @@ class Plans:
         return Plans(self.layout, multiple=self.multiple)
 
 
-class AttentionLayout:
+class AttentionLayout(ABC):
     """Which tokens each token sees, and so how the states before the head are computed.
 
     `has_encoder`: it is for models with an encoder.
@@ -233,9 +234,16 @@ class AttentionLayout:
     ) -> Tensor:
         """Return the states of a batch, shape (B, S, D), at least of the tokens at `trained`, (N,).
 
-        These are places along the rows: place s of row b is b · S + s.
+        These are places along the rows: place s of row b is b · S + s. Without the batch's plan it is made here.
         """
-        raise NotImplementedError
+        plan = plan or self.plan({"input_ids": input_ids, "position_ids": position_ids, "trained": trained})
+        return self.computed(split, input_ids, position_ids, plan, **options)
+
+    @abstractmethod
+    def computed(
+        self, split: SplitModel, input_ids: Tensor, position_ids: Tensor | None, plan: Plan, **options: Any
+    ) -> Tensor:
+        """Return the states of a batch by its plan."""
 
     def reading(self, model: Any) -> AbstractContextManager[None]:
         """Return a context for the head; by default one that changes nothing."""
@@ -245,15 +253,8 @@ class AttentionLayout:
 class Causal(AttentionLayout):
     """Each token sees the earlier tokens of its document: the model's own attention."""
 
-    def states(
-        self,
-        split: SplitModel,
-        input_ids: Tensor,
-        position_ids: Tensor | None,
-        trained: Tensor,
-        *,
-        plan: Plan | None = None,
-        **options: Any,
+    def computed(
+        self, split: SplitModel, input_ids: Tensor, position_ids: Tensor | None, plan: Plan, **options: Any
     ) -> Tensor:
         """Return the states of the model's own forward pass."""
         return split.states(input_ids, position_ids, **options)
@@ -332,18 +333,10 @@ class Seq2Seq(AttentionLayout):
         written = LeftAligned.of(batch, is_document & (place >= last))
         return {"read": vars(read), "written": vars(written), **self.seen(read)}
 
-    def states(
-        self,
-        split: SplitModel,
-        input_ids: Tensor,
-        position_ids: Tensor | None,
-        trained: Tensor,
-        *,
-        plan: Plan | None = None,
-        **options: Any,
+    def computed(
+        self, split: SplitModel, input_ids: Tensor, position_ids: Tensor | None, plan: Plan, **options: Any
     ) -> Tensor:
         """Return the decoder's states, shape (B, S, D), with zeros before the answer."""
-        plan = plan or self.plan({"input_ids": input_ids, "position_ids": position_ids, "trained": trained})
         read, written = LeftAligned(**plan["read"]), LeftAligned(**plan["written"])
         start = torch.full_like(written.ids[:, :1], split.model.config.decoder_start_token_id)
         states = split.states(

@@ -34,6 +34,12 @@ def standing_in(implementation: str) -> str:
     return implementation if implementation in ANYWHERE else "sdpa"
 
 
+def lengths_of(ends: Tensor) -> dict[str, Any]:
+    """Return the options of a decoder for documents in one row. `ends`, (N + 1,), int32, are their ends after a 0."""
+    longest = int(ends.diff().max())
+    return {"cu_seq_lens_q": ends, "cu_seq_lens_k": ends, "max_length_q": longest, "max_length_k": longest}
+
+
 @contextmanager
 def attending_by(model: Any, implementation: str) -> Iterator[None]:
     """Return a context in which a model attends by another implementation of transformers."""

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from surgeon.errors import DataError
+from surgeon.models.varlen import lengths_of
 from surgeon.train.packing import Numbers, one_per_row, pack, repeat, split
 from surgeon.train.settings import Settings
 from surgeon.train.store import IGNORED, TokenStore, open_store
@@ -103,9 +104,7 @@ class Collator:
     def _lengths(self, positions: Tensor) -> dict[str, Any]:
         """Return the begins of the documents in one row, positions of shape (1, S), as FlashAttention takes them."""
         starts = (positions[0] == 0).nonzero()[:, 0]
-        ends = torch.cat([starts, torch.tensor([positions.shape[1]])]).int()
-        longest = int(ends.diff().max())
-        return {"cu_seq_lens_q": ends, "cu_seq_lens_k": ends, "max_length_q": longest, "max_length_k": longest}
+        return lengths_of(torch.cat([starts, torch.tensor([positions.shape[1]])]).int())
 
 
 TRAINED, HELD_OUT = "data", "eval"  # the directories of the two stores, in the run's directory
