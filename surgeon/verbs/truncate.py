@@ -8,7 +8,7 @@ from surgeon.options import Verb, option, revision_option, seed_option, takes, w
 from surgeon.surgery import Surgery, open_model
 from surgeon.transforms.layers import truncate as plan_truncate
 
-VERB = Verb(counts_layers=True, cuts_end=True)
+VERB = Verb(counts_layers=True, cuts_end=True, plans="truncate")
 
 
 @dataclass(frozen=True, kw_only=True)
