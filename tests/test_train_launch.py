@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 import surgeon
+from surgeon import starter
 from surgeon.train import launch
 from surgeon.train.launch import is_first, is_launched, is_loss, processes, relaunch, second_to_the_first
 
@@ -97,9 +98,7 @@ STARTER = "import sys; sys.path.pop(0); from surgeon.train.launch import relaunc
 def test_processes_end_with_the_one_that_started_them_however_it_ends(surgeon_that_does: Path) -> None:
     began = time.monotonic()
     does = "sys.path.pop(0); [sys.modules.pop(name) for name in list(sys.modules) if name.startswith('surgeon')]; "
-    does += (
-        "from surgeon.starter import ends_with_starter; ends_with_starter(); import os; os.write(1, b'here\\n'); "
-    )
+    does += "from surgeon.starter import ends_with_starter; ends_with_starter(); import os; os.write(1, b'here\\n'); "
     command = [sys.executable, "-c", STARTER, str(surgeon_that_does), does + "time.sleep(120)"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, start_new_session=True) as starter:
         assert starter.stdout is not None

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from surgeon.errors import RecipeError
 from surgeon.recipe.commands import RESERVED, Commands, Key, UsageError
 from surgeon.recipe.reading import Condition, Loop, Place, Recipe, Step, Value, close_to, substituted
+from surgeon.text import sliced
 
 # What a missing local file looks like, rather than a model or a dataset on the Hub.
 _LOCAL = re.compile(r"[./~].*|.*\.(txt|jsonl?|parquet|csv|yaml|gguf|bin|safetensors|gz)|.*/.*/.*")
@@ -94,14 +95,14 @@ def _add(name: str, place: Place, known: set[str]) -> None:
     known.add(name)
 
 
-def _all_names(recipe: Recipe) -> dict[str, int]:
-    """Return the names of all steps, also of those in loops, with their lines."""
+def _all_names(recipe: Recipe) -> dict[str, Step]:
+    """Return all steps by their names, also those in loops."""
     steps = itertools.chain.from_iterable(item.steps if isinstance(item, Loop) else (item,) for item in recipe.steps)
-    return {step.name: step.place.line for step in steps}
+    return {step.name: step for step in steps}
 
 
 def _job(
-    step: Step, settings: Mapping[str, Value], known: set[str], names: Mapping[str, int], commands: Commands
+    step: Step, settings: Mapping[str, Value], known: set[str], names: Mapping[str, Step], commands: Commands
 ) -> Job:
     keys = commands.keys(step.command)
     for name, value in step.options.items():
@@ -112,7 +113,7 @@ def _job(
     references = {
         name: found
         for name, key in keys.items()
-        if name in options and (found := _references(step, key, options[name], known, names))
+        if name in options and (found := _references(step, key, options[name], known, names, commands))
     }
     for name, value in options.items():
         if keys[name].reads and keys[name].name != "revision":
@@ -157,7 +158,9 @@ def _check_form(step: Step, value: Value, key: Key) -> None:
         raise value.place.error(f"{key.name} of {step.command} is one text, not a list")
 
 
-def _references(step: Step, key: Key, value: Value, known: set[str], names: Mapping[str, int]) -> tuple[str, ...]:
+def _references(
+    step: Step, key: Key, value: Value, known: set[str], names: Mapping[str, Step], commands: Commands
+) -> tuple[str, ...]:
     """Return those texts of a value that name the output of an earlier step. Raises RecipeError for a later one."""
     if not key.reads:
         return ()
@@ -165,16 +168,23 @@ def _references(step: Step, key: Key, value: Value, known: set[str], names: Mapp
     for item in value.items:
         name = item.partition("/")[0]
         if name in known:
+            made_by = names.get(name) or next(each for own, each in names.items() if name.startswith(f"{own}-"))
+            if "output" not in commands.keys(made_by.command):
+                raise value.place.error(
+                    f"{key.name} of {step.name}: {name} is an {made_by.command}, which has no output",
+                    hint="Name a step that writes a model or data.",
+                )
             found.append(item)
         elif name in names and not os.path.lexists(item):
-            when = "itself" if name == step.name else f"{name}, which comes later (line {names[name]})"
+            when = "itself" if name == step.name else f"{name}, which comes later (line {names[name].place.line})"
             raise value.place.error(f"{key.name} of {step.name} refers to {when}", hint="Steps run in their order.")
     return tuple(found)
 
 
 def _check_there(items: Sequence[str], place: Place) -> None:
     """Raise RecipeError for a local file that is missing."""
-    for item in items:
+    for written in items:
+        item, *_ = sliced(written)
         if _LOCAL.fullmatch(item) and not os.path.lexists(os.path.expanduser(item)):  # noqa: PTH111
             raise place.error(f"no such file or directory: {item}", hint="Paths are relative to where you are.")
 
@@ -201,7 +211,7 @@ def _renamed(
     suffix: str,
     settings: Mapping[str, Value],
     known: set[str],
-    names: Mapping[str, int],
+    names: Mapping[str, Step],
     commands: Commands,
 ) -> Iterator[Job]:
     """Yield the jobs of one round of a loop with settings: "healed" becomes "healed-0", in references too."""
@@ -225,7 +235,7 @@ def _with_name(item: str, own: Mapping[str, str]) -> str:
 
 
 def _rounds(
-    loop: Loop, settings: Mapping[str, Value], known: set[str], names: Mapping[str, int], commands: Commands
+    loop: Loop, settings: Mapping[str, Value], known: set[str], names: Mapping[str, Step], commands: Commands
 ) -> Rounds:
     """Return the jobs of a loop with a condition. Its steps may continue steps of the same names before it."""
     seen = set(known)

@@ -10,6 +10,7 @@ from typing import Any
 from surgeon.checkpoint.source import CONFIG
 from surgeon.errors import OutputError
 from surgeon.surgery import open_source
+from surgeon.text import sliced
 
 _PIECE = 1 << 20
 
@@ -37,6 +38,9 @@ class Identities:
 
         A model on the Hub is its commit; that is asked for where `is_model`.
         """
+        name, *edges = sliced(item)
+        if name != item:
+            return [self.of(name), *edges]
         path = Path(os.path.expanduser(item))  # noqa: PTH111  # Path.expanduser raises for ~name of an unknown user
         if os.path.isdir(path):  # noqa: PTH112  # Path.is_dir raises for a name that is too long
             if (path / CONFIG).is_file():

@@ -1,7 +1,8 @@
 """A recipe as it is written: the settings and steps of a YAML file, each value with its line.
 
 Values stay the text that was written, as if typed on the command line: 1e-4 and +2 reach a command unchanged. Only
-true, false and null are more than text. There is no templating: `$name`, standing alone, is a setting.
+true, false and null are more than text. There is no templating: `$name`, standing alone, is a setting; with a slice,
+`$name[:90%]`, a part of the data that it names.
 """
 
 import math
@@ -18,7 +19,7 @@ MOST_BYTES = 1_000_000  # of a recipe; PyYAML reads some 100 kB a second
 MOST_ROUNDS = 1000
 Form = Literal["text", "list", "true", "false", "null"]
 _NAME = re.compile(r"[A-Za-z0-9][\w-]{0,63}")  # of a step: a directory is named after it
-_SETTING = re.compile(r"\$([A-Za-z_][\w-]*)")
+_SETTING = re.compile(r"\$([A-Za-z_][\w-]*)(\[\d*%?:\d*%?\])?")  # with a slice, of data
 _COMPARED = re.compile(r"\s*(<=|>=|==|<|>)\s*(\S+)\s*")
 _TOP, _OF_STEP = ("settings", "steps"), ("name", "require")
 _OF_LOOP = ("until", "at-most", "with", "steps")
@@ -160,7 +161,7 @@ def _setting(item: str, place: Place, settings: Mapping[str, Value]) -> Value | 
     found = settings[named[1]]
     if found.form == "null":
         raise place.error(f"{named[1]} has no value", hint=f"Give one: --set {named[1]}=VALUE")
-    return found
+    return replace(found, items=tuple(f"{entry}{named[2]}" for entry in found.items)) if named[2] else found
 
 
 def _given(given: Sequence[str], settings: Mapping[str, Value]) -> dict[str, Value]:
