@@ -198,7 +198,7 @@ class Runner:
         extra: list[str] = []
         if "resume" in keys and redo != "anew":
             extra.append("--resume")
-        elif "overwrite" in keys and redo != "begin":  # what a killed run may have written whole, or what is replaced
+        if "overwrite" in keys and redo != "begin":  # what a killed run may have written whole, or what is replaced
             extra.append("--overwrite")
         if len(chain) == 1:
             return self.commands.run(last.command, [*extra, *words[-1]])
