@@ -30,6 +30,7 @@ from surgeon.verbs.generate import Generation as Generation
 from surgeon.verbs.generate import generate as generate
 from surgeon.verbs.gist import add_gist as add_gist
 from surgeon.verbs.grow import grow as grow
+from surgeon.verbs.init import init as init
 from surgeon.verbs.inspect import Inspection as Inspection
 from surgeon.verbs.inspect import inspect as inspect
 from surgeon.verbs.prune import Pruning as Pruning
