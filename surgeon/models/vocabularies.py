@@ -42,7 +42,7 @@ def word_tokenizer(words: Sequence[str]) -> dict[str, bytes]:
         single=f"{BEGIN} $A", pair=f"{BEGIN} $A $B", special_tokens=[(BEGIN, vocabulary[BEGIN])]
     )
     names = ("pad_token", "bos_token", "eos_token", "unk_token")
-    return _files(tokenizer, dict(zip(names, special, strict=True)))
+    return _files(tokenizer, dict(zip(names, special, strict=True)), clean_up_tokenization_spaces=False)
 
 
 def _characters() -> list[str]:
