@@ -347,6 +347,7 @@ def test_a_checkpoint_is_made_again_from_its_receipt_byte_for_byte(here: Path, r
         "more": lambda: surgeon.grow(surgeon.truncate("toy", layers=3), layers=5, donor="toy"),
         "chain": lambda: surgeon.add_gist(surgeon.truncate("toy", layers=4), tokens=2),
         "less": lambda: surgeon.prune("toy", layers=4, intermediate_size=40, **few),
+        "new": lambda: surgeon.init("gpt2", set=["n_layer=2", "n_embd=32", "n_head=4"], tokenizer="bytes", seed=4),
         "seeded": lambda: surgeon.prune("toy", layers=4, attention_heads=4, score="random", seed=7),
     }
     for name, make in recipes.items():

@@ -24,6 +24,8 @@ from surgeon.starter import held_pipe
 from surgeon.surgery import Draft, Surgery
 
 KINDS = {"integer": "integer", "float": "number", "boolean": "switch"}
+WORDS = ("[TEXT]", "TEXT", "KIND")  # arguments that name nothing to read
+NO_MODELS = {"DATA", "FILE", "DIR", "CONFIG", "SRC"}  # what options name that read no model
 OWN = ("run", "plot")  # commands that are no steps: the report draws the runs of all steps
 
 
@@ -46,12 +48,13 @@ class CommandLine:
         return bool(_verb(command).plans)
 
     def continues(self, command: str) -> bool:
-        return not _verb(command).reads_weights
+        return not _verb(command).begins
 
-    def repeat(self, command: str, step: Mapping[str, Any], model: Surgery) -> Surgery:
+    def repeat(self, command: str, step: Mapping[str, Any], model: Surgery | None) -> Surgery:
         function = _planner(command)
         known = inspect.signature(function).parameters
-        return function(model, **{name: value for name, value in step.items() if name in known})
+        options = {name: value for name, value in step.items() if name in known}
+        return function(**options) if model is None else function(model, **options)
 
     def plan(self, command: str, words: Sequence[str], model: Surgery | None, *, measure: bool = False) -> Surgery:
         parsed = self._parsed(command, words)
@@ -61,7 +64,8 @@ class CommandLine:
         for group in parsed.values():
             if is_dataclass(group) and not isinstance(group, Writing):
                 values |= {item.name: getattr(group, item.name) for item in fields(group) if item.name in known}
-        return function(parsed["model"] if model is None else model, **values)
+        argument = next(name for name, key in self.keys(command).items() if key.is_argument)
+        return function(parsed[argument] if model is None else model, **values)
 
     def draft(self, command: str, words: Sequence[str], surgery: Surgery) -> Draft:
         return draft_of(surgery, self._parsed(command, words)["writing"])
@@ -141,6 +145,7 @@ def _keys(command: str) -> Mapping[str, Key]:
         is_argument = item.param_type_name == "argument"
         name = item.name.replace("_", "-")
         kind = KINDS.get(item.type.name, "text")
+        reads = (is_argument and item.metavar not in WORDS) or bool(flag and flag.reads)
         found[name] = Key(
             name=name,
             kind=kind,  # type: ignore[arg-type]
@@ -150,7 +155,8 @@ def _keys(command: str) -> Mapping[str, Key]:
             is_list=bool(item.multiple) if not is_argument else item.nargs == -1,
             is_argument=is_argument,
             is_required=bool(item.required),
-            reads=(is_argument and name != "text") or bool(flag and flag.reads),
+            reads=reads,
+            is_model=reads and not set(str(item.metavar).split(",")) & NO_MODELS,
             writes=bool(flag and flag.writes) and name != "output",
             decides=not (flag and flag.at_resume),
         )

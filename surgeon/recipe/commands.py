@@ -31,7 +31,8 @@ class Key:
     """An option of a command, or its argument, as a recipe spells it.
 
     `flag` turns it on, `off` turns a switch off where that has a spelling. `reads` marks what names files, models or
-    data that are read; `writes` what names a file to write; `decides` is False for what changes no number.
+    data that are read, `is_model` models; `writes` what names a file to write; `decides` is False for what changes no
+    number.
     """
 
     name: str
@@ -43,6 +44,7 @@ class Key:
     is_argument: bool = False
     is_required: bool = False
     reads: bool = False
+    is_model: bool = False
     writes: bool = False
     decides: bool = True
     choices: tuple[str, ...] = ()
@@ -88,8 +90,11 @@ class Commands(Protocol):
         It is planned from headers, unless `measure`: then scores are taken.
         """
 
-    def repeat(self, command: str, step: Mapping[str, Any], model: Surgery) -> Surgery:
-        """Return the surgery that a step of a receipt describes: its entries are the options that decided it."""
+    def repeat(self, command: str, step: Mapping[str, Any], model: Surgery | None) -> Surgery:
+        """Return the surgery that a step of a receipt describes, on a model, or of None where it begins without one.
+
+        The step's entries are the options that decided it.
+        """
 
     def draft(self, command: str, words: Sequence[str], surgery: Surgery) -> Draft:
         """Return the result that a surgery would write with the command's options for writing."""

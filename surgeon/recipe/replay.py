@@ -65,16 +65,18 @@ def replay(path: Path, output: Path | None, commands: Commands, say: Say, *, ove
             raise RecipeError(
                 f"{path}: the step {name} is not replayed", hint=f"Type it again: {record.get('command')}"
             )
-    model, revision = _source(record["source"], path)
+    begun = "config" in record["source"]  # without a model
+    model, revision = ("", None) if begun else _source(record["source"], path)
     if steps[-1][0] == TRAINED:
         if dry_run:
             return Replay(output=target, original=original, steps=(TRAINED,), differing=())
         _train(steps[-1][1], model, record["options"], target, commands, path, overwrite=overwrite)
     else:
-        surgery = open_model(model, revision=revision)
+        surgery = None if begun else open_model(model, revision=revision)
         for name, step in steps:
             is_cut = name == "prune"  # decided by scores, and what they chose is in the receipt
-            surgery = _pruned(surgery, step, original) if is_cut else commands.repeat(name, step, surgery)
+            surgery = _pruned(surgery, step, original) if is_cut and surgery else commands.repeat(name, step, surgery)
+        assert surgery is not None, "a receipt has steps"
         options = {
             key: record["options"][key] for key in ("dtype", "max_shard_size", "block") if key in record["options"]
         }

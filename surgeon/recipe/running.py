@@ -285,7 +285,7 @@ class Runner:
                 continue
             if key.reads and value.form in ("text", "list"):
                 named = job.references.get(option, ())
-                found[option] = [self._identity(item, named, is_model=not key.is_list) for item in value.items]
+                found[option] = [self._identity(item, named, is_model=key.is_model) for item in value.items]
             else:
                 found[option] = str(value)
         return found

@@ -23,7 +23,9 @@ _SIZE = "a number or 2x"
 class GrowOptions:
     """The options of `grow`."""
 
-    layers: int | str | None = option("Layers of the result: a number, 2x or 150%.", None, metavar="N")
+    layers: int | str | None = option(
+        "Layers of the result: a number, 2x, 150%, or +2: two more than there are.", None, metavar="N"
+    )
     depth_method: str = option(
         "New layers: identity (keeps the function), stack, interleave, solar or interpolate (these do not).",
         "identity",
