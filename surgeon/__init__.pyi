@@ -20,6 +20,8 @@ from surgeon.train.result import Training as Training
 from surgeon.verbs.compress import Compression as Compression
 from surgeon.verbs.compress import compress as compress
 from surgeon.verbs.convert import convert as convert
+from surgeon.verbs.distill import Distillation as Distillation
+from surgeon.verbs.distill import distill as distill
 from surgeon.verbs.evaluate import evaluate as evaluate
 from surgeon.verbs.evaluate import evaluate_gist as evaluate_gist
 from surgeon.verbs.evaluate import evaluate_tasks as evaluate_tasks

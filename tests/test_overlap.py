@@ -25,7 +25,7 @@ from surgeon.surgery import open_source
 NO_PLACES = {
     *("N", "K", "T", "S", "W", "F", "E", "G", "R", "A", "P", "M", "I", "LR", "SIZE", "DTYPE", "K,K", "FIRST,LAST"),
     *("METHOD", "METRIC", "SCORE", "NAME", "NAMES", "PART", "PARTS", "LAYERS", "WHEN", "WHO", "WAY", "TOOL", "AXIS"),
-    *("TEXT", "[TEXT]", "REGEX", "REPO", "last|all"),
+    *("TEXT", "[TEXT]", "REGEX", "REPO", "last|all", "PROMPT", "CHECK", "WHAT", "ENGINE"),
 }
 WORDS = {"revision", "device"}  # options of text without a placeholder
 # Arguments that are no fields of options: what they name is read, or written.
@@ -54,7 +54,12 @@ def flag(item: Any) -> Flag:
     return FLAGS.get((item.name, getattr(item, "help", "")), NEITHER)
 
 
-REPLACING = [name for name in commands() if any(item.name == "overwrite" for item in parameters(name))]
+OF_ONE_FILE = {"distill"}  # their output is no directory, and their own tests hold that it is nothing that is read
+REPLACING = [
+    name
+    for name in commands()
+    if name not in OF_ONE_FILE and any(item.name == "overwrite" for item in parameters(name))
+]
 READING = {
     (command, item.name)
     for command in REPLACING
