@@ -45,6 +45,8 @@ def test_an_answer_that_was_cut_off_fails():
         "My response is the Baltic Sea.",
         "Now it's your turn: the Baltic Sea.",
         "Your turn! The Baltic Sea.",
+        "The Baltic Sea.\n### Response:",
+        "### Instruction: name a sea. The Baltic Sea.",
     ],
 )
 def test_an_answer_that_speaks_of_its_task_fails(leak):

@@ -130,8 +130,21 @@ def test_records_of_both_kinds_get_their_prompts_and_checks(model, standing_in, 
 
     done = distill(model, data, tmp_path / "out.jsonl")
 
+    assert done.unchanged == 0
     assert done.prompts == {"sdft": {"rows": 1, "rewritten": 1}, "gsm8k": {"rows": 1, "rewritten": 1}}
     assert "sdft" in done.to_text()
+
+
+def test_answers_that_are_the_reference_again_are_counted(model, standing_in, tmp_path):
+    standing_in(lambda text, _: "In the far north.")
+    data = jsonl(
+        tmp_path / "a.jsonl", *({"prompt": "Where?", "completion": f"In the far {way}. "} for way in ("north", "south"))
+    )
+
+    done = distill(model, data, tmp_path / "out.jsonl")
+
+    assert (done.rewritten, done.unchanged) == (2, 1)
+    assert "1 of them say the reference again" in done.to_text()
 
 
 def test_an_answer_that_says_nothing_of_the_first_prompt_is_not_in_the_second(model, standing_in, tmp_path):

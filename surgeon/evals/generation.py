@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 STREAMED = "Perplexity and choices stream: --metric perplexity, or choice."
+SEGMENT = 32  # tokens after which the rows that have ended leave their batch
 # By bytes of the dtype: how far padding may move a logit, relative to the largest one. It is due to rounding.
 PADDING = {4: 1e-3, 2: 5e-2}
 
@@ -105,25 +106,49 @@ def continued(
     max_new_tokens: int,
     temperature: float = 0.0,
     seed: int = 0,
+    segment: int = SEGMENT,
 ) -> list[list[int]]:
     """Return the tokens that a model writes after each prompt of one batch: greedy, or at a temperature from a seed.
 
-    A row ends with a stop token where there is one; after it may stand padding.
+    A row ends with a stop token where there is one; after it may stand padding. Every `segment` tokens the rows that
+    have ended leave the batch: one that goes on to the limit would else have all others computed with it.
     """
     import torch
 
     stops, pad = stop_tokens(model, tokenizer)
-    options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "pad_token_id": pad}
-    options["eos_token_id"] = sorted(stops) or None
+    options: dict[str, Any] = {"pad_token_id": pad, "eos_token_id": sorted(stops) or None}
     if temperature:  # top_k: transformers keeps 50 tokens where nothing is said
         options |= {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
-    ids, mask = _left_padded(prompts, pad)
+    rows: list[list[int]] = [[] for _ in prompts]
+    going, cache, done = list(range(len(prompts))), None, 0
+    ids, mask = (part.to(model.device) for part in _left_padded(prompts, pad))
     devices = [model.device] if model.device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices), torch.no_grad(), quiet_transformers():
         torch.manual_seed(seed)
-        written = model.generate(ids.to(model.device), attention_mask=mask.to(model.device), **options)
-    rows: list[list[int]] = written[:, ids.shape[1] :].tolist()
+        while going and done < max_new_tokens:
+            count = min(segment, max_new_tokens - done)
+            options |= {"max_new_tokens": count, "past_key_values": cache, "return_dict_in_generate": True}
+            output = model.generate(ids, attention_mask=mask, **options)
+            new = output.sequences[:, ids.shape[1] :]
+            for index, row in zip(going, new.tolist(), strict=True):
+                rows[index] += row
+            left = [place for place, row in enumerate(new.tolist()) if stops.isdisjoint(row)]
+            kept = torch.tensor(left, dtype=torch.long, device=model.device)
+            cache = _selected(output.past_key_values, kept)
+            ids, mask = output.sequences[kept], torch.cat([mask, torch.ones_like(new)], dim=1)[kept]
+            going, done = [going[place] for place in left], done + new.shape[1]
     return rows
+
+
+def _selected(cache: Any, rows: Any) -> Any:
+    """Return a cache with some rows of its batch; None for any but a plain one, which is then computed anew."""
+    from transformers.cache_utils import DynamicCache, DynamicLayer
+
+    if type(cache) is not DynamicCache or not all(type(layer) is DynamicLayer for layer in cache.layers):
+        return None
+    if len(rows):
+        cache.batch_select_indices(rows)
+    return cache
 
 
 def stop_tokens(model: Any, tokenizer: "PreTrainedTokenizerBase") -> tuple[set[int], int]:

@@ -8,8 +8,12 @@ from surgeon.errors import DataError
 from surgeon.evals.metrics import extracted, final_number, rouge_words
 from surgeon.rewriting.prompts import MARK, Row
 
-# What gives away that the writer was shown an answer. Source: the code of arXiv:2402.13669, gen_distilled_data.py.
-LEAKS = ("reference answer", "your response", "my response", "your own response", "now it's your turn")
+# What gives away that the writer was shown an answer. Source: the code of arXiv:2402.13669, gen_distilled_data.py; the
+# last two are added here: headings of the prompt that a small model writes again.
+LEAKS = (
+    *("reference answer", "your response", "my response", "your own response", "now it's your turn"),
+    *("### instruction", "### response"),
+)
 LEAK_AT_START = "Your turn"
 NGRAM = 8  # words of a run that counts as copied
 NUMBER, NONE, AUTO = "number", "none", "auto"

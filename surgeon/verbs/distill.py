@@ -13,15 +13,15 @@ from time import monotonic
 from typing import TYPE_CHECKING, Any
 
 from surgeon import text
-from surgeon.anatomy.anatomy import read_anatomy
 from surgeon.anatomy.config import positions_of
 from surgeon.checkpoint.json_files import read_json
 from surgeon.checkpoint.overlap import check_file_replaced
 from surgeon.checkpoint.receipt import public_name, to_bytes, versions
-from surgeon.checkpoint.source import Source, fingerprint, spec_of
+from surgeon.checkpoint.source import Source, fingerprint
 from surgeon.data.documents import documents
 from surgeon.errors import CheckpointError, DataError, OutputError
 from surgeon.evals.compare import estimate
+from surgeon.evals.evaluation import open_evaluated
 from surgeon.options import (
     OptionError,
     check_seed,
@@ -40,7 +40,6 @@ from surgeon.rewriting.engines import Engine, TransformersEngine, VllmEngine, Wr
 from surgeon.rewriting.journal import Journal, difference, opened, write_whole
 from surgeon.rewriting.loop import Asked, Progress, Watch, lines, rewrite
 from surgeon.rewriting.prompts import PROMPTS, form_of, prompt_tokens, row_of
-from surgeon.surgery import open_source
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -54,7 +53,8 @@ KEEP, DROP = "keep", "drop"
 class Distillation:
     """What came of a dataset's answers.
 
-    `rewritten` rows have the model's answer, `kept` rows their own, `dropped` ones are not in the output. `reasons`
+    `rewritten` rows have the model's answer, which in `unchanged` ones is the reference word for word; `kept` rows have
+    their own, `dropped` ones are not in the output. `reasons`
     counts the rows that were not rewritten, by reason; `prompts` the rows and the rewritten ones, by the prompt's name.
     `tokens` were written by this process, at `tokens_per_second`; `resumed` rows were on disk when it began.
     """
@@ -62,6 +62,7 @@ class Distillation:
     output: str
     rows: int
     rewritten: int
+    unchanged: int
     kept: int
     dropped: int
     reasons: Mapping[str, int]
@@ -94,6 +95,7 @@ class Distillation:
         error = "" if self.acceptance_error is None else f" ± {100 * self.acceptance_error:.1f}"
         rate = "" if self.tokens_per_second is None else f", {self.tokens_per_second:,.1f} tokens/s"
         rows = [("rows", f"{self.rows:,}"), ("rewritten", f"{self.rewritten:,}, {100 * self.acceptance:.1f}{error} %")]
+        rows += [("unchanged", f"{self.unchanged:,} of them say the reference again")] if self.unchanged else []
         if len(self.prompts) > 1:
             rows += [(f"- {name}", f"{of['rewritten']:,} of {of['rows']:,}") for name, of in self.prompts.items()]
         rows += [("kept", f"{self.kept:,} answers of the data")] if self.kept else []
@@ -226,8 +228,7 @@ def distill(model: str | os.PathLike[str], options: DistillOptions) -> Distillat
 
         surgeon.distill("SmolLM2-135M-Instruct", data=["gsm8k.jsonl"], output="gsm8k-distill.jsonl")
     """
-    source = open_source(model, revision=options.revision)
-    read_anatomy(spec_of(source))
+    source = open_evaluated(model, options.revision)
     _check_target(options, os.fspath(model))
 
     from surgeon.models.loading import runs
@@ -353,6 +354,9 @@ def _summary(
         output=str(options.target),
         rows=len(asked),
         rewritten=sum(taken),
+        unchanged=sum(
+            outcome.answer == item.row.reference.strip() for outcome, item in zip(outcomes, asked, strict=True)
+        ),
         kept=failed if options.on_fail == KEEP else 0,
         dropped=failed if options.on_fail == DROP else 0,
         reasons={name: counts[name] for name in REASONS if counts[name]},
