@@ -26,6 +26,7 @@ NO_PLACES = {
     *("N", "K", "T", "S", "W", "F", "E", "G", "R", "A", "P", "M", "I", "LR", "SIZE", "DTYPE", "K,K", "FIRST,LAST"),
     *("METHOD", "METRIC", "SCORE", "NAME", "NAMES", "PART", "PARTS", "LAYERS", "WHEN", "WHO", "WAY", "TOOL", "AXIS"),
     *("TEXT", "[TEXT]", "REGEX", "REPO", "last|all", "KIND", "KEY=VALUE", "NAME=VALUE", "STEP"),
+    *("PROMPT", "CHECK", "WHAT", "ENGINE"),
 }
 WORDS = {"revision", "device"}  # options of text without a placeholder
 # Arguments that are no fields of options: what they name is read, or written.
@@ -61,9 +62,13 @@ def flag(item: Any) -> Flag:
     return FLAGS.get((item.name, getattr(item, "help", "")), NEITHER)
 
 
-# `run` replaces the outputs of its steps, each by a command of these.
+# The output of these is no directory: the tests of `distill` hold that it is nothing that is read, and `run` replaces
+# the outputs of its steps, each by a command of the others.
+OF_OTHER_KINDS = {"distill", "run"}
 REPLACING = [
-    name for name in commands() if name != "run" and any(item.name == "overwrite" for item in parameters(name))
+    name
+    for name in commands()
+    if name not in OF_OTHER_KINDS and any(item.name == "overwrite" for item in parameters(name))
 ]
 READING = {
     (command, item.name)
