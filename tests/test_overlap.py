@@ -25,11 +25,11 @@ from surgeon.surgery import open_source
 NO_PLACES = {
     *("N", "K", "T", "S", "W", "F", "E", "G", "R", "A", "P", "M", "I", "LR", "SIZE", "DTYPE", "K,K", "FIRST,LAST"),
     *("METHOD", "METRIC", "SCORE", "NAME", "NAMES", "PART", "PARTS", "LAYERS", "WHEN", "WHO", "WAY", "TOOL", "AXIS"),
-    *("TEXT", "[TEXT]", "REGEX", "REPO", "last|all"),
+    *("TEXT", "[TEXT]", "REGEX", "REPO", "last|all", "KEY=VALUE", "WORDS", "KIND"),
 }
 WORDS = {"revision", "device"}  # options of text without a placeholder
 # Arguments that are no fields of options: what they name is read, or written.
-READ = {"model", "source", "runs", "input_file", "prompt_file"}
+READ = {"model", "source", "config", "runs", "input_file", "prompt_file"}
 WRITTEN = {("plot", "output"), ("prune", "plot")}
 
 
@@ -82,6 +82,8 @@ CASES: dict[tuple[str, str], list[str]] = {
     ("prune", "like"): ["{model}", "--score", "uniform", "--like", "{out}"],
     ("prune", "data"): ["{model}", "--layers", "2", "--data", "{out}/text.txt"],
     ("prune", "scores_from"): ["{model}", "--layers", "2", "--score", "last", "--scores-from", "{out}/scores.json"],
+    ("init", "config"): ["{out}/config.json"],
+    ("init", "tokenizer"): ["{model}", "--tokenizer", "{out}"],
     ("convert", "source"): ["{out}/pytorch_model.bin"],
     ("finetune", "model"): ["{out}", "--data", "{text}"],
     ("finetune", "data"): ["{model}", "--data", "{text}", "--data", "{out}/text.txt"],
@@ -91,7 +93,8 @@ CASES: dict[tuple[str, str], list[str]] = {
     ("compress", "adapter"): ["{model}", "--prompt", "be brief", "--adapter", "{out}/adapter"],
     ("compress", "prompt_file"): ["{model}", "--prompt-file", "{out}/text.txt"],
 }
-NAMES = {"model": "MODEL", "source": "SRC"}
+NAMES = {"model": "MODEL", "source": "SRC", "config": "CONFIG"}
+SLOW = ("convert", "init")  # they import torch
 
 
 def test_every_option_that_reads_is_tried():
@@ -125,6 +128,11 @@ def made_for(command: str, option: str, model: Path, out: Path) -> None:
         (out / "model.safetensors").unlink()
         tensors = {name: torch.zeros(spec.shape) for name, spec in llama(layers=4).items()}
         torch.save(tensors, out / "pytorch_model.bin")
+    if option == "tokenizer":
+        from surgeon.models.vocabularies import byte_tokenizer
+
+        for name, content in byte_tokenizer().items():
+            (out / name).write_bytes(content)
     if option == "like":
         checkpoint(model, tensors=llama(layers=6), num_hidden_layers=6)
     if option == "scores_from":
@@ -135,7 +143,7 @@ def made_for(command: str, option: str, model: Path, out: Path) -> None:
 
 @pytest.mark.parametrize(
     ("command", "option"),
-    [pytest.param(*case, marks=pytest.mark.slow if case[0] == "convert" else ()) for case in CASES],
+    [pytest.param(*case, marks=pytest.mark.slow if case[0] in SLOW else ()) for case in CASES],
 )
 def test_what_an_option_reads_is_not_replaced(command, option, run, places, tmp_path):
     made_for(command, option, Path(places["model"]), Path(places["out"]))
