@@ -45,11 +45,15 @@ class Verb:
 
     `keeps_function`: the result computes what its source computes, unless the plan names a reason (`Plan.approximate`).
     `counts_layers`: its results are named by their depth. `cuts_end`: it removes the last layers of its source.
+    `plans` is the function that returns its surgery, "" where there is none; of a surgery that is not written yet it
+    continues that, unless the verb `begins`: by its scores, or without a model.
     """
 
     keeps_function: bool = False
     counts_layers: bool = False
     cuts_end: bool = False
+    plans: str = ""
+    begins: bool = False
 
 
 def verb_named(name: str) -> Verb:

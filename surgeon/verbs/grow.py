@@ -15,7 +15,7 @@ from surgeon.transforms.deepen import donate
 from surgeon.transforms.grow import grow as plan_grow
 from surgeon.transforms.grow import grown_depth
 
-VERB = Verb(keeps_function=True, counts_layers=True)
+VERB = Verb(keeps_function=True, counts_layers=True, plans="grow")
 _SIZE = "a number or 2x"
 
 

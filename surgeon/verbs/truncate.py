@@ -16,7 +16,7 @@ def _parts(text: str) -> list[str]:
     return [] if text.strip() == NONE else words(text)
 
 
-VERB = Verb(counts_layers=True, cuts_end=True)
+VERB = Verb(counts_layers=True, cuts_end=True, plans="truncate")
 
 
 @dataclass(frozen=True, kw_only=True)
