@@ -83,7 +83,7 @@ CASES: dict[tuple[str, str], list[str]] = {
     ("prune", "data"): ["{model}", "--layers", "2", "--data", "{out}/text.txt"],
     ("prune", "scores_from"): ["{model}", "--layers", "2", "--score", "last", "--scores-from", "{out}/scores.json"],
     ("init", "config"): ["{out}/config.json"],
-    ("init", "tokenizer"): ["{model}", "--tokenizer", "{out}"],
+    ("init", "tokenizer"): ["gpt2", "--tokenizer", "{out}"],
     ("convert", "source"): ["{out}/pytorch_model.bin"],
     ("finetune", "model"): ["{out}", "--data", "{text}"],
     ("finetune", "data"): ["{model}", "--data", "{text}", "--data", "{out}/text.txt"],
@@ -128,6 +128,8 @@ def made_for(command: str, option: str, model: Path, out: Path) -> None:
         (out / "model.safetensors").unlink()
         tensors = {name: torch.zeros(spec.shape) for name, spec in llama(layers=4).items()}
         torch.save(tensors, out / "pytorch_model.bin")
+    if command == "init":
+        edit_config(out, head_dim=4)  # transformers wants an even one
     if option == "tokenizer":
         from surgeon.models.vocabularies import byte_tokenizer
 
