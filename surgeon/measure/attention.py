@@ -73,8 +73,8 @@ def _energies(maps: Tensor) -> Tensor:
     gram = maps @ maps.mT
     with one_thread():
         try:
-            values = torch.linalg.eigvalsh(gram)
-        except torch.linalg.LinAlgError:
+            values: Tensor = torch.linalg.eigvalsh(gram)
+        except RuntimeError:  # LinAlgError
             values = torch.linalg.eigvalsh(gram.double())
     return values.double().clamp(min=0).flip(-1)
 
@@ -89,7 +89,7 @@ def _count(parts: Tensor, share: float) -> Tensor:
 def _entropy(maps: Tensor) -> Tensor:
     """Return the mean over rows but the first of the entropy of row i over log i, the most that i weights can have."""
     places = torch.arange(2, maps.shape[-1] + 1).log()
-    rows = -torch.special.xlogy(maps, maps).sum(-1)[..., 1:]
+    rows: Tensor = -torch.special.xlogy(maps, maps).sum(-1)[..., 1:]
     return (rows / places).mean(-1).double()
 
 
@@ -113,7 +113,9 @@ def calibration(length: int, energy: float) -> dict[str, dict[str, float]]:
         "previous token": own[(places - 1).clamp(min=0)],
         "self": own,
     }
-    return {name: dict(zip(MEASURES, measures_of(map_, energy).tolist(), strict=True)) for name, map_ in patterns.items()}
+    return {
+        name: dict(zip(MEASURES, measures_of(map_, energy).tolist(), strict=True)) for name, map_ in patterns.items()
+    }
 
 
 class AttentionMaps(Watcher):

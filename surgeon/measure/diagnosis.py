@@ -40,10 +40,11 @@ class Measured:
 
 
 def measure(
-    source: Source, tokens: Tensor, *, energy: float, skip: bool, device: str, meter: Meter | None = None
+    source: Source, tokens: Tensor, *, energy: float, skip_rows: int, device: str, meter: Meter | None = None
 ) -> Measured:
     """Return the figures of a model on rows of tokens, shape (R, T), computed in float32.
 
+    Losses without layers are taken on the first `skip_rows` rows, which may be none.
     Before that the logits of one row under the attention whose maps are seen are compared with those of the model as it
     is. Raises MeasureError where they differ, and for a model whose maps cannot be seen.
     """
@@ -56,7 +57,7 @@ def measure(
         progress = began("looking at attention", tokens.numel(), model.depth)
         observe(model, tokens, [influence], watchers=[maps], progress=progress)
     found = maps.of_layers()
-    losses = _losses(model, tokens, maps, began) if skip else None
+    losses = _losses(model, tokens[:skip_rows], maps, began) if skip_rows else None
     layers = range(model.depth)
     return Measured([found.get(layer) for layer in layers], influence.block_influence(), losses)
 

@@ -269,9 +269,7 @@ def removal_curve(
     return perplexities(losses_without(model, tokens, [frozenset(dropped) for dropped in removed], progress=progress))
 
 
-def streamed_model(
-    source: Source, device: str, *, resident: bool, dtype: torch.dtype | None = None
-) -> StreamedModel:
+def streamed_model(source: Source, device: str, *, resident: bool, dtype: torch.dtype | None = None) -> StreamedModel:
     """Return the model; with `resident` its weights stay in memory once they are read, where memory allows."""
     dtype = dtype or compute_dtype(source, device)
     size = sum(item.spec.num_parameters for item in source.tensors.values()) * dtype.itemsize
@@ -400,12 +398,12 @@ def row_sums(head: Callable[[Tensor], Tensor], batch: Batch, states: Tensor, cou
     chosen = counted.to(states.device)
     flat, targets = states[:, :-1][chosen], batch.tokens[:, 1:][chosen]
     size = min(head_tokens(states.device), batch.tokens.shape[1])  # no more than the model has positions for
-    losses = [
-        nn.functional.cross_entropy(head(flat[at : at + size]).float(), targets[at : at + size], reduction="none")
-        for at in range(0, len(flat), size)
-    ]
-    rows = counted.cpu().nonzero()[:, 0]
-    return torch.zeros(len(counted), dtype=torch.float64).index_add_(0, rows, torch.cat(losses).cpu().double())
+    rows, sums = counted.cpu().nonzero()[:, 0], torch.zeros(len(counted), dtype=torch.float64)
+    for at in range(0, len(flat), size):
+        logits, few = head(flat[at : at + size]).float(), slice(at, at + size)
+        losses = nn.functional.cross_entropy(logits, targets[few], reduction="none")
+        sums.index_add_(0, rows[few], losses.cpu().double())
+    return sums
 
 
 def mean_loss(total: float, count: int) -> float:
