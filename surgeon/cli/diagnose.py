@@ -1,7 +1,5 @@
 """`surgeon diagnose`."""
 
-from dataclasses import replace
-
 from surgeon.cli.command import Debug, Json, Model, Quiet, spread
 from surgeon.cli.terminal import TokenMeter, emit, emit_json
 from surgeon.options import keywords_of
@@ -14,12 +12,11 @@ EXAMPLE = "surgeon diagnose gpt2-large --data text.txt --plot gpt2-large.png"
 @spread
 def diagnose(
     model: Model,
-    options: verb.DiagnoseOptions,
+    options: verb.DiagnosisOptions,
     json: Json = False,
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
     """Show what attention looks at in each layer, and what each layer is worth."""
-    asked = replace(options, meter=TokenMeter(quiet=quiet))
-    diagnosis = verb.diagnose(model, **keywords_of(asked))
+    diagnosis = verb.diagnose(model, **keywords_of(options), meter=TokenMeter(quiet=quiet))
     emit_json(diagnosis.to_dict()) if json else emit(diagnosis.to_text())

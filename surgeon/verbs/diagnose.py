@@ -44,8 +44,8 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class DiagnoseOptions:
-    """The options of `diagnose`."""
+class DiagnosisOptions:
+    """The options of the command `diagnose`."""
 
     data: Sequence[str] = option(
         "Text to look at: .txt, .json, .jsonl, .parquet, Hub dataset. Repeatable.", metavar="DATA", reads=True
@@ -68,7 +68,6 @@ class DiagnoseOptions:
     device: str = device_option()
     revision: str | None = revision_option()
     trust_remote_code: bool = trust_option()
-    meter: "Meter | None" = in_python("A progress meter.")
 
     def __post_init__(self) -> None:
         if not self.data:
@@ -78,6 +77,13 @@ class DiagnoseOptions:
                 raise OptionError(name, f"{flag_of(name)} is {getattr(self, name)}; the least is {least}")
         if not 0 < self.energy < 1:
             raise OptionError("energy", f"--energy is {self.energy}; it lies between 0 and 1, such as 0.9")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DiagnoseOptions(DiagnosisOptions):
+    """The options of `surgeon.diagnose`."""
+
+    meter: "Meter | None" = in_python("A progress meter.")
 
 
 @takes(DiagnoseOptions)
