@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import weakref
 from typing import Any
 
+import every_type
 import pytest
 import toys
 from later import LATER
@@ -180,6 +182,32 @@ def test_layers_without_attention_have_no_maps(toy):
     assert all(len(losses) == 2 for losses in found.losses.layer)
     model = plain(toy("lfm2"))
     assert [has_attention(layer) for layer in toys.stacks(model)[0]] == [False, False, True, False, False, True]
+
+
+def test_linear_attention_has_no_maps_and_does_not_hide_those_beside_it(tmp_path):
+    every_type.build("qwen3_next", tmp_path / "toy")
+
+    found = look(tmp_path / "toy", tokens(2, 20), skip_rows=2)
+
+    kinds = json.loads((tmp_path / "toy/config.json").read_text())["layer_types"]
+    assert [maps is None for maps in found.maps] == [kind == "linear_attention" for kind in kinds]
+    assert {"linear_attention", "full_attention"} == set(kinds)
+
+
+def test_a_family_whose_eager_maps_leave_out_its_sinks_is_refused(tmp_path):
+    every_type.build("granite_swa", tmp_path / "toy")
+
+    with pytest.raises(MeasureError, match="not those that its output was computed with"):
+        look(tmp_path / "toy", tokens(2, 20))
+
+
+def test_layers_that_hand_more_on_than_states_are_diagnosed_without_losses(tmp_path):
+    every_type.build("zaya", tmp_path / "toy")
+
+    with pytest.raises(MeasureError, match="takes 'prev_router_hidden_states'") as refused:
+        look(tmp_path / "toy", tokens(2, 20), skip_rows=1)
+    assert "--skip-samples 0" in str(refused.value.hint)
+    assert any(maps is not None for maps in look(tmp_path / "toy", tokens(2, 20)).maps)
 
 
 def test_maps_that_are_not_those_used_are_refused(toy, monkeypatch):

@@ -1,11 +1,12 @@
 """The figures of a diagnosis: one pass that sees attention maps and states, and one that leaves layers out."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from surgeon.anatomy.config import layer_kinds
 from surgeon.checkpoint.source import Source
 from surgeon.errors import MeasureError
 from surgeon.measure.attention import AttentionMaps
@@ -14,6 +15,8 @@ from surgeon.measure.scoring import Meter, Part, Removed, no_meter, observe, row
 from surgeon.models.maps import HINT, MAPS, SAME, has_attention
 from surgeon.models.streaming import StreamedModel
 from surgeon.models.varlen import attending_by
+
+LINEAR = "linear_attention"  # the kind of layers whose attention has no map: it sums states over tokens
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,26 +54,30 @@ def measure(
     began = meter or no_meter
     model = streamed_model(source, device, resident=True, dtype=torch.float32)
     model.check_predicts()
-    check_maps(model, tokens[:1], energy)
+    names = check_maps(model, tokens[:1], energy)
+    losses = _losses(model, tokens[:skip_rows], names, began) if skip_rows else None
     maps, influence = AttentionMaps(model.label, energy), Influence(model.depth)
     with attending_by(model.whole, MAPS):
         progress = began("looking at attention", tokens.numel(), model.depth)
         observe(model, tokens, [influence], watchers=[maps], progress=progress)
     found = maps.of_layers()
-    losses = _losses(model, tokens[:skip_rows], maps, began) if skip_rows else None
-    layers = range(model.depth)
-    return Measured([found.get(layer) for layer in layers], influence.block_influence(), losses)
+    return Measured([found.get(layer) for layer in range(model.depth)], influence.block_influence(), losses)
 
 
-def check_maps(model: StreamedModel, row: Tensor, energy: float) -> None:
-    """Raises MeasureError unless the maps of each attention are seen, and logits are those of the model as it is."""
+def check_maps(model: StreamedModel, row: Tensor, energy: float) -> Mapping[int, str]:
+    """Return the path of the attention in each layer that has one, such as "self_attn".
+
+    Raises MeasureError unless the maps of each attention are seen, and logits are those of the model as it is.
+    """
     maps = AttentionMaps(model.label, energy)
     plain = _logits(model, row, maps=None)
     with attending_by(model.whole, MAPS):
         probed = _logits(model, row, maps=maps)
     unseen = [layer for layer in range(model.depth) if layer not in maps.names]
+    kinds = layer_kinds(model.anatomy.spec.config, model.depth)
     for layer in unseen:
-        if has_attention(model.module(layer)):
+        is_linear = kinds is not None and kinds[layer] == LINEAR
+        if has_attention(model.module(layer)) and not is_linear:
             raise MeasureError(
                 f"layer {layer} of {model.label} computes attention by code of its own, which shows no maps", hint=HINT
             )
@@ -83,6 +90,7 @@ def check_maps(model: StreamedModel, row: Tensor, energy: float) -> None:
             "rounding",
             hint=HINT,
         )
+    return maps.names
 
 
 def _logits(model: StreamedModel, row: Tensor, *, maps: AttentionMaps | None) -> Tensor:
@@ -102,15 +110,20 @@ def _logits(model: StreamedModel, row: Tensor, *, maps: AttentionMaps | None) ->
             return head(batch.hidden).float()
 
 
-def _losses(model: StreamedModel, tokens: Tensor, maps: AttentionMaps, meter: Meter) -> Losses:
-    """Return the losses without each layer, and without each layer's attention, from one pass."""
+def _losses(model: StreamedModel, tokens: Tensor, names: Mapping[int, str], meter: Meter) -> Losses:
+    """Return the losses without each layer, and without each layer's attention, from one pass.
+
+    `names` are those of `check_maps`. Raises MeasureError for a model whose layers need more of each other than states.
+    """
     layers = range(model.depth)
-    alone = [layer for layer in layers if "." not in maps.names.get(layer, ".")]
-    attention: list[Removed] = [frozenset({Part(layer, maps.names[layer])}) for layer in alone]
+    alone = [layer for layer in layers if "." not in names.get(layer, ".")]
+    attention: list[Removed] = [frozenset({Part(layer, names[layer])}) for layer in alone]
     choices = [frozenset[int](), *(frozenset({layer}) for layer in layers), *attention]
-    steps = _steps(model.depth, alone)
-    progress = meter("leaving layers out", tokens.numel(), steps)
-    sums, sizes = row_losses_without(model, tokens, choices, progress=progress)
+    progress = meter("leaving layers out", tokens.numel(), _steps(model.depth, alone))
+    try:
+        sums, sizes = row_losses_without(model, tokens, choices, progress=progress)
+    except MeasureError as error:
+        raise MeasureError(str(error), hint="Look at its attention alone: --skip-samples 0.") from error
     whole, *others = sums.tolist()
     of_attention = dict(zip(alone, others[model.depth :], strict=True))
     return Losses(sizes.tolist(), whole, others[: model.depth], [of_attention.get(layer) for layer in layers])

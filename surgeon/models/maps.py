@@ -67,9 +67,9 @@ def _check(module: nn.Module, maps: Tensor | None, value: Tensor, output: Tensor
 
 
 def has_attention(layer: nn.Module) -> bool:
-    """Return whether a part of a layer is attention by its name, or that of its class."""
-    named = (f"{name.rpartition('.')[2]} {type(part).__name__}".lower() for name, part in layer.named_modules())
-    return any("attn" in words or "attention" in words for words in named)
+    """Return whether a part of a layer is attention, by its own name or that of its class."""
+    names = [(name.rpartition(".")[2].lower(), type(part).__name__.lower()) for name, part in layer.named_modules()]
+    return any(name.endswith(("attn", "attention")) or "attn" in kind or "attention" in kind for name, kind in names)
 
 
 AttentionInterface.register(MAPS, attention_with_map)

@@ -48,7 +48,11 @@ def draw_diagnosis(panels: Sequence[Panel]) -> Any:
             shown = _heat_map(axes, panel, measure, scales[measure])
             axes.set(ylabel="head" if column == 0 else "", title=panel.title if row == 0 else "")
             if column == len(panels) - 1:
-                figure.colorbar(shown, ax=grid[row].tolist(), label=labels[measure], pad=0.01)
+                bar = figure.colorbar(shown, ax=grid[row].tolist(), label=labels[measure], pad=0.01)
+                if measure == "rank":
+                    ticks = [tick for tick in (1, 2, 5, 10, 20, 50, 100, 200, 500) if tick <= most]
+                    bar.set_ticks(ticks, labels=[str(tick) for tick in ticks], minor=False)
+                    bar.ax.minorticks_off()
         if has_rises:
             _rises(grid[2][column], panel)
         _influence(grid[-1][column], panel)
