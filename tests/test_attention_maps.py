@@ -44,7 +44,7 @@ SEEN = (
     *("llama", "gpt2", "gpt2-inverse-layer-idx", "gpt_neox", "opt-post-norm", "qwen2", "gemma2", "gemma3_text"),
     *("gpt_oss", "phi3-partial-rotary", "olmo2", "cohere2", "granite", "stablelm-parallel", "deepseek_v3", "mixtral"),
 )
-OWN_CODE = ("bloom", "falcon", "falcon-alibi", "gpt_neo", "gptj", "codegen", "mpt")
+OWN_CODE = ("bloom", "falcon", "falcon-new-decoder", "gpt_neo", "gptj", "codegen", "mpt")
 # Of the largest logit, for both attentions are float32 and add in another order: 2e-6 was the most on any toy.
 CLOSE = 1e-5
 
@@ -114,7 +114,7 @@ def test_a_matrix_on_which_float32_gives_up_has_a_rank():
     assert figures["rank_without_sink"] >= 1
 
 
-@pytest.mark.parametrize("name", SEEN)
+@pytest.mark.parametrize("name", SEEN + OWN_CODE)
 def test_the_measures_are_those_of_the_maps_that_transformers_returns(name, toy):
     ids = tokens(3, 20)
 
@@ -127,7 +127,7 @@ def test_the_measures_are_those_of_the_maps_that_transformers_returns(name, toy)
         torch.testing.assert_close(maps, measures_of(own, 0.9), rtol=1e-4, atol=1e-5)  # states of float32 before it
 
 
-@pytest.mark.parametrize("name", SEEN)
+@pytest.mark.parametrize("name", SEEN + OWN_CODE)
 def test_logits_stay_those_of_the_model_while_its_maps_are_seen(name, toy):
     ids, model = tokens(2, 20), stream(toy(name))
 
@@ -154,10 +154,25 @@ def test_a_layer_divides_its_scores_by_its_number_where_the_model_does(toy):
     assert float(with_scale[5][..., entropy].mean()) > float(without[5][..., entropy].mean())  # by 6: nearly uniform
 
 
-@pytest.mark.parametrize("name", OWN_CODE)
-def test_attention_by_code_of_its_own_is_refused(name, toy):
+@pytest.mark.parametrize("model_type", ["openai-gpt", "rwkv"])
+def test_attention_that_shows_no_maps_is_refused(model_type, tmp_path):
+    every_type.build(model_type, tmp_path / "toy")
+
     with pytest.raises(MeasureError, match="layer 0 of .* computes attention by code of its own"):
-        look(toy(name), tokens(2, 20))
+        look(tmp_path / "toy", tokens(2, 20))
+
+
+def test_a_family_that_computes_something_else_where_it_returns_maps_is_refused(toy):
+    with pytest.raises(MeasureError, match="logits of .* differ by"):  # ALiBi is not scaled as in its usual attention
+        look(toy("falcon-alibi"), tokens(2, 20))
+
+
+@pytest.mark.parametrize("name", ["bloom", "gpt_neo"])
+def test_attention_that_is_no_part_of_its_own_has_no_loss_without_it(name, toy):
+    losses = look(toy(name), tokens(2, 20), skip_rows=2).losses
+
+    assert losses.attention == [None] * 6
+    assert all(sum(rows) != pytest.approx(sum(losses.whole), abs=1e-3) for rows in losses.layer)
 
 
 def test_a_model_without_attention_is_refused(tmp_path):
@@ -286,6 +301,10 @@ OUTPUTS = {
     "granite": "self_attn.o_proj",
     "cohere2": "self_attn.o_proj",
     "deepseek_v3": "self_attn.o_proj",
+    "gptj": "attn.out_proj",
+    "codegen": "attn.out_proj",
+    "falcon": "self_attention.dense",
+    "mpt": "attn.out_proj",
 }
 
 

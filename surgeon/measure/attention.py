@@ -133,7 +133,7 @@ class AttentionMaps(Watcher):
     @contextmanager
     def watch(self, layer: int, module: nn.Module) -> Iterator[None]:
         """Return a context in which the maps of a layer are seen."""
-        with looking(partial(self._look, layer, module)):
+        with looking(module, partial(self._look, layer, module)):
             yield
 
     def of_layers(self) -> dict[int, Tensor]:

@@ -12,7 +12,7 @@ from surgeon.errors import MeasureError
 from surgeon.measure.attention import AttentionMaps
 from surgeon.measure.residual import Influence
 from surgeon.measure.scoring import Meter, Part, Removed, no_meter, observe, row_losses_without, streamed_model
-from surgeon.models.maps import HINT, MAPS, SAME, has_attention
+from surgeon.models.maps import HINT, MAPS, SAME, adds_to_states, has_attention
 from surgeon.models.streaming import StreamedModel
 from surgeon.models.varlen import attending_by
 
@@ -117,6 +117,7 @@ def _losses(model: StreamedModel, tokens: Tensor, names: Mapping[int, str], mete
     """
     layers = range(model.depth)
     alone = [layer for layer in layers if "." not in names.get(layer, ".")]
+    alone = [layer for layer in alone if not adds_to_states(model.module(layer).get_submodule(names[layer]))]
     attention: list[Removed] = [frozenset({Part(layer, names[layer])}) for layer in alone]
     choices = [frozenset[int](), *(frozenset({layer}) for layer in layers), *attention]
     progress = meter("leaving layers out", tokens.numel(), _steps(model.depth, alone))

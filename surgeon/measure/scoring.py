@@ -386,11 +386,8 @@ def losses_of(head: Callable[[Tensor], Tensor], batch: Batch, states: Tensor) ->
 
 def loss_sum(head: Callable[[Tensor], Tensor], batch: Batch, states: Tensor) -> tuple[float, int]:
     """Return the sum of a batch's next-token losses, in nats, and the number of tokens in it."""
-    total, count = 0.0, 0
-    for loss, number in losses_of(head, batch, states):
-        total += float(loss)
-        count += number
-    return total, count
+    counted = targets_of(batch)[1]
+    return float(row_sums(head, batch, states, counted).sum()), int(counted.sum())
 
 
 def row_sums(head: Callable[[Tensor], Tensor], batch: Batch, states: Tensor, counted: Tensor) -> Tensor:

@@ -3,8 +3,10 @@
 transformers knows this attention by the name MAPS. It is the `eager_attention_forward` of the model's own file, so soft
 caps, sinks in the softmax and grouped heads are the model's; the map that it returns is shown and dropped, and never
 handed on. A map that is shown is the one that the output was computed with: it is multiplied with the values again.
+Attention by code of its own (GPT-J, Falcon, BLOOM) is asked for its maps as transformers asks, layer by layer.
 """
 
+import inspect
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -26,13 +28,49 @@ _LOOK: ContextVar[Look | None] = ContextVar("look", default=None)
 
 
 @contextmanager
-def looking(look: Look) -> Iterator[None]:
-    """Return a context in which `look` is shown each map of attention by MAPS."""
+def looking(layer: nn.Module, look: Look) -> Iterator[None]:
+    """Return a context in which `look` is shown each map of a layer, once the model attends by MAPS.
+
+    Attention by code of its own is asked for the map that it returns beside its output.
+    """
     token = _LOOK.set(look)
+    handles = []
+    for part in _innermost(layer):
+        if "output_attentions" in inspect.signature(part.forward).parameters:
+            handles.append(part.register_forward_pre_hook(_ask, with_kwargs=True))
+        handles.append(part.register_forward_hook(_show))
     try:
         yield
     finally:
         _LOOK.reset(token)
+        for handle in handles:
+            handle.remove()
+
+
+def _ask(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    return args, kwargs | {"output_attentions": True}
+
+
+def _show(module: nn.Module, _: tuple[Any, ...], output: Any) -> None:
+    """Show what is a causal map among the outputs of a module. Those of MAPS return none."""
+    look = _LOOK.get()
+    for maps in output[1:] if isinstance(output, tuple) else ():
+        if look is not None and isinstance(maps, Tensor) and _is_causal_map(maps):
+            look(module, maps)
+
+
+def _is_causal_map(maps: Tensor) -> bool:
+    """Return whether each row of a tensor, (B, H, T, T), is weights that sum to 1, none of them after the diagonal."""
+    if maps.ndim != 4 or maps.shape[-1] != maps.shape[-2] or not maps.is_floating_point():
+        return False
+    is_weights = bool((maps >= 0).all()) and not bool(maps.triu(1).any())
+    return is_weights and float((maps.float().sum(-1) - 1).abs().max()) < SAME
+
+
+def _innermost(layer: nn.Module) -> list[nn.Module]:
+    """Return the parts of a layer that are attention and hold no other that is."""
+    named = [part for name, part in layer.named_modules() if part is not layer and _is_attention(name, part)]
+    return [part for part in named if not any(other in named for other in part.modules() if other is not part)]
 
 
 def attention_with_map(
@@ -68,8 +106,17 @@ def _check(module: nn.Module, maps: Tensor | None, value: Tensor, output: Tensor
 
 def has_attention(layer: nn.Module) -> bool:
     """Return whether a part of a layer is attention, by its own name or that of its class."""
-    names = [(name.rpartition(".")[2].lower(), type(part).__name__.lower()) for name, part in layer.named_modules()]
-    return any(name.endswith(("attn", "attention")) or "attn" in kind or "attention" in kind for name, kind in names)
+    return bool(_innermost(layer))
+
+
+def adds_to_states(attention: nn.Module) -> bool:
+    """Return whether an attention adds its output to the states itself (BLOOM's does), so that zeros would end them."""
+    return "residual" in inspect.signature(attention.forward).parameters
+
+
+def _is_attention(name: str, part: nn.Module) -> bool:
+    kind = type(part).__name__.lower()
+    return name.lower().endswith(("attn", "attention")) or "attn" in kind or "attention" in kind
 
 
 AttentionInterface.register(MAPS, attention_with_map)
