@@ -13,13 +13,15 @@ from surgeon.evals.diagnosis import Diagnosis, findings
 
 pytestmark = [pytest.mark.real, pytest.mark.slow, pytest.mark.xdist_group("smollm2"), pytest.mark.timeout(900)]
 
-TEXT = Path(__file__).parents[2] / "LICENSE"
+TEXT = (Path(__file__).parents[2] / "LICENSE").read_text()
 DEPTH, HEADS = 30, 9
 
 
 @pytest.fixture(scope="module")
-def diagnosis(smollm2: Path) -> Diagnosis:
-    return surgeon.diagnose(smollm2, data=[str(TEXT)], samples=12, skip_samples=0, device="cpu")
+def diagnosis(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Diagnosis:
+    text = tmp_path_factory.mktemp("text") / "licence.txt"
+    text.write_text(TEXT)
+    return surgeon.diagnose(smollm2, data=[str(text)], samples=12, skip_samples=0, device="cpu")
 
 
 def share(layers: Any) -> float:
