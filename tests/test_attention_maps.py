@@ -16,6 +16,7 @@ from surgeon.surgery import open_source
 
 if LATER:
     import torch
+    from safetensors.torch import load_file, save_file
     from streamed import mean_loss, plain, stream, tokens
     from torch import Tensor
     from transformers.models.llama import modeling_llama
@@ -235,6 +236,16 @@ def test_maps_that_are_not_those_used_are_refused(toy, monkeypatch):
     monkeypatch.setattr(modeling_llama, "eager_attention_forward", another)
     with pytest.raises(MeasureError, match="not those that its output was computed with"):
         look(toy("llama"), tokens(2, 20))
+
+
+def test_weights_that_are_not_finite_are_refused(tmp_path):
+    toys.build("llama", tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    tensors["model.layers.2.self_attn.v_proj.weight"][0, 0] = torch.nan
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+
+    with pytest.raises(MeasureError, match="LlamaAttention computes numbers that are not finite"):
+        look(tmp_path, tokens(2, 20))
 
 
 def test_logits_that_differ_are_refused(toy, monkeypatch):

@@ -97,6 +97,8 @@ def _check(module: nn.Module, maps: Tensor | None, value: Tensor, output: Tensor
     if maps is None or maps.ndim != 4 or maps.shape[1] % value.shape[1] or maps.shape[-1] != value.shape[-2]:
         shape = None if maps is None else list(maps.shape)
         raise MeasureError(f"{name} returns no map for each of its heads, but {shape}", hint=HINT)
+    if not bool(output.isfinite().all()):
+        raise MeasureError(f"{name} computes numbers that are not finite", hint="Are its weights? Convert it again.")
     values = value.repeat_interleave(maps.shape[1] // value.shape[1], 1)
     again = (maps.to(values.dtype) @ values).transpose(1, 2)
     is_alike = again.numel() == output.numel()
