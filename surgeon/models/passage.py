@@ -197,3 +197,19 @@ def _paused(index: int, forward: Callable[..., Any]) -> Callable[..., Any]:
         return forward(*args, **kwargs) if output is RUN else output
 
     return ask
+
+
+@contextmanager
+def silenced(part: nn.Module) -> Iterator[None]:
+    """Return a context in which the output of a module, or the first of its outputs, is zeros."""
+
+    def hook(_: nn.Module, args: Any, output: Any) -> Any:
+        if isinstance(output, Tensor):
+            return torch.zeros_like(output)
+        return type(output)((torch.zeros_like(output[0]), *output[1:]))
+
+    handle = part.register_forward_hook(hook)
+    try:
+        yield
+    finally:
+        handle.remove()

@@ -126,6 +126,11 @@ class StreamedModel:
         return self._model.label
 
     @property
+    def whole(self) -> Any:
+        """The model of transformers; its parts have weights while they compute."""
+        return self._model.module
+
+    @property
     def hidden_size(self) -> int:
         """The width of the residual stream."""
         return int(self._model.module.config.get_text_config().hidden_size)
@@ -346,7 +351,8 @@ class StreamedModel:
         names = [name for name in self._outer if name not in heads and name != table]
         try:
             self._fill(names)
-            model, used = self._model.module, _used(tokens)
+            model = self._model.module
+            used: Tensor = tokens.unique()  # type: ignore[no-untyped-call]  # the ids that occur, ascending
             with nullcontext() if table is None else needed_rows(model, self.weights, table, used, self.device):
                 self._model.check_present(self._model.base, self._layers)
                 yield
@@ -439,9 +445,3 @@ def check_causal(states: Tensor, label: str) -> None:
             f"in {label} a token sees those after it, so it cannot predict them",
             hint="Use a model that writes from left to right (GPT, Llama ...).",
         )
-
-
-def _used(tokens: Tensor) -> Tensor:
-    """Return the ids that occur in a text, ascending."""
-    ids: Tensor = tokens.unique()  # type: ignore[no-untyped-call]
-    return ids
