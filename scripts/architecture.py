@@ -17,7 +17,7 @@ PAGE, PICTURE = ROOT / "docs/design.md", ROOT / "docs/images/architecture.svg"
 FLOORS = (
     *("text", "errors", "options", "starter", "checkpoint", "anatomy", "plan", "transforms"),
     *("data", "models", "surgery", "checkpoint.formats", "cost", "measure", "plots"),
-    *("train", "gist", "evals", "verbs", "recipe", "cli"),
+    *("train", "gist", "evals", "rewriting", "verbs", "recipe", "cli"),
 )
 GROUND = ("text", "errors", "options")  # every package may use these; the picture draws no arrows to them
 WIDTH, HEIGHT, GAP, ROW = 156, 46, 22, 92  # of a box, between boxes, and from row to row, in pixels

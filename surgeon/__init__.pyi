@@ -12,6 +12,7 @@ from surgeon.errors import VerificationError as VerificationError
 from surgeon.evals.evaluation import Evaluation as Evaluation
 from surgeon.evals.gist import GistEvaluation as GistEvaluation
 from surgeon.evals.harness import TaskEvaluation as TaskEvaluation
+from surgeon.evals.suite import SuiteEvaluation as SuiteEvaluation
 from surgeon.evals.verdicts import Judgement as Judgement
 from surgeon.surgery import Summary as Summary
 from surgeon.surgery import Surgery as Surgery
@@ -22,8 +23,11 @@ from surgeon.verbs.compress import compress as compress
 from surgeon.verbs.convert import convert as convert
 from surgeon.verbs.data import GeneratedData as GeneratedData
 from surgeon.verbs.data import generate_data as generate_data
+from surgeon.verbs.distill import Distillation as Distillation
+from surgeon.verbs.distill import distill as distill
 from surgeon.verbs.evaluate import evaluate as evaluate
 from surgeon.verbs.evaluate import evaluate_gist as evaluate_gist
+from surgeon.verbs.evaluate import evaluate_suite as evaluate_suite
 from surgeon.verbs.evaluate import evaluate_tasks as evaluate_tasks
 from surgeon.verbs.evaluate import judge_answers as judge_answers
 from surgeon.verbs.finetune import estimate_finetune as estimate_finetune

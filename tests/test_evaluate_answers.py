@@ -21,7 +21,7 @@ if LATER:
 
     from surgeon.evals.answers import read_prompts
     from surgeon.evals.choices import log_likelihoods, options_of, read_questions
-    from surgeon.evals.generation import answer, load_whole
+    from surgeon.evals.generation import answer, continued, load_whole, stop_tokens
 
 RECORDS = [
     {"prompt": "The cat sat", "completion": "on the mat"},
@@ -98,6 +98,31 @@ def test_answers_of_a_batch_are_those_of_a_naive_loop(name, records, tmp_path):
 
     assert mixed
     assert found == [greedy(reference, tokenizer, ids) for ids in prompts]
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "bloom", "gemma3_text", "lfm2"])
+def test_rows_that_have_ended_leave_their_batch_and_change_nothing_for_the_others(name, records, tmp_path):
+    directory = talker(tmp_path / name, name)
+    tokenizer, writer = load_tokenizer(str(directory)), load_whole(open_source(directory), "cpu")
+    prompts = [prompt.ids for prompt in read_prompts([records], tokenizer, samples=None, chat=False)]
+    endless = continued(writer, tokenizer, prompts, max_new_tokens=30, segment=30)
+    writer.generation_config.eos_token_id = endless[3][6]  # what one of them says
+    stops, _ = stop_tokens(writer, tokenizer)
+
+    found = {
+        segment: continued(writer, tokenizer, prompts, max_new_tokens=30, segment=segment) for segment in (1, 4, 30)
+    }
+
+    ended = {segment: [until(row, stops) for row in rows] for segment, rows in found.items()}
+    assert ended[1] == ended[4] == ended[30]
+    assert all(len(row) == len(until(row, stops)) for row in found[1]), "none is computed beyond its end"
+    assert len(set(map(len, ended[1]))) > 1, "they end at different places"
+
+
+def until(row, stops):
+    """Return tokens up to the first stop token, and with it."""
+    end = next((place for place, token in enumerate(row) if token in stops), len(row))
+    return row[: end + 1]
 
 
 def test_a_model_that_padding_confuses_gets_prompts_of_one_length(model, records):

@@ -66,13 +66,13 @@ def test_people_get_a_table_and_a_model_card_a_block(run, model, text):
     plain, markdown = (run("evaluate", model, *shape, *more).out for more in ((), ("--markdown",)))
 
     assert f"model     {model}" in plain
-    assert "recovery  100.00 %" in plain
+    assert "recovery  100.00 ± 0 %" in plain
     assert "47 tokens, in 5 windows of 16 with a stride of 8" in plain
     lines = markdown.splitlines()
     assert lines[0] == "|  | llama | llama | difference | z |"
     assert lines[1] == "| --- | --- | --- | --- | --- |"
     assert lines[2].startswith("| perplexity | ")
-    assert lines[-1].endswith("Recovery: 100.00 %.")
+    assert lines[-1].endswith("Recovery: 100.00 ± 0 %.")
 
 
 def test_answers_and_choices_from_the_command_line(run, model, tmp_path):

@@ -387,11 +387,13 @@ def test_what_cannot_be_replayed_is_named(here: Path, run) -> None:
     shutil.rmtree("cut")
     gone = run("run", "short/surgeon.json")
     wrong = run("run", "short/surgeon.json", "--set", "a=b")
+    same = run("run", "short/surgeon.json", "-o", "short", "--overwrite")
     (here / "short/surgeon.json").write_text("{}")
     none = run("run", "short/surgeon.json")
 
     assert "cut has changed since" in changed.err
     assert "cut is gone" in gone.err
     assert "a receipt has no settings" in wrong.err
+    assert "short is what is to be compared with" in same.err
     assert "is no receipt of a surgery" in none.err
-    assert {each.code for each in (changed, gone, wrong, none)} == {1}
+    assert {each.code for each in (changed, gone, wrong, same, none)} == {1}

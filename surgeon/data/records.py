@@ -1,7 +1,7 @@
 """Records and their text: the fields that are read, their order and their types."""
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from surgeon.errors import DataError
@@ -32,13 +32,16 @@ _JSON_NAMES = {
 class Document:
     """One text in its parts, which newlines join, or one chat; `where` is the file and line it was read from.
 
-    `label` is the class of a text, for a classifier; None where the record has none.
+    `label` is the class of a text, for a classifier; None where the record has none. `record` is what it was read from,
+    with all that a .jsonl or .json holds, of a parquet file or a dataset on the Hub the columns with the text; None for
+    a text file.
     """
 
     where: str
     parts: tuple[str, ...] = ()
     messages: tuple[Mapping[str, Any], ...] = ()
     label: str | int | None = None
+    record: Mapping[str, Any] | None = field(default=None, repr=False, compare=False)
 
 
 def document(record: object, where: str) -> Document:
@@ -50,14 +53,14 @@ def document(record: object, where: str) -> Document:
         raise DataError(f"{where} is {_kind(record)}, not an object", hint=FORMS_HINT)
     fields = fields_of(record, where)
     if fields == ["messages"]:
-        return Document(where, messages=_messages(record["messages"], where))
+        return Document(where, messages=_messages(record["messages"], where), record=record)
     label = record["label"] if "label" in fields else None
     fields = [name for name in fields if name != "label"]
     optional = {name.strip("[]") for form in FORMS for name in form if name.startswith("[")}
     present = [name for name in fields if name not in optional or record[name] not in (None, "")]
     hint = f"The record's keys are {', '.join(map(repr, record))}."
     parts = tuple(checked_text(record[name], f"{where}: {name!r}", hint=hint) for name in present)
-    return Document(where, parts, label=label if type(label) in (int, str) else None)
+    return Document(where, parts, label=label if type(label) in (int, str) else None, record=record)
 
 
 def fields_of(names: Iterable[str], where: str) -> list[str]:

@@ -1,7 +1,6 @@
 """Generated answers, scored against the references of records: exact match and ROUGE-L, and a judge's verdicts."""
 
-import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain, islice
@@ -16,7 +15,7 @@ from surgeon.errors import DataError
 from surgeon.evals.compare import Scored, estimate
 from surgeon.evals.evaluation import BATCH_SIZE, MAX_NEW_TOKENS, EvalContext, Evaluation, EvaluationOptions, sha256_of
 from surgeon.evals.generation import answer, load_whole
-from surgeon.evals.metrics import exact_match, extracted, rouge_l
+from surgeon.evals.metrics import exact_match, rouge_l
 from surgeon.evals.verdicts import WIN_RATE
 from surgeon.models.streaming import Progress
 
@@ -46,7 +45,7 @@ def evaluate_answers(context: EvalContext, options: EvaluationOptions) -> Evalua
     prompts = per_model[0]
     context.check_same([[prompt.ids for prompt in others] for others in per_model])
     _check_prompts(prompts, context, length)
-    references = [_reference(prompt, options.pattern) for prompt in prompts]
+    references = [_reference(prompt, options) for prompt in prompts]
     scored: list[Scored] = []
     notes: list[str] = []
     predictions: list[dict[str, Any]] = [{"prompt": prompt.text, "reference": prompt.reference} for prompt in prompts]
@@ -61,7 +60,7 @@ def evaluate_answers(context: EvalContext, options: EvaluationOptions) -> Evalua
             batch_size=batch_size,
             progress=None if count is None else partial(_count, count, depth),
         )
-        scores = _scores(options.metric, answers, references, options.pattern)
+        scores = _scores(options.metric, answers, references, options.extractor)
         scored.append(of_records(source.label, {options.metric.replace("-", "_"): scores}))
         for entry, prediction, score in zip(predictions, answers, scores, strict=True):
             entry |= {f"{prefix}prediction": prediction, f"{prefix}score": score}
@@ -154,24 +153,24 @@ def _check_prompts(prompts: Sequence[Prompt], context: EvalContext, max_new_toke
 
 
 def _scores(
-    metric: str, answers: Sequence[str], references: Sequence[str], pattern: re.Pattern[str] | None
+    metric: str, answers: Sequence[str], references: Sequence[str], extractor: Callable[[str], str | None] | None
 ) -> list[float]:
     """Return the score of each answer."""
     if metric == "rouge-l":
         return [rouge_l(*pair) for pair in zip(answers, references, strict=True)]
-    compared = answers if pattern is None else [extracted(prediction, pattern) for prediction in answers]
+    compared = answers if extractor is None else [extractor(prediction) for prediction in answers]
     return [exact_match(*pair) for pair in zip(compared, references, strict=True)]
 
 
-def _reference(prompt: Prompt, pattern: re.Pattern[str] | None) -> str:
-    """Return the reference answer, or its part that matches. Raises DataError where nothing matches."""
-    if pattern is None:
+def _reference(prompt: Prompt, options: EvaluationOptions) -> str:
+    """Return the reference answer, or its part that is compared. Raises DataError where it has none."""
+    if options.extractor is None:
         return prompt.reference
-    reference = extracted(prompt.reference, pattern)
+    reference = options.extractor(prompt.reference)
     if reference is None:
         raise DataError(
-            f"{prompt.where}: nothing in its answer matches {pattern.pattern!r}",
-            hint=r"--extract is searched in answers and in predictions; for GSM8K: '#### (-?[\d,]+)'",
+            f"{prompt.where}: nothing in its answer matches {options.extract!r}",
+            hint="--extract is searched in answers and in predictions; for GSM8K: --extract number",
         )
     return reference
 

@@ -76,6 +76,46 @@ def recovery(value: float, baseline: float, *, higher_is_better: bool) -> float 
     return 100.0 * above / below if below and math.isfinite(above) else None
 
 
+@dataclass(frozen=True, slots=True)
+class Recovery:
+    """A share of the baseline's score in percent with its standard error, or the reason for which there is none."""
+
+    value: float | None
+    error: float | None = None
+    refused: str | None = None
+
+    def __str__(self) -> str:
+        if self.value is None:
+            return f"none: {self.refused}"
+        return f"{self.value:.2f} %" if self.error is None else f"{self.value:.2f} ± {self.error:.2g} %"
+
+
+def mean_of(estimates: Sequence[Estimate]) -> Estimate:
+    """Return the mean of independent estimates; its error is unknown where one of theirs is."""
+    errors = [item.error for item in estimates if item.error is not None]
+    error = math.sqrt(math.fsum(error**2 for error in errors)) / len(estimates)
+    value = math.fsum(item.value for item in estimates) / len(estimates)
+    return Estimate(value, error if len(errors) == len(estimates) else None)
+
+
+def recovered(tasks: Sequence[tuple[Sequence[float], Sequence[float]]]) -> Recovery:
+    """Return 100 · A / B, with A the mean over tasks of a model's mean scores, and B of the baseline's.
+
+    The scores of a task are paired record by record, and tasks are independent. The error is that of the delta method:
+    100 / B times the error of A - (A / B) · B with the ratio held fixed, whose terms are a record's score less A / B
+    times the baseline's. Refused where B is not two of its errors above 0: the ratio could then be anything.
+    Source: Fieller 1954 for the condition; Cochran 1977, section 6.4, for the error.
+    """
+    model, baseline = (mean_of([estimate(pair[index]) for pair in tasks]) for index in (0, 1))
+    if baseline.value <= 2 * (baseline.error or 0.0):
+        found = plus_minus(baseline.value, baseline.error)
+        return Recovery(None, None, f"the baseline's mean, {found}, is not two errors above 0")
+    ratio = model.value / baseline.value
+    rests = [estimate([one - ratio * other for one, other in zip(*pair, strict=True)]) for pair in tasks]
+    error = mean_of(rests).error
+    return Recovery(100 * ratio, None if error is None else 100 * error / baseline.value)
+
+
 @dataclass(frozen=True)
 class Scored:
     """The scores of one model.

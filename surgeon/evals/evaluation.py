@@ -5,7 +5,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,13 +18,16 @@ from surgeon.checkpoint.source import Source, spec_of
 from surgeon.errors import DataError, MeasureError, OutputError, PlanError
 from surgeon.evals.compare import (
     PairedDifference,
+    Recovery,
     Scored,
     markdown_table,
     plus_minus,
+    recovered,
     recovery,
     short_label,
     table_cell,
 )
+from surgeon.evals.metrics import extracted, final_number
 from surgeon.evals.verdicts import Judgement, card_sentences
 from surgeon.options import OptionError, device_option, flag_of, in_python, option, revision_option, trust_option
 from surgeon.surgery import open_source
@@ -38,9 +41,10 @@ if TYPE_CHECKING:
 METRICS = ("perplexity", "exact-match", "rouge-l", "choice", "pseudo-perplexity", "classification")
 OF_TEXT = ("perplexity", "pseudo-perplexity")  # the metrics of a text, of which less is better
 SAMPLES, SEQUENCE_LENGTH = 64, 512  # defaults of a perplexity; of records all are used
+NUMBER = "number"  # the --extract that is no regular expression
 MAX_NEW_TOKENS, BATCH_SIZE = 256, 8  # defaults of generated answers
 # The metrics on which an option has an effect.
-_METRICS_OF = {
+METRICS_OF = {
     "sequence_length": ("perplexity", "pseudo-perplexity"),
     "stride": ("perplexity",),
     "documents": ("perplexity",),
@@ -84,7 +88,10 @@ class MetricOptions:
     max_new_tokens: int | None = option("Longest generated answer, in tokens. Default: 256.", None, metavar="N")
     batch_size: int | None = option("Prompts or texts per batch. Default: 8.", None, metavar="N")
     extract: str | None = option(
-        r"With exact-match: compare the first group of the last match: '#### (-?[\d,]+)'", None, metavar="REGEX"
+        "With exact-match: compare the final number (after ####, else the last): number; or the first group of a "
+        r"regular expression's last match: '#### (-?[\d,]+)'",
+        None,
+        metavar="REGEX",
     )
     chat: bool = option("Put every prompt into the chat template, as messages always are.", False)
     predictions: str | os.PathLike[str] | None = option(
@@ -115,7 +122,7 @@ class EvaluationOptions(MetricOptions):
         super().__post_init__()
         if not self.data:
             raise DataError("there is no data to evaluate on", hint="Give a text or records: --data FILE.")
-        for name, metrics in _METRICS_OF.items():
+        for name, metrics in METRICS_OF.items():
             value = getattr(self, name)
             if value is not None and value is not False and self.metric not in metrics:
                 self._refuse(name, metrics)
@@ -131,7 +138,7 @@ class EvaluationOptions(MetricOptions):
             )
         if self.documents and self.stride is not None:
             raise OptionError("documents", "--documents does not go with --stride: no document is cut into windows")
-        _ = self.pattern
+        _ = self.extractor
 
     def _refuse(self, name: str, metrics: Sequence[str]) -> None:
         message = f"{flag_of(name)} has no effect on {self.metric}"
@@ -141,15 +148,18 @@ class EvaluationOptions(MetricOptions):
         raise PlanError(message, hint=f"It goes with {others}.")
 
     @property
-    def pattern(self) -> re.Pattern[str] | None:
-        """The regular expression of `extract`. Raises PlanError where it is none."""
+    def extractor(self) -> Callable[[str], str | None] | None:
+        """What takes the compared part out of an answer, by `extract`. Raises PlanError for no regular expression."""
         if self.extract is None:
             return None
+        if self.extract == NUMBER:
+            return final_number
         try:
-            return re.compile(self.extract)
+            pattern = re.compile(self.extract)
         except re.error as error:
-            hint = r"Write one with one group, such as '#### (-?[\d,]+)'"
+            hint = r"Write number, or an expression with one group, such as '#### (-?[\d,]+)'"
             raise PlanError(f"--extract is no regular expression: {error}", hint=hint) from error
+        return lambda text: extracted(text, pattern)
 
 
 def check_counts(options: Any, *names: str, least: int = 1) -> None:
@@ -195,16 +205,28 @@ class Evaluation:
         return cls(metric, scored[0], baseline, setup, tuple(notes), tuple(predictions))
 
     @property
-    def recovery(self) -> float | None:
-        """The share of the baseline's first figure in percent; None without a baseline, or where it scores 0.
+    def recovered(self) -> Recovery | None:
+        """The share of the baseline's first figure in percent, with its error; None without a baseline.
 
         For perplexity 100 · baseline's perplexity / this perplexity, for scores 100 · this score / baseline's: 100 is
-        as good as the baseline, more is better.
+        as good as the baseline, more is better. Errors are of the paired rows or records (delta method). There is no
+        share of a score that is not two errors above 0.
         """
         if self.baseline is None:
             return None
-        value, baseline = (next(iter(scored.figures.values())).value for scored in (self.scored, self.baseline))
-        return recovery(value, baseline, higher_is_better=self.metric not in OF_TEXT)
+        name = next(iter(self.scored.figures))
+        if self.metric not in OF_TEXT:
+            return recovered([(self.scored.outcomes[name], self.baseline.outcomes[name])])
+        value, baseline = (scored.figures[name].value for scored in (self.scored, self.baseline))
+        share, error = recovery(value, baseline, higher_is_better=False), self.differences["loss"].error
+        if share is None:
+            return Recovery(None, None, "the perplexities are beyond numbers")
+        return Recovery(share, None if error is None else share * error)
+
+    @property
+    def recovery(self) -> float | None:
+        """The value of `recovered`; None without a baseline, and where it is refused."""
+        return None if self.recovered is None else self.recovered.value
 
     @property
     def differences(self) -> dict[str, PairedDifference]:
@@ -220,7 +242,9 @@ class Evaluation:
                 name: {"value": difference.value, "error": difference.error, "z": difference.z}
                 for name, difference in self.differences.items()
             }
-            result["recovery"] = self.recovery
+            assert self.recovered is not None
+            result |= {"recovery": self.recovered.value, "recovery_error": self.recovered.error}
+            result |= {"recovery_refused": self.recovered.refused} if self.recovered.refused else {}
         if self.judgement is not None:
             result["judge"] = {"model": self.judgement.judge, **self.judgement.to_dict()}
         return result | {"notes": list(self.notes), "seconds": round(self.seconds, 3)}
@@ -229,7 +253,7 @@ class Evaluation:
         """Return the evaluation for people."""
         rows = [("model", self.scored.model)] + ([] if self.baseline is None else [("baseline", self.baseline.model)])
         rows += [("data", self._data())]
-        rows += [] if self.recovery is None else [("recovery", f"{self.recovery:.2f} %")]
+        rows += [] if self.recovered is None else [("recovery", str(self.recovered))]
         if self.judgement is not None:
             rows += [("judge", self.judgement.judge), ("verdicts", self.judgement.summary())]
         notes = (*self.notes, *(() if self.judgement is None else self.judgement.notes))
@@ -239,7 +263,7 @@ class Evaluation:
     def to_markdown(self) -> str:
         """Return the evaluation as a block for a model card."""
         names = [short_label(scored.model) for scored in (self.scored, self.baseline) if scored is not None]
-        recovered = "" if self.recovery is None else f" Recovery: {self.recovery:.2f} %."
+        recovered = "" if self.recovered is None else f" Recovery: {self.recovered}."
         judged = "" if self.judgement is None else card_sentences({" against ".join(names): self.judgement})
         table = markdown_table(*self._table("", *names))
         return f"{table}\n\nMeasured with `surgeon evaluate` on {self._data()}.{recovered}{judged}"

@@ -1,4 +1,4 @@
-"""Greedy answers in batches, by transformers' `generate`."""
+"""Answers in batches, greedy or sampled, by transformers' `generate`."""
 
 from collections.abc import Callable, Container, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 STREAMED = "Perplexity and choices stream: --metric perplexity, or choice."
+SEGMENT = 32  # tokens after which the rows that have ended leave their batch
 # By bytes of the dtype: how far padding may move a logit, relative to the largest one. It is due to rounding.
 PADDING = {4: 1e-3, 2: 5e-2}
 
@@ -55,24 +56,99 @@ def answer(
     counted from the left, say) a batch holds prompts of one length only. `progress` is called with the number of
     tokens done, `max_new_tokens` per prompt.
     """
+    stops, pad = stop_tokens(model, tokenizer)
+    check_prompts(model, [*prompts, [pad]])
+    answers = [""] * len(prompts)
+    batches, mixed = planned(model, prompts, pad, batch_size=batch_size)
+    for batch in batches:
+        rows = continued(model, tokenizer, [prompts[index] for index in batch], max_new_tokens=max_new_tokens)
+        for index, row in zip(batch, rows, strict=True):
+            answers[index] = decoded(row, stops, tokenizer)
+        if progress:
+            progress(len(batch) * max_new_tokens)
+    return answers, mixed
+
+
+def check_prompts(model: Any, prompts: Sequence[Sequence[int]]) -> None:
+    """Raises MeasureError where a prompt has a token that the model does not know."""
+    largest = max((max(prompt, default=0) for prompt in prompts), default=0)
+    check_tokens(largest, num_known(model), str(model.name_or_path or "the model"))
+
+
+def planned(
+    model: Any,
+    prompts: Sequence[Sequence[int]],
+    pad: int,
+    *,
+    batch_size: int,
+    most_tokens: int | None = None,
+    new_tokens: int = 0,
+) -> tuple[list[list[int]], bool]:
+    """Return the indices of the prompts in batches, the longest first, and whether a batch may mix lengths.
+
+    It may where a trial shows that padding does not change the model's outputs. With `most_tokens` a batch of padded
+    prompts, each with `new_tokens` after it, has no more tokens, unless it is of one prompt.
+    """
+    import torch
+
+    order = sorted(range(len(prompts)), key=lambda index: -len(prompts[index]))
+    with torch.no_grad(), quiet_transformers():
+        mixed = batch_size > 1 and _may_be_padded(model, [prompts[index] for index in order[:batch_size]], pad)
+    lengths = [len(prompt) + new_tokens for prompt in prompts]
+    return list(_batches(order, lengths, batch_size, mixed=mixed, most_tokens=most_tokens)), mixed
+
+
+def continued(
+    model: Any,
+    tokenizer: "PreTrainedTokenizerBase",
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int,
+    temperature: float = 0.0,
+    seed: int = 0,
+    segment: int = SEGMENT,
+) -> list[list[int]]:
+    """Return the tokens that a model writes after each prompt of one batch: greedy, or at a temperature from a seed.
+
+    A row ends with a stop token where there is one; after it may stand padding. Every `segment` tokens the rows that
+    have ended leave the batch: one that goes on to the limit would else have all others computed with it.
+    """
     import torch
 
     stops, pad = stop_tokens(model, tokenizer)
-    options = {"max_new_tokens": max_new_tokens, "pad_token_id": pad, "eos_token_id": sorted(stops) or None}
-    largest = max(max(prompt, default=0) for prompt in (*prompts, [pad]))
-    check_tokens(largest, num_known(model), str(model.name_or_path or "the model"))
-    order = sorted(range(len(prompts)), key=lambda index: -len(prompts[index]))  # the longest first
-    answers = [""] * len(prompts)
-    with torch.no_grad(), quiet_transformers():
-        mixed = batch_size > 1 and _may_be_padded(model, [prompts[index] for index in order[:batch_size]], pad)
-        for batch in _batches(order, [len(prompt) for prompt in prompts], batch_size, mixed=mixed):
-            ids, mask = _left_padded([prompts[index] for index in batch], pad)
-            written = model.generate(ids.to(model.device), attention_mask=mask.to(model.device), **options)
-            for index, row in zip(batch, written[:, ids.shape[1] :].tolist(), strict=True):
-                answers[index] = decoded(row, stops, tokenizer)
-            if progress:
-                progress(len(batch) * max_new_tokens)
-    return answers, mixed
+    options: dict[str, Any] = {"pad_token_id": pad, "eos_token_id": sorted(stops) or None}
+    if temperature:  # top_k: transformers keeps 50 tokens where nothing is said
+        options |= {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
+    rows: list[list[int]] = [[] for _ in prompts]
+    going, cache, done = list(range(len(prompts))), None, 0
+    ids, mask = (part.to(model.device) for part in _left_padded(prompts, pad))
+    devices = [model.device] if model.device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices), torch.no_grad(), quiet_transformers():
+        torch.manual_seed(seed)
+        while going and done < max_new_tokens:
+            count = min(segment, max_new_tokens - done)
+            options |= {"max_new_tokens": count, "past_key_values": cache, "return_dict_in_generate": True}
+            output = model.generate(ids, attention_mask=mask, **options)
+            new = output.sequences[:, ids.shape[1] :]
+            for index, row in zip(going, new.tolist(), strict=True):
+                rows[index] += row
+            left = [place for place, row in enumerate(new.tolist()) if stops.isdisjoint(row)]
+            kept = torch.tensor(left, dtype=torch.long, device=model.device)
+            cache = _selected(output.past_key_values, kept)
+            ids, mask = output.sequences[kept], torch.cat([mask, torch.ones_like(new)], dim=1)[kept]
+            going, done = [going[place] for place in left], done + new.shape[1]
+    return rows
+
+
+def _selected(cache: Any, rows: Any) -> Any:
+    """Return a cache with some rows of its batch; None for any but a plain one, which is then computed anew."""
+    from transformers.cache_utils import DynamicCache, DynamicLayer
+
+    if type(cache) is not DynamicCache or not all(type(layer) is DynamicLayer for layer in cache.layers):
+        return None
+    if len(rows):
+        cache.batch_select_indices(rows)
+    return cache
 
 
 def stop_tokens(model: Any, tokenizer: "PreTrainedTokenizerBase") -> tuple[set[int], int]:
@@ -108,11 +184,15 @@ def _may_be_padded(model: Any, prompts: Sequence[Sequence[int]], pad: int) -> bo
     return bool((alone - padded).abs().max() <= PADDING[model.dtype.itemsize] * alone.abs().max())
 
 
-def _batches(order: Sequence[int], lengths: Sequence[int], size: int, *, mixed: bool) -> Iterator[list[int]]:
-    """Yield the prompts in batches; without `mixed` a batch has prompts of one length."""
+def _batches(
+    order: Sequence[int], lengths: Sequence[int], size: int, *, mixed: bool, most_tokens: int | None = None
+) -> Iterator[list[int]]:
+    """Yield the prompts in batches, the longest first; without `mixed` a batch has prompts of one length."""
     batch: list[int] = []
     for index in order:
-        if batch and (len(batch) == size or not (mixed or lengths[index] == lengths[batch[0]])):
+        width = lengths[batch[0]] if batch else 0
+        is_full = len(batch) == size or (most_tokens is not None and (len(batch) + 1) * width > most_tokens)
+        if batch and (is_full or not (mixed or lengths[index] == width)):
             yield batch
             batch = []
         batch.append(index)

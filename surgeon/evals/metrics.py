@@ -26,6 +26,13 @@ _WITHOUT_SPACES = (
     (0x20000, 0x3FFFF),  # Han
 )
 _NUMBER = re.compile(r"(?P<sign>[-+]?)(?P<whole>[0-9]{1,3}(,[0-9]{3})+|[0-9]+)(\.(?P<fraction>[0-9]+))?")
+# A number in a text: with the sign right before it, unless that stands between two terms (5-3), and commas between
+# groups of three digits alone.
+_DIGITS = (
+    r"(?:(?P<whole>[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.(?P<part>[0-9]+))?|(?<![.0-9])\.(?P<fraction>[0-9]+))"
+)
+_ANYWHERE = re.compile(rf"(?P<sign>(?<![\w)\]])[-+](?=[$€£]?[.0-9]))?[$€£]?{_DIGITS}")
+_AFTER_MARK = re.compile(rf"[^\w.+-]*(?P<sign>[-+])?[$€£\s]*{_DIGITS}")
 
 
 def exact_match(prediction: str | None, reference: str) -> float:
@@ -48,6 +55,19 @@ def extracted(text: str, pattern: re.Pattern[str]) -> str | None:
     match = match.strip()
     number = _NUMBER.fullmatch(match.rstrip(".,"))
     return _plain(number["sign"], number["whole"], number["fraction"] or "") if number else match
+
+
+def final_number(text: str) -> str | None:
+    """Return the number that a solution ends with, in the one form of `extracted`: that after the last "####", as
+    GSM8K marks it, else the last number; None without one. Full-width and other digits are read by their values.
+    """
+    text = unicodedata.normalize("NFKC", text).replace("\u2212", "-")  # a minus sign
+    marked = [match for match in map(_AFTER_MARK.match, text.split("####")[1:]) if match]
+    found = marked or list(_ANYWHERE.finditer(text))
+    if not found:
+        return None
+    match = found[-1]
+    return _plain(match["sign"] or "", match["whole"] or "0", match["part"] or match["fraction"] or "")
 
 
 def _plain(sign: str, whole: str, fraction: str) -> str:

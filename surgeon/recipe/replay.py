@@ -59,6 +59,8 @@ def replay(path: Path, output: Path | None, commands: Commands, say: Say, *, ove
     if record is None or not record.get("steps") or not isinstance(record.get("source"), dict):
         raise RecipeError(f"{path} is no receipt of a surgery", hint="surgeon.json of a checkpoint that surgeon wrote.")
     target = output or original.with_name(f"{original.resolve().name}-replay")
+    if os.path.realpath(target) == os.path.realpath(original):
+        raise RecipeError(f"{target} is what is to be compared with", hint="Choose another place with -o.")
     steps = [next(iter(step.items())) for step in record["steps"]]
     for name, _ in steps:
         if name != TRAINED and not commands.is_surgery(name):

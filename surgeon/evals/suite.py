@@ -1,0 +1,251 @@
+"""Several tasks in one table: each a metric on data, with the mean over tasks and its recovery."""
+
+import os
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from functools import cached_property
+from typing import Any
+
+from surgeon import text
+from surgeon.evals.compare import (
+    Estimate,
+    PairedDifference,
+    Recovery,
+    Scored,
+    estimate,
+    markdown_table,
+    mean_of,
+    plus_minus,
+    recovered,
+    short_label,
+)
+from surgeon.evals.evaluation import METRICS, METRICS_OF, OF_TEXT, Evaluation, EvaluationOptions, MetricOptions
+from surgeon.options import OptionError, device_option, in_python, revision_option, same_option, trust_option
+
+FORM = "NAME=METRIC:DATA[,OPTION=VALUE...]"
+NUMBERS = ("samples", "sequence_length", "stride", "max_new_tokens", "batch_size")
+WORDS, SWITCHES = ("extract",), ("chat",)
+# Options that all tasks share; one on which a metric does not depend is left out for it.
+SHARED = ("samples", "max_new_tokens", "batch_size", "chat")
+
+
+@dataclass(frozen=True, slots=True)
+class TaskSpec:
+    """A task as it is written: its name, its metric, its data, and options of its own."""
+
+    name: str
+    metric: str
+    data: str
+    options: Mapping[str, Any]
+
+
+def parse_task(written: str) -> TaskSpec:
+    """Return a task from "math=exact-match:gsm8k.jsonl,extract=number,samples=100". Raises OptionError."""
+    found = re.fullmatch(r"(?P<name>[\w.-]+)=(?P<metric>[a-z-]+):(?P<data>.+)", written, flags=re.DOTALL)
+    if found is None:
+        raise OptionError("task", f"--task {written!r} is not {FORM}", hint="Tasks of the harness go with --tasks.")
+    if found["metric"] not in METRICS:
+        raise OptionError("task", f"--task {found['name']}: {found['metric']!r} is none of {', '.join(METRICS)}")
+    data, *parts = re.split(r",(?=[a-z][a-z-]*(?:=|,|$))", found["data"])
+    return TaskSpec(found["name"], found["metric"], data, dict(_option(found["name"], part) for part in parts))
+
+
+def data_of(written: str) -> str:
+    """Return the data of a task as it is written. Raises OptionError."""
+    return parse_task(written).data
+
+
+def _option(task: str, part: str) -> tuple[str, Any]:
+    written, equals, value = part.partition("=")
+    name = written.replace("-", "_")
+    if name in SWITCHES and not equals:
+        return name, True
+    if name in WORDS and value:
+        return name, value
+    if name in NUMBERS and value.isascii() and value.isdigit() and len(value) < 10:
+        return name, int(value)
+    known = ", ".join((*(f"{item}=N" for item in NUMBERS), *(f"{item}=..." for item in WORDS), *SWITCHES))
+    raise OptionError("task", f"--task {task}: {part!r} is none of {known.replace('_', '-')}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SuiteOptions:
+    """The options of `surgeon.evaluate_suite`."""
+
+    baseline: str | os.PathLike[str] | None = same_option(MetricOptions, "baseline")
+    samples: int | None = same_option(MetricOptions, "samples")
+    max_new_tokens: int | None = same_option(MetricOptions, "max_new_tokens")
+    batch_size: int | None = same_option(MetricOptions, "batch_size")
+    chat: bool = same_option(MetricOptions, "chat")
+    predictions: str | os.PathLike[str] | None = same_option(MetricOptions, "predictions")
+    device: str = device_option()
+    revision: str | None = revision_option()
+    trust_remote_code: bool = trust_option()
+    meter: Any = in_python("A progress meter.")
+
+    def of_tasks(self, tasks: Sequence[str]) -> dict[str, EvaluationOptions]:
+        """Return the options of each task's evaluation, by its name. Raises OptionError or PlanError."""
+        specs = [parse_task(written) for written in tasks]
+        names = [spec.name for spec in specs]
+        if twice := next((name for name in names if names.count(name) > 1), None):
+            raise OptionError("task", f"--task {twice} is given twice; each has a name of its own")
+        return {spec.name: self._of(spec) for spec in specs}
+
+    def _of(self, spec: TaskSpec) -> EvaluationOptions:
+        common = {item.name for item in fields(self)} & {item.name for item in fields(EvaluationOptions)}
+        given = {name: getattr(self, name) for name in common - {"predictions"}}
+        useless = {name for name in SHARED if spec.metric not in METRICS_OF.get(name, METRICS)}
+        given = {name: value for name, value in given.items() if name not in useless}
+        return EvaluationOptions(**given | dict(spec.options), data=[spec.data], metric=spec.metric)
+
+
+@dataclass(frozen=True)
+class SuiteEvaluation:
+    """The scores of a model on several tasks, and those of its baseline if there is one.
+
+    `evaluations` are the tasks' own, by name. The mean, its difference and the recovery are over the tasks with scores,
+    0 to 1; a perplexity stands in the table only.
+    """
+
+    evaluations: Mapping[str, Evaluation]
+    seconds: float = 0.0
+
+    @cached_property
+    def model(self) -> str:
+        return next(iter(self.evaluations.values())).scored.model
+
+    @cached_property
+    def baseline(self) -> str | None:
+        baseline = next(iter(self.evaluations.values())).baseline
+        return None if baseline is None else baseline.model
+
+    @cached_property
+    def _scores(self) -> dict[str, list[tuple[float, ...]]]:
+        """By task the scores of its records: the model's and, with a baseline, the baseline's."""
+        found = {}
+        for name, evaluation in self.evaluations.items():
+            if evaluation.metric not in OF_TEXT:
+                both = [scored for scored in (evaluation.scored, evaluation.baseline) if scored is not None]
+                found[name] = [scored.outcomes[_first(scored)] for scored in both]
+        return found
+
+    @property
+    def mean(self) -> Estimate | None:
+        """The mean over tasks of the model's means, with its error; None where no task has scores."""
+        return mean_of([estimate(scores[0]) for scores in self._scores.values()]) if self._scores else None
+
+    @property
+    def baseline_mean(self) -> Estimate | None:
+        """The same of the baseline; None without one."""
+        if self.baseline is None or not self._scores:
+            return None
+        return mean_of([estimate(scores[1]) for scores in self._scores.values()])
+
+    @property
+    def difference(self) -> PairedDifference | None:
+        """The mean over tasks of the paired differences from the baseline; None without one."""
+        if self.baseline is None or not self._scores:
+            return None
+        rests = [[one - other for one, other in zip(*pair, strict=True)] for pair in self._scores.values()]
+        mean = mean_of([estimate(rest) for rest in rests])
+        return PairedDifference(mean.value, mean.error)
+
+    @property
+    def recovered(self) -> Recovery | None:
+        """100 · mean / baseline's mean, a ratio of means, with its paired error (delta method); None without one."""
+        if self.baseline is None:
+            return None
+        if not self._scores:
+            return Recovery(None, None, "no task has scores between 0 and 1")
+        return recovered([(scores[0], scores[1]) for scores in self._scores.values()])
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        left = [name for name in self.evaluations if name not in self._scores]
+        notes = [f"{name}: {note}" for name, evaluation in self.evaluations.items() for note in evaluation.notes]
+        return (*((f"not in the mean: {', '.join(left)}",) if left else ()), *notes)
+
+    @property
+    def predictions(self) -> list[dict[str, Any]]:
+        """The predictions of all tasks, each with its task."""
+        return [
+            {"task": name, **entry} for name, evaluation in self.evaluations.items() for entry in evaluation.predictions
+        ]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the evaluation as `--json` prints it."""
+        result: dict[str, Any] = {"metric": "suite", "model": self.model}
+        result["tasks"] = {name: evaluation.to_dict() for name, evaluation in self.evaluations.items()}
+        result |= _entries("mean", self.mean)
+        if self.recovered is not None:
+            difference = self.difference
+            result["baseline"] = {"model": self.baseline, **_entries("mean", self.baseline_mean)}
+            result["difference"] = (
+                None
+                if difference is None
+                else {
+                    "value": difference.value,
+                    "error": difference.error,
+                    "z": difference.z,
+                }
+            )
+            result |= {"recovery": self.recovered.value, "recovery_error": self.recovered.error}
+            result |= {"recovery_refused": self.recovered.refused} if self.recovered.refused else {}
+        return result | {"notes": list(self.notes), "seconds": round(self.seconds, 3)}
+
+    def to_text(self) -> str:
+        """Return the evaluation for people."""
+        rows = [("model", self.model)] + ([] if self.baseline is None else [("baseline", self.baseline)])
+        rows += [] if self.recovered is None else [("recovery", f"{self.recovered}, of the means over tasks")]
+        rows += [("note", note) for note in self.notes]
+        return f"{text.table(*self._table('model', 'baseline'))}\n\n{text.rows(rows)}"
+
+    def to_markdown(self) -> str:
+        """Return the evaluation as a block for a model card."""
+        table = markdown_table(*self._table(short_label(self.model), short_label(self.baseline or "")))
+        share = "" if self.recovered is None else f" Recovery, the ratio of the means over tasks: {self.recovered}."
+        return f"{table}\n\nMeasured with `surgeon evaluate --task`.{share}"
+
+    def _table(self, model: str, baseline: str) -> tuple[list[str], list[list[str]]]:
+        header = ["task", "metric", "records", model]
+        header += [] if self.baseline is None else [baseline, "difference", "z", "recovery"]
+        lines = [self._line(name, evaluation) for name, evaluation in self.evaluations.items()]
+        if self.mean is not None:
+            last = ["mean", "", "", plus_minus(self.mean.value, self.mean.error)]
+            if self.baseline_mean is not None and self.difference is not None:
+                last.append(plus_minus(self.baseline_mean.value, self.baseline_mean.error))
+                last += [*_difference(self.difference), _share(self.recovered)]
+            lines.append(last)
+        return header, lines
+
+    def _line(self, name: str, evaluation: Evaluation) -> list[str]:
+        first = _first(evaluation.scored)
+        figure, counts = evaluation.scored.figures[first], evaluation.scored.counts
+        what = evaluation.metric if evaluation.metric in OF_TEXT else first.replace("_", " ")
+        line = [name, what, f"{counts.get('records', counts.get('rows', 0)):,}", plus_minus(figure.value, figure.error)]
+        if evaluation.baseline is not None:
+            other = evaluation.baseline.figures[first]
+            line.append(plus_minus(other.value, other.error))
+            line += [*_difference(evaluation.differences.get(first)), _share(evaluation.recovered)]
+        return line
+
+
+def _first(scored: Scored) -> str:
+    """Return the name of the figure that stands for a task."""
+    return next(iter(scored.figures))
+
+
+def _difference(difference: PairedDifference | None) -> tuple[str, str]:
+    if difference is None:
+        return "", ""
+    z = "" if difference.z is None else f"{difference.z:.1f}"
+    return plus_minus(difference.value, difference.error), z
+
+
+def _share(share: Recovery | None) -> str:
+    return "none" if share is None or share.value is None else str(share)
+
+
+def _entries(name: str, figure: Estimate | None) -> dict[str, float | None]:
+    return {name: None if figure is None else figure.value, f"{name}_error": None if figure is None else figure.error}

@@ -1,0 +1,141 @@
+"""The rows of a begun distillation, on disk as they are finished: a killed run goes on where it was."""
+
+import json
+import os
+import shutil
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from surgeon.checkpoint.json_files import read_json
+from surgeon.errors import CheckpointError, OutputError
+
+REQUEST, ROWS, LOCK = "request.json", "rows.jsonl", "lock"
+# What a run that goes on must have been begun with, in words; all other entries of a request are options.
+_WORDS = {"teacher": "another MODEL", "data": "other data", "format": "another version of surgeon"}
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What came of a row: the answer that was taken, None with the reason; which sample; and the tokens of all."""
+
+    row: int
+    answer: str | None
+    reason: str | None
+    sample: int
+    tokens: int
+
+
+class Journal:
+    """The finished rows of a run in a directory, which one process at a time may have."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self.outcomes: dict[int, Outcome] = {}
+
+    def add(self, outcomes: Iterable[Outcome]) -> None:
+        """Write finished rows; they are on disk when this returns. Raises OutputError where the disk refuses."""
+        outcomes = list(outcomes)
+        lines = "".join(json.dumps(asdict(outcome), ensure_ascii=True) + "\n" for outcome in outcomes)
+        with _guarded(self.directory), (self.directory / ROWS).open("ab") as file:
+            file.write(lines.encode())
+            file.flush()
+            os.fsync(file.fileno())
+        self.outcomes |= {outcome.row: outcome for outcome in outcomes}
+
+    def remove(self) -> None:
+        """Remove the directory."""
+        shutil.rmtree(self.directory, ignore_errors=True)
+
+
+@contextmanager
+def opened(directory: Path, request: Mapping[str, Any]) -> Iterator[Journal]:
+    """Yield the journal of a run, begun or new. Raises OutputError for one that was begun with another request, that is
+    damaged, or that another process has.
+    """
+    from filelock import FileLock, Timeout
+
+    with _guarded(directory):
+        directory.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(directory / LOCK, timeout=0)
+        try:
+            lock.acquire()
+        except Timeout as error:
+            hint = "Wait for it, or choose another -o."
+            raise OutputError(f"another process is writing {directory}", hint=hint) from error
+    journal = Journal(directory)
+    try:
+        _check_request(directory, request)
+        with _guarded(directory):
+            _read_rows(journal)
+        yield journal
+    finally:
+        lock.release()
+
+
+def difference(begun: Mapping[str, Any], request: Mapping[str, Any]) -> str | None:
+    """Return in words where two requests differ, the older first; None where they are the same."""
+    for name in (*_WORDS, *request):
+        if begun.get(name) != request[name]:
+            return _WORDS.get(name) or f"--{name.replace('_', '-')} {begun.get(name)}, not {request[name]}"
+    return None
+
+
+def _check_request(directory: Path, request: Mapping[str, Any]) -> None:
+    """Write the request of a new run; refuse one that is not that of the run which was begun."""
+    path = directory / REQUEST
+    if not path.exists():
+        write_whole(path, [json.dumps(request, indent=1).encode()])
+        return
+    try:
+        begun = read_json(path)
+    except CheckpointError as error:
+        raise OutputError(f"{path} is damaged", hint=f"Begin again: rm -r {directory}") from error
+    found = difference(begun if isinstance(begun, dict) else {}, request)
+    if found is not None:
+        raise OutputError(
+            f"{directory} holds a run that was begun with {found}",
+            hint=f"Give what it was begun with, choose another -o, or begin again: rm -r {directory}",
+        )
+
+
+def _read_rows(journal: Journal) -> None:
+    """Read what there is, and cut off a line that was not written to its end."""
+    path = journal.directory / ROWS
+    if not path.exists():
+        return
+    raw = path.read_bytes()
+    whole = raw[: raw.rfind(b"\n") + 1]
+    if len(whole) < len(raw):
+        os.truncate(path, len(whole))
+    try:
+        outcomes = [Outcome(**json.loads(line)) for line in whole.splitlines()]
+    except (ValueError, TypeError) as error:
+        raise OutputError(f"{path} is damaged", hint=f"Begin again: rm -r {journal.directory}") from error
+    journal.outcomes = {outcome.row: outcome for outcome in outcomes}
+
+
+def write_whole(target: Path, lines: Iterable[bytes]) -> None:
+    """Write a file, all of it or nothing. Raises OutputError where the disk refuses."""
+    staged = target.with_name(f".{target.name}.{os.getpid()}")
+    try:
+        with _guarded(target):
+            with staged.open("wb") as file:
+                file.writelines(lines)
+                file.flush()
+                os.fsync(file.fileno())
+            staged.replace(target)
+    finally:
+        staged.unlink(missing_ok=True)
+
+
+@contextmanager
+def _guarded(path: Path) -> Iterator[None]:
+    """Turn an error of the disk in this block into an OutputError."""
+    try:
+        yield
+    except OSError as error:
+        hint = f"Is the disk full, or not yours?  df -h {path.parent}"
+        raise OutputError(f"cannot write {path}: {error.strerror}", hint=hint) from error

@@ -1,0 +1,398 @@
+"""The verb `distill`: a model rewrites the answers of a dataset in its own words, to train what is cut from it."""
+
+import hashlib
+import json
+import os
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import chain, islice
+from pathlib import Path
+from time import monotonic
+from typing import TYPE_CHECKING, Any
+
+from surgeon import text
+from surgeon.anatomy.config import positions_of
+from surgeon.checkpoint.json_files import read_json
+from surgeon.checkpoint.overlap import check_file_replaced
+from surgeon.checkpoint.receipt import public_name, to_bytes, versions
+from surgeon.checkpoint.source import Source, fingerprint
+from surgeon.data.documents import documents
+from surgeon.errors import CheckpointError, DataError, OutputError
+from surgeon.evals.compare import estimate
+from surgeon.evals.evaluation import open_evaluated
+from surgeon.options import (
+    OptionError,
+    check_seed,
+    device_option,
+    flag_of,
+    in_python,
+    option,
+    reads_of,
+    revision_option,
+    seed_option,
+    takes,
+    trust_option,
+)
+from surgeon.rewriting.checks import AUTO, NONE, NUMBER, REASONS, Checks
+from surgeon.rewriting.engines import Engine, TransformersEngine, VllmEngine, Writing, chosen
+from surgeon.rewriting.journal import Journal, difference, opened, write_whole
+from surgeon.rewriting.loop import Asked, Progress, Watch, lines, rewrite
+from surgeon.rewriting.prompts import PROMPTS, form_of, prompt_tokens, row_of
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+FORMAT = 1
+ENGINES = ("auto", "transformers", "vllm")
+KEEP, DROP = "keep", "drop"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Distillation:
+    """What came of a dataset's answers.
+
+    `rewritten` rows have the model's answer, which in `unchanged` ones is the reference word for word; `kept` rows have
+    their own, `dropped` ones are not in the output. `reasons`
+    counts the rows that were not rewritten, by reason; `prompts` the rows and the rewritten ones, by the prompt's name.
+    `tokens` were written by this process, at `tokens_per_second`; `resumed` rows were on disk when it began.
+    """
+
+    output: str
+    rows: int
+    rewritten: int
+    unchanged: int
+    kept: int
+    dropped: int
+    reasons: Mapping[str, int]
+    prompts: Mapping[str, Mapping[str, int]]
+    engine: str
+    tokens: int
+    tokens_per_second: float | None
+    resumed: int
+    seconds: float
+    sha256: str
+    notes: tuple[str, ...] = field(default=())
+
+    @property
+    def acceptance(self) -> float:
+        return self.rewritten / self.rows
+
+    @property
+    def acceptance_error(self) -> float | None:
+        return estimate([1.0] * self.rewritten + [0.0] * (self.rows - self.rewritten)).error
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return this as `--json` prints it."""
+        fields = {name: getattr(self, name) for name in self.__dataclass_fields__}
+        rates = {"acceptance": self.acceptance, "acceptance_error": self.acceptance_error}
+        plain = {"reasons": dict(self.reasons), "prompts": {name: dict(of) for name, of in self.prompts.items()}}
+        return fields | rates | plain | {"notes": list(self.notes)}
+
+    def to_text(self) -> str:
+        """Return this for people."""
+        error = "" if self.acceptance_error is None else f" ± {100 * self.acceptance_error:.1f}"
+        rate = "" if self.tokens_per_second is None else f", {self.tokens_per_second:,.1f} tokens/s"
+        rows = [("rows", f"{self.rows:,}"), ("rewritten", f"{self.rewritten:,}, {100 * self.acceptance:.1f}{error} %")]
+        rows += [("unchanged", f"{self.unchanged:,} of them say the reference again")] if self.unchanged else []
+        if len(self.prompts) > 1:
+            rows += [(f"- {name}", f"{of['rewritten']:,} of {of['rows']:,}") for name, of in self.prompts.items()]
+        rows += [("kept", f"{self.kept:,} answers of the data")] if self.kept else []
+        rows += [("dropped", f"{self.dropped:,} rows")] if self.dropped else []
+        rows += [(f"- {name}", f"{count:,}: {REASONS[name]}") for name, count in self.reasons.items()]
+        rows += [("written", f"{self.tokens:,} tokens{rate}, by {self.engine}")]
+        rows += [("resumed", f"{self.resumed:,} rows were done")] if self.resumed else []
+        rows += [("output", self.output), *(("note", note) for note in self.notes)]
+        return text.rows(rows)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DistillOptions:
+    """The options of `distill`."""
+
+    data: Sequence[str] = option(
+        "Records with an answer (prompt, completion; instruction, output; question, answer; messages): .jsonl, .json, "
+        ".parquet, a directory of them, or a Hub dataset. Repeatable.",
+        metavar="DATA",
+        reads=True,
+    )
+    output: str | os.PathLike[str] | None = option(
+        "The .jsonl to write. Default: DATA-distill.jsonl.",
+        None,
+        names=("--output", "-o"),
+        metavar="FILE",
+        writes=True,
+    )
+    overwrite: bool = option("Replace an existing output once the new one is complete.", False)
+    rows: int | None = option("Use the first N records. Default: all.", None, metavar="N")
+    prompt: str = option(
+        "auto (gsm8k where an answer has a number after ####, else sdft), sdft or gsm8k.", "auto", metavar="PROMPT"
+    )
+    check: str = option(
+        "auto (number where an answer has one after ####, else none), number, none, or a regular expression whose last "
+        "match must be the reference's.",
+        AUTO,
+        metavar="CHECK",
+    )
+    on_fail: str = option("keep the data's own answer where none passes, or drop the row.", KEEP, metavar="WHAT")
+    samples: int = option("Write up to N answers to a row; the first that passes is taken.", 1, metavar="N")
+    temperature: float = option("Sample at this temperature; 0 is greedy.", 0.0, metavar="T")
+    max_new_tokens: int = option("Longest answer, in tokens; one that does not end by then fails.", 512, metavar="N")
+    min_length_ratio: float = option(
+        "Shortest free text that passes, in characters over the reference's.", 0.3, metavar="R"
+    )
+    max_length_ratio: float = option(
+        "Longest free text that passes, in characters over the reference's.", 3.0, metavar="R"
+    )
+    max_copied: float | None = option(
+        "Share of runs of 8 words from the reference above which an answer fails. Default: not looked at.",
+        None,
+        metavar="SHARE",
+    )
+    batch_size: int = option("Most prompts per batch.", 16, metavar="N")
+    batch_tokens: int = option("Most tokens per batch, prompts with padding and new ones.", 16384, metavar="N")
+    engine: str = option("auto (vllm on CUDA where it is installed), transformers or vllm.", "auto", metavar="ENGINE")
+    seed: int = seed_option()
+    device: str = device_option()
+    revision: str | None = revision_option()
+    trust_remote_code: bool = trust_option()
+    watch: Watch | None = in_python("Called with the progress after each batch.")
+
+    def __post_init__(self) -> None:
+        check_seed(self.seed)
+        if not self.data:
+            raise OptionError("data", "nothing to rewrite: give --data")
+        words = (("prompt", PROMPTS), ("on_fail", (KEEP, DROP)), ("engine", ENGINES))
+        for name, known in words:
+            if getattr(self, name) not in known:
+                raise OptionError(name, f"{flag_of(name)} {getattr(self, name)!r} is none of {', '.join(known)}")
+        for name in ("rows", "samples", "max_new_tokens", "batch_size", "batch_tokens"):
+            if (count := getattr(self, name)) is not None and count < 1:
+                raise OptionError(name, f"{flag_of(name)} is {count}; the least is 1")
+        if not 0 <= self.temperature < float("inf"):
+            raise OptionError("temperature", f"--temperature is {self.temperature}; 0 is greedy, 1 the model's own")
+        if self.samples > 1 and not self.temperature:
+            raise OptionError("samples", "--samples has no effect without --temperature: greedy answers are the same")
+        if not 0 <= self.min_length_ratio < self.max_length_ratio:
+            low, high = self.min_length_ratio, self.max_length_ratio
+            raise OptionError("min_length_ratio", f"--min-length-ratio {low} to --max-length-ratio {high} is no range")
+        if self.max_copied is not None and not 0 <= self.max_copied <= 1:
+            raise OptionError("max_copied", f"--max-copied is {self.max_copied}, not between 0 and 1")
+        if self.output is not None and Path(self.output).suffix != ".jsonl":
+            raise OptionError("output", f"--output {os.fspath(self.output)} is no .jsonl")
+        if self.check not in (AUTO, NUMBER, NONE):
+            try:
+                re.compile(self.check)
+            except re.error as error:
+                raise OptionError("check", f"--check is no regular expression: {error}") from error
+
+    @property
+    def checks(self) -> Checks:
+        """What an answer is checked for."""
+        return Checks(self.check, (self.min_length_ratio, self.max_length_ratio), self.max_copied)
+
+    @property
+    def writing(self) -> Writing:
+        """How answers are written."""
+        names = ("max_new_tokens", "temperature", "seed", "batch_size", "batch_tokens")
+        return Writing(**{name: getattr(self, name) for name in names})
+
+    @property
+    def target(self) -> Path:
+        """The file to write."""
+        if self.output is not None:
+            return Path(self.output).expanduser()
+        name = Path(os.path.expanduser(self.data[0]).partition(":")[0]).name  # noqa: PTH111
+        return Path(f"{name.partition('.')[0] or 'data'}-distill.jsonl")
+
+
+# The options that decide what is written; --on-fail decides only what becomes of it.
+_DECIDING = (
+    *("prompt", "check", "samples", "temperature", "max_new_tokens", "min_length_ratio", "max_length_ratio"),
+    *("max_copied", "batch_size", "batch_tokens", "seed"),
+)
+
+
+@takes(DistillOptions)
+def distill(model: str | os.PathLike[str], options: DistillOptions) -> Distillation:
+    """Let a checkpoint directory or Hub model rewrite the answers of records, and write the records to a .jsonl.
+
+    The model sees the question and the data's answer (`prompt`); its own answer takes the place of that where it passes
+    the `check`, ends, does not speak of its task, and is about as long. Of up to `samples` answers the first that
+    passes is taken. A row where none does keeps its answer, or is dropped (`on_fail`). The column "distill" of the
+    output says of each row what became of it. Each finished batch is on disk in OUTPUT.partial; the same call goes on.
+
+    Raises DataError for data without answers, OutputError for an output that exists or that was begun otherwise,
+    MeasureError for a model that cannot be run.
+
+        surgeon.distill("SmolLM2-135M-Instruct", data=["gsm8k.jsonl"], output="gsm8k-distill.jsonl")
+    """
+    source = open_evaluated(model, options.revision)
+    _check_target(options, os.fspath(model))
+
+    from surgeon.models.loading import runs
+
+    with runs(source.label, trust_remote_code=options.trust_remote_code):
+        return _distilled(source, options)
+
+
+def _distilled(source: Source, options: DistillOptions) -> Distillation:
+    began = monotonic()
+
+    from surgeon.models.device import resolve_device
+    from surgeon.models.loading import load_tokenizer, loadable
+
+    device = resolve_device(options.device)
+    tokenizer = load_tokenizer(*loadable(source))
+    asked, digest = _asked(source, tokenizer, options)
+    engine_name = chosen(options.engine, device)
+    teacher = {"teacher": public_name(source), "fingerprint": fingerprint(source)}
+    request = {"format": FORMAT, "teacher": teacher["fingerprint"], "data": digest}
+    request |= {name: getattr(options, name) for name in _DECIDING} | {"engine": engine_name, "device": device}
+    target = options.target
+    partial = target.with_name(f"{target.name}.partial")
+    if not partial.exists() and target.exists():
+        if (done := _done(target, request, options)) is not None:
+            return done
+        _refuse_existing(target, options)
+    with opened(partial, request) as journal:
+        resumed = len(journal.outcomes)
+        if resumed < len(asked):
+            _refuse_existing(target, options)
+        engine: Engine = (
+            VllmEngine(source, tokenizer, options.trust_remote_code, options.writing)
+            if engine_name == "vllm"
+            else TransformersEngine(source, tokenizer, device, options.writing)
+        )
+        progress = rewrite(
+            asked, engine, options.checks, journal, samples=options.samples, watch=options.watch or (lambda _: None)
+        )
+        source.check_unchanged()
+        sha256 = _write(target, asked, journal, teacher, options)
+        result = _summary(asked, journal, progress, options, engine=engine_name, resumed=resumed, sha256=sha256)
+        result = replace(result, seconds=round(monotonic() - began, 3))
+        _write_receipt(target, request, result, options)
+        journal.remove()
+    return result
+
+
+def _asked(source: Source, tokenizer: "PreTrainedTokenizerBase", options: DistillOptions) -> tuple[list[Asked], str]:
+    """Return the rows of the data with their prompts, all of them checked, and a SHA-256 over both."""
+    streams = [documents(spec) for spec in options.data]  # a wrong name is an error before anything is read
+    checks, most, asked = options.checks, positions_of(source), []
+    digest = hashlib.sha256()
+    for document in islice(chain(*streams), options.rows):
+        row = row_of(document)
+        checks.check_row(row)
+        name = form_of(row, options.prompt)
+        ids = prompt_tokens(row, name, tokenizer)
+        digest.update(json.dumps([row.record, name, ids], sort_keys=True, default=str).encode())
+        is_full = most is not None and len(ids) + options.max_new_tokens > most
+        asked.append(Asked(row, name, None if is_full else ids))
+    if all(item.ids is None for item in asked):
+        raise DataError(
+            f"no prompt leaves room for {options.max_new_tokens} tokens in the {most} positions of {source.label}",
+            hint="Use a smaller --max-new-tokens.",
+        )
+    return asked, digest.hexdigest()
+
+
+def _check_target(options: DistillOptions, model: str) -> None:
+    """Raises OutputError where the output is something that is read, or would be at the next call."""
+    check_file_replaced(options.target, reads_of(options) | {"MODEL": (model,)})
+    place = os.path.realpath(options.target.parent)
+    for spec in options.data:
+        if os.path.isdir(spec) and os.path.realpath(spec) == place:  # noqa: PTH112  # Path.is_dir may raise
+            raise OutputError(f"{options.target} would be among what --data reads: {spec}", hint="Choose another -o.")
+
+
+def _refuse_existing(target: Path, options: DistillOptions) -> None:
+    """Raises OutputError where the output exists and is not to be replaced."""
+    if target.is_dir() or (target.exists() and not options.overwrite):
+        raise OutputError(f"{target} exists", hint="Choose another -o, or add --overwrite.")
+
+
+def _write(
+    target: Path, asked: Sequence[Asked], journal: Journal, teacher: Mapping[str, Any], options: DistillOptions
+) -> str:
+    """Write the output, and return its SHA-256. Raises DataError where every row would be dropped."""
+    drops = options.on_fail == DROP
+    if drops and all(outcome.answer is None for outcome in journal.outcomes.values()):
+        raise DataError(
+            "no answer passes, so every row is dropped", hint="Keep them: the same command with --on-fail keep."
+        )
+    write_whole(target, lines(asked, journal, dict(teacher), seed=options.seed, drops=drops))
+    with target.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _summary(
+    asked: Sequence[Asked],
+    journal: Journal,
+    progress: Progress,
+    options: DistillOptions,
+    *,
+    engine: str,
+    resumed: int,
+    sha256: str,
+) -> Distillation:
+    outcomes = [journal.outcomes[index] for index in range(len(asked))]
+    taken = [outcome.answer is not None for outcome in outcomes]
+    counts = Counter(outcome.reason for outcome in outcomes if outcome.reason is not None)
+    prompts = {
+        name: {
+            "rows": sum(item.prompt == name for item in asked),
+            "rewritten": sum(is_taken and item.prompt == name for item, is_taken in zip(asked, taken, strict=True)),
+        }
+        for name in PROMPTS
+        if any(item.prompt == name for item in asked)
+    }
+    failed = len(asked) - sum(taken)
+    notes = () if any(taken) else ("no answer passed: the output has the answers of the data",)
+    return Distillation(
+        output=str(options.target),
+        rows=len(asked),
+        rewritten=sum(taken),
+        unchanged=sum(
+            outcome.answer == item.row.reference.strip() for outcome, item in zip(outcomes, asked, strict=True)
+        ),
+        kept=failed if options.on_fail == KEEP else 0,
+        dropped=failed if options.on_fail == DROP else 0,
+        reasons={name: counts[name] for name in REASONS if counts[name]},
+        prompts=prompts,
+        engine=engine,
+        tokens=progress.tokens,
+        tokens_per_second=progress.tokens_per_second,
+        resumed=resumed,
+        seconds=0.0,
+        sha256=sha256,
+        notes=notes,
+    )
+
+
+# --- the receipt: by which a finished distillation is known ---------------------------------------------------------
+
+
+def _receipt(target: Path) -> Path:
+    return target.with_name(f"{target.name}.receipt")  # of no kind that is read as data
+
+
+def _write_receipt(target: Path, request: Mapping[str, Any], result: Distillation, options: DistillOptions) -> None:
+    content = {"request": dict(request), "on_fail": options.on_fail, "result": result.to_dict(), "versions": versions()}
+    write_whole(_receipt(target), [to_bytes(content)])
+
+
+def _done(target: Path, request: Mapping[str, Any], options: DistillOptions) -> Distillation | None:
+    """Return the summary of the same distillation that is done, and whose output is still as it was; else None."""
+    try:
+        content = read_json(_receipt(target))
+        stored = content["result"]
+        with target.open("rb") as file:
+            is_same = hashlib.file_digest(file, "sha256").hexdigest() == stored["sha256"]
+        if not is_same or content["on_fail"] != options.on_fail or difference(content["request"], request):
+            return None
+        fields = {name: stored[name] for name in Distillation.__dataclass_fields__}
+    except (CheckpointError, OSError, KeyError, TypeError):
+        return None
+    return Distillation(**fields | {"output": str(target), "notes": ("it was done already", *fields["notes"])})
