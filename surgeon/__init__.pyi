@@ -21,6 +21,8 @@ from surgeon.train.result import Training as Training
 from surgeon.verbs.compress import Compression as Compression
 from surgeon.verbs.compress import compress as compress
 from surgeon.verbs.convert import convert as convert
+from surgeon.verbs.data import GeneratedData as GeneratedData
+from surgeon.verbs.data import generate_data as generate_data
 from surgeon.verbs.distill import Distillation as Distillation
 from surgeon.verbs.distill import distill as distill
 from surgeon.verbs.evaluate import evaluate as evaluate
@@ -34,6 +36,7 @@ from surgeon.verbs.generate import Generation as Generation
 from surgeon.verbs.generate import generate as generate
 from surgeon.verbs.gist import add_gist as add_gist
 from surgeon.verbs.grow import grow as grow
+from surgeon.verbs.init import init as init
 from surgeon.verbs.inspect import Inspection as Inspection
 from surgeon.verbs.inspect import inspect as inspect
 from surgeon.verbs.prune import Pruning as Pruning

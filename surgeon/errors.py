@@ -7,6 +7,7 @@ SurgeonError
 ├── MeasureError      a model that cannot be run here, or text that cannot be read
 ├── TrainingError     a run that cannot go on: it diverged, or the memory is full
 ├── PlanError         a surgery that the model's code cannot express, or that contradicts itself
+├── RecipeError       a recipe that is none, or a step of it that fails or misses what it requires
 ├── OutputError       the result cannot be written: it exists, the disk is full, no permission
 └── VerificationError the written model does not compute what it should, or cannot be loaded
 
@@ -57,6 +58,10 @@ class MeasureError(SurgeonError):
 
 class OutputError(SurgeonError):
     """The result cannot be written."""
+
+
+class RecipeError(SurgeonError):
+    """The recipe is none, or a step of it fails or misses what it requires."""
 
 
 class TrainingError(SurgeonError):

@@ -377,7 +377,7 @@ class Draft:
         }
         return receipt.model_card(
             title=self.summary.output.name,
-            base_model=source,
+            base_model=receipt.base_model(self.source),
             done=f"Made from `{source}` by surgeon: {verbs}.",
             facts=facts,
             command=command,

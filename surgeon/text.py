@@ -65,6 +65,18 @@ def parse_size(written: str) -> int | None:
     return result if result >= 1 else None
 
 
+_SLICED = re.compile(r"(.+)\[(\d{0,12}%?):(\d{0,12}%?)\]")
+
+
+def sliced(spec: str) -> tuple[str, str, str]:
+    """Return a data argument without its slice, and where that begins and ends: "rows.jsonl[:90%]" has "" and "90%".
+
+    One without a slice has "" and "". A file of that very name goes before a slice.
+    """
+    found = None if os.path.lexists(spec) else _SLICED.fullmatch(spec)
+    return (spec, "", "") if found is None else (found[1], found[2], found[3])
+
+
 def rows(pairs: Iterable[tuple[str, str]]) -> str:
     """Return lines of "name  value" with the values aligned."""
     pairs = [(printable(name), printable(value)) for name, value in pairs]

@@ -42,6 +42,38 @@ def refusal(spec: str) -> tuple[str, str | None]:
 # Text files
 
 
+def test_parts_of_a_text_meet_at_the_beginning_of_a_line(tmp_path):
+    text = "".join(f"line {number}\n" for number in range(37)) + "end"
+    path = write(tmp_path / "a.txt", text)
+
+    parts = [texts(f"{path}[{part}]") for part in (":50%", "50%:90%", "90%:")]
+
+    assert "".join(part[0] for part in parts) == text
+    assert all(part[0].startswith(("line", "end")) for part in parts)
+    assert texts(f"{path}[:]") == texts(f"{path}[0%:100%]") == [text]
+    assert "a text has no documents to count" in refusal(f"{path}[:3]")[0]
+    assert "0 documents" in refusal(f"{path}[100%:]")[0]
+
+
+def test_parts_of_records_are_counted_by_documents(tmp_path):
+    path = jsonl(tmp_path / "a.jsonl", *({"text": str(number)} for number in range(10)))
+
+    assert texts(f"{path}[:3]") == ["0", "1", "2"]
+    assert texts(f"{path}[3:5]") == ["3", "4"]
+    assert texts(f"{path}[:85%]") + texts(f"{path}[85%:]") == [str(number) for number in range(10)]
+    assert texts(f"{tmp_path}[9:]") == ["9"], "of a directory, all its documents"
+    assert "0 documents" in refusal(f"{path}[10:]")[0]
+    assert "no such file" in refusal(f"{tmp_path}/gone.jsonl[:3]")[0]
+
+
+def test_a_file_whose_name_ends_like_a_part_is_that_file(tmp_path):
+    path = write(tmp_path / "a[1:2].txt", "whole")
+    other = jsonl(tmp_path / "b.jsonl[:1]", {"text": "x"})
+
+    assert texts(path) == ["whole"]
+    assert "of no kind that surgeon reads" in refusal(other)[0]
+
+
 def test_a_text_file_is_one_document_as_it_is(tmp_path):
     spec = write(tmp_path / "a.txt", "\n one\r\n\r\ntwo\u2028é🌿 \n")
     assert list(documents(spec)) == [Document(spec, ("\n one\r\n\r\ntwo\u2028é🌿 \n",))]

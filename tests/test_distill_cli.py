@@ -59,7 +59,7 @@ def test_people_get_counts_reasons_and_what_to_run_next(run, model, data, tmp_pa
         (("--max-new-tokens", 0), "the least is 1"),
         (("--min-length-ratio", 3), "is no range"),
         (("--max-copied", 1.5), "not between 0 and 1"),
-        (("--check", "("), "is no regular expression"),
+        (("--extract", "("), "is no regular expression"),
         (("-o", "out.json"), "no .jsonl"),
         (("--seed", -1), "lies between"),
     ],

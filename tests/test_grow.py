@@ -75,6 +75,25 @@ def test_an_error_names_a_size_that_fits_and_leaves_nothing_behind(toy, tmp_path
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_plus_adds_layers_to_those_that_there_are(toy, tmp_path, run):
+    surgeon.truncate(toy("llama"), layers=2).save(tmp_path / "two")
+
+    outcome = run(
+        "grow", tmp_path / "two", "--layers", "+2", "--donor", toy("llama"), "-o", tmp_path / "four", "--json"
+    )
+
+    assert json.loads(outcome.out)["layers"] == {"before": 2, "after": 4}
+    grown, donor = (load_file(path / "model.safetensors") for path in (tmp_path / "four", toy("llama")))
+    assert all(value.equal(donor[name]) for name, value in grown.items())
+    assert surgeon.grow(toy("llama"), layers="+3").plan.layer_map.count(None) == 3
+
+
+@pytest.mark.parametrize("layers", ["+", "+0", "+x", "+-2", "+50%"])
+def test_a_plus_without_a_number_is_refused(layers, toy):
+    with pytest.raises(PlanError, match="as a number of layers"):
+        surgeon.grow(toy("llama"), layers=layers)
+
+
 # --- what follows what ----------------------------------------------------------------------------------------------
 
 

@@ -25,12 +25,13 @@ from surgeon.surgery import open_source
 NO_PLACES = {
     *("N", "K", "T", "S", "W", "F", "E", "G", "R", "A", "P", "M", "I", "LR", "SIZE", "DTYPE", "K,K", "FIRST,LAST"),
     *("METHOD", "METRIC", "SCORE", "NAME", "NAMES", "PART", "PARTS", "LAYERS", "WHEN", "WHO", "WAY", "TOOL", "AXIS"),
-    *("TEXT", "[TEXT]", "REGEX", "REPO", "last|all", "PROMPT", "CHECK", "WHAT", "ENGINE"),
+    *("TEXT", "[TEXT]", "REGEX", "REPO", "last|all", "KIND", "KEY=VALUE", "NAME=VALUE", "STEP"),
+    *("PROMPT", "CHECK", "WHAT", "ENGINE"),
 }
 WORDS = {"revision", "device"}  # options of text without a placeholder
 # Arguments that are no fields of options: what they name is read, or written.
-READ = {"model", "source", "runs", "input_file", "prompt_file"}
-WRITTEN = {("plot", "output"), ("prune", "plot")}
+READ = {"model", "source", "config", "recipe", "runs", "input_file", "prompt_file"}
+WRITTEN = {("plot", "output")}
 
 
 def parameters(command: str) -> list[Any]:
@@ -39,8 +40,15 @@ def parameters(command: str) -> list[Any]:
 
 def flags() -> dict[tuple[str, str], Flag]:
     """Return how each field of all dataclasses of options appears on the command line, by its name and its help."""
-    homes = [f"surgeon.verbs.{name}" for name in commands() if name != "plot"]
-    homes += ["surgeon.cli.command", "surgeon.evals.gist", "surgeon.evals.harness", "surgeon.evals.judge"]
+    homes = [f"surgeon.verbs.{name}" for name in commands() if name not in ("plot", "run")]
+    homes += [
+        "surgeon.recipe.recipe",
+        "surgeon.cli.prune",
+        "surgeon.cli.command",
+        "surgeon.evals.gist",
+        "surgeon.evals.harness",
+        "surgeon.evals.judge",
+    ]
     kinds = [kind for home in homes for kind in vars(import_module(home)).values() if is_dataclass(kind)]
     items = [item for kind in kinds for item in fields(kind) if "flag" in item.metadata]
     return {(item.name, item.metadata["flag"].help): item.metadata["flag"] for item in items}
@@ -54,11 +62,12 @@ def flag(item: Any) -> Flag:
     return FLAGS.get((item.name, getattr(item, "help", "")), NEITHER)
 
 
-OF_ONE_FILE = {"distill"}  # their output is no directory, and their own tests hold that it is nothing that is read
+# `run` replaces the outputs of its steps, each by a command of these. The output of `distill` is no directory; its own
+# tests hold that it is nothing that is read.
 REPLACING = [
     name
     for name in commands()
-    if name not in OF_ONE_FILE and any(item.name == "overwrite" for item in parameters(name))
+    if name not in ("run", "distill") and any(item.name == "overwrite" for item in parameters(name))
 ]
 READING = {
     (command, item.name)
@@ -88,6 +97,8 @@ CASES: dict[tuple[str, str], list[str]] = {
     ("prune", "data"): ["{model}", "--layers", "2", "--data", "{out}/text.txt"],
     ("prune", "scores_from"): ["{model}", "--layers", "2", "--score", "last", "--scores-from", "{out}/scores.json"],
     ("convert", "source"): ["{out}/pytorch_model.bin"],
+    ("init", "config"): ["{out}"],
+    ("init", "tokenizer"): ["gpt2", "--tokenizer", "{out}"],
     ("finetune", "model"): ["{out}", "--data", "{text}"],
     ("finetune", "data"): ["{model}", "--data", "{text}", "--data", "{out}/text.txt"],
     ("finetune", "eval_data"): ["{model}", "--data", "{text}", "--eval-data", "{out}"],
@@ -96,7 +107,7 @@ CASES: dict[tuple[str, str], list[str]] = {
     ("compress", "adapter"): ["{model}", "--prompt", "be brief", "--adapter", "{out}/adapter"],
     ("compress", "prompt_file"): ["{model}", "--prompt-file", "{out}/text.txt"],
 }
-NAMES = {"model": "MODEL", "source": "SRC"}
+NAMES = {"model": "MODEL", "source": "SRC", "config": "CONFIG"}
 
 
 def test_every_option_that_reads_is_tried():
@@ -117,6 +128,11 @@ def places(tmp_path: Path) -> dict[str, str]:
 def made_for(command: str, option: str, model: Path, out: Path) -> None:
     """Make the result what this command replaces, and holding what it reads before it looks at its output."""
     gist = {"version": 1, "token": "<GIST>", "token_ids": [18], "num_tokens": 1}
+    if command == "init":
+        import talkers
+
+        edit_config(out, head_dim=4)
+        talkers.tokenizer_of().save_pretrained(out)
     if command == "gist":
         (out / "tokenizer.json").write_text(json.dumps({"model": {"vocab": {"a": 0}}, "added_tokens": []}))
     if command == "compress":
@@ -140,7 +156,7 @@ def made_for(command: str, option: str, model: Path, out: Path) -> None:
 
 @pytest.mark.parametrize(
     ("command", "option"),
-    [pytest.param(*case, marks=pytest.mark.slow if case[0] == "convert" else ()) for case in CASES],
+    [pytest.param(*case, marks=pytest.mark.slow if case[0] in ("convert", "init") else ()) for case in CASES],
 )
 def test_what_an_option_reads_is_not_replaced(command, option, run, places, tmp_path):
     made_for(command, option, Path(places["model"]), Path(places["out"]))

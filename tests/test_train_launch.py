@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 import surgeon
+from surgeon import starter
 from surgeon.train import launch
 from surgeon.train.launch import is_first, is_launched, is_loss, processes, relaunch, second_to_the_first
 
@@ -97,9 +98,7 @@ STARTER = "import sys; sys.path.pop(0); from surgeon.train.launch import relaunc
 def test_processes_end_with_the_one_that_started_them_however_it_ends(surgeon_that_does: Path) -> None:
     began = time.monotonic()
     does = "sys.path.pop(0); [sys.modules.pop(name) for name in list(sys.modules) if name.startswith('surgeon')]; "
-    does += (
-        "from surgeon.train.launch import ends_with_starter; ends_with_starter(); import os; os.write(1, b'here\\n'); "
-    )
+    does += "from surgeon.starter import ends_with_starter; ends_with_starter(); import os; os.write(1, b'here\\n'); "
     command = [sys.executable, "-c", STARTER, str(surgeon_that_does), does + "time.sleep(120)"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, start_new_session=True) as starter:
         assert starter.stdout is not None
@@ -112,9 +111,9 @@ def test_processes_end_with_the_one_that_started_them_however_it_ends(surgeon_th
 
 def test_a_process_that_was_started_otherwise_is_not_ended(monkeypatch: pytest.MonkeyPatch) -> None:
     for number in ("", "3.5", "99999", "-1"):
-        monkeypatch.setenv(launch.STARTER, number)
-        launch.ends_with_starter()
-        assert launch.STARTER not in os.environ
+        monkeypatch.setenv(starter.STARTER, number)
+        starter.ends_with_starter()
+        assert starter.STARTER not in os.environ
 
 
 def test_a_process_that_is_not_the_first_tells_its_error_late(second: None) -> None:

@@ -68,6 +68,36 @@ def test_inherit_keeps_one_part_and_draws_the_others(name, part, toy, tmp_path):
         assert torch.equal(value, before[tensor]) == (inspection.anatomy.row(tensor)[1] == part), tensor
 
 
+def test_none_inherits_nothing_and_each_ablation_of_inheritune_its_parts_alone(toy, tmp_path, run):
+    before = load_file(toy("gpt2") / "model.safetensors")
+    ablations = {
+        "none": (),
+        "attention,norm,embedding": ("attention", "norm", "embedding"),
+        "mlp,norm,embedding": ("mlp", "norm", "embedding"),
+        "attention,mlp,embedding": ("attention", "mlp", "embedding"),
+    }  # fmt: skip
+    for words, parts in ablations.items():
+        out = tmp_path / words
+        outcome = run("truncate", toy("gpt2"), "--layers", 3, "--inherit", words, "-o", out, "--json")
+
+        assert outcome.code == 0, outcome.err
+        anatomy, after = surgeon.inspect(out).anatomy, load_file(out / "model.safetensors")
+        kept = {name for name, value in after.items() if value.equal(before[name])}
+        assert kept == {name for name in after if anatomy.row(name)[1] in parts}, words
+    receipt = json.loads((tmp_path / "none/surgeon.json").read_text())
+    assert receipt["steps"][0]["truncate"]["inherit"] == []
+    surgeon.truncate(toy("gpt2"), layers=3, inherit=[]).save(tmp_path / "python")
+    files = [tmp_path / name / "model.safetensors" for name in ("none", "python")]
+    assert files[0].read_bytes() == files[1].read_bytes()
+
+
+def test_none_is_no_part_beside_others(toy, run):
+    outcome = run("truncate", toy("gpt2"), "--layers", 3, "--inherit", "none,mlp", "--dry-run")
+
+    assert outcome.code == 1
+    assert "unknown part 'none'" in outcome.err
+
+
 def test_the_same_seed_gives_the_same_bytes_and_another_seed_others(toy, tmp_path):
     for out, seed in (("one", 0), ("two", 0), ("three", 1)):
         surgeon.truncate(toy("llama"), layers=2, inherit=["norm"], seed=seed).save(tmp_path / out)

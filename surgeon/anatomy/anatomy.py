@@ -250,7 +250,12 @@ def family_of(config: Mapping[str, Any], layers: str) -> Family | None:
             whole.layers.removeprefix(whole.base),
         ):
             return whole
-    return FAMILIES.get(own) or table_of_mlp(own)
+    return family_of_type(own)
+
+
+def family_of_type(name: str) -> Family | None:
+    """Return the table of a language model's type, None where there is none."""
+    return FAMILIES.get(name) or table_of_mlp(name)
 
 
 def _is_wrapped(family: Family, prefix: str) -> bool:

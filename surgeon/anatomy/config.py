@@ -297,3 +297,16 @@ def positions_in(config: Mapping[str, Any]) -> int | None:
     if "relative_attention_num_buckets" in text:  # T5's n_positions is how long its texts were, and no limit
         return None
     return size_of(text, "positions")
+
+
+TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+
+
+def vocabulary_key(config: Mapping[str, Any]) -> str:
+    """Return the key under which a config holds the size of its vocabulary, or would."""
+    return next(iter(spelled(config, "vocab")), SPELLINGS["vocab"][0])
+
+
+def with_vocabulary(config: Mapping[str, Any], size: int, ids: Mapping[str, int | None]) -> dict[str, Any]:
+    """Return a config with another number of tokens, and with these special ones."""
+    return with_text(config, {vocabulary_key(config): size, **ids})

@@ -12,6 +12,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from surgeon.checkpoint.blank import BlankSource
 from surgeon.checkpoint.json_files import read_json
 from surgeon.checkpoint.source import RECEIPT, LocalSource, Source, Transfer, inside
 from surgeon.errors import CheckpointError
@@ -171,6 +172,11 @@ def public_name(source: Source) -> str:
     return str(base.directory.resolve().name) if isinstance(base, LocalSource) else base.label
 
 
+def base_model(source: Source) -> str | None:
+    """Return the name of the model that a result was made from; None where a config alone was."""
+    return None if isinstance(source, BlankSource) else public_name(source)
+
+
 # The model card
 
 MAX_CARD = 50_000  # characters: the block stands at the beginning, and PyYAML reads some 100 kB a second
@@ -180,7 +186,7 @@ _COPIED_METADATA = ("license", "license_name", "license_link", "language", "pipe
 def model_card(
     *,
     title: str,
-    base_model: str,
+    base_model: str | None,
     done: str,
     facts: Mapping[str, str],
     command: str | None,
@@ -193,7 +199,8 @@ def model_card(
     """
     import yaml
 
-    metadata: dict[str, Any] = {"base_model": base_model, "library_name": "transformers", "tags": ["surgeon"]}
+    metadata: dict[str, Any] = {} if base_model is None else {"base_model": base_model}
+    metadata |= {"library_name": "transformers", "tags": ["surgeon"]}
     metadata |= _source_metadata(source_card)
     lines = ["---", yaml.safe_dump(metadata, sort_keys=False, allow_unicode=True).rstrip(), "---", "", f"# {title}", ""]
     lines += [f"{done}", "", "| | |", "| --- | --- |"]

@@ -6,6 +6,7 @@ list such tokens at all.
 
 import json
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from surgeon.errors import CheckpointError, PlanError
@@ -29,7 +30,19 @@ NAMED_TOKENS = frozenset(f"{name}_token" for name in ("bos", "eos", "unk", "sep"
 _HOW_ADDED = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
 _FETCH_HINT = "Fetch the tokenizer's files again."
 
+# The names of files that belong to a tokenizer, in a directory that may hold others.
+_TOKENIZERS = (
+    "tokenizer*", SPECIAL_TOKENS, ADDED_TOKENS, "vocab*", "merges.txt", "*.model", "*.tiktoken", "chat_template*",
+    "additional_chat_templates/*",
+)  # fmt: skip
+
 Files = Callable[[str], bytes | None]  # from a file's name to its content, None where there is no such file
+
+
+def tokenizer_files(directory: Path) -> list[str]:
+    """Return the files of a tokenizer in a directory, by their relative path."""
+    found = {path for pattern in _TOKENIZERS for path in directory.glob(pattern) if path.is_file()}
+    return sorted(path.relative_to(directory).as_posix() for path in found)
 
 
 def add_to_tokenizer(files: Files, tokens: Sequence[str]) -> tuple[list[int], dict[str, bytes]]:

@@ -14,7 +14,7 @@ import typer
 
 from surgeon.cli.terminal import ByteProgress, emit, emit_json, log
 from surgeon.options import Flag, OptionError, flag_of, option
-from surgeon.surgery import Draft, Surgery
+from surgeon.surgery import Draft, Summary, Surgery
 
 if TYPE_CHECKING:
     from surgeon.verbs.verify import Verification
@@ -42,19 +42,24 @@ def spread(command: Callable[..., None]) -> Callable[..., None]:
         else:
             parameters.append(item.replace(kind=inspect.Parameter.KEYWORD_ONLY, annotation=hint))
 
+    def grouped(given: dict[str, Any]) -> dict[str, Any]:
+        for name, kind in groups.items():
+            given[name] = _made(kind, given)
+        return given
+
     def flat(**given: Any) -> None:
         if given.get("quiet"):
             os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"  # huggingface_hub reads it when it is imported
-        for name, kind in groups.items():
-            given[name] = _made(kind, given)
         try:
-            command(**given)
+            command(**grouped(given))
         except OptionError as error:  # of options that other functions check
             raise _usage_error(error) from error
 
     flat.__name__, flat.__doc__ = command.__name__, command.__doc__
     flat.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]  # typer reads it
     flat.__annotations__ = {item.name: item.annotation for item in parameters}
+    flat.grouped = grouped  # type: ignore[attr-defined]  # what typer parsed, as the command takes it
+    flat.flags = {item.name: item.metadata["flag"] for kind in groups.values() for item in fields(kind)}  # type: ignore[attr-defined]
     return flat
 
 
@@ -166,7 +171,7 @@ class Report(Protocol):
 
 def check(surgery: Surgery, writing: Writing) -> None:
     """Raise the errors that writing would raise before it begins: an existing output, an impossible option."""
-    _check(_draft(surgery, writing), writing)
+    _check(draft_of(surgery, writing), writing)
 
 
 def run(surgery: Surgery, writing: Writing, *, verify: bool | None = False, report: Report | None = None) -> None:
@@ -174,11 +179,22 @@ def run(surgery: Surgery, writing: Writing, *, verify: bool | None = False, repo
 
     With `verify` the result is loaded and compared with its source before it takes its place; None: where it is small.
     """
-    draft = _draft(surgery, writing)
+    summary, rows, entries = carried_out(surgery, writing, verify=verify, report=report)
+    done = not writing.dry_run
+    emit_json(summary.to_dict() | entries) if writing.json else emit(summary.to_text(done=done, rows=rows))
+
+
+def carried_out(
+    surgery: Surgery, writing: Writing, *, verify: bool | None = False, report: Report | None = None
+) -> tuple[Summary, list[tuple[str, str]], dict[str, Any]]:
+    """Return the summary of a surgery that is carried out, and the additions to it: rows, and entries for JSON.
+
+    With --dry-run it is only planned.
+    """
+    draft = draft_of(surgery, writing)
     rows, entries = report.preview() if report else ([], {})
     if writing.dry_run:
-        emit_json(draft.summary.to_dict() | entries) if writing.json else emit(draft.summary.to_text(rows=rows))
-        return
+        return draft.summary, rows, entries
     _check(draft, writing)
     for note in () if writing.quiet else draft.plan.notes[len(surgery.plan.notes) :]:
         log(f"note: {note}")  # the cost of the dtype, in time for a Ctrl-C
@@ -210,7 +226,7 @@ def run(surgery: Surgery, writing: Writing, *, verify: bool | None = False, repo
 
         entries["url"] = push(summary.output, writing.push_to_hub, private=writing.private, reads=draft.reads)
         log(f"uploaded to {entries['url']}")
-    emit_json(summary.to_dict() | entries) if writing.json else emit(summary.to_text(done=True, rows=rows))
+    return summary, rows, entries
 
 
 def _check(draft: Draft, writing: Writing) -> None:
@@ -221,5 +237,6 @@ def _check(draft: Draft, writing: Writing) -> None:
         check_uploaded(writing.push_to_hub, draft.reads)
 
 
-def _draft(surgery: Surgery, writing: Writing) -> Draft:
+def draft_of(surgery: Surgery, writing: Writing) -> Draft:
+    """Return the result that these options would write."""
     return surgery.prepare(writing.output, dtype=writing.dtype, max_shard_size=writing.max_shard_size)

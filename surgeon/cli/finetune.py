@@ -41,9 +41,8 @@ def finetune(
 ) -> None:
     """Train a model on data: heal a cut model (until its loss recovers), train new layers, distil from a teacher."""
     from surgeon.cli.terminal import emit, emit_json, log, results_alone
-    from surgeon.train.launch import ends_with_starter, is_first, is_launched, relaunch, second_to_the_first
+    from surgeon.train.launch import is_first, is_launched, relaunch, second_to_the_first
 
-    ends_with_starter()
     if num_processes < 1:
         raise typer.BadParameter("at least 1", param_hint="--num-processes")
     options = keywords_of(training) | keywords_of(machine)

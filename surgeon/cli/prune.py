@@ -3,16 +3,14 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any
-
-import typer
+from typing import Any
 
 from surgeon import text
 from surgeon.cli import command
 from surgeon.cli.command import Model, Writing, spread
 from surgeon.cli.terminal import TokenMeter
 from surgeon.errors import PlanError
-from surgeon.options import reads_of
+from surgeon.options import option, reads_of
 from surgeon.plots.figure import check_picture
 from surgeon.plots.pruning import NOTHING, NOTHING_HINT, has_picture, plot_pruning
 from surgeon.surgery import open_model
@@ -20,12 +18,16 @@ from surgeon.verbs import prune as verb
 
 GROUP = "surgery"
 EXAMPLE = "surgeon prune gpt2-large --score angular --layers 27 --data text.txt -o gpt2-27"
-Curve = Annotated[
-    bool, typer.Option("--curve", help="Measure the perplexity for every number of layers removed, up to half of them.")
-]
-Plot = Annotated[
-    Path | None, typer.Option(metavar="FILE", help="Draw the scores, and the curve, to this .png, .svg or .pdf.")
-]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PictureOptions:
+    """The options for what is drawn, and measured to be drawn."""
+
+    curve: bool = option("Measure the perplexity for every number of layers removed, up to half of them.", False)
+    plot: Path | None = option(
+        "Draw the scores, and the curve, to this .png, .svg or .pdf.", None, metavar="FILE", writes=True
+    )
 
 
 @spread
@@ -33,14 +35,14 @@ def prune(
     model: Model,
     *,
     cut: verb.CutOptions,
-    curve: Curve = False,
-    plot: Plot = None,
+    pictures: PictureOptions,
     running: verb.RunOptions,
     writing: Writing,
 ) -> None:
     """Remove the layers, neurons, heads and experts that matter least."""
     meter = TokenMeter(quiet=writing.quiet)
     options = verb.PruneOptions(**vars(cut), **vars(running), meter=meter)
+    curve, plot = pictures.curve, pictures.plot
     if plot is not None:
         check_picture(plot, reads_of(options) | {"MODEL": (model,)})
     if curve and options.keep_pattern:
@@ -125,6 +127,7 @@ class PruneReport:
             dropped = () if surgery.choice is None else surgery.choice.dropped
             plot_pruning(self.plot, surgery.score, surgery.scores, dropped=dropped, curve=curve)
             rows.append(("picture", str(self.plot)))
+            entries["pictures"] = [str(self.plot)]
         return rows, entries
 
 

@@ -20,6 +20,7 @@ from typing import IO, Any
 
 from surgeon.data.records import FORMS_HINT, Document, document, fields_of
 from surgeon.errors import DataError, first_line
+from surgeon.text import sliced
 
 KINDS = ".txt, .jsonl, .json (each also .gz) and .parquet"
 RECORD_HINT = 'Write one record per line: {"text": "..."}'
@@ -31,9 +32,13 @@ def documents(spec: str) -> Iterator[Document]:
     """Return the documents of a file, of a directory's files in the order of their names, or of a Hub dataset.
 
     A Hub dataset is written ORG/NAME[:CONFIG[:SPLIT]], its split being "train" if it is not named. A path that exists
-    is preferred over such a name. Raises DataError: at once for a path that does not exist or cannot be read; for a
+    is preferred over such a name. SPEC[A:B] is a part of it: documents A to B, or 90% of them; of a .txt its
+    characters, cut after a line. Raises DataError: at once for a path that does not exist or cannot be read; for a
     damaged record, when it is reached; for a Hub dataset, with its first document.
     """
+    name, first, last = sliced(spec)
+    if name != spec:
+        return _part(spec, name, first, last)
     path = Path(spec)
     with suppress(RuntimeError):  # ~name of an unknown user
         path = path.expanduser()
@@ -52,6 +57,36 @@ def documents(spec: str) -> Iterator[Document]:
 
     rows = hub_documents(spec, named["id"], config=named["config"] or None, split=named["split"] or "train")
     return _at_least_one(rows, spec)
+
+
+def _part(spec: str, name: str, first: str, last: str) -> Iterator[Document]:
+    """Return the documents of SPEC[A:B]; of a .txt, which is one document, a part of its text."""
+    path = Path(name).expanduser() if name.startswith("~/") else Path(name)
+    if os.path.isfile(path) and _reader(path) is _text:  # noqa: PTH113  # Path.is_file raises for a name too long
+        if any(edge and not edge.endswith("%") for edge in (first, last)):
+            raise DataError(f"{spec}: a text has no documents to count", hint=f"Write percents: {name}[:90%]")
+        document = next(_text(path))
+        whole = document.parts[0]
+        start, end = (_line_after(whole, edge, default) for edge, default in ((first, 0), (last, 100)))
+        return _at_least_one(iter([Document(spec, (whole[start:end],))] if whole[start:end].strip() else []), spec)
+    stream = documents(name)
+    total = sum(1 for _ in documents(name)) if "%" in first + last else 0
+
+    def place(edge: str, default: int | None) -> int | None:
+        if not edge:
+            return default
+        return total * int(edge[:-1]) // 100 if edge.endswith("%") else int(edge)
+
+    return _at_least_one(islice(stream, place(first, 0), place(last, None)), spec)
+
+
+def _line_after(whole: str, edge: str, default: int) -> int:
+    """Return the place in a text that is a percentage of its characters, moved on to the beginning of a line."""
+    percent = min(100, int(edge[:-1])) if edge else default
+    place = len(whole) * percent // 100
+    if place in (0, len(whole)):
+        return place
+    return whole.find("\n", place - 1) + 1 or len(whole)
 
 
 def needed(module: str, purpose: str) -> ModuleType:

@@ -3,24 +3,22 @@
 import os
 import signal
 import socket
-import stat
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from datetime import timedelta
 from functools import cache
 from typing import Any
 
 from surgeon.errors import PlanError, SurgeonError
+from surgeon.starter import held_pipe
 
 GRACE = 10.0  # seconds in which the first process may report an error before another reports its own
 PATIENCE = 30.0  # seconds that a process has to end after another one failed
 LONGEST_WAIT = timedelta(days=1)  # for a process that works for all; one that has died is seen at once
 LOOK = 0.1  # seconds between two checks of the processes
-STARTER = "SURGEON_STARTER"  # the environment variable with the number of the pipe that ends with the starting process
 LOST = ("closed by peer", "reset by peer", "Broken pipe", "Timed out", "NCCL", "remote process exited")
 
 
@@ -107,14 +105,12 @@ def relaunch(arguments: Sequence[str], *, processes: int) -> int:
     """Run `surgeon ARGUMENTS` in several processes on this machine; return the status of the first that failed, or 0.
 
     torch's launcher would turn every status into 1, and add its own traceback to every error. SIGTERM to this process
-    is passed on to all of them. They end with this process, also where it is killed: `ends_with_starter`.
+    is passed on to all of them. They end with this process, also where it is killed: `surgeon.starter`.
     """
     threads = str(max(1, (os.cpu_count() or 1) // processes))
     shared = {"OMP_NUM_THREADS": threads, **os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
     shared |= {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes)}
     command = [sys.executable, "-m", "surgeon", *arguments]
-    ends, held = os.pipe()  # nothing is written to it; the system closes it when this process is gone
-    shared[STARTER] = str(ends)
     children: list[subprocess.Popen[bytes]] = []
 
     def pass_on(signum: int, frame: object) -> None:
@@ -122,42 +118,18 @@ def relaunch(arguments: Sequence[str], *, processes: int) -> int:
             child.send_signal(signum)
 
     before = signal.signal(signal.SIGTERM, pass_on)
-    try:
-        for rank in map(str, range(processes)):
-            own = shared | {"RANK": rank, "LOCAL_RANK": rank}
-            children.append(subprocess.Popen(command, env=own, pass_fds=(ends,)))  # noqa: S603
-        return _watched(children)
-    except KeyboardInterrupt:  # the terminal has sent it to them too
-        _ended(children, signal.SIGINT, patience=GRACE)
-        return 130
-    finally:
-        _ended(children, signal.SIGKILL)
-        signal.signal(signal.SIGTERM, before)
-        os.close(ends)
-        os.close(held)
-
-
-def ends_with_starter() -> None:
-    """Let this process be killed when the one whose `relaunch` started it is gone, in whatever way that ended.
-
-    A process without a starter would train on unseen, hold the device, and keep a resumed run out of its directory.
-    """
-    pipe = os.environ.pop(STARTER, "")
-    if pipe.isdecimal() and _is_pipe(int(pipe)):
-        threading.Thread(target=_killed_at_the_end_of, args=(int(pipe),), daemon=True).start()
-
-
-def _is_pipe(number: int) -> bool:
-    try:
-        return stat.S_ISFIFO(os.fstat(number).st_mode)
-    except OSError:
-        return False
-
-
-def _killed_at_the_end_of(pipe: int) -> None:
-    with suppress(OSError):
-        os.read(pipe, 1)
-    os.kill(os.getpid(), signal.SIGKILL)
+    with held_pipe() as (pipe, told):
+        try:
+            for rank in map(str, range(processes)):
+                own = shared | told | {"RANK": rank, "LOCAL_RANK": rank}
+                children.append(subprocess.Popen(command, env=own, pass_fds=(pipe,)))  # noqa: S603
+            return _watched(children)
+        except KeyboardInterrupt:  # the terminal has sent it to them too
+            _ended(children, signal.SIGINT, patience=GRACE)
+            return 130
+        finally:
+            _ended(children, signal.SIGKILL)
+            signal.signal(signal.SIGTERM, before)
 
 
 def _watched(children: Sequence[subprocess.Popen[bytes]]) -> int:

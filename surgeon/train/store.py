@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from surgeon.data.rows import begin_of_text
 from surgeon.errors import DataError
+from surgeon.text import sliced
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -210,7 +211,7 @@ def fingerprint(tokenizer: "PreTrainedTokenizerBase") -> str:
 
 def stamps(spec: str) -> tuple[tuple[str, int, int, int], ...]:
     """Return the name, size, and change times of each file of a data argument; nothing for a dataset on the Hub."""
-    path = Path(os.path.expanduser(spec))  # noqa: PTH111  # Path.expanduser raises for someone who has no home here
+    path = Path(os.path.expanduser(sliced(spec)[0]))  # noqa: PTH111  # Path.expanduser raises without a home
     try:
         files = sorted(path.iterdir()) if path.is_dir() else [path]
         stats = [(file.name, file.stat()) for file in files if file.is_file()]

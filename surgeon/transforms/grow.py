@@ -94,8 +94,13 @@ def grown_size(request: int | str, size: int, name: str) -> int:
 
 
 def grown_depth(layers: int | str, depth: int) -> int:
-    """Return a number of layers: `layers` itself, or "2x" or "150%" of `depth`."""
-    text = str(layers)
+    """Return a number of layers: `layers` itself, "2x" or "150%" of `depth`, or with "+2" two more than `depth`."""
+    text = str(layers).strip()
+    if text.startswith("+"):
+        added = text.removeprefix("+")
+        if not (added.isascii() and added.isdigit() and 0 < len(added) < 10 and int(added)):
+            raise PlanError(f"cannot read {layers!r} as a number of layers", hint="Write 12, 2x, 150% or +2.")
+        return depth + int(added)
     return grown_size(text, depth, "layers") if text.endswith("x") else resolve_depth(text, depth)
 
 

@@ -238,7 +238,7 @@ def truncate(anatomy: Anatomy, layers: int | str, *, inherit: Collection[str] | 
 
 def _inherit(plan: Plan, anatomy: Anatomy, parts: Collection[str], seed: int) -> Plan:
     if unknown := sorted(set(parts) - set(PARTS)):
-        raise PlanError(f"unknown part {unknown[0]!r}", hint=f"Parts: {', '.join(PARTS)}.")
+        raise PlanError(f"unknown part {unknown[0]!r}", hint=f"Parts: {', '.join(PARTS)}; none by itself.")
     anatomy.require_family()
     tensors = dict(plan.tensors)
     drawn = 0

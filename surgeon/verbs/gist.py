@@ -8,9 +8,11 @@ from surgeon.errors import PlanError
 from surgeon.gist.architecture import refusal
 from surgeon.gist.tokens import KEY as GIST
 from surgeon.gist.tokens import GistTokens, names, read_gist
-from surgeon.options import option, revision_option, takes
+from surgeon.options import Verb, option, revision_option, takes
 from surgeon.surgery import Surgery, open_model
 from surgeon.transforms.vocabulary import add_tokens
+
+VERB = Verb(plans="add_gist")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,7 +15,7 @@ from surgeon.transforms.deepen import donate
 from surgeon.transforms.grow import grow as plan_grow
 from surgeon.transforms.grow import grown_depth
 
-VERB = Verb(keeps_function=True, counts_layers=True)
+VERB = Verb(keeps_function=True, counts_layers=True, plans="grow")
 _SIZE = "a number or 2x"
 
 
@@ -23,7 +23,9 @@ _SIZE = "a number or 2x"
 class GrowOptions:
     """The options of `grow`."""
 
-    layers: int | str | None = option("Layers of the result: a number, 2x or 150%.", None, metavar="N")
+    layers: int | str | None = option(
+        "Layers of the result: a number, 2x, 150%, or +2: two more than there are.", None, metavar="N"
+    )
     depth_method: str = option(
         "New layers: identity (keeps the function), stack, interleave, solar or interpolate (these do not).",
         "identity",

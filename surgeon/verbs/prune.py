@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from surgeon.measure.calibration import Calibration
     from surgeon.measure.scoring import Meter
 
-VERB = Verb(counts_layers=True)
+VERB = Verb(counts_layers=True, plans="prune", begins=True)
 UNSCORED = "No scores yet: the layer list is a placeholder; counts and sizes are exact."
 SELF_SAMPLED = "the calibration text was written by the model itself; give --data for a text of your own"
 HEAVY = "more than a quarter of the layers goes: expect a broken model until it is healed (finetuned)"

@@ -8,7 +8,15 @@ from surgeon.options import Verb, option, revision_option, seed_option, takes, w
 from surgeon.surgery import Surgery, open_model
 from surgeon.transforms.layers import truncate as plan_truncate
 
-VERB = Verb(counts_layers=True, cuts_end=True)
+NONE = "none"  # the empty list, which the command line could not write
+
+
+def _parts(text: str) -> list[str]:
+    """Return the parts in "attention,mlp"; of "none" there are none."""
+    return [] if text.strip() == NONE else words(text)
+
+
+VERB = Verb(counts_layers=True, cuts_end=True, plans="truncate")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -17,10 +25,10 @@ class TruncateOptions:
 
     layers: int | str = option("Layers of the result: 12, or 50% of the source's.", metavar="N")
     inherit: Collection[str] | None = option(
-        "Keep only these parts of the source (attention,mlp,norm,embedding); initialise the rest at random.",
+        "Keep only these parts of the source (attention,mlp,norm,embedding; none); initialise the rest at random.",
         None,
         metavar="PARTS",
-        parse=words,
+        parse=_parts,
     )
     seed: int = seed_option()
     revision: str | None = revision_option()

@@ -1,0 +1,304 @@
+"""Recipes checked against the commands, before anything starts: names of options, references, settings, files."""
+
+import itertools
+import os
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from surgeon.errors import RecipeError
+from surgeon.recipe.commands import RESERVED, Commands, Key, UsageError
+from surgeon.recipe.reading import Condition, Loop, Place, Recipe, Step, Value, close_to, substituted
+from surgeon.text import sliced
+
+# What a missing local file looks like, rather than a model or a dataset on the Hub.
+_LOCAL = re.compile(r"[./~].*|.*\.(txt|jsonl?|parquet|csv|yaml|gguf|bin|safetensors|gz)|.*/.*/.*")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Job:
+    """A step that can be run: its settings are in place, and what it reads of other steps is known.
+
+    `references` are the names of steps whose outputs its options name, by option and text: "cut", or "cut/file".
+    """
+
+    name: str
+    command: str
+    options: Mapping[str, Value]
+    references: Mapping[str, tuple[str, ...]]
+    require: tuple[Condition, ...]
+    place: Place
+    group: str = ""  # the name in the recipe, of a step that runs once for each value of a setting
+
+    @property
+    def reads(self) -> set[str]:
+        """The names of the steps whose outputs it reads."""
+        return {item.partition("/")[0] for items in self.references.values() for item in items}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rounds:
+    """Jobs that are repeated until the conditions hold, `at_most` times."""
+
+    name: str
+    jobs: tuple[Job, ...]
+    until: tuple[Condition, ...]
+    at_most: int
+    place: Place
+
+
+def checked(recipe: Recipe, commands: Commands) -> tuple[Job | Rounds, ...]:
+    """Return the jobs of a recipe. Raises RecipeError, with the line, for the first that could not run."""
+    done: list[Job | Rounds] = []
+    names = _all_names(recipe)
+    known: set[str] = set()
+    for item in recipe.steps:
+        if isinstance(item, Step):
+            job = _job(item, recipe.settings, known, names, commands)
+            _add(job.name, job.place, known)
+            done.append(job)
+        elif item.settings:
+            for suffix, settings in _bindings(item, recipe.settings):
+                for job in _renamed(item.steps, suffix, settings, known, names, commands):
+                    _add(job.name, job.place, known)
+                    done.append(job)
+        else:
+            done.append(_rounds(item, recipe.settings, known, names, commands))
+            known |= {step.name for step in item.steps}
+    return tuple(done)
+
+
+def words_of(options: Mapping[str, Value], keys: Mapping[str, Key]) -> list[str]:
+    """Return options as one would type them: the arguments first."""
+    arguments: list[str] = []
+    words: list[str] = []
+    for name, value in options.items():
+        key = keys[name]
+        if key.kind == "switch":
+            words += [key.flag] if value.form == "true" else [key.off] if key.off else []
+        elif value.form == "null":
+            continue
+        elif key.is_argument:
+            arguments += value.items
+        elif key.is_list:
+            words += [f"{key.flag}={item}" for item in value.items]
+        else:
+            words.append(f"{key.flag}={','.join(value.items)}")
+    is_odd = any(item.startswith("-") for item in arguments)
+    return [*words, "--", *arguments] if is_odd else [*arguments, *words]
+
+
+def _add(name: str, place: Place, known: set[str]) -> None:
+    if name in known:
+        raise place.error(f"a step is named {name} already")
+    known.add(name)
+
+
+def _all_names(recipe: Recipe) -> dict[str, Step]:
+    """Return all steps by their names, also those in loops."""
+    steps = itertools.chain.from_iterable(item.steps if isinstance(item, Loop) else (item,) for item in recipe.steps)
+    return {step.name: step for step in steps}
+
+
+def _job(
+    step: Step, settings: Mapping[str, Value], known: set[str], names: Mapping[str, Step], commands: Commands
+) -> Job:
+    keys = commands.keys(step.command)
+    for name, value in step.options.items():
+        _check_name(step, name, value, keys)
+    options = {name: substituted(value, settings) for name, value in step.options.items()}
+    for name, value in options.items():
+        _check_form(step, value, keys[name])
+    references = {
+        name: found
+        for name, key in keys.items()
+        if name in options and (found := _references(step, key, options[name], known, names, commands))
+    }
+    for name, value in options.items():
+        if keys[name].reads and keys[name].name != "revision":
+            _check_there([item for item in value.items if item not in references.get(name, ())], value.place)
+    try:
+        commands.check(step.command, words_of(options, keys))
+    except UsageError as error:
+        named = next((name for name in options if re.search(rf"--{name}\b", f"{error.option} {error}")), None)
+        place = step.place if named is None else options[named].place
+        raise RecipeError(f"{place}: {step.command}: {error}", hint=error.hint) from error
+    return Job(
+        name=step.name,
+        command=step.command,
+        options=options,
+        references=references,
+        require=step.require,
+        place=step.place,
+    )
+
+
+def _check_name(step: Step, name: str, value: Value, keys: Mapping[str, Key]) -> None:
+    if name in RESERVED:
+        raise value.place.error(
+            f"{name} is not for recipes: surgeon run says where results go and what is resumed",
+            hint="Leave it out.",
+        )
+    if name not in keys:
+        close = close_to(name, [key for key in keys if key not in RESERVED])
+        raise value.place.error(
+            f"{step.command} has no option {name}{close}", hint=f"surgeon {step.command} --help lists them."
+        )
+
+
+def _check_form(step: Step, value: Value, key: Key) -> None:
+    """Raise RecipeError for a switch that is no switch, or a list where one text belongs."""
+    if (key.kind == "switch") != (value.form in ("true", "false")) and value.form != "null":
+        wanted = "true or false" if key.kind == "switch" else f"a {key.kind}"
+        raise value.place.error(f"{key.name} of {step.command} is {value}; it is {wanted}")
+    if key.kind == "switch" and value.form == "null":
+        raise value.place.error(f"{key.name} of {step.command} is null; it is true or false")
+    if key.reads and value.form == "list" and not key.is_list:
+        raise value.place.error(f"{key.name} of {step.command} is one text, not a list")
+
+
+def _references(
+    step: Step, key: Key, value: Value, known: set[str], names: Mapping[str, Step], commands: Commands
+) -> tuple[str, ...]:
+    """Return those texts of a value that name the output of an earlier step. Raises RecipeError for a later one."""
+    if not key.reads:
+        return ()
+    found = []
+    for item in value.items:
+        name = item.partition("/")[0]
+        if name in known:
+            made_by = names.get(name) or next(each for own, each in names.items() if name.startswith(f"{own}-"))
+            if "output" not in commands.keys(made_by.command):
+                raise value.place.error(
+                    f"{key.name} of {step.name}: {name} is an {made_by.command}, which has no output",
+                    hint="Name a step that writes a model or data.",
+                )
+            found.append(item)
+        elif name in names and not os.path.lexists(item):
+            when = "itself" if name == step.name else f"{name}, which comes later (line {names[name].place.line})"
+            raise value.place.error(f"{key.name} of {step.name} refers to {when}", hint="Steps run in their order.")
+    return tuple(found)
+
+
+def _check_there(items: Sequence[str], place: Place) -> None:
+    """Raise RecipeError for a local file that is missing."""
+    for written in items:
+        item, *_ = sliced(written)
+        if _LOCAL.fullmatch(item) and not os.path.lexists(os.path.expanduser(item)):  # noqa: PTH111
+            raise place.error(f"no such file or directory: {item}", hint="Paths are relative to where you are.")
+
+
+# --- loops --------------------------------------------------------------------------------------------------------
+
+
+def _bindings(loop: Loop, settings: Mapping[str, Value]) -> Iterator[tuple[str, dict[str, Value]]]:
+    """Yield, for each combination of a loop's values, the suffix of its names, and the settings."""
+    lists = [substituted(value, settings) for value in loop.settings.values()]
+    for name, value in zip(loop.settings, lists, strict=True):
+        if value.form != "list" or not value.items:
+            raise value.place.error(f"{name} in with is no list of values")
+    for items in itertools.product(*(value.items for value in lists)):
+        bound = {
+            name: Value("text", (item,), value.place)
+            for name, item, value in zip(loop.settings, items, lists, strict=True)
+        }
+        yield "-".join(re.sub(r"[^\w.]+", "-", item).strip("-") for item in items), {**settings, **bound}
+
+
+def _renamed(
+    steps: Sequence[Step],
+    suffix: str,
+    settings: Mapping[str, Value],
+    known: set[str],
+    names: Mapping[str, Step],
+    commands: Commands,
+) -> Iterator[Job]:
+    """Yield the jobs of one round of a loop with settings: "healed" becomes "healed-0", in references too."""
+    own = {step.name: f"{step.name}-{suffix}" for step in steps}
+    seen = set(known)
+    for step in steps:
+        job = _job(step, settings, seen, names, commands)
+        seen.add(step.name)
+        renamed = {name: tuple(_with_name(item, own) for item in items) for name, items in job.references.items()}
+        options = dict(job.options)
+        for name, items in job.references.items():
+            value = options[name]
+            new = [_with_name(item, own) if item in items else item for item in value.items]
+            options[name] = replace(value, items=tuple(new))
+        yield replace(job, name=own[step.name], options=options, references=renamed, group=step.name)
+
+
+def _with_name(item: str, own: Mapping[str, str]) -> str:
+    name, slash, rest = item.partition("/")
+    return f"{own.get(name, name)}{slash}{rest}"
+
+
+def _rounds(
+    loop: Loop, settings: Mapping[str, Value], known: set[str], names: Mapping[str, Step], commands: Commands
+) -> Rounds:
+    """Return the jobs of a loop with a condition. Its steps may continue steps of the same names before it."""
+    seen = set(known)
+    jobs = []
+    for step in loop.steps:
+        jobs.append(_job(step, settings, seen, names, commands))
+        seen.add(step.name)
+    for condition in loop.until:
+        if condition.path[0] not in seen or len(condition.path) < 2:
+            close = close_to(condition.path[0], seen)
+            raise condition.place.error(
+                f"until {condition}: {condition.path[0]} is no step before or in the loop{close}",
+                hint='Such as judged.recovery: ">= 95"',
+            )
+    return Rounds(name=loop.name, jobs=tuple(jobs), until=loop.until, at_most=loop.at_most, place=loop.place)
+
+
+# --- fusing -------------------------------------------------------------------------------------------------------
+
+
+def grouped(jobs: Sequence[Job | Rounds], commands: Commands) -> Iterator[tuple[Job, ...] | Rounds]:
+    """Yield what is carried out in turn: chains of jobs, and loops, through which no chain goes."""
+    for is_loop, items in itertools.groupby(jobs, key=lambda item: isinstance(item, Rounds)):
+        if is_loop:
+            yield from (item for item in items if isinstance(item, Rounds))
+        else:
+            yield from chains([item for item in items if isinstance(item, Job)], jobs, commands)
+
+
+def chains(jobs: Sequence[Job], everything: Sequence[Job | Rounds], commands: Commands) -> list[tuple[Job, ...]]:
+    """Return the jobs in groups that are carried out together: neighbouring surgeries of which nobody else reads.
+
+    A surgery ends a group where it has a condition or options for writing of its own, and begins one where it needs a
+    model that is written.
+    """
+    read = _counts(everything)
+    groups: list[list[Job]] = []
+    for job in jobs:
+        before = groups[-1][-1] if groups else None
+        if before is not None and _fuses(before, job, read, commands):
+            groups[-1].append(job)
+        else:
+            groups.append([job])
+    return [tuple(group) for group in groups]
+
+
+def _fuses(before: Job, job: Job, read: Mapping[str, int], commands: Commands) -> bool:
+    if not (commands.is_surgery(before.command) and commands.is_surgery(job.command)):
+        return False
+    if not commands.continues(job.command) or before.require or job.references.get("model") != (before.name,):
+        return False
+    is_plain = not {"dtype", "max-shard-size", "push-to-hub", "private", "verify", "plot", "curve"} & {*before.options}
+    return is_plain and read[before.name] == 1 and job.reads == {before.name}
+
+
+def _counts(everything: Sequence[Job | Rounds]) -> Counter[str]:
+    """Return how many options and conditions name each step; one in a loop counts twice, for it is read each round."""
+    counts: Counter[str] = Counter()
+    for item in everything:
+        times, jobs = (2, item.jobs) if isinstance(item, Rounds) else (1, (item,))
+        for job in jobs:
+            for name in (entry.partition("/")[0] for entries in job.references.values() for entry in entries):
+                counts[name] += times
+        if isinstance(item, Rounds):
+            counts.update(condition.path[0] for condition in item.until)
+    return counts

@@ -1,0 +1,140 @@
+"""The figures of results, as people read them: a line for each step, tables over steps, and what was lost."""
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import groupby
+from statistics import fmean, stdev
+from typing import Any, TypeGuard
+
+from surgeon.evals.compare import plus_minus
+from surgeon.recipe.running import Outcome
+
+Table = tuple[list[str], list[list[str]]]  # the header, and the lines
+
+
+def headline(result: Mapping[str, Any]) -> str:
+    """Return the figures of a result that matter most, in a line."""
+    if "fused" in result:
+        return f"in one pass with {result['fused']}"
+    said = [text for key, tell in _TOLD.items() if (text := _told(result, key, tell))]
+    measured = [f"{name.replace('_', ' ')} {plus_minus(value, error)}" for name, value, error in measures(result)]
+    return ", ".join([*said, *measured[:2], *_recovery(result)])
+
+
+def measures(result: Mapping[str, Any]) -> Iterator[tuple[str, float, float | None]]:
+    """Yield the figures of a result that have a standard error: name, value, error."""
+    for name, value in result.items():
+        if f"{name}_error" in result and name != "recovery" and _is_number(value):
+            error = result[f"{name}_error"]
+            yield name, float(value), float(error) if _is_number(error) else None
+
+
+def evaluations(outcomes: Sequence[Outcome]) -> Table:
+    """Return all figures with errors, a line each, beside those of the baseline."""
+    lines = []
+    for outcome in outcomes:
+        baseline = outcome.result.get("baseline")
+        differences = outcome.result.get("differences")
+        for number, (name, value, error) in enumerate(measures(outcome.result)):
+            other = _measure(baseline, name)
+            gap = differences.get(name) if isinstance(differences, Mapping) else None
+            lines.append(
+                [
+                    outcome.name,
+                    name.replace("_", " "),
+                    plus_minus(value, error),
+                    "" if other is None else plus_minus(*other),
+                    "" if not isinstance(gap, Mapping) else plus_minus(gap["value"], gap["error"]),
+                    "".join(_recovery(outcome.result)).removeprefix("recovery ") if number == 0 else "",
+                ]
+            )
+    return ["step", "figure", "value", "baseline", "difference", "recovery"], lines
+
+
+def repeated(outcomes: Sequence[Outcome]) -> Table:
+    """Return the mean over the rounds of a loop for each figure, with the standard error of the mean."""
+    lines = []
+    grouped = sorted((outcome for outcome in outcomes if outcome.group), key=lambda outcome: outcome.group)
+    for group, rounds in groupby(grouped, key=lambda outcome: outcome.group):
+        values: dict[str, list[float]] = {}
+        for outcome in rounds:
+            figures = [(name, value) for name, value, _ in measures(outcome.result)]
+            recovered = outcome.result.get("recovery")
+            figures += [("recovery", float(recovered))] if _is_number(recovered) else []
+            for name, value in figures:
+                values.setdefault(name, []).append(value)
+        for name, found in values.items():
+            error = stdev(found) / math.sqrt(len(found)) if len(found) > 1 else None
+            lines.append([group, name.replace("_", " "), plus_minus(fmean(found), error), str(len(found))])
+    return ["step", "figure", "mean ± standard error of the mean", "rounds"], lines
+
+
+def sentence(outcomes: Sequence[Outcome]) -> str | None:
+    """Return what was lost, by the last comparison with a baseline; None where there is none."""
+    judged = next((outcome for outcome in reversed(outcomes) if "baseline" in outcome.result), None)
+    if judged is None:
+        return None
+    result = judged.result
+    name, value, error = next(measures(result), ("", math.nan, None))
+    other = _measure(result.get("baseline"), name)
+    if other is None:
+        return None
+    figure = name.replace("_", " ")
+    said = (
+        f"{result.get('model')} has a {figure} of {plus_minus(value, error)}, where {result['baseline'].get('model')}"
+    )
+    said += f" has {plus_minus(*other)}"
+    gaps = result.get("differences")
+    for loss, gap in gaps.items() if isinstance(gaps, Mapping) else ():
+        of = "" if loss == name else f" of {loss.replace('_', ' ')}"
+        said += f" (a difference{of} of {plus_minus(gap['value'], gap['error'])})"
+        break
+    recovered = "".join(_recovery(result))
+    said += f"; {recovered}" if recovered else ""
+    sizes = [
+        outcome.result["parameters"] for outcome in outcomes if isinstance(outcome.result.get("parameters"), Mapping)
+    ]
+    if sizes:
+        before, after = sizes[0]["before"], sizes[-1]["after"]
+        said += f"; it has {100 * after / before:.1f} % of the parameters ({before:,} → {after:,})"
+    return said + "."
+
+
+def _recovery(result: Mapping[str, Any]) -> list[str]:
+    value, error = result.get("recovery"), result.get("recovery_error")
+    if not _is_number(value):
+        return []
+    return [f"recovery {plus_minus(value, error) if _is_number(error) else f'{value:.1f}'} %"]
+
+
+def _measure(entries: Any, name: str) -> tuple[float, float | None] | None:
+    found = (item for item in measures(entries) if item[0] == name) if isinstance(entries, Mapping) else iter(())
+    return next(((value, error) for _, value, error in found), None)
+
+
+def _is_number(value: Any) -> TypeGuard[float]:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _told(result: Mapping[str, Any], key: str, tell: Callable[[Any], str]) -> str:
+    value = result.get(key)
+    return "" if value is None or f"{key}_error" in result else tell(value)
+
+
+def _change(value: Any, form: str, unit: str) -> str:
+    if not isinstance(value, Mapping) or not all(_is_number(value.get(key)) for key in ("before", "after")):
+        return ""
+    return f"{value['before']:{form}} → {value['after']:{form}}{unit}"
+
+
+_TOLD: Mapping[str, Callable[[Any], str]] = {
+    "layers": lambda value: _change(value, "d", " layers"),
+    "parameters": lambda value: _change(value, ",d", " parameters"),
+    "perplexity": lambda value: f"perplexity {told}" if (told := _change(value, ",.4g", "")) else "",
+    "steps": lambda value: f"{value:,} steps" if _is_number(value) else "",
+    "tokens": lambda value: f"{value:,} tokens" if _is_number(value) else "",
+    "train_loss": lambda value: f"training loss {value:.4f}" if _is_number(value) else "",
+    "eval_loss": lambda value: f"validation loss {value:.4f}" if _is_number(value) else "",
+    "rows": lambda value: f"{value:,} rows" if _is_number(value) else "",
+    "acceptance": lambda value: f"acceptance {100 * value:.1f} %" if _is_number(value) else "",
+}

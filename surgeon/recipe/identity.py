@@ -1,0 +1,71 @@
+"""The identity of what a step reads: by it a step is known to be done, or to have other inputs now."""
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from surgeon.checkpoint.source import CONFIG
+from surgeon.errors import OutputError
+from surgeon.surgery import open_source
+from surgeon.text import sliced
+
+_PIECE = 1 << 20
+
+
+def digest(content: Any) -> str:
+    """Return the SHA-256 of a JSON value, 64 hex digits."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+class Identities:
+    """Finds identities of files, directories and models. `known` holds those of files that have not changed since.
+
+    A file is hashed once: its hash is taken again for the same size and time of change.
+    """
+
+    def __init__(self, known: Mapping[str, Any] | None = None) -> None:
+        self.hashes: dict[str, list[Any]] = {
+            path: list(entry)
+            for path, entry in (known or {}).items()
+            if isinstance(entry, list) and len(entry) == 3 and isinstance(entry[2], str)
+        }
+
+    def of(self, item: str, *, is_model: bool = False) -> Any:
+        """Return the identity of what an option names: a checkpoint's, a file's hash, or for the Hub its name.
+
+        A model on the Hub is its commit; that is asked for where `is_model`.
+        """
+        name, *edges = sliced(item)
+        if name != item:
+            return [self.of(name), *edges]
+        path = Path(os.path.expanduser(item))  # noqa: PTH111  # Path.expanduser raises for ~name of an unknown user
+        if os.path.isdir(path):  # noqa: PTH112  # Path.is_dir raises for a name that is too long
+            if (path / CONFIG).is_file():
+                return open_source(path).provenance()["fingerprint"]
+            files = sorted(file for file in path.iterdir() if file.is_file() and not file.name.startswith("."))
+            return digest([[file.name, self._hash(file)] for file in files])
+        if os.path.isfile(path):  # noqa: PTH113
+            return self._hash(path)
+        if is_model:
+            found = open_source(item).provenance()
+            return {key: found[key] for key in ("id", "commit") if key in found}
+        return {"id": item}
+
+    def _hash(self, path: Path) -> str:
+        """Return the SHA-256 of a file. Raises OutputError where it cannot be read."""
+        try:
+            look = path.stat()
+            known = self.hashes.get(str(path.resolve()))
+            if known is not None and known[:2] == [look.st_size, look.st_mtime_ns]:
+                return str(known[2])
+            found = hashlib.sha256()
+            with path.open("rb") as file:
+                while piece := file.read(_PIECE):
+                    found.update(piece)
+        except OSError as error:
+            raise OutputError(f"cannot read {path}: {error.strerror}", hint=f"Look: ls -l {path}") from error
+        self.hashes[str(path.resolve())] = [look.st_size, look.st_mtime_ns, found.hexdigest()]
+        return found.hexdigest()

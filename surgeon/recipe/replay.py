@@ -1,0 +1,197 @@
+"""Remaking a checkpoint from its receipt, surgeon.json: byte for byte where it is surgery.
+
+Training is run again with the same settings on the same data; on a CPU it gives the same bytes.
+"""
+
+import hashlib
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import chain, islice
+from pathlib import Path
+from typing import Any
+
+from surgeon import text
+from surgeon.checkpoint.receipt import read_receipt
+from surgeon.checkpoint.source import CONFIG, INDEX, RECEIPT, SCORES, content_of
+from surgeon.data.documents import documents
+from surgeon.data.rows import BETWEEN_TEXTS, content
+from surgeon.errors import DataError, RecipeError
+from surgeon.measure.record import read_scores
+from surgeon.recipe.commands import Commands, Key
+from surgeon.recipe.running import Say
+from surgeon.surgery import Surgery, open_model, open_source
+from surgeon.transforms.prune import prune
+
+TRAINED = "finetune"  # the step of a receipt that is trained again
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Replay:
+    """A checkpoint that was made again. `differing` are its files with other bytes than the first one's."""
+
+    output: Path
+    original: Path
+    steps: tuple[str, ...]
+    differing: tuple[str, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the replay as `--json` prints it."""
+        step = {"name": "replay", "command": "+".join(self.steps), "status": "done", "output": str(self.output)}
+        result = {"original": str(self.original), "same": not self.differing, "differing": list(self.differing)}
+        return {"steps": [step | {"result": result}], "report": None}
+
+    def to_text(self) -> str:
+        """Return the replay for people."""
+        same = "the same bytes" if not self.differing else f"other bytes in {text.few(self.differing)}"
+        return text.rows(
+            [("steps", ", then ".join(self.steps)), ("weights and config", same), ("output", str(self.output))]
+        )
+
+
+def replay(path: Path, output: Path | None, commands: Commands, say: Say, *, overwrite: bool, dry_run: bool) -> Replay:
+    """Make the checkpoint again whose receipt is `path`, at `output` (default: its name with "-replay").
+
+    Raises RecipeError where it cannot be: its source or its data is gone or has changed.
+    """
+    original = path.parent
+    record = read_receipt(original)
+    if record is None or not record.get("steps") or not isinstance(record.get("source"), dict):
+        raise RecipeError(f"{path} is no receipt of a surgery", hint="surgeon.json of a checkpoint that surgeon wrote.")
+    target = output or original.with_name(f"{original.resolve().name}-replay")
+    if os.path.realpath(target) == os.path.realpath(original):
+        raise RecipeError(f"{target} is what is to be compared with", hint="Choose another place with -o.")
+    steps = [next(iter(step.items())) for step in record["steps"]]
+    for name, _ in steps:
+        if name != TRAINED and not commands.is_surgery(name):
+            raise RecipeError(
+                f"{path}: the step {name} is not replayed", hint=f"Type it again: {record.get('command')}"
+            )
+    begun = "config" in record["source"]  # without a model
+    model, revision = ("", None) if begun else _source(record["source"], path)
+    if steps[-1][0] == TRAINED:
+        if dry_run:
+            return Replay(output=target, original=original, steps=(TRAINED,), differing=())
+        _train(steps[-1][1], model, record["options"], target, commands, path, overwrite=overwrite)
+    else:
+        surgery = None if begun else open_model(model, revision=revision)
+        for name, step in steps:
+            is_cut = name == "prune"  # decided by scores, and what they chose is in the receipt
+            surgery = _pruned(surgery, step, original) if is_cut and surgery else commands.repeat(name, step, surgery)
+        assert surgery is not None, "a receipt has steps"
+        options = {
+            key: record["options"][key] for key in ("dtype", "max_shard_size", "block") if key in record["options"]
+        }
+        if dry_run:
+            surgery.prepare(target, **options)
+            return Replay(output=target, original=original, steps=tuple(name for name, _ in steps), differing=())
+        say(f"replay: {', then '.join(name for name, _ in steps)}")
+        surgery.save(target, **options, overwrite=overwrite, command=f"surgeon run {path}")
+    return Replay(
+        output=target,
+        original=original,
+        steps=tuple(name for name, _ in steps),
+        differing=tuple(_differing(original, target)),
+    )
+
+
+def _source(source: Mapping[str, Any], path: Path) -> tuple[str, str | None]:
+    """Return the model that a receipt began with, checked to be the same. Raises RecipeError where it is not."""
+    if "id" in source:
+        return str(source["id"]), str(source["commit"])
+    place = str(source.get("path"))
+    if not os.path.exists(place):  # noqa: PTH110  # Path.exists raises for a name that is too long
+        raise RecipeError(
+            f"{path}: its source {place} is gone", hint="Put it back; or replay the source's surgeon.json."
+        )
+    found = open_source(place).provenance()
+    if found.get("fingerprint") != source.get("fingerprint"):
+        raise RecipeError(f"{path}: its source {place} has changed since", hint="Put the one back that it was made of.")
+    return place, None
+
+
+def _pruned(surgery: Surgery, step: Mapping[str, Any], original: Path) -> Surgery:
+    """Return the cut that a receipt describes: what was chosen is in it, or in the scores beside it."""
+    file = original / SCORES
+    scores = read_scores(file) if file.is_file() else None
+    criterion = step.get("width_criterion") or "uniform"
+    plan = prune(
+        surgery.anatomy,
+        dropped=step["dropped"],
+        sizes=step["sizes"],
+        criterion=criterion,
+        values=None if scores is None else scores.widths.get(criterion),
+        seed=step["seed"],
+    )
+    attachments = {**surgery.attachments, **({SCORES: content_of(file)} if scores is not None else {})}
+    plan = replace(plan, steps=({"prune": dict(step)},))
+    return replace(surgery, plan=surgery.plan.then(plan), attachments=attachments)
+
+
+def _train(
+    step: Mapping[str, Any],
+    model: str,
+    options: Mapping[str, Any],
+    target: Path,
+    commands: Commands,
+    path: Path,
+    *,
+    overwrite: bool,
+) -> None:
+    """Train again with the settings of a receipt. Raises RecipeError where the data is gone or has changed."""
+    for data in step["data"]:
+        try:
+            found = _sha256(data["data"], data["documents"])
+        except DataError as error:
+            raise RecipeError(
+                f"{path}: its data is gone: {error}", hint="Paths are relative to where you are."
+            ) from error
+        if found != data["sha256"]:
+            raise RecipeError(
+                f"{path}: its data {data['data']} has changed since", hint="Put the one back it was made of."
+            )
+    keys = commands.keys(TRAINED)
+    words = [f"--data={data['data']}" for data in step["data"]]
+    words += [word for name, value in step["settings"].items() for word in _words(keys, name, value)]
+    words += [f"--dtype={options['dtype']}"] if "dtype" in options else []
+    words += ["--overwrite"] if overwrite else []
+    commands.run(TRAINED, [model, f"--output={target}", *words])
+
+
+def _words(keys: Mapping[str, Key], name: str, value: Any) -> list[str]:
+    """Return a setting as it is typed; nothing for one that has no option, or is at what None means."""
+    key = keys.get(name.replace("_", "-"))
+    if key is None or value is None:
+        return []
+    if isinstance(value, bool):
+        return [key.flag] if value else [key.off] if key.off else []
+    if isinstance(value, list):
+        return [f"{key.flag}={item}" for item in value] if key.is_list else [f"{key.flag}={','.join(map(str, value))}"]
+    return [f"{key.flag}={value}"]
+
+
+def _sha256(data: str, count: int) -> str:
+    """Return the hash of the first `count` texts of a data argument, as a run's receipt has it."""
+    found = hashlib.sha256()
+    for number, document in enumerate(islice(documents(data), count)):
+        found.update((BETWEEN_TEXTS if number else b"") + content(document))
+    return found.hexdigest()
+
+
+def _differing(original: Path, target: Path) -> Sequence[str]:
+    """Return the names of the weight files, and of config.json, that are not the same in two checkpoints."""
+    names = {file.name for file in chain(original.glob("*.safetensors"), target.glob("*.safetensors"))}
+    names |= {name for name in (CONFIG, INDEX) if (original / name).exists() or (target / name).exists()}
+    return sorted(name for name in names if _digest(original / name) != _digest(target / name))
+
+
+def _digest(path: Path) -> str | None:
+    if not path.is_file():
+        return None
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def is_receipt(path: Path) -> bool:
+    """Return whether a path names a receipt rather than a recipe."""
+    return path.name == RECEIPT

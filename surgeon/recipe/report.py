@@ -1,0 +1,124 @@
+"""The report of a recipe: report.md and report.html, with its tables and pictures, fit to stand beside a model card."""
+
+import base64
+import shlex
+from collections.abc import Mapping, Sequence
+from html import escape
+from importlib.util import find_spec
+from pathlib import Path
+
+from surgeon.checkpoint.receipt import public_text, versions
+from surgeon.errors import SurgeonError
+from surgeon.evals.compare import markdown_table
+from surgeon.recipe.figures import Table, evaluations, headline, measures, repeated, sentence
+from surgeon.recipe.record import Record, replace_file
+from surgeon.recipe.running import Outcome
+from surgeon.text import duration
+
+PAGE, MARKDOWN = "report.html", "report.md"
+_STYLE = """body { font: 15px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; color: #1d2433 }
+table { border-collapse: collapse; margin: 1rem 0 } th, td { border-bottom: 1px solid #ccd3e0; padding: .3rem .7rem;
+text-align: left; vertical-align: top } code { font-size: 90% } img { max-width: 100% }"""
+
+
+def write_report(directory: Path, title: str, outcomes: Sequence[Outcome], record: Record, stopped: str | None) -> Path:
+    """Write the report of what came of a recipe, `stopped` being why it ended early; return the HTML page.
+
+    Raises OutputError where it cannot be written.
+    """
+    pictures = _pictures(directory, outcomes)
+    sections: list[tuple[str, Table]] = [("Steps", _steps(outcomes, record))]
+    sections += [(name, table) for name, table in _measured(outcomes) if table[1]]
+    said = sentence(outcomes)
+    leads = [public_text(text) for text in (f"Stopped: {stopped}" if stopped else None, said) if text]
+    end = ", ".join(f"{name} {version}" for name, version in versions().items())
+    replace_file(directory / MARKDOWN, _markdown(title, leads, sections, pictures, end).encode())
+    replace_file(directory / PAGE, _html(title, leads, sections, pictures, end).encode())
+    return directory / PAGE
+
+
+def _steps(outcomes: Sequence[Outcome], record: Record) -> Table:
+    lines = []
+    for outcome in outcomes:
+        words = [word for word in record.entries[outcome.name].words if not word.startswith("--output=")]
+        command = public_text(shlex.join(["surgeon", outcome.command, *words]))
+        lines.append([outcome.name, command, headline(outcome.result), duration(outcome.seconds)])
+    return ["step", "command", "figures", "time"], lines
+
+
+def _measured(outcomes: Sequence[Outcome]) -> list[tuple[str, Table]]:
+    return [("Measured (value ± standard error)", evaluations(outcomes)), ("Over rounds", repeated(outcomes))]
+
+
+# --- pictures -----------------------------------------------------------------------------------------------------
+
+
+def _pictures(directory: Path, outcomes: Sequence[Outcome]) -> dict[str, Path]:
+    """Draw what can be drawn, and return the pictures by their titles, those of the steps included."""
+    found: dict[str, Path] = {}
+    if find_spec("matplotlib") is not None:
+        found |= _compared(directory, outcomes) | _losses(directory, outcomes)
+    for outcome in outcomes:
+        listed = outcome.result.get("pictures")
+        paths = [Path(path) for path in listed] if isinstance(listed, list) else []
+        found |= {f"{outcome.name}: {path.stem}": path for path in paths if path.is_file() and path.suffix == ".png"}
+    return found
+
+
+def _compared(directory: Path, outcomes: Sequence[Outcome]) -> dict[str, Path]:
+    from surgeon.plots.comparison import Point, plot_comparison
+
+    points = []
+    for outcome in outcomes:
+        first = next(measures(outcome.result), None)
+        if first is not None:
+            baseline = outcome.result.get("baseline")
+            other = baseline.get(first[0]) if isinstance(baseline, Mapping) else None
+            points.append(Point(outcome.name, *first, other))
+    if not points:
+        return {}
+    plot_comparison(points, directory / "measured.png")
+    return {"Measured": directory / "measured.png"}
+
+
+def _losses(directory: Path, outcomes: Sequence[Outcome]) -> dict[str, Path]:
+    """Return the picture of the losses of all runs; none where a run has no losses to draw."""
+    from surgeon.plots.training import plot_losses
+    from surgeon.train.run_dir import read_metrics
+
+    runs = [Path(str(outcome.result["run_dir"])) for outcome in outcomes if outcome.result.get("run_dir")]
+    try:
+        records = [(run, read_metrics(run)) for run in runs if run.is_dir()]
+        return {"Losses of the runs": plot_losses(records, directory / "losses.png", x="tokens")} if records else {}
+    except SurgeonError:  # a run's directory that was tidied up: the report goes without its curve
+        return {}
+
+
+# --- pages --------------------------------------------------------------------------------------------------------
+
+
+def _markdown(
+    title: str, leads: Sequence[str], sections: Sequence[tuple[str, Table]], pictures: Mapping[str, Path], end: str
+) -> str:
+    parts = [f"# {title}", *leads]
+    for name, table in sections:
+        parts += [f"## {name}", markdown_table(*table)]
+    parts += [f"## {name}\n\n![{name}]({path.name})" for name, path in pictures.items()]
+    return "\n\n".join([*parts, f"Made with `surgeon run`; {end}."]) + "\n"
+
+
+def _html(
+    title: str, leads: Sequence[str], sections: Sequence[tuple[str, Table]], pictures: Mapping[str, Path], end: str
+) -> str:
+    """Return a page that needs no other file: pictures are in it."""
+    parts = [f"<h1>{escape(title)}</h1>", *(f"<p>{escape(lead)}</p>" for lead in leads)]
+    for name, (header, lines) in sections:
+        head = "".join(f"<th>{escape(cell)}</th>" for cell in header)
+        body = "".join(f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in line)}</tr>" for line in lines)
+        parts.append(f"<h2>{escape(name)}</h2><table><tr>{head}</tr>{body}</table>")
+    for name, path in pictures.items():
+        content = base64.b64encode(path.read_bytes()).decode()
+        parts.append(f'<h2>{escape(name)}</h2><img alt="{escape(name)}" src="data:image/png;base64,{content}">')
+    parts.append(f"<p><small>Made with <code>surgeon run</code>; {escape(end)}.</small></p>")
+    head = f'<meta charset="utf-8"><title>{escape(title)}</title><style>{_STYLE}</style>'
+    return f'<!doctype html><html lang="en"><head>{head}</head><body>{"".join(parts)}</body></html>\n'
