@@ -80,8 +80,8 @@ class Flag:
     made of the field's name. `parse` makes the field's value from the text that was typed; it raises ValueError with
     the reason. A field that is not `on_command_line` exists in Python alone. `at_resume` marks an option that a resumed
     run may change, because it decides no number of the result. `reads` marks an option that names what is read: files,
-    directories, or names on the Hub, none of which may lie in what the command replaces; `place` finds that name in a
-    value that holds more. `writes` marks the name of a file or directory that is written.
+    directories, or names on the Hub, none of which may lie in what the command replaces. `writes` marks the name of a
+    file or directory that is written.
     """
 
     help: str
@@ -91,7 +91,6 @@ class Flag:
     on_command_line: bool = True
     at_resume: bool = False
     reads: bool = False
-    place: Callable[[str], str] | None = None
     writes: bool = False
 
 
@@ -159,10 +158,10 @@ def reads_of(options: Any) -> dict[str, tuple[str, ...]]:
     """Return what the options name to be read, by their flags: files, directories and names on the Hub."""
     found: dict[str, tuple[str, ...]] = {}
     for item in fields(options):
-        value, flag = getattr(options, item.name), item.metadata["flag"]
-        if flag.reads and value:
-            values = [os.fspath(one) for one in (value if isinstance(value, tuple | list) else (value,))]
-            found[flag_of(item.name)] = tuple(values if flag.place is None else map(flag.place, values))
+        value = getattr(options, item.name)
+        if item.metadata["flag"].reads and value:
+            values = value if isinstance(value, tuple | list) else (value,)
+            found[flag_of(item.name)] = tuple(os.fspath(one) for one in values)
     return found
 
 

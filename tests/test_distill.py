@@ -235,8 +235,7 @@ def test_a_line_that_was_not_written_to_its_end_is_written_again(model, data, tm
         ({"temperature": 0.5}, "begun with --temperature 1.0, not 0.5"),
         ({"seed": 1}, "begun with --seed 0, not 1"),
         ({"batch_size": 4}, "begun with --batch-size 3, not 4"),
-        ({"check": "none"}, "begun with --check auto, not none"),
-        ({"rows": 5}, "begun with other data"),
+        ({"extract": "none"}, "begun with --extract auto, not none"),
     ],
 )
 def test_other_options_beside_a_begun_run_are_refused_with_the_reason(change, what, model, data, tmp_path):
@@ -284,6 +283,15 @@ def test_an_output_that_is_the_data_is_refused_even_with_overwrite(model, tmp_pa
     with pytest.raises(OutputError, match="what --data reads"):
         distill(model, data, tmp_path / "a.jsonl", overwrite=True)
     assert rows(tmp_path / "a.jsonl") == RECORDS
+
+
+def test_a_part_of_the_data_and_an_output_without_a_suffix(model, data, tmp_path):
+    """As `surgeon run` names the output of a step."""
+    done = distill(model, f"{data}[2:5]", tmp_path / "step")
+
+    assert done.output == str(tmp_path / "step.jsonl")
+    assert [row["id"] for row in rows(tmp_path / "step.jsonl")] == [2, 3, 4]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step.jsonl", "step.jsonl.receipt"]
 
 
 @pytest.mark.parametrize("link", [False, True])

@@ -3,8 +3,12 @@
 import json
 
 import pytest
+from recipe_runs import InProcess, write
+from recipe_runs import run as run_recipe
 from talkers import jsonl, talker
 from test_rings import command, modules_after
+
+from surgeon.recipe.figures import evaluations
 
 RECORDS = [{"prompt": f"cat {index}?", "completion": "that was that"} for index in range(3)]
 SHORT = ("--device", "cpu", "--max-new-tokens", 4)
@@ -59,7 +63,7 @@ def test_people_get_counts_reasons_and_what_to_run_next(run, model, data, tmp_pa
         (("--max-new-tokens", 0), "the least is 1"),
         (("--min-length-ratio", 3), "is no range"),
         (("--max-copied", 1.5), "not between 0 and 1"),
-        (("--check", "("), "is no regular expression"),
+        (("--extract", "("), "is no regular expression"),
         (("-o", "out.json"), "no .jsonl"),
         (("--seed", -1), "lies between"),
     ],
@@ -78,6 +82,45 @@ def test_wrong_options_are_refused_before_anything_heavy_is_imported():
         "except SystemExit as done:\n    assert done.code == 2"
     )
     assert modules_after(code) <= {"rich"}
+
+
+RECIPE = """
+settings: {model: null, data: null}
+steps:
+  - name: words
+    distill: {model: $model, data: "$data[:2]", max-new-tokens: 4, device: cpu}
+  - name: healed
+    finetune: {model: $model, data: words, max-steps: 1, device: cpu}
+  - name: judged
+    evaluate:
+      model: healed
+      baseline: $model
+      data: [words, "$data[1:]"]
+      metric: [exact-match, rouge-l]
+      max-new-tokens: 4
+      device: cpu
+"""
+
+
+def test_a_recipe_distils_trains_on_that_and_evaluates_two_tasks(model, data, tmp_path):
+    recipe, commands = write(tmp_path / "r.yaml", RECIPE), InProcess()
+    settings = [f"model={model}", f"data={data}"]
+
+    done = run_recipe(recipe, tmp_path / "out", commands, settings=settings)
+    again = run_recipe(recipe, tmp_path / "out", commands, settings=settings)
+
+    assert commands.ran == ["distill", "finetune", "evaluate"], "once each"
+    assert [outcome.status for outcome in again.outcomes] == ["skipped"] * 3
+    assert done.outcomes[0].result["rows"] == 2
+    judged = done.outcomes[2].result
+    assert {name: told["records"] for name, told in judged["tasks"].items()} == {"words": 2, "chat": 2}
+    lines = evaluations(done.outcomes)[1]
+    assert [line[:2] for line in lines] == [
+        ["words", "acceptance"],
+        ["judged", "mean"],
+        ["judged: words", "exact match"],
+        ["judged: chat", "rouge l"],
+    ]
 
 
 def test_data_without_answers_is_one_line(run, model, tmp_path):

@@ -15,9 +15,7 @@ from test_rings import modules_after
 import surgeon
 from surgeon.evals.compare import Estimate, Scored, estimate, mean_of, recovered
 from surgeon.evals.evaluation import Evaluation, EvaluationOptions
-from surgeon.evals.suite import SuiteEvaluation, parse_task
-from surgeon.options import OptionError, reads_of
-from surgeon.verbs.evaluate import EvaluateOptions
+from surgeon.evals.suite import SuiteEvaluation, SuiteOptions
 
 Pairs = list[tuple[list[float], list[float]]]
 
@@ -132,65 +130,62 @@ def test_the_recovery_of_a_perplexity_has_the_error_of_the_difference_of_the_los
     assert found.error == pytest.approx(found.value * error)
 
 
-# --- tasks as they are written ----------------------------------------------------------------------------------
+# --- tasks as they are named ------------------------------------------------------------------------------------
 
 
-def test_a_task_is_a_name_a_metric_data_and_its_options():
-    found = parse_task(r"gsm-8k=exact-match:org/set:main:test,extract=#### (-?[\d,]+),samples=10,chat")
-
-    assert (found.name, found.metric, found.data) == ("gsm-8k", "exact-match", "org/set:main:test")
-    assert found.options == {"extract": r"#### (-?[\d,]+)", "samples": 10, "chat": True}
+def tasks_of(data: list[str], metric: str, **options: Any) -> dict[str, EvaluationOptions]:
+    return SuiteOptions(data=data, metric=metric, **options).tasks
 
 
-def test_what_a_task_reads_is_known():
-    options = EvaluateOptions(task=["a=rouge-l:x.jsonl,samples=3", "b=choice:y.jsonl"], baseline="b")
+def test_each_data_has_its_metric_and_the_options_that_have_an_effect_on_it():
+    found = tasks_of(
+        ["a/math.jsonl[:100]", "org/set:main:test", "wiki.txt"],
+        "exact-match, rouge-l,perplexity",
+        extract="number",
+        max_new_tokens=9,
+        sequence_length=32,
+        baseline="b",
+    )
 
-    assert reads_of(options) == {"--task": ("x.jsonl", "y.jsonl"), "--baseline": ("b",)}
+    assert list(found) == ["math", "set", "wiki"]
+    math_task, chat, text = found.values()
+    assert (math_task.data, math_task.metric, math_task.extract) == (["a/math.jsonl[:100]"], "exact-match", "number")
+    assert (chat.extract, chat.max_new_tokens, chat.sequence_length) == (None, 9, None)
+    assert (text.max_new_tokens, text.sequence_length) == (None, 32)
+    assert {task.baseline for task in found.values()} == {"b"}
 
 
-@pytest.mark.parametrize(
-    ("task", "what"),
-    [
-        ("arc_easy", "is not NAME=METRIC:DATA"),
-        ("a=exact-match", "is not NAME=METRIC:DATA"),
-        ("a=exactmatch:x.jsonl", "is none of perplexity, exact-match"),
-        ("a=exact-match:x.jsonl,sample=3", "'sample=3' is none of samples=N, "),
-        ("a=exact-match:x.jsonl,samples=many", "'samples=many' is none of"),
-        ("a=exact-match:x.jsonl,chat=yes", "'chat=yes' is none of"),
-    ],
-)
-def test_a_task_that_is_written_otherwise_is_refused(task, what):
-    with pytest.raises(OptionError) as caught:
-        parse_task(task)
-    assert what in str(caught.value)
+def test_tasks_of_one_name_are_told_apart():
+    assert list(tasks_of(["a/x.jsonl", "b/x.jsonl"], "choice,rouge-l")) == ["x choice", "x rouge-l"]
+    assert list(tasks_of(["a/x.jsonl", "b/x.jsonl"], "choice,choice")) == ["x choice 1", "x choice 2"]
 
 
 @pytest.mark.parametrize(
     ("options", "what"),
     [
-        (("--task", "a=rouge-l:x.jsonl", "--task", "a=rouge-l:y.jsonl"), "given twice"),
-        (("--task", "a=rouge-l:x.jsonl", "--data", "y.jsonl"), "does not go with --task"),
-        (("--task", "a=rouge-l:x.jsonl", "--tasks", "arc_easy"), "does not go with --task"),
-        (("--task", "a=rouge-l:x.jsonl", "--extract", "number"), "does not go with --task"),
-        (("--task", "arc_easy"), "is not NAME=METRIC:DATA"),
+        (("--data", "x.jsonl", "--metric", "rouge-l,choice"), "has 2 metrics for 1 --data"),
+        (("--data", "x", "--data", "y", "--data", "z", "--metric", "rouge-l,choice"), "has 2 metrics for 3 --data"),
+        (("--data", "x", "--data", "y", "--metric", "rouge-l,choise"), "'choise' is none of perplexity, "),
+        (
+            ("--data", "x", "--data", "y", "--metric", "rouge-l,choice", "--extract", "number"),
+            "no effect on rouge-l and",
+        ),
+        (("--data", "x", "--data", "y", "--metric", "rouge-l,choice", "--judge", "j"), "goes with one metric"),
+        (("--data", "x", "--data", "y", "--metric", "rouge-l,choice", "--gist"), "does not go with --gist"),
+        (("--tasks", "arc_easy", "--metric", "rouge-l,choice"), "does not go with --tasks"),
     ],
 )
-def test_wrong_tasks_on_the_command_line_are_usage_errors(options, what, run):
+def test_wrong_tasks_are_usage_errors_before_anything_heavy_is_imported(options, what, run):
     outcome = run("evaluate", "model", *options)
 
     assert outcome.code == 2
     assert what in " ".join(outcome.err.replace("│", " ").split())
-
-
-def test_an_option_without_effect_in_a_task_is_refused_before_anything_heavy_is_imported():
     code = (
         "from surgeon.cli.app import app\n"
-        "from surgeon.errors import PlanError\n"
-        "try:\n    app(['evaluate', 'm', '--task', 'a=rouge-l:x.jsonl,extract=number'], standalone_mode=False)\n"
-        "except PlanError as error:\n    assert 'no effect on rouge-l' in str(error)\n"
-        "else:\n    raise AssertionError"
+        f"try:\n    app(['evaluate', 'model', *{options!r}])\n"
+        "except SystemExit as done:\n    assert done.code == 2"
     )
-    assert modules_after(code) == set()
+    assert modules_after(code) <= {"rich"}
 
 
 # --- suites that are run ----------------------------------------------------------------------------------------
@@ -214,23 +209,21 @@ def tasks(tmp_path_factory):
         for index, word in enumerate(("cat", "rat", "mat", "hat", "bat", "that"))
     ]
     sums = [{"question": f"{index} + 1", "answer": f"#### {index + 1}"} for index in range(4)]
-    return [
-        f"pick=choice:{jsonl(place / 'choices.jsonl', *choices)}",
-        f"sum=exact-match:{jsonl(place / 'sums.jsonl', *sums)},extract=number,max-new-tokens=3",
-        f"text=perplexity:{written(place / 'a.txt')},sequence-length=16,samples=3",
-    ]
+    data = [jsonl(place / "pick.jsonl", *choices), jsonl(place / "sum.jsonl", *sums), written(place / "text.txt")]
+    options = {"extract": "number", "max_new_tokens": 3, "sequence_length": 16, "device": "cpu"}
+    return {"data": data, "metric": "choice,exact-match,perplexity", **options}
 
 
 def test_a_suite_is_each_task_by_itself_and_the_mean_over_those_with_scores(model, other, tasks):
-    found = surgeon.evaluate_suite(str(model), tasks, baseline=str(other), samples=5, device="cpu")
+    found = surgeon.evaluate_suite(str(model), **tasks, baseline=str(other), samples=5)
 
     assert {name: of.metric for name, of in found.evaluations.items()} == {
         "pick": "choice", "sum": "exact-match", "text": "perplexity"
     }  # fmt: skip
     counts = [of.scored.counts for of in found.evaluations.values()]
-    assert [counts[0]["records"], counts[1]["records"], counts[2]["rows"]] == [5, 4, 3], "a task's own option counts"
+    assert [counts[0]["records"], counts[1]["records"], counts[2]["rows"]] == [5, 4, 5]
     alone = surgeon.evaluate(
-        str(model), data=[tasks[0].partition(":")[2]], metric="choice", baseline=str(other), samples=5, device="cpu"
+        str(model), data=tasks["data"][:1], metric="choice", baseline=str(other), samples=5, device="cpu"
     )
     assert found.evaluations["pick"].scored == alone.scored
     scores = [found.evaluations[name].scored.figures for name in ("pick", "sum")]
@@ -257,7 +250,7 @@ def test_the_table_and_the_object_hold_the_mean_its_difference_and_the_recovery(
     means = [mean([mean(first[index]), mean(second[index])]) for index in (0, 1)]
     assert told["mean"] == pytest.approx(means[0])
     assert told["baseline"]["mean"] == pytest.approx(means[1])
-    assert told["difference"]["value"] == pytest.approx(means[0] - means[1])
+    assert told["differences"]["mean"]["value"] == pytest.approx(means[0] - means[1])
     assert told["recovery"] == pytest.approx(100 * means[0] / means[1])
     assert told["recovery_error"] == recovered([first, second]).error
     assert told["tasks"]["one"]["recovery"] == pytest.approx(100 * mean(first[0]) / mean(first[1]))
@@ -287,7 +280,8 @@ def test_without_a_baseline_there_is_a_mean_alone():
 
 
 def test_tasks_from_the_command_line(run, model, tasks, tmp_path):
-    words: list[Any] = [word for task in tasks for word in ("--task", task)]
+    words: list[Any] = [word for data in tasks["data"] for word in ("--data", data)]
+    words += ["--metric", tasks["metric"], "--extract", "number", "--max-new-tokens", 3, "--sequence-length", 16]
     said = tmp_path / "said.jsonl"
 
     plain = run("evaluate", model, *words, "--device", "cpu", "--baseline", model)

@@ -62,13 +62,12 @@ def flag(item: Any) -> Flag:
     return FLAGS.get((item.name, getattr(item, "help", "")), NEITHER)
 
 
-# The output of these is no directory: the tests of `distill` hold that it is nothing that is read, and `run` replaces
-# the outputs of its steps, each by a command of the others.
-OF_OTHER_KINDS = {"distill", "run"}
+# `run` replaces the outputs of its steps, each by a command of these. The output of `distill` is no directory; its own
+# tests hold that it is nothing that is read.
 REPLACING = [
     name
     for name in commands()
-    if name not in OF_OTHER_KINDS and any(item.name == "overwrite" for item in parameters(name))
+    if name not in ("run", "distill") and any(item.name == "overwrite" for item in parameters(name))
 ]
 READING = {
     (command, item.name)

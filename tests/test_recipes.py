@@ -33,7 +33,10 @@ TOY = {
         {
             "model": "toy",
             "data": "rows.jsonl",
-            "tasks": "['words=rouge-l:rows.jsonl,max-new-tokens=3', 'same=exact-match:rows.jsonl,max-new-tokens=3']",
+            "test": "[rows.jsonl, rows.jsonl[3:]]",
+            "metrics": "[exact-match, rouge-l]",
+            "extract": r"(\w+)",
+            "test-tokens": "3",
             "max-new-tokens": "8",
             "seeds": "[0, 1]",
             "batch-size": "2",

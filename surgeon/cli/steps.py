@@ -158,8 +158,6 @@ def _keys(command: str) -> Mapping[str, Key]:
             reads=reads,
             is_model=reads and not set(str(item.metavar).split(",")) & NO_MODELS,
             writes=bool(flag and flag.writes) and name != "output",
-            place=(flag.place if flag else None) or str,
-            suffix=".jsonl" if name == "output" and item.metavar == "FILE" else "",
             decides=not (flag and flag.at_resume),
         )
     return found

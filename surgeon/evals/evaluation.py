@@ -67,7 +67,10 @@ class MetricOptions:
         reads=True,
     )
     metric: str = option(
-        "perplexity, exact-match, rouge-l, choice, pseudo-perplexity or classification.", "perplexity", metavar="METRIC"
+        "perplexity, exact-match, rouge-l, choice, pseudo-perplexity or classification. Several, such as "
+        "exact-match,rouge-l, are of one --data each, in one table with their mean.",
+        "perplexity",
+        metavar="METRIC",
     )
     baseline: str | os.PathLike[str] | None = option(
         "Evaluate this model too, on the same tokens; adds differences and recovery.",

@@ -1,10 +1,9 @@
 """Several tasks in one table: each a metric on data, with the mean over tasks and its recovery."""
 
-import os
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 from surgeon import text
@@ -20,84 +19,62 @@ from surgeon.evals.compare import (
     recovered,
     short_label,
 )
-from surgeon.evals.evaluation import METRICS, METRICS_OF, OF_TEXT, Evaluation, EvaluationOptions, MetricOptions
-from surgeon.options import OptionError, device_option, in_python, revision_option, same_option, trust_option
-
-FORM = "NAME=METRIC:DATA[,OPTION=VALUE...]"
-NUMBERS = ("samples", "sequence_length", "stride", "max_new_tokens", "batch_size")
-WORDS, SWITCHES = ("extract",), ("chat",)
-# Options that all tasks share; one on which a metric does not depend is left out for it.
-SHARED = ("samples", "max_new_tokens", "batch_size", "chat")
-
-
-@dataclass(frozen=True, slots=True)
-class TaskSpec:
-    """A task as it is written: its name, its metric, its data, and options of its own."""
-
-    name: str
-    metric: str
-    data: str
-    options: Mapping[str, Any]
-
-
-def parse_task(written: str) -> TaskSpec:
-    """Return a task from "math=exact-match:gsm8k.jsonl,extract=number,samples=100". Raises OptionError."""
-    found = re.fullmatch(r"(?P<name>[\w.-]+)=(?P<metric>[a-z-]+):(?P<data>.+)", written, flags=re.DOTALL)
-    if found is None:
-        raise OptionError("task", f"--task {written!r} is not {FORM}", hint="Tasks of the harness go with --tasks.")
-    if found["metric"] not in METRICS:
-        raise OptionError("task", f"--task {found['name']}: {found['metric']!r} is none of {', '.join(METRICS)}")
-    data, *parts = re.split(r",(?=[a-z][a-z-]*(?:=|,|$))", found["data"])
-    return TaskSpec(found["name"], found["metric"], data, dict(_option(found["name"], part) for part in parts))
-
-
-def data_of(written: str) -> str:
-    """Return the data of a task as it is written. Raises OptionError."""
-    return parse_task(written).data
-
-
-def _option(task: str, part: str) -> tuple[str, Any]:
-    written, equals, value = part.partition("=")
-    name = written.replace("-", "_")
-    if name in SWITCHES and not equals:
-        return name, True
-    if name in WORDS and value:
-        return name, value
-    if name in NUMBERS and value.isascii() and value.isdigit() and len(value) < 10:
-        return name, int(value)
-    known = ", ".join((*(f"{item}=N" for item in NUMBERS), *(f"{item}=..." for item in WORDS), *SWITCHES))
-    raise OptionError("task", f"--task {task}: {part!r} is none of {known.replace('_', '-')}")
+from surgeon.evals.evaluation import METRICS_OF, OF_TEXT, Evaluation, EvaluationOptions, MetricOptions
+from surgeon.options import OptionError, device_option, flag_of, in_python, option, revision_option, trust_option, words
+from surgeon.text import sliced
 
 
 @dataclass(frozen=True, kw_only=True)
-class SuiteOptions:
-    """The options of `surgeon.evaluate_suite`."""
+class SuiteOptions(MetricOptions):
+    """The options of `surgeon.evaluate_suite`: as of `evaluate`, each for the metrics on which it has an effect."""
 
-    baseline: str | os.PathLike[str] | None = same_option(MetricOptions, "baseline")
-    samples: int | None = same_option(MetricOptions, "samples")
-    max_new_tokens: int | None = same_option(MetricOptions, "max_new_tokens")
-    batch_size: int | None = same_option(MetricOptions, "batch_size")
-    chat: bool = same_option(MetricOptions, "chat")
-    predictions: str | os.PathLike[str] | None = same_option(MetricOptions, "predictions")
+    metric: str = option("One metric for each --data, in their order: exact-match,rouge-l", metavar="METRIC,METRIC")
     device: str = device_option()
     revision: str | None = revision_option()
     trust_remote_code: bool = trust_option()
     meter: Any = in_python("A progress meter.")
 
-    def of_tasks(self, tasks: Sequence[str]) -> dict[str, EvaluationOptions]:
-        """Return the options of each task's evaluation, by its name. Raises OptionError or PlanError."""
-        specs = [parse_task(written) for written in tasks]
-        names = [spec.name for spec in specs]
-        if twice := next((name for name in names if names.count(name) > 1), None):
-            raise OptionError("task", f"--task {twice} is given twice; each has a name of its own")
-        return {spec.name: self._of(spec) for spec in specs}
+    def __post_init__(self) -> None:
+        _ = self.tasks
 
-    def _of(self, spec: TaskSpec) -> EvaluationOptions:
-        common = {item.name for item in fields(self)} & {item.name for item in fields(EvaluationOptions)}
-        given = {name: getattr(self, name) for name in common - {"predictions"}}
-        useless = {name for name in SHARED if spec.metric not in METRICS_OF.get(name, METRICS)}
-        given = {name: value for name, value in given.items() if name not in useless}
-        return EvaluationOptions(**given | dict(spec.options), data=[spec.data], metric=spec.metric)
+    @property
+    def tasks(self) -> dict[str, EvaluationOptions]:
+        """The options of each task's evaluation, by its name. Raises OptionError or PlanError for wrong ones."""
+        metrics = words(self.metric)
+        if len(metrics) != len(self.data):
+            raise OptionError(
+                "metric", f"--metric has {len(metrics)} metrics for {len(self.data)} --data; give one each"
+            )
+        for name, known in METRICS_OF.items():
+            if getattr(self, name) not in (None, False) and not set(known) & set(metrics):
+                raise OptionError(name, f"{flag_of(name)} has no effect on {' and '.join(metrics)}")
+        if self.judge is not None:
+            raise OptionError("judge", "--judge goes with one metric")
+        names = _names(self.data, metrics)
+        return {name: self._of(spec, metric) for name, spec, metric in zip(names, self.data, metrics, strict=True)}
+
+    def _of(self, data: str, metric: str) -> EvaluationOptions:
+        own = ("data", "metric", "predictions")
+        given = {item.name: getattr(self, item.name) for item in fields(EvaluationOptions) if item.name not in own}
+        without = {name for name, metrics in METRICS_OF.items() if metric not in metrics}
+        return EvaluationOptions(
+            **{name: value for name, value in given.items() if name not in without}, data=[data], metric=metric
+        )
+
+
+def _names(data: Sequence[str], metrics: Sequence[str]) -> list[str]:
+    """Return the names of tasks: those of their files, with the metric where two have one name."""
+    stems = [_stem(spec) for spec in data]
+    names = [
+        stem if stems.count(stem) == 1 else f"{stem} {metric}" for stem, metric in zip(stems, metrics, strict=True)
+    ]
+    return [f"{name} {number}" if names.count(name) > 1 else name for number, name in enumerate(names, start=1)]
+
+
+def _stem(spec: str) -> str:
+    """Return "gsm8k" for "data/gsm8k.jsonl[:100]", and for "org/gsm8k:main:test"."""
+    name, *_ = sliced(spec)
+    return Path(name.partition(":")[0]).name.partition(".")[0] or spec
 
 
 @dataclass(frozen=True)
@@ -181,15 +158,8 @@ class SuiteEvaluation:
         if self.recovered is not None:
             difference = self.difference
             result["baseline"] = {"model": self.baseline, **_entries("mean", self.baseline_mean)}
-            result["difference"] = (
-                None
-                if difference is None
-                else {
-                    "value": difference.value,
-                    "error": difference.error,
-                    "z": difference.z,
-                }
-            )
+            gap = difference and {"value": difference.value, "error": difference.error, "z": difference.z}
+            result["differences"] = {"mean": gap} if gap else {}
             result |= {"recovery": self.recovered.value, "recovery_error": self.recovered.error}
             result |= {"recovery_refused": self.recovered.refused} if self.recovered.refused else {}
         return result | {"notes": list(self.notes), "seconds": round(self.seconds, 3)}
@@ -205,7 +175,7 @@ class SuiteEvaluation:
         """Return the evaluation as a block for a model card."""
         table = markdown_table(*self._table(short_label(self.model), short_label(self.baseline or "")))
         share = "" if self.recovered is None else f" Recovery, the ratio of the means over tasks: {self.recovered}."
-        return f"{table}\n\nMeasured with `surgeon evaluate --task`.{share}"
+        return f"{table}\n\nMeasured with `surgeon evaluate`.{share}"
 
     def _table(self, model: str, baseline: str) -> tuple[list[str], list[list[str]]]:
         header = ["task", "metric", "records", model]

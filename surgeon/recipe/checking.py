@@ -124,7 +124,7 @@ def _job(
     for name, value in options.items():
         if keys[name].reads and keys[name].name != "revision":
             others = [item for item in value.items if item not in references.get(name, ())]
-            _check_there([keys[name].place(item) for item in others], value.place)
+            _check_there(others, value.place)
     return Job(
         name=step.name,
         command=step.command,

@@ -3,7 +3,7 @@
 The command line implements `Commands`; recipes stand below it and name no command.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
@@ -32,8 +32,7 @@ class Key:
 
     `flag` turns it on, `off` turns a switch off where that has a spelling. `reads` marks what names files, models or
     data that are read, `is_model` models; `writes` what names a file to write; `decides` is False for what changes no
-    number. `place` returns the file in a text that names more than that; `suffix` ends the name of an output that is a
-    file.
+    number.
     """
 
     name: str
@@ -46,8 +45,6 @@ class Key:
     is_required: bool = False
     reads: bool = False
     is_model: bool = False
-    place: Callable[[str], str] = str
-    suffix: str = ""
     writes: bool = False
     decides: bool = True
     choices: tuple[str, ...] = ()

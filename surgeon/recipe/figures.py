@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from itertools import groupby
+from itertools import chain, groupby
 from statistics import fmean, stdev
 from typing import Any, TypeGuard
 
@@ -32,23 +32,30 @@ def measures(result: Mapping[str, Any]) -> Iterator[tuple[str, float, float | No
 def evaluations(outcomes: Sequence[Outcome]) -> Table:
     """Return all figures with errors, a line each, beside those of the baseline."""
     lines = []
-    for outcome in outcomes:
-        baseline = outcome.result.get("baseline")
-        differences = outcome.result.get("differences")
-        for number, (name, value, error) in enumerate(measures(outcome.result)):
+    for step, result in chain.from_iterable(map(_with_tasks, outcomes)):
+        baseline = result.get("baseline")
+        differences = result.get("differences")
+        for number, (name, value, error) in enumerate(measures(result)):
             other = _measure(baseline, name)
             gap = differences.get(name) if isinstance(differences, Mapping) else None
             lines.append(
                 [
-                    outcome.name,
+                    step,
                     name.replace("_", " "),
                     plus_minus(value, error),
                     "" if other is None else plus_minus(*other),
                     "" if not isinstance(gap, Mapping) else plus_minus(gap["value"], gap["error"]),
-                    "".join(_recovery(outcome.result)).removeprefix("recovery ") if number == 0 else "",
+                    "".join(_recovery(result)).removeprefix("recovery ") if number == 0 else "",
                 ]
             )
     return ["step", "figure", "value", "baseline", "difference", "recovery"], lines
+
+
+def _with_tasks(outcome: Outcome) -> list[tuple[str, Mapping[str, Any]]]:
+    """Return a step with its result, and each of its tasks, where it evaluates several, with the task's."""
+    tasks = outcome.result.get("tasks")
+    own = tasks.items() if isinstance(tasks, Mapping) else ()
+    return [(outcome.name, outcome.result), *((f"{outcome.name}: {name}", told) for name, told in own)]
 
 
 def repeated(outcomes: Sequence[Outcome]) -> Table:

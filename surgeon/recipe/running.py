@@ -265,8 +265,7 @@ class Runner:
                 items = [str(self.record.directory / item) for item in items]
             options[option] = replace(value, items=tuple(items))
         words = words_of(options, keys)
-        output = keys.get("output")
-        return words if output is None else [f"--output={self.record.directory / (name + output.suffix)}", *words]
+        return [f"--output={self.record.directory / name}", *words] if "output" in keys else words
 
     def _output_of(self, item: str, before: str | None, option: str) -> str:
         step, slash, rest = item.partition("/")
@@ -294,7 +293,7 @@ class Runner:
     def _identity(self, item: str, named: Sequence[str], key: Key) -> Any:
         step, slash, rest = item.partition("/")
         if item not in named:
-            return [item, self.record.identities.of(key.place(item), is_model=key.is_model)]
+            return [item, self.record.identities.of(item, is_model=key.is_model)]
         name = self._latest.get(step)
         if name is None:  # of the same pass: its options are part of the key
             return [item]

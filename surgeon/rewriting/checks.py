@@ -58,7 +58,9 @@ class Checks:
         if check == NONE or self.result(row.reference, check=check) is not None:
             return
         what = "no number in its answer" if check == NUMBER else f"nothing in its answer that matches {check!r}"
-        raise DataError(f"{row.where} has {what}", hint="Use --check auto, or --check none; or leave the record out.")
+        raise DataError(
+            f"{row.where} has {what}", hint="Use --extract auto, or --extract none; or leave the record out."
+        )
 
     def fault(self, answer: str, row: Row, *, is_finished: bool) -> str | None:
         """Return the reason for which an answer is not taken, a key of REASONS; None where it is."""

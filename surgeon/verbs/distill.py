@@ -7,7 +7,7 @@ import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import chain, islice
+from itertools import chain
 from pathlib import Path
 from time import monotonic
 from typing import TYPE_CHECKING, Any
@@ -40,6 +40,7 @@ from surgeon.rewriting.engines import Engine, TransformersEngine, VllmEngine, Wr
 from surgeon.rewriting.journal import Journal, difference, opened, write_whole
 from surgeon.rewriting.loop import Asked, Progress, Watch, lines, rewrite
 from surgeon.rewriting.prompts import PROMPTS, form_of, prompt_tokens, row_of
+from surgeon.text import sliced
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -118,22 +119,21 @@ class DistillOptions:
         reads=True,
     )
     output: str | os.PathLike[str] | None = option(
-        "The .jsonl to write. Default: DATA-distill.jsonl.",
+        "The .jsonl to write; a name without a suffix gets it. Default: DATA-distill.jsonl.",
         None,
         names=("--output", "-o"),
         metavar="FILE",
         writes=True,
     )
     overwrite: bool = option("Replace an existing output once the new one is complete.", False)
-    rows: int | None = option("Use the first N records. Default: all.", None, metavar="N")
     prompt: str = option(
         "auto (gsm8k where an answer has a number after ####, else sdft), sdft or gsm8k.", "auto", metavar="PROMPT"
     )
-    check: str = option(
-        "auto (number where an answer has one after ####, else none), number, none, or a regular expression whose last "
-        "match must be the reference's.",
+    extract: str = option(
+        "What of an answer must be as in the reference: number, none, auto (number where that has one after ####), or "
+        "the last match of a regular expression.",
         AUTO,
-        metavar="CHECK",
+        metavar="REGEX",
     )
     on_fail: str = option("keep the data's own answer where none passes, or drop the row.", KEEP, metavar="WHAT")
     samples: int = option("Write up to N answers to a row; the first that passes is taken.", 1, metavar="N")
@@ -167,7 +167,7 @@ class DistillOptions:
         for name, known in words:
             if getattr(self, name) not in known:
                 raise OptionError(name, f"{flag_of(name)} {getattr(self, name)!r} is none of {', '.join(known)}")
-        for name in ("rows", "samples", "max_new_tokens", "batch_size", "batch_tokens"):
+        for name in ("samples", "max_new_tokens", "batch_size", "batch_tokens"):
             if (count := getattr(self, name)) is not None and count < 1:
                 raise OptionError(name, f"{flag_of(name)} is {count}; the least is 1")
         if not 0 <= self.temperature < float("inf"):
@@ -179,18 +179,18 @@ class DistillOptions:
             raise OptionError("min_length_ratio", f"--min-length-ratio {low} to --max-length-ratio {high} is no range")
         if self.max_copied is not None and not 0 <= self.max_copied <= 1:
             raise OptionError("max_copied", f"--max-copied is {self.max_copied}, not between 0 and 1")
-        if self.output is not None and Path(self.output).suffix != ".jsonl":
+        if self.output is not None and Path(self.output).suffix not in ("", ".jsonl"):
             raise OptionError("output", f"--output {os.fspath(self.output)} is no .jsonl")
-        if self.check not in (AUTO, NUMBER, NONE):
+        if self.extract not in (AUTO, NUMBER, NONE):
             try:
-                re.compile(self.check)
+                re.compile(self.extract)
             except re.error as error:
-                raise OptionError("check", f"--check is no regular expression: {error}") from error
+                raise OptionError("extract", f"--extract is no regular expression: {error}") from error
 
     @property
     def checks(self) -> Checks:
         """What an answer is checked for."""
-        return Checks(self.check, (self.min_length_ratio, self.max_length_ratio), self.max_copied)
+        return Checks(self.extract, (self.min_length_ratio, self.max_length_ratio), self.max_copied)
 
     @property
     def writing(self) -> Writing:
@@ -202,14 +202,14 @@ class DistillOptions:
     def target(self) -> Path:
         """The file to write."""
         if self.output is not None:
-            return Path(self.output).expanduser()
-        name = Path(os.path.expanduser(self.data[0]).partition(":")[0]).name  # noqa: PTH111
+            return Path(self.output).expanduser().with_suffix(".jsonl")
+        name = Path(sliced(self.data[0])[0].partition(":")[0]).name
         return Path(f"{name.partition('.')[0] or 'data'}-distill.jsonl")
 
 
 # The options that decide what is written; --on-fail decides only what becomes of it.
 _DECIDING = (
-    *("prompt", "check", "samples", "temperature", "max_new_tokens", "min_length_ratio", "max_length_ratio"),
+    *("prompt", "extract", "samples", "temperature", "max_new_tokens", "min_length_ratio", "max_length_ratio"),
     *("max_copied", "batch_size", "batch_tokens", "seed"),
 )
 
@@ -219,7 +219,7 @@ def distill(model: str | os.PathLike[str], options: DistillOptions) -> Distillat
     """Let a checkpoint directory or Hub model rewrite the answers of records, and write the records to a .jsonl.
 
     The model sees the question and the data's answer (`prompt`); its own answer takes the place of that where it passes
-    the `check`, ends, does not speak of its task, and is about as long. Of up to `samples` answers the first that
+    `extract`, ends, does not speak of its task, and is about as long. Of up to `samples` answers the first that
     passes is taken. A row where none does keeps its answer, or is dropped (`on_fail`). The column "distill" of the
     output says of each row what became of it. Each finished batch is on disk in OUTPUT.partial; the same call goes on.
 
@@ -282,7 +282,7 @@ def _asked(source: Source, tokenizer: "PreTrainedTokenizerBase", options: Distil
     streams = [documents(spec) for spec in options.data]  # a wrong name is an error before anything is read
     checks, most, asked = options.checks, positions_of(source), []
     digest = hashlib.sha256()
-    for document in islice(chain(*streams), options.rows):
+    for document in chain(*streams):
         row = row_of(document)
         checks.check_row(row)
         name = form_of(row, options.prompt)
@@ -302,7 +302,7 @@ def _check_target(options: DistillOptions, model: str) -> None:
     """Raises OutputError where the output is something that is read, or would be at the next call."""
     check_file_replaced(options.target, reads_of(options) | {"MODEL": (model,)})
     place = os.path.realpath(options.target.parent)
-    for spec in options.data:
+    for spec in (sliced(written)[0] for written in options.data):
         if os.path.isdir(spec) and os.path.realpath(spec) == place:  # noqa: PTH112  # Path.is_dir may raise
             raise OutputError(f"{options.target} would be among what --data reads: {spec}", hint="Choose another -o.")
 

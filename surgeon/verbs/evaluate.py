@@ -23,7 +23,7 @@ from surgeon.evals.evaluation import (
 from surgeon.evals.gist import GistEvaluation, GistEvaluationOptions, score_gist
 from surgeon.evals.harness import TaskEvaluation, TaskEvaluationOptions, run_tasks
 from surgeon.evals.judge import Case, Judge, JudgementOptions, load_judge
-from surgeon.evals.suite import FORM, SuiteEvaluation, SuiteOptions, data_of
+from surgeon.evals.suite import SuiteEvaluation, SuiteOptions
 from surgeon.evals.verdicts import Judgement
 from surgeon.options import (
     OptionError,
@@ -41,7 +41,7 @@ from surgeon.options import (
 if TYPE_CHECKING:
     from surgeon.measure.scoring import Meter
 
-# The options that have no effect on an evaluation of the harness's tasks, of gists, and of several tasks.
+# The options that have no effect on an evaluation of the harness's tasks, and of gists.
 _NOT_WITH = {
     "tasks": (
         "data",
@@ -56,7 +56,6 @@ _NOT_WITH = {
         "gist",
     ),
     "gist": ("metric", "baseline", "sequence_length", "stride", "documents", "extract", "chat"),
-    "task": ("data", "metric", "sequence_length", "stride", "documents", "extract", "judge", "gist", "tasks"),
 }
 
 
@@ -67,14 +66,6 @@ class EvaluateOptions(MetricOptions):
     """
 
     data: Sequence[str] = same_option(MetricOptions, "data", default=())
-    task: Sequence[str] = option(
-        "Evaluate this task, repeatable, in one table with the mean over tasks: "
-        "math=exact-match:gsm8k.jsonl,extract=number,samples=100",
-        (),
-        metavar=FORM,
-        reads=True,
-        place=data_of,
-    )
     tasks: Sequence[str] | None = option(
         "Run these tasks of lm-evaluation-harness instead: arc_easy,boolq", None, metavar="NAMES", parse=words
     )
@@ -91,23 +82,22 @@ class EvaluateOptions(MetricOptions):
     trust_remote_code: bool = trust_option()
 
     def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.tasks is None and not self.data and not self.task:
-            raise OptionError("data", "nothing to evaluate on: give --data, --task or --tasks")
+        is_suite = "," in self.metric
+        if not is_suite:
+            super().__post_init__()
+        if self.tasks is None and not self.data:
+            raise OptionError("data", "nothing to evaluate on: give --data or --tasks")
         if self.tasks is None and self.task_dir is not None:
             raise OptionError("task_dir", "--task-dir goes with --tasks")
         for name in ("gist_tokens", "adapter"):
             if getattr(self, name) is not None and not self.gist:
                 raise OptionError(name, f"{flag_of(name)} goes with --gist")
-        kind = "task" if self.task else "tasks" if self.tasks is not None else "gist" if self.gist else ""
+        kind = "tasks" if self.tasks is not None else "gist" if self.gist else ""
         for name in _NOT_WITH.get(kind, ()):
             if getattr(self, name) and (name, getattr(self, name)) != ("metric", METRICS[0]):
-                hint = "Write it into the task: --task math=exact-match:gsm8k.jsonl,extract=number"
-                raise OptionError(
-                    name, f"{flag_of(name)} does not go with --{kind}", hint=hint if kind == "task" else None
-                )
-        if self.task:
-            SuiteOptions(**self.keywords_for(SuiteOptions)).of_tasks(self.task)
+                raise OptionError(name, f"{flag_of(name)} does not go with --{kind}")
+        if is_suite:
+            SuiteOptions(**self.keywords_for(SuiteOptions))
 
     def keywords_for(self, options: type) -> dict[str, Any]:
         """Return the fields that another dataclass of options has too, as keywords."""
@@ -118,8 +108,8 @@ def run(
     model: str, options: EvaluateOptions, *, quiet: bool, meter: "Meter"
 ) -> Evaluation | TaskEvaluation | GistEvaluation | SuiteEvaluation:
     """Return the evaluation that the command's options ask for."""
-    if options.task:
-        return evaluate_suite(model, options.task, **options.keywords_for(SuiteOptions), meter=meter)
+    if "," in options.metric:
+        return evaluate_suite(model, **options.keywords_for(SuiteOptions), meter=meter)
     if options.tasks is not None:
         return evaluate_tasks(model, options.tasks, **options.keywords_for(TaskEvaluationOptions), quiet=quiet)
     if options.gist:
@@ -189,27 +179,23 @@ def _evaluated(model: str | os.PathLike[str], options: EvaluationOptions) -> Eva
 
 
 @takes(SuiteOptions)
-def evaluate_suite(model: str | os.PathLike[str], tasks: Sequence[str], options: SuiteOptions) -> SuiteEvaluation:
-    """Return the scores of a model on several tasks, each written "NAME=METRIC:DATA[,OPTION=VALUE...]".
+def evaluate_suite(model: str | os.PathLike[str], options: SuiteOptions) -> SuiteEvaluation:
+    """Return the scores of a model on several tasks: each of `data` with its `metric`, which a comma separates.
 
     With a `baseline` there are differences and the recovery: 100 times the mean over tasks of the model's scores over
-    that of the baseline's. `samples`, `max_new_tokens`, `batch_size` and `chat` hold for the tasks that say nothing
-    else. `predictions` is a .jsonl to write.
+    that of the baseline's. Other options hold for the metrics on which they have an effect. `predictions` is a .jsonl.
 
-    Raises OptionError for a task that is written otherwise, and what `surgeon.evaluate` raises.
+    Raises OptionError for options that do not fit, and what `surgeon.evaluate` raises.
 
-        surgeon.evaluate_suite("cut", ["math=exact-match:gsm8k.jsonl,extract=number", "chat=rouge-l:chat.jsonl"])
+        surgeon.evaluate_suite("cut", data=["math.jsonl", "chat.jsonl"], metric="exact-match,rouge-l", extract="number")
     """
     began = monotonic()
     target = None if options.predictions is None else checked_target(Path(options.predictions))
-    asked = options.of_tasks(tasks)
-    if not asked:
-        raise DataError("there are no tasks to evaluate on", hint="Give one at least: --task " + FORM)
 
     from surgeon.models.loading import runs
 
     with runs(os.fspath(model), trust_remote_code=options.trust_remote_code):
-        suite = SuiteEvaluation({name: _evaluated(model, task) for name, task in asked.items()})
+        suite = SuiteEvaluation({name: _evaluated(model, task) for name, task in options.tasks.items()})
     if target is not None:
         write_predictions(suite.predictions, target)
     return replace(suite, seconds=monotonic() - began)
