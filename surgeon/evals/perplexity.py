@@ -16,10 +16,9 @@ from surgeon.data.rows import read_rows, text_of
 from surgeon.errors import MeasureError
 from surgeon.evals.compare import Scored, estimate, exponential
 from surgeon.evals.evaluation import SAMPLES, SEQUENCE_LENGTH, EvalContext, Evaluation, EvaluationOptions
-from surgeon.measure.scoring import row_sums
 from surgeon.models.device import compute_dtype, groups, row_bytes
 from surgeon.models.skeleton import auto_class
-from surgeon.models.streaming import Progress, StreamedModel
+from surgeon.models.streaming import Progress, StreamedModel, row_sums
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

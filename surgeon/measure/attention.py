@@ -15,8 +15,9 @@ from torch import Tensor, nn
 
 from surgeon.errors import MeasureError
 from surgeon.measure.activations import Watcher
+from surgeon.models.device import wide
 from surgeon.models.maps import HINT, looking
-from surgeon.models.streaming import Batch
+from surgeon.models.passage import Batch
 
 MEASURES: Mapping[str, str] = {
     "rank": "directions that hold the energy",
@@ -51,13 +52,13 @@ def measures_of(maps: Tensor, energy: float) -> Tensor:
     """
     maps = maps.detach().float().cpu()
     whole, rest = _energies(maps), _energies(maps[..., 1:])
-    columns, sink = maps.square().sum(-2), maps[..., 0]
+    columns, sink = wide(maps.square().sum(-2)), wide(maps[..., 0])
     measures = {
         "rank": _count(whole, energy),
         "stable_rank": whole.sum(-1) / whole[..., 0],
-        "column_mass": _count(columns.double().sort(-1, descending=True).values, energy),
-        "sink": sink.double().mean(-1),
-        "top_column": columns.double().amax(-1) / columns.double().sum(-1),
+        "column_mass": _count(columns.sort(-1, descending=True).values, energy),
+        "sink": sink.mean(-1),
+        "top_column": columns.amax(-1) / columns.sum(-1),
         # What is left of a map that was all in its first column is rounding.
         "rank_without_sink": _count(torch.where(rest < ROUNDING * whole.sum(-1, keepdim=True), 0.0, rest), energy),
         "entropy": _entropy(maps),
@@ -75,22 +76,22 @@ def _energies(maps: Tensor) -> Tensor:
         try:
             values: Tensor = torch.linalg.eigvalsh(gram)
         except RuntimeError:  # LinAlgError
-            values = torch.linalg.eigvalsh(gram.double())
-    return values.double().clamp(min=0).flip(-1)
+            values = torch.linalg.eigvalsh(wide(gram))
+    return wide(values).clamp(min=0).flip(-1)
 
 
 def _count(parts: Tensor, share: float) -> Tensor:
     """Return how many parts, descending along the last dim, reach a share of their sum; 0 where that is 0."""
     total = parts.sum(-1, keepdim=True)
     short = parts.cumsum(-1) < (share - ROUNDING) * total
-    return torch.where(total[..., 0] > 0, short.sum(-1) + 1, 0).double()
+    return wide(torch.where(total[..., 0] > 0, short.sum(-1) + 1, 0))
 
 
 def _entropy(maps: Tensor) -> Tensor:
     """Return the mean over rows but the first of the entropy of row i over log i, the most that i weights can have."""
     places = torch.arange(2, maps.shape[-1] + 1).log()
     rows: Tensor = -torch.special.xlogy(maps, maps).sum(-1)[..., 1:]
-    return (rows / places).mean(-1).double()
+    return wide((rows / places).mean(-1))
 
 
 def calibration(length: int, energy: float) -> dict[str, dict[str, float]]:

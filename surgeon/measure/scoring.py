@@ -20,9 +20,9 @@ from surgeon.measure.activations import Activations, Watcher
 from surgeon.measure.record import Scores, perplexities
 from surgeon.measure.residual import Observer
 from surgeon.models.device import available_memory, compute_dtype, groups, head_tokens, row_bytes
-from surgeon.models.passage import silenced
+from surgeon.models.passage import Batch, silenced
 from surgeon.models.skeleton import predicts_next
-from surgeon.models.streaming import Batch, Progress, StreamedModel
+from surgeon.models.streaming import Progress, StreamedModel, row_sums
 from surgeon.transforms.scores import METHODS, WIDTHS
 
 # Is called when work begins: with its name, its number of tokens, and the number of layers that each goes through.
@@ -388,19 +388,6 @@ def loss_sum(head: Callable[[Tensor], Tensor], batch: Batch, states: Tensor) -> 
     """Return the sum of a batch's next-token losses, in nats, and the number of tokens in it."""
     counted = targets_of(batch)[1]
     return float(row_sums(head, batch, states, counted).sum()), int(counted.sum())
-
-
-def row_sums(head: Callable[[Tensor], Tensor], batch: Batch, states: Tensor, counted: Tensor) -> Tensor:
-    """Return the sum of each row's losses over the targets `counted`, (B, T - 1): shape (B,), float64, on the CPU."""
-    chosen = counted.to(states.device)
-    flat, targets = states[:, :-1][chosen], batch.tokens[:, 1:][chosen]
-    size = min(head_tokens(states.device), batch.tokens.shape[1])  # no more than the model has positions for
-    rows, sums = counted.cpu().nonzero()[:, 0], torch.zeros(len(counted), dtype=torch.float64)
-    for at in range(0, len(flat), size):
-        logits, few = head(flat[at : at + size]).float(), slice(at, at + size)
-        losses = nn.functional.cross_entropy(logits, targets[few], reduction="none")
-        sums.index_add_(0, rows[few], losses.cpu().double())
-    return sums
 
 
 def mean_loss(total: float, count: int) -> float:

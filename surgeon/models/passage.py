@@ -5,7 +5,7 @@ The pass runs in a thread of its own, so that its local variables stay where the
 
 import inspect
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import copy_context
 from dataclasses import dataclass
@@ -121,6 +121,26 @@ class Call:
         if self.args:
             return (hidden, *self.args[1:]), dict(self.kwargs)
         return (), {"hidden_states": hidden, **self.kwargs}
+
+
+@dataclass
+class Batch:
+    """Rows on their way through the layers. `hidden`, shape (B, T, D), is the input of the next layer.
+
+    `real`, shape (B, T), is False for padding; None where there is none. A batch has either the calls of its layers, or
+    the forward pass that makes them.
+    """
+
+    tokens: Tensor
+    real: Tensor | None
+    hidden: Tensor
+    calls: Sequence[Call] = ()
+    passage: Passage | None = None
+    output: Any = None  # of the last layer, until the forward pass goes on with it
+
+    def chosen(self, states: Tensor) -> Tensor:
+        """Return the states of the tokens that are no padding, shape (N, D)."""
+        return states.flatten(0, 1) if self.real is None else states[self.real]
 
 
 def equal_calls(one: object, other: object) -> bool:
