@@ -9,6 +9,7 @@ from surgeon.errors import PlanError as PlanError
 from surgeon.errors import SurgeonError as SurgeonError
 from surgeon.errors import TrainingError as TrainingError
 from surgeon.errors import VerificationError as VerificationError
+from surgeon.evals.diagnosis import Diagnosis as Diagnosis
 from surgeon.evals.evaluation import Evaluation as Evaluation
 from surgeon.evals.gist import GistEvaluation as GistEvaluation
 from surgeon.evals.harness import TaskEvaluation as TaskEvaluation
@@ -20,6 +21,7 @@ from surgeon.train.result import Training as Training
 from surgeon.verbs.compress import Compression as Compression
 from surgeon.verbs.compress import compress as compress
 from surgeon.verbs.convert import convert as convert
+from surgeon.verbs.diagnose import diagnose as diagnose
 from surgeon.verbs.evaluate import evaluate as evaluate
 from surgeon.verbs.evaluate import evaluate_gist as evaluate_gist
 from surgeon.verbs.evaluate import evaluate_tasks as evaluate_tasks
