@@ -29,6 +29,17 @@ TOY = {
         SHORT | {"data": "text.txt", "steps": "3", "quarter": "2", "twice": "4", "samples": "2"},
         "judged-random-twice",
     ),
+    "question-formation": (  # a grammar of 30 words has 0.595 nats a token, and the recipe's gate is at 1.0136
+        {
+            "lines": "300",
+            "validation-lines": "60",
+            "generalization-lines": "20",
+            "lexicon": "30",
+            "steps": "150",
+            "lr": "3e-3",
+        },
+        "loss",
+    ),
     "self-data-distillation": (
         {
             "model": "toy",
