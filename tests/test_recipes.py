@@ -32,7 +32,17 @@ TOY = {
         SHORT | {"data": "text.txt", "steps": "3", "quarter": "2", "twice": "4", "samples": "2"},
         "judged-random-twice",
     ),
-    "question-formation": ({"lines": "60", "steps": "2", "floor": "<= 10"}, "loss"),
+    "question-formation": (
+        {
+            "lines": "60",
+            "validation-lines": "20",
+            "generalization-lines": "20",
+            "lexicon": "30",
+            "steps": "2",
+            "floor": "<= 10",
+        },
+        "loss",
+    ),
     "self-data-distillation": (
         {
             "model": "toy",
@@ -84,11 +94,11 @@ def test_each_recipe_says_how_it_is_run_and_names_the_schema() -> None:
     for path in RECIPES:
         text = path.read_text(encoding="utf-8")
         assert text.startswith("# yaml-language-server: $schema=schema.json\n"), path
-        command = re.search(rf"#   surgeon run recipes/{path.name} ?(.*(?:\\\n.*)*)", text)
+        command = re.search(rf"#   surgeon run recipes/{path.name}((?: .*\\\n#)*.*)\n", text)
         assert command is not None, path
         recipe = read_recipe(path, InProcess().names())
         needed = {name for name, value in recipe.settings.items() if value.form == "null"}
-        assert set(re.findall(r"--set ([\w-]+)=", command[1].replace("\n#", ""))) == needed, path
+        assert set(re.findall(r"--set ([\w-]+)=", command[1])) == needed, path
 
 
 def test_the_schema_is_that_of_the_commands() -> None:
