@@ -21,8 +21,10 @@ class Point:
     baseline: float | None
 
 
-def plot_comparison(points: Sequence[Point], path: Path) -> None:
+def plot_comparison(points: Sequence[Point], path: Path, *, title: str) -> None:
     """Draw a panel for each figure with a dot for each step, error bars of two standard errors, baselines dashed.
+
+    `title` says what was measured, and on what.
 
     Raises OutputError where the file cannot be written.
     """
@@ -34,6 +36,7 @@ def plot_comparison(points: Sequence[Point], path: Path) -> None:
     for axes, kind in zip(figure.subplots(1, len(kinds), squeeze=False)[0], kinds, strict=True):
         _panel(axes, [point for point in points if point.figure == kind])
         axes.set(xlabel=f"{kind.replace('_', ' ')}  (bars: ± {WIDE:g} standard errors)")
+    figure.suptitle(title, fontsize="medium")
     save(figure, path)
 
 

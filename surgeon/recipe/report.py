@@ -13,7 +13,7 @@ from surgeon.evals.compare import markdown_table
 from surgeon.recipe.figures import Table, evaluations, headline, measures, repeated, sentence
 from surgeon.recipe.record import Record, replace_file
 from surgeon.recipe.running import Outcome
-from surgeon.text import duration
+from surgeon.text import duration, few
 
 PAGE, MARKDOWN = "report.html", "report.md"
 _STYLE = """body { font: 15px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; color: #1d2433 }
@@ -26,7 +26,7 @@ def write_report(directory: Path, title: str, outcomes: Sequence[Outcome], recor
 
     Raises OutputError where it cannot be written.
     """
-    pictures = _pictures(directory, outcomes)
+    pictures = _pictures(directory, title, outcomes)
     sections: list[tuple[str, Table]] = [("Steps", _steps(outcomes, record))]
     sections += [(name, table) for name, table in _measured(outcomes) if table[1]]
     said = sentence(outcomes)
@@ -53,11 +53,11 @@ def _measured(outcomes: Sequence[Outcome]) -> list[tuple[str, Table]]:
 # --- pictures -----------------------------------------------------------------------------------------------------
 
 
-def _pictures(directory: Path, outcomes: Sequence[Outcome]) -> dict[str, Path]:
+def _pictures(directory: Path, title: str, outcomes: Sequence[Outcome]) -> dict[str, Path]:
     """Draw what can be drawn, and return the pictures by their titles, those of the steps included."""
     found: dict[str, Path] = {}
     if find_spec("matplotlib") is not None:
-        found |= _compared(directory, outcomes) | _losses(directory, outcomes)
+        found |= _compared(directory, title, outcomes) | _losses(directory, outcomes)
     for outcome in outcomes:
         listed = outcome.result.get("pictures")
         paths = [Path(path) for path in listed] if isinstance(listed, list) else []
@@ -65,7 +65,11 @@ def _pictures(directory: Path, outcomes: Sequence[Outcome]) -> dict[str, Path]:
     return found
 
 
-def _compared(directory: Path, outcomes: Sequence[Outcome]) -> dict[str, Path]:
+def _listed(value: object) -> list[object]:
+    return value if isinstance(value, list) else []
+
+
+def _compared(directory: Path, title: str, outcomes: Sequence[Outcome]) -> dict[str, Path]:
     from surgeon.plots.comparison import Point, plot_comparison
 
     points = []
@@ -77,7 +81,9 @@ def _compared(directory: Path, outcomes: Sequence[Outcome]) -> dict[str, Path]:
             points.append(Point(outcome.name, *first, other))
     if not points:
         return {}
-    plot_comparison(points, directory / "measured.png")
+    data = dict.fromkeys(str(item) for outcome in outcomes for item in _listed(outcome.result.get("data")))
+    title = f"{title}, on {few([public_text(item) for item in data])}" if data else title
+    plot_comparison(points, directory / "measured.png", title=title)
     return {"Measured": directory / "measured.png"}
 
 
