@@ -9,6 +9,7 @@ from surgeon.errors import PlanError as PlanError
 from surgeon.errors import SurgeonError as SurgeonError
 from surgeon.errors import TrainingError as TrainingError
 from surgeon.errors import VerificationError as VerificationError
+from surgeon.evals.diagnosis import Diagnosis as Diagnosis
 from surgeon.evals.evaluation import Evaluation as Evaluation
 from surgeon.evals.gist import GistEvaluation as GistEvaluation
 from surgeon.evals.harness import TaskEvaluation as TaskEvaluation
@@ -23,6 +24,7 @@ from surgeon.verbs.compress import compress as compress
 from surgeon.verbs.convert import convert as convert
 from surgeon.verbs.data import GeneratedData as GeneratedData
 from surgeon.verbs.data import generate_data as generate_data
+from surgeon.verbs.diagnose import diagnose as diagnose
 from surgeon.verbs.distill import Distillation as Distillation
 from surgeon.verbs.distill import distill as distill
 from surgeon.verbs.evaluate import evaluate as evaluate

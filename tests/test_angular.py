@@ -14,7 +14,7 @@ if LATER:
     from surgeon.measure.residual import Angular, distances, last_tokens
     from surgeon.measure.scoring import observe, score_states
     from surgeon.models.device import row_bytes
-    from surgeon.models.streaming import Batch
+    from surgeon.models.passage import Batch
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -31,6 +31,22 @@ def repository(directory: Path) -> dict[str, bytes]:
     return files | {"pytorch_model.bin": b"p" * 50_000, "tokenizer.json": b"{}", "README.md": card}
 
 
+def test_a_hub_models_config_and_files_begin_a_new_one_without_its_weights(toy, tmp_path):
+    with HubServer() as server:
+        commit = server.commit("org/model", repository(toy("llama")))
+
+        done = run(tmp_path, server, "init", "org/model", "--seed", 3, "-o", tmp_path / "new", "--json")
+
+        assert done.returncode == 0, done.stderr
+        assert not any(file.endswith((".safetensors", ".bin")) for file in server.fetched())
+    surgeon.init(toy("llama"), seed=3).save(tmp_path / "local")
+    hub, local = (tmp_path / name / "model.safetensors" for name in ("new", "local"))
+    assert hub.read_bytes() == local.read_bytes()
+    assert (tmp_path / "new/tokenizer.json").read_bytes() == b"{}"
+    source = json.loads((tmp_path / "new/surgeon.json").read_text())["source"]
+    assert (source["id"], source["commit"], source["config"]) == ("org/model", commit, "org/model")
+
+
 def test_a_hub_model_is_planned_without_its_weights_cut_and_pushed(toy, tmp_path):
     whole = surgeon.open_model(toy("gemma2"))
     whole.save(tmp_path / "sharded", max_shard_size="100KB")

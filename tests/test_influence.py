@@ -12,7 +12,7 @@ if LATER:
 
     from surgeon.measure.residual import Influence
     from surgeon.measure.scoring import score_states
-    from surgeon.models.streaming import Batch
+    from surgeon.models.passage import Batch
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

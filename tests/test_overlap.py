@@ -96,9 +96,9 @@ CASES: dict[tuple[str, str], list[str]] = {
     ("prune", "like"): ["{model}", "--score", "uniform", "--like", "{out}"],
     ("prune", "data"): ["{model}", "--layers", "2", "--data", "{out}/text.txt"],
     ("prune", "scores_from"): ["{model}", "--layers", "2", "--score", "last", "--scores-from", "{out}/scores.json"],
-    ("convert", "source"): ["{out}/pytorch_model.bin"],
-    ("init", "config"): ["{out}"],
+    ("init", "config"): ["{out}/config.json"],
     ("init", "tokenizer"): ["gpt2", "--tokenizer", "{out}"],
+    ("convert", "source"): ["{out}/pytorch_model.bin"],
     ("finetune", "model"): ["{out}", "--data", "{text}"],
     ("finetune", "data"): ["{model}", "--data", "{text}", "--data", "{out}/text.txt"],
     ("finetune", "eval_data"): ["{model}", "--data", "{text}", "--eval-data", "{out}"],
@@ -128,11 +128,6 @@ def places(tmp_path: Path) -> dict[str, str]:
 def made_for(command: str, option: str, model: Path, out: Path) -> None:
     """Make the result what this command replaces, and holding what it reads before it looks at its output."""
     gist = {"version": 1, "token": "<GIST>", "token_ids": [18], "num_tokens": 1}
-    if command == "init":
-        import talkers
-
-        edit_config(out, head_dim=4)
-        talkers.tokenizer_of().save_pretrained(out)
     if command == "gist":
         (out / "tokenizer.json").write_text(json.dumps({"model": {"vocab": {"a": 0}}, "added_tokens": []}))
     if command == "compress":
@@ -146,6 +141,13 @@ def made_for(command: str, option: str, model: Path, out: Path) -> None:
         (out / "model.safetensors").unlink()
         tensors = {name: torch.zeros(spec.shape) for name, spec in llama(layers=4).items()}
         torch.save(tensors, out / "pytorch_model.bin")
+    if command == "init":
+        edit_config(out, head_dim=4)  # transformers wants an even one
+    if option == "tokenizer":
+        from surgeon.models.vocabularies import byte_tokenizer
+
+        for name, content in byte_tokenizer().items():
+            (out / name).write_bytes(content)
     if option == "like":
         checkpoint(model, tensors=llama(layers=6), num_hidden_layers=6)
     if option == "scores_from":

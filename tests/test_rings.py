@@ -76,7 +76,15 @@ except SystemExit:
 
 @pytest.mark.parametrize(
     "arguments",
-    [["--help"], ["truncate", "--help"], ["inspect", "--help"], ["convert", "--help"], ["prune", "--help"]],
+    [
+        ["--help"],
+        ["truncate", "--help"],
+        ["inspect", "--help"],
+        ["convert", "--help"],
+        ["prune", "--help"],
+        ["init", "--help"],
+        ["data", "--help"],
+    ],
 )
 def test_help_imports_nothing_heavy(arguments):
     assert modules_after(command(*arguments)) == set()

@@ -68,4 +68,6 @@ class BlankSource:
         """Return what the config was taken from, and the SHA-256 of the config that the model is made of."""
         digest = hashlib.sha256(json.dumps(self.config, sort_keys=True).encode()).hexdigest()
         place = {} if self.origin is None else {"path": str(self.origin.resolve())}
+        if self.config_source is not None and self.origin is None:  # on the Hub, where it has a commit
+            place = self.config_source.provenance()
         return {"config": self.label, **place, "config_sha256": digest}

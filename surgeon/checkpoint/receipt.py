@@ -117,7 +117,7 @@ def versions() -> dict[str, str]:
 # What may be published
 
 # Options of a command that name what is written on this machine.
-_WRITTEN = ("-o", "--output", "--run-dir", "--plot", "--predictions")
+_WRITTEN = ("-o", "--output", "--run-dir", "--plot", "--predictions", "--html")
 _PATH = re.compile(r"(?<![\w:/.~-])(?:~/|~|\.{0,2}/)(?:[^\s/'\"`,;:)]+/)*([^\s/'\"`,;:)]+)/?")
 
 

@@ -47,6 +47,7 @@ MAX_NEW_TOKENS, BATCH_SIZE = 256, 8  # defaults of generated answers
 METRICS_OF = {
     "sequence_length": ("perplexity", "pseudo-perplexity"),
     "stride": ("perplexity",),
+    "documents": ("perplexity",),
     "max_new_tokens": ("exact-match", "rouge-l"),
     "batch_size": ("exact-match", "rouge-l", "classification"),
     "chat": ("exact-match", "rouge-l"),
@@ -86,6 +87,7 @@ class MetricOptions:
         "Tokens per row of a text. Default: 512 (of pseudo-perplexity 128).", None, metavar="T"
     )
     stride: int | None = option("Slide windows of T tokens over the text, S apart, instead of rows.", None, metavar="S")
+    documents: bool = option("Score each document by itself, on the tokens that finetune would train of it.", False)
     max_new_tokens: int | None = option("Longest generated answer, in tokens. Default: 256.", None, metavar="N")
     batch_size: int | None = option("Prompts or texts per batch. Default: 8.", None, metavar="N")
     extract: str | None = option(
@@ -137,6 +139,8 @@ class EvaluationOptions(MetricOptions):
                 f"windows of {length} tokens, {self.stride} apart, leave the first of each without context",
                 hint=f"Use a --stride below {length}; without it the text is cut into rows.",
             )
+        if self.documents and self.stride is not None:
+            raise OptionError("documents", "--documents does not go with --stride: no document is cut into windows")
         _ = self.extractor
 
     def _refuse(self, name: str, metrics: Sequence[str]) -> None:
@@ -285,6 +289,8 @@ class Evaluation:
         counts = self.scored.counts
         if self.metric not in OF_TEXT:
             amount = f"{counts['records']:,} records"
+        elif self.setup.get("documents"):
+            amount = f"{counts['tokens']:,} tokens, in {counts['rows']:,} documents"
         elif self.setup["stride"] is None:
             amount = f"{counts['tokens']:,} tokens, in {counts['rows']} rows of {self.setup['sequence_length']}"
         else:

@@ -1,13 +1,13 @@
 """The perplexity of a text: its tokens and their bytes, and the losses of a model that streams from its files."""
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, chain
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from surgeon.anatomy.config import positions_of
 from surgeon.checkpoint.source import Source
@@ -16,9 +16,9 @@ from surgeon.data.rows import read_rows, text_of
 from surgeon.errors import MeasureError
 from surgeon.evals.compare import Scored, estimate, exponential
 from surgeon.evals.evaluation import SAMPLES, SEQUENCE_LENGTH, EvalContext, Evaluation, EvaluationOptions
-from surgeon.models.device import compute_dtype, groups, head_tokens, row_bytes
+from surgeon.models.device import compute_dtype, groups, row_bytes
 from surgeon.models.skeleton import auto_class
-from surgeon.models.streaming import Batch, Progress, StreamedModel
+from surgeon.models.streaming import Progress, StreamedModel, row_sums
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -233,7 +233,7 @@ def row_losses(
                     predicted = part.predicted
                     for batch in group:
                         rows = len(batch.tokens)
-                        sums[i][start : start + rows] = _loss_sums(head, batch, predicted[:rows])
+                        sums[i][start : start + rows] = row_sums(head, batch, batch.hidden, predicted[:rows])
                         predicted, start = predicted[rows:], start + rows
     for losses in sums:
         check_finite(losses, model.label)
@@ -264,16 +264,3 @@ def _passes(windows: Sequence[WindowBatch], numbers: int, most: int) -> Iterator
             used += nbytes
     if parts:
         yield parts
-
-
-def _loss_sums(head: Callable[[Tensor], Tensor], batch: Batch, predicted: Tensor) -> Tensor:
-    """Return the sum of each row's losses, shape (B,), in float64 on the CPU; `predicted` has shape (B, T - 1)."""
-    chosen = predicted.to(batch.tokens.device)
-    states, targets = batch.hidden[:, :-1][chosen], batch.tokens[:, 1:][chosen]
-    size = min(head_tokens(states.device), batch.tokens.shape[1])  # no more than the model has positions for
-    losses = [
-        nn.functional.cross_entropy(head(states[at : at + size]).float(), targets[at : at + size], reduction="none")
-        for at in range(0, len(states), size)
-    ]
-    rows = predicted.nonzero()[:, 0]
-    return torch.zeros(len(predicted), dtype=torch.float64).index_add_(0, rows, torch.cat(losses).cpu().double())

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from surgeon.anatomy.anatomy import Anatomy
 from surgeon.anatomy.axes import axes_of
-from surgeon.models.streaming import Batch
+from surgeon.models.passage import Batch
 
 
 class Watcher:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from surgeon.models.device import wide
-from surgeon.models.streaming import Batch
+from surgeon.models.passage import Batch
 
 
 class Observer:

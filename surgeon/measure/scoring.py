@@ -5,7 +5,7 @@ layers share their states up to there, so scoring every layer's removal costs ha
 """
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
@@ -20,8 +20,9 @@ from surgeon.measure.activations import Activations, Watcher
 from surgeon.measure.record import Scores, perplexities
 from surgeon.measure.residual import Observer
 from surgeon.models.device import available_memory, compute_dtype, groups, head_tokens, row_bytes
+from surgeon.models.passage import Batch, silenced
 from surgeon.models.skeleton import predicts_next
-from surgeon.models.streaming import Batch, Progress, StreamedModel
+from surgeon.models.streaming import Progress, StreamedModel, row_sums
 from surgeon.transforms.scores import METHODS, WIDTHS
 
 # Is called when work begins: with its name, its number of tokens, and the number of layers that each goes through.
@@ -268,9 +269,9 @@ def removal_curve(
     return perplexities(losses_without(model, tokens, [frozenset(dropped) for dropped in removed], progress=progress))
 
 
-def streamed_model(source: Source, device: str, *, resident: bool) -> StreamedModel:
+def streamed_model(source: Source, device: str, *, resident: bool, dtype: torch.dtype | None = None) -> StreamedModel:
     """Return the model; with `resident` its weights stay in memory once they are read, where memory allows."""
-    dtype = compute_dtype(source, device)
+    dtype = dtype or compute_dtype(source, device)
     size = sum(item.spec.num_parameters for item in source.tensors.values()) * dtype.itemsize
     fits = resident and 2 * size < available_memory(device)
     return StreamedModel(source, device=device, dtype=dtype, resident=fits)
@@ -279,10 +280,21 @@ def streamed_model(source: Source, device: str, *, resident: bool) -> StreamedMo
 # --- losses ---------------------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True, slots=True)
+class Part:
+    """A part of a layer that may be left out alone, by its path in the layer: what it adds is zeros then."""
+
+    layer: int
+    path: str
+
+
+Removed = frozenset[int] | frozenset[int | Part]  # layers, and parts of layers that stay
+
+
 def losses_without(
     model: StreamedModel,
     tokens: Tensor,
-    removed: Sequence[frozenset[int]],
+    removed: Sequence[Removed],
     *,
     real: Tensor | None = None,
     progress: Progress | None = None,
@@ -291,44 +303,63 @@ def losses_without(
 
     `tokens` has shape (R, T); the loss is taken inside rows, over targets that are no padding.
     """
+    sums, sizes = row_losses_without(model, tokens, removed, real=real, progress=progress)
+    return [mean_loss(float(total), int(sizes.sum())) for total in sums.sum(-1)]
+
+
+def row_losses_without(
+    model: StreamedModel,
+    tokens: Tensor,
+    removed: Sequence[Removed],
+    *,
+    real: Tensor | None = None,
+    progress: Progress | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Return the losses of `losses_without`, summed over each row, (N, R), in float64, and the targets of each row."""
     model.check_predicts()
-    totals = torch.zeros(len(removed), dtype=torch.float64)
-    count = 0
+    sums = torch.zeros(len(removed), len(tokens), dtype=torch.float64)
+    sizes = torch.zeros(len(tokens), dtype=torch.long)
     of_paths = tokens.shape[1] * model.hidden_size * 4 * (len(set(removed)) + 1)  # bytes of a row
     with torch.no_grad():
         for start, stop in groups(len(tokens), of_paths, model.states_bytes):
             batches = model.embed(tokens[start:stop], None if real is None else real[start:stop])
+            counted = [targets_of(batch)[1] for batch in batches]
             paths = _through(model, batches, removed, progress)
-            count += sum(int(targets_of(batch)[1].sum()) for batch in batches)
+            sizes[start:stop] = torch.cat([places.sum(-1).cpu() for places in counted])
             with model.head() as head:
                 for variants, states in paths:
-                    sums = [loss_sum(head, batch, state) for batch, state in zip(batches, states, strict=True)]
-                    totals[variants] += sum(total for total, _ in sums)
-    return [mean_loss(float(total), count) for total in totals]
+                    rows = [row_sums(head, *each) for each in zip(batches, states, counted, strict=True)]
+                    sums[variants, start:stop] = torch.cat(rows)
+    return sums, sizes
 
 
 def _through(
     model: StreamedModel,
     batches: Sequence[Batch],
-    removed: Sequence[frozenset[int]],
+    removed: Sequence[Removed],
     progress: Progress | None,
 ) -> list[tuple[list[int], list[Tensor]]]:
     """Return the final states of each choice, once for choices that agree, with the numbers of those choices."""
     paths = [(list(range(len(removed))), [batch.hidden for batch in batches])]
+    parts = {(v, item.layer): item for v, choice in enumerate(removed) for item in choice if isinstance(item, Part)}
     for index in range(model.depth):
-        skipping, waiting = [], []
+        ways: list[tuple[Part | None, list[int], list[Tensor]]] = []
+        skipping = []
         for variants, states in paths:
-            through = [v for v in variants if index not in removed[v]]
-            if len(through) < len(variants):
-                skipping.append(([v for v in variants if index in removed[v]], states))
-            if through:
-                waiting.append((through, states))
+            if skipped := [v for v in variants if index in removed[v]]:
+                skipping.append((skipped, states))
+            without: dict[Part | None, list[int]] = {}
+            for v in variants:
+                if index not in removed[v]:
+                    without.setdefault(parts.get((v, index)), []).append(v)
+            ways += [(part, chosen, states) for part, chosen in without.items()]
         paths = skipping
-        if waiting:
+        if ways:
             with model.layer(index) as apply:
-                while waiting:  # free each path's states once they are through: those of all would double the memory
-                    through, states = waiting.pop()
-                    moved = [apply(batch, state) for batch, state in zip(batches, states, strict=True)]
+                while ways:  # free each path's states once they are through: those of all would double the memory
+                    part, through, states = ways.pop()
+                    with nullcontext() if part is None else silenced(model.module(index).get_submodule(part.path)):
+                        moved = [apply(batch, state) for batch, state in zip(batches, states, strict=True)]
                     paths.append((through, moved))
                     if progress:
                         progress(sum(batch.tokens.numel() for batch in batches))
@@ -355,11 +386,8 @@ def losses_of(head: Callable[[Tensor], Tensor], batch: Batch, states: Tensor) ->
 
 def loss_sum(head: Callable[[Tensor], Tensor], batch: Batch, states: Tensor) -> tuple[float, int]:
     """Return the sum of a batch's next-token losses, in nats, and the number of tokens in it."""
-    total, count = 0.0, 0
-    for loss, number in losses_of(head, batch, states):
-        total += float(loss)
-        count += number
-    return total, count
+    counted = targets_of(batch)[1]
+    return float(row_sums(head, batch, states, counted).sum()), int(counted.sum())
 
 
 def mean_loss(total: float, count: int) -> float:

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from surgeon.measure.scoring import Meter, losses_of, no_meter, targets_of
 from surgeon.models.device import wide
-from surgeon.models.streaming import Batch, StreamedModel
+from surgeon.models.passage import Batch
+from surgeon.models.streaming import StreamedModel
 
 
 def taylor(model: StreamedModel, tokens: Tensor, *, meter: Meter = no_meter) -> list[float]:

@@ -58,7 +58,10 @@ def described(raw: Mapping[str, Any], label: str) -> tuple[str, dict[str, Tensor
         state = remove_tied_weights_from_state_dict(state, model)
         state = revert_weight_conversion(model, state)
     code = STORED_DTYPES[dtype]
-    return type(model).__name__, {name: TensorSpec(code, tuple(tensor.shape)) for name, tensor in state.items()}
+    return type(model).__name__, {
+        name: TensorSpec(code if tensor.is_floating_point() else "I64", tuple(tensor.shape))  # counters, and the like
+        for name, tensor in state.items()
+    }
 
 
 def _auto_class(raw: Mapping[str, Any]) -> Any:

@@ -5,7 +5,7 @@ The pass runs in a thread of its own, so that its local variables stay where the
 
 import inspect
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import copy_context
 from dataclasses import dataclass
@@ -123,6 +123,26 @@ class Call:
         return (), {"hidden_states": hidden, **self.kwargs}
 
 
+@dataclass
+class Batch:
+    """Rows on their way through the layers. `hidden`, shape (B, T, D), is the input of the next layer.
+
+    `real`, shape (B, T), is False for padding; None where there is none. A batch has either the calls of its layers, or
+    the forward pass that makes them.
+    """
+
+    tokens: Tensor
+    real: Tensor | None
+    hidden: Tensor
+    calls: Sequence[Call] = ()
+    passage: Passage | None = None
+    output: Any = None  # of the last layer, until the forward pass goes on with it
+
+    def chosen(self, states: Tensor) -> Tensor:
+        """Return the states of the tokens that are no padding, shape (N, D)."""
+        return states.flatten(0, 1) if self.real is None else states[self.real]
+
+
 def equal_calls(one: object, other: object) -> bool:
     """Return whether two calls have equal arguments: tensors (some depend on the tokens), flags, and tuples of them."""
     match one, other:
@@ -197,3 +217,19 @@ def _paused(index: int, forward: Callable[..., Any]) -> Callable[..., Any]:
         return forward(*args, **kwargs) if output is RUN else output
 
     return ask
+
+
+@contextmanager
+def silenced(part: nn.Module) -> Iterator[None]:
+    """Return a context in which the output of a module, or the first of its outputs, is zeros."""
+
+    def hook(_: nn.Module, args: Any, output: Any) -> Any:
+        if isinstance(output, Tensor):
+            return torch.zeros_like(output)
+        return type(output)((torch.zeros_like(output[0]), *output[1:]))
+
+    handle = part.register_forward_hook(hook)
+    try:
+        yield
+    finally:
+        handle.remove()

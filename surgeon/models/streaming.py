@@ -9,7 +9,6 @@ other. So this file knows nothing of any family.
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -21,11 +20,12 @@ from surgeon.anatomy.axes import axes_of
 from surgeon.checkpoint.header import is_quantized
 from surgeon.checkpoint.source import Source, spec_of
 from surgeon.errors import MeasureError
-from surgeon.models.device import states_bytes
+from surgeon.models.device import head_tokens, states_bytes
 from surgeon.models.loading import check_tokens, libraries_fail, num_known
 from surgeon.models.passage import (
     AROUND,
     RUN,
+    Batch,
     Call,
     LayerCall,
     Passage,
@@ -47,26 +47,6 @@ SAME = {4: 1e-3, 2: 5e-2}
 BATCH_TOKENS = 2048  # tokens that go through a layer at once; more make no matrix product faster on a CPU
 BATCH_TOKENS_GPU = 16384
 Progress = Callable[[int], None]  # is called with the number of tokens that just went through a layer
-
-
-@dataclass
-class Batch:
-    """Rows on their way through the layers. `hidden`, shape (B, T, D), is the input of the next layer.
-
-    `real`, shape (B, T), is False for padding; None where there is none. A batch has either the calls of its layers, or
-    the forward pass that makes them.
-    """
-
-    tokens: Tensor
-    real: Tensor | None
-    hidden: Tensor
-    calls: Sequence[Call] = ()
-    passage: Passage | None = None
-    output: Any = None  # of the last layer, until the forward pass goes on with it
-
-    def chosen(self, states: Tensor) -> Tensor:
-        """Return the states of the tokens that are no padding, shape (N, D)."""
-        return states.flatten(0, 1) if self.real is None else states[self.real]
 
 
 def check_runs(source: Source) -> None:
@@ -124,6 +104,11 @@ class StreamedModel:
     def label(self) -> str:
         """The checkpoint as the user named it."""
         return self._model.label
+
+    @property
+    def whole(self) -> Any:
+        """The model of transformers; its parts have weights while they compute."""
+        return self._model.module
 
     @property
     def hidden_size(self) -> int:
@@ -346,7 +331,8 @@ class StreamedModel:
         names = [name for name in self._outer if name not in heads and name != table]
         try:
             self._fill(names)
-            model, used = self._model.module, _used(tokens)
+            model = self._model.module
+            used: Tensor = tokens.unique()  # type: ignore[no-untyped-call]  # the ids that occur, ascending
             with nullcontext() if table is None else needed_rows(model, self.weights, table, used, self.device):
                 self._model.check_present(self._model.base, self._layers)
                 yield
@@ -441,7 +427,14 @@ def check_causal(states: Tensor, label: str) -> None:
         )
 
 
-def _used(tokens: Tensor) -> Tensor:
-    """Return the ids that occur in a text, ascending."""
-    ids: Tensor = tokens.unique()  # type: ignore[no-untyped-call]
-    return ids
+def row_sums(head: Callable[[Tensor], Tensor], batch: Batch, states: Tensor, counted: Tensor) -> Tensor:
+    """Return the sum of each row's losses over the targets `counted`, (B, T - 1): shape (B,), float64, on the CPU."""
+    chosen = counted.to(states.device)
+    flat, targets = states[:, :-1][chosen], batch.tokens[:, 1:][chosen]
+    size = min(head_tokens(states.device), batch.tokens.shape[1])  # no more than the model has positions for
+    rows, sums = counted.cpu().nonzero()[:, 0], torch.zeros(len(counted), dtype=torch.float64)
+    for at in range(0, len(flat), size):
+        logits, few = head(flat[at : at + size]).float(), slice(at, at + size)
+        losses = nn.functional.cross_entropy(logits, targets[few], reduction="none")
+        sums.index_add_(0, rows[few], losses.cpu().double())
+    return sums

@@ -110,6 +110,12 @@ def _job(
     options = {name: substituted(value, settings) for name, value in step.options.items()}
     for name, value in options.items():
         _check_form(step, value, keys[name])
+    try:
+        commands.check(step.command, words_of(options, keys))
+    except UsageError as error:
+        named = next((name for name in options if re.search(rf"--{name}\b", f"{error.option} {error}")), None)
+        place = step.place if named is None else options[named].place
+        raise RecipeError(f"{place}: {step.command}: {error}", hint=error.hint) from error
     references = {
         name: found
         for name, key in keys.items()
@@ -117,13 +123,8 @@ def _job(
     }
     for name, value in options.items():
         if keys[name].reads and keys[name].name != "revision":
-            _check_there([item for item in value.items if item not in references.get(name, ())], value.place)
-    try:
-        commands.check(step.command, words_of(options, keys))
-    except UsageError as error:
-        named = next((name for name in options if re.search(rf"--{name}\b", f"{error.option} {error}")), None)
-        place = step.place if named is None else options[named].place
-        raise RecipeError(f"{place}: {step.command}: {error}", hint=error.hint) from error
+            others = [item for item in value.items if item not in references.get(name, ())]
+            _check_there(others, value.place)
     return Job(
         name=step.name,
         command=step.command,

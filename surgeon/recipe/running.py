@@ -11,7 +11,7 @@ from typing import Any
 
 from surgeon.errors import RecipeError
 from surgeon.recipe.checking import Job, Rounds, chains, grouped, words_of
-from surgeon.recipe.commands import Commands
+from surgeon.recipe.commands import Commands, Key
 from surgeon.recipe.identity import digest
 from surgeon.recipe.reading import Condition
 from surgeon.recipe.record import Entry, Record
@@ -285,15 +285,15 @@ class Runner:
                 continue
             if key.reads and value.form in ("text", "list"):
                 named = job.references.get(option, ())
-                found[option] = [self._identity(item, named, is_model=key.is_model) for item in value.items]
+                found[option] = [self._identity(item, named, key) for item in value.items]
             else:
                 found[option] = str(value)
         return found
 
-    def _identity(self, item: str, named: Sequence[str], *, is_model: bool) -> Any:
+    def _identity(self, item: str, named: Sequence[str], key: Key) -> Any:
         step, slash, rest = item.partition("/")
         if item not in named:
-            return [item, self.record.identities.of(item, is_model=is_model)]
+            return [item, self.record.identities.of(item, is_model=key.is_model)]
         name = self._latest.get(step)
         if name is None:  # of the same pass: its options are part of the key
             return [item]

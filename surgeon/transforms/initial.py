@@ -15,7 +15,9 @@ def initialise(anatomy: Anatomy, step: Mapping[str, Any], *, seed: int) -> Plan:
     Raises PlanError for a model type without a table, and for a tensor whose first values no table says.
     """
     anatomy.require_family()
-    if opaque := next((name for name in anatomy.spec.tensors if anatomy.row(name)[0].kind == "opaque"), None):
+    if opaque := next(
+        (name for name in anatomy.spec.tensors if anatomy.row(name)[0].kind in ("opaque", "buffer")), None
+    ):
         raise PlanError(
             f"no table says how {opaque!r} of {anatomy.model_type} is drawn",
             hint="Begin with the language model alone: its type, or the text_config of its config.json.",

@@ -48,13 +48,14 @@ _NOT_WITH = {
         "metric",
         "sequence_length",
         "stride",
+        "documents",
         "max_new_tokens",
         "extract",
         "predictions",
         "judge",
         "gist",
     ),
-    "gist": ("metric", "baseline", "sequence_length", "stride", "extract", "chat"),
+    "gist": ("metric", "baseline", "sequence_length", "stride", "documents", "extract", "chat"),
 }
 
 
@@ -152,7 +153,9 @@ def _evaluated(model: str | os.PathLike[str], options: EvaluationOptions) -> Eva
         judging = load_judge(
             options.judge, options.data, context.device, samples=options.samples, max_new_tokens=length
         )
-    if options.metric == "perplexity":
+    if options.documents:
+        from surgeon.evals.whole import evaluate_documents as score
+    elif options.metric == "perplexity":
         from surgeon.evals.perplexity import evaluate_perplexity as score
     elif options.metric == "pseudo-perplexity":
         from surgeon.evals.masked import evaluate_pseudo_perplexity as score

@@ -230,8 +230,7 @@ def inspect(model: str | os.PathLike[str], options: InspectOptions) -> Inspectio
 
 
 def _difference(source: Source, anatomy: Anatomy, other: Source, other_anatomy: Anatomy) -> ModelDifference:
-    made_by = _receipt_of(source) or {}
-    made_by = made_by if _is_of(made_by.get("source"), other.provenance()) else {}
+    made_by = _made_from(source, other)
     layer_map = _layer_map(made_by, anatomy, other_anatomy)
     there = {name: _name_in_other(name, anatomy, other_anatomy, layer_map) for name in source.tensors}
     common = [name for name in source.tensors if there[name] in other.tensors]
@@ -256,6 +255,23 @@ def _difference(source: Source, anatomy: Anatomy, other: Source, other_anatomy: 
         same=tuple(same),
         changed=tuple(name for name in alike if name not in set(same)) if local else (),
     )
+
+
+def layers_in(source: Source, anatomy: Anatomy, other: Source, other_anatomy: Anatomy) -> tuple[int | None, ...]:
+    """Return the other's layer for each layer here, None where it has none.
+
+    By the receipt of the one that was made from the other, whichever it is; else by number.
+    """
+    if not _made_from(source, other) and (made := _made_from(other, source)):
+        back = {layer: place for place, layer in enumerate(_layer_map(made, other_anatomy, anatomy))}
+        return tuple(back.get(layer) for layer in range(anatomy.depth))
+    return _layer_map(_made_from(source, other), anatomy, other_anatomy)
+
+
+def _made_from(source: Source, other: Source) -> dict[str, Any]:
+    """Return the receipt of a source that was made from the other one; {} for any other."""
+    made_by = _receipt_of(source) or {}
+    return made_by if _is_of(made_by.get("source"), other.provenance()) else {}
 
 
 def _is_of(recorded: Any, provenance: Mapping[str, Any]) -> bool:

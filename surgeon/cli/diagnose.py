@@ -1,0 +1,22 @@
+"""`surgeon diagnose`."""
+
+from surgeon.cli.command import Debug, Json, Model, Quiet, spread
+from surgeon.cli.terminal import TokenMeter, emit, emit_json
+from surgeon.options import keywords_of
+from surgeon.verbs import diagnose as verb
+
+GROUP = "inspection"
+EXAMPLE = "surgeon diagnose gpt2-large --data text.txt --plot gpt2-large.png"
+
+
+@spread
+def diagnose(
+    model: Model,
+    options: verb.DiagnosisOptions,
+    json: Json = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Show what attention looks at in each layer, and what each layer is worth."""
+    diagnosis = verb.diagnose(model, **keywords_of(options), meter=TokenMeter(quiet=quiet))
+    emit_json(diagnosis.to_dict()) if json else emit(diagnosis.to_text())

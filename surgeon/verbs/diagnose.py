@@ -1,0 +1,218 @@
+"""The verb `diagnose`: what attention looks at in each layer of a model, and what each layer is worth."""
+
+import os
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from time import monotonic
+from typing import TYPE_CHECKING, Any
+
+from surgeon.anatomy.anatomy import read_anatomy
+from surgeon.anatomy.config import positions_of
+from surgeon.checkpoint.source import Source, spec_of
+from surgeon.evals.compare import short_label
+from surgeon.evals.diagnosis import (
+    LOW_RANK,
+    Diagnosis,
+    calibration_table,
+    comparison_table,
+    diagnosis_of,
+    findings,
+    layer_table,
+)
+from surgeon.evals.evaluation import EvalContext, context_of, open_evaluated
+from surgeon.options import (
+    OptionError,
+    Reads,
+    device_option,
+    flag_of,
+    in_python,
+    option,
+    reads_of,
+    revision_option,
+    takes,
+    trust_option,
+)
+from surgeon.verbs.inspect import layers_in
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from surgeon.measure.scoring import Meter
+    from surgeon.plots.attention import Panel
+
+
+@dataclass(frozen=True, kw_only=True)
+class DiagnosisOptions:
+    """The options of the command `diagnose`."""
+
+    data: Sequence[str] = option(
+        "Text to look at: .txt, .json, .jsonl, .parquet, Hub dataset. Repeatable.", metavar="DATA", reads=True
+    )
+    samples: int = option("Number of sequences taken from the text.", 20, metavar="N")
+    sequence_length: int = option("Tokens per sequence (T); ranks of different T cannot be compared.", 100, metavar="T")
+    energy: float = option("Share of a map's energy that its rank and its mass hold.", 0.9, metavar="E")
+    skip_samples: int = option(
+        "Number of sequences on which each layer, and its attention, is left out; 0 leaves none out.", 8, metavar="N"
+    )
+    against: str | os.PathLike[str] | None = option(
+        "Diagnose this model too, and show both side by side.", None, metavar="OTHER", reads=True
+    )
+    plot: str | os.PathLike[str] | None = option(
+        "Draw heat maps of heads and layers to this .png, .svg or .pdf.", None, metavar="FILE", writes=True
+    )
+    html: str | os.PathLike[str] | None = option(
+        "Write a page with the picture, the tables and the findings to this .html.", None, metavar="FILE", writes=True
+    )
+    device: str = device_option()
+    revision: str | None = revision_option()
+    trust_remote_code: bool = trust_option()
+
+    def __post_init__(self) -> None:
+        if not self.data:
+            raise OptionError("data", "there is no data to look at: give --data FILE")
+        for name, least in (("samples", 1), ("sequence_length", 2), ("skip_samples", 0)):
+            if getattr(self, name) < least:
+                raise OptionError(name, f"{flag_of(name)} is {getattr(self, name)}; the least is {least}")
+        if not 0 < self.energy < 1:
+            raise OptionError("energy", f"--energy is {self.energy}; it lies between 0 and 1, such as 0.9")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DiagnoseOptions(DiagnosisOptions):
+    """The options of `surgeon.diagnose`."""
+
+    meter: "Meter | None" = in_python("A progress meter.")
+
+
+@takes(DiagnoseOptions)
+def diagnose(model: str | os.PathLike[str], options: DiagnoseOptions) -> Diagnosis:
+    """Return the diagnosis of a checkpoint directory or Hub model on the first `samples` rows of a text.
+
+    Of each head and layer: the rank of its attention maps, their mass on columns, and the share of attention on the
+    first token (Inheritune, arXiv 2404.08634); of each layer also its block influence, and by how much the loss rises
+    without it and without its attention, on the first `skip_samples` rows. All of it is computed in float32; a map is
+    reduced as soon as it is made, and freed. `against` is another model, diagnosed on the same rows.
+
+    Raises DataError for a text that cannot be read, MeasureError for a model whose attention cannot be seen and for
+    another one with other tokens, PlanError and OutputError for pictures that cannot be drawn or written.
+
+        print(surgeon.diagnose("gpt2-large", data=["text.txt"]).to_text())
+    """
+    from surgeon.models.loading import runs
+
+    began = monotonic()
+    plot, html = _targets(options, reads_of(options) | {"MODEL": (os.fspath(model),)})
+    with runs(os.fspath(model), trust_remote_code=options.trust_remote_code):
+        diagnosis = _diagnosed(model, options)
+    if plot is not None:
+        from surgeon.plots.figure import save
+
+        save(_figure(diagnosis), plot)
+        diagnosis = replace(diagnosis, written={"pictures": [str(plot)]})
+    if html is not None:
+        _write_page(diagnosis, html)
+        diagnosis = replace(diagnosis, written={**diagnosis.written, "pages": [str(html)]})
+    return replace(diagnosis, seconds=monotonic() - began)
+
+
+def _targets(options: DiagnoseOptions, reads: Reads) -> tuple[Path | None, Path | None]:
+    """Return where the picture and the page go, after checking that they can be written there."""
+    plot, html = (None if name is None else Path(name) for name in (options.plot, options.html))
+    with suppress(RuntimeError):  # ~name of an unknown user
+        plot, html = (path and path.expanduser() for path in (plot, html))
+    if plot is not None:
+        from surgeon.plots.figure import check_picture
+
+        check_picture(plot, reads)
+    if html is not None:
+        from surgeon.plots.page import check_page
+
+        check_page(html, reads)
+    return plot, html
+
+
+def _diagnosed(model: str | os.PathLike[str], options: DiagnoseOptions) -> Diagnosis:
+    """Return the diagnosis of a model, and in it that of the one that it is held against."""
+    from surgeon.data.rows import read_rows
+    from surgeon.measure.attention import calibration
+
+    sources = [open_evaluated(model, options.revision)]
+    sources += [] if options.against is None else [open_evaluated(options.against, None)]
+    context = context_of(sources, options.device, options.meter)
+    shape = {"samples": options.samples, "sequence_length": options.sequence_length}
+    rows = [read_rows(options.data, tokenizer, **shape) for tokenizer in context.tokenizers]
+    tokens, length = rows[0].tokens, rows[0].tokens.shape[1]
+    context.check_same([one.tokens.tolist() for one in rows])
+    most = min(filter(None, map(positions_of, sources)), default=length)
+    context.check_length(length, "rows have", f"Use --sequence-length {most}.")
+    known = calibration(length, options.energy)
+    setup = context.setup(options.data, rows[0].digest) | {"dtype": "float32"}
+    setup |= {"asked_length": options.sequence_length}
+    diagnoses = [_one(source, tokens, known, setup, context, options) for source in sources]
+    if len(diagnoses) == 1:
+        return diagnoses[0]
+    anatomies = [read_anatomy(spec_of(source)) for source in sources]
+    layer_map = layers_in(sources[0], anatomies[0], sources[1], anatomies[1])
+    return replace(diagnoses[0], other=diagnoses[1], layer_map=layer_map)
+
+
+def _one(
+    source: Source,
+    tokens: "Tensor",
+    known: dict[str, dict[str, float]],
+    setup: dict[str, Any],
+    context: EvalContext,
+    options: DiagnoseOptions,
+) -> Diagnosis:
+    from surgeon.measure.diagnosis import measure
+
+    skip_rows, meter = options.skip_samples, context.meter
+    measured = measure(source, tokens, energy=options.energy, skip_rows=skip_rows, device=context.device, meter=meter)
+    return diagnosis_of(source.label, measured, known, setup, length=tokens.shape[1], energy=options.energy)
+
+
+# --- pictures -----------------------------------------------------------------------------------------------------
+
+
+def _figure(diagnosis: Diagnosis) -> Any:
+    from surgeon.plots.attention import draw_diagnosis
+
+    return draw_diagnosis([_panel(one) for one in (diagnosis, diagnosis.other) if one is not None])
+
+
+def _panel(diagnosis: Diagnosis) -> "Panel":
+    from surgeon.plots.attention import Panel
+
+    series = {
+        "without the layer": [layer.skip for layer in diagnosis.layers],
+        "without its attention": [layer.attention_skip for layer in diagnosis.layers],
+    }
+    rises = {
+        name: [None if change is None else (change.value, change.error) for change in changes]
+        for name, changes in series.items()
+    }
+    return Panel(
+        title=f"{short_label(diagnosis.model)}\n{diagnosis.amount}",
+        heads=[layer.heads for layer in diagnosis.layers],
+        influence=[layer.influence for layer in diagnosis.layers],
+        rises={} if diagnosis.loss is None else rises,
+        length=diagnosis.length,
+        low_rank=LOW_RANK,
+    )
+
+
+def _write_page(diagnosis: Diagnosis, path: Path) -> None:
+    from surgeon.plots import page
+
+    title = f"Diagnosis of {short_label(diagnosis.model)}"
+    parts = [page.sentences(findings(diagnosis)), page.picture(_figure(diagnosis), f"{title}: heads over layers")]
+    parts += [page.heading("Layers"), page.table(*layer_table(diagnosis))]
+    if diagnosis.other is not None:
+        parts += [page.heading(f"Layers of {short_label(diagnosis.other.model)}")]
+        parts += [page.table(*layer_table(diagnosis.other))]
+        parts += [page.heading("Side by side"), page.table(*comparison_table(diagnosis))]
+    parts += [page.heading(f"Known patterns at T = {diagnosis.length}"), page.table(*calibration_table(diagnosis))]
+    parts += [page.heading("What was measured"), page.table(["", ""], [list(fact) for fact in diagnosis.facts()])]
+    page.write_page(path, title, parts)
