@@ -214,7 +214,7 @@ def test_tasks_beside_a_baseline_have_a_recovery_the_right_way_up(harness, model
         "gsm8k": {"exact_match,strict-match": 100},
         "wiki": {"bits_per_byte": 50},
     }
-    assert "arc_easy  acc                       0.5 ± 0.25  0.8 ± 0.25  62.50 %" in found.to_text()
+    assert "arc_easy  acc                       0.50 ± 0.25  0.80 ± 0.25  62.50 %" in found.to_text()
     assert "| wiki | bits_per_byte↓ | 2 | 1 | 50.00 % |" in found.to_markdown()
 
 

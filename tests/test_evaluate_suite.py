@@ -13,7 +13,7 @@ from talkers import jsonl, talker, written
 from test_rings import modules_after
 
 import surgeon
-from surgeon.evals.compare import Estimate, Scored, estimate, mean_of, recovered
+from surgeon.evals.compare import Estimate, Scored, estimate, mean_of, plus_minus, recovered
 from surgeon.evals.evaluation import Evaluation, EvaluationOptions
 from surgeon.evals.suite import SuiteEvaluation, SuiteOptions
 
@@ -260,7 +260,7 @@ def test_the_table_and_the_object_hold_the_mean_its_difference_and_the_recovery(
     assert lines[3].split()[0] == "mean"
     assert f"{told['recovery']:.2f} ± " in lines[3]
     assert "of the means over tasks" in found.to_text()
-    assert f"| mean |  |  | {means[0]:.6g} ± " in found.to_markdown()
+    assert f"| mean |  |  | {plus_minus(means[0], told['mean_error'])} | " in found.to_markdown()
 
 
 def test_a_recovery_that_is_refused_says_so_in_the_table_and_the_object():

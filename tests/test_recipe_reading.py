@@ -191,7 +191,7 @@ def test_a_loop_with_settings_names_each_round_by_its_values(tmp_path: Path) -> 
     assert words(found[3])[0] == "cut"
     assert "--seed=7" in words(found[3])
     assert words(found[4])[0] == "healed-7-1e-3"
-    assert [job.group for job in found] == ["", "healed", "judged", "healed", "judged", ""]
+    assert [job.group for job in found] == ["", *("healed-1e-3", "judged-1e-3") * 2, ""]
 
 
 def test_neighbouring_surgeries_go_in_one_pass_unless_something_else_reads_between(tmp_path: Path) -> None:

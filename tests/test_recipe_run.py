@@ -17,6 +17,7 @@ from recipe_runs import InProcess, run, write
 
 import surgeon
 from surgeon.errors import OutputError, RecipeError
+from surgeon.evals.compare import plus_minus
 from surgeon.recipe.commands import StepError
 
 LATER = False
@@ -188,23 +189,24 @@ def test_a_loop_that_does_not_get_there_ends_after_its_rounds(here: Path) -> Non
     assert [step.name for step in done.outcomes] == ["cut", "seen", "cut-2", "seen-2"]
 
 
-def test_a_loop_with_settings_reports_the_mean_over_its_rounds(here: Path) -> None:
+def test_a_loop_with_seeds_reports_the_mean_over_them(here: Path) -> None:
     text = """
         steps:
-          - name: depths
+          - name: drawn
             repeat:
-              with: {layers: [2, 3]}
+              with: {seed: [2, 3], parts: [mlp]}
               steps:
-                - {name: cut, truncate: {model: toy, layers: $layers}}
+                - {name: cut, truncate: {model: toy, layers: 2, inherit: $parts, seed: $seed}}
                 - {name: judged, evaluate: {model: cut, data: text.txt, sequence-length: 32, samples: 2}}
         """
 
     done = run(write(here / "r.yaml", text), here / "out")
 
-    assert [step.name for step in done.outcomes] == ["cut-2", "judged-2", "cut-3", "judged-3"]
+    assert [step.name for step in done.outcomes] == ["cut-2-mlp", "judged-2-mlp", "cut-3-mlp", "judged-3-mlp"]
     page = (here / "out/report.md").read_text()
     losses = [step.result["loss"] for step in done.outcomes if step.command == "evaluate"]
-    assert f"| judged | loss | {sum(losses) / 2:.6g} ±" in page
+    error = abs(losses[0] - losses[1]) / 2
+    assert f"| judged-mlp | loss | {plus_minus(sum(losses) / 2, error)} | 2 |" in page
 
 
 def test_the_report_holds_the_figures_the_pictures_and_what_was_lost(here: Path) -> None:

@@ -24,16 +24,20 @@ SHORT = {"batch-size": "2", "sequence-length": "32"}
 # What each recipe is given on a toy: settings beside the model and the data, and the steps whose figures must be there.
 TOY = {
     "prune-and-heal": (SHORT | {"model": "toy", "data": "text.txt", "steps": "2", "lr": "1e-3"}, "judged"),
-    "inheritune": (SHORT | {"reference": "toy", "data": "text.txt", "steps": "2", "more": "+1"}, "judged-2"),
+    "inheritune": (
+        SHORT | {"reference": "toy", "data": "text.txt", "steps": "2", "more": "+1", "until": "<= -1e9"},
+        "judged-4",
+    ),
     "inheritune-from-scratch": (
         SHORT | {"data": "text.txt", "steps": "3", "quarter": "2", "twice": "4", "samples": "2"},
         "judged-random-twice",
     ),
+    "question-formation": ({"lines": "60", "steps": "2", "floor": "<= 10"}, "loss"),
     "self-data-distillation": (
         {
             "model": "toy",
             "data": "rows.jsonl",
-            "test": "[rows.jsonl, rows.jsonl[3:]]",
+            "test": "[rows.jsonl, 'rows.jsonl[3:]']",
             "metrics": "[exact-match, rouge-l]",
             "extract": r"(\w+)",
             "test-tokens": "3",
@@ -80,11 +84,11 @@ def test_each_recipe_says_how_it_is_run_and_names_the_schema() -> None:
     for path in RECIPES:
         text = path.read_text(encoding="utf-8")
         assert text.startswith("# yaml-language-server: $schema=schema.json\n"), path
-        command = re.search(rf"#   surgeon run recipes/{path.name} (.*(?:\\\n.*)*)", text)
+        command = re.search(rf"#   surgeon run recipes/{path.name} ?(.*(?:\\\n.*)*)", text)
         assert command is not None, path
         recipe = read_recipe(path, InProcess().names())
         needed = {name for name, value in recipe.settings.items() if value.form == "null"}
-        assert set(re.findall(r'--set "?([\w-]+)=', command[1])) == needed, path
+        assert set(re.findall(r"--set ([\w-]+)=", command[1].replace("\n#", ""))) == needed, path
 
 
 def test_the_schema_is_that_of_the_commands() -> None:

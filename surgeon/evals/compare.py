@@ -11,6 +11,8 @@ from pathlib import Path
 
 from surgeon.text import printable
 
+FEW_DIGITS = 1e7  # from here on a number is written with an exponent
+
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
@@ -147,8 +149,11 @@ def short_label(label: str) -> str:
 
 
 def plus_minus(value: float, error: float | None) -> str:
-    """Return "24.2176 ± 0.84"."""
-    return f"{value:.6g}" + ("" if error is None else f" ± {error:.2g}")
+    """Return "24.22 ± 0.84": as many digits as the error makes sense of, two of its own."""
+    if error is None or not 0 < error < math.inf or abs(value) >= FEW_DIGITS:
+        return f"{value:.6g}" + ("" if error is None else f" ± {error:.2g}")
+    digits = max(0, 1 - math.floor(math.log10(error)))
+    return f"{value:.{digits}f} ± {error:.{digits}f}"
 
 
 def markdown_table(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:

@@ -4,7 +4,7 @@ import itertools
 import os
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from surgeon.errors import RecipeError
@@ -14,6 +14,7 @@ from surgeon.text import sliced
 
 # What a missing local file looks like, rather than a model or a dataset on the Hub.
 _LOCAL = re.compile(r"[./~].*|.*\.(txt|jsonl?|parquet|csv|yaml|gguf|bin|safetensors|gz)|.*/.*/.*")
+SEED = "seed"  # the setting over whose values the report takes means
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,7 +30,7 @@ class Job:
     references: Mapping[str, tuple[str, ...]]
     require: tuple[Condition, ...]
     place: Place
-    group: str = ""  # the name in the recipe, of a step that runs once for each value of a setting
+    group: str = ""  # the name without its seed, of a step that runs once for each seed
 
     @property
     def reads(self) -> set[str]:
@@ -59,8 +60,8 @@ def checked(recipe: Recipe, commands: Commands) -> tuple[Job | Rounds, ...]:
             _add(job.name, job.place, known)
             done.append(job)
         elif item.settings:
-            for suffix, settings in _bindings(item, recipe.settings):
-                for job in _renamed(item.steps, suffix, settings, known, names, commands):
+            for bound, settings in _bindings(item, recipe.settings):
+                for job in _renamed(item.steps, bound, settings, known, names, commands):
                     _add(job.name, job.place, known)
                     done.append(job)
         else:
@@ -193,30 +194,33 @@ def _check_there(items: Sequence[str], place: Place) -> None:
 # --- loops --------------------------------------------------------------------------------------------------------
 
 
-def _bindings(loop: Loop, settings: Mapping[str, Value]) -> Iterator[tuple[str, dict[str, Value]]]:
-    """Yield, for each combination of a loop's values, the suffix of its names, and the settings."""
+def _bindings(loop: Loop, settings: Mapping[str, Value]) -> Iterator[tuple[dict[str, str], dict[str, Value]]]:
+    """Yield, for each combination of a loop's values, these by their names, and all settings."""
     lists = [substituted(value, settings) for value in loop.settings.values()]
     for name, value in zip(loop.settings, lists, strict=True):
         if value.form != "list" or not value.items:
             raise value.place.error(f"{name} in with is no list of values")
     for items in itertools.product(*(value.items for value in lists)):
-        bound = {
-            name: Value("text", (item,), value.place)
-            for name, item, value in zip(loop.settings, items, lists, strict=True)
-        }
-        yield "-".join(re.sub(r"[^\w.]+", "-", item).strip("-") for item in items), {**settings, **bound}
+        bound = dict(zip(loop.settings, items, strict=True))
+        values = {name: Value("text", (item,), loop.settings[name].place) for name, item in bound.items()}
+        yield bound, {**settings, **values}
+
+
+def _suffix(values: Iterable[str]) -> str:
+    return "".join(f"-{re.sub(r'[^A-Za-z0-9_.]+', '-', value).strip('-')}" for value in values)
 
 
 def _renamed(
     steps: Sequence[Step],
-    suffix: str,
+    bound: Mapping[str, str],
     settings: Mapping[str, Value],
     known: set[str],
     names: Mapping[str, Step],
     commands: Commands,
 ) -> Iterator[Job]:
     """Yield the jobs of one round of a loop with settings: "healed" becomes "healed-0", in references too."""
-    own = {step.name: f"{step.name}-{suffix}" for step in steps}
+    own = {step.name: f"{step.name}{_suffix(bound.values())}" for step in steps}
+    others = _suffix(value for name, value in bound.items() if name != SEED)
     seen = set(known)
     for step in steps:
         job = _job(step, settings, seen, names, commands)
@@ -227,7 +231,13 @@ def _renamed(
             value = options[name]
             new = [_with_name(item, own) if item in items else item for item in value.items]
             options[name] = replace(value, items=tuple(new))
-        yield replace(job, name=own[step.name], options=options, references=renamed, group=step.name)
+        yield replace(
+            job,
+            name=own[step.name],
+            options=options,
+            references=renamed,
+            group=f"{step.name}{others}" if SEED in bound else "",
+        )
 
 
 def _with_name(item: str, own: Mapping[str, str]) -> str:

@@ -59,7 +59,7 @@ def _with_tasks(outcome: Outcome) -> list[tuple[str, Mapping[str, Any]]]:
 
 
 def repeated(outcomes: Sequence[Outcome]) -> Table:
-    """Return the mean over the rounds of a loop for each figure, with the standard error of the mean."""
+    """Return the mean over seeds for each figure, with the standard error of the mean: their spread, no row's."""
     lines = []
     grouped = sorted((outcome for outcome in outcomes if outcome.group), key=lambda outcome: outcome.group)
     for group, rounds in groupby(grouped, key=lambda outcome: outcome.group):
@@ -73,7 +73,7 @@ def repeated(outcomes: Sequence[Outcome]) -> Table:
         for name, found in values.items():
             error = stdev(found) / math.sqrt(len(found)) if len(found) > 1 else None
             lines.append([group, name.replace("_", " "), plus_minus(fmean(found), error), str(len(found))])
-    return ["step", "figure", "mean ± standard error of the mean", "rounds"], lines
+    return ["step", "figure", "mean ± standard error over seeds", "seeds"], lines
 
 
 def sentence(outcomes: Sequence[Outcome]) -> str | None:

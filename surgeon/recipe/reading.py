@@ -129,7 +129,7 @@ def read_recipe(path: Path, commands: Collection[str], given: Sequence[str] = ()
     settings |= _given(given, settings)
     if "steps" not in entries:
         raise Place(str(path), 1).error("a recipe has steps, and this one has none")
-    steps = tuple(_steps(entries["steps"], str(path), commands))
+    steps = tuple(_steps(entries["steps"], str(path), commands, settings))
     return Recipe(path, settings, steps)
 
 
@@ -189,17 +189,20 @@ def _plain(text: str, place: Place) -> Value:
 # --- steps --------------------------------------------------------------------------------------------------------
 
 
-def _steps(node: Any, file: str, commands: Collection[str]) -> Iterator[Step | Loop]:
+Settings = Mapping[str, Value]
+
+
+def _steps(node: Any, file: str, commands: Collection[str], settings: Settings) -> Iterator[Step | Loop]:
     seen: dict[str, Place] = {}
     for item in _list(node, file, "steps"):
-        step = _step(item, file, commands)
+        step = _step(item, file, commands, settings)
         if step.name in seen:
             raise step.place.error(f"a step is named {step.name} already, in line {seen[step.name].line}")
         seen[step.name] = step.place
         yield step
 
 
-def _step(node: Any, file: str, commands: Collection[str]) -> Step | Loop:
+def _step(node: Any, file: str, commands: Collection[str], settings: Settings) -> Step | Loop:
     place = _place(node, file)
     entries = dict(_entries(node, file, "a step"))
     name = _text(entries["name"], file) if "name" in entries else None
@@ -220,25 +223,25 @@ def _step(node: Any, file: str, commands: Collection[str]) -> Step | Loop:
     if word == "repeat":
         if "require" in entries:
             raise place.error(f"{name} repeats steps; require goes to one of them")
-        return _loop(entries[word], file, name, commands)
+        return _loop(entries[word], file, name, commands, settings)
     options = {key: _value(value, file) for key, value in _entries(entries[word], file, f"the options of {word}")}
-    require = tuple(_conditions(entries["require"], file)) if "require" in entries else ()
+    require = tuple(_conditions(entries["require"], file, settings)) if "require" in entries else ()
     return Step(name=name, command=word, options=options, require=require, place=place)
 
 
-def _loop(node: Any, file: str, name: str, commands: Collection[str]) -> Loop:
+def _loop(node: Any, file: str, name: str, commands: Collection[str], known: Settings) -> Loop:
     place = _place(node, file)
     entries = dict(_entries(node, file, "repeat", allowed=_OF_LOOP))
     if "steps" not in entries:
         raise place.error(f"{name} repeats nothing: it has no steps")
-    steps = list(_steps(entries["steps"], file, commands))
+    steps = list(_steps(entries["steps"], file, commands, known))
     for step in steps:
         if isinstance(step, Loop):
             raise step.place.error(f"{step.name} repeats inside {name}; steps are repeated on one level")
     settings: dict[str, Value] = {}
     if "with" in entries:
         settings = {key: _value(value, file) for key, value in _entries(entries["with"], file, "with")}
-    until = tuple(_conditions(entries["until"], file)) if "until" in entries else ()
+    until = tuple(_conditions(entries["until"], file, known)) if "until" in entries else ()
     if bool(settings) == bool(until):
         raise place.error(f"{name} repeats either with settings or until something holds", hint=FORM_HINT)
     if bool(until) != ("at-most" in entries):
@@ -259,10 +262,11 @@ def _loop(node: Any, file: str, name: str, commands: Collection[str]) -> Loop:
     )
 
 
-def _conditions(node: Any, file: str) -> Iterator[Condition]:
+def _conditions(node: Any, file: str, settings: Settings) -> Iterator[Condition]:
+    """Yield conditions on figures, each written as "<= 1" or as a setting that holds such a text."""
     for key, value in _entries(node, file, "require"):
         place = _place(value, file)
-        text = _text(value, file)
+        text = str(substituted(_value(value, file), settings))
         parts = _COMPARED.fullmatch(text)
         try:
             number = float(parts[2]) if parts else math.nan

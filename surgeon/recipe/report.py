@@ -47,7 +47,7 @@ def _steps(outcomes: Sequence[Outcome], record: Record) -> Table:
 
 
 def _measured(outcomes: Sequence[Outcome]) -> list[tuple[str, Table]]:
-    return [("Measured (value ± standard error)", evaluations(outcomes)), ("Over rounds", repeated(outcomes))]
+    return [("Measured (value ± standard error)", evaluations(outcomes)), ("Over seeds", repeated(outcomes))]
 
 
 # --- pictures -----------------------------------------------------------------------------------------------------

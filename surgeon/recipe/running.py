@@ -24,7 +24,7 @@ Say = Callable[[str], None]
 class Outcome:
     """What came of a step: `status` is "done", "skipped" (done by an earlier run) or "failed".
 
-    `group` is the name in the recipe of a step that runs once for each value of a setting; "" for others.
+    `group` is the name without its seed of a step that runs once for each seed; "" for others.
     """
 
     name: str

@@ -7,7 +7,7 @@ from surgeon.recipe.commands import RESERVED, Commands, Key
 
 SETTING = {"type": "string", "pattern": r"^\$[A-Za-z_][\w-]*$", "description": "A setting."}
 VALUE = {"type": ["string", "number", "boolean", "null", "array"]}
-CONDITION = {"type": "string", "pattern": r"^\s*(<=|>=|==|<|>)\s*\S+\s*$"}
+CONDITION = {"type": "string", "pattern": r"^\s*(<=|>=|==|<|>)\s*\S+\s*$|^\$[A-Za-z_][\w-]*$"}
 CONDITIONS = {"type": "object", "additionalProperties": CONDITION}
 KINDS: Mapping[str, Any] = {
     "text": {"type": ["string", "number", "null"]},
