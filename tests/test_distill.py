@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import signal
 from pathlib import Path
 from typing import Any
@@ -323,6 +324,29 @@ def test_a_run_that_another_process_has_is_refused(model, data, tmp_path):
     partial.mkdir()
     with FileLock(partial / "lock"), pytest.raises(OutputError, match="another process"):
         distill(model, data, tmp_path / "out.jsonl")
+
+
+@pytest.mark.parametrize(("room", "resumed"), [(100, {0}), (600, range(1, 11)), (900, {11})])  # request, rows, output
+def test_a_full_disk_is_one_sentence_and_the_finished_rows_stay(room, resumed, model, data, tmp_path):
+    output, said = tmp_path / "out.jsonl", tmp_path / "said"
+    child = os.fork()
+    if child == 0:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (room, resource.RLIM_INFINITY))
+        try:
+            distill(model, data, output)
+        except OutputError as error:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+            said.write_text(str(error))
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == 0
+
+    assert said.read_text().startswith(f"cannot write {tmp_path}")
+    assert not output.exists()
+    done = distill(model, data, output)
+    distill(model, data, tmp_path / "whole.jsonl")
+    assert done.resumed in resumed
+    assert output.read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
 
 
 def test_damage_to_a_begun_run_is_said(model, data, tmp_path):

@@ -135,6 +135,9 @@ def continued(
             left = [place for place, row in enumerate(new.tolist()) if stops.isdisjoint(row)]
             kept = torch.tensor(left, dtype=torch.long, device=model.device)
             cache = _selected(output.past_key_values, kept)
+            segment = (
+                max_new_tokens if cache is None else segment
+            )  # what is cached is computed anew once, not each time
             ids, mask = output.sequences[kept], torch.cat([mask, torch.ones_like(new)], dim=1)[kept]
             going, done = [going[place] for place in left], done + new.shape[1]
     return rows
