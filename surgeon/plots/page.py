@@ -54,15 +54,25 @@ def picture(figure: Any, description: str) -> str:
     """Return a figure of matplotlib as a picture inside the page."""
     png = io.BytesIO()
     figure.savefig(png, format="png", dpi=130)
-    return f'<img alt="{_safe(description)}" src="data:image/png;base64,{b64encode(png.getvalue()).decode()}">'
+    return png_picture(png.getvalue(), description)
+
+
+def png_picture(png: bytes, description: str) -> str:
+    """Return the content of a .png as a picture inside the page."""
+    return f'<img alt="{_safe(description)}" src="data:image/png;base64,{b64encode(png).decode()}">'
+
+
+def page_of(title: str, parts: Sequence[str]) -> bytes:
+    """Return a page of these parts, as the content of a file."""
+    head = f'<meta charset="utf-8"><title>{_safe(title)}</title><style>{STYLE}</style>'
+    begin = f'<!doctype html>\n<html lang="en"><head>{head}</head><body>\n<h1>{_safe(title)}</h1>\n'
+    return (begin + "\n".join(parts) + "\n</body></html>\n").encode("utf-8", "backslashreplace")
 
 
 def write_page(path: Path, title: str, parts: Sequence[str]) -> None:
     """Write a page of these parts. Raises OutputError where it cannot be written."""
-    head = f'<meta charset="utf-8"><title>{_safe(title)}</title><style>{STYLE}</style>'
-    page = f'<!doctype html>\n<html lang="en"><head>{head}</head><body>\n<h1>{_safe(title)}</h1>\n'
     try:
-        path.write_text(page + "\n".join(parts) + "\n</body></html>\n", encoding="utf-8", errors="backslashreplace")
+        path.write_bytes(page_of(title, parts))
     except OSError as error:
         raise OutputError(f"cannot write {path}: {error.strerror}", hint="Name another file.") from error
 

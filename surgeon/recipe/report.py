@@ -1,24 +1,20 @@
 """The report of a recipe: report.md and report.html, with its tables and pictures, fit to stand beside a model card."""
 
-import base64
 import shlex
 from collections.abc import Mapping, Sequence
-from html import escape
 from importlib.util import find_spec
 from pathlib import Path
 
 from surgeon.checkpoint.receipt import public_text, versions
 from surgeon.errors import SurgeonError
 from surgeon.evals.compare import markdown_table
+from surgeon.plots.page import heading, page_of, png_picture, sentences, table
 from surgeon.recipe.figures import Table, evaluations, headline, measures, repeated, sentence
 from surgeon.recipe.record import Record, replace_file
 from surgeon.recipe.running import Outcome
 from surgeon.text import duration, few
 
 PAGE, MARKDOWN = "report.html", "report.md"
-_STYLE = """body { font: 15px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; color: #1d2433 }
-table { border-collapse: collapse; margin: 1rem 0 } th, td { border-bottom: 1px solid #ccd3e0; padding: .3rem .7rem;
-text-align: left; vertical-align: top } code { font-size: 90% } img { max-width: 100% }"""
 
 
 def write_report(directory: Path, title: str, outcomes: Sequence[Outcome], record: Record, stopped: str | None) -> Path:
@@ -28,12 +24,12 @@ def write_report(directory: Path, title: str, outcomes: Sequence[Outcome], recor
     """
     pictures = _pictures(directory, title, outcomes)
     sections: list[tuple[str, Table]] = [("Steps", _steps(outcomes, record))]
-    sections += [(name, table) for name, table in _measured(outcomes) if table[1]]
+    sections += [(name, shown) for name, shown in _measured(outcomes) if shown[1]]
     said = sentence(outcomes)
     leads = [public_text(text) for text in (f"Stopped: {stopped}" if stopped else None, said) if text]
     end = ", ".join(f"{name} {version}" for name, version in versions().items())
     replace_file(directory / MARKDOWN, _markdown(title, leads, sections, pictures, end).encode())
-    replace_file(directory / PAGE, _html(title, leads, sections, pictures, end).encode())
+    replace_file(directory / PAGE, _html(title, leads, sections, pictures, end))
     return directory / PAGE
 
 
@@ -107,24 +103,19 @@ def _markdown(
     title: str, leads: Sequence[str], sections: Sequence[tuple[str, Table]], pictures: Mapping[str, Path], end: str
 ) -> str:
     parts = [f"# {title}", *leads]
-    for name, table in sections:
-        parts += [f"## {name}", markdown_table(*table)]
+    for name, shown in sections:
+        parts += [f"## {name}", markdown_table(*shown)]
     parts += [f"## {name}\n\n![{name}]({path.name})" for name, path in pictures.items()]
     return "\n\n".join([*parts, f"Made with `surgeon run`; {end}."]) + "\n"
 
 
 def _html(
     title: str, leads: Sequence[str], sections: Sequence[tuple[str, Table]], pictures: Mapping[str, Path], end: str
-) -> str:
+) -> bytes:
     """Return a page that needs no other file: pictures are in it."""
-    parts = [f"<h1>{escape(title)}</h1>", *(f"<p>{escape(lead)}</p>" for lead in leads)]
-    for name, (header, lines) in sections:
-        head = "".join(f"<th>{escape(cell)}</th>" for cell in header)
-        body = "".join(f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in line)}</tr>" for line in lines)
-        parts.append(f"<h2>{escape(name)}</h2><table><tr>{head}</tr>{body}</table>")
+    parts = [sentences(leads)] if leads else []
+    for name, shown in sections:
+        parts += [heading(name), table(*shown)]
     for name, path in pictures.items():
-        content = base64.b64encode(path.read_bytes()).decode()
-        parts.append(f'<h2>{escape(name)}</h2><img alt="{escape(name)}" src="data:image/png;base64,{content}">')
-    parts.append(f"<p><small>Made with <code>surgeon run</code>; {escape(end)}.</small></p>")
-    head = f'<meta charset="utf-8"><title>{escape(title)}</title><style>{_STYLE}</style>'
-    return f'<!doctype html><html lang="en"><head>{head}</head><body>{"".join(parts)}</body></html>\n'
+        parts += [heading(name), png_picture(path.read_bytes(), name)]
+    return page_of(title, [*parts, sentences([f"Made with surgeon run; {end}."])])
