@@ -15,7 +15,7 @@ import typer
 from typer.core import TyperGroup
 
 from surgeon.errors import SurgeonError, failure_of_library, first_line, library_of
-from surgeon.starter import ends_with_starter
+from surgeon.starter import STARTER, ends_with_starter
 from surgeon.text import scrubbed
 
 EXAMPLE = "surgeon truncate gpt2-large --layers 6 -o gpt2-large-6"
@@ -108,7 +108,8 @@ def main() -> NoReturn:
     """Run the command line and exit: 0 done, 1 refused or failed, 2 bad usage, 130 Ctrl-C, 143 SIGTERM, 70 a bug."""
     if os.name != "posix":
         sys.exit("error: surgeon runs on Linux and macOS\nhint: On Windows, run it inside WSL.")
-    ends_with_starter()
+    if STARTER in os.environ:
+        ends_with_starter()
     signal.signal(signal.SIGTERM, _terminate)
     if isinstance(sys.stdout, io.TextIOWrapper):  # a path need not be text, and a terminal need not know "→"
         sys.stdout.reconfigure(errors="backslashreplace")
