@@ -103,6 +103,30 @@ def test_other_options_or_data_are_refused_until_they_may_replace_what_is_there(
     assert weights(here / "out/healed") != before
 
 
+def test_a_measurement_with_other_options_is_taken_again_for_nothing_is_lost(here: Path) -> None:
+    path = write(here / "r.yaml", HEAL)
+    run(path, here / "out")
+    write(path, HEAL.replace("samples: 2", "samples: 3"))
+    commands = InProcess()
+
+    done = run(path, here / "out", commands)
+
+    assert commands.ran == ["evaluate"]
+    assert done.outcomes[-1].result["rows"] == 3
+
+
+def test_a_run_from_another_directory_finds_what_is_done(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run(write(here / "r.yaml", HEAL), Path("out"))
+    (here / "below").mkdir()
+    monkeypatch.chdir(here / "below")
+    commands = InProcess()
+
+    done = run(here / "r.yaml", Path("../out"), commands, settings=["model=../toy", "data=../text.txt"])
+
+    assert commands.ran == []
+    assert done.outcomes[1].output == "../out/healed"
+
+
 def test_from_runs_a_step_and_those_after_it_again(here: Path) -> None:
     path = write(here / "r.yaml", HEAL)
     run(path, here / "out")

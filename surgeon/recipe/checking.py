@@ -207,7 +207,7 @@ def _bindings(loop: Loop, settings: Mapping[str, Value]) -> Iterator[tuple[dict[
 
 
 def _suffix(values: Iterable[str]) -> str:
-    return "".join(f"-{re.sub(r'[^A-Za-z0-9_.]+', '-', value).strip('-')}" for value in values)
+    return "".join(f"-{re.sub(r'[^A-Za-z0-9_]+', '-', value).strip('-')}" for value in values)
 
 
 def _renamed(

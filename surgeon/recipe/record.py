@@ -21,7 +21,8 @@ _DAMAGED = "Remove it, and the steps run anew; or choose another place with -o."
 class Entry:
     """A step in the record. `key` is the hash of its command, options and inputs; `inputs` name what it was made of.
 
-    `status` is "begun", "done" or "failed"; `identity` that of the output, `output` is None where it has none.
+    `status` is "begun" or "done"; `output` is a path in the directory, None where there is none, and
+    `identity` what is in it.
     """
 
     command: str

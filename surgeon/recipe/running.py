@@ -1,6 +1,7 @@
 """Running a recipe: each step once, what is done is skipped, what was begun is resumed."""
 
 import math
+import os
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -9,7 +10,7 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
-from surgeon.errors import RecipeError
+from surgeon.errors import RecipeError, SurgeonError
 from surgeon.recipe.checking import Job, Rounds, chains, grouped, words_of
 from surgeon.recipe.commands import Commands, Key
 from surgeon.recipe.identity import digest
@@ -107,7 +108,7 @@ class Runner:
             for job, name in zip(chain, names, strict=True)
             for option, found in self._inputs(job).items()
         }
-        key = digest({"commands": [job.command for job in chain], "inputs": inputs})
+        key = digest({"commands": [job.command for job in chain], "inputs": _deciding(inputs)})
         self._is_anew = self._is_anew or any(
             job.name == self.first or name == self.first for job, name in zip(chain, names, strict=True)
         )
@@ -119,7 +120,12 @@ class Runner:
         else:
             self._begin(chain, names, words, key, inputs, anew=redo == "anew")
             began = time.perf_counter()
-            result = self._made(chain, words, redo)
+            try:
+                result = self._made(chain, words, redo)
+            except SurgeonError:
+                seconds = time.perf_counter() - began
+                self.outcomes.append(Outcome(names[-1], chain[-1].command, "failed", None, {}, seconds))
+                raise
             self._finish(names, result, time.perf_counter() - began)
             status = "done"
         for job, name in zip(chain, names, strict=True):
@@ -138,7 +144,7 @@ class Runner:
         if self._is_anew:
             return "anew"
         if entry.key != key:
-            if self.overwrite:
+            if self.overwrite or not self._left_by(name):  # a figure is measured again: nothing is lost
                 return "anew"
             raise RecipeError(
                 f"{name} was made with {_changed(entry.inputs, inputs)}",
@@ -148,14 +154,15 @@ class Runner:
             return "resume"
         if entry.output is None:
             return None
-        if not Path(entry.output).exists():
-            self.say(f"{name}: {entry.output} is gone; it is made again")
+        place = self.record.directory / entry.output
+        if not place.exists():
+            self.say(f"{name}: {place} is gone; it is made again")
             return "anew"
-        if self.record.identities.of(entry.output) != entry.identity:
+        if self.record.identities.of(str(place)) != entry.identity:
             if self.overwrite:
                 return "anew"
             raise RecipeError(
-                f"{entry.output} has been changed since the recipe made it",
+                f"{place} has been changed since the recipe made it",
                 hint="--overwrite makes it anew; another -o keeps it.",
             )
         return None
@@ -182,10 +189,16 @@ class Runner:
             + (f", with {', '.join(names[:-1])} in one pass" if len(names) > 1 else "")
         )
 
+    def _left_by(self, name: str) -> list[Path]:
+        """Return what a step has written: its output, and what lies beside that under its name and a suffix."""
+        own = self.record.directory / name
+        return [*([own] if own.exists() or own.is_symlink() else []), *self.record.directory.glob(f"{name}.*")]
+
     def _remove(self, name: str, *, output: bool) -> None:
         """Remove what a step has left beside its output, and the output where its command does not replace it."""
-        paths = [*self.record.directory.glob(f"{name}.*"), *([self.record.directory / name] if output else [])]
-        for path in paths:
+        for path in self._left_by(name):
+            if path.name == name and not output:
+                continue
             if path.is_dir() and not path.is_symlink():
                 shutil.rmtree(path)
             else:
@@ -216,12 +229,14 @@ class Runner:
         written = result.get("output")
         if isinstance(written, str):
             entry = self.record.entries[names[-1]]
-            entry.output, entry.identity = written, self.record.identities.of(written)
+            entry.output = os.path.relpath(written, self.record.directory)
+            entry.identity = self.record.identities.of(written)
         self.record.save()
 
     def _outcome(self, name: str, status: str, group: str) -> Outcome:
         entry = self.record.entries[name]
-        return Outcome(name, entry.command, status, entry.output, entry.result, entry.seconds, group)
+        output = None if entry.output is None else str(self.record.directory / entry.output)
+        return Outcome(name, entry.command, status, output, entry.result, entry.seconds, group)
 
     def _check(self, job: Job, name: str) -> None:
         """Raise RecipeError where a figure of a step is not what the recipe requires of it."""
@@ -273,7 +288,7 @@ class Runner:
         if name is None or (entry := self.record.entries[name]).output is None:
             assert before is not None, f"{option} refers to {item}, which no step made"
             return item  # a surgery of the same pass: its model is planned, and not read
-        return f"{entry.output}{slash}{rest}"
+        return f"{self.record.directory / entry.output}{slash}{rest}"
 
     def _inputs(self, job: Job) -> dict[str, Any]:
         """Return the options of a job that decide its result, with the identities of what they name."""
@@ -298,7 +313,11 @@ class Runner:
         if name is None:  # of the same pass: its options are part of the key
             return [item]
         entry = self.record.entries[name]
-        identity = entry.identity if not slash else self.record.identities.of(f"{entry.output}/{rest}")
+        identity = (
+            entry.identity
+            if not slash
+            else self.record.identities.of(f"{self.record.directory / str(entry.output)}/{rest}")
+        )
         return [item, identity]
 
 
@@ -327,6 +346,13 @@ def figures(result: Mapping[str, Any], before: tuple[str, ...] = ()) -> Iterator
             yield from figures(value, (*before, key))
         elif isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
             yield (*before, key), float(value)
+
+
+def _deciding(inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """Return inputs without the places of files: a file is what is in it, wherever it lies."""
+    return {
+        option: [item[1:] for item in value] if isinstance(value, list) else value for option, value in inputs.items()
+    }
 
 
 def _changed(was: Mapping[str, Any], now: Mapping[str, Any]) -> str:
