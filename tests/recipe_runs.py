@@ -29,8 +29,7 @@ class InProcess(CommandLine):
         printed = io.StringIO()
         with redirect_stdout(printed):
             try:
-                quiet = ["--quiet"] if "quiet" in self.keys(command) else []
-                arguments = [*words, "--json", *quiet]
+                arguments = ["--json", *self._said(command), *words]
                 command_of(import_module(f"surgeon.cli.{command}")).main(arguments, command, standalone_mode=False)
             except SurgeonError as error:
                 raise StepError(f"surgeon {command}: {error}", status=1) from error

@@ -76,7 +76,7 @@ MISTAKES = {
         r"r\.yaml:2: model of a refers to b, which comes later \(line 3\)",
     ),
     "itself": (ONE.format("truncate: {model: a, layers: 1}"), r"model of a refers to itself"),
-    "an output of a measurement": (TWO.format("inspect: {model: m}", "a"), r"a is an inspect, which has no output"),
+    "an output of a measurement": (TWO.format("inspect: {model: m}", "a"), r"a \(inspect\) has no output"),
     "a missing file": (
         ONE.format("evaluate: {model: m, data: gone.txt}"),
         r"r\.yaml:1: no such file or directory: gone\.txt",
@@ -140,6 +140,15 @@ MISTAKES = {
         r"until and at-most go together",
     ),
     "a tag with code": ("steps: !!python/object/apply:os.system [ls]", r"a step is no mapping"),
+    "a setting of a setting": (
+        "settings: {a: x, b: $a}\n" + ONE.format("inspect: {model: $b}"),
+        r"the setting b is \$a; a setting names no other",
+    ),
+    "a zero byte": (ONE.format('generate: {model: m, text: "a\\0b"}'), "a text that no command line takes"),
+    "a long name": (
+        ONE.format("repeat: {with: {x: [" + "y" * 300 + "]}, steps: [{name: b, inspect: {model: m}}]}"),
+        "too long for the name of a directory",
+    ),
     "run inside run": (ONE.format("run: {recipe: x}"), r"surgeon has no command run"),
 }
 
@@ -192,6 +201,25 @@ def test_a_loop_with_settings_names_each_round_by_its_values(tmp_path: Path) -> 
     assert "--seed=7" in words(found[3])
     assert words(found[4])[0] == "healed-7-1e-3"
     assert [job.group for job in found] == ["", *("healed-1e-3", "judged-1e-3") * 2, ""]
+
+
+def test_a_round_names_its_own_steps_only_after_they_have_run(tmp_path: Path) -> None:
+    found = jobs(
+        tmp_path,
+        """
+        steps:
+          - {name: cut, truncate: {model: m, layers: 4}}
+          - name: depths
+            repeat:
+              with: {layers: [2, 3], tied: [true]}
+              steps:
+                - {name: short, truncate: {model: cut, layers: $layers}}
+                - {name: short-seen, inspect: {model: short}}
+          - {name: last, inspect: {model: short-2-true}}
+        """,
+    )
+
+    assert [words(job)[0] for job in found] == ["m", "cut", "short-2-true", "cut", "short-3-true", "short-2-true"]
 
 
 def test_neighbouring_surgeries_go_in_one_pass_unless_something_else_reads_between(tmp_path: Path) -> None:

@@ -261,6 +261,108 @@ def test_a_step_that_fails_keeps_those_before_it(here: Path) -> None:
     }
 
 
+def test_a_failed_step_is_told_and_may_be_corrected(here: Path, run_surgeon) -> None:
+    (here / "empty.txt").touch()
+    path = write(
+        here / "r.yaml", CUT + "  - {name: bad, evaluate: {model: deep, data: empty.txt, sequence-length: 32}}\n"
+    )
+
+    failed = run_surgeon("run", path, "-o", "out", "--json", "-q")
+    talkers.written(here / "empty.txt", talkers.TEXT * 4)
+    corrected = run_surgeon("run", path, "-o", "out", "--json", "-q")
+
+    assert [(step["name"], step["status"]) for step in json.loads(failed.out)["steps"]] == [
+        *(("short", "done"), ("deep", "done"), ("seen", "done"), ("bad", "failed"))
+    ]
+    assert failed.code == 1
+    assert (corrected.code, json.loads(corrected.out)["steps"][-1]["status"]) == (0, "done")
+
+
+def test_what_the_recipe_did_not_make_is_never_replaced_or_removed(here: Path) -> None:
+    path = write(here / "r.yaml", CUT)
+    run(path, here / "out")
+    for name in ("cut", "seen"):
+        shutil.copytree(here / "toy", here / f"out/{name}")
+    (here / "out/deep.notes.txt").touch()
+    more = write(here / "more.yaml", CUT + "  - {name: cut, truncate: {model: deep, layers: 2}}\n")
+
+    for _ in range(2):
+        with pytest.raises(RecipeError, match=r"out/cut exists, and this recipe did not make it"):
+            run(more, here / "out")
+    run(path, here / "out", first="short")
+
+    assert weights(here / "out/cut") == weights(here / "out/seen") == weights(here / "toy")
+    assert (here / "out/deep.notes.txt").exists()
+
+
+def test_a_change_anywhere_in_what_was_read_is_seen(here: Path) -> None:
+    text = "steps: [{name: judged, evaluate: {model: toy, data: text.txt, sequence-length: 32, samples: 2}}]"
+    path = write(here / "r.yaml", text)
+    run(path, here / "out")
+    file = here / "toy/model.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-9] ^= 1  # deep inside the last tensor
+    file.write_bytes(content)
+    one, two, three = InProcess(), InProcess(), InProcess()
+
+    run(path, here / "out", one)
+    tokenizer = here / "toy/tokenizer.json"
+    tokenizer.write_text(tokenizer.read_text() + "\n")
+    run(path, here / "out", two)
+    run(path, here / "out", three)
+
+    assert (one.ran, two.ran, three.ran) == (["evaluate"], ["evaluate"], [])
+
+
+def test_a_name_that_is_a_step_and_a_path_is_refused(here: Path) -> None:
+    shutil.copytree(here / "toy", here / "short")
+    text = """
+        settings: {model: null}
+        steps:
+          - {name: short, truncate: {model: $model, layers: 2}}
+          - {name: judged, evaluate: {model: short, baseline: $model, data: text.txt}}
+        """
+
+    with pytest.raises(RecipeError, match="model of judged is short: a step's name, and a path"):
+        run(write(here / "r.yaml", text), here / "out", settings=["model=short"])
+
+
+def test_each_round_has_a_picture_of_its_own(here: Path) -> None:
+    text = """
+        steps:
+          - name: rounds
+            repeat:
+              with: {layers: [4, 5]}
+              steps:
+                - name: cut
+                  prune: {model: toy, layers: $layers, score: magnitude, protect: [0, 0], plot: s.png}
+        """
+
+    done = run(write(here / "r.yaml", text), here / "out")
+
+    assert [step.result["pictures"] for step in done.outcomes] == [
+        *([str(here / "out/s-4.png")], [str(here / "out/s-5.png")])
+    ]
+
+
+def test_a_finished_recipe_needs_no_disk(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write(here / "r.yaml", CUT)
+    run(path, here / "out")
+    usage = shutil.disk_usage(here)
+    monkeypatch.setattr("shutil.disk_usage", lambda place: usage._replace(free=1000))
+
+    assert [step.status for step in run(path, here / "out").outcomes] == ["skipped"] * 3
+
+
+def test_a_model_whose_name_looks_like_an_option_is_a_model(here: Path, run_surgeon) -> None:
+    shutil.copytree(here / "toy", here / "-toy")
+    text = "steps: [{name: a, truncate: {model: -toy, layers: 2}}, {name: b, inspect: {model: a}}]"
+
+    found = run_surgeon("run", write(here / "r.yaml", text), "-o", "out", "-q")
+
+    assert found.code == 0, found.err
+
+
 def test_an_impossible_surgery_is_refused_before_anything_runs(here: Path) -> None:
     text = """
         steps:
@@ -311,6 +413,12 @@ def test_a_dry_run_plans_every_step_and_writes_nothing(here: Path) -> None:
     assert healed["seconds"] is not None
     assert judged["result"] == {}
     assert "at least" in done.to_text()
+
+
+@pytest.fixture
+def run_surgeon(here: Path, request: pytest.FixtureRequest):
+    """Return the fixture `run`, whose name the function for recipes has here."""
+    return request.getfixturevalue("run")
 
 
 # --- the processes ------------------------------------------------------------------------------------------------
@@ -401,6 +509,56 @@ def test_a_training_is_run_again_from_its_receipt(here: Path) -> None:
     (here / "text.txt").unlink()
     with pytest.raises(RecipeError, match="its data is gone"):
         again()
+
+
+def test_a_receipt_gives_a_training_its_settings_and_no_other_option(here: Path) -> None:
+    from surgeon.recipe.replay import replay
+
+    options = {"max_steps": 1, "batch_size": 2, "sequence_length": 32, "lr": "1e-2"}
+    surgeon.finetune("toy", data=["text.txt"], output="healed", **options)
+    shutil.copytree("toy", "victim")
+    file = Path("healed/surgeon.json")
+    receipt = json.loads(file.read_text())
+    receipt["steps"][0]["finetune"]["settings"] |= {"output": "victim", "overwrite": True, "run_dir": "elsewhere"}
+    file.write_text(json.dumps(receipt))
+
+    done = replay(file, Path("again"), InProcess(), lambda text: None, overwrite=False, dry_run=False)
+
+    assert done.output == Path("again")
+    assert done.differing == ()
+    assert weights(Path("victim")) == weights(Path("toy"))
+    assert not Path("elsewhere").exists()
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        *({"options": 3}, {"steps": [{}]}, {"steps": [{"finetune": {}}]}, {"steps": [{"prune": {}}]}, {"source": {}}),
+        *({"steps": [{"finetune": {}}, {"truncate": {}}]}, {"steps": [{"truncate": {"layers": "many"}}]}),
+    ],
+)
+def test_a_damaged_receipt_is_one_sentence(damage: dict, here: Path, run) -> None:
+    surgeon.truncate("toy", layers=4).save("cut")
+    file = here / "cut/surgeon.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | damage))
+
+    found = run("run", file, "-o", "again")
+
+    assert found.code == 1
+    assert found.err.splitlines()[-2].startswith("error: ")
+    assert "bug in surgeon" not in found.err
+    assert not (here / "again").exists()
+
+
+def test_a_dry_run_of_a_replay_compares_nothing(here: Path, run, monkeypatch: pytest.MonkeyPatch) -> None:
+    surgeon.truncate("toy", layers=4).save("cut")
+    monkeypatch.chdir(here / "cut")
+
+    found = run("run", "surgeon.json", "--dry-run")
+
+    assert (found.code, "the same bytes" in found.out) == (0, False)
+    assert f"{here / 'cut-replay'} (not written)" in found.out
+    assert not (here / "cut-replay").exists()
 
 
 def test_what_cannot_be_replayed_is_named(here: Path, run) -> None:

@@ -28,6 +28,6 @@ def run(recipe: Recipe, options: RecipeOptions, json: Json = False, quiet: Quiet
     emit_json(done.to_dict()) if json else emit(done.to_text())
     if isinstance(done, RecipeRun) and done.failure is not None:
         if isinstance(done.failure, StepError):  # it has said why
-            log(f"stopped: {done.failure}; the same command continues")
+            log(f"stopped: {done.failure}; the same command{' without --from' if options.first else ''} continues")
             raise typer.Exit(done.failure.status)
         raise done.failure

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import fields, is_dataclass
 from functools import cache
 from importlib import import_module
@@ -18,7 +19,7 @@ from typer.exceptions import TyperException
 
 from surgeon.cli.app import command_of, commands
 from surgeon.cli.command import Writing, carried_out, draft_of
-from surgeon.options import Verb, verb_named
+from surgeon.options import verb_named
 from surgeon.recipe.commands import Key, StepError, UsageError
 from surgeon.starter import held_pipe
 from surgeon.surgery import Draft, Surgery
@@ -26,6 +27,7 @@ from surgeon.surgery import Draft, Surgery
 KINDS = {"integer": "integer", "float": "number", "boolean": "switch"}
 WORDS = ("[TEXT]", "TEXT", "KIND")  # arguments that name nothing to read
 NO_MODELS = {"DATA", "FILE", "DIR", "CONFIG", "SRC"}  # what options name that read no model
+GRACE = 1.0  # seconds for a command to end by itself
 OWN = ("run", "plot")  # commands that are no steps: the report draws the runs of all steps
 
 
@@ -33,7 +35,10 @@ class CommandLine:
     """The commands of `surgeon` for recipes, as `surgeon.recipe.commands.Commands` describes."""
 
     def __init__(self, *, quiet: bool = False) -> None:
-        self._quiet = ["--quiet"] if quiet else []
+        self._quiet = quiet
+
+    def _said(self, command: str) -> list[str]:
+        return ["--quiet"] if self._quiet and "quiet" in self.keys(command) else []
 
     def names(self) -> Sequence[str]:
         return [name for name in commands() if name not in OWN]
@@ -45,10 +50,10 @@ class CommandLine:
         self._parsed(command, words)
 
     def is_surgery(self, command: str) -> bool:
-        return bool(_verb(command).plans)
+        return bool(verb_named(command).plans)
 
     def continues(self, command: str) -> bool:
-        return not _verb(command).begins
+        return not verb_named(command).begins
 
     def repeat(self, command: str, step: Mapping[str, Any], model: Surgery | None) -> Surgery:
         function = _planner(command)
@@ -71,7 +76,7 @@ class CommandLine:
         return draft_of(surgery, self._parsed(command, words)["writing"])
 
     def write(self, command: str, words: Sequence[str], surgery: Surgery) -> dict[str, Any]:
-        parsed = self._parsed(command, [*words, *self._quiet])
+        parsed = self._parsed(command, [*self._said(command), *words])
         summary, _, entries = carried_out(surgery, parsed["writing"], verify=parsed.get("verify", False))
         return summary.to_dict() | entries
 
@@ -80,7 +85,7 @@ class CommandLine:
 
         SIGTERM is passed on, so that training writes a checkpoint; the terminal sends Ctrl-C to both.
         """
-        typed = [sys.executable, "-m", "surgeon", command, *words, "--json", *self._quiet]
+        typed = [sys.executable, "-m", "surgeon", command, "--json", *self._said(command), *words]
         with held_pipe() as (pipe, told):
             child = subprocess.Popen(typed, env=os.environ | told, pass_fds=(pipe,), stdout=subprocess.PIPE, text=True)  # noqa: S603
 
@@ -90,8 +95,12 @@ class CommandLine:
             before = signal.signal(signal.SIGTERM, pass_on)
             try:
                 printed, _ = child.communicate()
-            except KeyboardInterrupt:
-                child.wait()
+            except KeyboardInterrupt:  # of a terminal, which has sent it to both, or to this process alone
+                with suppress(subprocess.TimeoutExpired):
+                    child.wait(GRACE)
+                if child.poll() is None:
+                    child.send_signal(signal.SIGINT)
+                    child.wait()
                 raise
             finally:
                 signal.signal(signal.SIGTERM, before)
@@ -119,12 +128,8 @@ class CommandLine:
 
 def _planner(command: str) -> Callable[..., Surgery]:
     """Return the function that plans the surgery of a command."""
-    function: Callable[..., Surgery] = getattr(import_module(f"surgeon.verbs.{command}"), _verb(command).plans)
+    function: Callable[..., Surgery] = getattr(import_module(f"surgeon.verbs.{command}"), verb_named(command).plans)
     return function
-
-
-def _verb(command: str) -> Verb:
-    return verb_named(command)
 
 
 @cache
@@ -145,7 +150,8 @@ def _keys(command: str) -> Mapping[str, Key]:
         is_argument = item.param_type_name == "argument"
         name = item.name.replace("_", "-")
         kind = KINDS.get(item.type.name, "text")
-        reads = (is_argument and item.metavar not in WORDS) or bool(flag and flag.reads)
+        is_file = flag is None and item.metavar == "FILE"
+        reads = (is_argument and item.metavar not in WORDS) or is_file or bool(flag and flag.reads)
         found[name] = Key(
             name=name,
             kind=kind,  # type: ignore[arg-type]

@@ -9,11 +9,12 @@ from dataclasses import dataclass, replace
 
 from surgeon.errors import RecipeError
 from surgeon.recipe.commands import RESERVED, Commands, Key, UsageError
-from surgeon.recipe.reading import Condition, Loop, Place, Recipe, Step, Value, close_to, substituted
+from surgeon.recipe.reading import Condition, Loop, Place, Recipe, Step, Value, close_to, plain, substituted
 from surgeon.text import sliced
 
 # What a missing local file looks like, rather than a model or a dataset on the Hub.
 _LOCAL = re.compile(r"[./~].*|.*\.(txt|jsonl?|parquet|csv|yaml|gguf|bin|safetensors|gz)|.*/.*/.*")
+MOST_LETTERS = 100  # of the name of a step with its values
 SEED = "seed"  # the setting over whose values the report takes means
 
 
@@ -30,6 +31,7 @@ class Job:
     references: Mapping[str, tuple[str, ...]]
     require: tuple[Condition, ...]
     place: Place
+    stem: str  # the name in the recipe
     group: str = ""  # the name without its seed, of a step that runs once for each seed
 
     @property
@@ -53,20 +55,20 @@ def checked(recipe: Recipe, commands: Commands) -> tuple[Job | Rounds, ...]:
     """Return the jobs of a recipe. Raises RecipeError, with the line, for the first that could not run."""
     done: list[Job | Rounds] = []
     names = _all_names(recipe)
-    known: set[str] = set()
+    known: dict[str, str] = {}
     for item in recipe.steps:
         if isinstance(item, Step):
             job = _job(item, recipe.settings, known, names, commands)
-            _add(job.name, job.place, known)
+            _add(job, known)
             done.append(job)
         elif item.settings:
             for bound, settings in _bindings(item, recipe.settings):
                 for job in _renamed(item.steps, bound, settings, known, names, commands):
-                    _add(job.name, job.place, known)
+                    _add(job, known)
                     done.append(job)
         else:
             done.append(_rounds(item, recipe.settings, known, names, commands))
-            known |= {step.name for step in item.steps}
+            known |= {step.name: step.command for step in item.steps}
     return tuple(done)
 
 
@@ -90,10 +92,12 @@ def words_of(options: Mapping[str, Value], keys: Mapping[str, Key]) -> list[str]
     return [*words, "--", *arguments] if is_odd else [*arguments, *words]
 
 
-def _add(name: str, place: Place, known: set[str]) -> None:
-    if name in known:
-        raise place.error(f"a step is named {name} already")
-    known.add(name)
+def _add(job: Job, known: dict[str, str]) -> None:
+    if job.name in known:
+        raise job.place.error(f"a step is named {job.name} already")
+    if len(job.name) > MOST_LETTERS:
+        raise job.place.error(f"{job.name[:20]}... is too long for the name of a directory", hint="Use shorter values.")
+    known[job.name] = job.command
 
 
 def _all_names(recipe: Recipe) -> dict[str, Step]:
@@ -103,7 +107,7 @@ def _all_names(recipe: Recipe) -> dict[str, Step]:
 
 
 def _job(
-    step: Step, settings: Mapping[str, Value], known: set[str], names: Mapping[str, Step], commands: Commands
+    step: Step, settings: Mapping[str, Value], known: Mapping[str, str], names: Mapping[str, Step], commands: Commands
 ) -> Job:
     keys = commands.keys(step.command)
     for name, value in step.options.items():
@@ -123,7 +127,7 @@ def _job(
         if name in options and (found := _references(step, key, options[name], known, names, commands))
     }
     for name, value in options.items():
-        if keys[name].reads and keys[name].name != "revision":
+        if keys[name].reads:
             others = [item for item in value.items if item not in references.get(name, ())]
             _check_there(others, value.place)
     return Job(
@@ -133,6 +137,7 @@ def _job(
         references=references,
         require=step.require,
         place=step.place,
+        stem=step.name,
     )
 
 
@@ -152,7 +157,7 @@ def _check_name(step: Step, name: str, value: Value, keys: Mapping[str, Key]) ->
 def _check_form(step: Step, value: Value, key: Key) -> None:
     """Raise RecipeError for a switch that is no switch, or a list where one text belongs."""
     if (key.kind == "switch") != (value.form in ("true", "false")) and value.form != "null":
-        wanted = "true or false" if key.kind == "switch" else f"a {key.kind}"
+        wanted = {"switch": "true or false", "integer": "an integer"}.get(key.kind, f"a {key.kind}")
         raise value.place.error(f"{key.name} of {step.command} is {value}; it is {wanted}")
     if key.kind == "switch" and value.form == "null":
         raise value.place.error(f"{key.name} of {step.command} is null; it is true or false")
@@ -161,7 +166,7 @@ def _check_form(step: Step, value: Value, key: Key) -> None:
 
 
 def _references(
-    step: Step, key: Key, value: Value, known: set[str], names: Mapping[str, Step], commands: Commands
+    step: Step, key: Key, value: Value, known: Mapping[str, str], names: Mapping[str, Step], commands: Commands
 ) -> tuple[str, ...]:
     """Return those texts of a value that name the output of an earlier step. Raises RecipeError for a later one."""
     if not key.reads:
@@ -170,10 +175,14 @@ def _references(
     for item in value.items:
         name = item.partition("/")[0]
         if name in known:
-            made_by = names.get(name) or next(each for own, each in names.items() if name.startswith(f"{own}-"))
-            if "output" not in commands.keys(made_by.command):
+            if os.path.lexists(item):
                 raise value.place.error(
-                    f"{key.name} of {step.name}: {name} is an {made_by.command}, which has no output",
+                    f"{key.name} of {step.name} is {item}: a step's name, and a path",
+                    hint=f"Write ./{item} for the path, or rename the step.",
+                )
+            if "output" not in commands.keys(known[name]):
+                raise value.place.error(
+                    f"{key.name} of {step.name}: {name} ({known[name]}) has no output",
                     hint="Name a step that writes a model or data.",
                 )
             found.append(item)
@@ -202,7 +211,7 @@ def _bindings(loop: Loop, settings: Mapping[str, Value]) -> Iterator[tuple[dict[
             raise value.place.error(f"{name} in with is no list of values")
     for items in itertools.product(*(value.items for value in lists)):
         bound = dict(zip(loop.settings, items, strict=True))
-        values = {name: Value("text", (item,), loop.settings[name].place) for name, item in bound.items()}
+        values = {name: plain(item, loop.settings[name].place) for name, item in bound.items()}
         yield bound, {**settings, **values}
 
 
@@ -214,30 +223,25 @@ def _renamed(
     steps: Sequence[Step],
     bound: Mapping[str, str],
     settings: Mapping[str, Value],
-    known: set[str],
+    known: Mapping[str, str],
     names: Mapping[str, Step],
     commands: Commands,
 ) -> Iterator[Job]:
     """Yield the jobs of one round of a loop with settings: "healed" becomes "healed-0", in references too."""
-    own = {step.name: f"{step.name}{_suffix(bound.values())}" for step in steps}
     others = _suffix(value for name, value in bound.items() if name != SEED)
-    seen = set(known)
+    seen, own = dict(known), dict[str, str]()  # the steps of this round that have run, by their names in the recipe
     for step in steps:
         job = _job(step, settings, seen, names, commands)
-        seen.add(step.name)
         renamed = {name: tuple(_with_name(item, own) for item in items) for name, items in job.references.items()}
         options = dict(job.options)
         for name, items in job.references.items():
             value = options[name]
             new = [_with_name(item, own) if item in items else item for item in value.items]
             options[name] = replace(value, items=tuple(new))
-        yield replace(
-            job,
-            name=own[step.name],
-            options=options,
-            references=renamed,
-            group=f"{step.name}{others}" if SEED in bound else "",
-        )
+        seen[step.name] = step.command
+        own[step.name] = f"{step.name}{_suffix(bound.values())}"
+        group = f"{step.name}{others}" if SEED in bound else ""
+        yield replace(job, name=own[step.name], options=options, references=renamed, group=group)
 
 
 def _with_name(item: str, own: Mapping[str, str]) -> str:
@@ -246,14 +250,14 @@ def _with_name(item: str, own: Mapping[str, str]) -> str:
 
 
 def _rounds(
-    loop: Loop, settings: Mapping[str, Value], known: set[str], names: Mapping[str, Step], commands: Commands
+    loop: Loop, settings: Mapping[str, Value], known: Mapping[str, str], names: Mapping[str, Step], commands: Commands
 ) -> Rounds:
     """Return the jobs of a loop with a condition. Its steps may continue steps of the same names before it."""
-    seen = set(known)
+    seen = dict(known)
     jobs = []
     for step in loop.steps:
         jobs.append(_job(step, settings, seen, names, commands))
-        seen.add(step.name)
+        seen[step.name] = step.command
     for condition in loop.until:
         if condition.path[0] not in seen or len(condition.path) < 2:
             close = close_to(condition.path[0], seen)

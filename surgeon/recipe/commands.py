@@ -47,7 +47,6 @@ class Key:
     is_model: bool = False
     writes: bool = False
     decides: bool = True
-    choices: tuple[str, ...] = ()
 
 
 class StepError(RecipeError):

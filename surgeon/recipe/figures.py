@@ -98,11 +98,9 @@ def sentence(outcomes: Sequence[Outcome]) -> str | None:
         break
     recovered = "".join(_recovery(result))
     said += f"; {recovered}" if recovered else ""
-    sizes = [
-        outcome.result["parameters"] for outcome in outcomes if isinstance(outcome.result.get("parameters"), Mapping)
-    ]
-    if sizes:
-        before, after = sizes[0]["before"], sizes[-1]["after"]
+    cuts = [outcome.result["parameters"] for outcome in outcomes if _is_change(outcome.result.get("parameters"))]
+    if len(cuts) == 1:  # of several surgeries it is not known which one led to this model
+        before, after = cuts[0]["before"], cuts[0]["after"]
         said += f"; it has {100 * after / before:.1f} % of the parameters ({before:,} → {after:,})"
     return said + "."
 
@@ -128,8 +126,12 @@ def _told(result: Mapping[str, Any], key: str, tell: Callable[[Any], str]) -> st
     return "" if value is None or f"{key}_error" in result else tell(value)
 
 
+def _is_change(value: Any) -> bool:
+    return isinstance(value, Mapping) and all(_is_number(value.get(key)) for key in ("before", "after"))
+
+
 def _change(value: Any, form: str, unit: str) -> str:
-    if not isinstance(value, Mapping) or not all(_is_number(value.get(key)) for key in ("before", "after")):
+    if not _is_change(value):
         return ""
     return f"{value['before']:{form}} → {value['after']:{form}}{unit}"
 

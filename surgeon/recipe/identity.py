@@ -7,12 +7,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from surgeon.checkpoint.source import CONFIG
+from surgeon.checkpoint.source import CARD, CONFIG, RECEIPT
 from surgeon.errors import OutputError
 from surgeon.surgery import open_source
 from surgeon.text import sliced
 
-_PIECE = 1 << 20
+_OF_COMMANDS = (CARD, RECEIPT)  # of a checkpoint: they hold the command line, which has the output's place in it
 
 
 def digest(content: Any) -> str:
@@ -34,7 +34,7 @@ class Identities:
         }
 
     def of(self, item: str, *, is_model: bool = False) -> Any:
-        """Return the identity of what an option names: a checkpoint's, a file's hash, or for the Hub its name.
+        """Return the identity of what an option names: the hash of all its files, or for the Hub its name.
 
         A model on the Hub is its commit; that is asked for where `is_model`.
         """
@@ -43,10 +43,10 @@ class Identities:
             return [self.of(name), *edges]
         path = Path(os.path.expanduser(item))  # noqa: PTH111  # Path.expanduser raises for ~name of an unknown user
         if os.path.isdir(path):  # noqa: PTH112  # Path.is_dir raises for a name that is too long
-            if (path / CONFIG).is_file():
-                return open_source(path).provenance()["fingerprint"]
-            files = sorted(file for file in path.iterdir() if file.is_file() and not file.name.startswith("."))
-            return digest([[file.name, self._hash(file)] for file in files])
+            left_out = _OF_COMMANDS if (path / CONFIG).is_file() else ()
+            files = sorted(file for file in path.rglob("*") if file.is_file() and file.name not in left_out)
+            named = [(file.relative_to(path).as_posix(), file) for file in files]
+            return digest([[name, self._hash(file)] for name, file in named if not name.startswith(".")])
         if os.path.isfile(path):  # noqa: PTH113
             return self._hash(path)
         if is_model:
@@ -61,11 +61,9 @@ class Identities:
             known = self.hashes.get(str(path.resolve()))
             if known is not None and known[:2] == [look.st_size, look.st_mtime_ns]:
                 return str(known[2])
-            found = hashlib.sha256()
             with path.open("rb") as file:
-                while piece := file.read(_PIECE):
-                    found.update(piece)
+                found = hashlib.file_digest(file, "sha256").hexdigest()
         except OSError as error:
             raise OutputError(f"cannot read {path}: {error.strerror}", hint=f"Look: ls -l {path}") from error
-        self.hashes[str(path.resolve())] = [look.st_size, look.st_mtime_ns, found.hexdigest()]
-        return found.hexdigest()
+        self.hashes[str(path.resolve())] = [look.st_size, look.st_mtime_ns, found]
+        return found

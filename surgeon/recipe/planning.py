@@ -6,8 +6,8 @@ with its config, tokenizer and receipt, and weight files that have headers and n
 
 import shutil
 import tempfile
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ SPARE = 1.05
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Step:
+class PlannedStep:
     """What a step will do. `disk` are bytes that it keeps, `facts` its entries for JSON, `rows` those for people.
 
     `rounds` is how often it runs at most.
@@ -46,17 +46,15 @@ class Step:
         return told | {"rounds": self.rounds, "bytes": self.disk, "seconds": self.seconds, "result": dict(self.facts)}
 
 
-def plan(
-    jobs: Sequence[Job | Rounds], commands: Commands, directory: Path, made: Mapping[str, str], *, estimates: bool
-) -> list[Step]:
-    """Return what each step will do; `made` are the outputs that are there, by the names of their steps.
+def plan(jobs: Sequence[Job | Rounds], commands: Commands, directory: Path, *, estimates: bool) -> list[PlannedStep]:
+    """Return what each step will do.
 
     With `estimates` commands that train say how long it takes, which reads the data. Raises RecipeError for a surgery
     that is impossible.
     """
-    steps: list[Step] = []
+    steps: list[PlannedStep] = []
     with tempfile.TemporaryDirectory(prefix="surgeon-plan-") as scratch:
-        planner = _Planner(commands, directory, Path(scratch), dict(made), estimates)
+        planner = _Planner(commands, directory, Path(scratch), estimates)
         for item in grouped(jobs, commands):
             is_loop = isinstance(item, Rounds)
             for chain in chains(item.jobs, jobs, commands) if isinstance(item, Rounds) else (item,):
@@ -68,9 +66,9 @@ def plan(
     return steps
 
 
-def check_disk(steps: Sequence[Step], directory: Path) -> None:
-    """Raise OutputError where the disk has less room than the steps need at least."""
-    needed = round(SPARE * sum(step.disk for step in steps))
+def check_disk(steps: Sequence[PlannedStep], directory: Path, done: Collection[str]) -> None:
+    """Raise OutputError where the disk has less room than the steps need at least that are not `done`."""
+    needed = round(SPARE * sum(step.disk for step in steps if step.name not in done))
     place = existing_parent(directory)
     free = shutil.disk_usage(place).free
     if needed > free:
@@ -85,10 +83,10 @@ class _Planner:
     commands: Commands
     directory: Path
     scratch: Path
-    places: dict[str, str]  # of outputs: those that are there, and stand-ins
     estimates: bool
+    places: dict[str, str] = field(default_factory=dict)  # of stand-ins, by the names of their steps
 
-    def step(self, job: Job, *, is_kept: bool) -> Step:
+    def step(self, job: Job, *, is_kept: bool) -> PlannedStep:
         """Return what a job will do, and remember where its output, or a stand-in of it, is."""
         keys = self.commands.keys(job.command)
         unknown = sorted(job.reads - self.places.keys())
@@ -119,7 +117,7 @@ class _Planner:
         name, slash, rest = item.partition("/")
         return f"{self.places[name]}{slash}{rest}"
 
-    def _surgery(self, job: Job, words: list[str], *, is_kept: bool) -> Step:
+    def _surgery(self, job: Job, words: list[str], *, is_kept: bool) -> PlannedStep:
         target = self.directory / job.name
         words = [f"--output={target}", *words]
         try:
@@ -138,9 +136,9 @@ class _Planner:
             ("writes", text.size(summary.bytes_written) if is_kept else "nothing: in one pass with the next step"),
         ]
         disk = summary.bytes_written if is_kept else 0
-        return Step(name=job.name, command=job.command, rows=tuple(rows), facts=facts, disk=disk, seconds=None)
+        return PlannedStep(name=job.name, command=job.command, rows=tuple(rows), facts=facts, disk=disk, seconds=None)
 
-    def _training(self, job: Job, words: list[str], model: str) -> Step:
+    def _training(self, job: Job, words: list[str], model: str) -> PlannedStep:
         """Return what a step that trains will do; its result has the shape of its model, which stands in for it."""
         self.places.setdefault(job.name, model)
         spec = spec_of(open_source(model))
@@ -150,15 +148,17 @@ class _Planner:
         facts: dict[str, Any] = {"parameters": parameters}
         seconds = None
         if self.estimates:
-            facts = self.commands.run(job.command, [*words, "--dry-run"])
+            facts = self.commands.run(job.command, ["--dry-run", *words])
             seconds = facts.get("seconds")
             rows = [("steps", f"{facts['steps']:,}"), ("tokens", f"{facts['tokens']:,}"), *rows]
             rows.append(("memory", f"about {text.size(facts['memory']['peak'])}"))
             rows += [] if seconds is None else [("time", f"about {text.duration(seconds)}")]
-        return Step(name=job.name, command=job.command, rows=tuple(rows), facts=facts, disk=disk, seconds=seconds)
+        return PlannedStep(
+            name=job.name, command=job.command, rows=tuple(rows), facts=facts, disk=disk, seconds=seconds
+        )
 
-    def _unknown(self, job: Job, why: str) -> Step:
-        return Step(name=job.name, command=job.command, rows=(("", why),), facts={}, disk=0, seconds=None)
+    def _unknown(self, job: Job, why: str) -> PlannedStep:
+        return PlannedStep(name=job.name, command=job.command, rows=(("", why),), facts={}, disk=0, seconds=None)
 
 
 def stand_in(draft: Draft, directory: Path) -> None:

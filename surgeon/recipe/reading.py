@@ -17,6 +17,7 @@ from surgeon.errors import RecipeError
 
 MOST_BYTES = 1_000_000  # of a recipe; PyYAML reads some 100 kB a second
 MOST_ROUNDS = 1000
+MOST_LETTERS = 100_000  # of a value: Linux takes 131,072 bytes in a word of a command
 Form = Literal["text", "list", "true", "false", "null"]
 _NAME = re.compile(r"[A-Za-z0-9][\w-]{0,63}")  # of a step: a directory is named after it
 _SETTING = re.compile(r"\$([A-Za-z_][\w-]*)(\[\d*%?:\d*%?\])?")  # with a slice, of data
@@ -127,6 +128,9 @@ def read_recipe(path: Path, commands: Collection[str], given: Sequence[str] = ()
     if "settings" in entries:
         settings = {key: _value(node, str(path)) for key, node in _entries(entries["settings"], str(path), "settings")}
     settings |= _given(given, settings)
+    for key, value in settings.items():
+        if any(_SETTING.fullmatch(item) for item in value.items):
+            raise value.place.error(f"the setting {key} is {value}; a setting names no other")
     if "steps" not in entries:
         raise Place(str(path), 1).error("a recipe has steps, and this one has none")
     steps = tuple(_steps(entries["steps"], str(path), commands, settings))
@@ -177,11 +181,12 @@ def _given(given: Sequence[str], settings: Mapping[str, Value]) -> dict[str, Val
             raise RecipeError(
                 f"--set {name}: the recipe has no such setting{close_to(name, settings)}", hint=f"It has: {known}."
             )
-        found[name] = _value(_composed(value, str(where)), where.file) if value[:1] == "[" else _plain(value, where)
+        found[name] = _value(_composed(value, str(where)), where.file) if value[:1] == "[" else plain(value, where)
     return found
 
 
-def _plain(text: str, place: Place) -> Value:
+def plain(text: str, place: Place) -> Value:
+    """Return the value that a text is: true, false and null are more than text."""
     named: dict[str, Form] = {"true": "true", "false": "false", "null": "null"}
     return Value(named[text], (), place) if text in named else Value("text", (text,), place)
 
@@ -348,6 +353,8 @@ def _list(node: Any, file: str, what: str) -> list[Any]:
 def _text(node: Any, file: str) -> str:
     if node.id != "scalar":
         raise _place(node, file).error("a text belongs here, not a list or a mapping")
+    if "\0" in node.value or len(node.value.encode()) > MOST_LETTERS:
+        raise _place(node, file).error("a text that no command line takes", hint="Put it into a file, and name that.")
     return str(node.value)
 
 
@@ -358,7 +365,7 @@ def _value(node: Any, file: str) -> Value:
     if node.id != "scalar":
         raise place.error("a value is a text, a number, true, false or a list, not a mapping")
     form = _form(node)
-    return Value(form, (str(node.value),) if form == "text" else (), place)
+    return Value(form, (_text(node, file),) if form == "text" else (), place)
 
 
 def _form(node: Any) -> Form:

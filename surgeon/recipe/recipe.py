@@ -1,6 +1,7 @@
 """A recipe from its file to its report: read, checked, planned, run."""
 
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +13,7 @@ from surgeon.options import option
 from surgeon.recipe.checking import Job, Rounds, checked
 from surgeon.recipe.commands import Commands
 from surgeon.recipe.figures import headline, sentence
-from surgeon.recipe.planning import Step, check_disk, plan
+from surgeon.recipe.planning import PlannedStep, check_disk, plan
 from surgeon.recipe.reading import close_to, read_recipe
 from surgeon.recipe.record import Record, held
 from surgeon.recipe.replay import Replay, is_receipt, replay
@@ -51,7 +52,7 @@ class RecipeRun:
     `report` is the page with the figures and pictures; None for a dry run.
     """
 
-    outcomes: Sequence[Outcome | Step]
+    outcomes: Sequence[Outcome | PlannedStep]
     report: Path | None
     failure: SurgeonError | None = None
 
@@ -63,7 +64,7 @@ class RecipeRun:
     def to_text(self) -> str:
         """Return the run for people: each step with its figures, and what was lost."""
         if self.report is None:
-            return _plan_text([step for step in self.outcomes if isinstance(step, Step)])
+            return _plan_text([step for step in self.outcomes if isinstance(step, PlannedStep)])
         outcomes = [outcome for outcome in self.outcomes if isinstance(outcome, Outcome)]
         lines = [
             [outcome.name, outcome.command, outcome.status, headline(outcome.result), text.duration(outcome.seconds)]
@@ -98,13 +99,13 @@ def run_recipe(path: Path, options: RecipeOptions, commands: Commands, say: Say)
     jobs = checked(recipe, commands)
     _check_first(options.first, jobs)
     directory = Path(options.output or path.stem)
-    made: dict[str, str] = {}
     if options.dry_run:
-        return RecipeRun(outcomes=plan(jobs, commands, directory, made, estimates=True), report=None)
+        return RecipeRun(outcomes=plan(jobs, commands, directory, estimates=True), report=None)
     with held(directory):
         settings = {name: str(value) for name, value in recipe.settings.items()}
         record = Record(directory, recipe=path, settings=settings)
-        check_disk(plan(jobs, commands, directory, made, estimates=False), directory)
+        done = [name for name, entry in record.entries.items() if entry.status == "done"]
+        check_disk(plan(jobs, commands, directory, estimates=False), directory, done)
         runner = Runner(
             jobs=jobs,
             commands=commands,
@@ -123,12 +124,18 @@ def run_recipe(path: Path, options: RecipeOptions, commands: Commands, say: Say)
 
 
 def _check_first(first: str | None, jobs: Sequence[Job | Rounds]) -> None:
-    names = [job.name for item in jobs for job in (item.jobs if isinstance(item, Rounds) else (item,))]
-    if first is not None and first not in names:
+    names = list(dict.fromkeys(job.name for item in jobs for job in _jobs_of(item)))
+    repeated = [job.name for item in jobs if isinstance(item, Rounds) for job in item.jobs]
+    rounds = {name for name in repeated if first is not None and re.fullmatch(rf"{re.escape(name)}-\d+", first)}
+    if first is not None and first not in names and not rounds:
         raise RecipeError(f"--from {first}: no such step{close_to(first, names)}", hint=f"Steps: {', '.join(names)}.")
 
 
-def _plan_text(steps: Sequence[Step]) -> str:
+def _jobs_of(item: Job | Rounds) -> Sequence[Job]:
+    return item.jobs if isinstance(item, Rounds) else (item,)
+
+
+def _plan_text(steps: Sequence[PlannedStep]) -> str:
     rows: list[tuple[str, str]] = []
     for step in steps:
         often = f"  (at most {step.rounds} times)" if step.rounds > 1 else ""

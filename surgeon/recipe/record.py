@@ -14,7 +14,7 @@ from surgeon.recipe.identity import Identities
 
 RECORD = "recipe.json"
 FORMAT = 1
-_DAMAGED = "Remove it, and the steps run anew; or choose another place with -o."
+_DAMAGED = "Remove the directory, or choose another place with -o."
 
 
 @dataclass(slots=True)
@@ -82,6 +82,7 @@ def held(directory: Path) -> Iterator[None]:
     """Make a directory, and hold it for one process. Raises OutputError where another one works in it."""
     from filelock import FileLock, Timeout
 
+    _check_place(directory)
     try:
         directory.mkdir(parents=True, exist_ok=True)
         lock = FileLock(directory / f".{RECORD}.lock")
@@ -96,14 +97,19 @@ def held(directory: Path) -> Iterator[None]:
         lock.release()
 
 
+def _check_place(directory: Path) -> None:
+    """Raise OutputError for a directory that holds other things than a recipe's results."""
+    try:
+        names = [path.name for path in directory.iterdir()] if directory.exists() else []
+    except OSError as error:  # also of a file
+        raise OutputError(f"cannot write into {directory}: {error.strerror}", hint="Choose -o.") from error
+    if RECORD not in names and any(not name.startswith(".") for name in names):
+        raise OutputError(f"{directory} is not empty, and holds no recipe's results", hint="Choose another place: -o.")
+
+
 def _content(path: Path) -> dict[str, Any]:
-    """Return what a record holds; of none, no steps. Raises OutputError for a damaged one, or other files alone."""
+    """Return what a record holds; of none, no steps. Raises OutputError for a damaged one."""
     if not path.exists():
-        others = [item.name for item in path.parent.iterdir() if not item.name.startswith(".")]
-        if others:
-            raise OutputError(
-                f"{path.parent} is not empty, and holds no recipe's results", hint="Choose another place with -o."
-            )
         return {"steps": {}}
     try:
         content = read_json(path)
@@ -111,6 +117,8 @@ def _content(path: Path) -> dict[str, Any]:
         raise OutputError(str(error), hint=_DAMAGED) from error
     if not isinstance(content, dict) or not isinstance(content.get("steps"), dict):
         raise OutputError(f"{path} is damaged: it names no steps", hint=_DAMAGED)
+    if content.get("format") != FORMAT:
+        raise OutputError(f"{path} is of another surgeon: its format is {content.get('format')!r}", hint=_DAMAGED)
     if not isinstance(content.get("files", {}), dict):
         raise OutputError(f"{path} is damaged: files is no object", hint=_DAMAGED)
     return content

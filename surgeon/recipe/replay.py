@@ -6,7 +6,7 @@ Training is run again with the same settings on the same data; on a CPU it gives
 import hashlib
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
@@ -16,37 +16,44 @@ from surgeon.checkpoint.receipt import read_receipt
 from surgeon.checkpoint.source import CONFIG, INDEX, RECEIPT, SCORES, content_of
 from surgeon.data.documents import documents
 from surgeon.data.rows import BETWEEN_TEXTS, content
-from surgeon.errors import DataError, RecipeError
+from surgeon.errors import DataError, RecipeError, first_line
 from surgeon.measure.record import read_scores
 from surgeon.recipe.commands import Commands, Key
 from surgeon.recipe.running import Say
 from surgeon.surgery import Surgery, open_model, open_source
 from surgeon.transforms.prune import prune
+from surgeon.verbs.finetune import TrainingOptions
 
 TRAINED = "finetune"  # the step of a receipt that is trained again
+PRUNED = "prune"  # the one that scores decided: what they chose is in the receipt, or in the scores beside it
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Replay:
-    """A checkpoint that was made again. `differing` are its files with other bytes than the first one's."""
+    """A checkpoint that was made again. `differing` are its files with other bytes than the first one's.
+
+    It is None where the checkpoint is only planned.
+    """
 
     output: Path
     original: Path
     steps: tuple[str, ...]
-    differing: tuple[str, ...]
+    differing: tuple[str, ...] | None
 
     def to_dict(self) -> dict[str, Any]:
         """Return the replay as `--json` prints it."""
-        step = {"name": "replay", "command": "+".join(self.steps), "status": "done", "output": str(self.output)}
-        result = {"original": str(self.original), "same": not self.differing, "differing": list(self.differing)}
-        return {"steps": [step | {"result": result}], "report": None}
+        status = "planned" if self.differing is None else "done"
+        step = {"name": "replay", "command": "+".join(self.steps), "status": status, "output": str(self.output)}
+        same = {} if self.differing is None else {"same": not self.differing, "differing": list(self.differing)}
+        return {"steps": [step | {"result": {"original": str(self.original)} | same}], "report": None}
 
     def to_text(self) -> str:
         """Return the replay for people."""
-        same = "the same bytes" if not self.differing else f"other bytes in {text.few(self.differing)}"
-        return text.rows(
-            [("steps", ", then ".join(self.steps)), ("weights and config", same), ("output", str(self.output))]
-        )
+        rows = [("steps", ", then ".join(self.steps))]
+        if self.differing is None:
+            return text.rows([*rows, ("output", f"{self.output} (not written)")])
+        same = f"other bytes in {text.few(self.differing)}" if self.differing else "the same bytes"
+        return text.rows([*rows, ("weights and config", same), ("output", str(self.output))])
 
 
 def replay(path: Path, output: Path | None, commands: Commands, say: Say, *, overwrite: bool, dry_run: bool) -> Replay:
@@ -56,43 +63,69 @@ def replay(path: Path, output: Path | None, commands: Commands, say: Say, *, ove
     """
     original = path.parent
     record = read_receipt(original)
-    if record is None or not record.get("steps") or not isinstance(record.get("source"), dict):
+    if record is None or not _is_sound(record):
         raise RecipeError(f"{path} is no receipt of a surgery", hint="surgeon.json of a checkpoint that surgeon wrote.")
-    target = output or original.with_name(f"{original.resolve().name}-replay")
-    if os.path.realpath(target) == os.path.realpath(original):
+    place = original.resolve()
+    target = output or place.with_name(f"{place.name or 'model'}-replay")
+    if target.resolve() == place:
         raise RecipeError(f"{target} is what is to be compared with", hint="Choose another place with -o.")
     steps = [next(iter(step.items())) for step in record["steps"]]
-    for name, _ in steps:
-        if name != TRAINED and not commands.is_surgery(name):
+    for number, (name, _) in enumerate(steps):
+        is_known = len(steps) == 1 if name == TRAINED else commands.is_surgery(name)
+        if not is_known or (name == PRUNED and number):
             raise RecipeError(
                 f"{path}: the step {name} is not replayed", hint=f"Type it again: {record.get('command')}"
             )
-    begun = "config" in record["source"]  # without a model
-    model, revision = ("", None) if begun else _source(record["source"], path)
-    if steps[-1][0] == TRAINED:
-        if dry_run:
-            return Replay(output=target, original=original, steps=(TRAINED,), differing=())
-        _train(steps[-1][1], model, record["options"], target, commands, path, overwrite=overwrite)
-    else:
-        surgery = None if begun else open_model(model, revision=revision)
-        for name, step in steps:
-            is_cut = name == "prune"  # decided by scores, and what they chose is in the receipt
-            surgery = _pruned(surgery, step, original) if is_cut and surgery else commands.repeat(name, step, surgery)
-        assert surgery is not None, "a receipt has steps"
-        options = {
-            key: record["options"][key] for key in ("dtype", "max_shard_size", "block") if key in record["options"]
-        }
-        if dry_run:
-            surgery.prepare(target, **options)
-            return Replay(output=target, original=original, steps=tuple(name for name, _ in steps), differing=())
-        say(f"replay: {', then '.join(name for name, _ in steps)}")
-        surgery.save(target, **options, overwrite=overwrite, command=f"surgeon run {path}")
-    return Replay(
-        output=target,
-        original=original,
-        steps=tuple(name for name, _ in steps),
-        differing=tuple(_differing(original, target)),
+    names = tuple(name for name, _ in steps)
+    if not dry_run:
+        say(f"replay: {', then '.join(names)}")
+    try:
+        _made(steps, record, path, target, commands, overwrite=overwrite, dry_run=dry_run)
+    except (KeyError, TypeError, AttributeError, ValueError) as error:  # of entries that a receipt never has
+        raise RecipeError(f"{path} is damaged: {first_line(error)}", hint="Type its command again.") from error
+    differing = None if dry_run else tuple(_differing(original, target))
+    return Replay(output=target, original=original, steps=names, differing=differing)
+
+
+def _is_sound(record: Mapping[str, Any]) -> bool:
+    """Return whether a receipt names a source, options, and steps with one name each."""
+    steps, source, options = record.get("steps") or [], record.get("source"), record.get("options")
+    return (
+        bool(steps) and isinstance(source, dict) and isinstance(options, dict) and all(len(step) == 1 for step in steps)
     )
+
+
+def _made(
+    steps: Sequence[tuple[str, Mapping[str, Any]]],
+    record: Mapping[str, Any],
+    path: Path,
+    target: Path,
+    commands: Commands,
+    *,
+    overwrite: bool,
+    dry_run: bool,
+) -> None:
+    """Make the checkpoint of a receipt, or plan it."""
+    source, options = record["source"], record["options"]
+    begun = "config" in source  # without a model
+    model, revision = ("", None) if begun else _source(source, path)
+    if steps[0][0] == TRAINED:
+        words = _words_of(steps[0][1], options, commands, path)
+        words += [] if revision is None else [f"--revision={revision}"]
+        words += ["--overwrite"] if overwrite else []
+        if not dry_run:
+            commands.run(TRAINED, [*words, f"--output={target}", "--", model])
+        return
+    surgery = None if begun else open_model(model, revision=revision)
+    for name, step in steps:
+        is_cut = name == PRUNED and surgery is not None
+        surgery = _pruned(surgery, step, path.parent) if is_cut and surgery else commands.repeat(name, step, surgery)
+    assert surgery is not None, "a receipt has steps"
+    known = {key: options[key] for key in ("dtype", "max_shard_size", "block") if key in options}
+    if dry_run:
+        surgery.prepare(target, **known)
+    else:
+        surgery.save(target, **known, overwrite=overwrite, command=f"surgeon run {path}")
 
 
 def _source(source: Mapping[str, Any], path: Path) -> tuple[str, str | None]:
@@ -128,34 +161,27 @@ def _pruned(surgery: Surgery, step: Mapping[str, Any], original: Path) -> Surger
     return replace(surgery, plan=surgery.plan.then(plan), attachments=attachments)
 
 
-def _train(
-    step: Mapping[str, Any],
-    model: str,
-    options: Mapping[str, Any],
-    target: Path,
-    commands: Commands,
-    path: Path,
-    *,
-    overwrite: bool,
-) -> None:
-    """Train again with the settings of a receipt. Raises RecipeError where the data is gone or has changed."""
+def _words_of(step: Mapping[str, Any], options: Mapping[str, Any], commands: Commands, path: Path) -> list[str]:
+    """Return the settings of a training as they are typed: those that a run records, and no other option.
+
+    Raises RecipeError where the data is gone or has changed.
+    """
     for data in step["data"]:
         try:
             found = _sha256(data["data"], data["documents"])
         except DataError as error:
-            raise RecipeError(
-                f"{path}: its data is gone: {error}", hint="Paths are relative to where you are."
-            ) from error
+            hint = "Paths are relative to where you are."
+            raise RecipeError(f"{path}: its data is gone: {error}", hint=hint) from error
         if found != data["sha256"]:
-            raise RecipeError(
-                f"{path}: its data {data['data']} has changed since", hint="Put the one back it was made of."
-            )
+            hint = "Put the one back that it was made of."
+            raise RecipeError(f"{path}: its data {data['data']} has changed since", hint=hint)
     keys = commands.keys(TRAINED)
+    recorded = {item.name for item in fields(TrainingOptions)}
     words = [f"--data={data['data']}" for data in step["data"]]
-    words += [word for name, value in step["settings"].items() for word in _words(keys, name, value)]
-    words += [f"--dtype={options['dtype']}"] if "dtype" in options else []
-    words += ["--overwrite"] if overwrite else []
-    commands.run(TRAINED, [model, f"--output={target}", *words])
+    words += [
+        word for name, value in step["settings"].items() if name in recorded for word in _words(keys, name, value)
+    ]
+    return words + ([f"--dtype={options['dtype']}"] if "dtype" in options else [])
 
 
 def _words(keys: Mapping[str, Key], name: str, value: Any) -> list[str]:

@@ -106,7 +106,8 @@ def _markdown(
     for name, shown in sections:
         parts += [f"## {name}", markdown_table(*shown)]
     parts += [f"## {name}\n\n![{name}]({path.name})" for name, path in pictures.items()]
-    return "\n\n".join([*parts, f"Made with `surgeon run`; {end}."]) + "\n"
+    page = "\n\n".join([*parts, f"Made with `surgeon run`; {end}."]) + "\n"
+    return page.replace("<", "&lt;")  # a name is no HTML
 
 
 def _html(

@@ -19,6 +19,8 @@ from surgeon.recipe.record import Entry, Record
 from surgeon.surgery import Surgery
 
 Say = Callable[[str], None]
+# What a step writes under its name: its output, a run's directory, and rows, finished and not.
+SUFFIXES = ("", ".run", ".jsonl", ".jsonl.partial", ".jsonl.receipt")
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,7 +115,7 @@ class Runner:
             job.name == self.first or name == self.first for job, name in zip(chain, names, strict=True)
         )
         entry = self.record.entries.get(names[-1])
-        redo = self._redo(names, entry, key, inputs)
+        redo = self._redo(names[-1], chain[-1].command, entry, key, inputs)
         if entry is not None and redo is None:
             status = "skipped"
             self.say(f"{names[-1]}: done already")
@@ -133,25 +135,29 @@ class Runner:
             self.outcomes.append(self._outcome(name, status, job.group))
         self._check(chain[-1], names[-1])
 
-    def _redo(self, names: Sequence[str], entry: Entry | None, key: str, inputs: Mapping[str, Any]) -> str | None:
+    def _redo(self, name: str, command: str, entry: Entry | None, key: str, inputs: Mapping[str, Any]) -> str | None:
         """Return None for a step that is done, "begin", "resume" or "anew".
 
         Raises RecipeError where it was made of other inputs, or its output was changed, and may not be replaced.
         """
-        name = names[-1]
+        left = self._left_by(name, self.record.entries[name].command if entry else command)
         if entry is None:
+            if left:
+                raise RecipeError(
+                    f"{left[0]} exists, and this recipe did not make it", hint="Move it away, or choose another -o."
+                )
             return "begin"
+        if entry.status != "done" and entry.key == key:
+            return "resume"  # also with --from, which was given before
         if self._is_anew:
             return "anew"
         if entry.key != key:
-            if self.overwrite or not self._left_by(name):  # a figure is measured again: nothing is lost
+            if self.overwrite or not left:  # a figure is measured again: nothing is lost
                 return "anew"
             raise RecipeError(
                 f"{name} was made with {_changed(entry.inputs, inputs)}",
                 hint="--overwrite makes it anew, and what follows from it; another -o keeps both.",
             )
-        if entry.status != "done":
-            return "resume"
         if entry.output is None:
             return None
         place = self.record.directory / entry.output
@@ -178,10 +184,15 @@ class Runner:
         anew: bool,
     ) -> None:
         if anew:
-            for job, name in zip(chain, names, strict=True):
-                self._remove(name, output="overwrite" not in self.commands.keys(job.command))
+            for name in names:
+                if (entry := self.record.entries.get(name)) is not None:
+                    self._remove(name, entry.command)
         for job, name, typed in zip(chain, names, words, strict=True):
-            own = {option: value for option, value in inputs.items() if name == names[-1] or option.startswith(name)}
+            own = {
+                option: value
+                for option, value in inputs.items()
+                if name == names[-1] or option.rpartition(".")[0] == name
+            }
             self.record.entries[name] = Entry(command=job.command, words=typed, key=key, inputs=own)
         self.record.save()
         self.say(
@@ -189,15 +200,18 @@ class Runner:
             + (f", with {', '.join(names[:-1])} in one pass" if len(names) > 1 else "")
         )
 
-    def _left_by(self, name: str) -> list[Path]:
-        """Return what a step has written: its output, and what lies beside that under its name and a suffix."""
-        own = self.record.directory / name
-        return [*([own] if own.exists() or own.is_symlink() else []), *self.record.directory.glob(f"{name}.*")]
+    def _left_by(self, name: str, command: str) -> list[Path]:
+        """Return what there is of what a step writes: its output, a run's directory, a file in the making."""
+        if "output" not in self.commands.keys(command):
+            return []
+        places = (self.record.directory / f"{name}{suffix}" for suffix in SUFFIXES)
+        return [place for place in places if place.exists() or place.is_symlink()]
 
-    def _remove(self, name: str, *, output: bool) -> None:
-        """Remove what a step has left beside its output, and the output where its command does not replace it."""
-        for path in self._left_by(name):
-            if path.name == name and not output:
+    def _remove(self, name: str, command: str) -> None:
+        """Remove what a step has written, but for an output that its command replaces once the new one is complete."""
+        replaces = "overwrite" in self.commands.keys(command)
+        for path in self._left_by(name, command):
+            if path.name == name and replaces:
                 continue
             if path.is_dir() and not path.is_symlink():
                 shutil.rmtree(path)
@@ -277,10 +291,15 @@ class Runner:
             named = job.references.get(option, ())
             items = [self._output_of(item, before, option) if item in named else item for item in value.items]
             if keys[option].writes:
-                items = [str(self.record.directory / item) for item in items]
+                items = [str(self._place_of(item, job, name)) for item in items]
             options[option] = replace(value, items=tuple(items))
         words = words_of(options, keys)
         return [f"--output={self.record.directory / name}", *words] if "output" in keys else words
+
+    def _place_of(self, item: str, job: Job, name: str) -> Path:
+        """Return where a file goes that a step writes: of a step that runs more than once, each has its own."""
+        path = self.record.directory / item
+        return path.with_stem(f"{path.stem}{name.removeprefix(job.stem)}")
 
     def _output_of(self, item: str, before: str | None, option: str) -> str:
         step, slash, rest = item.partition("/")
@@ -296,7 +315,7 @@ class Runner:
         found: dict[str, Any] = {}
         for option, value in job.options.items():
             key = keys[option]
-            if not key.decides or key.writes:
+            if not key.decides:
                 continue
             if key.reads and value.form in ("text", "list"):
                 named = job.references.get(option, ())
@@ -359,11 +378,11 @@ def _changed(was: Mapping[str, Any], now: Mapping[str, Any]) -> str:
     """Return what of a step's inputs has changed, as the end of a sentence."""
     for option in (*was, *(option for option in now if option not in was)):
         if was.get(option) != now.get(option):
-            before, after = _brief(was.get(option)), _brief(now.get(option))
+            name, before, after = option.rpartition(".")[2], _brief(was.get(option)), _brief(now.get(option))
             if before == after:
-                return f"another {option.partition('.')[2]}: {after} has changed"
-            return f"{option.partition('.')[2]} {before}, and {after} is asked for now"
-    return "other commands"
+                return f"another {name}: {after} has changed"
+            return f"{name} {before}, and {after} is asked for now"
+    return "other steps in one pass with it"
 
 
 def _brief(value: Any) -> str:
