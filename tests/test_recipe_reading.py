@@ -25,11 +25,11 @@ def test_a_step_is_a_command_with_its_options_as_they_were_written(tmp_path: Pat
     (job,) = jobs(
         tmp_path,
         """
-        settings: {model: gpt2, rate: 1e-4, data: [a b, c]}
+        settings: {model: gpt2, rate: 1e-4, data: [a b, c], teacher: false}
         steps:
           - name: healed
             finetune: {model: $model, data: [$data, d], lr: $rate, max-steps: 3, lora: null, lora-targets: x,
-                       deterministic: true, compile: false, freeze: [embedding, norm], trust-remote-code: false}
+                       teacher: $teacher, deterministic: true, compile: false, freeze: [embedding, norm], trust-remote-code: false}
         """,
     )
 

@@ -80,7 +80,7 @@ def words_of(options: Mapping[str, Value], keys: Mapping[str, Key]) -> list[str]
         key = keys[name]
         if key.kind == "switch":
             words += [key.flag] if value.form == "true" else [key.off] if key.off else []
-        elif value.form == "null":
+        elif value.form in ("null", "false"):
             continue
         elif key.is_argument:
             arguments += value.items
@@ -156,6 +156,8 @@ def _check_name(step: Step, name: str, value: Value, keys: Mapping[str, Key]) ->
 
 def _check_form(step: Step, value: Value, key: Key) -> None:
     """Raise RecipeError for a switch that is no switch, or a list where one text belongs."""
+    if key.kind != "switch" and value.form in ("null", "false"):
+        return  # left out
     if (key.kind == "switch") != (value.form in ("true", "false")) and value.form != "null":
         wanted = {"switch": "true or false", "integer": "an integer"}.get(key.kind, f"a {key.kind}")
         raise value.place.error(f"{key.name} of {step.command} is {value}; it is {wanted}")
