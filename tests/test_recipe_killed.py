@@ -15,11 +15,11 @@ RECIPE = """
       - {name: short, truncate: {model: MODEL, layers: 3}}
       - {name: deep, grow: {model: short, layers: 5}}
       - name: healed
-        finetune: {model: deep, data: DATA, max-steps: 6, batch-size: 2, sequence-length: 32, lr: 1e-2, save-every: 1}
+        finetune: {model: deep, data: DATA, max-steps: 4, batch-size: 2, sequence-length: 32, lr: 1e-2, save-every: 1}
       - {name: cut, prune: {model: healed, layers: 4, data: DATA, samples: 2, sequence-length: 32}}
       - {name: gist, gist: {model: cut, tokens: 2}}
       - name: again
-        finetune: {model: gist, data: DATA, max-steps: 4, batch-size: 2, sequence-length: 32, lr: 1e-2, save-every: 1}
+        finetune: {model: gist, data: DATA, max-steps: 3, batch-size: 2, sequence-length: 32, lr: 1e-2, save-every: 1}
       - {name: judged, evaluate: {model: again, data: DATA, samples: 2, sequence-length: 32}}
     """
 

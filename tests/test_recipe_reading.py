@@ -29,7 +29,8 @@ def test_a_step_is_a_command_with_its_options_as_they_were_written(tmp_path: Pat
         steps:
           - name: healed
             finetune: {model: $model, data: [$data, d], lr: $rate, max-steps: 3, lora: null, lora-targets: x,
-                       teacher: $teacher, deterministic: true, compile: false, freeze: [embedding, norm], trust-remote-code: false}
+                       teacher: $teacher, deterministic: true, compile: false, freeze: [embedding, norm],
+                       trust-remote-code: false}
         """,
     )
 
