@@ -71,7 +71,7 @@ def _compared(directory: Path, title: str, outcomes: Sequence[Outcome]) -> dict[
     points = []
     for outcome in outcomes:
         first = next(measures(outcome.result), None)
-        if first is not None:
+        if first is not None and outcome.output is None:  # what was made has figures of its own kind
             baseline = outcome.result.get("baseline")
             other = baseline.get(first[0]) if isinstance(baseline, Mapping) else None
             points.append(Point(outcome.name, *first, other))
