@@ -14,7 +14,7 @@ import os
 import re
 import shutil
 import struct
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -266,6 +266,19 @@ def write_files(directory: Path, files: Mapping[str, bytes]) -> None:
     """Write small files into `directory`."""
     for name, content in files.items():
         (directory / name).write_bytes(content)
+
+
+def write_whole(path: Path, parts: Iterable[bytes]) -> None:
+    """Write a file, all of it or nothing: a crash leaves what was there, or the new content. Raises OSError."""
+    staged = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with staged.open("wb") as file:
+            file.writelines(parts)
+            file.flush()
+            os.fsync(file.fileno())
+        staged.replace(path)
+    finally:
+        staged.unlink(missing_ok=True)
 
 
 # Copying bytes of files

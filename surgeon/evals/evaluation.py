@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from surgeon import text
 from surgeon.anatomy.anatomy import read_anatomy
 from surgeon.anatomy.config import positions_of
+from surgeon.checkpoint.output import write_whole
 from surgeon.checkpoint.source import Source, spec_of
 from surgeon.errors import DataError, MeasureError, OutputError, PlanError
 from surgeon.evals.compare import (
@@ -411,12 +412,8 @@ def checked_target(path: Path) -> Path:
 
 def write_predictions(predictions: Sequence[Mapping[str, Any]], target: Path) -> None:
     """Write records to a .jsonl file, all or none."""
-    staged = target.with_name(f".{target.name}.{os.getpid()}")
-    lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in predictions)
+    lines = (f"{json.dumps(record, ensure_ascii=False)}\n".encode() for record in predictions)
     try:
-        staged.write_text(lines, encoding="utf-8")
-        staged.replace(target)
+        write_whole(target, lines)
     except OSError as error:
         raise OutputError(f"cannot write {target}: {error.strerror}", hint="Is the disk full?  df -h") from error
-    finally:
-        staged.unlink(missing_ok=True)

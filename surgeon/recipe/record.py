@@ -1,6 +1,5 @@
 """recipe.json: what a recipe has done, with the hashes of what each step read; written after every change."""
 
-import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -8,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from surgeon.checkpoint.json_files import read_json
+from surgeon.checkpoint.output import write_whole
 from surgeon.checkpoint.receipt import to_bytes, versions
 from surgeon.errors import CheckpointError, OutputError
 from surgeon.recipe.identity import Identities
@@ -66,13 +66,8 @@ class Record:
 
 def replace_file(path: Path, content: bytes) -> None:
     """Write a file so that a crash leaves the old content or the new one. Raises OutputError."""
-    beside = path.with_name(f".{path.name}.new")
     try:
-        with beside.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        beside.replace(path)
+        write_whole(path, [content])
     except OSError as error:
         raise OutputError(f"cannot write {path}: {error.strerror}", hint="Is the disk full?  df -h") from error
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from surgeon.checkpoint.json_files import read_json
+from surgeon.checkpoint.output import write_whole
 from surgeon.errors import CheckpointError, OutputError
 
 REQUEST, ROWS, LOCK = "request.json", "rows.jsonl", "lock"
@@ -87,7 +88,7 @@ def _check_request(directory: Path, request: Mapping[str, Any]) -> None:
     """Write the request of a new run; refuse one that is not that of the run which was begun."""
     path = directory / REQUEST
     if not path.exists():
-        write_whole(path, [json.dumps(request, indent=1).encode()])
+        write_lines(path, [json.dumps(request, indent=1).encode()])
         return
     try:
         begun = read_json(path)
@@ -117,18 +118,10 @@ def _read_rows(journal: Journal) -> None:
     journal.outcomes = {outcome.row: outcome for outcome in outcomes}
 
 
-def write_whole(target: Path, lines: Iterable[bytes]) -> None:
+def write_lines(target: Path, lines: Iterable[bytes]) -> None:
     """Write a file, all of it or nothing. Raises OutputError where the disk refuses."""
-    staged = target.with_name(f".{target.name}.{os.getpid()}")
-    try:
-        with _guarded(target):
-            with staged.open("wb") as file:
-                file.writelines(lines)
-                file.flush()
-                os.fsync(file.fileno())
-            staged.replace(target)
-    finally:
-        staged.unlink(missing_ok=True)
+    with _guarded(target):
+        write_whole(target, lines)
 
 
 @contextmanager

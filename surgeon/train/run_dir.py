@@ -17,6 +17,7 @@ from typing import Any, Literal, Protocol, TextIO
 
 from surgeon.checkpoint.header import not_regular
 from surgeon.checkpoint.json_files import read_json as parsed_file
+from surgeon.checkpoint.output import write_whole
 from surgeon.checkpoint.receipt import to_bytes
 from surgeon.checkpoint.source import RECEIPT
 from surgeon.errors import CheckpointError, DataError, OutputError, PlanError
@@ -105,7 +106,7 @@ class MetricsLog:
         self.close()
         earlier = [record for record in _records(self._path) if record["step"] <= step]
         with _guarded(self._path):
-            _replace(self._path, "".join(_to_json(record) + "\n" for record in earlier))
+            write_whole(self._path, (f"{_to_json(record)}\n".encode() for record in earlier))
         self._file = self._open()
 
     def close(self) -> None:
@@ -135,7 +136,7 @@ def write_status(run_dir: Path, state: State, **facts: Any) -> None:
     content = {"state": state, "updated": datetime.now(UTC).isoformat(timespec="seconds"), "pid": os.getpid()} | facts
     path = run_dir / STATUS
     with _guarded(path):
-        _replace(path, _to_json(content, indent=1) + "\n")
+        write_whole(path, [f"{_to_json(content, indent=1)}\n".encode()])
 
 
 def write_done(run_dir: Path, *, output: Path, summary: Mapping[str, Any], **facts: Any) -> None:
@@ -194,16 +195,6 @@ def _from_json(text: str, where: str) -> dict[str, Any]:
         return record | {name: float(value) for name, value in record.pop(NOT_FINITE, {}).items()}
     except (ValueError, TypeError, AttributeError, RecursionError) as error:
         raise DataError(f"{where}: {error}", hint="The file is damaged; remove that line.") from error
-
-
-def _replace(path: Path, text: str) -> None:
-    """Replace a file so that a crash leaves the old content or the new one."""
-    beside = path.with_name(f".{path.name}.new")
-    with beside.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    beside.replace(path)
 
 
 @contextmanager
@@ -316,13 +307,8 @@ def read_json(file: Path) -> Any:
 
 def write_json(file: Path, content: Mapping[str, Any]) -> None:
     """Write a run's JSON file, whole or not at all."""
-    beside = file.with_name(f".{file.name}.new")
-    try:
-        beside.write_bytes(to_bytes(content))
-        beside.replace(file)
-    except OSError as error:
-        hint = "Free some space, or choose another place with --run-dir."
-        raise OutputError(f"cannot write {file}: {error.strerror}", hint=hint) from error
+    with _guarded(file):
+        write_whole(file, [to_bytes(content)])
 
 
 def _difference(before: Any, now: Mapping[str, Any]) -> tuple[str, Any, Any] | None:

@@ -37,7 +37,7 @@ from surgeon.options import (
 )
 from surgeon.rewriting.checks import AUTO, NONE, NUMBER, REASONS, Checks
 from surgeon.rewriting.engines import Engine, TransformersEngine, VllmEngine, Writing, chosen
-from surgeon.rewriting.journal import Journal, difference, opened, write_whole
+from surgeon.rewriting.journal import Journal, difference, opened, write_lines
 from surgeon.rewriting.loop import Asked, Progress, Watch, lines, rewrite
 from surgeon.rewriting.prompts import PROMPTS, form_of, prompt_tokens, row_of
 from surgeon.text import sliced
@@ -322,7 +322,7 @@ def _write(
         raise DataError(
             "no answer passes, so every row is dropped", hint="Keep them: the same command with --on-fail keep."
         )
-    write_whole(target, lines(asked, journal, dict(teacher), seed=options.seed, drops=drops))
+    write_lines(target, lines(asked, journal, dict(teacher), seed=options.seed, drops=drops))
     with target.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -380,7 +380,7 @@ def _receipt(target: Path) -> Path:
 
 def _write_receipt(target: Path, request: Mapping[str, Any], result: Distillation, options: DistillOptions) -> None:
     content = {"request": dict(request), "on_fail": options.on_fail, "result": result.to_dict(), "versions": versions()}
-    write_whole(_receipt(target), [to_bytes(content)])
+    write_lines(_receipt(target), [to_bytes(content)])
 
 
 def _done(target: Path, request: Mapping[str, Any], options: DistillOptions) -> Distillation | None:
