@@ -4,7 +4,7 @@ import itertools
 import os
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from surgeon.errors import RecipeError
@@ -35,9 +35,25 @@ class Job:
     group: str = ""  # the name without its seed, of a step that runs once for each seed
 
     @property
-    def reads(self) -> set[str]:
-        """The names of the steps whose outputs it reads."""
-        return {item.partition("/")[0] for items in self.references.values() for item in items}
+    def reads(self) -> Counter[str]:
+        """How many of its options name the output of each step."""
+        return Counter(item.partition("/")[0] for items in self.references.values() for item in items)
+
+    def referring(self, place: Callable[[str], str]) -> "Job":
+        """Return the job with `place` of a step's name wherever it refers to one: in "cut/file" that of "cut"."""
+
+        def placed(item: str) -> str:
+            name, slash, rest = item.partition("/")
+            return f"{place(name)}{slash}{rest}"
+
+        options = dict(self.options)
+        for option, named in self.references.items():
+            items = options[option].items
+            options[option] = replace(
+                options[option], items=tuple(placed(item) if item in named else item for item in items)
+            )
+        references = {option: tuple(map(placed, named)) for option, named in self.references.items()}
+        return replace(self, options=options, references=references)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,16 +88,21 @@ def checked(recipe: Recipe, commands: Commands) -> tuple[Job | Rounds, ...]:
     return tuple(done)
 
 
+def jobs_of(item: Job | Rounds) -> tuple[Job, ...]:
+    """Return the jobs of a loop, or the one job."""
+    return item.jobs if isinstance(item, Rounds) else (item,)
+
+
 def words_of(options: Mapping[str, Value], keys: Mapping[str, Key]) -> list[str]:
     """Return options as one would type them: the arguments first."""
     arguments: list[str] = []
     words: list[str] = []
     for name, value in options.items():
         key = keys[name]
+        if value.form == "null" or (value.form == "false" and key.kind != "switch"):
+            continue
         if key.kind == "switch":
             words += [key.flag] if value.form == "true" else [key.off] if key.off else []
-        elif value.form in ("null", "false"):
-            continue
         elif key.is_argument:
             arguments += value.items
         elif key.is_list:
@@ -233,22 +254,11 @@ def _renamed(
     others = _suffix(value for name, value in bound.items() if name != SEED)
     seen, own = dict(known), dict[str, str]()  # the steps of this round that have run, by their names in the recipe
     for step in steps:
-        job = _job(step, settings, seen, names, commands)
-        renamed = {name: tuple(_with_name(item, own) for item in items) for name, items in job.references.items()}
-        options = dict(job.options)
-        for name, items in job.references.items():
-            value = options[name]
-            new = [_with_name(item, own) if item in items else item for item in value.items]
-            options[name] = replace(value, items=tuple(new))
+        job = _job(step, settings, seen, names, commands).referring(lambda name: own.get(name, name))
         seen[step.name] = step.command
         own[step.name] = f"{step.name}{_suffix(bound.values())}"
         group = f"{step.name}{others}" if SEED in bound else ""
-        yield replace(job, name=own[step.name], options=options, references=renamed, group=group)
-
-
-def _with_name(item: str, own: Mapping[str, str]) -> str:
-    name, slash, rest = item.partition("/")
-    return f"{own.get(name, name)}{slash}{rest}"
+        yield replace(job, name=own[step.name], group=group)
 
 
 def _rounds(
@@ -305,17 +315,16 @@ def _fuses(before: Job, job: Job, read: Mapping[str, int], commands: Commands) -
     if not commands.continues(job.command) or before.require or job.references.get("model") != (before.name,):
         return False
     is_plain = not {"dtype", "max-shard-size", "push-to-hub", "private", "verify", "plot", "curve"} & {*before.options}
-    return is_plain and read[before.name] == 1 and job.reads == {before.name}
+    return is_plain and read[before.name] == 1 and set(job.reads) == {before.name}
 
 
 def _counts(everything: Sequence[Job | Rounds]) -> Counter[str]:
     """Return how many options and conditions name each step; one in a loop counts twice, for it is read each round."""
     counts: Counter[str] = Counter()
     for item in everything:
-        times, jobs = (2, item.jobs) if isinstance(item, Rounds) else (1, (item,))
-        for job in jobs:
-            for name in (entry.partition("/")[0] for entries in job.references.values() for entry in entries):
-                counts[name] += times
+        for job in jobs_of(item):
+            counts += job.reads
+            counts += job.reads if isinstance(item, Rounds) else Counter()
         if isinstance(item, Rounds):
             counts.update(condition.path[0] for condition in item.until)
     return counts

@@ -89,7 +89,7 @@ class _Planner:
     def step(self, job: Job, *, is_kept: bool) -> PlannedStep:
         """Return what a job will do, and remember where its output, or a stand-in of it, is."""
         keys = self.commands.keys(job.command)
-        unknown = sorted(job.reads - self.places.keys())
+        unknown = sorted(set(job.reads) - self.places.keys())
         if unknown:
             return self._unknown(job, f"known when {', '.join(unknown)} is made")
         words = self._words(job)
@@ -106,16 +106,7 @@ class _Planner:
         return self.places.get(item, item)
 
     def _words(self, job: Job) -> list[str]:
-        options = {}
-        for option, value in job.options.items():
-            named = job.references.get(option, ())
-            items = tuple(self._placed(item) if item in named else item for item in value.items)
-            options[option] = replace(value, items=items)
-        return words_of(options, self.commands.keys(job.command))
-
-    def _placed(self, item: str) -> str:
-        name, slash, rest = item.partition("/")
-        return f"{self.places[name]}{slash}{rest}"
+        return words_of(job.referring(self.places.__getitem__).options, self.commands.keys(job.command))
 
     def _surgery(self, job: Job, words: list[str], *, is_kept: bool) -> PlannedStep:
         target = self.directory / job.name

@@ -10,7 +10,7 @@ from typing import Any
 from surgeon import text
 from surgeon.errors import RecipeError, SurgeonError
 from surgeon.options import option
-from surgeon.recipe.checking import Job, Rounds, checked
+from surgeon.recipe.checking import Job, Rounds, checked, jobs_of
 from surgeon.recipe.commands import Commands
 from surgeon.recipe.figures import headline, sentence
 from surgeon.recipe.planning import PlannedStep, check_disk, plan
@@ -124,15 +124,11 @@ def run_recipe(path: Path, options: RecipeOptions, commands: Commands, say: Say)
 
 
 def _check_first(first: str | None, jobs: Sequence[Job | Rounds]) -> None:
-    names = list(dict.fromkeys(job.name for item in jobs for job in _jobs_of(item)))
+    names = list(dict.fromkeys(job.name for item in jobs for job in jobs_of(item)))
     repeated = [job.name for item in jobs if isinstance(item, Rounds) for job in item.jobs]
     rounds = {name for name in repeated if first is not None and re.fullmatch(rf"{re.escape(name)}-\d+", first)}
     if first is not None and first not in names and not rounds:
         raise RecipeError(f"--from {first}: no such step{close_to(first, names)}", hint=f"Steps: {', '.join(names)}.")
-
-
-def _jobs_of(item: Job | Rounds) -> Sequence[Job]:
-    return item.jobs if isinstance(item, Rounds) else (item,)
 
 
 def _plan_text(steps: Sequence[PlannedStep]) -> str:

@@ -18,7 +18,9 @@ from surgeon.data.documents import documents
 from surgeon.data.rows import BETWEEN_TEXTS, content
 from surgeon.errors import DataError, RecipeError, first_line
 from surgeon.measure.record import read_scores
-from surgeon.recipe.commands import Commands, Key
+from surgeon.recipe.checking import words_of
+from surgeon.recipe.commands import Commands
+from surgeon.recipe.reading import Place, Value, plain
 from surgeon.recipe.running import Say
 from surgeon.surgery import Surgery, open_model, open_source
 from surgeon.transforms.prune import prune
@@ -118,8 +120,10 @@ def _made(
         return
     surgery = None if begun else open_model(model, revision=revision)
     for name, step in steps:
-        is_cut = name == PRUNED and surgery is not None
-        surgery = _pruned(surgery, step, path.parent) if is_cut and surgery else commands.repeat(name, step, surgery)
+        if name == PRUNED and surgery is not None:
+            surgery = _pruned(surgery, step, path.parent)
+        else:
+            surgery = commands.repeat(name, step, surgery)
     assert surgery is not None, "a receipt has steps"
     known = {key: options[key] for key in ("dtype", "max_shard_size", "block") if key in options}
     if dry_run:
@@ -177,23 +181,23 @@ def _words_of(step: Mapping[str, Any], options: Mapping[str, Any], commands: Com
             raise RecipeError(f"{path}: its data {data['data']} has changed since", hint=hint)
     keys = commands.keys(TRAINED)
     recorded = {item.name for item in fields(TrainingOptions)}
+    place = Place(str(path), 0)
+    settings = {
+        key: _value(value, place)
+        for name, value in step["settings"].items()
+        if name in recorded and (key := name.replace("_", "-")) in keys
+    }
     words = [f"--data={data['data']}" for data in step["data"]]
-    words += [
-        word for name, value in step["settings"].items() if name in recorded for word in _words(keys, name, value)
-    ]
+    words += words_of(settings, keys)
     return words + ([f"--dtype={options['dtype']}"] if "dtype" in options else [])
 
 
-def _words(keys: Mapping[str, Key], name: str, value: Any) -> list[str]:
-    """Return a setting as it is typed; nothing for one that has no option, or is at what None means."""
-    key = keys.get(name.replace("_", "-"))
-    if key is None or value is None:
-        return []
-    if isinstance(value, bool):
-        return [key.flag] if value else [key.off] if key.off else []
-    if isinstance(value, list):
-        return [f"{key.flag}={item}" for item in value] if key.is_list else [f"{key.flag}={','.join(map(str, value))}"]
-    return [f"{key.flag}={value}"]
+def _value(value: Any, place: Place) -> Value:
+    """Return a setting of a receipt as a recipe has it."""
+    if value is None or isinstance(value, bool):
+        return plain("null" if value is None else str(value).lower(), place)
+    items = value if isinstance(value, list) else [value]
+    return Value("list" if isinstance(value, list) else "text", tuple(map(str, items)), place)
 
 
 def _sha256(data: str, count: int) -> str:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from surgeon.errors import RecipeError, SurgeonError
-from surgeon.recipe.checking import Job, Rounds, chains, grouped, words_of
+from surgeon.recipe.checking import Job, Rounds, chains, grouped, jobs_of, words_of
 from surgeon.recipe.commands import Commands, Key
 from surgeon.recipe.identity import digest
 from surgeon.recipe.reading import Condition
@@ -102,9 +102,7 @@ class Runner:
     def _carry_out(self, chain: tuple[Job, ...]) -> None:
         """Run a step, or surgeries that go in one pass, unless that is done."""
         names = self._names(chain)
-        words = [
-            self._words(job, name, before) for job, name, before in zip(chain, names, [None, *names], strict=False)
-        ]
+        words = [self._words(job, name, chain) for job, name in zip(chain, names, strict=True)]
         inputs = {
             f"{name}.{option}": found
             for job, name in zip(chain, names, strict=True)
@@ -270,7 +268,7 @@ class Runner:
     def _names(self, chain: Sequence[Job]) -> list[str]:
         """Return the names of the entries: a step that runs again in a loop gets a number."""
         taken = {outcome.name for outcome in self.outcomes}
-        others = {job.name for item in self.jobs for job in (item.jobs if isinstance(item, Rounds) else (item,))}
+        others = {job.name for item in self.jobs for job in jobs_of(item)}
         names = []
         for job in chain:
             numbered = (f"{job.name}-{number}" for number in count(2))
@@ -283,16 +281,14 @@ class Runner:
             taken.add(name)
         return names
 
-    def _words(self, job: Job, name: str, before: str | None) -> list[str]:
+    def _words(self, job: Job, name: str, chain: Sequence[Job]) -> list[str]:
         """Return the words of a job: references are the outputs of steps, and what it writes lies in the directory."""
         keys = self.commands.keys(job.command)
-        options = {}
-        for option, value in job.options.items():
-            named = job.references.get(option, ())
-            items = [self._output_of(item, before, option) if item in named else item for item in value.items]
+        options = dict(job.referring(lambda step: self._output_of(step, chain)).options)
+        for option, value in options.items():
             if keys[option].writes:
-                items = [str(self._place_of(item, job, name)) for item in items]
-            options[option] = replace(value, items=tuple(items))
+                items = tuple(str(self._place_of(item, job, name)) for item in value.items)
+                options[option] = replace(value, items=items)
         words = words_of(options, keys)
         return [f"--output={self.record.directory / name}", *words] if "output" in keys else words
 
@@ -301,13 +297,12 @@ class Runner:
         path = self.record.directory / item
         return path.with_stem(f"{path.stem}{name.removeprefix(job.stem)}")
 
-    def _output_of(self, item: str, before: str | None, option: str) -> str:
-        step, slash, rest = item.partition("/")
+    def _output_of(self, step: str, chain: Sequence[Job]) -> str:
+        """Return where the newest output of a step is; of a surgery of the same pass, which has none, its name."""
         name = self._latest.get(step)
-        if name is None or (entry := self.record.entries[name]).output is None:
-            assert before is not None, f"{option} refers to {item}, which no step made"
-            return item  # a surgery of the same pass: its model is planned, and not read
-        return f"{self.record.directory / entry.output}{slash}{rest}"
+        output = None if name is None else self.record.entries[name].output
+        assert output is not None or step in [job.name for job in chain], f"no step made {step}"
+        return step if output is None else str(self.record.directory / output)
 
     def _inputs(self, job: Job) -> dict[str, Any]:
         """Return the options of a job that decide its result, with the identities of what they name."""
@@ -332,12 +327,9 @@ class Runner:
         if name is None:  # of the same pass: its options are part of the key
             return [item]
         entry = self.record.entries[name]
-        identity = (
-            entry.identity
-            if not slash
-            else self.record.identities.of(f"{self.record.directory / str(entry.output)}/{rest}")
-        )
-        return [item, identity]
+        if not slash:
+            return [item, entry.identity]
+        return [item, self.record.identities.of(f"{self.record.directory / str(entry.output)}/{rest}")]
 
 
 def figure(result: Mapping[str, Any], path: Sequence[str], condition: Condition) -> float:
