@@ -421,6 +421,30 @@ def run_surgeon(here: Path, request: pytest.FixtureRequest):
     return request.getfixturevalue("run")
 
 
+def test_a_dry_run_plans_the_first_round_of_a_loop_on_what_that_makes(here: Path) -> None:
+    text = """
+        steps:
+          - {name: cut, truncate: {model: toy, layers: 2}}
+          - {name: healed, finetune: {model: cut, data: text.txt, max-steps: 1, sequence-length: 32}}
+          - name: growing
+            repeat:
+              until: {healed.train_loss: "<= 0"}
+              at-most: 2
+              steps:
+                - {name: cut, grow: {model: cut, donor: toy, layers: +1}}
+                - {name: healed, finetune: {model: cut, data: text.txt, max-steps: 1, sequence-length: 32}}
+        """
+
+    done = run(write(here / "r.yaml", text), here / "out", dry_run=True)
+
+    cut, healed, grown, again = (step.to_dict() for step in done.outcomes)
+    assert healed["result"]["parameters"] == cut["result"]["parameters"]["after"]
+    assert (
+        again["result"]["parameters"] == grown["result"]["parameters"]["after"] > cut["result"]["parameters"]["after"]
+    )
+    assert [step["rounds"] for step in (cut, healed, grown, again)] == [1, 1, 2, 2]
+
+
 # --- the processes ------------------------------------------------------------------------------------------------
 
 

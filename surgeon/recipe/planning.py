@@ -56,13 +56,12 @@ def plan(jobs: Sequence[Job | Rounds], commands: Commands, directory: Path, *, e
     with tempfile.TemporaryDirectory(prefix="surgeon-plan-") as scratch:
         planner = _Planner(commands, directory, Path(scratch), estimates)
         for item in grouped(jobs, commands):
-            is_loop = isinstance(item, Rounds)
-            for chain in chains(item.jobs, jobs, commands) if isinstance(item, Rounds) else (item,):
-                for job in chain:
-                    if is_loop:
-                        planner.places.pop(job.name, None) if job.name not in job.reads else None
-                    step = planner.step(job, is_kept=job is chain[-1])
-                    steps.append(replace(step, rounds=item.at_most if isinstance(item, Rounds) else 1))
+            inside, rounds = (
+                (chains(item.jobs, jobs, commands), item.at_most) if isinstance(item, Rounds) else ([item], 1)
+            )
+            for chain in inside:
+                planned = (planner.step(job, is_kept=job is chain[-1]) for job in chain)
+                steps += [replace(step, rounds=rounds) for step in planned]
     return steps
 
 
@@ -84,7 +83,7 @@ class _Planner:
     directory: Path
     scratch: Path
     estimates: bool
-    places: dict[str, str] = field(default_factory=dict)  # of stand-ins, by the names of their steps
+    places: dict[str, str] = field(default_factory=dict)  # of the newest stand-ins, by the names of their steps
 
     def step(self, job: Job, *, is_kept: bool) -> PlannedStep:
         """Return what a job will do, and remember where its output, or a stand-in of it, is."""
@@ -116,10 +115,9 @@ class _Planner:
         except SurgeonError as error:
             raise RecipeError(f"{job.place}: {job.name}: {error}", hint=error.hint) from error
         summary = draft.summary
-        if job.name not in self.places:
-            place = self.scratch / job.name
-            stand_in(draft, place)
-            self.places[job.name] = str(place)
+        place = Path(tempfile.mkdtemp(dir=self.scratch)) / job.name  # a step of a loop may have the name of another
+        stand_in(draft, place)
+        self.places[job.name] = str(place)
         facts = summary.to_dict()
         rows = [
             ("layers", f"{summary.layers[0]} → {summary.layers[1]}"),
@@ -131,7 +129,7 @@ class _Planner:
 
     def _training(self, job: Job, words: list[str], model: str) -> PlannedStep:
         """Return what a step that trains will do; its result has the shape of its model, which stands in for it."""
-        self.places.setdefault(job.name, model)
+        self.places[job.name] = model
         spec = spec_of(open_source(model))
         nbytes, parameters = spec.nbytes, spec.num_parameters
         disk = nbytes + (0 if "lora" in job.options else STATE_BYTES * parameters)
