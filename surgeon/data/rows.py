@@ -205,9 +205,10 @@ def begin_of_text(tokenizer: "PreTrainedTokenizerBase") -> list[int]:
     return [int(bos)] if bos is not None and empty[:1] == [bos] else []
 
 
-def content(document: Document) -> bytes:
-    """Return the bytes of a document that are hashed; BETWEEN_TEXTS separates documents."""
-    return (json.dumps(document.messages, sort_keys=True) if document.messages else "\n".join(document.parts)).encode()
+def hashed(document: Document, number: int) -> bytes:
+    """Return the bytes that the document of this number, from 0, adds to the hash of its data."""
+    text = json.dumps(document.messages, sort_keys=True) if document.messages else "\n".join(document.parts)
+    return (BETWEEN_TEXTS if number else b"") + text.encode()
 
 
 def _read_tokens(
@@ -226,7 +227,7 @@ def _read_tokens(
             if num_documents:
                 ids.append(_end_of_text(tokenizer, document))
             num_documents += 1
-            sha256.update((BETWEEN_TEXTS if index else b"") + content(document))
+            sha256.update(hashed(document, index))
             ids.extend(encode(text_of(document, tokenizer), tokenizer))
         source.append({"data": spec, "sha256": sha256.hexdigest()})
     return ids, tuple(source)

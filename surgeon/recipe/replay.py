@@ -15,7 +15,7 @@ from surgeon import text
 from surgeon.checkpoint.receipt import read_receipt
 from surgeon.checkpoint.source import CONFIG, INDEX, RECEIPT, SCORES, content_of
 from surgeon.data.documents import documents
-from surgeon.data.rows import BETWEEN_TEXTS, content
+from surgeon.data.rows import hashed
 from surgeon.errors import DataError, RecipeError, first_line
 from surgeon.measure.record import read_scores
 from surgeon.recipe.checking import words_of
@@ -204,7 +204,7 @@ def _sha256(data: str, count: int) -> str:
     """Return the hash of the first `count` texts of a data argument, as a run's receipt has it."""
     found = hashlib.sha256()
     for number, document in enumerate(islice(documents(data), count)):
-        found.update((BETWEEN_TEXTS if number else b"") + content(document))
+        found.update(hashed(document, number))
     return found.hexdigest()
 
 

@@ -14,7 +14,7 @@ import numpy as np
 
 from surgeon.data.documents import documents
 from surgeon.data.records import Document
-from surgeon.data.rows import BETWEEN_TEXTS, check_shape, content
+from surgeon.data.rows import check_shape, hashed
 from surgeon.errors import DataError, OutputError
 from surgeon.train.examples import Example
 from surgeon.train.settings import Settings
@@ -201,7 +201,7 @@ class _Reader:
             first = self.first + self.num_documents
             examples = self.task.examples(batch, self.tokenizer, first=first, length=self.sequence_length)
             for document, example in zip(batch, examples, strict=True):
-                self.sha256.update((BETWEEN_TEXTS if self.num_documents else b"") + content(document))
+                self.sha256.update(hashed(document, self.num_documents))
                 self._add(example)
                 if limit is not None and self.num_tokens >= limit:
                     break
