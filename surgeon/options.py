@@ -115,6 +115,16 @@ def check_seed(seed: int) -> None:
         raise OptionError("seed", f"--seed is {seed}; it lies between 0 and {2**32 - 1}", hint="Such as --seed 1.")
 
 
+def output_option(help: str, metavar: str = "DIR", **flag: Any) -> Any:  # noqa: A002  (it is the option's help)
+    """Return the field `output`: --output, or -o; `flag` are the other attributes of `Flag`."""
+    return option(help, None, names=("--output", "-o"), metavar=metavar, writes=True, **flag)
+
+
+def overwrite_option() -> Any:
+    """Return the field `overwrite`."""
+    return option("Replace an existing output once the new one is complete.", False)
+
+
 def revision_option() -> Any:
     """Return the field `revision`."""
     return option("Branch, tag or commit of a Hub model.", None)

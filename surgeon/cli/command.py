@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Protocol, Union, get_args, get
 import typer
 
 from surgeon.cli.terminal import ByteProgress, emit, emit_json, log
-from surgeon.options import Flag, OptionError, flag_of, option
+from surgeon.options import Flag, OptionError, flag_of, option, output_option, overwrite_option
 from surgeon.surgery import Draft, Summary, Surgery
 
 if TYPE_CHECKING:
@@ -141,14 +141,8 @@ VERIFIED_BELOW = 1_000_000_000  # parameters; a larger result is verified on req
 class Writing:
     """The options of every command that writes a checkpoint."""
 
-    output: Path | None = option(
-        "Where the result goes. Default: the source's name with the surgery.",
-        None,
-        names=("--output", "-o"),
-        metavar="DIR",
-        writes=True,
-    )
-    overwrite: bool = option("Replace an existing output once the new one is complete.", False)
+    output: Path | None = output_option("Where the result goes. Default: the source's name with the surgery.")
+    overwrite: bool = overwrite_option()
     dry_run: bool = option("Print the plan and write nothing; reads headers only (a .gguf file is read whole).", False)
     dtype: str = option("keep (the source's bytes), float32, bfloat16 or float16.", "keep", metavar="DTYPE")
     max_shard_size: str = option("Largest weight file: 5GB, 500MB.", "5GB", metavar="SIZE")

@@ -9,7 +9,7 @@ from typing import Any
 
 from surgeon import text
 from surgeon.errors import RecipeError, SurgeonError
-from surgeon.options import option
+from surgeon.options import option, output_option
 from surgeon.recipe.checking import Job, Rounds, checked, jobs_of
 from surgeon.recipe.commands import Commands
 from surgeon.recipe.figures import headline, sentence
@@ -34,12 +34,8 @@ class RecipeOptions:
         names=("--from",),
         metavar="STEP",
     )
-    output: str | os.PathLike[str] | None = option(
-        "Directory for the outputs of all steps and the report. Default: the recipe's name.",
-        None,
-        names=("--output", "-o"),
-        metavar="DIR",
-        writes=True,
+    output: str | os.PathLike[str] | None = output_option(
+        "Directory for the outputs of all steps and the report. Default: the recipe's name."
     )
     overwrite: bool = option("Make anew what an earlier run made with other options or inputs.", False)
     dry_run: bool = option("Print the whole plan (sizes, tokens, time, disk) and run nothing.", False)

@@ -18,7 +18,17 @@ from surgeon.errors import OutputError, PlanError
 from surgeon.gist.architecture import refusal
 from surgeon.gist.compressor import Compressor
 from surgeon.gist.tokens import GistTokens, read_gist
-from surgeon.options import Reads, adapter_option, device_option, option, reads_of, revision_option, takes, trust_option
+from surgeon.options import (
+    Reads,
+    adapter_option,
+    device_option,
+    option,
+    output_option,
+    reads_of,
+    revision_option,
+    takes,
+    trust_option,
+)
 from surgeon.surgery import open_source
 
 if TYPE_CHECKING:
@@ -84,13 +94,8 @@ class CompressOptions:
         on_command_line=False,
         reads=True,
     )
-    output: str | os.PathLike[str] | None = option(
-        "Where the result goes. Default: MODEL-compress-KT.",
-        None,
-        names=("--output", "-o"),
-        metavar="DIR",
-        parse=Path,
-        writes=True,
+    output: str | os.PathLike[str] | None = output_option(
+        "Where the result goes. Default: MODEL-compress-KT.", parse=Path
     )
     overwrite: bool = option("Replace an existing compressed prompt once the new one is complete.", False)
     device: str = device_option()

@@ -13,7 +13,7 @@ from surgeon.checkpoint.output import check_space, check_target, staged, write_f
 from surgeon.checkpoint.receipt import to_bytes
 from surgeon.data.question_formation import LEXICONS, Line, Lines, cross_entropy, entropy
 from surgeon.errors import OutputError
-from surgeon.options import OptionError, check_seed, option, seed_option, takes
+from surgeon.options import OptionError, check_seed, flag_of, option, output_option, seed_option, takes
 from surgeon.text import rows
 
 KINDS = ("question-formation",)
@@ -75,9 +75,7 @@ class GeneratedData:
 class DataOptions:
     """The options of `data`."""
 
-    output: str | os.PathLike[str] | None = option(
-        "Where the files go. Default: the kind's name.", None, names=("--output", "-o"), metavar="DIR", writes=True
-    )
+    output: str | os.PathLike[str] | None = output_option("Where the files go. Default: the kind's name.")
     lines: int = option("Training lines.", 20_000, metavar="N")
     validation_lines: int = option("Held-out lines of the same distribution.", 1_000, metavar="N")
     generalization_lines: int = option("Lines that tell the rules apart which fit all others.", 1_000, metavar="N")
@@ -91,9 +89,8 @@ class DataOptions:
         if self.lexicon not in LEXICONS:
             raise OptionError("lexicon", f"--lexicon is {self.lexicon}; it is {', '.join(map(str, LEXICONS))}")
         for name in ("lines", "validation_lines", "generalization_lines"):
-            if not 1 <= getattr(self, name) < 10**8:
-                flag = f"--{name.replace('_', '-')}"
-                raise OptionError(name, f"{flag} is {getattr(self, name)}; it is 1 or more, and below 100 million")
+            if not 1 <= (count := getattr(self, name)) < 10**8:
+                raise OptionError(name, f"{flag_of(name)} is {count}; it is 1 or more, and below 100 million")
 
 
 @takes(DataOptions)

@@ -29,6 +29,8 @@ from surgeon.options import (
     flag_of,
     in_python,
     option,
+    output_option,
+    overwrite_option,
     reads_of,
     revision_option,
     seed_option,
@@ -118,14 +120,10 @@ class DistillOptions:
         metavar="DATA",
         reads=True,
     )
-    output: str | os.PathLike[str] | None = option(
-        "The .jsonl to write; a name without a suffix gets it. Default: DATA-distill.jsonl.",
-        None,
-        names=("--output", "-o"),
-        metavar="FILE",
-        writes=True,
+    output: str | os.PathLike[str] | None = output_option(
+        "The .jsonl to write; a name without a suffix gets it. Default: DATA-distill.jsonl.", "FILE"
     )
-    overwrite: bool = option("Replace an existing output once the new one is complete.", False)
+    overwrite: bool = overwrite_option()
     prompt: str = option(
         "auto (gsm8k where an answer has a number after ####, else sdft), sdft or gsm8k.", "auto", metavar="PROMPT"
     )

@@ -24,6 +24,8 @@ from surgeon.options import (
     flag_of,
     in_python,
     option,
+    output_option,
+    overwrite_option,
     reads_of,
     revision_option,
     same_option,
@@ -55,16 +57,14 @@ class PlaceOptions:
         metavar="DATA",
         reads=True,
     )
-    output: str | os.PathLike[str] | None = option(
-        "Where the result goes. Default: MODEL-finetune.", None, names=("--output", "-o"), metavar="DIR", writes=True
-    )
+    output: str | os.PathLike[str] | None = output_option("Where the result goes. Default: MODEL-finetune.")
     run_dir: str | os.PathLike[str] | None = option(
         "Directory for checkpoints, metrics and plot. Default: OUTPUT.run.", None, metavar="DIR", writes=True
     )
     resume: bool = option(
         "Continue the run in the run directory with the options that it began with, or begin one there.", False
     )
-    overwrite: bool = option("Replace an existing output once the new one is complete.", False)
+    overwrite: bool = overwrite_option()
 
 
 @dataclass(frozen=True, kw_only=True)
