@@ -81,7 +81,7 @@ class Place:
 
     def run(self, words: Sequence[str], *tracer: str) -> subprocess.CompletedProcess[str]:
         environment = os.environ | {
-            "PYTHONPATH": str(ROOT),
+            "PYTHONPATH": str(ROOT / "src"),
             "PYTHONDONTWRITEBYTECODE": "1",
             "PYTHONHASHSEED": "0",
             "HF_HUB_OFFLINE": "1",
@@ -247,7 +247,7 @@ def attack(words: Sequence[str], place: Place, *, most: int, seed: int, overwrit
 
 def build(models: Path) -> None:
     """Write the models and the text that the commands read, and an old output."""
-    sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+    sys.path[:0] = [str(ROOT / "src"), str(ROOT / "tests")]
     import talkers
     import torch
     from safetensors.torch import load_file

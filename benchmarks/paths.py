@@ -59,7 +59,7 @@ def main() -> None:
 
 def files_entered(words: Sequence[str]) -> list[str]:
     """Return the files that a command enters, relative to surgeon/, in the order in which it enters them."""
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    environment = os.environ | {"PYTHONPATH": str(ROOT / "src"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     with tempfile.TemporaryDirectory() as directory:
         place, report = Path(directory) / "place", Path(directory) / "entered.json"
         shutil.copytree(models().name, place)
@@ -75,7 +75,7 @@ def files_entered(words: Sequence[str]) -> list[str]:
 def models() -> "tempfile.TemporaryDirectory[str]":
     """Return a folder with the models and the text that the commands read. It goes when the process ends."""
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+    sys.path[:0] = [str(ROOT / "src"), str(ROOT / "tests")]
     import talkers
 
     import surgeon

@@ -12,6 +12,7 @@ from pathlib import Path
 from statistics import mean
 
 ROOT = Path(__file__).resolve().parent.parent
+SOURCE = ROOT / "src"
 PAGE, PICTURE = ROOT / "docs/design.md", ROOT / "docs/images/architecture.svg"
 # The floors of the house, from the ground up. A package imports its own files and lower floors only.
 FLOORS = (
@@ -42,8 +43,8 @@ def main() -> None:
 
 def modules() -> dict[str, Path]:
     """Return the files of the package by the name of their module."""
-    files = sorted((ROOT / "surgeon").rglob("*.py"))
-    names = (".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__") for path in files)
+    files = sorted((SOURCE / "surgeon").rglob("*.py"))
+    names = (".".join(path.relative_to(SOURCE).with_suffix("").parts).removesuffix(".__init__") for path in files)
     return dict(zip(names, files, strict=True))
 
 

@@ -27,7 +27,7 @@ if LATER:
     from surgeon.train.model import precision_of
     from surgeon.train.settings import Settings
 
-SURGEON = Path(__file__).parent.parent / "surgeon"
+SURGEON = Path(__file__).parent.parent / "src/surgeon"
 
 
 @pytest.fixture

@@ -24,7 +24,7 @@ if LATER:
     from surgeon.measure.trainability import trainability
     from surgeon.models.streaming import StreamedModel
 
-CODE = Path(__file__).parents[1] / "surgeon"
+CODE = Path(__file__).parents[1] / "src/surgeon"
 MISSING = "model.layers.1.self_attn.q_proj.weight"
 
 

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -43,6 +44,17 @@ def command(*arguments: object) -> str:
 
 def test_importing_surgeon_imports_nothing_heavy():
     assert modules_after("import surgeon; surgeon.truncate; surgeon.inspect") == set()
+
+
+def test_a_clone_does_not_hide_the_package_from_the_directory_above_it(tmp_path):
+    (tmp_path / "surgeon").mkdir()  # the name that git gives the clone
+    for path in Path(__file__).parents[1].iterdir():
+        (tmp_path / "surgeon" / path.name).symlink_to(path)
+
+    code = "import surgeon; print(surgeon.truncate)"
+    result = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+
+    assert "function truncate" in result.stdout, result.stderr
 
 
 def test_importing_any_part_of_surgeon_opens_no_connection():

@@ -27,7 +27,7 @@ SETTINGS = {"help_option_names": ["-h", "--help"]}
 def commands() -> dict[str, str]:
     """Return the first sentence of each command by its name, in the order of --help.
 
-    A command is the function of its file's name in surgeon/cli/NAME.py, where that file has a GROUP. The files are
+    A command is the function of its file's name in src/surgeon/cli/NAME.py, where that file has a GROUP. The files are
     parsed and not imported, because they import what their commands need.
     """
     listed = []
@@ -68,7 +68,7 @@ class Commands(TyperGroup):
 
 
 def command_of(module: ModuleType) -> Any:
-    """Return the command in a file of surgeon/cli, as typer runs it."""
+    """Return the command in a file of src/surgeon/cli, as typer runs it."""
     function = getattr(module, module.__name__.rpartition(".")[2])
     single = typer.Typer(add_completion=False, rich_markup_mode=None, context_settings=SETTINGS)
     single.command(no_args_is_help=True, epilog=f"Example: {module.EXAMPLE}", context_settings=SETTINGS)(function)

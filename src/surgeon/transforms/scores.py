@@ -1,7 +1,7 @@
 """The table of scores: how each is taken, and how it chooses the layers that go.
 
-A score is one file in `surgeon/measure/` and one row here. The command line, the record in scores.json, the choice of
-layers and the pictures read the row.
+A score is one file in `src/surgeon/measure/` and one row here. The command line, the record in scores.json, the choice
+of layers and the pictures read the row.
 """
 
 from collections.abc import Mapping
