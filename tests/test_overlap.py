@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from handmade import checkpoint, edit_config, llama, snapshot
+from handmade import checkpoint, edit_config, llama, safetensors, snapshot
 
 import surgeon
+from surgeon.checkpoint.header import TensorSpec
 from surgeon.checkpoint.overlap import check_file_replaced, check_replaced, check_uploaded
 from surgeon.cli.app import command_of, commands
 from surgeon.errors import HubError, OutputError
@@ -99,6 +100,7 @@ CASES: dict[tuple[str, str], list[str]] = {
     ("init", "config"): ["{out}/config.json"],
     ("init", "tokenizer"): ["gpt2", "--tokenizer", "{out}"],
     ("convert", "source"): ["{out}/pytorch_model.bin"],
+    ("convert", "base"): ["{model}/lora", "--base", "{out}"],
     ("finetune", "model"): ["{out}", "--data", "{text}"],
     ("finetune", "data"): ["{model}", "--data", "{text}", "--data", "{out}/text.txt"],
     ("finetune", "eval_data"): ["{model}", "--data", "{text}", "--eval-data", "{out}"],
@@ -135,7 +137,17 @@ def made_for(command: str, option: str, model: Path, out: Path) -> None:
         (out / "gist.json").write_text("{}")
         for path in (model, checkpoint(out / "model")):
             edit_config(path, gist=gist)
-    if command == "convert":
+    if option == "base":
+        (model / "lora").mkdir()
+        rule = {"peft_type": "LORA", "r": 1, "lora_alpha": 1, "base_model_name_or_path": "elsewhere"}
+        (model / "lora/adapter_config.json").write_text(json.dumps(rule))
+        module = "base_model.model.model.layers.0.self_attn.q_proj"
+        pair = {
+            f"{module}.lora_A.weight": TensorSpec("F32", (1, 8)),
+            f"{module}.lora_B.weight": TensorSpec("F32", (20, 1)),
+        }
+        (model / "lora/adapter_model.safetensors").write_bytes(safetensors(pair))
+    if (command, option) == ("convert", "source"):
         import torch
 
         (out / "model.safetensors").unlink()

@@ -4,7 +4,7 @@ import os
 import re
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext, suppress
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -14,10 +14,10 @@ from surgeon import text
 from surgeon.anatomy.anatomy import Anatomy, read_anatomy
 from surgeon.anatomy.config import runtime_notes
 from surgeon.checkpoint import output, receipt
-from surgeon.checkpoint.derived import JoinedSource
+from surgeon.checkpoint.derived import DerivedSource, JoinedSource
 from surgeon.checkpoint.header import QUANTIZATION_FILES, CheckpointSpec, is_quantized
 from surgeon.checkpoint.output import CountBytes
-from surgeon.checkpoint.source import CARD, CONFIG, RECEIPT, Source, content_of, open_directory, spec_of
+from surgeon.checkpoint.source import CARD, CONFIG, RECEIPT, Source, content_of, is_adapter, open_directory, spec_of
 from surgeon.errors import CheckpointError, PlanError
 from surgeon.options import Reads, verb_named
 from surgeon.plan.execute import Shard, check_written, execute, lay_out, peak_memory, ranges_read, shareable_files
@@ -223,8 +223,9 @@ class Surgery:
 
     def _all_reads(self) -> Reads:
         """Return what is read, with the source that is open: it may be another than the option named."""
-        origin = self.source.origin
-        return self.reads if origin is None else {**self.reads, "this command": (str(origin),)}
+        sources = (self.source, self.source.base if isinstance(self.source, DerivedSource) else self.source)
+        places = tuple(str(each.origin) for each in sources if each.origin is not None)
+        return {**self.reads, "this command": places} if places else self.reads
 
     def _quantization_files(self, plan: Plan) -> dict[str, bytes]:
         """Return the files beside the weights that name quantized layers, as they must be where layers have moved."""
@@ -282,12 +283,10 @@ class Surgery:
     ) -> Summary:
         """Write the result and return what was done. It appears at `out` at once and whole, or not at all.
 
-        `dtype` is "keep" (the source's bytes) or a floating dtype to store; `max_shard_size` a number of bytes or
-        "5GB". `block` is the size of the disk blocks for whose sharing the tensors are placed: None, as the disk offers
-        it; a receipt's, for the same bytes on any disk. `progress` is told how many more bytes are written; `command`
-        goes into the card and the receipt.
-
-        Raises PlanError before anything is written, OutputError when it cannot be written.
+        `dtype` is "keep" (the source's bytes) or a floating dtype; `max_shard_size` a number of bytes or "5GB". `block`
+        is the size of the disk blocks for whose sharing tensors are placed: None, as the disk offers it; a receipt's,
+        for the same bytes on any disk. `progress` is told how many more bytes are written; `command` goes into the
+        card and the receipt. Raises PlanError before anything is written, OutputError when it cannot be written.
         """
         draft = self.prepare(out, dtype=dtype, max_shard_size=max_shard_size, block=block)
         return draft.write(overwrite=overwrite, progress=progress, command=command)
@@ -431,20 +430,21 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}(/[A-Za-z0-9][\w.-]{0,95})?")  # a
 
 
 def open_source(model: str | os.PathLike[str], *, revision: str | None = None) -> Source:
-    """Return the checkpoint that `model` names. `revision` is a branch, tag or commit on the Hub.
+    """Return the checkpoint that `model` names, an adapter merged. `revision` is a branch, tag or commit on the Hub.
 
     Raises CheckpointError for a path that is no checkpoint, HubError for an id that the Hub does not have.
     """
     text = os.fspath(model)
-    path = Path(text)
-    with suppress(RuntimeError):  # ~name of a user without a home here
-        path = path.expanduser()
+    path = Path(os.path.expanduser(text))  # noqa: PTH111  # Path.expanduser raises for a user without a home here
     if not _HUB_ID.fullmatch(text) or path.exists():
         if revision is not None:
-            raise CheckpointError(
-                f"{text} is a local path; a revision is for a model on the Hub", hint="Leave out --revision."
-            )
-        return open_directory(path, label=text)
+            message = f"{text} is a local path; a revision is for a model on the Hub"
+            raise CheckpointError(message, hint="Leave out --revision.")
+        if not is_adapter(path):
+            return open_directory(path, label=text)
+        from surgeon.checkpoint.lora import open_adapter
+
+        return open_adapter(path, label=text, open_base=open_source)
     from surgeon.checkpoint.hub import open_hub
 
     return open_hub(text, revision=revision)

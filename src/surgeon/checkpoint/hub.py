@@ -227,7 +227,8 @@ class HubSource:
             converted = f"{directory}/{ggufs[0]}" if ggufs else directory
             hint = f"hf download {self.repo_id} --local-dir {directory} && surgeon convert {converted}"
         elif "adapter_config.json" in self.files:
-            hint = "This is a PEFT adapter; merge it into its base model first."
+            directory = self.repo_id.rpartition("/")[2]
+            hint = f"This is an adapter: hf download {self.repo_id} --local-dir {directory}, and name {directory}."
         elif constants.HF_HUB_OFFLINE:
             hint = "Unset HF_HUB_OFFLINE once to fetch it: the cache may hold only part of the repository."
         else:

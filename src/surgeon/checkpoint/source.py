@@ -22,6 +22,7 @@ from surgeon.errors import CheckpointError
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 CONFIG = "config.json"
+ADAPTER = "adapter_config.json"
 FINGERPRINT_BYTES = 512
 
 # Files that hold weights of this model in some form. A surgery makes them stale, so it never copies them.
@@ -237,8 +238,6 @@ class LocalSource:
             return f"surgeon convert {others[0]}"
         if others:
             return f"surgeon convert {self.directory}"
-        if (self.directory / "adapter_config.json").is_file():
-            return "This is a PEFT adapter; merge it into its base model first."
         return f"A checkpoint is a directory with {CONFIG} and {WEIGHTS}; look with: ls {self.directory}"
 
 
@@ -252,6 +251,16 @@ def _look(path: Path) -> tuple[int, int] | None:
 
 
 # Opening
+
+
+def is_adapter(directory: Path) -> bool:
+    """Return whether a directory holds an adapter of PEFT, and no weights of a model."""
+    weights = (WEIGHTS, INDEX, "pytorch_model.bin", "pytorch_model.bin.index.json")
+    return _is_file(directory / ADAPTER) and not any(os.path.lexists(directory / name) for name in weights)
+
+
+def _is_file(path: Path) -> bool:
+    return os.path.isfile(path)  # noqa: PTH113  # Path.is_file raises for a name that is too long
 
 
 def open_directory(directory: Path, *, label: str | None = None) -> LocalSource:
@@ -276,8 +285,6 @@ def open_directory(directory: Path, *, label: str | None = None) -> LocalSource:
 def _hint_without_config(directory: Path) -> str:
     if ggufs := sorted(directory.glob("*.gguf")):
         return f"surgeon convert {ggufs[0]}"
-    if (directory / "adapter_config.json").is_file():
-        return "This is a PEFT adapter; merge it into its base model first."
     inside = sorted(path.parent for path in directory.glob(f"*/{CONFIG}"))
     return f"Did you mean {inside[0]}?" if inside else f"Name the directory that holds {CONFIG}."
 

@@ -199,7 +199,7 @@ def carried_out(
         from surgeon.models.loading import loadable
         from surgeon.verbs.verify import verify_as
 
-        source, revision = loadable(surgery.source)
+        source, revision = loadable(surgery.source, weights=True)
         found.append(verify_as(str(draft.summary.output), source, stage, revision=revision))
 
     if verify is None:

@@ -170,7 +170,7 @@ def _run(
 ) -> dict[str, Any]:
     """Return the results of one run of the harness."""
     with TemporaryDirectory(prefix="surgeon-lm-eval-") as scratch:
-        name = str(Path(loadable(source)[0]).absolute()) if source.origin is not None else source.label
+        name = str(Path(loadable(source, weights=True)[0]).absolute()) if source.origin is not None else source.label
         if "," in name:  # separates arguments there
             Path(scratch, "model").symlink_to(name)
             name = str(Path(scratch, "model"))
