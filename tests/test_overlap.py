@@ -26,7 +26,7 @@ from surgeon.surgery import open_source
 NO_PLACES = {
     *("N", "K", "T", "S", "W", "F", "E", "G", "R", "A", "P", "M", "I", "LR", "SIZE", "DTYPE", "K,K", "FIRST,LAST"),
     *("METHOD", "METRIC", "SCORE", "NAME", "NAMES", "PART", "PARTS", "LAYERS", "WHEN", "WHO", "WAY", "TOOL", "AXIS"),
-    *("TEXT", "[TEXT]", "REGEX", "REPO", "last|all", "KIND", "KEY=VALUE", "NAME=VALUE", "STEP"),
+    *("TEXT", "[TEXT]", "REGEX", "REPO", "last|all", "KIND", "KEY=VALUE", "NAME=VALUE", "FIELD=COLUMN", "STEP"),
     *("PROMPT", "CHECK", "WHAT", "ENGINE"),
 }
 WORDS = {"revision", "device"}  # options of text without a placeholder

@@ -434,7 +434,7 @@ def test_what_cannot_be_is_refused_before_the_text_is_looked_for(options, messag
         (["--data", "{tmp}/empty.txt"], "0 tokens in", "--data"),
         (["--data", "{tmp}/latin.txt"], "is not UTF-8", "iconv"),
         (["--data", "{tmp}/broken.jsonl"], "broken.jsonl:2:", "one record per line"),
-        (["--data", "{tmp}/data.csv"], "is of no kind that surgeon reads", ".jsonl"),
+        (["--data", "{tmp}/data.xml"], "is of no kind that surgeon reads", ".jsonl"),
         (["--data", "{text}", "--samples", 0], "0 samples", "--samples"),
         (["--data", "{text}", "--samples", -1], "-1 samples", "--samples"),
         (["--data", "{text}", "--sequence-length", 1], "rows of 1 tokens", "--sequence-length"),
@@ -456,7 +456,7 @@ def test_what_cannot_be_measured_is_refused_and_nothing_is_written(options, mess
     (tmp_path / "empty.txt").write_text("")
     (tmp_path / "latin.txt").write_bytes("w3 caf\xe9".encode("latin-1"))
     (tmp_path / "broken.jsonl").write_text('{"text": "w3 w4"}\n{"text": \n')
-    (tmp_path / "data.csv").write_text("a,b\n")
+    (tmp_path / "data.xml").write_text("a,b\n")
     before = snapshot(tmp_path)
     layers = [] if "--target-parameters" in options else ["--layers", 4]
     options = [str(option).format(**places) for option in options]

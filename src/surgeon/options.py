@@ -140,6 +140,15 @@ def trust_option() -> Any:
     return option("Run the code that the checkpoint brings along (auto_map). Read that code first.", False)
 
 
+def columns_option() -> Any:
+    """Return the field `columns`."""
+    return option(
+        "Columns that records are read from: prompt=question,completion=answer. Default: by their names.",
+        None,
+        metavar="FIELD=COLUMN",
+    )
+
+
 def adapter_option() -> Any:
     """Return the field `adapter`."""
     return option(

@@ -9,7 +9,7 @@ from pathlib import Path
 from surgeon.checkpoint.source import RESULTS
 from surgeon.errors import HubError, OutputError
 from surgeon.options import Reads
-from surgeon.text import sliced
+from surgeon.text import place_of
 
 MOST_LINKS = 40  # that a path may lead through, as in the kernel
 HINT = "Choose another place with -o."
@@ -59,7 +59,7 @@ def _named(reads: Reads) -> Iterator[tuple[str, Path]]:
     """Yield all paths that are read, each with its option. What is on the Hub is read from its place in the cache."""
     for option, values in reads.items():
         for value in values:
-            value, *_ = sliced(value)
+            value = place_of(value)
             path = Path(value)
             with suppress(RuntimeError):  # ~name of a user without a home here
                 path = path.expanduser()

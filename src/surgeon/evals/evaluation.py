@@ -16,6 +16,7 @@ from surgeon.anatomy.anatomy import read_anatomy
 from surgeon.anatomy.config import positions_of
 from surgeon.checkpoint.output import write_whole
 from surgeon.checkpoint.source import Source, spec_of
+from surgeon.data.records import chosen_columns
 from surgeon.errors import DataError, MeasureError, OutputError, PlanError
 from surgeon.evals.compare import (
     PairedDifference,
@@ -30,7 +31,16 @@ from surgeon.evals.compare import (
 )
 from surgeon.evals.metrics import extracted, final_number
 from surgeon.evals.verdicts import Judgement, card_sentences
-from surgeon.options import OptionError, device_option, flag_of, in_python, option, revision_option, trust_option
+from surgeon.options import (
+    OptionError,
+    columns_option,
+    device_option,
+    flag_of,
+    in_python,
+    option,
+    revision_option,
+    trust_option,
+)
 from surgeon.surgery import open_source
 
 if TYPE_CHECKING:
@@ -63,10 +73,12 @@ class MetricOptions:
     """The options of one metric on data, in the Python call and on the command line."""
 
     data: Sequence[str] = option(
-        "Text, or records with an answer: .txt, .jsonl, .json, .parquet or a Hub dataset. Repeatable.",
+        "Text, or records with an answer: .txt, .jsonl, .json, .csv, .parquet, or a dataset, saved or on the Hub. "
+        "Repeatable.",
         metavar="DATA",
         reads=True,
     )
+    columns: str | None = columns_option()
     metric: str = option(
         "perplexity, exact-match, rouge-l, choice, pseudo-perplexity or classification. Several, such as "
         "exact-match,rouge-l, are of one --data each, in one table with their mean.",
@@ -109,6 +121,7 @@ class MetricOptions:
     )
 
     def __post_init__(self) -> None:
+        chosen_columns(self.columns)
         if self.metric not in METRICS:
             raise OptionError("metric", f"--metric {self.metric!r} is none of {', '.join(METRICS)}")
 
@@ -340,12 +353,14 @@ class EvalContext:
             labels = [self.sources[0].label, self.sources[other].label]
             check_same_tokens(flat[0], flat[other], [self.tokenizers[0], self.tokenizers[other]], labels)
 
-    def setup(self, data: Sequence[str], sha256: str) -> dict[str, Any]:
-        """Return the entries that all evaluations have: data, hash of the tokens, device and dtypes."""
+    def setup(self, data: Sequence[str], sha256: str, columns: str | None) -> dict[str, Any]:
+        """Return the entries that all evaluations have: data, chosen columns, hash of the tokens, device and dtypes."""
         from surgeon.models.device import compute_dtype
 
         dtypes = {str(compute_dtype(source, self.device)).removeprefix("torch.") for source in self.sources}
-        return {"data": list(data), "sha256": sha256, "device": self.device, "dtype": "/".join(sorted(dtypes))}
+        chosen = {} if columns is None else {"columns": columns}
+        numbers = {"sha256": sha256, "device": self.device, "dtype": "/".join(sorted(dtypes))}
+        return {"data": list(data)} | chosen | numbers
 
 
 def context_of(sources: Sequence[Source], device: str, meter: "Meter | None") -> EvalContext:

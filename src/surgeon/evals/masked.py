@@ -61,7 +61,8 @@ def evaluate_pseudo_perplexity(context: EvalContext, options: EvaluationOptions)
     for source in context.sources:
         check_masked(source)
     shape = {"samples": options.samples or SAMPLES, "sequence_length": options.sequence_length or SEQUENCE_LENGTH}
-    texts = [read_rows(options.data, tokenizer, **shape) for tokenizer in context.tokenizers]
+    columns = options.columns
+    texts = [read_rows(options.data, tokenizer, **shape, columns=columns) for tokenizer in context.tokenizers]
     context.check_same([text.tokens.tolist() for text in texts])
     labels = [source.label for source in context.sources]
     frames = [Frame.of(tokenizer, label) for tokenizer, label in zip(context.tokenizers, labels, strict=True)]
@@ -81,7 +82,7 @@ def evaluate_pseudo_perplexity(context: EvalContext, options: EvaluationOptions)
         scored.append(Scored(model.label, figures, counts, {"loss": tuple(sums)}, tuple(sizes)))
     notes = [COST.format(tokens=rows.numel(), width=width)]
     notes += [ONE_ROW] if len(rows) < 2 else []
-    setup = context.setup(options.data, texts[0].digest) | {"sequence_length": length, "stride": None}
+    setup = context.setup(options.data, texts[0].digest, columns) | {"sequence_length": length, "stride": None}
     return Evaluation.of(options.metric, scored, setup, notes)
 
 

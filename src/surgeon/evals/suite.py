@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from surgeon import text
+from surgeon.data.records import chosen_columns
 from surgeon.evals.compare import (
     Estimate,
     PairedDifference,
@@ -35,6 +36,7 @@ class SuiteOptions(MetricOptions):
     meter: Any = in_python("A progress meter.")
 
     def __post_init__(self) -> None:
+        chosen_columns(self.columns)
         _ = self.tasks
 
     @property

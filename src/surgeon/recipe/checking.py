@@ -10,10 +10,10 @@ from dataclasses import dataclass, replace
 from surgeon.errors import RecipeError
 from surgeon.recipe.commands import RESERVED, Commands, Key, UsageError
 from surgeon.recipe.reading import Condition, Loop, Place, Recipe, Step, Value, close_to, plain, substituted
-from surgeon.text import sliced
+from surgeon.text import place_of
 
 # What a missing local file looks like, rather than a model or a dataset on the Hub.
-_LOCAL = re.compile(r"[./~].*|.*\.(txt|jsonl?|parquet|csv|yaml|gguf|bin|safetensors|gz)|.*/.*/.*")
+_LOCAL = re.compile(r"[./~].*|.*\.(txt|jsonl?|parquet|[ct]sv|yaml|gguf|bin|safetensors|gz|zst)|.*/.*/.*")
 MOST_LETTERS = 100  # of the name of a step with its values
 SEED = "seed"  # the setting over whose values the report takes means
 
@@ -218,7 +218,7 @@ def _references(
 def _check_there(items: Sequence[str], place: Place) -> None:
     """Raise RecipeError for a local file that is missing."""
     for written in items:
-        item, *_ = sliced(written)
+        item = place_of(written)
         if _LOCAL.fullmatch(item) and not os.path.lexists(os.path.expanduser(item)):  # noqa: PTH111
             raise place.error(f"no such file or directory: {item}", hint="Paths are relative to where you are.")
 

@@ -5,8 +5,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
+from surgeon.data.records import chosen_columns
 from surgeon.errors import PlanError
-from surgeon.options import check_seed, flag_of, option
+from surgeon.options import check_seed, columns_option, flag_of, option
 
 SCHEDULES = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup"}  # ours: transformers'
 PRECISIONS = ("auto", "bf16", "float32", "pure-bf16")
@@ -39,6 +40,7 @@ class LearningSettings:
     )
     eval_fraction: float = option("Without --eval-data: the fraction of documents to hold out.", 0.01, metavar="F")
     eval_rows: int = option("Evaluate at most N held-out sequences, and as many trained ones.", 64, metavar="N")
+    columns: str | None = columns_option()
     # length and rate
     max_steps: int | None = option("Number of optimiser steps.", None, metavar="N")
     epochs: float | None = option("Passes over the data. Default: 1, unless steps are given.", None, metavar="E")
@@ -128,6 +130,7 @@ class Settings(ComputeSettings, LearningSettings):  # dataclasses take the field
         check_words(self, words)
         if wrong := next((tool for tool in self.track if tool not in TRACKERS), None):
             raise PlanError(f"unknown --track {wrong!r}", hint=f"One of: {', '.join(TRACKERS)}.")
+        chosen_columns(self.columns)
         self._check_numbers()
         self._check_pairs()
         self.learning_rate()

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from surgeon.anatomy.anatomy import read_anatomy
 from surgeon.anatomy.config import positions_of
 from surgeon.checkpoint.source import Source, spec_of
+from surgeon.data.records import chosen_columns
 from surgeon.evals.compare import short_label
 from surgeon.evals.diagnosis import (
     LOW_RANK,
@@ -25,6 +26,7 @@ from surgeon.evals.evaluation import EvalContext, context_of, open_evaluated
 from surgeon.options import (
     OptionError,
     Reads,
+    columns_option,
     device_option,
     flag_of,
     in_python,
@@ -48,8 +50,9 @@ class DiagnosisOptions:
     """The options of the command `diagnose`."""
 
     data: Sequence[str] = option(
-        "Text to look at: .txt, .json, .jsonl, .parquet, Hub dataset. Repeatable.", metavar="DATA", reads=True
+        "Text to look at: .txt, .jsonl, .csv, .parquet, Hub dataset ... Repeatable.", metavar="DATA", reads=True
     )
+    columns: str | None = columns_option()
     samples: int = option("Number of sequences taken from the text.", 20, metavar="N")
     sequence_length: int = option("Tokens per sequence (T); ranks of different T cannot be compared.", 100, metavar="T")
     energy: float = option("Share of a map's energy that its rank and its mass hold.", 0.9, metavar="E")
@@ -72,6 +75,7 @@ class DiagnosisOptions:
     def __post_init__(self) -> None:
         if not self.data:
             raise OptionError("data", "there is no data to look at: give --data FILE")
+        chosen_columns(self.columns)
         for name, least in (("samples", 1), ("sequence_length", 2), ("skip_samples", 0)):
             if getattr(self, name) < least:
                 raise OptionError(name, f"{flag_of(name)} is {getattr(self, name)}; the least is {least}")
@@ -141,15 +145,15 @@ def _diagnosed(model: str | os.PathLike[str], options: DiagnoseOptions) -> Diagn
     sources = [open_evaluated(model, options.revision)]
     sources += [] if options.against is None else [open_evaluated(options.against, None)]
     context = context_of(sources, options.device, options.meter)
-    shape = {"samples": options.samples, "sequence_length": options.sequence_length}
-    rows = [read_rows(options.data, tokenizer, **shape) for tokenizer in context.tokenizers]
+    amount: dict[str, Any] = {"samples": options.samples, "sequence_length": options.sequence_length}
+    rows = [read_rows(options.data, each, **amount, columns=options.columns) for each in context.tokenizers]
     tokens, length = rows[0].tokens, rows[0].tokens.shape[1]
     context.check_same([one.tokens.tolist() for one in rows])
     most = min(filter(None, map(positions_of, sources)), default=length)
     context.check_length(length, "rows have", f"Use --sequence-length {most}.")
     known = calibration(length, options.energy)
-    setup = context.setup(options.data, rows[0].digest) | {"dtype": "float32"}
-    setup |= {"asked_length": options.sequence_length}
+    setup = context.setup(options.data, rows[0].digest, options.columns) | {"dtype": "float32"}
+    setup |= {"asked_length": options.sequence_length} | ({"notes": list(rows[0].notes)} if rows[0].notes else {})
     diagnoses = [_one(source, tokens, known, setup, context, options) for source in sources]
     if len(diagnoses) == 1:
         return diagnoses[0]

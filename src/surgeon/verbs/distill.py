@@ -18,13 +18,15 @@ from surgeon.checkpoint.json_files import read_json
 from surgeon.checkpoint.overlap import check_file_replaced
 from surgeon.checkpoint.receipt import public_name, to_bytes, versions
 from surgeon.checkpoint.source import Source, fingerprint
-from surgeon.data.documents import documents
+from surgeon.data.documents import Reading
+from surgeon.data.records import chosen_columns
 from surgeon.errors import CheckpointError, DataError, OutputError
 from surgeon.evals.compare import estimate
 from surgeon.evals.evaluation import open_evaluated
 from surgeon.options import (
     OptionError,
     check_seed,
+    columns_option,
     device_option,
     flag_of,
     in_python,
@@ -42,7 +44,7 @@ from surgeon.rewriting.engines import Engine, TransformersEngine, VllmEngine, Wr
 from surgeon.rewriting.journal import Journal, difference, opened, write_lines
 from surgeon.rewriting.loop import Asked, Progress, Watch, lines, rewrite
 from surgeon.rewriting.prompts import PROMPTS, form_of, prompt_tokens, row_of
-from surgeon.text import sliced
+from surgeon.text import place_of, sliced
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -115,11 +117,12 @@ class DistillOptions:
     """The options of `distill`."""
 
     data: Sequence[str] = option(
-        "Records with an answer (prompt, completion; instruction, output; question, answer; messages): .jsonl, .json, "
-        ".parquet, a directory of them, or a Hub dataset. Repeatable.",
+        "Records with an answer (prompt, completion; instruction, output; question, answer; messages ...): .jsonl, "
+        ".json, .csv, .parquet, a directory, or a dataset, saved or on the Hub. Repeatable.",
         metavar="DATA",
         reads=True,
     )
+    columns: str | None = columns_option()
     output: str | os.PathLike[str] | None = output_option(
         "The .jsonl to write; a name without a suffix gets it. Default: DATA-distill.jsonl.", "FILE"
     )
@@ -159,6 +162,7 @@ class DistillOptions:
 
     def __post_init__(self) -> None:
         check_seed(self.seed)
+        chosen_columns(self.columns)
         if not self.data:
             raise OptionError("data", "nothing to rewrite: give --data")
         words = (("prompt", PROMPTS), ("on_fail", (KEEP, DROP)), ("engine", ENGINES))
@@ -207,7 +211,16 @@ class DistillOptions:
 
 # The options that decide what is written; --on-fail decides only what becomes of it.
 _DECIDING = (
-    *("prompt", "extract", "samples", "temperature", "max_new_tokens", "min_length_ratio", "max_length_ratio"),
+    *(
+        "columns",
+        "prompt",
+        "extract",
+        "samples",
+        "temperature",
+        "max_new_tokens",
+        "min_length_ratio",
+        "max_length_ratio",
+    ),
     *("max_copied", "batch_size", "batch_tokens", "seed"),
 )
 
@@ -243,7 +256,8 @@ def _distilled(source: Source, options: DistillOptions) -> Distillation:
 
     device = resolve_device(options.device)
     tokenizer = load_tokenizer(*loadable(source))
-    asked, digest = _asked(source, tokenizer, options)
+    reading = Reading(options.columns)
+    asked, digest = _asked(source, tokenizer, options, reading)
     engine_name = chosen(options.engine, device)
     teacher = {"teacher": public_name(source), "fingerprint": fingerprint(source)}
     request = {"format": FORMAT, "teacher": teacher["fingerprint"], "data": digest}
@@ -269,15 +283,18 @@ def _distilled(source: Source, options: DistillOptions) -> Distillation:
         source.check_unchanged()
         sha256 = _write(target, asked, journal, teacher, options)
         result = _summary(asked, journal, progress, options, engine=engine_name, resumed=resumed, sha256=sha256)
-        result = replace(result, seconds=round(monotonic() - began, 3))
+        notes = (*result.notes, *reading.notes(tokenizer.chat_template))
+        result = replace(result, notes=notes, seconds=round(monotonic() - began, 3))
         _write_receipt(target, request, result, options)
         journal.remove()
     return result
 
 
-def _asked(source: Source, tokenizer: "PreTrainedTokenizerBase", options: DistillOptions) -> tuple[list[Asked], str]:
+def _asked(
+    source: Source, tokenizer: "PreTrainedTokenizerBase", options: DistillOptions, reading: Reading
+) -> tuple[list[Asked], str]:
     """Return the rows of the data with their prompts, all of them checked, and a SHA-256 over both."""
-    streams = [documents(spec) for spec in options.data]  # a wrong name is an error before anything is read
+    streams = [reading.documents(spec) for spec in options.data]  # a wrong name is an error before anything is read
     checks, most, asked = options.checks, positions_of(source), []
     digest = hashlib.sha256()
     for document in chain(*streams):
@@ -300,7 +317,7 @@ def _check_target(options: DistillOptions, model: str) -> None:
     """Raises OutputError where the output is something that is read, or would be at the next call."""
     check_file_replaced(options.target, reads_of(options) | {"MODEL": (model,)})
     place = os.path.realpath(options.target.parent)
-    for spec in (sliced(written)[0] for written in options.data):
+    for spec in (place_of(written) for written in options.data):
         if os.path.isdir(spec) and os.path.realpath(spec) == place:  # noqa: PTH112  # Path.is_dir may raise
             raise OutputError(f"{options.target} would be among what --data reads: {spec}", hint="Choose another -o.")
 

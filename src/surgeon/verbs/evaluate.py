@@ -45,6 +45,7 @@ if TYPE_CHECKING:
 _NOT_WITH = {
     "tasks": (
         "data",
+        "columns",
         "metric",
         "sequence_length",
         "stride",
@@ -150,9 +151,8 @@ def _evaluated(model: str | os.PathLike[str], options: EvaluationOptions) -> Eva
     judging = None
     if options.judge is not None:
         length = options.max_new_tokens or MAX_NEW_TOKENS
-        judging = load_judge(
-            options.judge, options.data, context.device, samples=options.samples, max_new_tokens=length
-        )
+        amount: dict[str, Any] = {"samples": options.samples, "max_new_tokens": length}
+        judging = load_judge(options.judge, options.data, context.device, columns=options.columns, **amount)
     if options.documents:
         from surgeon.evals.whole import evaluate_documents as score
     elif options.metric == "perplexity":

@@ -51,8 +51,9 @@ class PlaceOptions:
     """Where the data is, and where the run and its result are written."""
 
     data: Sequence[str] = option(
-        "Text, or records (text; prompt, completion; instruction, output; question, answer; messages): .txt, "
-        ".jsonl, .json, .parquet, a directory of them, or a Hub dataset. Repeatable. Only a resumed run needs none.",
+        "Text, or records (text; prompt, completion; instruction, output; question, answer; messages ...): .txt, "
+        ".jsonl, .json, .csv, .parquet, a directory, or a dataset, saved or on the Hub. Repeatable. "
+        "Only a resumed run needs none.",
         (),
         metavar="DATA",
         reads=True,

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from surgeon.anatomy.anatomy import Anatomy, read_anatomy
 from surgeon.checkpoint.source import SCORES, Source, spec_of
+from surgeon.data.records import chosen_columns
 from surgeon.errors import PlanError
 from surgeon.measure.record import Scores, check_ranking, perplexities, read_scores_of
 from surgeon.models.loading import runs
@@ -15,6 +16,7 @@ from surgeon.options import (
     OptionError,
     Verb,
     check_seed,
+    columns_option,
     device_option,
     in_python,
     numbers,
@@ -37,7 +39,6 @@ if TYPE_CHECKING:
 
 VERB = Verb(counts_layers=True, plans="prune", begins=True)
 UNSCORED = "No scores yet: the layer list is a placeholder; counts and sizes are exact."
-SELF_SAMPLED = "the calibration text was written by the model itself; give --data for a text of your own"
 HEAVY = "more than a quarter of the layers goes: expect a broken model until it is healed (finetuned)"
 _UNCHANGED = "Default: unchanged."
 _SCORES = ", ".join(f"{name} ({method.help})" for name, method in METHODS.items())
@@ -105,11 +106,12 @@ class CutOptions:
         metavar="last|all",
     )
     data: Sequence[str] = option(
-        "Text to measure on: .txt, .json, .jsonl, .parquet, Hub dataset. Repeatable. Default: the model writes one.",
+        "Text to measure on: .txt, .jsonl, .csv, .parquet, Hub dataset ... Repeatable. Default: the model writes one.",
         (),
         metavar="DATA",
         reads=True,
     )
+    columns: str | None = columns_option()
     samples: int = option("Number of sequences taken from the text.", 32, metavar="N")
     sequence_length: int = option("Tokens per sequence.", 256, metavar="T")
     scores_from: str | os.PathLike[str] | None = option(
@@ -120,6 +122,7 @@ class CutOptions:
     )
 
     def __post_init__(self) -> None:
+        chosen_columns(self.columns)
         if self.tokens not in ("last", "all"):
             raise OptionError("tokens", f"{self.tokens!r} is neither last nor all")
         if self.score not in METHODS:
@@ -296,7 +299,7 @@ def plan_pruning(begun: Surgery, options: PruneOptions) -> Pruning:
         choices = [pick(number).dropped for number in range(0, most_removable + 1, cut.period)]
         count = resolve_count(cut.anatomy, choices, parameters=options.parameters, nbytes=options.nbytes)
     choice = pick(count)
-    notes += (SELF_SAMPLED,) if measured.text is not None and not options.data else ()
+    notes += () if measured.text is None else measured.text.notes
     notes += (UNSCORED,) if not is_scored else (HEAVY,) if 4 * count > cut.anatomy.depth else ()
     is_measured = is_scored and (options.measure or not (options.data and options.evaluate))
     criterion = cut.criterion if is_scored else "uniform"
@@ -316,13 +319,8 @@ def plan_pruning(begun: Surgery, options: PruneOptions) -> Pruning:
         most_removable=most_removable,
         device=measured.device,
         trust_remote_code=options.trust_remote_code,
-        also_read=() if is_measured else _floating(begun.source),
+        also_read=() if is_measured else [n for n, x in begun.source.tensors.items() if x.spec.dtype in FLOAT_DTYPES],
     )
-
-
-def _floating(source: Source) -> list[str]:
-    """Return the tensors that scores and perplexities are taken from."""
-    return [name for name, item in source.tensors.items() if item.spec.dtype in FLOAT_DTYPES]
 
 
 def _ranking(cut: Cut, options: PruneOptions, scores: Scores | None) -> tuple[Callable[[int], Choice], int]:
@@ -426,8 +424,8 @@ def _text(source: Source, cut: Cut, options: PruneOptions, device: str) -> "Cali
         return None
     from surgeon.measure.calibration import calibrate
 
-    shape = {"samples": options.samples, "sequence_length": options.sequence_length}
-    return calibrate(source, options.data, **shape, device=device, seed=options.seed)
+    names = ("samples", "sequence_length", "seed", "columns")
+    return calibrate(source, options.data, device=device, **{name: getattr(options, name) for name in names})
 
 
 def _score(source: Source, cut: Cut, options: PruneOptions, text: "Calibration | None", device: str) -> Scores:
