@@ -287,14 +287,14 @@ def test_empty_and_missing_data_are_refused(model, tmp_path):
         evaluate(model, written(tmp_path / "a.jsonl", ""))
     with pytest.raises(DataError, match="no such file"):
         evaluate(model, tmp_path / "b.txt")
-    with pytest.raises(DataError, match="no data"):
+    with pytest.raises(PlanError, match="no data"):
         surgeon.evaluate(str(model), data=[])
 
 
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"metric": "bleu"}, "--metric 'bleu' is none of"),
+        ({"metric": "bleu"}, "unknown --metric 'bleu'"),
         ({"samples": 0}, "--samples is 0"),
         ({"sequence_length": 1}, "--sequence-length is 1"),
         ({"stride": 0}, "--stride is 0"),

@@ -14,7 +14,8 @@ from handmade import checkpoint, edit_config, llama, snapshot
 
 import surgeon
 from surgeon.checkpoint.overlap import check_file_replaced, check_replaced, check_uploaded
-from surgeon.cli.app import command_of, commands
+from surgeon.cli.command import command_of
+from surgeon.cli.commands import commands
 from surgeon.errors import HubError, OutputError
 from surgeon.options import Flag
 from surgeon.surgery import open_source
@@ -26,12 +27,11 @@ NO_PLACES = {
     *("N", "K", "T", "S", "W", "F", "E", "G", "R", "A", "P", "M", "I", "LR", "SIZE", "DTYPE", "K,K", "FIRST,LAST"),
     *("METHOD", "METRIC", "SCORE", "NAME", "NAMES", "PART", "PARTS", "LAYERS", "WHEN", "WHO", "WAY", "TOOL", "AXIS"),
     *("TEXT", "[TEXT]", "REGEX", "REPO", "last|all", "KIND", "KEY=VALUE", "NAME=VALUE", "STEP"),
-    *("PROMPT", "CHECK", "WHAT", "ENGINE"),
+    *("PROMPT", "CHECK", "WHAT", "WHICH", "ENGINE"),
 }
-WORDS = {"revision", "device"}  # options of text without a placeholder
+WORDS = {"revision", "device", "config_file"}  # options of all commands; tests/test_config_file.py has the last one
 # Arguments that are no fields of options: what they name is read, or written.
 READ = {"model", "source", "config", "recipe", "runs", "input_file", "prompt_file"}
-WRITTEN = {("plot", "output")}
 
 
 def parameters(command: str) -> list[Any]:
@@ -44,6 +44,7 @@ def flags() -> dict[tuple[str, str], Flag]:
     homes += [
         "surgeon.recipe.recipe",
         "surgeon.cli.prune",
+        "surgeon.cli.plot",
         "surgeon.cli.command",
         "surgeon.evals.gist",
         "surgeon.evals.harness",
@@ -62,12 +63,12 @@ def flag(item: Any) -> Flag:
     return FLAGS.get((item.name, getattr(item, "help", "")), NEITHER)
 
 
-# `run` replaces the outputs of its steps, each by a command of these. The output of `distill` is no directory; its own
-# tests hold that it is nothing that is read.
+# `run` replaces the outputs of its steps, each by a command of these. `distill`, `diagnose` and `plot` write no
+# directories; other tests hold that what they write is nothing that is read.
 REPLACING = [
     name
     for name in commands()
-    if name not in ("run", "distill") and any(item.name == "overwrite" for item in parameters(name))
+    if name not in ("run", "distill", "diagnose", "plot") and any(item.name == "overwrite" for item in parameters(name))
 ]
 READING = {
     (command, item.name)
@@ -83,7 +84,7 @@ def test_every_option_of_text_says_whether_it_names_what_is_read_or_written(comm
         if item.type.name in ("boolean", "int", "float") or item.name in WORDS or item.metavar in NO_PLACES:
             continue
         is_told = flag(item).reads != flag(item).writes
-        assert is_told or item.name in READ or (command, item.name) in WRITTEN, f"surgeon {command} {item.name}"
+        assert is_told or item.name in READ, f"surgeon {command} {item.name}"
 
 
 # Of each option: a command that reads something from the directory OUT, and then would replace OUT. {out} is OUT.
@@ -223,12 +224,48 @@ def test_a_picture_is_not_drawn_over_what_is_read(picture, run, places, tmp_path
     assert snapshot(tmp_path) == before
 
 
-def test_a_picture_of_a_run_is_drawn_anew_beside_its_losses(run, tmp_path):
+def test_a_picture_of_a_run_is_drawn_anew_beside_its_losses_where_that_is_asked_for(run, tmp_path):
     pytest.importorskip("matplotlib")
     (tmp_path / "out.run").mkdir()
     (tmp_path / "out.run/metrics.jsonl").write_text('{"step": 1, "tokens": 5, "loss": 2.0}\n')
-    for _ in range(2):
-        assert run("plot", tmp_path / "out.run", "-o", tmp_path / "out.run/loss.png").code == 0
+    command = ["plot", tmp_path / "out.run", "-o", tmp_path / "out.run/loss.png"]
+    assert run(*command).code == 0
+    before = snapshot(tmp_path)
+
+    refused = run(*command, "--x", "tokens")
+
+    assert (refused.code, refused.out) == (1, "")
+    assert refused.err.endswith("loss.png exists\nhint: Name another file, or add --overwrite.\n")
+    assert snapshot(tmp_path) == before
+    assert run(*command, "--x", "tokens", "--overwrite").code == 0
+    assert snapshot(tmp_path) != before
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "plot {tmp}/out.run -o {there}",
+        "prune {tmp}/model --score last --layers 2 -o {tmp}/cut --plot {there}",
+        "diagnose {tmp}/model --data {tmp}/text.txt --plot {there}",
+        "diagnose {tmp}/model --data {tmp}/text.txt --html {there}",
+        "evaluate {tmp}/model --data {tmp}/text.txt --metric rouge-l --predictions {there}",
+        "data question-formation -o {there}",
+    ],
+)
+def test_no_file_that_is_there_is_replaced_without_a_word(command, run, tmp_path):
+    checkpoint(tmp_path / "model")
+    (tmp_path / "text.txt").write_text("The cat sat on the mat.")
+    (tmp_path / "out.run").mkdir()
+    (tmp_path / "out.run/metrics.jsonl").write_text('{"step": 1, "tokens": 5, "loss": 2.0}\n')
+    suffix = ".html" if "--html" in command else ".jsonl" if "rouge" in command else ".png"
+    there = tmp_path / f"mine{suffix}"
+    there.write_text("mine")
+
+    outcome = run(*command.format(tmp=tmp_path, there=there).split())
+
+    assert (outcome.code, outcome.out) == (1, "")
+    assert str(there) in outcome.err.splitlines()[-2]
+    assert there.read_text() == "mine"
 
 
 # --- the Hub ----------------------------------------------------------------------------------------------------

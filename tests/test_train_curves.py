@@ -15,6 +15,7 @@ from later import LATER
 
 from surgeon.cli.plot import plot
 from surgeon.errors import DataError, OutputError, PlanError
+from surgeon.options import OptionError
 from surgeon.plots.training import names, plot_losses, series, smoothed
 from surgeon.train.run_dir import METRICS, EvalReport, MetricsLog, read_metrics
 
@@ -204,5 +205,5 @@ def test_plot_of_what_is_no_run_is_one_error(tmp_path):
 
 
 def test_plot_knows_two_axes(tmp_path):
-    with pytest.raises(Exception, match="is none of steps, tokens"):
+    with pytest.raises(OptionError, match="unknown --x 'hours'"):
         call(run(tmp_path / "a", 3), "--x", "hours")

@@ -18,8 +18,9 @@ from surgeon.checkpoint.derived import JoinedSource
 from surgeon.checkpoint.header import QUANTIZATION_FILES, CheckpointSpec, is_quantized
 from surgeon.checkpoint.output import CountBytes
 from surgeon.checkpoint.source import CARD, CONFIG, RECEIPT, Source, content_of, open_directory, spec_of
-from surgeon.errors import CheckpointError, PlanError
-from surgeon.options import Reads, verb_named
+from surgeon.errors import CheckpointError, HubError, PlanError
+from surgeon.mistyped import close_path
+from surgeon.options import DTYPES, Reads, size_in_bytes, verb_named
 from surgeon.plan.execute import Shard, check_written, execute, lay_out, peak_memory, ranges_read, shareable_files
 from surgeon.plan.plan import Plan, changed_keys, identity
 from surgeon.plan.rounding import dtype_cost
@@ -179,7 +180,7 @@ class Surgery:
 
         Raises PlanError for an impossible dtype or size, CheckpointError for a result that would not be sound.
         """
-        source = spec_of(self.source)
+        source, dtype = spec_of(self.source), DTYPES.spelled("dtype", dtype)
         plan = (self.plan if dtype == "keep" else self.plan.cast(dtype)).simplified(source)
         if not plan.moves_only:
             plan = replace(plan, notes=(*plan.notes, *dtype_cost(plan, source.tensors)))
@@ -190,7 +191,7 @@ class Surgery:
         plan = replace(plan, notes=(*plan.notes, *(note for kind, note in found.items() if kind not in known)))
         target = Path(out or self.name)
         attachments = {**self._quantization_files(plan), **self.attachments}
-        shards = lay_out(plan, result, self.source, max_shard_bytes=parse_size(max_shard_size))
+        shards = lay_out(plan, result, self.source, max_shard_bytes=size_in_bytes(max_shard_size))
         shards, block, shared = self._placed(shards, plan, target, block)
         before = self.before.spec
         summary = Summary(
@@ -386,14 +387,6 @@ class Draft:
         )
 
 
-def parse_size(size: int | str) -> int:
-    """Return a number of bytes: `size` itself, or "5GB", "500MB", "2GiB". Raises PlanError for anything else."""
-    result = text.parse_size(str(size))
-    if result is None:
-        raise PlanError(f"cannot read {size!r} as a size", hint="Write 5GB, 500MB or a number of bytes.")
-    return result
-
-
 def open_model(
     model: "str | os.PathLike[str] | Surgery", *, revision: str | None = None, reads: Reads | None = None
 ) -> Surgery:
@@ -447,4 +440,10 @@ def open_source(model: str | os.PathLike[str], *, revision: str | None = None) -
         return open_directory(path, label=text)
     from surgeon.checkpoint.hub import open_hub
 
-    return open_hub(text, revision=revision)
+    try:
+        return open_hub(text, revision=revision)
+    except HubError as error:
+        if (close := close_path(text, directory=True)) is None and "/" in text:
+            raise
+        hint = error.hint if close is None else f"Did you mean {close}?"
+        raise HubError(f"there is no directory {text}, and {error}", hint=hint) from error

@@ -18,6 +18,7 @@ from typing import Any, Protocol
 from surgeon.checkpoint.header import CHANGED_HINT, CheckpointSpec, Entry, FilePart, TensorSpec, opened, read_header
 from surgeon.checkpoint.json_files import read_config, read_index
 from surgeon.errors import CheckpointError
+from surgeon.mistyped import hint_beside
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -261,7 +262,7 @@ def open_directory(directory: Path, *, label: str | None = None) -> LocalSource:
     """
     name = label or str(directory)
     if not _is_there(directory):
-        hint = "Name a checkpoint directory, or a Hub id (gpt2-large)."
+        hint = hint_beside(name, "Name a checkpoint directory, or a Hub id (gpt2-large).", directory=True)
         raise CheckpointError(f"no such directory: {name}", hint=hint)
     if not directory.is_dir():
         hint = (

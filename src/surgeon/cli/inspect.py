@@ -17,7 +17,9 @@ EXAMPLE = "surgeon inspect gpt2-large"
 def inspect(
     model: Model,
     options: verb.InspectOptions,
-    tensors: Annotated[bool, typer.Option("--tensors", help="List every tensor.")] = False,
+    tensors: Annotated[
+        bool, typer.Option("--tensors", help="List every tensor.", rich_help_panel="what is shown")
+    ] = False,
     json: Json = False,
     debug: Debug = False,
 ) -> None:

@@ -10,23 +10,26 @@ from surgeon.cli import command
 from surgeon.cli.command import Model, Writing, spread
 from surgeon.cli.terminal import TokenMeter
 from surgeon.errors import PlanError
-from surgeon.options import option, reads_of
+from surgeon.options import Checked, OptionError, option, reads_of
 from surgeon.plots.figure import check_picture
 from surgeon.plots.pruning import NOTHING, NOTHING_HINT, has_picture, plot_pruning
 from surgeon.surgery import open_model
 from surgeon.verbs import prune as verb
+from surgeon.verbs.cut_options import CutOptions, PruneOptions, RunOptions
 
 GROUP = "surgery"
 EXAMPLE = "surgeon prune gpt2-large --score angular --layers 27 --data text.txt -o gpt2-27"
 
 
 @dataclass(frozen=True, kw_only=True)
-class PictureOptions:
+class PictureOptions(Checked):
     """The options for what is drawn, and measured to be drawn."""
 
-    curve: bool = option("Measure the perplexity for every number of layers removed, up to half of them.", False)
+    curve: bool = option(
+        "Measure the perplexity for every number of layers removed, up to half of them.", False, group="text"
+    )
     plot: Path | None = option(
-        "Draw the scores, and the curve, to this .png, .svg or .pdf.", None, metavar="FILE", writes=True
+        "Draw the scores, and the curve, to this .png, .svg or .pdf.", None, metavar="FILE", writes=True, group="output"
     )
 
 
@@ -34,19 +37,21 @@ class PictureOptions:
 def prune(
     model: Model,
     *,
-    cut: verb.CutOptions,
-    pictures: PictureOptions,
-    running: verb.RunOptions,
+    cut: CutOptions,
+    running: RunOptions,
     writing: Writing,
+    pictures: PictureOptions,
 ) -> None:
     """Remove the layers, neurons, heads and experts that matter least."""
     meter = TokenMeter(quiet=writing.quiet)
-    options = verb.PruneOptions(**vars(cut), **vars(running), meter=meter)
+    options = PruneOptions(**vars(cut), **vars(running), meter=meter)
     curve, plot = pictures.curve, pictures.plot
     if plot is not None:
-        check_picture(plot, reads_of(options) | {"MODEL": (model,)})
+        check_picture(plot, reads_of(options) | {"MODEL": (model,)}, overwrite=writing.overwrite, option="plot")
     if curve and options.keep_pattern:
-        raise PlanError("a curve removes layers one by one, not in whole periods", hint="Leave out --keep-pattern.")
+        raise OptionError(
+            "curve", "a curve removes layers one by one, not in whole periods", hint="Leave out --keep-pattern."
+        )
     begun = open_model(model, revision=options.revision)
     surgery = verb.plan_pruning(begun, replace(options, measure=False))
     if not writing.dry_run:
@@ -77,7 +82,9 @@ class PruneReport:
     def check(self) -> None:
         """Raises PlanError for a curve or a picture without data, before anything is written."""
         if self.curve and self.surgery.text is None:
-            raise PlanError("a curve is measured on a text, and there is none", hint="Give one: --data FILE.")
+            raise OptionError(
+                "curve", "a curve is measured on a text, and there is none", hint="Give one: --data FILE."
+            )
         if self.curve:
             from surgeon.models.skeleton import predicts_next
 

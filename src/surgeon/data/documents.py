@@ -10,7 +10,7 @@ import os
 import re
 import sys
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from importlib import import_module
 from itertools import chain, islice
@@ -20,6 +20,7 @@ from typing import IO, Any
 
 from surgeon.data.records import FORMS_HINT, Document, document, fields_of
 from surgeon.errors import DataError, first_line
+from surgeon.mistyped import hint_beside
 from surgeon.text import sliced
 
 KINDS = ".txt, .jsonl, .json (each also .gz) and .parquet"
@@ -50,6 +51,7 @@ def documents(spec: str) -> Iterator[Document]:
     named = _HUB_SPEC.fullmatch(spec)
     if named is None or _reader_or_none(path):
         hint = "Name a file or directory that exists, or a dataset on the Hub: ORG/NAME[:CONFIG[:SPLIT]]."
+        hint = hint_beside(spec, hint)
         raise DataError(f"no such file or directory: {spec}", hint=hint)
     if os.path.exists(named["id"]):  # noqa: PTH110  # datasets would read it
         hint = f"Leave out CONFIG and SPLIT: {named['id']}"
@@ -57,6 +59,12 @@ def documents(spec: str) -> Iterator[Document]:
 
     rows = hub_documents(spec, named["id"], config=named["config"] or None, split=named["split"] or "train")
     return _at_least_one(rows, spec)
+
+
+def check_there(specs: Iterable[str]) -> None:
+    """Raises DataError for data arguments that name no file, no directory and nothing that the Hub could have."""
+    for spec in specs:
+        documents(sliced(spec)[0])
 
 
 def _part(spec: str, name: str, first: str, last: str) -> Iterator[Document]:

@@ -16,7 +16,7 @@ from surgeon.anatomy.anatomy import read_anatomy
 from surgeon.anatomy.config import positions_of
 from surgeon.checkpoint.output import write_whole
 from surgeon.checkpoint.source import Source, spec_of
-from surgeon.errors import DataError, MeasureError, OutputError, PlanError
+from surgeon.errors import MeasureError, OutputError
 from surgeon.evals.compare import (
     PairedDifference,
     Recovery,
@@ -30,7 +30,18 @@ from surgeon.evals.compare import (
 )
 from surgeon.evals.metrics import extracted, final_number
 from surgeon.evals.verdicts import Judgement, card_sentences
-from surgeon.options import OptionError, device_option, flag_of, in_python, option, revision_option, trust_option
+from surgeon.options import (
+    Checked,
+    OptionError,
+    Words,
+    check_counts,
+    device_option,
+    flag_of,
+    in_python,
+    option,
+    revision_option,
+    trust_option,
+)
 from surgeon.surgery import open_source
 
 if TYPE_CHECKING:
@@ -59,58 +70,74 @@ METRICS_OF = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class MetricOptions:
+class MetricOptions(Checked):
     """The options of one metric on data, in the Python call and on the command line."""
 
     data: Sequence[str] = option(
         "Text, or records with an answer: .txt, .jsonl, .json, .parquet or a Hub dataset. Repeatable.",
         metavar="DATA",
         reads=True,
+        group="data",
     )
     metric: str = option(
         "perplexity, exact-match, rouge-l, choice, pseudo-perplexity or classification. Several, such as "
         "exact-match,rouge-l, are of one --data each, in one table with their mean.",
         "perplexity",
         metavar="METRIC",
+        choices=Words(METRICS, many=True),
+        group="what is measured",
     )
     baseline: str | os.PathLike[str] | None = option(
         "Evaluate this model too, on the same tokens; adds differences and recovery.",
         None,
         metavar="ORIGINAL",
         reads=True,
+        group="what is measured",
     )
     samples: int | None = option(
         "Use the first N rows of a text, or records. Default: 64 rows (of pseudo-perplexity 16); all records.",
         None,
         metavar="N",
+        group="data",
     )
     sequence_length: int | None = option(
-        "Tokens per row of a text. Default: 512 (of pseudo-perplexity 128).", None, metavar="T"
+        "Tokens per row of a text. Default: 512 (of pseudo-perplexity 128).", None, metavar="T", group="data"
     )
-    stride: int | None = option("Slide windows of T tokens over the text, S apart, instead of rows.", None, metavar="S")
-    documents: bool = option("Score each document by itself, on the tokens that finetune would train of it.", False)
-    max_new_tokens: int | None = option("Longest generated answer, in tokens. Default: 256.", None, metavar="N")
-    batch_size: int | None = option("Prompts or texts per batch. Default: 8.", None, metavar="N")
+    stride: int | None = option(
+        "Slide windows of T tokens over the text, S apart. Default: rows, each of T tokens.",
+        None,
+        metavar="S",
+        group="data",
+    )
+    documents: bool = option(
+        "Score each document by itself, on the tokens that finetune would train of it.", False, group="data"
+    )
+    max_new_tokens: int | None = option(
+        "Longest generated answer, in tokens. Default: 256.", None, metavar="N", group="sampling"
+    )
+    batch_size: int | None = option("Prompts or texts per batch. Default: 8.", None, metavar="N", group="run")
     extract: str | None = option(
         "With exact-match: compare the final number (after ####, else the last): number; or the first group of a "
         r"regular expression's last match: '#### (-?[\d,]+)'",
         None,
         metavar="REGEX",
+        group="what is measured",
     )
-    chat: bool = option("Put every prompt into the chat template, as messages always are.", False)
+    chat: bool = option("Put every prompt into the chat template, as messages always are.", False, group="sampling")
     predictions: str | os.PathLike[str] | None = option(
-        "Write prompt, reference, prediction and score to this .jsonl.", None, metavar="FILE", writes=True
+        "Write prompt, reference, prediction and score to this .jsonl.",
+        None,
+        metavar="FILE",
+        writes=True,
+        group="output",
     )
     judge: str | os.PathLike[str] | None = option(
         "A model that compares the answers with the baseline's, or, with --gist, the full prompt's; adds a win rate.",
         None,
         metavar="JUDGE",
         reads=True,
+        group="what is measured",
     )
-
-    def __post_init__(self) -> None:
-        if self.metric not in METRICS:
-            raise OptionError("metric", f"--metric {self.metric!r} is none of {', '.join(METRICS)}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,31 +152,37 @@ class EvaluationOptions(MetricOptions):
     def __post_init__(self) -> None:
         super().__post_init__()
         if not self.data:
-            raise DataError("there is no data to evaluate on", hint="Give a text or records: --data FILE.")
+            raise OptionError("data", "there is no data to evaluate on", hint="Give a text or records: --data FILE.")
+        if self.metric not in METRICS:
+            hint = "surgeon.evaluate_suite takes several, of one `data` each."
+            raise OptionError("metric", f"--metric {self.metric!r} is more than one", hint=hint)
         for name, metrics in METRICS_OF.items():
             value = getattr(self, name)
             if value is not None and value is not False and self.metric not in metrics:
                 self._refuse(name, metrics)
         if self.judge is not None and self.baseline is None:
-            raise OptionError("judge", "--judge compares with --baseline ORIGINAL, or with --gist")
+            raise OptionError(
+                "judge", "--judge compares with --baseline ORIGINAL, or with --gist", hint="Add one of them."
+            )
         check_counts(self, "samples", "max_new_tokens", "batch_size", "stride")
         check_counts(self, "sequence_length", least=2)
         length = self.sequence_length or SEQUENCE_LENGTH
         if self.stride is not None and self.stride >= length:
-            raise PlanError(
+            raise OptionError(
+                "stride",
                 f"windows of {length} tokens, {self.stride} apart, leave the first of each without context",
                 hint=f"Use a --stride below {length}; without it the text is cut into rows.",
             )
         if self.documents and self.stride is not None:
-            raise OptionError("documents", "--documents does not go with --stride: no document is cut into windows")
+            said = "--documents does not go with --stride: no document is cut into windows"
+            raise OptionError("documents", said, hint="Leave one of them out.")
         _ = self.extractor
 
     def _refuse(self, name: str, metrics: Sequence[str]) -> None:
         message = f"{flag_of(name)} has no effect on {self.metric}"
         others = " and ".join(metrics)
-        if name == "judge":  # a usage error on the command line, which prints no hint
-            raise OptionError(name, f"{message}; it goes with {others}, or --gist")
-        raise PlanError(message, hint=f"It goes with {others}.")
+        gists = ", or --gist" if name == "judge" else ""
+        raise OptionError(name, message, hint=f"It goes with {others}{gists}.")
 
     @property
     def extractor(self) -> Callable[[str], str | None] | None:
@@ -162,16 +195,8 @@ class EvaluationOptions(MetricOptions):
             pattern = re.compile(self.extract)
         except re.error as error:
             hint = r"Write number, or an expression with one group, such as '#### (-?[\d,]+)'"
-            raise PlanError(f"--extract is no regular expression: {error}", hint=hint) from error
+            raise OptionError("extract", f"--extract is no regular expression: {error}", hint=hint) from error
         return lambda text: extracted(text, pattern)
-
-
-def check_counts(options: Any, *names: str, least: int = 1) -> None:
-    """Raises PlanError for an option that is below `least`; None is a default."""
-    for name in names:
-        count, flag = getattr(options, name), flag_of(name)
-        if count is not None and count < least:
-            raise PlanError(f"{flag} is {count}; the least is {least}", hint=f"Set {flag} to {least} or more.")
 
 
 @dataclass(frozen=True)

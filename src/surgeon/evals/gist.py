@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from surgeon import text
 from surgeon.anatomy.anatomy import read_anatomy
 from surgeon.checkpoint.source import spec_of
-from surgeon.errors import DataError, PlanError
+from surgeon.errors import PlanError
 from surgeon.evals.compare import (
     Estimate,
     PairedDifference,
@@ -27,7 +27,6 @@ from surgeon.evals.evaluation import (
     MAX_NEW_TOKENS,
     EvalContext,
     MetricOptions,
-    check_counts,
     checked_target,
     context_of,
     open_evaluated,
@@ -37,7 +36,18 @@ from surgeon.evals.evaluation import (
 from surgeon.evals.verdicts import WIN_RATE, Judgement, card_sentences
 from surgeon.gist.compressor import Compressor
 from surgeon.gist.tokens import GistTokens, read_gist
-from surgeon.options import adapter_option, device_option, in_python, option, revision_option, same_option, trust_option
+from surgeon.options import (
+    Checked,
+    OptionError,
+    adapter_option,
+    check_counts,
+    device_option,
+    in_python,
+    option,
+    revision_option,
+    same_option,
+    trust_option,
+)
 
 if TYPE_CHECKING:
     from surgeon.evals.judge import Case, Judge
@@ -164,7 +174,7 @@ class GistEvaluation:
 
 
 @dataclass(frozen=True, kw_only=True)
-class GistEvaluationOptions:
+class GistEvaluationOptions(Checked):
     """The options of `surgeon.evaluate_gist`."""
 
     data: Sequence[str] = same_option(MetricOptions, "data")
@@ -183,9 +193,10 @@ class GistEvaluationOptions:
     meter: "Meter | None" = in_python("A progress meter.")
 
     def __post_init__(self) -> None:
-        check_counts(self, "samples", "max_new_tokens", "batch_size")
+        super().__post_init__()
+        check_counts(self, "samples", "max_new_tokens", "batch_size", "tokens")
         if not self.data:
-            raise DataError("there is no data to evaluate on", hint="Give records: --data FILE.")
+            raise OptionError("data", "there is no data to evaluate on", hint="Give records: --data FILE.")
 
 
 def score_gist(model: str | os.PathLike[str], options: GistEvaluationOptions) -> GistEvaluation:

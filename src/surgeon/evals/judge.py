@@ -15,7 +15,7 @@ from surgeon.data.records import Document
 from surgeon.errors import MeasureError
 from surgeon.evals.evaluation import BATCH_SIZE, open_evaluated
 from surgeon.evals.verdicts import FIRST, NEITHER, SECOND, Judgement, Verdict
-from surgeon.options import device_option, in_python, option, revision_option, trust_option
+from surgeon.options import Checked, device_option, in_python, option, revision_option, trust_option
 
 if TYPE_CHECKING:
     from surgeon.measure.scoring import Meter
@@ -245,7 +245,7 @@ def load_judge(
 
 
 @dataclass(frozen=True, kw_only=True)
-class JudgementOptions:
+class JudgementOptions(Checked):
     """The options of `surgeon.judge_answers`."""
 
     batch_size: int = option("Questions per batch.", BATCH_SIZE)

@@ -21,6 +21,7 @@ from surgeon.checkpoint.output import write_whole
 from surgeon.checkpoint.receipt import to_bytes
 from surgeon.checkpoint.source import RECEIPT
 from surgeon.errors import CheckpointError, DataError, OutputError, PlanError
+from surgeon.mistyped import hint_beside
 
 METRICS, STATUS = "metrics.jsonl", "status.json"
 NOT_FINITE = "not_finite"
@@ -127,7 +128,8 @@ def read_metrics(run: Path) -> list[dict[str, Any]]:
     path = run / METRICS if run.is_dir() else run
     if not path.is_file():
         message = f"{run} has no {METRICS}" if run.is_dir() else f"no such run: {run}"
-        raise DataError(message, hint="Name the directory of a run: OUT.run, or the one of --run-dir.")
+        hint = "Name the directory of a run: OUT.run, or the one of --run-dir."
+        raise DataError(message, hint=hint if run.is_dir() else hint_beside(run, hint))
     return _records(path)
 
 

@@ -10,6 +10,7 @@ from surgeon.anatomy.anatomy import read_anatomy
 from surgeon.checkpoint.formats import pickled
 from surgeon.checkpoint.source import INDEX, WEIGHTS, Source, check_links, inside, open_directory, spec_of
 from surgeon.errors import CheckpointError
+from surgeon.mistyped import hint_beside
 from surgeon.options import Verb
 from surgeon.plan.plan import identity
 from surgeon.surgery import Surgery
@@ -44,7 +45,8 @@ def _open(path: Path, staging: Path | None) -> tuple[Source, Mapping[str, Any], 
     """Return the source, what the receipt says of it, and what the user should hear."""
     if not path.exists():
         raise CheckpointError(
-            f"no such file or directory: {path}", hint="Name a directory with pytorch_model*.bin, or a .gguf file."
+            f"no such file or directory: {path}",
+            hint=hint_beside(path, "Name a directory with pytorch_model*.bin, or a .gguf file."),
         )
     ggufs = [path] if path.suffix == ".gguf" else sorted(path.glob("*.gguf"))
     if path.is_dir() and ((path / WEIGHTS).is_file() or (path / INDEX).is_file()):

@@ -18,15 +18,17 @@ from surgeon.checkpoint.json_files import read_json
 from surgeon.checkpoint.overlap import check_file_replaced
 from surgeon.checkpoint.receipt import public_name, to_bytes, versions
 from surgeon.checkpoint.source import Source, fingerprint
-from surgeon.data.documents import documents
+from surgeon.data.documents import check_there, documents
 from surgeon.errors import CheckpointError, DataError, OutputError
 from surgeon.evals.compare import estimate
 from surgeon.evals.evaluation import open_evaluated
 from surgeon.options import (
+    Checked,
     OptionError,
+    Words,
+    check_counts,
     check_seed,
     device_option,
-    flag_of,
     in_python,
     option,
     output_option,
@@ -111,7 +113,7 @@ class Distillation:
 
 
 @dataclass(frozen=True, kw_only=True)
-class DistillOptions:
+class DistillOptions(Checked):
     """The options of `distill`."""
 
     data: Sequence[str] = option(
@@ -119,38 +121,64 @@ class DistillOptions:
         ".parquet, a directory of them, or a Hub dataset. Repeatable.",
         metavar="DATA",
         reads=True,
+        group="data",
     )
     output: str | os.PathLike[str] | None = output_option(
         "The .jsonl to write; a name without a suffix gets it. Default: DATA-distill.jsonl.", "FILE"
     )
     overwrite: bool = overwrite_option()
     prompt: str = option(
-        "auto (gsm8k where an answer has a number after ####, else sdft), sdft or gsm8k.", "auto", metavar="PROMPT"
+        "auto (gsm8k where an answer has a number after ####, else sdft), sdft or gsm8k.",
+        "auto",
+        metavar="PROMPT",
+        choices=PROMPTS,
+        group="answers",
     )
     extract: str = option(
         "What of an answer must be as in the reference: number, none, auto (number where that has one after ####), or "
         "the last match of a regular expression.",
         AUTO,
         metavar="REGEX",
+        choices=Words((AUTO, NUMBER, NONE), others=".*"),
+        group="answers",
     )
-    on_fail: str = option("keep the data's own answer where none passes, or drop the row.", KEEP, metavar="WHAT")
-    samples: int = option("Write up to N answers to a row; the first that passes is taken.", 1, metavar="N")
-    temperature: float = option("Sample at this temperature; 0 is greedy.", 0.0, metavar="T")
-    max_new_tokens: int = option("Longest answer, in tokens; one that does not end by then fails.", 512, metavar="N")
+    on_fail: str = option(
+        "keep the data's own answer where none passes, or drop the row.",
+        KEEP,
+        metavar="WHAT",
+        choices=(KEEP, DROP),
+        group="answers",
+    )
+    samples: int = option(
+        "Write up to N answers to a row; the first that passes is taken.", 1, metavar="N", group="answers"
+    )
+    temperature: float = option("Sample at this temperature; 0 is greedy.", 0.0, metavar="T", group="sampling")
+    max_new_tokens: int = option(
+        "Longest answer, in tokens; one that does not end by then fails.", 512, metavar="N", group="sampling"
+    )
     min_length_ratio: float = option(
-        "Shortest free text that passes, in characters over the reference's.", 0.3, metavar="R"
+        "Shortest free text that passes, in characters over the reference's.", 0.3, metavar="R", group="answers"
     )
     max_length_ratio: float = option(
-        "Longest free text that passes, in characters over the reference's.", 3.0, metavar="R"
+        "Longest free text that passes, in characters over the reference's.", 3.0, metavar="R", group="answers"
     )
     max_copied: float | None = option(
         "Share of runs of 8 words from the reference above which an answer fails. Default: not looked at.",
         None,
         metavar="SHARE",
+        group="answers",
     )
-    batch_size: int = option("Most prompts per batch.", 16, metavar="N")
-    batch_tokens: int = option("Most tokens per batch, prompts with padding and new ones.", 16384, metavar="N")
-    engine: str = option("auto (vllm on CUDA where it is installed), transformers or vllm.", "auto", metavar="ENGINE")
+    batch_size: int = option("Most prompts per batch.", 16, metavar="N", group="run")
+    batch_tokens: int = option(
+        "Most tokens per batch, prompts with padding and new ones.", 16384, metavar="N", group="run"
+    )
+    engine: str = option(
+        "auto (vllm on CUDA where it is installed), transformers or vllm.",
+        "auto",
+        metavar="ENGINE",
+        choices=ENGINES,
+        group="run",
+    )
     seed: int = seed_option()
     device: str = device_option()
     revision: str | None = revision_option()
@@ -158,32 +186,34 @@ class DistillOptions:
     watch: Watch | None = in_python("Called with the progress after each batch.")
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_seed(self.seed)
         if not self.data:
-            raise OptionError("data", "nothing to rewrite: give --data")
-        words = (("prompt", PROMPTS), ("on_fail", (KEEP, DROP)), ("engine", ENGINES))
-        for name, known in words:
-            if getattr(self, name) not in known:
-                raise OptionError(name, f"{flag_of(name)} {getattr(self, name)!r} is none of {', '.join(known)}")
-        for name in ("samples", "max_new_tokens", "batch_size", "batch_tokens"):
-            if (count := getattr(self, name)) is not None and count < 1:
-                raise OptionError(name, f"{flag_of(name)} is {count}; the least is 1")
+            raise OptionError("data", "there is nothing to rewrite", hint="Name records: --data FILE.")
+        check_counts(self, "samples", "max_new_tokens", "batch_size", "batch_tokens")
         if not 0 <= self.temperature < float("inf"):
-            raise OptionError("temperature", f"--temperature is {self.temperature}; 0 is greedy, 1 the model's own")
+            raise OptionError(
+                "temperature", f"--temperature is {self.temperature}", hint="0 is greedy, 1 the model's own."
+            )
         if self.samples > 1 and not self.temperature:
-            raise OptionError("samples", "--samples has no effect without --temperature: greedy answers are the same")
+            said = "--samples has no effect without --temperature: greedy answers are the same"
+            raise OptionError("samples", said, hint="Add --temperature 1.")
         if not 0 <= self.min_length_ratio < self.max_length_ratio:
             low, high = self.min_length_ratio, self.max_length_ratio
-            raise OptionError("min_length_ratio", f"--min-length-ratio {low} to --max-length-ratio {high} is no range")
+            said = f"--min-length-ratio {low} to --max-length-ratio {high} is no range"
+            raise OptionError("min_length_ratio", said, hint="Such as --min-length-ratio 0.3 --max-length-ratio 3.")
         if self.max_copied is not None and not 0 <= self.max_copied <= 1:
-            raise OptionError("max_copied", f"--max-copied is {self.max_copied}, not between 0 and 1")
+            said = f"--max-copied is {self.max_copied}, not between 0 and 1"
+            raise OptionError("max_copied", said, hint="Such as --max-copied 0.5.")
         if self.output is not None and Path(self.output).suffix not in ("", ".jsonl"):
-            raise OptionError("output", f"--output {os.fspath(self.output)} is no .jsonl")
+            hint = f"Write {Path(self.output).with_suffix('.jsonl')}."
+            raise OptionError("output", f"--output {os.fspath(self.output)} is no .jsonl", hint=hint)
         if self.extract not in (AUTO, NUMBER, NONE):
             try:
                 re.compile(self.extract)
             except re.error as error:
-                raise OptionError("extract", f"--extract is no regular expression: {error}") from error
+                hint = "Write number, none, auto, or an expression with one group."
+                raise OptionError("extract", f"--extract is no regular expression: {error}", hint=hint) from error
 
     @property
     def checks(self) -> Checks:
@@ -226,6 +256,7 @@ def distill(model: str | os.PathLike[str], options: DistillOptions) -> Distillat
 
         surgeon.distill("SmolLM2-135M-Instruct", data=["gsm8k.jsonl"], output="gsm8k-distill.jsonl")
     """
+    check_there(options.data)
     source = open_evaluated(model, options.revision)
     _check_target(options, os.fspath(model))
 

@@ -13,7 +13,7 @@ from surgeon.anatomy.config import layer_kinds
 from surgeon.checkpoint.comparing import are_equal
 from surgeon.checkpoint.receipt import read_receipt
 from surgeon.checkpoint.source import LocalSource, Source, StoredTensor, spec_of
-from surgeon.options import option, revision_option, takes
+from surgeon.options import Checked, option, revision_option, takes
 from surgeon.plan.plan import changed_keys
 from surgeon.surgery import open_source
 from surgeon.transforms.settling import is_copy, predictors_in, stored_tie
@@ -204,11 +204,11 @@ class Inspection:
 
 
 @dataclass(frozen=True, kw_only=True)
-class InspectOptions:
+class InspectOptions(Checked):
     """The options of `inspect`."""
 
     against: str | os.PathLike[str] | None = option(
-        "Show the differences from this model.", None, metavar="OTHER", reads=True
+        "Show the differences from this model.", None, metavar="OTHER", reads=True, group="what is shown"
     )
     revision: str | None = revision_option()
 

@@ -1,35 +1,23 @@
 """The verb `prune`: measure, choose, plan. Scores are kept, so that another cut takes the time of a copy."""
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from surgeon.anatomy.anatomy import Anatomy, read_anatomy
 from surgeon.checkpoint.source import SCORES, Source, spec_of
-from surgeon.errors import PlanError
+from surgeon.data.documents import check_there
 from surgeon.measure.record import Scores, check_ranking, perplexities, read_scores_of
 from surgeon.models.loading import runs
-from surgeon.options import (
-    OptionError,
-    Verb,
-    check_seed,
-    device_option,
-    in_python,
-    numbers,
-    option,
-    reads_of,
-    revision_option,
-    seed_option,
-    takes,
-    trust_option,
-)
+from surgeon.options import OptionError, Verb, reads_of, takes
 from surgeon.plan.plan import FLOAT_DTYPES
-from surgeon.surgery import Surgery, open_model, open_source, parse_size
+from surgeon.surgery import Surgery, open_model, open_source
 from surgeon.transforms.choose import Choice
 from surgeon.transforms.prune import Cut, pruned_sizes, removed_count, repeating_period, resolve_count, sizes_like
 from surgeon.transforms.scores import METHODS
+from surgeon.verbs.cut_options import PruneOptions
 
 if TYPE_CHECKING:
     from surgeon.measure.calibration import Calibration
@@ -39,170 +27,6 @@ VERB = Verb(counts_layers=True, plans="prune", begins=True)
 UNSCORED = "No scores yet: the layer list is a placeholder; counts and sizes are exact."
 SELF_SAMPLED = "the calibration text was written by the model itself; give --data for a text of your own"
 HEAVY = "more than a quarter of the layers goes: expect a broken model until it is healed (finetuned)"
-_UNCHANGED = "Default: unchanged."
-_SCORES = ", ".join(f"{name} ({method.help})" for name, method in METHODS.items())
-_BLOCK = ", ".join(name for name, method in METHODS.items() if method.block)
-_GREEDY = " or ".join(name for name, method in METHODS.items() if method.greedy)
-_TOKENS = " or ".join(name for name, method in METHODS.items() if method.token_choice)
-_PROTECT = ", ".join(
-    f"{first},{last} for {name}" for name, method in METHODS.items() for first, last in [method.protect] if first + last
-)
-
-
-def _first_and_last(text: str) -> tuple[int, int]:
-    """Return the two numbers in "1,1". Raises ValueError for anything else."""
-    counts = numbers(text)
-    if len(counts) != 2:
-        raise ValueError(f"{text!r} is not two numbers such as 1,1")
-    return counts[0], counts[1]
-
-
-@dataclass(frozen=True, kw_only=True)
-class CutOptions:
-    """The options that say how much goes, and by which scores."""
-
-    score: str = option(f"The score that decides what goes: {_SCORES}.", "angular", metavar="SCORE")
-    layers: int | str | None = option("Layers of the result: 24, or 75% of the source's.", None, metavar="N")
-    target_parameters: float | None = option(
-        "Remove the fewest layers that leave at most so many parameters: 6.7e9.", None, metavar="N"
-    )
-    target_memory: int | str | None = option(
-        "Remove the fewest layers that leave at most so many bytes of weights: 12GB.", None, metavar="SIZE"
-    )
-    hidden_size: int | None = option(f"Hidden size of the result. {_UNCHANGED}", None, metavar="N")
-    intermediate_size: int | None = option(f"Neurons of each MLP of the result. {_UNCHANGED}", None, metavar="N")
-    expert_intermediate_size: int | None = option(f"Neurons of each expert. {_UNCHANGED}", None, metavar="N")
-    attention_heads: int | None = option(f"Attention heads of the result. {_UNCHANGED}", None, metavar="N")
-    key_value_heads: int | None = option(
-        f"Key-value heads of the result; each is removed with its group of heads. {_UNCHANGED}", None, metavar="N"
-    )
-    experts: int | None = option(f"Experts per layer of the result. {_UNCHANGED}", None, metavar="N")
-    like: str | os.PathLike[str] | None = option(
-        "Take the depth and all sizes from this smaller model; goes with --score uniform.",
-        None,
-        metavar="SMALL",
-        reads=True,
-    )
-    contiguous: bool | None = option(
-        f"Remove one block of adjacent layers, or any layers. Default: one block for {_BLOCK}; else any.",
-        None,
-        names=("--contiguous/--free",),
-    )
-    protect: tuple[int, int] | None = option(
-        f"How many first and last layers to keep. Default: {_PROTECT}, 1,1 with --greedy; else 0,0.",
-        None,
-        metavar="FIRST,LAST",
-        parse=_first_and_last,
-    )
-    keep_pattern: bool = option(
-        "Remove whole periods of a pattern such as 5 sliding layers, 1 full: llama.cpp counts on it.",
-        False,
-    )
-    greedy: bool = option(f"With --score {_GREEDY}: score the model again after each removed layer (SLEB).", False)
-    tokens: str = option(
-        f"With --score {_TOKENS}: measure at the last token of each sequence, or at all tokens.",
-        "last",
-        metavar="last|all",
-    )
-    data: Sequence[str] = option(
-        "Text to measure on: .txt, .json, .jsonl, .parquet, Hub dataset. Repeatable. Default: the model writes one.",
-        (),
-        metavar="DATA",
-        reads=True,
-    )
-    samples: int = option("Number of sequences taken from the text.", 32, metavar="N")
-    sequence_length: int = option("Tokens per sequence.", 256, metavar="T")
-    scores_from: str | os.PathLike[str] | None = option(
-        "Choose by the scores in this scores.json instead of running the model.", None, metavar="FILE", reads=True
-    )
-    evaluate: bool = option(
-        "Measure the perplexity on the text before and after.", True, names=("--evaluate/--no-evaluate",)
-    )
-
-    def __post_init__(self) -> None:
-        if self.tokens not in ("last", "all"):
-            raise OptionError("tokens", f"{self.tokens!r} is neither last nor all")
-        if self.score not in METHODS:
-            raise PlanError(f"unknown score {self.score!r}", hint=f"One of: {', '.join(METHODS)}.")
-        if self.greedy and METHODS[self.score].greedy is None:
-            raise PlanError(f"{self.score} has no greedy form", hint=f"--greedy goes with --score {_GREEDY}.")
-        if self.greedy and self.contiguous:
-            hint = "Leave out --contiguous."
-            raise PlanError("a greedy removal chooses layers one by one, not as a block", hint=hint)
-        if self.greedy and self.keep_pattern:
-            hint = "Leave out --greedy."
-            raise PlanError("a greedy removal chooses layers one by one, not in whole periods", hint=hint)
-        if self.protect is not None and min(self.protect) < 0:
-            raise PlanError(f"cannot protect {min(self.protect)} layers", hint="Write --protect 1,1.")
-        self._check_sizes()
-
-    def _check_sizes(self) -> None:
-        """Raises PlanError where the size of the result is missing, unreadable, or given more than once."""
-        narrows = any(size is not None for size in self.sizes.values())
-        if self.like is not None and (self.layers is not None or narrows):
-            raise PlanError("sizes are given beside a model to take them from", hint="Give --like, or sizes.")
-        budgets = [target for target in (self.parameters, self.nbytes) if target is not None]
-        depths = [depth for depth in (self.layers, self.like) if depth is not None]
-        if len(budgets) + len(depths) > 1:
-            raise PlanError("the depth is asked for more than once", hint="Give one of --layers and the targets.")
-        if budgets and narrows:
-            raise PlanError("a budget decides the depth, not the width", hint="Give --layers beside sizes.")
-        if not (budgets or depths or narrows):
-            raise PlanError("nothing to prune", hint="Give --layers, a size such as --intermediate-size, or a target.")
-
-    @property
-    def parameters(self) -> int | None:
-        """The most parameters that the result may have. Raises PlanError for infinity and NaN."""
-        if self.target_parameters is None:
-            return None
-        if not 0 <= self.target_parameters < 1e18:
-            raise PlanError(f"cannot read {self.target_parameters!r} as a number of parameters", hint="Write 6.7e9.")
-        return int(self.target_parameters)
-
-    @property
-    def nbytes(self) -> int | None:
-        """The most bytes of weights that the result may have. Raises PlanError for text that is no size."""
-        return None if self.target_memory is None else parse_size(self.target_memory)
-
-    @property
-    def sizes(self) -> dict[str, int | None]:
-        """The sizes that were given, by axis."""
-        return {
-            "hidden": self.hidden_size,
-            "ffn": self.intermediate_size,
-            "expert_ffn": self.expert_intermediate_size,
-            "heads": self.attention_heads,
-            "kv_heads": self.key_value_heads,
-            "experts": self.experts,
-        }
-
-
-@dataclass(frozen=True, kw_only=True)
-class RunOptions:
-    """The options that say where the model is run, from which seed, and which of its revisions."""
-
-    device: str = device_option()
-    seed: int = seed_option()
-    revision: str | None = revision_option()
-    trust_remote_code: bool = trust_option()
-
-
-@dataclass(frozen=True, kw_only=True)
-class PruneOptions(RunOptions, CutOptions):
-    """The options of `prune`."""
-
-    all_tokens: bool = in_python('The same as tokens="all".', False)
-    measure: bool = in_python("False: read headers only; the plan then has exact sizes, and `choice` is None.", True)
-    meter: "Meter | None" = in_python("Called when a pass over the text begins; returns a function that counts tokens.")
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_seed(self.seed)
-
-    @property
-    def measures_all_tokens(self) -> bool:
-        """Whether the score is taken at all tokens of a sequence."""
-        return self.all_tokens or self.tokens == "all"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -411,6 +235,7 @@ def _measure(begun: Surgery, cut: Cut, options: PruneOptions) -> _Measured:
     if not options.measure or not (options.data or takes_scores):
         return _Measured(scores, None, options.device)
     begun.check_saved()
+    check_there(options.data)
     from surgeon.models.device import resolve_device
 
     device = resolve_device(options.device)
@@ -435,7 +260,7 @@ def _score(source: Source, cut: Cut, options: PruneOptions, text: "Calibration |
     from surgeon.measure.scoring import ScoreRequest, score
 
     if options.greedy and cut.count is None:
-        raise PlanError("a greedy removal needs the number of layers that go", hint="Give --layers.")
+        raise OptionError("greedy", "a greedy removal needs the number of layers that go", hint="Give --layers.")
     request = ScoreRequest(
         layers=[options.score] if cut.ranks_layers else [],
         widths=[cut.criterion] if cut.ranks_widths else [],

@@ -4,8 +4,9 @@ import os
 from collections.abc import Collection
 from dataclasses import dataclass, replace
 
-from surgeon.options import Verb, option, revision_option, seed_option, takes, words
+from surgeon.options import Checked, Verb, option, revision_option, seed_option, takes, words
 from surgeon.surgery import Surgery, open_model
+from surgeon.transforms.layers import check_depth, check_parts
 from surgeon.transforms.layers import truncate as plan_truncate
 
 NONE = "none"  # the empty list, which the command line could not write
@@ -20,18 +21,25 @@ VERB = Verb(counts_layers=True, cuts_end=True, plans="truncate")
 
 
 @dataclass(frozen=True, kw_only=True)
-class TruncateOptions:
+class TruncateOptions(Checked):
     """The options of `truncate`."""
 
-    layers: int | str = option("Layers of the result: 12, or 50% of the source's.", metavar="N")
+    layers: int | str = option("Layers of the result: 12, or 50% of the source's.", metavar="N", group="what is kept")
     inherit: Collection[str] | None = option(
-        "Keep only these parts of the source (attention,mlp,norm,embedding; none); initialise the rest at random.",
+        "Keep only these parts of the source (attention,mlp,norm,embedding; none); initialise the rest at random. "
+        "Default: all.",
         None,
         metavar="PARTS",
         parse=_parts,
+        group="what is kept",
     )
     seed: int = seed_option()
     revision: str | None = revision_option()
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_depth(self.layers)
+        check_parts(self.inherit or ())
 
 
 @takes(TruncateOptions)
