@@ -3,7 +3,10 @@
 import json
 import math
 import random
+import re
 import shutil
+import subprocess
+import sys
 from functools import cache
 from pathlib import Path
 
@@ -449,6 +452,86 @@ def test_one_block_or_any_layers_go_as_asked(toy, tmp_path):
 
     assert block.choice.dropped == (1, 2)  # 0.1 + 0.5 is less than 0.6 + 0.2
     assert free.choice.dropped == (0, 1)  # all layers alone are as far: the first ones
+
+
+# --- layers by name -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("named", [{"drop": [4, 1, 2]}, {"drop": range(1, 3)}, {"keep": [0, 3, 5]}])
+def test_named_layers_are_bypassed_and_no_text_is_read(named, toy, tmp_path):
+    dropped = [*named["drop"]] if "drop" in named else [1, 2, 4]
+    summary = surgeon.prune(toy("llama"), **named).save(tmp_path / "cut")
+
+    model, _ = toys.load(tmp_path / "cut")
+    reference, _ = toys.load(toy("llama"))
+    assert summary.layer_map == tuple(layer for layer in range(6) if layer not in dropped)
+    assert not (tmp_path / "cut/scores.json").exists()
+    with toys.bypass(reference, dropped):
+        assert torch.equal(toys.logits(model), toys.logits(reference))
+
+
+def test_a_list_of_layers_is_typed_as_llama_cpp_does_and_the_json_says_what_went(toy, tmp_path, run):
+    result = run("prune", toy("llama"), "--drop", "1,3-4", "-o", tmp_path / "cut", "--json")
+
+    told = json.loads(result.out)
+    assert (told["dropped"], told["score"], told["layer_map"]) == ([1, 3, 4], None, [0, 2, 5])
+
+
+def test_named_layers_go_and_scores_decide_the_width_alone(speaking, text, tmp_path):
+    model = speaking("llama")
+    by_score = surgeon.prune(model, layers=6, intermediate_size=10, data=(text,), **TEXT)
+    named = surgeon.prune(model, drop=[2], intermediate_size=10, data=(text,), **TEXT)
+
+    assert named.choice.dropped == (2,)
+    assert named.score == "angular"
+    named.save(tmp_path / "named")
+    surgeon.prune(by_score.save(tmp_path / "narrow").output, drop=[2]).save(tmp_path / "two-steps")
+    one, two = (load_file(tmp_path / name / "model.safetensors") for name in ("named", "two-steps"))
+    assert all(torch.equal(one[key], two[key]) for key in one)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--drop", "6"), r"layers \[6\] do not exist"),
+        (("--drop", "0-5"), "every layer would go"),
+        (("--keep", "0-5"), "no layer would go"),
+        (("--keep", "3,1"), "must be in order"),
+        (("--drop", "1,0-2"), "names layer 1 twice"),
+        (("--drop", "3-1"), "runs backwards; write 1-3"),
+        (("--drop", "1;2"), "is not a list of layers"),
+        (("--drop", "1", "--keep", "2"), "asked for more than once"),
+        (("--drop", "1", "--layers", "4"), "asked for more than once"),
+        (("--drop", "1", "--target-memory", "1MB"), "asked for more than once"),
+        (("--drop", "1", "--protect", "1,1"), "chooses layers, and --drop names them"),
+        (("--keep", "1", "--free"), "chooses layers, and --keep names them"),
+        (("--drop", "1", "--keep-pattern"), "chooses layers, and --drop names them"),
+        (("--drop", "1", "--score", "perplexity", "--greedy"), "chooses layers, and --drop names them"),
+        (("--drop", "1", "--curve"), "they are named"),
+        (("--drop", "1", "--plot", "scores.png"), "has nothing to draw"),
+    ],
+)
+def test_a_list_of_layers_that_makes_no_sense_is_refused(words, message, toy, run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+    result = run("prune", toy("llama"), *words)
+
+    assert result.code in (1, 2)
+    assert re.search(message, result.err), result.err
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_receipt_with_named_layers_is_replayed(toy, tmp_path):
+    surgeon.prune(toy("llama"), drop=[1]).save(tmp_path / "cut")
+
+    result = subprocess.run(
+        [sys.executable, "-m", "surgeon", "run", str(tmp_path / "cut/surgeon.json"), "-o", str(tmp_path / "again")],
+        capture_output=True,
+        text=True,
+    )
+
+    assert result.returncode == 0, result.stderr
+    assert (tmp_path / "again/model.safetensors").read_bytes() == (tmp_path / "cut/model.safetensors").read_bytes()
 
 
 # --- width ----------------------------------------------------------------------------------------------------------

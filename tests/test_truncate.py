@@ -1,6 +1,7 @@
 """Truncation end to end, on every family: load, compute, generate, save again."""
 
 import json
+import re
 
 import pytest
 import toys
@@ -30,6 +31,40 @@ def test_a_truncated_model_is_the_original_with_its_last_layers_bypassed(name, t
     )
     with toys.bypass(reference, [4, 5]):
         assert torch.equal(toys.logits(model), toys.logits(reference))
+
+
+SCALED = "gpt2-inverse-layer-idx"  # its queries are multiplied; tests/test_prune.py measures that
+
+
+@pytest.mark.parametrize("name", [name for name in toys.TOYS if name != SCALED])
+def test_every_second_layer_is_kept_from_the_first_on_or_the_type_says_why_not(name, toy, tmp_path):
+    try:
+        summary = surgeon.truncate(toy(name), every=2).save(tmp_path / "cut")
+    except PlanError as refused:
+        pytest.skip(str(refused))
+
+    model, report = toys.load(tmp_path / "cut")
+    reference, _ = toys.load(toy(name))
+    assert summary.layer_map == (0, 2, 4)
+    assert not any(report.values()), report
+    with toys.bypass(reference, [1, 3, 5]):
+        assert torch.equal(toys.logits(model), toys.logits(reference))
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ((), "--layers.* is missing: give it, or --every 2"),
+        (("--layers", "3", "--every", "2"), "both say which layers stay"),
+        (("--every", "1"), "cannot keep every 1-th layer of 6"),
+        (("--every", "6"), "cannot keep every 6-th layer of 6"),
+    ],
+)
+def test_which_layers_stay_is_said_once_and_makes_sense(words, message, toy, run):
+    result = run("truncate", toy("gpt2"), *words)
+
+    assert result.code != 0
+    assert re.search(message, result.err), result.err
 
 
 @pytest.mark.parametrize("name", [name for name in toys.TOYS if name not in ENCODERS])

@@ -41,8 +41,8 @@ from surgeon.verbs.grow import grow as grow
 from surgeon.verbs.init import init as init
 from surgeon.verbs.inspect import Inspection as Inspection
 from surgeon.verbs.inspect import inspect as inspect
-from surgeon.verbs.prune import Pruning as Pruning
 from surgeon.verbs.prune import prune as prune
+from surgeon.verbs.pruning import Pruning as Pruning
 from surgeon.verbs.truncate import truncate as truncate
 from surgeon.verbs.verify import Verification as Verification
 from surgeon.verbs.verify import verify as verify

@@ -19,6 +19,7 @@ common, so that nobody else lists the verbs.
 
 import inspect
 import os
+import re
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields
@@ -44,14 +45,13 @@ class Verb:
     """Facts about all steps of a verb.
 
     `keeps_function`: the result computes what its source computes, unless the plan names a reason (`Plan.approximate`).
-    `counts_layers`: its results are named by their depth. `cuts_end`: it removes the last layers of its source.
+    `counts_layers`: its results are named by their depth.
     `plans` is the function that returns its surgery, "" where there is none; of a surgery that is not written yet it
     continues that, unless the verb `begins`: by its scores, or without a model.
     """
 
     keeps_function: bool = False
     counts_layers: bool = False
-    cuts_end: bool = False
     plans: str = ""
     begins: bool = False
 
@@ -186,6 +186,22 @@ def numbers(text: str) -> list[int]:
     if not all(word.isascii() and word.isdigit() and len(word) < 10 for word in words):
         raise ValueError(f"{text!r} is not a list of numbers such as 3,7,11")
     return [int(word) for word in words]
+
+
+def layer_numbers(text: str) -> list[int]:
+    """Return the numbers in "3,7,11-13", in their order. Raises ValueError for anything else, or one named twice."""
+    found: dict[int, None] = {}
+    for word in text.split(","):
+        ends = re.fullmatch(r"\s*([0-9]{1,6})\s*(?:-\s*([0-9]{1,6})\s*)?", word)
+        if ends is None:
+            raise ValueError(f"{text!r} is not a list of layers such as 3,7,11-13")
+        first, last = int(ends[1]), int(ends[2] or ends[1])
+        if last < first:
+            raise ValueError(f"{word.strip()!r} runs backwards; write {last}-{first}")
+        if (twice := next(filter(found.__contains__, range(first, last + 1)), None)) is not None:
+            raise ValueError(f"{text!r} names layer {twice} twice")
+        found |= dict.fromkeys(range(first, last + 1))
+    return list(found)
 
 
 def words(text: str) -> list[str]:

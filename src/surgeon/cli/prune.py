@@ -15,6 +15,7 @@ from surgeon.plots.figure import check_picture
 from surgeon.plots.pruning import NOTHING, NOTHING_HINT, has_picture, plot_pruning
 from surgeon.surgery import open_model
 from surgeon.verbs import prune as verb
+from surgeon.verbs.pruning import Pruning
 
 GROUP = "surgery"
 EXAMPLE = "surgeon prune gpt2-large --score angular --layers 27 --data text.txt -o gpt2-27"
@@ -47,6 +48,8 @@ def prune(
         check_picture(plot, reads_of(options) | {"MODEL": (model,)})
     if curve and options.keep_pattern:
         raise PlanError("a curve removes layers one by one, not in whole periods", hint="Leave out --keep-pattern.")
+    if curve and options.names_layers:
+        raise PlanError("no score says which layers would go next: they are named", hint="Leave out --curve.")
     begun = open_model(model, revision=options.revision)
     surgery = verb.plan_pruning(begun, replace(options, measure=False))
     if not writing.dry_run:
@@ -66,7 +69,7 @@ def prune(
 class PruneReport:
     """Reports the choice before the result is written, and its cost in perplexity afterwards."""
 
-    surgery: verb.Pruning
+    surgery: Pruning
     evaluate: bool
     curve: bool
     plot: Path | None
@@ -84,8 +87,8 @@ class PruneReport:
             if not predicts_next(self.surgery.source):
                 raise PlanError("this model has no perplexity to draw a curve of", hint="Leave out --curve.")
         score, scores = self.surgery.score, self.surgery.scores
-        if self.plot is not None and not self.curve and not has_picture(score, scores):
-            raise PlanError(NOTHING.format(score), hint=NOTHING_HINT)
+        if self.plot is not None and not self.curve and (score is None or not has_picture(score, scores)):
+            raise PlanError(NOTHING.format(score or "a list of layers"), hint=NOTHING_HINT)
 
     def preview(self) -> tuple[list[tuple[str, str]], dict[str, Any]]:
         """Return the choice, as rows for people and as entries for JSON."""
@@ -100,9 +103,8 @@ class PruneReport:
         }
         rows: list[tuple[str, str]] = []
         if choice is not None and choice.dropped:
-            rows.append(
-                ("dropped", f"layers {text.layers(choice.dropped)}  (by {surgery.score}{_value(choice.score)})")
-            )
+            by = f"by {surgery.score}{_value(choice.score)}" if not surgery.is_named else "as named"
+            rows.append(("dropped", f"layers {text.layers(choice.dropped)}  ({by})"))
             if choice.next_best is not None:
                 rows.append(("next best", f"layers {text.layers(choice.next_best)}{_value(choice.next_score)}"))
         if surgery.text is not None:
@@ -124,6 +126,7 @@ class PruneReport:
             rows += [(f"without {count}", _number(value)) for count, value in enumerate(curve)]
             entries["curve"] = curve
         if self.plot is not None:
+            assert surgery.score is not None, "check has refused to draw layers that were named"
             dropped = () if surgery.choice is None else surgery.choice.dropped
             plot_pruning(self.plot, surgery.score, surgery.scores, dropped=dropped, curve=curve)
             rows.append(("picture", str(self.plot)))

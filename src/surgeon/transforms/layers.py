@@ -213,8 +213,17 @@ def _moved(anatomy: Anatomy, name: str, old: int, new: int) -> Expr:
 PARTS = ("attention", "mlp", "norm", "embedding")
 
 
-def truncate(anatomy: Anatomy, layers: int | str, *, inherit: Collection[str] | None = None, seed: int = 0) -> Plan:
+def truncate(
+    anatomy: Anatomy,
+    layers: int | str | None = None,
+    *,
+    every: int | None = None,
+    inherit: Collection[str] | None = None,
+    seed: int = 0,
+) -> Plan:
     """Return the plan that keeps the first `layers` layers ("50%" counts from the source's depth), and the rest whole.
+
+    With `every` in their place, layers 0, `every`, 2 `every` and so on are kept.
 
     With `inherit`, only these parts keep their weights and the others are drawn as the family does: the ablation of
     Inheritune, section 4. "embedding" is the token and position embeddings and the head, "norm" every norm, the
@@ -222,18 +231,35 @@ def truncate(anatomy: Anatomy, layers: int | str, *, inherit: Collection[str] | 
 
     Raises PlanError when there are not so many layers, or when the model cannot be cut.
     """
+    if every is None:
+        assert layers is not None, "one of them says which layers stay"
+        kept = _first(anatomy, layers)
+    else:
+        kept = _every(anatomy, every)
+    plan = keep_layers(anatomy, kept)
+    step: dict[str, object] = {"layers": len(kept)} if every is None else {"every": every}
+    step["seed"] = seed
+    if inherit is not None:
+        plan = _inherit(plan, anatomy, inherit, seed)
+        step["inherit"] = sorted(inherit)
+    return replace(plan, steps=({"truncate": step},))
+
+
+def _first(anatomy: Anatomy, layers: int | str) -> range:
     count = resolve_depth(layers, anatomy.depth)
     if count > anatomy.depth:
         raise PlanError(
             f"cannot truncate to {count} layers: the model has {anatomy.depth}",
             hint="--layers is the depth of the result.",
         )
-    plan = keep_layers(anatomy, range(count))
-    step: dict[str, object] = {"layers": count, "seed": seed}
-    if inherit is not None:
-        plan = _inherit(plan, anatomy, inherit, seed)
-        step["inherit"] = sorted(inherit)
-    return replace(plan, steps=({"truncate": step},))
+    return range(count)
+
+
+def _every(anatomy: Anatomy, every: int) -> range:
+    if not 2 <= every < max(anatomy.depth, 3):
+        hint = f"2 keeps every second layer; this model has {anatomy.depth}."
+        raise PlanError(f"cannot keep every {every}-th layer of {anatomy.depth}", hint=hint)
+    return range(0, anatomy.depth, every)
 
 
 def _inherit(plan: Plan, anatomy: Anatomy, parts: Collection[str], seed: int) -> Plan:

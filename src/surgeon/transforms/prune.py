@@ -96,6 +96,26 @@ def removed_count(anatomy: Anatomy, layers: int | str) -> int:
     return count
 
 
+def named_layers(
+    anatomy: Anatomy, *, drop: Sequence[int] | None = None, keep: Sequence[int] | None = None
+) -> tuple[int, ...] | None:
+    """Return the layers that go where they are named: those to drop, or all but those to keep; None where neither is.
+
+    Raises PlanError for a layer that does not exist, and where none or all would go.
+    """
+    named = drop if keep is None else keep
+    if named is None:
+        return None
+    depth = anatomy.depth
+    if missing := sorted({layer for layer in named if not 0 <= layer < depth}):
+        raise PlanError(f"layers {missing} do not exist", hint=f"This model has layers 0 to {depth - 1}.")
+    dropped = set(named) if keep is None else set(range(depth)) - set(named)
+    if not 0 < len(dropped) < depth:
+        how_many = "no layer" if not dropped else "every layer"
+        raise PlanError(f"{how_many} would go", hint="Such as --drop 3,7,11-13, or --keep 0-5.")
+    return tuple(sorted(dropped))
+
+
 def resolve_count(
     anatomy: Anatomy, removable: Sequence[Sequence[int]], *, parameters: int | None, nbytes: int | None
 ) -> int:
@@ -150,8 +170,9 @@ def sizes_like(anatomy: Anatomy, small: Anatomy, name: str) -> tuple[dict[str, i
 class Cut:
     """How much goes, and by which score: `count` layers (None: a budget decides), and widths down to `sizes`.
 
-    `protect` is how many first and last layers stay. `sizes` is None where no width changes. Of a model whose kinds of
-    layers repeat after `period` layers, whole periods go; with 1, any layers.
+    `protect` is how many first and last layers stay; layers that are `named` go, whatever the score. `sizes` is None
+    where no width changes. Of a model whose kinds of layers repeat after `period` layers, whole periods go; with 1, any
+    layers.
     """
 
     anatomy: Anatomy
@@ -162,6 +183,7 @@ class Cut:
     protect: tuple[int, int]
     seed: int
     period: int = 1
+    named: tuple[int, ...] | None = None
 
     def check(self) -> None:
         """Raises PlanError for a result that no scores could make possible."""
@@ -184,7 +206,7 @@ class Cut:
     @cached_property
     def ranks_layers(self) -> bool:
         """Whether scores of layers are needed."""
-        return self.count != 0 and self.method.chosen == "lowest"
+        return self.count != 0 and self.named is None and self.method.chosen == "lowest"
 
     @cached_property
     def ranks_widths(self) -> bool:
@@ -207,11 +229,15 @@ class Cut:
     @property
     def most_removable(self) -> int:
         """How many layers can go."""
+        if self.named is not None:
+            return len(self.named)
         return max(0, min(self.anatomy.depth - sum(self.protect), self.anatomy.depth - 1))
 
     def choose(self, count: int, *, values: Sequence[Any] | None, order: Sequence[int] | None) -> Choice:
         """Return which `count` layers go by the values of the score, or by the order of a greedy removal."""
         depth = self.anatomy.depth
+        if self.named is not None:
+            return Choice(self.named)
         if order is not None:
             return choose_in_order(order, count, depth, protect=self.protect)
         return choose_layers(
@@ -227,7 +253,7 @@ class Cut:
 
     def placeholder(self, count: int) -> Choice:
         """Return some `count` layers: they give the sizes of the result while there are no scores."""
-        return Choice(tuple(range(self.anatomy.depth - count, self.anatomy.depth)))
+        return Choice(self.named or tuple(range(self.anatomy.depth - count, self.anatomy.depth)))
 
     def plan(self, choice: Choice, criterion: str, *, values: Mapping[str, Any] | None) -> Plan:
         """Return the plan that drops the chosen layers and keeps the positions that `criterion` ranks highest."""

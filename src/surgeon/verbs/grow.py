@@ -8,7 +8,7 @@ from surgeon.anatomy.anatomy import read_anatomy
 from surgeon.checkpoint.derived import DONOR, JoinedSource
 from surgeon.checkpoint.source import spec_of
 from surgeon.errors import PlanError
-from surgeon.options import Verb, numbers, option, reads_of, revision_option, seed_option, takes
+from surgeon.options import Verb, layer_numbers, option, reads_of, revision_option, seed_option, takes
 from surgeon.plan.plan import Read
 from surgeon.surgery import Surgery, open_model, open_source
 from surgeon.transforms.deepen import donate
@@ -32,10 +32,10 @@ class GrowOptions:
         metavar="METHOD",
     )
     at: Sequence[int] | None = option(
-        "Put a new layer after each of these source layers: 3,7,11. Default: spread evenly.",
+        "Put a new layer after each of these source layers: 3,7,11-13. Default: spread evenly.",
         None,
         metavar="LAYERS",
-        parse=numbers,
+        parse=layer_numbers,
     )
     donor: str | os.PathLike[str] | None = option(
         "Append this model's next layers instead of copies (Inheritune).", None, metavar="MODEL", reads=True

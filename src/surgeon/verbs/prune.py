@@ -9,14 +9,16 @@ from typing import TYPE_CHECKING, Any
 from surgeon.anatomy.anatomy import Anatomy, read_anatomy
 from surgeon.checkpoint.source import SCORES, Source, spec_of
 from surgeon.errors import PlanError
-from surgeon.measure.record import Scores, check_ranking, perplexities, read_scores_of
+from surgeon.measure.record import Scores, check_ranking, read_scores_of
 from surgeon.models.loading import runs
 from surgeon.options import (
     OptionError,
     Verb,
     check_seed,
     device_option,
+    flag_of,
     in_python,
+    layer_numbers,
     numbers,
     option,
     reads_of,
@@ -28,15 +30,24 @@ from surgeon.options import (
 from surgeon.plan.plan import FLOAT_DTYPES
 from surgeon.surgery import Surgery, open_model, open_source, parse_size
 from surgeon.transforms.choose import Choice
-from surgeon.transforms.prune import Cut, pruned_sizes, removed_count, repeating_period, resolve_count, sizes_like
+from surgeon.transforms.prune import (
+    Cut,
+    named_layers,
+    pruned_sizes,
+    removed_count,
+    repeating_period,
+    resolve_count,
+    sizes_like,
+)
 from surgeon.transforms.scores import METHODS
+from surgeon.verbs.pruning import Pruning
 
 if TYPE_CHECKING:
     from surgeon.measure.calibration import Calibration
     from surgeon.measure.scoring import Meter
 
 VERB = Verb(counts_layers=True, plans="prune", begins=True)
-UNSCORED = "No scores yet: the layer list is a placeholder; counts and sizes are exact."
+UNSCORED = "No scores yet: counts and sizes are exact, what goes is not decided."
 SELF_SAMPLED = "the calibration text was written by the model itself; give --data for a text of your own"
 HEAVY = "more than a quarter of the layers goes: expect a broken model until it is healed (finetuned)"
 _UNCHANGED = "Default: unchanged."
@@ -68,6 +79,12 @@ class CutOptions:
     )
     target_memory: int | str | None = option(
         "Remove the fewest layers that leave at most so many bytes of weights: 12GB.", None, metavar="SIZE"
+    )
+    drop: Sequence[int] | None = option(
+        "Remove these layers, in place of a choice by scores: 3,7,11-13.", None, metavar="LAYERS", parse=layer_numbers
+    )
+    keep: Sequence[int] | None = option(
+        "Keep these layers and remove all others: 0-20,25-29.", None, metavar="LAYERS", parse=layer_numbers
     )
     hidden_size: int | None = option(f"Hidden size of the result. {_UNCHANGED}", None, metavar="N")
     intermediate_size: int | None = option(f"Neurons of each MLP of the result. {_UNCHANGED}", None, metavar="N")
@@ -142,13 +159,34 @@ class CutOptions:
         if self.like is not None and (self.layers is not None or narrows):
             raise PlanError("sizes are given beside a model to take them from", hint="Give --like, or sizes.")
         budgets = [target for target in (self.parameters, self.nbytes) if target is not None]
-        depths = [depth for depth in (self.layers, self.like) if depth is not None]
+        depths = [depth for depth in (self.layers, self.like, self.drop, self.keep) if depth is not None]
         if len(budgets) + len(depths) > 1:
-            raise PlanError("the depth is asked for more than once", hint="Give one of --layers and the targets.")
+            hint = "Give one of --layers, --drop, --keep and the targets."
+            raise PlanError("the depth is asked for more than once", hint=hint)
+        self._check_named()
         if budgets and narrows:
             raise PlanError("a budget decides the depth, not the width", hint="Give --layers beside sizes.")
         if not (budgets or depths or narrows):
             raise PlanError("nothing to prune", hint="Give --layers, a size such as --intermediate-size, or a target.")
+
+    def _check_named(self) -> None:
+        """Raises OptionError where layers are named, and something else would choose them too."""
+        if not self.names_layers:
+            return
+        choosing = {"greedy": self.greedy, "contiguous": self.contiguous is not None}
+        choosing |= {"protect": self.protect is not None, "keep_pattern": self.keep_pattern}
+        if also := next((name for name, is_given in choosing.items() if is_given), None):
+            named = "--drop" if self.keep is None else "--keep"
+            raise OptionError(also, f"{flag_of(also)} chooses layers, and {named} names them", hint="Give one of them.")
+        if self.keep is not None and list(self.keep) != sorted(set(self.keep)):
+            raise OptionError(
+                "keep", "--keep must be in order: no layer moves, and none is repeated", hint="Such as --keep 0-5,8."
+            )
+
+    @property
+    def names_layers(self) -> bool:
+        """Whether the layers that go are named, and not chosen by scores."""
+        return self.drop is not None or self.keep is not None
 
     @property
     def parameters(self) -> int | None:
@@ -205,66 +243,6 @@ class PruneOptions(RunOptions, CutOptions):
         return self.all_tokens or self.tokens == "all"
 
 
-@dataclass(frozen=True, kw_only=True)
-class Pruning(Surgery):
-    """A surgery that scores decided.
-
-    `choice` is None where no scores are there yet, `text` where none was read. removable(n) returns the layers that
-    go when n do; it works for n up to `most_removable`, with `keep_pattern` for whole periods.
-    """
-
-    score: str
-    scores: Scores | None
-    choice: Choice | None
-    text: "Calibration | None"
-    removable: Callable[[int], Choice]
-    most_removable: int
-    device: str
-    trust_remote_code: bool = False
-
-    def evaluate(
-        self, result: str | os.PathLike[str], *, before: float | None = None, meter: "Meter | None" = None
-    ) -> tuple[float, float] | None:
-        """Return the perplexity of the source (`before` if known) and of the written result; None without one."""
-        if (known := self.perplexity(meter=meter) if before is None else before) is None or self.text is None:
-            return None
-        from surgeon.measure.scoring import perplexity
-
-        with runs(self.source.label, trust_remote_code=self.trust_remote_code):
-            return known, perplexity(open_source(result), self.text.tokens, device=self.device, meter=meter)
-
-    def perplexity(self, *, meter: "Meter | None" = None) -> float | None:
-        """Return the perplexity of the source on the text; None without a text, and for an encoder."""
-        if self.text is None:
-            return None
-        from surgeon.measure.scoring import perplexity
-        from surgeon.models.skeleton import predicts_next
-
-        if not predicts_next(self.source):
-            return None
-        scored_on = None if self.scores is None or self.scores.data is None else self.scores.data.get("sha256")
-        if self.scores is not None and self.scores.loss is not None and scored_on == self.text.origin["sha256"]:
-            return perplexities([self.scores.loss])[0]
-        with runs(self.source.label, trust_remote_code=self.trust_remote_code):
-            return perplexity(self.source, self.text.tokens, device=self.device, meter=meter)
-
-    def curve(self, most: int | None = None, *, meter: "Meter | None" = None) -> list[float] | None:
-        """Return the perplexity with 0, 1, 2 ... `most` layers removed by the scores, None without a text.
-
-        One streamed pass over the source, in its full width. `most` is half its depth by default, and never more than
-        `most_removable`.
-        """
-        if self.text is None:
-            return None
-        from surgeon.measure.scoring import removal_curve
-
-        half = read_anatomy(spec_of(self.source)).depth // 2
-        last = min(half if most is None else most, self.most_removable)
-        choices = [self.removable(count).dropped for count in range(last + 1)]
-        with runs(self.source.label, trust_remote_code=self.trust_remote_code):
-            return removal_curve(self.source, self.text.tokens, choices, device=self.device, meter=meter)
-
-
 @takes(PruneOptions)
 def prune(model: "str | os.PathLike[str] | Surgery", options: PruneOptions) -> Pruning:
     """Return the surgery that removes the layers, neurons, heads, channels and experts that matter least.
@@ -308,14 +286,15 @@ def plan_pruning(begun: Surgery, options: PruneOptions) -> Pruning:
         plan=begun.plan.then(plan),
         reads={**begun.reads, **reads_of(options)},
         attachments={**begun.attachments, **({} if scores is None else {SCORES: scores.to_bytes()})},
-        score=options.score,
+        score=step["score"],
         scores=scores,
-        choice=choice if is_scored or not count else None,
+        choice=choice if is_scored or not count or cut.named else None,
         text=measured.text,
         removable=removable,
         most_removable=most_removable,
         device=measured.device,
         trust_remote_code=options.trust_remote_code,
+        is_named=cut.named is not None,
         also_read=() if is_measured else _floating(begun.source),
     )
 
@@ -343,8 +322,9 @@ def _ranking(cut: Cut, options: PruneOptions, scores: Scores | None) -> tuple[Ca
 
 def _step(cut: Cut, options: PruneOptions, choice: Choice, scores: Scores | None) -> dict[str, Any]:
     """Return the entry of the receipt: the cut, and the scores that decided it."""
+    is_unasked = cut.named is not None and not cut.ranks_widths and scores is None
     return {
-        "score": options.score,
+        "score": None if is_unasked else options.score,
         "greedy": options.greedy,
         "dropped": list(choice.dropped),
         "value": choice.score,
@@ -364,6 +344,7 @@ def _cut(anatomy: Anatomy, options: PruneOptions) -> tuple[Cut, tuple[str, ...]]
     """Return the cut that the options ask for, and notes. Raises PlanError for an impossible one: nothing is scored."""
     notes: tuple[str, ...] = ()
     layers, given = options.layers, options.sizes
+    named = named_layers(anatomy, drop=options.drop, keep=options.keep)
     if options.like is not None:
         small = read_anatomy(spec_of(open_source(options.like)))
         layers = small.depth
@@ -371,9 +352,10 @@ def _cut(anatomy: Anatomy, options: PruneOptions) -> tuple[Cut, tuple[str, ...]]
     sizes = pruned_sizes(anatomy, given)
     has_budget = options.target_parameters is not None or options.target_memory is not None
     count = None if has_budget else 0 if layers is None else removed_count(anatomy, layers)
+    count = count if named is None else len(named)
     method = METHODS[options.score]
     greedy = method.greedy if options.greedy else None
-    default = method.protect if greedy is None else greedy.protect
+    default = (0, 0) if named is not None else method.protect if greedy is None else greedy.protect
     cut = Cut(
         anatomy=anatomy,
         score=options.score,
@@ -383,6 +365,7 @@ def _cut(anatomy: Anatomy, options: PruneOptions) -> tuple[Cut, tuple[str, ...]]
         protect=default if options.protect is None else options.protect,
         seed=options.seed,
         period=repeating_period(anatomy) if options.keep_pattern else 1,
+        named=named,
     )
     cut.check()
     return cut, notes

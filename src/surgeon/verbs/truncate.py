@@ -1,10 +1,10 @@
-"""The verb `truncate`: keep the first layers of a model."""
+"""The verb `truncate`: keep the first layers of a model, or every second one."""
 
 import os
 from collections.abc import Collection
 from dataclasses import dataclass, replace
 
-from surgeon.options import Verb, option, revision_option, seed_option, takes, words
+from surgeon.options import OptionError, Verb, option, revision_option, seed_option, takes, words
 from surgeon.surgery import Surgery, open_model
 from surgeon.transforms.layers import truncate as plan_truncate
 
@@ -16,14 +16,15 @@ def _parts(text: str) -> list[str]:
     return [] if text.strip() == NONE else words(text)
 
 
-VERB = Verb(counts_layers=True, cuts_end=True, plans="truncate")
+VERB = Verb(counts_layers=True, plans="truncate")
 
 
 @dataclass(frozen=True, kw_only=True)
 class TruncateOptions:
     """The options of `truncate`."""
 
-    layers: int | str = option("Layers of the result: 12, or 50% of the source's.", metavar="N")
+    layers: int | str | None = option("Keep the first N layers: 12, or 50% of the source's.", None, metavar="N")
+    every: int | None = option("Keep every N-th layer from the first on: 2 keeps 0, 2, 4 ...", None, metavar="N")
     inherit: Collection[str] | None = option(
         "Keep only these parts of the source (attention,mlp,norm,embedding; none); initialise the rest at random.",
         None,
@@ -33,15 +34,24 @@ class TruncateOptions:
     seed: int = seed_option()
     revision: str | None = revision_option()
 
+    def __post_init__(self) -> None:
+        """Raise OptionError unless one option says which layers stay."""
+        if (self.layers is None) == (self.every is None):
+            missing, double = "is missing: give it, or --every 2", "and --every both say which layers stay"
+            fault = missing if self.layers is None else double
+            raise OptionError("layers", f"--layers {fault}", hint="Give --layers 12, or --every 2.")
+
 
 @takes(TruncateOptions)
 def truncate(model: "str | os.PathLike[str] | Surgery", options: TruncateOptions) -> Surgery:
     """Return the surgery that keeps the first layers of `model`: a checkpoint directory, a Hub id, or a surgery.
+
+    With `every`, it keeps layers 0, `every`, 2 `every` and so on, as DistilBERT's students begin.
 
     Raises PlanError when the model has fewer layers or cannot be cut.
 
         surgeon.truncate("gpt2-large", layers=6).save("gpt2-large-6")
     """
     begun = open_model(model, revision=options.revision)
-    plan = plan_truncate(begun.anatomy, options.layers, inherit=options.inherit, seed=options.seed)
+    plan = plan_truncate(begun.anatomy, options.layers, every=options.every, inherit=options.inherit, seed=options.seed)
     return replace(begun, plan=begun.plan.then(plan))

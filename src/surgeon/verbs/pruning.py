@@ -1,0 +1,79 @@
+"""A surgery that scores decided, and what it costs in perplexity on their text."""
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from surgeon.anatomy.anatomy import read_anatomy
+from surgeon.checkpoint.source import spec_of
+from surgeon.measure.record import Scores, perplexities
+from surgeon.models.loading import runs
+from surgeon.surgery import Surgery, open_source
+from surgeon.transforms.choose import Choice
+
+if TYPE_CHECKING:
+    from surgeon.measure.calibration import Calibration
+    from surgeon.measure.scoring import Meter
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pruning(Surgery):
+    """A surgery that scores decided, or the names of layers.
+
+    `score` is None where the layers were named and no score was asked. `choice` is None where no scores are there yet,
+    `text` where none was read. removable(n) returns the layers that go when n do; it works for n up to
+    `most_removable`, with `keep_pattern` for whole periods.
+    """
+
+    score: str | None
+    scores: Scores | None
+    choice: Choice | None
+    text: "Calibration | None"
+    removable: Callable[[int], Choice]
+    most_removable: int
+    device: str
+    trust_remote_code: bool = False
+    is_named: bool = False
+
+    def evaluate(
+        self, result: str | os.PathLike[str], *, before: float | None = None, meter: "Meter | None" = None
+    ) -> tuple[float, float] | None:
+        """Return the perplexity of the source (`before` if known) and of the written result; None without one."""
+        if (known := self.perplexity(meter=meter) if before is None else before) is None or self.text is None:
+            return None
+        from surgeon.measure.scoring import perplexity
+
+        with runs(self.source.label, trust_remote_code=self.trust_remote_code):
+            return known, perplexity(open_source(result), self.text.tokens, device=self.device, meter=meter)
+
+    def perplexity(self, *, meter: "Meter | None" = None) -> float | None:
+        """Return the perplexity of the source on the text; None without a text, and for an encoder."""
+        if self.text is None:
+            return None
+        from surgeon.measure.scoring import perplexity
+        from surgeon.models.skeleton import predicts_next
+
+        if not predicts_next(self.source):
+            return None
+        scored_on = None if self.scores is None or self.scores.data is None else self.scores.data.get("sha256")
+        if self.scores is not None and self.scores.loss is not None and scored_on == self.text.origin["sha256"]:
+            return perplexities([self.scores.loss])[0]
+        with runs(self.source.label, trust_remote_code=self.trust_remote_code):
+            return perplexity(self.source, self.text.tokens, device=self.device, meter=meter)
+
+    def curve(self, most: int | None = None, *, meter: "Meter | None" = None) -> list[float] | None:
+        """Return the perplexity with 0, 1, 2 ... `most` layers removed by the scores, None without a text.
+
+        One streamed pass over the source, in its full width. `most` is half its depth by default, and never more than
+        `most_removable`.
+        """
+        if self.text is None:
+            return None
+        from surgeon.measure.scoring import removal_curve
+
+        half = read_anatomy(spec_of(self.source)).depth // 2
+        last = min(half if most is None else most, self.most_removable)
+        choices = [self.removable(count).dropped for count in range(last + 1)]
+        with runs(self.source.label, trust_remote_code=self.trust_remote_code):
+            return removal_curve(self.source, self.text.tokens, choices, device=self.device, meter=meter)
