@@ -159,7 +159,7 @@ def test_a_file_for_several_gpus_has_only_keys_that_accelerate_knows(name):
     from accelerate.commands.config.config_args import load_config_from_file
     from accelerate.commands.launch import launch_command_parser
 
-    path = SURGEON.parent / "docs" / "accelerate" / f"{name}.yaml"
+    path = SURGEON.parent.parent / "docs" / "accelerate" / f"{name}.yaml"
     config = load_config_from_file(str(path))  # it raises ValueError for a key of its own that it does not know
     options = {action.dest for action in launch_command_parser()._actions}
     assert (config.fsdp_config or config.deepspeed_config).keys() <= options
