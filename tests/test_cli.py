@@ -27,7 +27,7 @@ def test_a_truncation_says_what_it_did_and_what_to_run_next(toy, tmp_path):
         "6 → 3  (source layers 0-2)",
         "parameters",
         "config num_hidden_layers  6 → 3",
-        "next: surgeon inspect",
+        f"next: surgeon finetune {tmp_path / 'cut'} --data text.txt --teacher {toy('llama')}",
     ):
         assert expected in result.stdout
     assert result.stderr == ""

@@ -82,9 +82,9 @@ def test_what_to_run_next_is_what_the_result_can_do(run, talker, tmp_path):
     data.write_text('{"instruction": "cat", "output": "sat"}\n' * 8)
     frozen = ("--gist", "--gist-reader", "frozen", "--lora", 1, "--keep-adapter")
     wanted = {
-        ("--gist",): "surgeon evaluate {} --gist --data RECORDS",
+        ("--gist",): "surgeon evaluate {} --gist --data held-out.jsonl",
         ("--lora", 1, "--keep-adapter"): None,
-        frozen: f"surgeon compress {tmp_path / 'gist'} --adapter {{}} --prompt TEXT",
+        frozen: f"surgeon compress {tmp_path / 'gist'} --adapter {{}} --prompt-file prompt.txt",
     }
     for number, (options, expected) in enumerate(wanted.items()):
         output = tmp_path / f"out{number}"

@@ -27,7 +27,7 @@ def test_a_gist_token_is_added_and_said(talker, tmp_path, run):
     assert done.code == 0, done.err
     assert "vocab_size" in done.out
     assert "290 → 291" in done.out
-    assert "next: surgeon inspect" in done.out
+    assert f"next: surgeon finetune {tmp_path / 'gist'} --gist --data" in done.out
     config = json.loads((tmp_path / "gist/config.json").read_text())
     assert read_gist(config).num_tokens == 4
     assert "surgeon gist" in (tmp_path / "gist/README.md").read_text()

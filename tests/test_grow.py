@@ -59,6 +59,7 @@ def test_a_dry_run_says_what_the_run_does_and_writes_nothing(toy, tmp_path, run)
     assert not (tmp_path / "out").exists()
     done = json.loads(run(*command, "--no-verify").out)
 
+    assert done.pop("timings").keys() == {"writing", "other"}
     assert {**planned, "seconds": None} == {**done, "seconds": None}
     assert done["bytes_written"] == sum(
         value.nbytes for value in load_file(tmp_path / "out/model.safetensors").values()

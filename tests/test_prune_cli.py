@@ -81,7 +81,7 @@ def test_json_is_one_object_with_the_choice_and_the_scores_and_nothing_else(mode
     found = json.loads(outcome.out)
     assert outcome.code == 0
     assert outcome.err == ""
-    assert found.keys() == SUMMARY | CHOICE | {"perplexity"}
+    assert found.keys() == SUMMARY | CHOICE | {"perplexity", "timings"}
     assert found["output"] == str(out)
     assert found["score"] == "angular"
     assert found["layers"] == {"before": 6, "after": 4}
@@ -114,7 +114,7 @@ def test_the_summary_says_what_went_by_what_score_and_what_it_costs(model, text,
     before = math.exp(read_scores(out / "scores.json").loss)
     assert f"{before:,.2f} → " in rows["perplexity"]
     assert "6 → 4" in rows["layers"]
-    assert f"next: surgeon inspect {out}" in printed
+    assert f"next: surgeon finetune {out} --data {text} --teacher {model}" in printed
 
 
 def test_the_command_and_the_function_write_the_same_bytes(model, text, tmp_path, run):
@@ -276,6 +276,7 @@ def test_a_dry_run_with_scores_says_what_the_run_does(model, scored, tmp_path, r
     done = json.loads(run(*command).out)
 
     assert planned["dropped"] == [1, 2]
+    assert done.pop("timings").keys() >= {"scoring", "writing"}
     assert planned | {"seconds": None} == done | {"seconds": None}
 
 

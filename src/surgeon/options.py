@@ -47,13 +47,15 @@ class Verb:
     `keeps_function`: the result computes what its source computes, unless the plan names a reason (`Plan.approximate`).
     `counts_layers`: its results are named by their depth.
     `plans` is the function that returns its surgery, "" where there is none; of a surgery that is not written yet it
-    continues that, unless the verb `begins`: by its scores, or without a model.
+    continues that, unless the verb `begins`: by its scores, or without a model. `then` is the command that its results
+    are made for, with {output}, {source} (what it was made of) and {data} (what it was scored on, else a placeholder).
     """
 
     keeps_function: bool = False
     counts_layers: bool = False
     plans: str = ""
     begins: bool = False
+    then: str = "inspect {output}"
 
 
 def verb_named(name: str) -> Verb:

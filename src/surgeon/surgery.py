@@ -75,7 +75,7 @@ class Summary:
         }
 
     def to_text(self, *, done: bool = False, rows: Sequence[tuple[str, str]] = ()) -> str:
-        """Return the summary for people: before and after, where it is, and, when `done`, what to run next.
+        """Return the summary for people: before and after, and where it is.
 
         `rows` are more rows about the result: its verification, or the scores that decided it.
         """
@@ -102,7 +102,7 @@ class Summary:
             ]
             return text.rows(lines)
         lines += [*rows, ("seconds", f"{self.seconds:.2f}"), ("output", str(self.output))]
-        return f"{text.rows(lines)}\n\nnext: surgeon inspect {self.output}"
+        return text.rows(lines)
 
     def __str__(self) -> str:
         return self.to_text()

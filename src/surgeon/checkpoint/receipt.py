@@ -82,6 +82,19 @@ def read_receipt(directory: Path) -> dict[str, Any] | None:
     return content if isinstance(content, dict) and _is_sound(content) else None
 
 
+def made_of(model: str | os.PathLike[str]) -> str | None:
+    """Return the model that a checkpoint was made of, as its receipt names it: its id, or a directory that is there."""
+    directory = Path(model)
+    record = read_receipt(directory) if directory.is_dir() else None
+    source = (record or {}).get("source")
+    if not isinstance(source, dict):
+        return None
+    if isinstance(name := source.get("id"), str):
+        return name
+    path = Path(str(source.get("path")))
+    return None if not path.is_dir() else str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)
+
+
 def _is_sound(content: Mapping[str, Any]) -> bool:
     """Return whether the entries of a receipt that surgeon reads again have the form that it writes."""
     layers, axes, steps = (content.get(key, kind()) for key, kind in _ENTRIES.items())

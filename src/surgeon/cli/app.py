@@ -14,6 +14,7 @@ from typing import Annotated, Any, NoReturn, TextIO
 import typer
 from typer.core import TyperGroup
 
+from surgeon.cli import clock
 from surgeon.errors import SurgeonError, failure_of_library, first_line, library_of
 from surgeon.starter import STARTER, ends_with_starter
 from surgeon.text import scrubbed
@@ -118,6 +119,7 @@ def main() -> NoReturn:
         _run()
     finally:
         sys.stderr = standard_error
+        clock.restart()
 
 
 class _WithoutSecrets:

@@ -5,15 +5,16 @@ import os
 import shlex
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import MISSING, dataclass, fields, is_dataclass
+from dataclasses import MISSING, dataclass, fields, is_dataclass, replace
 from pathlib import Path
 from types import UnionType
 from typing import TYPE_CHECKING, Annotated, Any, Protocol, Union, get_args, get_origin, get_type_hints
 
 import typer
 
+from surgeon.cli import clock
 from surgeon.cli.terminal import ByteProgress, emit, emit_json, log
-from surgeon.options import Flag, OptionError, flag_of, option, output_option, overwrite_option
+from surgeon.options import Flag, OptionError, flag_of, option, output_option, overwrite_option, verb_named
 from surgeon.surgery import Draft, Summary, Surgery
 
 if TYPE_CHECKING:
@@ -174,8 +175,32 @@ def run(surgery: Surgery, writing: Writing, *, verify: bool | None = False, repo
     With `verify` the result is loaded and compared with its source before it takes its place; None: where it is small.
     """
     summary, rows, entries = carried_out(surgery, writing, verify=verify, report=report)
-    done = not writing.dry_run
-    emit_json(summary.to_dict() | entries) if writing.json else emit(summary.to_text(done=done, rows=rows))
+    if writing.json:
+        emit_json(summary.to_dict() | entries)
+        return
+    emit(replace(summary, seconds=clock.seconds()).to_text(done=not writing.dry_run, rows=rows))
+    if not writing.dry_run:
+        emit_next(*_following(surgery, str(summary.output)))
+
+
+def _following(surgery: Surgery, output: str) -> list[str]:
+    """Return the words of the command that a result is made for, filled in from what is known."""
+    known = {"{output}": [output], "{source}": [surgery.source.label], "{data}": list(surgery.reads.get("--data", ()))}
+    known["{data}"] = known["{data}"] or [SOME_TEXT]
+    words: list[str] = []
+    for word in verb_named(next(iter(surgery.plan.steps[-1]))).then.split():
+        flag = words.pop() if word == "{data}" else None  # repeated before each of them
+        for value in known.get(word, [word]):
+            words += [value] if flag is None else [flag, value]
+    return words
+
+
+SOME_TEXT = "text.txt"  # where a command cannot know which
+
+
+def emit_next(*words: str) -> None:
+    """Print the command to run next."""
+    emit(f"\nnext: surgeon {shlex.join(words)}")
 
 
 def carried_out(
@@ -200,11 +225,12 @@ def carried_out(
         from surgeon.verbs.verify import verify_as
 
         source, revision = loadable(surgery.source)
-        found.append(verify_as(str(draft.summary.output), source, stage, revision=revision))
+        with clock.part("verifying"):
+            found.append(verify_as(str(draft.summary.output), source, stage, revision=revision))
 
     if verify is None:
         verify = draft.summary.parameters[1] < VERIFIED_BELOW
-    with ByteProgress(draft.summary.bytes_written, quiet=writing.quiet) as progress:
+    with ByteProgress(draft.summary.bytes_written, quiet=writing.quiet) as progress, clock.part("writing"):
         summary = draft.write(
             overwrite=writing.overwrite, progress=progress, command=command, confirm=confirm if verify else None
         )
@@ -212,13 +238,15 @@ def carried_out(
         rows += verification.rows()
         entries["verification"] = verification.to_dict()
     if report:
-        more = report.after(summary.output)
+        with clock.part("measuring"):
+            more = report.after(summary.output)
         rows, entries = rows + more[0], entries | more[1]
         summary = summary.downloaded_from(surgery.source)  # it may have read more of it
     if writing.push_to_hub is not None:
         from surgeon.checkpoint.hub import push
 
-        entries["url"] = push(summary.output, writing.push_to_hub, private=writing.private, reads=draft.reads)
+        with clock.part("uploading"):
+            entries["url"] = push(summary.output, writing.push_to_hub, private=writing.private, reads=draft.reads)
         log(f"uploaded to {entries['url']}")
     return summary, rows, entries
 

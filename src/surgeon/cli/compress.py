@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from surgeon.cli.command import Debug, Json, Model, Quiet, spread
+from surgeon.cli.command import Debug, Json, Model, Quiet, emit_next, spread
 from surgeon.cli.terminal import emit, emit_json, log, read_text
 from surgeon.options import OptionError, keywords_of
 from surgeon.verbs import compress as verb
@@ -38,4 +38,4 @@ def compress(
         emit_json(compression.to_dict())
         return
     emit(compression.to_text())
-    emit(f"next: surgeon generate {model} TEXT --gist {compression.output}")
+    emit_next("generate", model, "TEXT", "--gist", str(compression.output))

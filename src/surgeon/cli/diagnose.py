@@ -1,6 +1,6 @@
 """`surgeon diagnose`."""
 
-from surgeon.cli.command import Debug, Json, Model, Quiet, spread
+from surgeon.cli.command import Debug, Json, Model, Quiet, emit_next, spread
 from surgeon.cli.terminal import TokenMeter, emit, emit_json
 from surgeon.options import keywords_of
 from surgeon.verbs import diagnose as verb
@@ -19,4 +19,9 @@ def diagnose(
 ) -> None:
     """Show what attention looks at in each layer, and what each layer is worth."""
     diagnosis = verb.diagnose(model, **keywords_of(options), meter=TokenMeter(quiet=quiet))
-    emit_json(diagnosis.to_dict()) if json else emit(diagnosis.to_text())
+    if json:
+        emit_json(diagnosis.to_dict())
+        return
+    emit(diagnosis.to_text())
+    data = (word for data in options.data for word in ("--data", data))
+    emit_next("prune", model, "--score", "block-influence", "--layers", "80%", *data)

@@ -3,7 +3,7 @@
 import sys
 import time
 
-from surgeon.cli.command import Debug, Json, Model, Quiet, spread
+from surgeon.cli.command import Debug, Json, Model, Quiet, emit_next, spread
 from surgeon.cli.terminal import emit, emit_json, log, results_alone
 from surgeon.options import keywords_of
 from surgeon.rewriting.loop import Progress
@@ -37,7 +37,7 @@ def distill(
         emit_json(done.to_dict())
         return
     emit(done.to_text())
-    emit(f"\nnext: surgeon finetune CUT-MODEL --data {done.output}")
+    emit_next("finetune", "CUT-MODEL", "--data", str(done.output))
 
 
 class ProgressLine:

@@ -4,7 +4,8 @@ from typing import Annotated
 
 import typer
 
-from surgeon.cli.command import Debug, Json, Model, Quiet, spread
+from surgeon.checkpoint.receipt import made_of
+from surgeon.cli.command import Debug, Json, Model, Quiet, emit_next, spread
 from surgeon.cli.terminal import TokenMeter, emit, emit_json
 from surgeon.options import OptionError
 from surgeon.verbs import evaluate as verb
@@ -27,4 +28,11 @@ def evaluate(
     if json and markdown:
         raise OptionError("markdown", "--markdown goes without --json")
     evaluation = verb.run(model, options, quiet=quiet, meter=TokenMeter(quiet=quiet))
-    emit_json(evaluation.to_dict()) if json else emit(evaluation.to_markdown() if markdown else evaluation.to_text())
+    if json:
+        emit_json(evaluation.to_dict())
+        return
+    emit(evaluation.to_markdown() if markdown else evaluation.to_text())
+    is_alone = options.baseline is None and not options.gist and not markdown
+    if is_alone and (source := made_of(model)) is not None:
+        data = (word for data in options.data for word in ("--data", data))
+        emit_next("evaluate", model, *data, "--baseline", source)

@@ -6,7 +6,8 @@ from typing import Annotated, Any
 
 import typer
 
-from surgeon.cli.command import Debug, Json, Model, Quiet, spread
+from surgeon.checkpoint.receipt import made_of
+from surgeon.cli.command import Debug, Json, Model, Quiet, emit_next, spread
 from surgeon.options import keywords_of, reads_of
 from surgeon.train.result import Training
 from surgeon.verbs import finetune as verb
@@ -81,8 +82,8 @@ def finetune(
         emit_json(entries)
         return
     emit(trained.to_text())
-    if (following := _next(model, str(trained.output), training)) is not None:
-        emit(f"\nnext: {following}")
+    if following := _next(model, str(trained.output), training):
+        emit_next(*following)
 
 
 def _train(model: str, options: dict[str, Any], *, quiet: bool) -> Training:
@@ -92,10 +93,18 @@ def _train(model: str, options: dict[str, Any], *, quiet: bool) -> Training:
     return verb.finetune(model, **options | {"watcher": TrainingLine(quiet=quiet), "command": command})
 
 
-def _next(model: str, output: str, options: verb.TrainingOptions) -> str | None:
-    """Return the command that a user may want next, None for adapters that only PEFT loads."""
+def _next(model: str, output: str, options: verb.TrainingOptions) -> list[str]:
+    """Return the words of the command that a user may want next, none for adapters that only PEFT loads.
+
+    What is judged is judged on held-out data, against the teacher, or else what the model was made of.
+    """
     if options.gist_reader == "frozen":
-        return f"surgeon compress {model} --adapter {output} --prompt TEXT"
+        return ["compress", model, "--adapter", output, "--prompt-file", "prompt.txt"]
     if options.keep_adapter:
-        return None
-    return f"surgeon evaluate {output} " + ("--gist --data RECORDS" if options.gist else "--data TEXT")
+        return []
+    unseen = [word for data in options.eval_data for word in ("--data", data)]
+    if options.gist:
+        return ["evaluate", output, "--gist", *(unseen or ["--data", "held-out.jsonl"])]
+    baseline = options.teacher or made_of(model)
+    against = [] if baseline is None else ["--baseline", baseline]
+    return ["evaluate", output, *(unseen or ["--data", "held-out.txt"]), *against]

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from surgeon import text
-from surgeon.cli import command
+from surgeon.cli import clock, command
 from surgeon.cli.command import Model, Writing, spread
 from surgeon.cli.terminal import TokenMeter
 from surgeon.errors import PlanError
@@ -54,14 +54,16 @@ def prune(
     surgery = verb.plan_pruning(begun, replace(options, measure=False))
     if not writing.dry_run:
         command.check(surgery, writing)  # before scoring, which may take an hour
-        surgery = verb.plan_pruning(begun, options)
+        with clock.part("scoring"):
+            surgery = verb.plan_pruning(begun, options)
     report = PruneReport(surgery, evaluate=options.evaluate, curve=curve, plot=plot, meter=meter)
     if not writing.dry_run:
         report.check()
-        if options.evaluate:  # what cannot be run is known before anything is written
-            report = replace(report, before=surgery.perplexity(meter=meter))
-        if curve:
-            report = replace(report, without=surgery.curve(meter=meter))
+        with clock.part("measuring"):
+            if options.evaluate:  # what cannot be run is known before anything is written
+                report = replace(report, before=surgery.perplexity(meter=meter))
+            if curve:
+                report = replace(report, without=surgery.curve(meter=meter))
     command.run(surgery, writing, report=report)
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
+from surgeon.cli import clock
 from surgeon.errors import LONGEST, DataError
 from surgeon.text import printable
 
@@ -50,8 +51,9 @@ def results_alone() -> Iterator[None]:
 
 
 def emit_json(content: Mapping[str, Any]) -> None:
-    """Print one JSON object."""
-    sys.stdout.write(json.dumps(content, indent=2) + "\n")
+    """Print one JSON object. Its `seconds` become those of the whole process, with the parts as `timings`."""
+    timed = clock.timings() if "seconds" in content else {}
+    sys.stdout.write(json.dumps({**content, **timed}, indent=2) + "\n")
 
 
 def read_text(path: Path) -> str:

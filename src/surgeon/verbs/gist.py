@@ -12,7 +12,7 @@ from surgeon.options import Verb, option, revision_option, takes
 from surgeon.surgery import Surgery, open_model
 from surgeon.transforms.vocabulary import add_tokens
 
-VERB = Verb(plans="add_gist")
+VERB = Verb(plans="add_gist", then="finetune {output} --gist --data instructions.jsonl")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,7 +15,7 @@ from surgeon.transforms.deepen import donate
 from surgeon.transforms.grow import grow as plan_grow
 from surgeon.transforms.grow import grown_depth
 
-VERB = Verb(keeps_function=True, counts_layers=True, plans="grow")
+VERB = Verb(keeps_function=True, counts_layers=True, plans="grow", then="finetune {output} --data {data}")
 _SIZE = "a number or 2x"
 
 

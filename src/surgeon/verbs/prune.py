@@ -46,7 +46,7 @@ if TYPE_CHECKING:
     from surgeon.measure.calibration import Calibration
     from surgeon.measure.scoring import Meter
 
-VERB = Verb(counts_layers=True, plans="prune", begins=True)
+VERB = Verb(counts_layers=True, plans="prune", begins=True, then="finetune {output} --data {data} --teacher {source}")
 UNSCORED = "No scores yet: counts and sizes are exact, what goes is not decided."
 SELF_SAMPLED = "the calibration text was written by the model itself; give --data for a text of your own"
 HEAVY = "more than a quarter of the layers goes: expect a broken model until it is healed (finetuned)"
