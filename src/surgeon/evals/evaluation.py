@@ -214,7 +214,7 @@ class Evaluation:
 
         For perplexity 100 · baseline's perplexity / this perplexity, for scores 100 · this score / baseline's: 100 is
         as good as the baseline, more is better. Errors are of the paired rows or records (delta method). There is no
-        share of a score that is not two errors above 0.
+        share of a score that is not two errors above 0, and none of one row or record, whose error nobody knows.
         """
         if self.baseline is None:
             return None
@@ -225,7 +225,9 @@ class Evaluation:
         share, error = recovery(value, baseline, higher_is_better=False), self.differences["loss"].error
         if share is None:
             return Recovery(None, None, "the perplexities are beyond numbers")
-        return Recovery(share, None if error is None else share * error)
+        if error is None:
+            return Recovery(None, None, "one row has no error; give more of them")
+        return Recovery(share, share * error)
 
     @property
     def recovery(self) -> float | None:

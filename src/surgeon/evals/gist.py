@@ -15,7 +15,9 @@ from surgeon.errors import DataError, PlanError
 from surgeon.evals.compare import (
     Estimate,
     PairedDifference,
+    Recovery,
     estimate,
+    gap_closed,
     markdown_table,
     paired,
     plus_minus,
@@ -78,18 +80,13 @@ class GistEvaluation:
         """Return the mean of the paired differences of a measure between a form and another."""
         return paired(self.outcomes[measure][form], self.outcomes[measure][other], self._sizes(measure))
 
-    def recovery(self, measure: str) -> Estimate | None:
-        """Return (gist - none) / (full - none) in percent: 0 is no prompt, 100 the whole one. None where it is x / 0.
+    def recovery(self, measure: str) -> Recovery:
+        """Return (gist - none) / (full - none) in percent: 0 is as bad as no prompt, 100 as good as the whole one.
 
-        Its error is that of a ratio of two means over the same records; it is large where full and none are close.
+        There is none where the whole prompt is not two errors better than no prompt: nothing is there to recover.
         """
         full, gist, none = (self.outcomes[measure][form] for form in FORMS)
-        gains = [one - other for one, other in zip(full, none, strict=True)]
-        if not sum(gains):
-            return None
-        gist_gains = [one - other for one, other in zip(gist, none, strict=True)]
-        ratio = estimate(gist_gains, gains)  # type: ignore[arg-type]  # the ratio of any two sums, negative ones too
-        return Estimate(100 * ratio.value, None if ratio.error is None else abs(100 * ratio.error))
+        return gap_closed(full, gist, none, self._sizes(measure), higher_is_better=measure != LOSS)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the evaluation as `--json` prints it."""
@@ -101,7 +98,8 @@ class GistEvaluation:
             name: {measure: self._difference(measure, *pair) for measure in self.outcomes}
             for name, pair in {"gist_none": ("gist", "none"), "gist_full": ("gist", "full")}.items()
         }
-        recoveries: dict[str, Estimate | None] = {measure: self.recovery(measure) for measure in self.outcomes}
+        recoveries = {measure: self.recovery(measure) for measure in self.outcomes}
+        refused = {measure: one.refused for measure, one in recoveries.items() if one.refused}
         return {
             "metric": "gist",
             "model": self.model,
@@ -112,9 +110,10 @@ class GistEvaluation:
             **forms,
             "differences": differences,
             "recovery": {
-                measure: None if recovery is None else {"value": recovery.value, "error": recovery.error}
-                for measure, recovery in recoveries.items()
+                measure: None if one.refused else {"value": one.value, "error": one.error}
+                for measure, one in recoveries.items()
             },
+            **({"recovery_refused": refused} if refused else {}),
             **self._judged(),
             **self.setup,
             "seconds": round(self.seconds, 3),
@@ -126,13 +125,23 @@ class GistEvaluation:
         rows += [("judge", self.judgements["gist"].judge)] if self.judgements else []
         rows += [(HEADINGS[form], one.summary()) for form, one in self.judgements.items()]
         rows += [("note", f"{HEADINGS[form]}: {note}") for form, one in self.judgements.items() for note in one.notes]
+        rows += [("no recovery", reason) for reason in self._refusals()]
         return f"{text.table(list(HEADER), self._lines())}\n\n{text.rows(rows)}"
 
     def to_markdown(self) -> str:
         """Return the evaluation as a block for a model card."""
         judged = card_sentences({f"{HEADINGS[form]} against full prompt": one for form, one in self.judgements.items()})
         table = markdown_table(HEADER, self._lines())
-        return f"{table}\n\nMeasured with `surgeon evaluate --gist` on {self._data()}.{judged}"
+        refused = "".join(f" No recovery: {reason}." for reason in self._refusals())
+        return f"{table}\n\nMeasured with `surgeon evaluate --gist` on {self._data()}.{refused}{judged}"
+
+    def _refusals(self) -> list[str]:
+        """Return why measures have no recovery, a reason once with all its measures."""
+        reasons: dict[str, list[str]] = {}
+        for measure in self.outcomes:
+            if (reason := self.recovery(measure).refused) is not None:
+                reasons.setdefault(reason, []).append(measure.replace("_", " "))
+        return [f"{', '.join(measures)}: {reason}" for reason, measures in reasons.items()]
 
     def _judged(self) -> dict[str, Any]:
         if not self.judgements:
@@ -145,9 +154,10 @@ class GistEvaluation:
         for measure in self.outcomes:
             figures = [self.figure(measure, form) for form in FORMS]
             difference, recovered = self.difference(measure, "gist", "none"), self.recovery(measure)
-            percent = "" if recovered is None else _percent(recovered)
             line = [plus_minus(figure.value, figure.error) for figure in figures]
-            lines.append([measure.replace("_", " "), *line, plus_minus(difference.value, difference.error), percent])
+            lines.append(
+                [measure.replace("_", " "), *line, plus_minus(difference.value, difference.error), recovered.cell]
+            )
         return lines
 
     def _data(self) -> str:
@@ -305,8 +315,3 @@ def _count(progress: "Progress", depth: int, tokens: int) -> None:
 
 def _entries(measure: str, figure: Estimate) -> tuple[tuple[str, float | None], ...]:
     return (measure, figure.value), (f"{measure}_error", figure.error)
-
-
-def _percent(figure: Estimate) -> str:
-    error = "" if figure.error is None else f" ± {figure.error:.1f}"
-    return f"{figure.value:.1f}{error} %"

@@ -185,7 +185,7 @@ class SuiteEvaluation:
             last = ["mean", "", "", plus_minus(self.mean.value, self.mean.error)]
             if self.baseline_mean is not None and self.difference is not None:
                 last.append(plus_minus(self.baseline_mean.value, self.baseline_mean.error))
-                last += [*_difference(self.difference), _share(self.recovered)]
+                last += [*_difference(self.difference), _cell(self.recovered)]
             lines.append(last)
         return header, lines
 
@@ -197,7 +197,7 @@ class SuiteEvaluation:
         if evaluation.baseline is not None:
             other = evaluation.baseline.figures[first]
             line.append(plus_minus(other.value, other.error))
-            line += [*_difference(evaluation.differences.get(first)), _share(evaluation.recovered)]
+            line += [*_difference(evaluation.differences.get(first)), _cell(evaluation.recovered)]
         return line
 
 
@@ -213,8 +213,8 @@ def _difference(difference: PairedDifference | None) -> tuple[str, str]:
     return plus_minus(difference.value, difference.error), z
 
 
-def _share(share: Recovery | None) -> str:
-    return "none" if share is None or share.value is None else str(share)
+def _cell(share: Recovery | None) -> str:
+    return "none" if share is None else share.cell
 
 
 def _entries(name: str, figure: Estimate | None) -> dict[str, float | None]:

@@ -64,12 +64,16 @@ def repeated(outcomes: Sequence[Outcome]) -> Table:
     grouped = sorted((outcome for outcome in outcomes if outcome.group), key=lambda outcome: outcome.group)
     for group, rounds in groupby(grouped, key=lambda outcome: outcome.group):
         values: dict[str, list[float]] = {}
+        refused = False
         for outcome in rounds:
             figures = [(name, value) for name, value, _ in measures(outcome.result)]
             recovered = outcome.result.get("recovery")
+            refused |= "recovery" in outcome.result and not _is_number(recovered)
             figures += [("recovery", float(recovered))] if _is_number(recovered) else []
             for name, value in figures:
                 values.setdefault(name, []).append(value)
+        if refused:  # the mean of those that are left would say too much
+            values.pop("recovery", None)
         for name, found in values.items():
             error = stdev(found) / math.sqrt(len(found)) if len(found) > 1 else None
             lines.append([group, name.replace("_", " "), plus_minus(fmean(found), error), str(len(found))])
@@ -107,9 +111,10 @@ def sentence(outcomes: Sequence[Outcome]) -> str | None:
 
 def _recovery(result: Mapping[str, Any]) -> list[str]:
     value, error = result.get("recovery"), result.get("recovery_error")
-    if not _is_number(value):
-        return []
-    return [f"recovery {plus_minus(value, error) if _is_number(error) else f'{value:.1f}'} %"]
+    if not _is_number(value) or not _is_number(error):
+        refused = result.get("recovery_refused")
+        return [f"no recovery ({refused})"] if isinstance(refused, str) else []
+    return [f"recovery {plus_minus(value, error)} %"]
 
 
 def _measure(entries: Any, name: str) -> tuple[float, float | None] | None:

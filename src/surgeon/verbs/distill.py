@@ -20,7 +20,7 @@ from surgeon.checkpoint.receipt import public_name, to_bytes, versions
 from surgeon.checkpoint.source import Source, fingerprint
 from surgeon.data.documents import documents
 from surgeon.errors import CheckpointError, DataError, OutputError
-from surgeon.evals.compare import estimate
+from surgeon.evals.compare import estimate, plus_minus
 from surgeon.evals.evaluation import open_evaluated
 from surgeon.options import (
     OptionError,
@@ -95,9 +95,10 @@ class Distillation:
 
     def to_text(self) -> str:
         """Return this for people."""
-        error = "" if self.acceptance_error is None else f" ± {100 * self.acceptance_error:.1f}"
+        error = None if self.acceptance_error is None else 100 * self.acceptance_error
+        accepted = f"{plus_minus(100 * self.acceptance, error)} %"
         rate = "" if self.tokens_per_second is None else f", {self.tokens_per_second:,.1f} tokens/s"
-        rows = [("rows", f"{self.rows:,}"), ("rewritten", f"{self.rewritten:,}, {100 * self.acceptance:.1f}{error} %")]
+        rows = [("rows", f"{self.rows:,}"), ("rewritten", f"{self.rewritten:,}, {accepted}")]
         rows += [("unchanged", f"{self.unchanged:,} of them say the reference again")] if self.unchanged else []
         if len(self.prompts) > 1:
             rows += [(f"- {name}", f"{of['rewritten']:,} of {of['rows']:,}") for name, of in self.prompts.items()]
