@@ -13,9 +13,10 @@ from talkers import jsonl, talker, written
 from test_rings import modules_after
 
 import surgeon
-from surgeon.evals.compare import Estimate, Scored, estimate, mean_of, plus_minus, recovered, unpaired
+from surgeon.evals.compare import Estimate, Scored, estimate, mean_of, recovered, unpaired
 from surgeon.evals.evaluation import Evaluation, EvaluationOptions
 from surgeon.evals.suite import SuiteEvaluation, SuiteOptions
+from surgeon.text import plus_minus
 
 Pairs = list[tuple[list[float], list[float]]]
 

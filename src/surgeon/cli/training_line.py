@@ -69,9 +69,9 @@ class TrainingLine:
             is_best = self._best is None or report.validation < self._best
             self._best = report.validation if is_best else self._best
             self._validation = report.validation
-            words += [f"validation {report.validation:.4f}" + (" (best)" if is_best else "")]
+            words += [f"validation {report.validation:.3f}" + (" (best)" if is_best else "")]
         if report.probe is not None:
-            words += [f"trained text {report.probe:.4f}"]
+            words += [f"trained text {report.probe:.3f}"]
         if self._live is None and self._last is not None:
             words += self._parts()[1:]
             self._shown = self._clock()
@@ -118,7 +118,8 @@ class TrainingLine:
         report = self._last
         if report is None:
             return parts
-        parts += [f"loss {self._smooth.value:.3f}"]
+        # The loss is what evaluations have too; the teacher's share, and the mix that is minimised, have other names.
+        parts += [f"loss {self._smooth.value:.3f}"] if report.objective is None else self._mixed(report)
         if report.seconds_left is not None:
             parts += [f"{duration(report.seconds_left)} left"]
         if report.tokens_per_second is not None:
@@ -130,6 +131,13 @@ class TrainingLine:
         if report.memory is not None:
             parts += [text.size(report.memory)]
         return [*parts, f"lr {report.learning_rate:.2g}"]
+
+    def _mixed(self, report: StepReport) -> list[str]:
+        """Return the parts of the objective of a run with a teacher, and the objective."""
+        parts = [f"cross-entropy {self._smooth.value:.3f}"]
+        parts += [] if report.kl is None else [f"KL {report.kl:.3f}"]
+        parts += [] if report.hidden is None else [f"hidden {report.hidden:.3f}"]
+        return [*parts, f"objective {report.objective:.3f}"]
 
 
 class Smoothed:

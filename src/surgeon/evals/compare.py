@@ -9,10 +9,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from surgeon.text import printable
+from surgeon.text import plus_minus, printable
 
 ONE_RECORD = "one record has no error; give more of them"
-FEW_DIGITS = 1e7  # from here on a number is written with an exponent
 
 
 @dataclass(frozen=True, slots=True)
@@ -204,14 +203,6 @@ class Scored:
 def short_label(label: str) -> str:
     """Return the name of a model or file: of a local path its last part, for its directory is of this machine alone."""
     return (Path(label).name or label) if Path(label).exists() else label
-
-
-def plus_minus(value: float, error: float | None) -> str:
-    """Return "24.22 ± 0.84": as many digits as the error makes sense of, two of its own; without an error four."""
-    if error is None or not 0 < error < math.inf or abs(value) >= FEW_DIGITS:
-        return f"{value:.4g}" if error is None else f"{value:.6g} ± {error:.2g}"
-    digits = max(0, 1 - math.floor(math.log10(error)))
-    return f"{value:.{digits}f} ± {error:.{digits}f}"
 
 
 def markdown_table(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:

@@ -8,7 +8,8 @@ from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from surgeon import text
-from surgeon.evals.compare import Estimate, PairedDifference, estimate, paired, plus_minus, short_label
+from surgeon.evals.compare import Estimate, PairedDifference, estimate, paired, short_label
+from surgeon.text import plus_minus
 
 if TYPE_CHECKING:
     from surgeon.measure.diagnosis import Measured

@@ -22,7 +22,6 @@ from surgeon.evals.compare import (
     Recovery,
     Scored,
     markdown_table,
-    plus_minus,
     recovered,
     recovery,
     short_label,
@@ -32,6 +31,7 @@ from surgeon.evals.metrics import extracted, final_number
 from surgeon.evals.verdicts import Judgement, card_sentences
 from surgeon.options import OptionError, device_option, flag_of, in_python, option, revision_option, trust_option
 from surgeon.surgery import open_source
+from surgeon.text import plus_minus
 
 if TYPE_CHECKING:
     from torch import Tensor

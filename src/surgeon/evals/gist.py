@@ -20,7 +20,6 @@ from surgeon.evals.compare import (
     gap_closed,
     markdown_table,
     paired,
-    plus_minus,
     short_label,
     table_cell,
 )
@@ -40,6 +39,7 @@ from surgeon.evals.verdicts import WIN_RATE, Judgement, card_sentences
 from surgeon.gist.compressor import Compressor
 from surgeon.gist.tokens import GistTokens, read_gist
 from surgeon.options import adapter_option, device_option, in_python, option, revision_option, same_option, trust_option
+from surgeon.text import plus_minus
 
 if TYPE_CHECKING:
     from surgeon.evals.judge import Case, Judge

@@ -17,11 +17,12 @@ from typing import Any
 from surgeon import text
 from surgeon.checkpoint.source import Source
 from surgeon.errors import MeasureError, PlanError
-from surgeon.evals.compare import Estimate, Recovery, markdown_table, plus_minus, short_label, unpaired
+from surgeon.evals.compare import Estimate, Recovery, markdown_table, short_label, unpaired
 from surgeon.evals.evaluation import MetricOptions
 from surgeon.models.loading import loadable
 from surgeon.options import device_option, in_python, option, revision_option, same_option, trust_option
 from surgeon.surgery import open_source
+from surgeon.text import plus_minus
 
 COMMAND = "lm-eval"
 INSTALL_HINT = 'pip install "surgeon[eval]"'

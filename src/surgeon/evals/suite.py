@@ -15,13 +15,12 @@ from surgeon.evals.compare import (
     estimate,
     markdown_table,
     mean_of,
-    plus_minus,
     recovered,
     short_label,
 )
 from surgeon.evals.evaluation import METRICS_OF, OF_TEXT, Evaluation, EvaluationOptions, MetricOptions
 from surgeon.options import OptionError, device_option, flag_of, in_python, option, revision_option, trust_option, words
-from surgeon.text import sliced
+from surgeon.text import plus_minus, sliced
 
 
 @dataclass(frozen=True, kw_only=True)

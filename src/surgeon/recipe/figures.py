@@ -6,9 +6,10 @@ from itertools import chain, groupby
 from statistics import fmean, stdev
 from typing import Any, TypeGuard
 
-from surgeon.evals.compare import plus_minus
 from surgeon.recipe.running import Outcome
+from surgeon.text import plus_minus
 
+TRAINED = {"train_loss": "training loss", "eval_loss": "validation loss"}
 Table = tuple[list[str], list[list[str]]]  # the header, and the lines
 
 
@@ -17,14 +18,18 @@ def headline(result: Mapping[str, Any]) -> str:
     if "fused" in result:
         return f"in one pass with {result['fused']}"
     said = [text for key, tell in _TOLD.items() if (text := _told(result, key, tell))]
+    for name, words in TRAINED.items():
+        if _is_number(value := result.get(name)):
+            error = result.get(f"{name}_error")
+            said.append(f"{words} {plus_minus(value, error if _is_number(error) else None)}")
     measured = [f"{name.replace('_', ' ')} {plus_minus(value, error)}" for name, value, error in measures(result)]
     return ", ".join([*said, *measured[:2], *_recovery(result)])
 
 
 def measures(result: Mapping[str, Any]) -> Iterator[tuple[str, float, float | None]]:
-    """Yield the figures of a result that have a standard error: name, value, error."""
+    """Yield the figures that were measured with a standard error: name, value, error. A training's own are none."""
     for name, value in result.items():
-        if f"{name}_error" in result and name != "recovery" and _is_number(value):
+        if f"{name}_error" in result and name not in ("recovery", *TRAINED) and _is_number(value):
             error = result[f"{name}_error"]
             yield name, float(value), float(error) if _is_number(error) else None
 
@@ -147,8 +152,6 @@ _TOLD: Mapping[str, Callable[[Any], str]] = {
     "perplexity": lambda value: f"perplexity {told}" if (told := _change(value, ",.4g", "")) else "",
     "steps": lambda value: f"{value:,} steps" if _is_number(value) else "",
     "tokens": lambda value: f"{value:,} tokens" if _is_number(value) else "",
-    "train_loss": lambda value: f"training loss {value:.4f}" if _is_number(value) else "",
-    "eval_loss": lambda value: f"validation loss {value:.4f}" if _is_number(value) else "",
     "rows": lambda value: f"{value:,} rows" if _is_number(value) else "",
     "acceptance": lambda value: f"acceptance {100 * value:.1f} %" if _is_number(value) else "",
 }

@@ -105,19 +105,16 @@ class Guard:
         return warnings
 
 
-NOT_PARTS = frozenset({"loss", "learning_rate", "grad_norm", "tokens", "epoch"})  # a step's logs without loss parts
-
-
 class Reporter:
     """Reports the steps and evaluations of the first process; in other processes it writes and shows nothing.
 
-    `losses` are the cross-entropies of this process's steps. `evaluations` are all evaluations of the run, also those
-    before a resume.
+    `steps` are the reports of this process's steps. `evaluations` are all evaluations of the run, also those before a
+    resume.
     """
 
     def __init__(self, run_dir: Path, watcher: TrainingWatcher | None) -> None:
         self.run_dir, self.watcher = run_dir, watcher if is_first() else None
-        self.losses: list[float] = []
+        self.steps: list[StepReport] = []
         self.evaluations: list[EvalLosses] = []
         self.notes: list[str] = []
         self._guard, self._step, self._tokens = Guard(), 0, 0  # tokens of the whole run
@@ -149,8 +146,8 @@ class Reporter:
             self._log.resume_at(step)
             for record in read_metrics(self.run_dir):
                 if "eval_loss" in record or "probe_loss" in record:
-                    losses = EvalLosses(record["step"], record.get("eval_loss"), record.get("probe_loss"))
-                    self.evaluations.append(losses)
+                    losses = (record.get(name) for name in ("eval_loss", "probe_loss", "eval_loss_error"))
+                    self.evaluations.append(EvalLosses(record["step"], *losses))
             self._guard = Guard.resumed(read_metrics(self.run_dir))
         self.status("running")
         if self.watcher is not None:
@@ -161,11 +158,13 @@ class Reporter:
         assert self._meter is not None
         self._step, self._tokens = int(logs["step"]), int(logs["tokens"])
         pace = self._meter.step(self._step, self._tokens)
-        self.losses.append(logs["cross_entropy"])
         report = StepReport(
             step=self._step,
             tokens=self._tokens,
             loss=logs["loss"],
+            objective=logs.get("objective"),
+            kl=logs.get("kl"),
+            hidden=logs.get("hidden"),
             learning_rate=logs["learning_rate"],
             grad_norm=logs.get("grad_norm"),
             tokens_per_second=pace.tokens_per_second,
@@ -173,16 +172,17 @@ class Reporter:
             memory=pace.memory,
             seconds_left=pace.seconds_left,
         )
+        self.steps.append(report)
         if self._log is not None:
-            parts = {name: value for name, value in logs.items() if name not in NOT_PARTS}
-            self._log.write(report.to_record() | parts)
+            self._log.write(report.to_record())
         if self.watcher is not None:
             self.watcher.step(report)
 
     def evaluated(self, losses: EvalLosses) -> None:
         """Report an evaluation, and the warnings that it gives rise to."""
         self.evaluations.append(losses)
-        report = EvalReport(step=losses.step, tokens=self._tokens, validation=losses.validation, probe=losses.probe)
+        facts = {"validation": losses.validation, "probe": losses.probe, "error": losses.error}
+        report = EvalReport(step=losses.step, tokens=self._tokens, **facts)
         if self._log is not None:
             self._log.write(report.to_record())
         if self.watcher is not None:

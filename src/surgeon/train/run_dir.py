@@ -1,7 +1,9 @@
 """The files of a run's directory: the request, metrics.jsonl with a line per report, and status.json with the state.
 
 metrics.jsonl has one JSON object per line, each with its "step". A line with "loss" is of training, one with
-"eval_loss" of an evaluation. JSON has no NaN: a number that is not finite is null, and named under "not_finite".
+"eval_loss" of an evaluation; both are the same quantity, for language models the cross-entropy. With a teacher "kl",
+"hidden" and "objective", which is minimised, stand beside it. JSON has no NaN: a number that is not finite is null, and
+named under "not_finite".
 """
 
 import hashlib
@@ -30,12 +32,20 @@ MetricsRecord = Mapping[str, Any]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepReport:
-    """The numbers of a training step, or the means of a few. `loss` is in nats per trained token."""
+    """The numbers of a training step, or the means of a few.
+
+    `loss` is the cross-entropy in nats per trained token, or the loss of another task in its unit: the quantity that
+    evaluations have too. With a teacher, `kl` is the divergence, also in nats per trained token, `hidden` the error of
+    hidden states, and `objective` the mix of all that is minimised; without one they are None.
+    """
 
     step: int
     tokens: int  # read since the run began
     loss: float
     learning_rate: float
+    objective: float | None = None
+    kl: float | None = None
+    hidden: float | None = None
     grad_norm: float | None = None
     tokens_per_second: float | None = None
     mfu: float | None = None  # a part of the peak, 0 to 1; None where the peak is not known
@@ -48,22 +58,31 @@ class StepReport:
         return {name: value for name, value in fields.items() if value is not None}
 
 
-_STEP_KEYS = ("step", "tokens", "loss", "learning_rate", "grad_norm", "tokens_per_second", "mfu", "memory")
-_NUMBERS = (*_STEP_KEYS, "eval_loss", "probe_loss")
+PARTS = ("kl", "hidden")  # of the objective of a run with a teacher, beside the cross-entropy
+_STEP_KEYS = (
+    *("step", "tokens", "loss", "objective", *PARTS, "learning_rate", "grad_norm"),
+    *("tokens_per_second", "mfu", "memory"),
+)
+_NUMBERS = (*_STEP_KEYS, "eval_loss", "eval_loss_error", "probe_loss", "cross_entropy")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EvalReport:
-    """The losses of an evaluation, in nats per token: of held-out rows, and of a fixed sample of trained rows."""
+    """The losses of an evaluation, in nats per token: of held-out rows, and of a fixed sample of trained rows.
+
+    `error` is the standard error of the validation loss as an estimate of that of all such text. The difference of two
+    evaluations of one run, which are on the same rows, has a much smaller one.
+    """
 
     step: int
     tokens: int
     validation: float | None
     probe: float | None = None
+    error: float | None = None
 
     def to_record(self) -> dict[str, Any]:
         """Return the record of this evaluation in metrics.jsonl."""
-        losses = {"eval_loss": self.validation, "probe_loss": self.probe}
+        losses = {"eval_loss": self.validation, "eval_loss_error": self.error, "probe_loss": self.probe}
         known = {name: loss for name, loss in losses.items() if loss is not None}
         return {"step": self.step, "tokens": self.tokens} | known
 
@@ -176,7 +195,16 @@ def _records(path: Path) -> list[dict[str, Any]]:
             raise DataError(f"{path}:{number}: a record without its step", hint="Is this a metrics.jsonl of surgeon?")
         if wrong := next((key for key in _NUMBERS if not isinstance(record.get(key), int | float | None)), None):
             raise DataError(f"{path}:{number}: {wrong!r} is no number", hint="Is this a metrics.jsonl of surgeon?")
-    return records
+    return [_as_now(record) for record in records]
+
+
+def _as_now(record: dict[str, Any]) -> dict[str, Any]:
+    """Return a record of an older surgeon in today's words: its "loss" was the objective, beside "cross_entropy"."""
+    if "cross_entropy" not in record or "loss" not in record:
+        return record
+    objective = {"objective": record["loss"]} if any(part in record for part in PARTS) else {}
+    kept = {name: value for name, value in record.items() if name != "cross_entropy"}
+    return kept | {"loss": record["cross_entropy"]} | objective
 
 
 def _to_json(record: MetricsRecord, *, indent: int | None = None) -> str:

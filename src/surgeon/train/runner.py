@@ -4,10 +4,11 @@ import math
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from statistics import fmean, stdev
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -57,12 +58,20 @@ MEMORY_HINT = (
 
 @dataclass(frozen=True)
 class TrainedSteps:
-    """The steps of the whole run. Losses are in nats per token; `train_loss` is over the last tenth of the steps."""
+    """The steps of the whole run. Losses are in nats per token; those of training are over the last tenth of the steps.
+
+    `train_loss` and `eval_loss` are cross-entropies, with their standard errors; `train_kl` and `objective` are those
+    of a run with a teacher.
+    """
 
     steps: int
     tokens: int
     train_loss: float | None
+    train_loss_error: float | None
+    train_kl: float | None
+    objective: float | None
     eval_loss: float | None
+    eval_loss_error: float | None
     best_step: int | None
     is_stopped: bool
 
@@ -269,9 +278,8 @@ class Runner:
             return
         if self.settings.lora is not None:
             weights = self._merged(weights)
-        losses = [("train", trained.train_loss), ("validation", trained.eval_loss)]
-        listed = ", ".join(f"{name} loss {loss:.4f}" for name, loss in losses if loss is not None)
-        notes = (f"trained for {trained.steps:,} steps on {trained.tokens:,} tokens: {listed} {self.task.unit}",)
+        listed = ", ".join(f"{name} {figure}" for name, figure in self._summary(trained, output).losses())
+        notes = (f"trained for {trained.steps:,} steps on {trained.tokens:,} tokens: {listed}",)
         surgery = trained_surgery(self.source, weights, dtype=dtype, step=self._step(trained), notes=notes)
         surgery.save(output, dtype=dtype, command=command, **options)
 
@@ -320,7 +328,11 @@ class Runner:
             steps=trained.steps,
             tokens=trained.tokens,
             train_loss=trained.train_loss,
+            train_loss_error=trained.train_loss_error,
+            train_kl=trained.train_kl,
+            objective=trained.objective,
             eval_loss=trained.eval_loss,
+            eval_loss_error=trained.eval_loss_error,
             learning_rate=self.rate,
             best_step=trained.best_step,
             tokens_per_second=self.reporter.tokens_per_second,
@@ -387,16 +399,29 @@ def run_steps(
             trainer.restore(resume_from)  # training had ended, and only the result was not written
         else:
             trainer.train(resume_from_checkpoint=str(resume_from) if resumed else None)
-    tail = reporter.losses[-max(1, len(reporter.losses) // 10) :]
-    validations = reporter.validations()
+    tail = reporter.steps[-max(1, len(reporter.steps) // 10) :]
+    train_loss, train_loss_error = _mean([step.loss for step in tail])
+    evaluated = [losses for losses in reporter.evaluations if losses.validation is not None]
     return trainer, TrainedSteps(
         steps=trainer.state.global_step,
         tokens=trainer.state.num_input_tokens_seen,
-        train_loss=sum(tail) / len(tail) if tail else None,
-        eval_loss=validations[-1] if validations else None,
+        train_loss=train_loss,
+        train_loss_error=train_loss_error,
+        train_kl=_mean([step.kl for step in tail if step.kl is not None])[0],
+        objective=_mean([step.objective for step in tail if step.objective is not None])[0],
+        eval_loss=evaluated[-1].validation if evaluated else None,
+        eval_loss_error=evaluated[-1].error if evaluated else None,
         best_step=trainer.state.best_global_step,
         is_stopped=stop.is_requested,
     )
+
+
+def _mean(numbers: Sequence[float]) -> tuple[float | None, float | None]:
+    """Return the mean of the losses of steps, and its standard error; None for what they do not give."""
+    if not numbers:
+        return None, None
+    error = stdev(numbers) / math.sqrt(len(numbers)) if len(numbers) > 1 else None
+    return fmean(numbers), error
 
 
 def loss_after(model: Any, data: RunData, settings: Settings, *, lr: float, steps: int, device: str) -> float:

@@ -71,7 +71,7 @@ class LearningSettings:
     qlora: bool = option("Hold the base model in 4 bits (bitsandbytes); goes with --lora.", False)
     # distillation
     teacher: str | None = option("Distil from this model: a directory or Hub id.", None, metavar="MODEL", reads=True)
-    kd_weight: float = option("With --teacher: loss = (1 - W) cross-entropy + W KL.", 0.5, metavar="W")
+    kd_weight: float = option("With --teacher: objective = (1 - W) cross-entropy + W KL.", 0.5, metavar="W")
     temperature: float = option("Divide the logits of both models by T, and multiply KL by T².", 1.0, metavar="T")
     kl: str = option(
         "Direction of KL: forward is KL(teacher, student), reverse KL(student, teacher).", "forward", metavar="WAY"

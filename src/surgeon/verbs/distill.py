@@ -20,7 +20,7 @@ from surgeon.checkpoint.receipt import public_name, to_bytes, versions
 from surgeon.checkpoint.source import Source, fingerprint
 from surgeon.data.documents import documents
 from surgeon.errors import CheckpointError, DataError, OutputError
-from surgeon.evals.compare import estimate, plus_minus
+from surgeon.evals.compare import estimate
 from surgeon.evals.evaluation import open_evaluated
 from surgeon.options import (
     OptionError,
@@ -42,7 +42,7 @@ from surgeon.rewriting.engines import Engine, TransformersEngine, VllmEngine, Wr
 from surgeon.rewriting.journal import Journal, difference, opened, write_lines
 from surgeon.rewriting.loop import Asked, Progress, Watch, lines, rewrite
 from surgeon.rewriting.prompts import PROMPTS, form_of, prompt_tokens, row_of
-from surgeon.text import sliced
+from surgeon.text import plus_minus, sliced
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
