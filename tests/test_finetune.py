@@ -255,6 +255,16 @@ def test_the_error_of_a_validation_loss_is_that_of_its_batches(talker: Path, tex
     assert record["eval_loss_error"] == trained.eval_loss_error
 
 
+def test_the_first_step_is_not_wasted_at_a_rate_of_nothing(talker: Path, text: str, tmp_path: Path) -> None:
+    options = SHORT | {"warmup": 4.0, "schedule": "linear", "max_steps": 8, "eval_fraction": 0}
+    surgeon.finetune(talker, data=[text], output=tmp_path / "out", **options)
+
+    rates = [record["learning_rate"] for record in read_metrics(tmp_path / "out.run") if "loss" in record]
+    assert rates == pytest.approx([2.5e-4, 5e-4, 7.5e-4, 1e-3, 1e-3, 7.5e-4, 5e-4, 2.5e-4])
+    surgeon.finetune(talker, data=[text], output=tmp_path / "one", **(options | {"max_steps": 1, "warmup": 0.03}))
+    assert changed_tensors(talker, tmp_path / "one")
+
+
 def test_a_teacher_kept_whole_on_disk_teaches_what_the_teacher_does(talker: Path, text: str, tmp_path: Path) -> None:
     surgeon.truncate(talker, layers=4).save(tmp_path / "cut")
     losses = {}

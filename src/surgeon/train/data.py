@@ -14,6 +14,7 @@ from torch.utils.data import Dataset
 from surgeon.errors import DataError
 from surgeon.models.varlen import lengths_of
 from surgeon.train.packing import Numbers, one_per_row, pack, repeat, split
+from surgeon.train.run_dir import HELD_OUT, TRAINED
 from surgeon.train.settings import Settings
 from surgeon.train.store import IGNORED, TokenStore, open_store
 from surgeon.train.task import Task
@@ -105,9 +106,6 @@ class Collator:
         """Return the begins of the documents in one row, positions of shape (1, S), as FlashAttention takes them."""
         starts = (positions[0] == 0).nonzero()[:, 0]
         return lengths_of(torch.cat([starts, torch.tensor([positions.shape[1]])]).int())
-
-
-TRAINED, HELD_OUT = "data", "eval"  # the directories of the two stores, in the run's directory
 
 
 @dataclass(frozen=True, eq=False)

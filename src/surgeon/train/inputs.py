@@ -22,6 +22,7 @@ from surgeon.train.arguments import is_launched_by_plugin
 from surgeon.train.data import RunData, read_data
 from surgeon.train.launch import is_first, processes
 from surgeon.train.model import LOAD_HINT, attention_options, num_trained, precision_of
+from surgeon.train.run_dir import TEACHER
 from surgeon.train.settings import Settings
 from surgeon.train.task import Task
 from surgeon.train.teacher import CachedTeacher, Teacher, cache_top_k
@@ -29,7 +30,6 @@ from surgeon.train.teacher import CachedTeacher, Teacher, cache_top_k
 if TYPE_CHECKING:
     from surgeon.cost.memory import Precision
 
-TEACHER = "teacher"  # the directory of its answers, in the run's directory
 COMPILED_STEPS = 300  # compiling takes a minute or two; assumed, not measured on a GPU
 GPU_MULTIPLE = 64  # widths of batches on a GPU: each new width is another kernel to choose, and a compiler's new case
 ROW = 1024  # tokens, by default, and where the model has as many positions

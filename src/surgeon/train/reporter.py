@@ -2,7 +2,6 @@
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,6 @@ from surgeon.train.run_dir import (
     StepReport,
     TrainingWatcher,
     read_metrics,
-    write_done,
     write_status,
 )
 from surgeon.train.trainer import EvalLosses
@@ -108,13 +106,13 @@ class Guard:
 class Reporter:
     """Reports the steps and evaluations of the first process; in other processes it writes and shows nothing.
 
-    `steps` are the reports of this process's steps. `evaluations` are all evaluations of the run, also those before a
-    resume.
+    `steps` are the records of the run's steps, and `evaluations` its evaluations, in the first process also those
+    before a resume.
     """
 
     def __init__(self, run_dir: Path, watcher: TrainingWatcher | None) -> None:
         self.run_dir, self.watcher = run_dir, watcher if is_first() else None
-        self.steps: list[StepReport] = []
+        self.steps: list[Mapping[str, Any]] = []
         self.evaluations: list[EvalLosses] = []
         self.notes: list[str] = []
         self._guard, self._step, self._tokens = Guard(), 0, 0  # tokens of the whole run
@@ -125,11 +123,6 @@ class Reporter:
         """Write the state of the run into status.json."""
         if is_first():
             write_status(self.run_dir, state, step=self._step, **facts)
-
-    def done(self, output: Path, summary: Mapping[str, Any]) -> None:
-        """Write into status.json that the run is done, with its result."""
-        summary = {name: None if isinstance(x, float) and not isfinite(x) else x for name, x in summary.items()}
-        write_done(self.run_dir, output=output, summary=summary, step=self._step, exit_code=0)
 
     def note(self, text: str) -> None:
         """Show a sentence to the user, unless it was shown before."""
@@ -145,6 +138,8 @@ class Reporter:
             self._log = MetricsLog(self.run_dir)
             self._log.resume_at(step)
             for record in read_metrics(self.run_dir):
+                if "loss" in record:
+                    self.steps.append(record)
                 if "eval_loss" in record or "probe_loss" in record:
                     losses = (record.get(name) for name in ("eval_loss", "probe_loss", "eval_loss_error"))
                     self.evaluations.append(EvalLosses(record["step"], *losses))
@@ -172,7 +167,7 @@ class Reporter:
             memory=pace.memory,
             seconds_left=pace.seconds_left,
         )
-        self.steps.append(report)
+        self.steps.append(report.to_record())
         if self._log is not None:
             self._log.write(report.to_record())
         if self.watcher is not None:

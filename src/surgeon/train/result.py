@@ -1,5 +1,6 @@
 """The result of a run: a summary of it, and its weights written as a checkpoint or as an adapter."""
 
+import shutil
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
@@ -15,6 +16,9 @@ from surgeon.checkpoint.source import CARD, RECEIPT, LocalSource, Source, spec_o
 from surgeon.plan.plan import FLOAT_DTYPES, STORED_DTYPES, Cast, identity
 from surgeon.surgery import Surgery, parse_size
 from surgeon.text import plus_minus
+from surgeon.train import checkpoints
+from surgeon.train.run_dir import HELD_OUT, TEACHER, TRAINED, WEIGHTS, without_nan, write_done
+from surgeon.train.settings import Settings
 
 TOKENIZER_FILES = ("tokenizer", "special_tokens", "added_tokens", "vocab", "merges", "chat_template", "spiece")
 
@@ -50,6 +54,7 @@ class Training:
     train_kl: float | None = None
     objective: float | None = None
     eval_loss_error: float | None = None
+    run_bytes: int | None = None  # of the files in the run's directory, once it is finished
 
     @classmethod
     def of_finished(cls, summary: Mapping[str, Any]) -> "Training":
@@ -74,6 +79,7 @@ class Training:
             "eval_loss": self.eval_loss,
             "eval_loss_error": self.eval_loss_error,
             "unit": self.unit,
+            "run_bytes": self.run_bytes,
             "learning_rate": self.learning_rate,
             "best_step": self.best_step,
             "tokens_per_second": self.tokens_per_second,
@@ -105,8 +111,33 @@ class Training:
         rows += [] if self.tokens_per_second is None else [("tokens a second", f"{self.tokens_per_second:,.0f}")]
         rows += [] if self.plot is None else [("plot", str(self.plot))]
         rows += [("note", note) for note in self.notes]
+        held = "" if self.run_bytes is None else f"  ({text.size(self.run_bytes)})"
+        rows += [("run's files", f"{self.run_dir}{held}")]
         rows += [("seconds", f"{self.seconds:.1f}"), ("output", str(self.output))]
         return text.rows(rows)
+
+
+def concluded(trained: Training, settings: Settings) -> Training:
+    """Return the summary of a run whose output is written, and keep in its directory what is still of use.
+
+    Tokens and a teacher's answers go. Of the checkpoints the newest stays, with --keep-best the best too, without the
+    optimiser's states, which are two thirds of it: it has the weights in the precision of the training. A number of
+    --keep-checkpoints keeps as many whole ones. A note says what was removed; status.json then says that all is done.
+    """
+    run_dir, notes = trained.run_dir, list(trained.notes)
+    for name in (TRAINED, HELD_OUT, TEACHER, WEIGHTS):
+        shutil.rmtree(run_dir / name, ignore_errors=True)
+    if settings.keep_checkpoints is None:
+        best = trained.best_step if settings.keep_best else None
+        left, removed = checkpoints.settle(run_dir, [] if best is None else [best])
+        if removed:
+            kept = " and ".join(path.name for path in left)
+            how = "--keep-checkpoints 2 keeps the last two whole"
+            notes.append(f"kept {kept} without the optimiser's state, removed {text.size(removed)} ({how})")
+    trained = replace(trained, notes=tuple(notes), run_bytes=checkpoints.size_of(run_dir))
+    assert trained.output is not None
+    write_done(run_dir, output=trained.output, summary=without_nan(trained.to_dict()), step=trained.steps, exit_code=0)
+    return trained
 
 
 def trained_surgery(

@@ -175,6 +175,32 @@ def summary_of(run_dir: Path, output: Path) -> dict[str, Any] | None:
     return summary if isinstance(summary, dict) and status["receipt"] == _receipt_of(output) else None
 
 
+def write_result(
+    run_dir: Path, *, source: Mapping[str, Any], step: Mapping[str, Any], summary: Mapping[str, Any]
+) -> None:
+    """Write what the output will be: its source, the step of its receipt, and the summary of the run.
+
+    By it a resumed run knows its own output, where it was killed between writing that and its last status.
+    """
+    write_json(run_dir / RESULT, {"source": source, "step": step, "summary": without_nan(summary)})
+
+
+def written_by(run_dir: Path, output: Path) -> dict[str, Any] | None:
+    """Return the summary of the run that wrote `output`, by the output's receipt; None where another one wrote it."""
+    try:
+        result, receipt = (json.loads(file.read_bytes()) for file in (run_dir / RESULT, output / RECEIPT))
+        told = (receipt["source"], receipt["steps"][-1]["finetune"])
+        summary = result["summary"] if told == (result["source"], result["step"]) else None
+    except (OSError, ValueError, KeyError, IndexError, TypeError):
+        return None
+    return summary if isinstance(summary, dict) else None
+
+
+def without_nan(summary: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a summary with None in place of numbers that JSON does not have."""
+    return {name: None if isinstance(x, float) and not math.isfinite(x) else x for name, x in summary.items()}
+
+
 def _receipt_of(output: Path) -> str | None:
     """Return the SHA-256 of an output's receipt, which tells one result from another; None where there is none."""
     try:
@@ -238,6 +264,9 @@ def _guarded(path: Path) -> Iterator[None]:
 REQUEST = "run.json"
 RATE = "lr.json"  # the result of --lr auto
 DAMAGED_HINT = "Remove the run's directory, or choose another with --run-dir."
+RESULT = "result.json"  # what the run is about to write as its output
+WEIGHTS = ".weights"  # trained weights, until the output is written
+TRAINED, HELD_OUT, TEACHER = "data", "eval", "teacher"  # directories of tokens, and of a teacher's answers
 DATA = "data.json"  # the data of the run: a resumed run must read the same
 
 

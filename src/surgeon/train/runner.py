@@ -2,13 +2,10 @@
 
 import math
 import shutil
-import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
 from pathlib import Path
-from statistics import fmean, stdev
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,23 +19,20 @@ from surgeon.models.device import computes_bfloat16, resolve_device
 from surgeon.models.loading import code_is_trusted, load_model, quiet_transformers
 from surgeon.plots.training import plot_losses
 from surgeon.train import checkpoints
-from surgeon.train.arguments import arguments, check_names, check_optimizer, is_launched_by_plugin, set_environment
-from surgeon.train.data import HELD_OUT, TRAINED, RunData
-from surgeon.train.inputs import TEACHER, Inputs
+from surgeon.train.arguments import check_names, is_launched_by_plugin, set_environment
+from surgeon.train.data import RunData
+from surgeon.train.inputs import Inputs
 from surgeon.train.launch import check_meeting, is_first, is_launched, is_loss, processes, wait_for_all
 from surgeon.train.model import LOAD_HINT, load_trainable, trained_model
 from surgeon.train.pace import PaceMeter, most_memory_used
 from surgeon.train.reporter import Reporter
-from surgeon.train.result import Training, trained_surgery, write_adapter
-from surgeon.train.run_dir import DATA, RATE, Request, claim, read_json, read_metrics, write_json
+from surgeon.train.result import Training, concluded, trained_surgery, write_adapter
+from surgeon.train.run_dir import DATA, RATE, WEIGHTS, Request, claim, read_json, read_metrics, write_json, write_result
 from surgeon.train.settings import FULL_LR, LORA_LR, Settings
+from surgeon.train.steps import TrainedSteps, loss_after, run_steps
 from surgeon.train.task import Task
 from surgeon.train.trainer import (
-    Control,
-    DivergedError,
-    EvalLosses,
     Stop,
-    SurgeonTrainer,
     progress,
     stops_at_sigterm,
 )
@@ -47,33 +41,12 @@ if TYPE_CHECKING:
     from surgeon.train.run_dir import TrainingWatcher
 
 PLOT = "loss.png"
-WEIGHTS = ".weights"  # trained weights, until the output is written
 PROBE_STEPS = 50  # of each of the two runs of --lr auto, or a tenth of the run
 FACTOR = 10.0  # between their rates
 MEMORY_HINT = (
     "Lower --batch-size (and raise --gradient-accumulation by as much), lower --sequence-length, "
     "or add --activation-checkpointing or --lora 16."
 )
-
-
-@dataclass(frozen=True)
-class TrainedSteps:
-    """The steps of the whole run. Losses are in nats per token; those of training are over the last tenth of the steps.
-
-    `train_loss` and `eval_loss` are cross-entropies, with their standard errors; `train_kl` and `objective` are those
-    of a run with a teacher.
-    """
-
-    steps: int
-    tokens: int
-    train_loss: float | None
-    train_loss_error: float | None
-    train_kl: float | None
-    objective: float | None
-    eval_loss: float | None
-    eval_loss_error: float | None
-    best_step: int | None
-    is_stopped: bool
 
 
 class Runner:
@@ -273,6 +246,8 @@ class Runner:
         weights = self._weights(trained)
         if not is_first():
             return
+        summary = self._summary(trained, output).to_dict()
+        write_result(self.run_dir, source=self.source.provenance(), step=self._step(trained), summary=summary)
         if self.settings.keep_adapter:
             write_adapter(self.source, weights, output, self._step(trained), command=command, **options)
             return
@@ -343,12 +318,10 @@ class Runner:
         )
 
     def finished(self, trained: TrainedSteps, output: Path) -> Training:
-        """Return the summary of a run whose output is written, and remove its tokens and its teacher's answers."""
+        """Return the summary of a run whose output is written, and remove what is of no more use."""
         summary = self._summary(trained, output)
         if is_first():
-            for name in (TRAINED, HELD_OUT, TEACHER):
-                shutil.rmtree(self.run_dir / name, ignore_errors=True)
-            self.reporter.done(output, summary.to_dict())
+            summary = concluded(summary, self.settings)
         self.wait()
         return summary
 
@@ -361,94 +334,6 @@ class Runner:
         except SurgeonError as error:  # a run without a picture has not failed
             self.reporter.note(f"no plot: {error}")
             return None
-
-
-def run_steps(
-    model: Any,
-    data: RunData,
-    settings: Settings,
-    *,
-    run_dir: Path,
-    lr: float,
-    steps: int,
-    device: str,
-    resume_from: Path | None,
-    reporter: Reporter,
-    stop: Stop,
-) -> tuple[SurgeonTrainer, TrainedSteps]:
-    """Train, and return the trainer, which holds the model, with a summary of the steps.
-
-    Raises TrainingError for a run that diverges, OutputError for a full disk.
-    """
-    resumed = resume_from is not None
-    trainer = SurgeonTrainer(
-        model,
-        arguments(settings, data, run_dir=run_dir, lr=lr, steps=steps, device=device, resumed=resumed),
-        data=data,
-        on_step=reporter.step,
-        on_evaluation=reporter.evaluated,
-        paused=reporter.paused,
-        keep=settings.keep_checkpoints,
-        keep_best=settings.keep_best,
-    )
-    check_optimizer(trainer, settings)
-    control = Control(stop, patience=settings.patience, history=reporter.validations())
-    trainer.add_callback(control)
-    with quiet_transformers():
-        if resume_from is not None and (checkpoints.step_of(resume_from) >= steps or control.is_over):
-            trainer.restore(resume_from)  # training had ended, and only the result was not written
-        else:
-            trainer.train(resume_from_checkpoint=str(resume_from) if resumed else None)
-    tail = reporter.steps[-max(1, len(reporter.steps) // 10) :]
-    train_loss, train_loss_error = _mean([step.loss for step in tail])
-    evaluated = [losses for losses in reporter.evaluations if losses.validation is not None]
-    return trainer, TrainedSteps(
-        steps=trainer.state.global_step,
-        tokens=trainer.state.num_input_tokens_seen,
-        train_loss=train_loss,
-        train_loss_error=train_loss_error,
-        train_kl=_mean([step.kl for step in tail if step.kl is not None])[0],
-        objective=_mean([step.objective for step in tail if step.objective is not None])[0],
-        eval_loss=evaluated[-1].validation if evaluated else None,
-        eval_loss_error=evaluated[-1].error if evaluated else None,
-        best_step=trainer.state.best_global_step,
-        is_stopped=stop.is_requested,
-    )
-
-
-def _mean(numbers: Sequence[float]) -> tuple[float | None, float | None]:
-    """Return the mean of the losses of steps, and its standard error; None for what they do not give."""
-    if not numbers:
-        return None, None
-    error = stdev(numbers) / math.sqrt(len(numbers)) if len(numbers) > 1 else None
-    return fmean(numbers), error
-
-
-def loss_after(model: Any, data: RunData, settings: Settings, *, lr: float, steps: int, device: str) -> float:
-    """Return the loss of the held-out rows (without any, of trained rows) after a short run at a learning rate.
-
-    It is infinite for a run that diverges. Nothing of the run is kept.
-    """
-    evaluations: list[EvalLosses] = []
-    short = replace(
-        settings, max_steps=steps, epochs=None, eval_every=steps, save_every=0, keep_best=False, patience=None
-    )
-    with tempfile.TemporaryDirectory() as directory:
-        trainer = SurgeonTrainer(
-            model,
-            arguments(short, data, run_dir=Path(directory), lr=lr, steps=steps, device=device, resumed=True),
-            data=data,
-            on_step=lambda logs: None,
-            on_evaluation=evaluations.append,
-        )
-        try:
-            with quiet_transformers():
-                trainer.train()
-        except DivergedError:
-            return math.inf
-    last = evaluations[-1]
-    loss = last.probe if last.validation is None else last.validation
-    return math.inf if loss is None or not math.isfinite(loss) else loss
 
 
 @contextmanager

@@ -104,10 +104,19 @@ class ComputeSettings:
     seed: int = option("Seed of every random draw.", 0, metavar="N")
     deterministic: bool = option("Use only deterministic kernels on a GPU; slower.", False)
     # how often
-    eval_every: int | None = option("Steps between evaluations. Default: a tenth of the run.", None, metavar="N")
-    save_every: int | None = option("Steps between checkpoints; 0: none. Default: --eval-every.", None, metavar="N")
-    keep_checkpoints: int = option(
-        "Newest checkpoints to keep; with --keep-best the best one too.", 2, metavar="N", at_resume=True
+    eval_every: int | None = option(
+        "Steps between evaluations. Default: a tenth of the run, or more where they cost too much.",
+        None,
+        metavar="N",
+    )
+    save_every: int | None = option(
+        "Steps between checkpoints; 0: none. Default: --eval-every, else a tenth of the run.", None, metavar="N"
+    )
+    keep_checkpoints: int | None = option(
+        "Checkpoints to keep, and the best with --keep-best. Default: 2; once finished 1, without optimiser.",
+        None,
+        metavar="N",
+        at_resume=True,
     )
     keep_best: bool = option("Write the step with the lowest validation loss, not the last one.", False)
     patience: int | None = option("Stop after N evaluations without an improvement.", None, metavar="N")

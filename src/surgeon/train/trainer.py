@@ -13,12 +13,14 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import get_worker_info
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
@@ -101,6 +103,11 @@ class Control(TrainerCallback):
     def _is_stop_requested(self, processes: int) -> bool:
         """Return whether any process is to stop: all must stop at the same step."""
         return self.stop.is_requested if processes == 1 else totals([int(self.stop.is_requested)]) != [0]
+
+
+def warmed(step: int, *, warmup: int, after: Callable[[int], float]) -> float:
+    """Return the rate of a step, counted from 0, as a share of the peak: it rises by 1 / warmup, then is `after`'s."""
+    return (step + 1) / warmup if step < warmup else after(step)
 
 
 COUNTS = ("num_tokens", "num_trained")  # of a batch, as Python numbers: reading tensors would wait for the GPU
@@ -275,6 +282,16 @@ class SurgeonTrainer(Trainer):
     def floating_point_ops(self, inputs: Mapping[str, Any]) -> int:
         """Return 0: operations are counted once for the run, not in every batch."""
         return 0
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        """Return the schedule, whose warm-up has its first step at 1 / warm-up of the peak, not at a rate of 0."""
+        made: Any = super().create_scheduler(num_training_steps, optimizer)
+        warmup = self.args.get_warmup_steps(num_training_steps)
+        if isinstance(made, LambdaLR) and warmup > 0:
+            rates: list[Callable[[int], float]]
+            rates = [partial(warmed, warmup=warmup, after=after) for after in made.lr_lambdas]
+            made = self.lr_scheduler = LambdaLR(made.optimizer, rates)
+        return made
 
     # --- reports ----------------------------------------------------------------------------------------------
 
