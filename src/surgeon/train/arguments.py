@@ -76,14 +76,14 @@ def arguments(
     settings: Settings, data: RunData, *, run_dir: Path, lr: float, steps: int, device: str, resumed: bool
 ) -> TrainingArguments:
     """Return the arguments of the Trainer for a run of so many steps."""
-    rows = settings.batch_size * settings.gradient_accumulation * processes()
+    rows = settings.sequences * processes()
     every, saves = cadence(settings, steps, evaluated=sum(map(len, data.held_out.values())) / rows)
     uses_cpu = device == "cpu" and not is_launched_by_plugin()
     return RunArguments(
         output_dir=str(run_dir),
         max_steps=steps,
-        per_device_train_batch_size=settings.batch_size,
-        per_device_eval_batch_size=settings.batch_size,
+        per_device_train_batch_size=settings.batch,
+        per_device_eval_batch_size=settings.batch,
         gradient_accumulation_steps=settings.gradient_accumulation,
         learning_rate=lr,
         lr_scheduler_type=SCHEDULES[settings.schedule],

@@ -73,6 +73,17 @@ def totals(numbers: Sequence[Number]) -> list[Number]:
     return found
 
 
+def least(number: int) -> int:
+    """Return the smallest of a number over the processes of the run."""
+    import torch.distributed
+
+    if not torch.distributed.is_initialized() or processes() == 1:
+        return number
+    found = torch.tensor(number)
+    torch.distributed.all_reduce(found, op=torch.distributed.ReduceOp.MIN, group=_meeting_place())
+    return int(found)
+
+
 @cache
 def _meeting_place() -> Any:
     from torch.distributed import new_group

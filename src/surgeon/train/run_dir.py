@@ -262,6 +262,7 @@ def _guarded(path: Path) -> Iterator[None]:
 
 
 REQUEST = "run.json"
+BATCH = "batch.json"  # the batches of a step, as they were chosen
 RATE = "lr.json"  # the result of --lr auto
 DAMAGED_HINT = "Remove the run's directory, or choose another with --run-dir."
 RESULT = "result.json"  # what the run is about to write as its output
@@ -337,7 +338,7 @@ def claim(run_dir: Path, request: Request, *, resume: bool) -> None:
         write_json(file, request.to_dict())
         return
     if not (run_dir / METRICS).exists():
-        for name in (RATE, DATA):
+        for name in (RATE, DATA, BATCH):
             (run_dir / name).unlink(missing_ok=True)
         write_json(file, request.to_dict())
         return

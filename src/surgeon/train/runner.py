@@ -4,7 +4,8 @@ import math
 import shutil
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +13,7 @@ import torch
 
 from surgeon.anatomy.anatomy import read_anatomy
 from surgeon.checkpoint.source import Source, spec_of
+from surgeon.cost.fitting import Split, too_large
 from surgeon.cost.flops import flops_per_token, peak_flops
 from surgeon.errors import DataError, SurgeonError, TrainingError
 from surgeon.models import adapters
@@ -22,13 +24,24 @@ from surgeon.train import checkpoints
 from surgeon.train.arguments import check_names, is_launched_by_plugin, set_environment
 from surgeon.train.data import RunData
 from surgeon.train.inputs import Inputs
-from surgeon.train.launch import check_meeting, is_first, is_launched, is_loss, processes, wait_for_all
+from surgeon.train.launch import check_meeting, is_first, is_launched, is_loss, least, processes, wait_for_all
 from surgeon.train.model import LOAD_HINT, load_trainable, trained_model
 from surgeon.train.pace import PaceMeter, most_memory_used
 from surgeon.train.reporter import Reporter
 from surgeon.train.result import Training, concluded, trained_surgery, write_adapter
-from surgeon.train.run_dir import DATA, RATE, WEIGHTS, Request, claim, read_json, read_metrics, write_json, write_result
-from surgeon.train.settings import FULL_LR, LORA_LR, Settings
+from surgeon.train.run_dir import (
+    BATCH,
+    DATA,
+    RATE,
+    WEIGHTS,
+    Request,
+    claim,
+    read_json,
+    read_metrics,
+    write_json,
+    write_result,
+)
+from surgeon.train.settings import AUTO, FULL_LR, LORA_LR, Settings
 from surgeon.train.steps import TrainedSteps, loss_after, run_steps
 from surgeon.train.task import Task
 from surgeon.train.trainer import (
@@ -87,7 +100,7 @@ class Runner:
                 claim(self.run_dir, request, resume=resume)
             self.reporter = Reporter(self.run_dir, self.watcher)
             stack.push(self._ended)
-            with memory_explained(self.settings, lambda: self.reporter.last_step), self._losses_explained():
+            with memory_explained(lambda: self.settings, lambda: self.reporter.last_step), self._losses_explained():
                 self.wait()
                 yield
 
@@ -128,6 +141,9 @@ class Runner:
         self.reporter.status("preparing")
         resume_from = checkpoints.newest(self.run_dir, self.reporter.note)
         self.wait()
+        free = self.inputs.free_memory()
+        free = None if free is None else least(free)  # all processes take the same batches
+        self.inputs.check_fits(free)
         model, teacher_model = self._loaded(), self.inputs.teacher_model()
         self.inputs.attend(model, teacher_model)
         self.attention = str(model.config._attn_implementation)
@@ -135,6 +151,7 @@ class Runner:
         for note in (*data.notes, *self._warnings()):
             self.reporter.note(note)
         self._check_data(data, resumed=resume_from is not None)
+        self._settle_batches(self._chosen(data, model, free))
         steps = self.inputs.steps(data)
         teacher = self.inputs.teacher(teacher_model, data, self.run_dir)
         self.compiles = self.inputs.compiles(model, steps)
@@ -175,6 +192,42 @@ class Runner:
                 f"{(changed or self.specs)[0]} is not what it was when the run in {self.run_dir} began",
                 hint="Bring the old texts back, or begin anew with another --run-dir.",
             )
+
+    def _chosen(self, data: RunData, model: Any, free: int | None) -> Split:
+        """Return the batches of a step: those of the run that is resumed, else what fits the memory.
+
+        Raises TrainingError where nothing does, and DataError where the record of them is damaged.
+        """
+        file = self.run_dir / BATCH
+        if file.exists():
+            content = read_json(file)
+            names = ("batch_size", "gradient_accumulation")
+            if isinstance(content, dict) and all(
+                type(content.get(name)) is int and content[name] > 0 for name in names
+            ):
+                with suppress(TypeError):
+                    return Split(**content)
+            raise DataError(f"{file} holds no batches", hint="Remove it: they are chosen again.")
+        can_recompute = bool(getattr(model, "supports_gradient_checkpointing", False))
+        found = self.inputs.split(data, free, can_recompute=can_recompute)
+        if not found.fits and self.settings.batch_size == AUTO:
+            anatomy, work = read_anatomy(spec_of(self.source)), self.inputs.workload(data)
+            raise too_large(anatomy, work, found, label=self.source.label, device=self.device)
+        self.wait()
+        if is_first():
+            write_json(file, asdict(found))
+        self.wait()
+        return found
+
+    def _settle_batches(self, found: Split) -> None:
+        """Train with these batches, and say so where they are not what the user would expect."""
+        asked, self.batches = self.settings, found
+        self.settings = replace(asked, **found.settings())
+        self.task = replace(self.task, settings=self.settings)
+        self.inputs = replace(self.inputs, task=self.task)
+        is_split = asked.batch_size == AUTO and found.gradient_accumulation > asked.gradient_accumulation
+        if is_split or (asked.activation_checkpointing is None and found.activation_checkpointing):
+            self.reporter.note(str(found))
 
     def _pace_meter(self, model: Any, data: RunData, steps: int, *, done: int, tokens: int) -> PaceMeter:
         """Return the meter of the run, which knows the operations per token where it knows the devices' peak."""
@@ -279,7 +332,7 @@ class Runner:
             "tokens": trained.tokens,
             "result_of_step": self._best(trained),
             "learning_rate": self.rate,
-            "settings": self.task.record(),
+            "settings": self.task.record() | self.batches.settings(),
             **({"trust_remote_code": True} if code_is_trusted() else {}),
         }
 
@@ -337,19 +390,18 @@ class Runner:
 
 
 @contextmanager
-def memory_explained(settings: Settings, step: Callable[[], int]) -> Iterator[None]:
+def memory_explained(settings: Callable[[], Settings], step: Callable[[], int]) -> Iterator[None]:
     """Turn an out-of-memory error into one that says what to lower. `step` returns how many steps are done."""
     try:
         yield
     except (torch.OutOfMemoryError, MemoryError) as error:
-        raise _out_of_memory(settings, step()) from error
+        raise _out_of_memory(settings(), step()) from error
     except RuntimeError as error:
         if "not enough memory" not in str(error) and "can't allocate memory" not in str(error):  # the CPU's allocator
             raise
-        raise _out_of_memory(settings, step()) from error
+        raise _out_of_memory(settings(), step()) from error
 
 
 def _out_of_memory(settings: Settings, step: int) -> TrainingError:
-    return TrainingError(
-        f"the memory is full after step {step}, with {settings.batch_size} rows a batch", hint=MEMORY_HINT
-    )
+    rows = "rows" if isinstance(settings.batch_size, str) else f"{settings.batch_size} rows"
+    return TrainingError(f"the memory is full after step {step}, with {rows} a batch", hint=MEMORY_HINT)
