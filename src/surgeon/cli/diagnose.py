@@ -1,7 +1,7 @@
 """`surgeon diagnose`."""
 
 from surgeon.cli.command import Debug, Json, Model, Quiet, spread
-from surgeon.cli.terminal import TokenMeter, emit, emit_json
+from surgeon.cli.terminal import emit, emit_json
 from surgeon.options import keywords_of
 from surgeon.verbs import diagnose as verb
 
@@ -18,5 +18,5 @@ def diagnose(
     debug: Debug = False,
 ) -> None:
     """Show what attention looks at in each layer, and what each layer is worth."""
-    diagnosis = verb.diagnose(model, **keywords_of(options), meter=TokenMeter(quiet=quiet))
+    diagnosis = verb.diagnose(model, **keywords_of(options))
     emit_json(diagnosis.to_dict()) if json else emit(diagnosis.to_text())

@@ -5,7 +5,7 @@ from typing import Annotated
 import typer
 
 from surgeon.cli.command import Debug, Json, Model, Quiet, spread
-from surgeon.cli.terminal import TokenMeter, emit, emit_json
+from surgeon.cli.terminal import emit, emit_json
 from surgeon.options import OptionError
 from surgeon.verbs import evaluate as verb
 
@@ -26,5 +26,5 @@ def evaluate(
     """Measure perplexity, answers and choices, and compare them with a baseline."""
     if json and markdown:
         raise OptionError("markdown", "--markdown goes without --json")
-    evaluation = verb.run(model, options, quiet=quiet, meter=TokenMeter(quiet=quiet))
+    evaluation = verb.run(model, options, quiet=quiet)
     emit_json(evaluation.to_dict()) if json else emit(evaluation.to_markdown() if markdown else evaluation.to_text())

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, TextIO
 
 from surgeon import text
+from surgeon.progress import Bars, current
 from surgeon.text import duration, printable
 from surgeon.train.run_dir import EvalReport, StepReport
 
@@ -34,6 +35,7 @@ class TrainingLine:
         self._best: float | None = None
         self._live: Live | None = None
         self._last: StepReport | None = None
+        self._stage = ""
         self._shown = clock()
 
     def begin(self, total_steps: int, *, done: int = 0) -> None:
@@ -47,6 +49,8 @@ class TrainingLine:
         console = Console(file=self._stream)
         self._live = Live(self._line(), console=console, auto_refresh=False, transient=True, redirect_stdout=False)
         self._live.start()
+        if isinstance(bars := current(), Bars):  # there is one line on a terminal
+            bars.line = self.stage
         atexit.register(self.end)  # so that the terminal always gets its cursor back
 
     def step(self, report: StepReport) -> None:
@@ -77,6 +81,13 @@ class TrainingLine:
             self._shown = self._clock()
         self._print("  ".join(words))
 
+    def stage(self, what: str) -> None:
+        """Show what is done between steps, such as evaluating; nothing for ""."""
+        self._stage, now = what, self._clock()
+        if self._live is not None and (now - self._shown >= REFRESH or not what):
+            self._shown = now
+            self._live.update(self._line(), refresh=True)
+
     def note(self, text: str) -> None:
         """Print a sentence above the line."""
         self._print(f"note: {printable(text)}")
@@ -86,6 +97,8 @@ class TrainingLine:
         if self._live is not None:
             self._live.stop()
             self._live = None
+            if isinstance(bars := current(), Bars):
+                bars.line = None
             atexit.unregister(self.end)
 
     def _print(self, line: str) -> None:
@@ -106,7 +119,7 @@ class TrainingLine:
         filled = round(bar * self._done / self._total) if self._total else 0
         line = Text("━" * filled, style="green", no_wrap=True, overflow="ellipsis")
         line.append("━" * (bar - filled), style="dim")
-        for part in self._parts():
+        for part in [self._stage, *self._parts()] if self._stage else self._parts():
             if line.cell_len + 2 + len(part) > columns:
                 break
             line.append(f"  {part}", style="default")

@@ -29,7 +29,7 @@ from surgeon.evals.compare import (
 )
 from surgeon.evals.metrics import extracted, final_number
 from surgeon.evals.verdicts import Judgement, card_sentences
-from surgeon.options import OptionError, device_option, flag_of, in_python, option, revision_option, trust_option
+from surgeon.options import OptionError, device_option, flag_of, option, progress_option, revision_option, trust_option
 from surgeon.surgery import open_source
 from surgeon.text import plus_minus
 
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedTokenizerBase
 
-    from surgeon.measure.scoring import Meter
+    from surgeon.progress import Progress
 
 METRICS = ("perplexity", "exact-match", "rouge-l", "choice", "pseudo-perplexity", "classification")
 OF_TEXT = ("perplexity", "pseudo-perplexity")  # the metrics of a text, of which less is better
@@ -120,7 +120,7 @@ class EvaluationOptions(MetricOptions):
     device: str = device_option()
     revision: str | None = revision_option()
     trust_remote_code: bool = trust_option()
-    meter: "Meter | None" = in_python("A progress meter.")
+    progress: "Progress | bool | None" = progress_option()
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -317,11 +317,10 @@ def _finite(value: float | None) -> float | None:
 
 @dataclass(frozen=True)
 class EvalContext:
-    """The models of an evaluation, their tokenizers, the device and the progress meter."""
+    """The models of an evaluation, their tokenizers and the device."""
 
     sources: Sequence[Source]
     device: str
-    meter: "Meter"
     tokenizers: "Sequence[PreTrainedTokenizerBase]"
 
     def check_length(self, length: int, what: str, hint: str) -> None:
@@ -350,14 +349,14 @@ class EvalContext:
         return {"data": list(data), "sha256": sha256, "device": self.device, "dtype": "/".join(sorted(dtypes))}
 
 
-def context_of(sources: Sequence[Source], device: str, meter: "Meter | None") -> EvalContext:
+def context_of(sources: Sequence[Source], device: str) -> EvalContext:
     """Return the context in which models are evaluated, with their tokenizers loaded."""
     from surgeon.models.device import resolve_device
     from surgeon.models.loading import load_tokenizer, loadable
 
     place = resolve_device(device)
     tokenizers = [load_tokenizer(*loadable(source)) for source in sources]
-    return EvalContext(sources, place, meter or (lambda what, tokens, layers: None), tokenizers)
+    return EvalContext(sources, place, tokenizers)
 
 
 def check_same_tokens(

@@ -1,7 +1,7 @@
 """The scores of a gist: the same records with the whole prompt, with its gist, and with no prompt."""
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -38,14 +38,22 @@ from surgeon.evals.evaluation import (
 from surgeon.evals.verdicts import WIN_RATE, Judgement, card_sentences
 from surgeon.gist.compressor import Compressor
 from surgeon.gist.tokens import GistTokens, read_gist
-from surgeon.options import adapter_option, device_option, in_python, option, revision_option, same_option, trust_option
+from surgeon.options import (
+    adapter_option,
+    device_option,
+    option,
+    progress_option,
+    revision_option,
+    same_option,
+    trust_option,
+)
+from surgeon.progress import meter
 from surgeon.text import plus_minus
 
 if TYPE_CHECKING:
     from surgeon.evals.judge import Case, Judge
     from surgeon.gist.records import Record
-    from surgeon.measure.scoring import Meter
-    from surgeon.models.streaming import Progress
+    from surgeon.progress import Progress
 
 LOSS, ROUGE, EXACT = "loss", "rouge_l", "exact_match"
 FORMS = ("full", "gist", "none")
@@ -190,7 +198,7 @@ class GistEvaluationOptions:
     device: str = device_option()
     revision: str | None = revision_option()
     trust_remote_code: bool = trust_option()
-    meter: "Meter | None" = in_python("A progress meter.")
+    progress: "Progress | bool | None" = progress_option()
 
     def __post_init__(self) -> None:
         check_counts(self, "samples", "max_new_tokens", "batch_size")
@@ -215,7 +223,7 @@ def score_gist(model: str | os.PathLike[str], options: GistEvaluationOptions) ->
     from surgeon.evals.judge import load_judge
     from surgeon.gist.records import read_forms
 
-    context = context_of([source], options.device, options.meter)
+    context = context_of([source], options.device)
     count, length = options.tokens or gist.num_tokens, options.max_new_tokens or MAX_NEW_TOKENS
     batch_size, samples = options.batch_size or BATCH_SIZE, options.samples
     has_encoder = bool(source.config.get("is_encoder_decoder"))
@@ -257,7 +265,7 @@ def _judgements(
     judgements = {}
     for form in others:
         answers = [[entry[one] for entry in predictions] for one in (form, full)]
-        judgements[form] = judge.compare(cases, *answers, batch_size=batch_size, meter=context.meter)
+        judgements[form] = judge.compare(cases, *answers, batch_size=batch_size)
         for entry, verdict in zip(predictions, judgements[form].verdicts, strict=True):
             entry |= {f"{form}_{name}": value for name, value in verdict.to_dict().items()}
     return judgements
@@ -297,8 +305,7 @@ def _measured(
     ]
     for form, name in HEADINGS.items():
         work = sum(len(record.asked(form)) + len(record.answer) + max_new_tokens for record in records)
-        count = context.meter(name, work, depth)
-        progress = None if count is None else partial(_count, count, depth)
+        progress = partial(_count, meter(name, work, depth), depth)
         outcomes[LOSS][form] = tuple(answer_losses(model, records, form, progress=progress, **batching))
         texts = answers(model, tokenizer, records, form, max_new_tokens=max_new_tokens, progress=progress, **batching)
         pairs = list(zip(texts, (record.reference for record in records), strict=True))
@@ -309,8 +316,8 @@ def _measured(
     return outcomes, predictions
 
 
-def _count(progress: "Progress", depth: int, tokens: int) -> None:
-    progress(tokens * depth)
+def _count(count: Callable[[int], None], depth: int, tokens: int) -> None:
+    count(tokens * depth)
 
 
 def _entries(measure: str, figure: Estimate) -> tuple[tuple[str, float | None], ...]:

@@ -19,7 +19,16 @@ from surgeon.evals.compare import (
     short_label,
 )
 from surgeon.evals.evaluation import METRICS_OF, OF_TEXT, Evaluation, EvaluationOptions, MetricOptions
-from surgeon.options import OptionError, device_option, flag_of, in_python, option, revision_option, trust_option, words
+from surgeon.options import (
+    OptionError,
+    device_option,
+    flag_of,
+    option,
+    progress_option,
+    revision_option,
+    trust_option,
+    words,
+)
 from surgeon.text import plus_minus, sliced
 
 
@@ -31,7 +40,7 @@ class SuiteOptions(MetricOptions):
     device: str = device_option()
     revision: str | None = revision_option()
     trust_remote_code: bool = trust_option()
-    meter: Any = in_python("A progress meter.")
+    progress: Any = progress_option()
 
     def __post_init__(self) -> None:
         _ = self.tasks

@@ -20,6 +20,7 @@ from surgeon.models.device import available_memory, computes_bfloat16, logits_by
 from surgeon.models.documents import breaks_graph, keeps_documents_apart, without_lengths
 from surgeon.models.loading import load_model, load_tokenizer, loadable
 from surgeon.models.varlen import VARLEN, reads_lengths
+from surgeon.progress import TOKENS, stage
 from surgeon.train.arguments import is_launched_by_plugin
 from surgeon.train.data import RunData, read_data
 from surgeon.train.launch import is_first, processes
@@ -96,7 +97,11 @@ class Inputs:
             return
         dtype = torch.float32 if self.precision == "float32" else torch.bfloat16
         for each in (model, teacher):
-            if each is not None and (reason := without_lengths(each, self.device, dtype)) is not None:
+            if each is None:
+                continue
+            with stage("trying attention by the lengths of documents"):
+                reason = without_lengths(each, self.device, dtype)
+            if reason is not None:
                 if self.settings.attention == VARLEN:
                     raise PlanError(reason, hint="Use --attention sdpa.")
                 self.note(f"attention behind masks, which is slower: {reason}")
@@ -169,7 +174,9 @@ class Inputs:
             return online
         directory, store = run_dir / TEACHER, data.stores[0]
         if is_first() and not (directory.exists() and CachedTeacher(directory).store == store.digest):
-            cache_top_k(online, store, directory, self.settings.teacher_top_k, temperature=self.settings.temperature)
+            how = {"temperature": self.settings.temperature}
+            with stage("asking the teacher", store.num_tokens, TOKENS) as count:
+                cache_top_k(online, store, directory, self.settings.teacher_top_k, **how, progress=count)
         self.wait()
         return CachedTeacher(directory)
 
@@ -178,11 +185,9 @@ class Inputs:
         anatomy = read_anatomy(spec_of(self.source))
         data = self.data(directory, None, None)
         work, found = self.workload(data), self.split(data, self.free_memory())
-        made = estimate(
-            anatomy,
-            replace(work, **found.settings()),
-            throughput=matmul_throughput(self.device, self.precision),
-        )
+        with stage("measuring this machine"):
+            throughput = matmul_throughput(self.device, self.precision)
+        made = estimate(anatomy, replace(work, **found.settings()), throughput=throughput)
         notes = made.notes
         if not found.fits:
             error = too_large(anatomy, work, found, label=self.source.label, device=self.device)
@@ -268,7 +273,8 @@ class Inputs:
         is_off, by_lengths = self.settings.packing == "off", reads_lengths(attention)
         if not self.task.may_share_rows(attention) or (is_off and not by_lengths):
             return False, False
-        apart = all(keeps_documents_apart(each) for each in (model, teacher) if each is not None)
+        with stage("trying several documents in one row"):
+            apart = all(keeps_documents_apart(each) for each in (model, teacher) if each is not None)
         if not apart and self.settings.packing == "on":
             raise PlanError(
                 f"documents in one row of {self.source.label}, or of its teacher, may see each other",

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from surgeon.errors import SurgeonError
+from surgeon.progress import Stage, current
 from surgeon.text import scrubbed
 from surgeon.train.launch import is_first
 from surgeon.train.pace import PaceMeter
@@ -106,6 +107,7 @@ class Guard:
 class Reporter:
     """Reports the steps and evaluations of the first process; in other processes it writes and shows nothing.
 
+    Without a watcher of its own the training is one piece of work of the call's progress.
     `steps` are the records of the run's steps, and `evaluations` its evaluations, in the first process also those
     before a resume.
     """
@@ -118,6 +120,7 @@ class Reporter:
         self._guard, self._step, self._tokens = Guard(), 0, 0  # tokens of the whole run
         self._log: MetricsLog | None = None
         self._meter: PaceMeter | None = None
+        self._stage: Stage | None = None  # of a run without a watcher
 
     def status(self, state: State, **facts: Any) -> None:
         """Write the state of the run into status.json."""
@@ -147,6 +150,9 @@ class Reporter:
         self.status("running")
         if self.watcher is not None:
             self.watcher.begin(steps, done=step)
+        elif is_first():
+            self._stage = current().begin("training", steps, "steps")
+            self._stage(step)
 
     def step(self, logs: dict[str, float]) -> None:
         """Report a step, from the trainer's logs."""
@@ -172,6 +178,8 @@ class Reporter:
             self._log.write(report.to_record())
         if self.watcher is not None:
             self.watcher.step(report)
+        elif self._stage is not None:
+            self._stage(1)
 
     def evaluated(self, losses: EvalLosses) -> None:
         """Report an evaluation, and the warnings that it gives rise to."""
@@ -206,6 +214,8 @@ class Reporter:
         """Close the watcher and metrics.jsonl after the last step."""
         if self.watcher is not None:
             self.watcher.end()
+        if self._stage is not None:
+            self._stage.done()
         if self._log is not None:
             self._log.close()
             self._log = None

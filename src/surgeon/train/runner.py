@@ -20,6 +20,7 @@ from surgeon.models import adapters
 from surgeon.models.device import computes_bfloat16, resolve_device
 from surgeon.models.loading import code_is_trusted, load_model, quiet_transformers
 from surgeon.plots.training import plot_losses
+from surgeon.progress import stage
 from surgeon.train import checkpoints
 from surgeon.train.arguments import check_names, is_launched_by_plugin, set_environment
 from surgeon.train.data import RunData
@@ -139,7 +140,8 @@ class Runner:
     def fit(self) -> "TrainedSteps":
         """Train, and keep the trained model for `write`. With --lr auto the learning rate is searched for first."""
         self.reporter.status("preparing")
-        resume_from = checkpoints.newest(self.run_dir, self.reporter.note)
+        with stage("looking for a checkpoint"):
+            resume_from = checkpoints.newest(self.run_dir, self.reporter.note)
         self.wait()
         free = self.inputs.free_memory()
         free = None if free is None else least(free)  # all processes take the same batches
@@ -296,7 +298,8 @@ class Runner:
 
         All processes call this, for each may hold a part of the weights; the first one writes.
         """
-        weights = self._weights(trained)
+        with stage("storing the trained weights"):
+            weights = self._weights(trained)
         if not is_first():
             return
         summary = self._summary(trained, output).to_dict()
@@ -305,7 +308,8 @@ class Runner:
             write_adapter(self.source, weights, output, self._step(trained), command=command, **options)
             return
         if self.settings.lora is not None:
-            weights = self._merged(weights)
+            with stage("merging the adapters"):
+                weights = self._merged(weights)
         listed = ", ".join(f"{name} {figure}" for name, figure in self._summary(trained, output).losses())
         notes = (f"trained for {trained.steps:,} steps on {trained.tokens:,} tokens: {listed}",)
         surgery = trained_surgery(self.source, weights, dtype=dtype, step=self._step(trained), notes=notes)

@@ -29,6 +29,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback, Tra
 from surgeon.errors import CheckpointError, SurgeonError, TrainingError
 from surgeon.models.loading import libraries_fail
 from surgeon.models.split import Plans
+from surgeon.progress import Stage, stage
 from surgeon.train import checkpoints
 from surgeon.train.data import RunData
 from surgeon.train.launch import totals, wait_for_all
@@ -316,8 +317,9 @@ class SurgeonTrainer(Trainer):
 
     def evaluate(self, *args: Any, **options: Any) -> dict[str, float]:
         """Return the mean losses of the held-out rows, in nats per token, and report them."""
-        with self.paused():
-            found = {name: self._mean_loss(rows) for name, rows in self.data.held_out.items()}
+        total = sum(map(len, self.data.held_out.values()))
+        with self.paused(), stage("evaluating", total, "rows") as count:
+            found = {name: self._mean_loss(rows, count) for name, rows in self.data.held_out.items()}
         losses = {name: loss for name, (loss, _) in found.items()}
         if wrong := next((name for name, loss in losses.items() if not math.isfinite(loss)), None):
             raise DivergedError(
@@ -330,7 +332,7 @@ class SurgeonTrainer(Trainer):
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
-    def _mean_loss(self, rows: Any) -> tuple[float, float | None]:
+    def _mean_loss(self, rows: Any, count: Stage) -> tuple[float, float | None]:
         """Return the cross-entropy of rows, in nats per token, and its standard error, each batch being one cluster.
 
         All processes compute the same number of batches. The error is None where there is one.
@@ -351,6 +353,7 @@ class SurgeonTrainer(Trainer):
                 if chosen:
                     losses.append(outputs["cross_entropy"])
                     counts.append(batch["num_trained"])
+                count(len(chosen) * world)
         model.train(was_training)
         read = torch.stack(losses).tolist() if losses else []
         pairs = list(zip(read, counts, strict=True))
@@ -396,7 +399,7 @@ class SurgeonTrainer(Trainer):
         self._stage = checkpoints.begin(run_dir, step) if is_first else checkpoints.stage_path(run_dir, step)
         wait_for_all()
         try:
-            with self.paused():
+            with self.paused(), stage("writing a checkpoint"):
                 with checkpoints.explained(run_dir):
                     super()._save_checkpoint(model, trial)
                 wait_for_all()

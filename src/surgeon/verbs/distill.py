@@ -37,6 +37,7 @@ from surgeon.options import (
     takes,
     trust_option,
 )
+from surgeon.progress import current, stage
 from surgeon.rewriting.checks import AUTO, NONE, NUMBER, REASONS, Checks
 from surgeon.rewriting.engines import Engine, TransformersEngine, VllmEngine, Writing, chosen
 from surgeon.rewriting.journal import Journal, difference, opened, write_lines
@@ -244,7 +245,8 @@ def _distilled(source: Source, options: DistillOptions) -> Distillation:
 
     device = resolve_device(options.device)
     tokenizer = load_tokenizer(*loadable(source))
-    asked, digest = _asked(source, tokenizer, options)
+    with stage("reading the rows"):
+        asked, digest = _asked(source, tokenizer, options)
     engine_name = chosen(options.engine, device)
     teacher = {"teacher": public_name(source), "fingerprint": fingerprint(source)}
     request = {"format": FORMAT, "teacher": teacher["fingerprint"], "data": digest}
@@ -264,9 +266,17 @@ def _distilled(source: Source, options: DistillOptions) -> Distillation:
             if engine_name == "vllm"
             else TransformersEngine(source, tokenizer, device, options.writing)
         )
-        progress = rewrite(
-            asked, engine, options.checks, journal, samples=options.samples, watch=options.watch or (lambda _: None)
-        )
+        first = current().begin("rewriting the first rows")
+
+        def watch(progress: Progress) -> None:
+            first.done()
+            if options.watch is not None:
+                options.watch(progress)
+
+        try:
+            progress = rewrite(asked, engine, options.checks, journal, samples=options.samples, watch=watch)
+        finally:
+            first.done()
         source.check_unchanged()
         sha256 = _write(target, asked, journal, teacher, options)
         result = _summary(asked, journal, progress, options, engine=engine_name, resumed=resumed, sha256=sha256)

@@ -26,6 +26,7 @@ from surgeon.options import (
     option,
     output_option,
     overwrite_option,
+    progress_option,
     reads_of,
     revision_option,
     same_option,
@@ -41,6 +42,7 @@ from surgeon.train.settings import ComputeSettings, LearningSettings, Settings, 
 
 if TYPE_CHECKING:
     from surgeon.cost.estimate import RunEstimate
+    from surgeon.progress import Progress
     from surgeon.train.run_dir import TrainingWatcher
     from surgeon.train.task import Task
 
@@ -105,6 +107,7 @@ class FinetuneOptions(MachineOptions, TrainingOptions, StorageOptions, PlaceOpti
     """The options of `finetune`."""
 
     watcher: "TrainingWatcher | None" = in_python("An object that is called with each step and evaluation.")
+    progress: "Progress | bool | None" = progress_option()
     command: str | None = in_python("The command line, for the card and the receipt.")
     given: Collection[str] = in_python("Options that a resumed run must not take from its own. Default: all named.", ())
 
@@ -114,6 +117,7 @@ class EstimateOptions(MachineOptions, TrainingOptions):
     """The options of `estimate_finetune`."""
 
     data: Sequence[str] = same_option(PlaceOptions, "data")
+    progress: "Progress | bool | None" = progress_option()
     num_processes: int | None = in_python("Processes that would train. Default: as many as a launcher has started.")
 
 

@@ -19,6 +19,7 @@ from surgeon.options import (
     in_python,
     numbers,
     option,
+    progress_option,
     reads_of,
     revision_option,
     seed_option,
@@ -33,7 +34,7 @@ from surgeon.transforms.scores import METHODS
 
 if TYPE_CHECKING:
     from surgeon.measure.calibration import Calibration
-    from surgeon.measure.scoring import Meter
+    from surgeon.progress import Progress
 
 VERB = Verb(counts_layers=True, plans="prune", begins=True)
 UNSCORED = "No scores yet: the layer list is a placeholder; counts and sizes are exact."
@@ -193,7 +194,7 @@ class PruneOptions(RunOptions, CutOptions):
 
     all_tokens: bool = in_python('The same as tokens="all".', False)
     measure: bool = in_python("False: read headers only; the plan then has exact sizes, and `choice` is None.", True)
-    meter: "Meter | None" = in_python("Called when a pass over the text begins; returns a function that counts tokens.")
+    progress: "Progress | bool | None" = progress_option()
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -222,18 +223,16 @@ class Pruning(Surgery):
     device: str
     trust_remote_code: bool = False
 
-    def evaluate(
-        self, result: str | os.PathLike[str], *, before: float | None = None, meter: "Meter | None" = None
-    ) -> tuple[float, float] | None:
+    def evaluate(self, result: str | os.PathLike[str], *, before: float | None = None) -> tuple[float, float] | None:
         """Return the perplexity of the source (`before` if known) and of the written result; None without one."""
-        if (known := self.perplexity(meter=meter) if before is None else before) is None or self.text is None:
+        if (known := self.perplexity() if before is None else before) is None or self.text is None:
             return None
         from surgeon.measure.scoring import perplexity
 
         with runs(self.source.label, trust_remote_code=self.trust_remote_code):
-            return known, perplexity(open_source(result), self.text.tokens, device=self.device, meter=meter)
+            return known, perplexity(open_source(result), self.text.tokens, device=self.device)
 
-    def perplexity(self, *, meter: "Meter | None" = None) -> float | None:
+    def perplexity(self) -> float | None:
         """Return the perplexity of the source on the text; None without a text, and for an encoder."""
         if self.text is None:
             return None
@@ -246,9 +245,9 @@ class Pruning(Surgery):
         if self.scores is not None and self.scores.loss is not None and scored_on == self.text.origin["sha256"]:
             return perplexities([self.scores.loss])[0]
         with runs(self.source.label, trust_remote_code=self.trust_remote_code):
-            return perplexity(self.source, self.text.tokens, device=self.device, meter=meter)
+            return perplexity(self.source, self.text.tokens, device=self.device)
 
-    def curve(self, most: int | None = None, *, meter: "Meter | None" = None) -> list[float] | None:
+    def curve(self, most: int | None = None) -> list[float] | None:
         """Return the perplexity with 0, 1, 2 ... `most` layers removed by the scores, None without a text.
 
         One streamed pass over the source, in its full width. `most` is half its depth by default, and never more than
@@ -262,7 +261,7 @@ class Pruning(Surgery):
         last = min(half if most is None else most, self.most_removable)
         choices = [self.removable(count).dropped for count in range(last + 1)]
         with runs(self.source.label, trust_remote_code=self.trust_remote_code):
-            return removal_curve(self.source, self.text.tokens, choices, device=self.device, meter=meter)
+            return removal_curve(self.source, self.text.tokens, choices, device=self.device)
 
 
 @takes(PruneOptions)
@@ -447,4 +446,4 @@ def _score(source: Source, cut: Cut, options: PruneOptions, text: "Calibration |
         seed=options.seed,
     )
     tokens, origin = (None, None) if text is None else (text.tokens, text.origin)
-    return score(source, tokens, request, data=origin, meter=options.meter)
+    return score(source, tokens, request, data=origin)
