@@ -213,11 +213,44 @@ def made(full: list[float], gist: list[float], none: list[float]) -> GistEvaluat
 
 def test_recovery_is_the_share_of_the_gap_that_the_gist_closes():
     full, none = [4.0, 3.0, 5.0, 8.0], [2.0, 1.0, 1.0, 4.0]
-    assert made(full, none, none).recovery("loss").value == 0
-    assert made(full, full, none).recovery("loss").value == 100
+    assert made(full, none, none).recovery("rouge_l").value == 0
+    assert made(full, full, none).recovery("rouge_l").value == 100
     half = made(full, [3.0, 2.0, 3.0, 6.0], none).recovery("rouge_l")
     assert (half.value, half.error) == (50, 0)
-    assert made(none, full, none).recovery("loss") is None
+    assert made(none, none, full).recovery("loss").value == 100  # of a loss less is better
+    assert made(none, full, full).recovery("loss").value == 0
+
+
+def test_a_prompt_that_is_worse_than_none_has_no_recovery_and_says_so():
+    """Both differences are negative, and their ratio alone would look like a gist that beats its prompt: 119.9 %."""
+    full, none = [4.0, 3.0, 5.0, 8.0], [2.0, 1.0, 1.0, 4.0]
+    found = made(full, [4.4, 3.4, 5.8, 8.8], none)
+    share = found.recovery("loss")
+    assert (share.value, share.error) == (None, None)
+    assert share.refused.startswith("the whole prompt is worse than none, by ")
+    told = found.to_dict()
+    assert told["recovery"]["loss"] is None
+    assert told["recovery_refused"] == {"loss": share.refused}
+    assert told["recovery"]["rouge_l"]["value"] > 100
+    line = next(line for line in found.to_text().splitlines() if line.split()[:1] == ["loss"])
+    assert line.split()[-1] == "none"
+    assert f"no recovery  loss: {share.refused}" in found.to_text()
+    assert f"No recovery: loss: {share.refused}." in found.to_markdown()
+
+
+def test_a_gap_within_two_errors_of_zero_has_no_recovery():
+    full, none = [4.0, 1.0, 5.0, 2.0], [2.0, 3.0, 1.0, 4.0]
+    for measure, pair in (("rouge_l", (full, none)), ("loss", (none, full))):
+        share = made(pair[0], full, pair[1]).recovery(measure)
+        assert share.value is None
+        assert "is not two errors above 0" in share.refused
+    assert "better than none by 0 ± 0, which" in made(none, full, none).recovery("rouge_l").refused
+
+
+def test_one_record_has_no_recovery():
+    forms = {"full": (2.0,), "gist": (1.5,), "none": (1.0,)}
+    found = GistEvaluation("m", {"rouge_l": forms}, (3,), 2, 10.0, {"data": ["d"], "dtype": "float32"}, (), 1.0)
+    assert "one record has no error" in found.recovery("rouge_l").refused
 
 
 def test_the_error_of_a_recovery_is_that_of_a_ratio_of_means():
@@ -235,7 +268,8 @@ def test_the_error_of_a_recovery_is_that_of_a_ratio_of_means():
     expected = math.sqrt(399 / 400 * float(((left_out - left_out.mean()) ** 2).sum()))
     for sign in (1, -1):  # of a loss less is better
         forms = {name: tuple((sign * each).tolist()) for name, each in (("full", full), ("gist", gist), ("none", none))}
-        found = GistEvaluation("m", {"rouge_l": forms}, (1,) * 400, 2, 1.0, {}, (), 0.0).recovery("rouge_l")
+        measure = "rouge_l" if sign > 0 else "loss"
+        found = GistEvaluation("m", {measure: forms}, (1,) * 400, 2, 1.0, {}, (), 0.0).recovery(measure)
         assert found.value == pytest.approx(recovery(everyone), rel=1e-4)  # float32 sums here
         assert found.error == pytest.approx(expected, rel=0.02)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import random
-from statistics import mean
+from statistics import mean, stdev
 from typing import Any
 
 import pytest
@@ -13,9 +13,10 @@ from talkers import jsonl, talker, written
 from test_rings import modules_after
 
 import surgeon
-from surgeon.evals.compare import Estimate, Scored, estimate, mean_of, plus_minus, recovered
+from surgeon.evals.compare import Estimate, Scored, estimate, mean_of, recovered, unpaired
 from surgeon.evals.evaluation import Evaluation, EvaluationOptions
 from surgeon.evals.suite import SuiteEvaluation, SuiteOptions
+from surgeon.text import plus_minus
 
 Pairs = list[tuple[list[float], list[float]]]
 
@@ -100,11 +101,38 @@ def test_the_condition_is_of_the_mean_over_tasks():
     assert recovered([nothing, good]).value == pytest.approx(200)
 
 
-def test_one_record_has_a_recovery_without_an_error():
+def test_one_record_has_no_recovery_for_its_error_is_not_known():
     found = recovered([([1.0], [0.5])])
 
-    assert (found.value, found.error) == (200, None)
-    assert str(found) == "200.00 %"
+    assert (found.value, found.error) == (None, None)
+    assert str(found) == "none: one record has no error; give more of them"
+
+
+def test_the_share_of_two_figures_alone_has_the_error_of_independent_ones():
+    """By draws of both figures, which know nothing of the formula."""
+    chance = random.Random(5)
+    shares = [100 * chance.gauss(0.5, 0.02) / chance.gauss(0.8, 0.03) for _ in range(20_000)]
+    better = unpaired(Estimate(0.5, 0.02), Estimate(0.8, 0.03), higher_is_better=True)
+    lower = unpaired(Estimate(0.8, 0.03), Estimate(0.5, 0.02), higher_is_better=False)
+
+    assert (better.value, lower.value) == (62.5, 62.5)
+    assert better.error == lower.error == pytest.approx(stdev(shares), rel=0.05)
+    nothing = unpaired(Estimate(0.0, 0.01), Estimate(0.8, 0.03), higher_is_better=True)
+    assert (nothing.value, nothing.error) == (0, pytest.approx(1.25))
+
+
+def test_the_share_of_a_figure_without_an_error_or_close_to_zero_is_refused():
+    assert unpaired(Estimate(0.5, None), Estimate(0.8, 0.03), higher_is_better=True).refused
+    assert unpaired(Estimate(0.5, 0.02), Estimate(0.8, None), higher_is_better=True).refused
+    far = unpaired(Estimate(0.5, 0.02), Estimate(0.1, 0.06), higher_is_better=True)
+    assert far.refused == "the baseline's score, 0.100 ± 0.060, is not two errors above 0"
+    assert unpaired(Estimate(0.1, 0.06), Estimate(0.5, 0.02), higher_is_better=False).value is None
+
+
+def test_the_recovery_of_a_text_of_one_row_is_refused():
+    scored = [Scored(name, {"perplexity": Estimate(9.0, None)}, {}, {"loss": (20.0,)}, (9,)) for name in "ab"]
+
+    assert Evaluation.of("perplexity", scored, {}).recovered.refused == "one row has no error; give more of them"
 
 
 def test_the_mean_of_estimates_has_the_error_of_independent_ones():
@@ -258,7 +286,7 @@ def test_the_table_and_the_object_hold_the_mean_its_difference_and_the_recovery(
     lines = found.to_text().splitlines()
     assert lines[0].split() == ["task", "metric", "records", "model", "baseline", "difference", "z", "recovery"]
     assert lines[3].split()[0] == "mean"
-    assert f"{told['recovery']:.2f} ± " in lines[3]
+    assert f"{plus_minus(told['recovery'], told['recovery_error'])} %" in lines[3]
     assert "of the means over tasks" in found.to_text()
     assert f"| mean |  |  | {plus_minus(means[0], told['mean_error'])} | " in found.to_markdown()
 

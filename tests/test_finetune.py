@@ -217,6 +217,54 @@ def test_a_student_comes_closer_to_its_teacher(talker: Path, text: str, tmp_path
     assert len(hidden) == len(kl)
 
 
+def test_the_losses_of_a_taught_run_are_those_of_one_without_a_teacher(talker: Path, text: str, tmp_path: Path) -> None:
+    """A rate of (almost) 0 leaves the weights: then only what is called a loss can differ, and it must not."""
+    surgeon.truncate(talker, layers=4).save(tmp_path / "cut")
+    options = SHORT | {"lr": "1e-30", "max_steps": 3}
+    plain = surgeon.finetune(tmp_path / "cut", data=[text], output=tmp_path / "plain", **options)
+    taught = surgeon.finetune(
+        tmp_path / "cut", data=[text], output=tmp_path / "taught", teacher=str(talker), kd_weight=0.3, **options
+    )
+
+    assert (taught.train_loss, taught.eval_loss) == (pytest.approx(plain.train_loss, rel=1e-6), plain.eval_loss)
+    assert (plain.train_kl, plain.objective) == (None, None)
+    steps = [record for record in read_metrics(tmp_path / "taught.run") if "loss" in record]
+    others = [record for record in read_metrics(tmp_path / "plain.run") if "loss" in record]
+    assert [record["loss"] for record in steps] == pytest.approx([record["loss"] for record in others], rel=1e-6)
+    assert all("objective" not in record and "kl" not in record for record in others)
+    for record in steps:
+        assert record["objective"] == pytest.approx(0.7 * record["loss"] + 0.3 * record["kl"], rel=1e-6)
+    told, card = taught.to_text(), (tmp_path / "taught" / "README.md").read_text()
+    for name in ("train cross-entropy", "validation cross-entropy", "train KL to the teacher", "train objective"):
+        assert name in told
+        assert name in card
+    assert " loss" not in told
+    assert taught.to_dict()["objective"] == taught.objective == pytest.approx(steps[-1]["objective"])
+
+
+def test_the_error_of_a_validation_loss_is_that_of_its_batches(talker: Path, text: str, tmp_path: Path) -> None:
+    options = SHORT | {"max_steps": 1, "eval_fraction": 0.5, "eval_rows": 6, "packing": "off"}
+    trained = surgeon.finetune(talker, data=[text], output=tmp_path / "out", **options)
+    alone = surgeon.finetune(talker, data=[text], output=tmp_path / "alone", **(options | {"eval_rows": 1}))
+
+    assert alone.eval_loss_error is None
+    assert trained.eval_loss is not None
+    assert trained.eval_loss_error is not None
+    assert 0 < trained.eval_loss_error < 0.5 * trained.eval_loss
+    record = [record for record in read_metrics(tmp_path / "out.run") if "eval_loss" in record][-1]
+    assert record["eval_loss_error"] == trained.eval_loss_error
+
+
+def test_the_first_step_is_not_wasted_at_a_rate_of_nothing(talker: Path, text: str, tmp_path: Path) -> None:
+    options = SHORT | {"warmup": 4.0, "schedule": "linear", "max_steps": 8, "eval_fraction": 0}
+    surgeon.finetune(talker, data=[text], output=tmp_path / "out", **options)
+
+    rates = [record["learning_rate"] for record in read_metrics(tmp_path / "out.run") if "loss" in record]
+    assert rates == pytest.approx([2.5e-4, 5e-4, 7.5e-4, 1e-3, 1e-3, 7.5e-4, 5e-4, 2.5e-4])
+    surgeon.finetune(talker, data=[text], output=tmp_path / "one", **(options | {"max_steps": 1, "warmup": 0.03}))
+    assert changed_tensors(talker, tmp_path / "one")
+
+
 def test_a_teacher_kept_whole_on_disk_teaches_what_the_teacher_does(talker: Path, text: str, tmp_path: Path) -> None:
     surgeon.truncate(talker, layers=4).save(tmp_path / "cut")
     losses = {}

@@ -3,6 +3,7 @@
 import json
 import os
 import resource
+import shlex
 import shutil
 import signal
 import subprocess
@@ -15,6 +16,7 @@ from pathlib import Path
 import pytest
 import talkers
 
+from surgeon.train import run_dir as run_files
 from surgeon.train.checkpoints import check, checkpoints
 from surgeon.train.run_dir import read_metrics
 
@@ -247,7 +249,17 @@ def test_the_losses_of_a_run_are_drawn_by_surgeon_plot(run, talker, text, tmp_pa
 @pytest.fixture
 def halfway(run, talker, text, tmp_path) -> tuple[list[str], bytes]:
     """Return a command whose run stands at checkpoint-2 of 4 steps, and the weights with which it will end."""
-    command = ["finetune", str(talker), "--data", text, *SHORT, "--run-dir", str(tmp_path / "run")]
+    command = [
+        "finetune",
+        str(talker),
+        "--data",
+        text,
+        *SHORT,
+        "--keep-checkpoints",
+        "2",
+        "--run-dir",
+        str(tmp_path / "run"),
+    ]
     assert run(*command, "-o", tmp_path / "whole").code == 0
     shutil.copytree(tmp_path / "run", tmp_path / "kept")
     shutil.rmtree(tmp_path / "run/checkpoint-4")
@@ -393,7 +405,9 @@ def test_a_run_that_is_told_to_stop_saves_and_ends_as_one_that_was_not(run, talk
 
     assert (code, cut_code) == (143, 130)
     assert out == ""
-    assert "--resume continues" in err
+    assert f"the newest checkpoint is {tmp_path}/out.run/checkpoint-" in err
+    assert f"Continue with: surgeon {shlex.join([*command, '-o', str(tmp_path / 'out'), '--json', '--resume'])}" in err
+    assert "interrupted; no checkpoint was written yet. Continue with: surgeon finetune " in cut_err
     status = json.loads((tmp_path / "out.run" / "status.json").read_text())
     assert (status["state"], status["exit_code"]) == ("stopped", 143)
     [kept] = checkpoints(tmp_path / "out.run")
@@ -452,6 +466,49 @@ def test_a_finished_run_whose_output_is_gone_writes_it_again_as_it_was(run, fini
     assert json.loads(outcome.out)["already_done"] is False
     assert {path.name: path.read_bytes() for path in (tmp_path / "out").glob("model*")} == before
     assert len(before) > 2, "the size of a shard and the dtype are the run's"
+
+
+def test_a_run_that_was_killed_after_its_output_and_before_its_status_is_already_done(run, finished, talker, tmp_path):
+    """The kill is between a rename and a line of status.json, which still says what it said before."""
+    told = (finished / "status.json").read_text()
+    before = {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()}
+    run_files.write_status(finished, "running", step=4)
+
+    outcome = run("finetune", talker, "--resume", "-o", tmp_path / "out", "--json")
+
+    assert outcome.code == 0, outcome.err
+    assert (json.loads(outcome.out)["already_done"], json.loads(outcome.out)["steps"]) == (True, 4)
+    assert {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()} == before
+    status = json.loads((finished / "status.json").read_text())
+    assert (status["state"], status["receipt"]) == ("done", json.loads(told)["receipt"])
+    (finished / "result.json").write_text((finished / "result.json").read_text().replace('"steps": 4', '"steps": 5'))
+    run_files.write_status(finished, "running", step=4)
+    refused(run("finetune", talker, "--resume", "-o", tmp_path / "out"), "exists and is not empty")
+
+
+def test_a_finished_run_keeps_what_is_useful_and_says_so(run, talker, text, tmp_path):
+    command = ["finetune", talker, "--data", text, *SHORT, "-o", tmp_path / "out", "--save-every", 1]
+    done = run(*command)
+    whole = run(*command, "-o", tmp_path / "whole", "--keep-checkpoints", 2, "--json")
+
+    assert done.code == whole.code == 0, done.err + whole.err
+    [kept] = checkpoints(tmp_path / "out.run")
+    check(kept)
+    assert kept.name == "checkpoint-4"
+    assert not list(kept.glob("optimizer*"))
+    assert "kept checkpoint-4 without the optimiser's state, removed " in done.out
+    assert "--keep-checkpoints 2 keeps the last two whole" in done.out
+    held = sum(path.stat().st_size for path in (tmp_path / "out.run").rglob("*") if path.is_file())
+    assert f"{tmp_path}/out.run  (" in done.out
+    assert abs(json.loads((tmp_path / "out.run/status.json").read_text())["summary"]["run_bytes"] - held) < 4096
+    assert [path.name for path in checkpoints(tmp_path / "whole.run")] == ["checkpoint-3", "checkpoint-4"]
+    assert all((path / "optimizer.pt").exists() for path in checkpoints(tmp_path / "whole.run"))
+    assert not any("kept" in note for note in json.loads(whole.out)["notes"])
+
+    before = weights(tmp_path / "out")
+    shutil.rmtree(tmp_path / "out")
+    assert json.loads(run(*command, "--resume", "--json").out)["already_done"] is False
+    assert weights(tmp_path / "out") == before
 
 
 def test_an_output_of_another_run_is_not_taken_for_the_runs_own(run, finished, talker, tmp_path):

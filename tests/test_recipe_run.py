@@ -17,8 +17,8 @@ from recipe_runs import InProcess, run, write
 
 import surgeon
 from surgeon.errors import OutputError, RecipeError
-from surgeon.evals.compare import plus_minus
 from surgeon.recipe.commands import StepError
+from surgeon.text import plus_minus
 
 LATER = False
 if LATER:

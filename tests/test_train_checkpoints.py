@@ -19,7 +19,7 @@ from later import LATER
 from surgeon.checkpoint.header import format_header, read_header
 from surgeon.errors import OutputError, SurgeonError
 from surgeon.train import checkpoints
-from surgeon.train.checkpoints import MANIFEST, DamagedCheckpointError, check, newest, rotate
+from surgeon.train.checkpoints import MANIFEST, DamagedCheckpointError, check, newest, rotate, settle
 
 if LATER:
     import numpy as np
@@ -472,3 +472,23 @@ def test_a_run_killed_at_any_moment_leaves_its_last_checkpoint_whole(tmp_path):
         assert len(leftovers) <= 2  # one that was being written, one that was being removed
     checkpoints.sweep(tmp_path)
     assert not [name for name in names_in(tmp_path) if name.startswith(".")]
+
+
+def test_a_finished_checkpoint_verifies_at_every_moment_of_losing_its_states(tmp_path):
+    made = [save(tmp_path, step) for step in (1, 2)]
+    left, removed = settle(tmp_path)
+
+    assert (left, removed > 0) == ([made[1]], True)
+    check(made[1])
+    assert not (made[1] / "optimizer.pt").exists()
+    (made[1] / "optimizer.pt").write_bytes(b"a kill came before it went")
+    check(made[1])
+    assert settle(tmp_path) == ([made[1]], len(b"a kill came before it went"))
+    (made[1] / "scheduler.pt").unlink()
+    with pytest.raises(DamagedCheckpointError, match="lacks scheduler.pt"):
+        check(made[1])
+
+
+def test_the_best_checkpoint_of_a_finished_run_stays_beside_the_newest(tmp_path):
+    made = [save(tmp_path, step) for step in (1, 2, 3)]
+    assert settle(tmp_path, protect=[1])[0] == [made[0], made[2]]

@@ -127,3 +127,13 @@ def test_the_status_is_the_last_one_written(tmp_path):
     assert status["not_finite"] == {"train_loss": "nan"}
     assert status["updated"].endswith("+00:00")
     assert [path.name for path in tmp_path.iterdir()] == ["status.json"]
+
+
+def test_the_metrics_of_an_older_surgeon_are_read_in_the_words_of_today(tmp_path):
+    """Its loss was the objective, and the cross-entropy stood beside it."""
+    old = '{"step": 1, "loss": 1.5, "cross_entropy": 2.0, "kl": 1.0}\n{"step": 2, "loss": 3.0, "cross_entropy": 3.25}\n'
+    (tmp_path / METRICS).write_text(old)
+    assert read_metrics(tmp_path) == [
+        {"step": 1, "loss": 2.0, "kl": 1.0, "objective": 1.5},
+        {"step": 2, "loss": 3.25},
+    ]

@@ -106,3 +106,13 @@ def test_every_setting_has_a_help_text_that_fits_a_terminal() -> None:
     texts = {item.name: item.metadata["flag"].help for item in fields(TrainingOptions)}
 
     assert all(text and len(text) <= 100 for text in texts.values()), max(texts.values(), key=len)
+
+
+def test_a_short_run_evaluates_as_seldom_as_evaluations_cost_and_saves_every_tenth():
+    from surgeon.train.arguments import cadence
+
+    assert cadence(Settings(), 20, evaluated=16) == (27, 2)  # one takes 16/3 steps, a fifth of 26.7
+    assert cadence(Settings(), 20, evaluated=0.5) == (2, 2)
+    assert cadence(Settings(), 1000, evaluated=16) == (100, 100)
+    assert cadence(Settings(eval_every=1), 20, evaluated=16) == (1, 1)
+    assert cadence(Settings(save_every=0), 20, evaluated=16) == (27, 0)

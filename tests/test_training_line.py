@@ -72,7 +72,7 @@ def test_notes_and_evaluations_stay_above_the_line():
     shown = [line.strip() for line in plain(show(Terminal())).replace("\r", "\n").split("\n")]
 
     assert "note: the model [begins] to\\x1b[2J memorise" in shown
-    assert "step 3:  validation 2.5100 (best)  trained text 2.4000" in shown
+    assert "step 3:  validation 2.510 (best)  trained text 2.400" in shown
 
 
 def test_without_a_terminal_there_is_a_plain_line_now_and_then():
@@ -82,7 +82,7 @@ def test_without_a_terminal_there_is_a_plain_line_now_and_then():
         "3/6 loss 3.000 2 min left 1,234 tokens/s lr 2e-05\n"
         "6/6 loss 3.000 2 min left 1,234 tokens/s lr 2e-05\n"
         "note: the model [begins] to\\x1b[2J memorise\n"
-        "step 6:  validation 2.5100 (best)  trained text 2.4000  loss 3.000  2 min left  1,234 tokens/s  lr 2e-05\n"
+        "step 6:  validation 2.510 (best)  trained text 2.400  loss 3.000  2 min left  1,234 tokens/s  lr 2e-05\n"
     )
 
 
@@ -146,11 +146,22 @@ def test_a_worse_evaluation_is_not_the_best():
     line.evaluated(EvalReport(step=4, tokens=4, validation=None, probe=1.0))
 
     assert stream.getvalue().splitlines() == [
-        "step 1:  validation 2.0000 (best)",
-        "step 2:  validation 2.1000",
-        "step 3:  validation 1.9000 (best)",
-        "step 4:  trained text 1.0000",
+        "step 1:  validation 2.000 (best)",
+        "step 2:  validation 2.100",
+        "step 3:  validation 1.900 (best)",
+        "step 4:  trained text 1.000",
     ]
+
+
+def test_the_parts_of_a_taught_run_have_names_and_none_of_them_is_called_loss():
+    stream = Terminal()
+    line = TrainingLine(quiet=False, stream=stream, clock=Clock())
+    line.begin(4)
+    line.step(report(4, loss=2.0, kl=0.25, objective=1.125))
+    line.end()
+
+    assert "4/4  cross-entropy 2.000  KL 0.250  objective 1.125  2 min left" in plain(stream.getvalue())
+    assert "loss" not in plain(stream.getvalue())
 
 
 def test_smoothing_begins_at_the_first_number():

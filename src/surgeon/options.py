@@ -30,6 +30,7 @@ from types import UnionType
 from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar, Union, get_args, get_origin, overload
 
 from surgeon.errors import PlanError
+from surgeon.progress import watched
 
 A = TypeVar("A")  # A to D: the arguments of a verb before its options
 B = TypeVar("B")
@@ -104,6 +105,14 @@ def option(help: str, default: Any = MISSING, **flag: Any) -> Any:  # noqa: A002
 def in_python(help: str, default: Any = None) -> Any:  # noqa: A002
     """Return a field that only the Python call has: a progress meter, a callback."""
     return option(help, default, on_command_line=False)
+
+
+def progress_option() -> Any:
+    """Return the field `progress`, which `takes` hands to the work of the call."""
+    return in_python(
+        "What watches the call: an object with begin(what, total, unit), False for silence, True for bars. "
+        "Default: bars on a terminal and in a notebook."
+    )
 
 
 def seed_option() -> Any:
@@ -232,7 +241,7 @@ def takes(options: Callable[Keywords, Options]) -> Taking[Keywords, Options]:
     """Return a decorator: the function takes the fields of `options` as keywords, after its other arguments.
 
     Its signature and its docstring list them, for `help()` and for editors; type checkers see them too. A field `given`
-    gets the names of the options that the call names, unless it is named itself.
+    gets the names of the options that the call names, unless it is named itself. A field `progress` watches the call.
     """
 
     def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -254,7 +263,8 @@ def takes(options: Callable[Keywords, Options]) -> Taking[Keywords, Options]:
                     raise TypeError(f"{function.__name__}(): {name} is {value!r}, {fault}")
             if "given" in signature.parameters:
                 values.setdefault("given", tuple(values))
-            return function(*(values.pop(item.name) for item in arguments), make(**values))
+            with watched(values.get("progress")):
+                return function(*(values.pop(item.name) for item in arguments), make(**values))
 
         call.__signature__ = signature  # type: ignore[attr-defined]
         call.__doc__ = f"{inspect.cleandoc(function.__doc__ or '')}\n\nOptions:\n{_listed(options)}\n"

@@ -16,13 +16,13 @@ from surgeon.anatomy.config import runtime_notes
 from surgeon.checkpoint import output, receipt
 from surgeon.checkpoint.derived import JoinedSource
 from surgeon.checkpoint.header import QUANTIZATION_FILES, CheckpointSpec, is_quantized
-from surgeon.checkpoint.output import CountBytes
 from surgeon.checkpoint.source import CARD, CONFIG, RECEIPT, Source, content_of, open_directory, spec_of
 from surgeon.errors import CheckpointError, PlanError
 from surgeon.options import Reads, verb_named
 from surgeon.plan.execute import Shard, check_written, execute, lay_out, peak_memory, ranges_read, shareable_files
 from surgeon.plan.plan import Plan, changed_keys, identity
 from surgeon.plan.rounding import dtype_cost
+from surgeon.progress import BYTES, Progress, stage, watched
 
 Asks = Literal["nothing", "config", "tensors"]  # of transformers about a result
 _BLOCKS = (0, *(2**power for power in range(9, 17)))  # sizes of disk blocks to share; 0: the order of the source
@@ -277,20 +277,20 @@ class Surgery:
         max_shard_size: int | str = "5GB",
         block: int | None = None,
         overwrite: bool = False,
-        progress: CountBytes | None = None,
+        progress: Progress | bool | None = None,
         command: str | None = None,
     ) -> Summary:
         """Write the result and return what was done. It appears at `out` at once and whole, or not at all.
 
         `dtype` is "keep" (the source's bytes) or a floating dtype to store; `max_shard_size` a number of bytes or
         "5GB". `block` is the size of the disk blocks for whose sharing the tensors are placed: None, as the disk offers
-        it; a receipt's, for the same bytes on any disk. `progress` is told how many more bytes are written; `command`
-        goes into the card and the receipt.
+        it; a receipt's, for the same bytes on any disk. `command` goes into the card and the receipt.
 
         Raises PlanError before anything is written, OutputError when it cannot be written.
         """
         draft = self.prepare(out, dtype=dtype, max_shard_size=max_shard_size, block=block)
-        return draft.write(overwrite=overwrite, progress=progress, command=command)
+        with watched(progress):
+            return draft.write(overwrite=overwrite, command=command)
 
 
 @dataclass(frozen=True)
@@ -316,7 +316,6 @@ class Draft:
         self,
         *,
         overwrite: bool = False,
-        progress: CountBytes | None = None,
         command: str | None = None,
         confirm: Callable[[Path], object] | None = None,
     ) -> Summary:
@@ -332,10 +331,12 @@ class Draft:
         sizes = sum(path.stat().st_size for path in companions.values())
         needed = self.summary.bytes_written - self.summary.bytes_shared
         output.check_space(target, needed + sizes + 300 * len(plan.tensors) + 100_000)
-        with output.staged(target, overwrite=overwrite) as stage, self._building() as built:
-            written = execute(plan, self.source, stage, shards=self.shards, progress=progress)
-            check_written(stage, self.shards)
-            plan = replace(plan, notes=(*plan.notes, *built()))
+        with output.staged(target, overwrite=overwrite) as made, self._building() as built:
+            with stage("writing", self.summary.bytes_written, BYTES) as count:
+                written = execute(plan, self.source, made, shards=self.shards, progress=count)
+            check_written(made, self.shards)
+            with stage("asking transformers whether it builds the result"):
+                plan = replace(plan, notes=(*plan.notes, *built()))
             record = receipt.receipt(
                 source=self.source.provenance(),
                 steps=plan.steps,
@@ -349,11 +350,11 @@ class Draft:
                 bytes_shared=written.shared,
             )
             page = replace(self, plan=plan)._card(command=command, card=card)
-            output.copy_files(stage, companions)
-            output.write_files(stage, {CARD: page.encode(), RECEIPT: receipt.to_bytes(record), **self.attachments})
-            output.write_files(stage, {CONFIG: receipt.to_bytes(plan.config)})  # last: now it is a checkpoint
+            output.copy_files(made, companions)
+            output.write_files(made, {CARD: page.encode(), RECEIPT: receipt.to_bytes(record), **self.attachments})
+            output.write_files(made, {CONFIG: receipt.to_bytes(plan.config)})  # last: now it is a checkpoint
             if confirm is not None:
-                confirm(stage)
+                confirm(made)
             self.source.check_unchanged()
         done = replace(self.summary.downloaded_from(self.source), bytes_shared=written.shared, notes=plan.all_notes)
         return replace(done, seconds=time.perf_counter() - began)

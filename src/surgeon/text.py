@@ -1,6 +1,7 @@
 """Numbers, tables and lists as plain text for people."""
 
 import json
+import math
 import os
 import re
 from collections.abc import Iterable, Sequence
@@ -147,3 +148,14 @@ def duration(seconds: float) -> str:
         return f"{minutes // 60} h {minutes % 60} min"
     hours = round(seconds / 3600)
     return f"{hours // 24} d {hours % 24} h"
+
+
+FEW_DIGITS = 1e7  # from here on a number is written with an exponent
+
+
+def plus_minus(value: float, error: float | None) -> str:
+    """Return "24.22 ± 0.84": as many digits as the error makes sense of, two of its own; without an error four."""
+    if error is None or not 0 < error < math.inf or abs(value) >= FEW_DIGITS:
+        return f"{value:.4g}" if error is None else f"{value:.6g} ± {error:.2g}"
+    digits = max(0, 1 - math.floor(math.log10(error)))
+    return f"{value:.{digits}f} ± {error:.{digits}f}"

@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Protocol, Union, get_args, get
 import typer
 
 from surgeon.cli import clock
-from surgeon.cli.terminal import ByteProgress, emit, emit_json, log
+from surgeon.cli.terminal import emit, emit_json, log
 from surgeon.options import Flag, OptionError, flag_of, option, output_option, overwrite_option, verb_named
+from surgeon.progress import Bars, watched
 from surgeon.surgery import Draft, Summary, Surgery
 
 if TYPE_CHECKING:
@@ -52,7 +53,8 @@ def spread(command: Callable[..., None]) -> Callable[..., None]:
         if given.get("quiet"):
             os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"  # huggingface_hub reads it when it is imported
         try:
-            command(**grouped(given))
+            with watched(Bars(quiet=bool(given.get("quiet")))):
+                command(**grouped(given))
         except OptionError as error:  # of options that other functions check
             raise _usage_error(error) from error
 
@@ -230,10 +232,8 @@ def carried_out(
 
     if verify is None:
         verify = draft.summary.parameters[1] < VERIFIED_BELOW
-    with ByteProgress(draft.summary.bytes_written, quiet=writing.quiet) as progress, clock.part("writing"):
-        summary = draft.write(
-            overwrite=writing.overwrite, progress=progress, command=command, confirm=confirm if verify else None
-        )
+    with clock.part("writing"):
+        summary = draft.write(overwrite=writing.overwrite, command=command, confirm=confirm if verify else None)
     for verification in found:
         rows += verification.rows()
         entries["verification"] = verification.to_dict()

@@ -1,7 +1,7 @@
 """`surgeon diagnose`."""
 
 from surgeon.cli.command import Debug, Json, Model, Quiet, emit_next, spread
-from surgeon.cli.terminal import TokenMeter, emit, emit_json
+from surgeon.cli.terminal import emit, emit_json
 from surgeon.options import keywords_of
 from surgeon.verbs import diagnose as verb
 
@@ -18,7 +18,7 @@ def diagnose(
     debug: Debug = False,
 ) -> None:
     """Show what attention looks at in each layer, and what each layer is worth."""
-    diagnosis = verb.diagnose(model, **keywords_of(options), meter=TokenMeter(quiet=quiet))
+    diagnosis = verb.diagnose(model, **keywords_of(options))
     if json:
         emit_json(diagnosis.to_dict())
         return

@@ -6,7 +6,7 @@ import typer
 
 from surgeon.checkpoint.receipt import made_of
 from surgeon.cli.command import Debug, Json, Model, Quiet, emit_next, spread
-from surgeon.cli.terminal import TokenMeter, emit, emit_json
+from surgeon.cli.terminal import emit, emit_json
 from surgeon.options import OptionError
 from surgeon.verbs import evaluate as verb
 
@@ -27,7 +27,7 @@ def evaluate(
     """Measure perplexity, answers and choices, and compare them with a baseline."""
     if json and markdown:
         raise OptionError("markdown", "--markdown goes without --json")
-    evaluation = verb.run(model, options, quiet=quiet, meter=TokenMeter(quiet=quiet))
+    evaluation = verb.run(model, options, quiet=quiet)
     if json:
         emit_json(evaluation.to_dict())
         return

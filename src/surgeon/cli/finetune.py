@@ -1,7 +1,9 @@
 """`surgeon finetune`."""
 
+import os
 import shlex
 import sys
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -14,6 +16,7 @@ from surgeon.verbs import finetune as verb
 
 GROUP = "training"
 EXAMPLE = "surgeon finetune gpt2-27 --data text.txt --teacher gpt2-large --max-steps 300 -o healed"
+LAUNCHED = "TORCHELASTIC_RUN_ID"  # set by torchrun and accelerate launch
 STOPPED = 143  # the status of a process that SIGTERM ended, as shells report it
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print steps, tokens, memory and time, and train nothing.")]
 Processes = Annotated[
@@ -65,12 +68,17 @@ def finetune(
     if num_processes > 1 and not is_launched():
         verb.checked(training)  # so that a mistake is one error, and not one per process
         sys.exit(relaunch(sys.argv[1:], processes=num_processes))
-    with second_to_the_first(), results_alone():
-        trained = _train(model, keywords_of(asked), quiet=quiet)
+    try:
+        with second_to_the_first(), results_alone():
+            trained = _train(model, keywords_of(asked), quiet=quiet)
+    except KeyboardInterrupt:
+        if is_first():
+            log(f"interrupted; {_going_on(verb.places_of(model, asked)[1])}")
+        raise
     if not is_first():
         return
     if trained.output is None:
-        log(f"stopped at step {trained.steps:,}; the same command with --resume continues")
+        log(f"stopped at step {trained.steps:,}; {_going_on(trained.run_dir)}")
         sys.exit(STOPPED)
     entries = trained.to_dict()
     if push_to_hub is not None:
@@ -91,6 +99,21 @@ def _train(model: str, options: dict[str, Any], *, quiet: bool) -> Training:
 
     command = shlex.join(["surgeon", *sys.argv[1:]])
     return verb.finetune(model, **options | {"watcher": TrainingLine(quiet=quiet), "command": command})
+
+
+def _going_on(run_dir: Path) -> str:
+    """Return where the newest checkpoint of an interrupted run is, and the command that continues it."""
+    from surgeon.train.checkpoints import checkpoints
+    from surgeon.train.run_dir import METRICS
+
+    kept = checkpoints(run_dir)
+    where = f"the newest checkpoint is {kept[-1]}" if kept else "no checkpoint was written yet"
+    if not kept and not (run_dir / METRICS).exists():
+        return "nothing was trained yet"
+    if LAUNCHED in os.environ:  # by torchrun or accelerate, whose own words are not known here
+        return f"{where}. The same command with --resume continues"
+    words = [word for word in sys.argv[1:] if word != "--resume"]
+    return f"{where}. Continue with: {shlex.join(['surgeon', *words, '--resume'])}"
 
 
 def _next(model: str, output: str, options: verb.TrainingOptions) -> list[str]:

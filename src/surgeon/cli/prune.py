@@ -8,7 +8,6 @@ from typing import Any
 from surgeon import text
 from surgeon.cli import clock, command
 from surgeon.cli.command import Model, Writing, spread
-from surgeon.cli.terminal import TokenMeter
 from surgeon.errors import PlanError
 from surgeon.options import option, reads_of
 from surgeon.plots.figure import check_picture
@@ -41,8 +40,7 @@ def prune(
     writing: Writing,
 ) -> None:
     """Remove the layers, neurons, heads and experts that matter least."""
-    meter = TokenMeter(quiet=writing.quiet)
-    options = verb.PruneOptions(**vars(cut), **vars(running), meter=meter)
+    options = verb.PruneOptions(**vars(cut), **vars(running))
     curve, plot = pictures.curve, pictures.plot
     if plot is not None:
         check_picture(plot, reads_of(options) | {"MODEL": (model,)})
@@ -56,14 +54,14 @@ def prune(
         command.check(surgery, writing)  # before scoring, which may take an hour
         with clock.part("scoring"):
             surgery = verb.plan_pruning(begun, options)
-    report = PruneReport(surgery, evaluate=options.evaluate, curve=curve, plot=plot, meter=meter)
+    report = PruneReport(surgery, evaluate=options.evaluate, curve=curve, plot=plot)
     if not writing.dry_run:
         report.check()
         with clock.part("measuring"):
             if options.evaluate:  # what cannot be run is known before anything is written
-                report = replace(report, before=surgery.perplexity(meter=meter))
+                report = replace(report, before=surgery.perplexity())
             if curve:
-                report = replace(report, without=surgery.curve(meter=meter))
+                report = replace(report, without=surgery.curve())
     command.run(surgery, writing, report=report)
 
 
@@ -75,7 +73,6 @@ class PruneReport:
     evaluate: bool
     curve: bool
     plot: Path | None
-    meter: TokenMeter
     before: float | None = None  # the perplexity of the source
     without: Sequence[float] | None = None  # the curve
 
@@ -118,7 +115,7 @@ class PruneReport:
         surgery = self.surgery
         rows: list[tuple[str, str]] = []
         entries: dict[str, Any] = {}
-        perplexity = surgery.evaluate(output, before=self.before, meter=self.meter) if self.evaluate else None
+        perplexity = surgery.evaluate(output, before=self.before) if self.evaluate else None
         if perplexity is not None:
             before, after = perplexity
             rows.append(("perplexity", f"{_number(before)} → {_number(after)}  (on this text)"))

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, TextIO
 
 from surgeon import text
+from surgeon.progress import Bars, current
 from surgeon.text import duration, printable
 from surgeon.train.run_dir import EvalReport, StepReport
 
@@ -34,6 +35,7 @@ class TrainingLine:
         self._best: float | None = None
         self._live: Live | None = None
         self._last: StepReport | None = None
+        self._stage = ""
         self._shown = clock()
 
     def begin(self, total_steps: int, *, done: int = 0) -> None:
@@ -47,6 +49,8 @@ class TrainingLine:
         console = Console(file=self._stream)
         self._live = Live(self._line(), console=console, auto_refresh=False, transient=True, redirect_stdout=False)
         self._live.start()
+        if isinstance(bars := current(), Bars):  # there is one line on a terminal
+            bars.line = self.stage
         atexit.register(self.end)  # so that the terminal always gets its cursor back
 
     def step(self, report: StepReport) -> None:
@@ -69,13 +73,20 @@ class TrainingLine:
             is_best = self._best is None or report.validation < self._best
             self._best = report.validation if is_best else self._best
             self._validation = report.validation
-            words += [f"validation {report.validation:.4f}" + (" (best)" if is_best else "")]
+            words += [f"validation {report.validation:.3f}" + (" (best)" if is_best else "")]
         if report.probe is not None:
-            words += [f"trained text {report.probe:.4f}"]
+            words += [f"trained text {report.probe:.3f}"]
         if self._live is None and self._last is not None:
             words += self._parts()[1:]
             self._shown = self._clock()
         self._print("  ".join(words))
+
+    def stage(self, what: str) -> None:
+        """Show what is done between steps, such as evaluating; nothing for ""."""
+        self._stage, now = what, self._clock()
+        if self._live is not None and (now - self._shown >= REFRESH or not what):
+            self._shown = now
+            self._live.update(self._line(), refresh=True)
 
     def note(self, text: str) -> None:
         """Print a sentence above the line."""
@@ -86,6 +97,8 @@ class TrainingLine:
         if self._live is not None:
             self._live.stop()
             self._live = None
+            if isinstance(bars := current(), Bars):
+                bars.line = None
             atexit.unregister(self.end)
 
     def _print(self, line: str) -> None:
@@ -106,7 +119,7 @@ class TrainingLine:
         filled = round(bar * self._done / self._total) if self._total else 0
         line = Text("━" * filled, style="green", no_wrap=True, overflow="ellipsis")
         line.append("━" * (bar - filled), style="dim")
-        for part in self._parts():
+        for part in [self._stage, *self._parts()] if self._stage else self._parts():
             if line.cell_len + 2 + len(part) > columns:
                 break
             line.append(f"  {part}", style="default")
@@ -118,7 +131,8 @@ class TrainingLine:
         report = self._last
         if report is None:
             return parts
-        parts += [f"loss {self._smooth.value:.3f}"]
+        # The loss is what evaluations have too; the teacher's share, and the mix that is minimised, have other names.
+        parts += [f"loss {self._smooth.value:.3f}"] if report.objective is None else self._mixed(report)
         if report.seconds_left is not None:
             parts += [f"{duration(report.seconds_left)} left"]
         if report.tokens_per_second is not None:
@@ -130,6 +144,13 @@ class TrainingLine:
         if report.memory is not None:
             parts += [text.size(report.memory)]
         return [*parts, f"lr {report.learning_rate:.2g}"]
+
+    def _mixed(self, report: StepReport) -> list[str]:
+        """Return the parts of the objective of a run with a teacher, and the objective."""
+        parts = [f"cross-entropy {self._smooth.value:.3f}"]
+        parts += [] if report.kl is None else [f"KL {report.kl:.3f}"]
+        parts += [] if report.hidden is None else [f"hidden {report.hidden:.3f}"]
+        return [*parts, f"objective {report.objective:.3f}"]
 
 
 class Smoothed:

@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from surgeon import text
 from surgeon.anatomy.anatomy import Anatomy
@@ -11,6 +11,9 @@ from surgeon.cost.flops import attention_flops, flops_per_token, multiplied_para
 from surgeon.cost.memory import BatchShape, Precision, activation_bytes, loss_bytes, matrices
 from surgeon.models.device import LOGITS_BYTES
 from surgeon.text import duration
+
+if TYPE_CHECKING:
+    from surgeon.cost.fitting import Split
 
 STATES = {"sgd": 0, "adafactor": 0, "rmsprop": 1, "adagrad": 1, "lion": 1}  # numbers for each parameter; others: 2
 # Training reaches about this share of the speed of one large product of matrices; norms, softmax, small matrices and
@@ -82,6 +85,7 @@ class RunEstimate:
     flops: float
     seconds: float | None
     notes: tuple[str, ...] = ()
+    split: "Split | None" = None
 
     def to_dict(self) -> dict[str, Any]:
         """Return the estimate as `--json` prints it."""
@@ -93,6 +97,7 @@ class RunEstimate:
             "memory": self.memory.to_dict(),
             "flops": self.flops,
             "seconds": self.seconds,
+            **({} if self.split is None else {**self.split.settings(), "free": self.split.free}),
             "notes": list(self.notes),
         }
 
@@ -103,6 +108,7 @@ class RunEstimate:
             ("steps", f"{self.steps:,}"),
             ("tokens", f"{self.tokens:,}"),
             ("trained", f"{self.trained_parameters:,} of {self.parameters:,} parameters"),
+            *([] if self.split is None else [("batches", str(self.split))]),
             ("memory", f"about {text.size(parts.pop('peak'))} on each device"),
         ]
         lines += [(f"  {name}", text.size(nbytes)) for name, nbytes in parts.items() if nbytes]

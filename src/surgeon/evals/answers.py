@@ -18,6 +18,7 @@ from surgeon.evals.generation import answer, load_whole
 from surgeon.evals.metrics import exact_match, rouge_l
 from surgeon.evals.verdicts import WIN_RATE
 from surgeon.models.streaming import Progress
+from surgeon.progress import meter
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -51,14 +52,14 @@ def evaluate_answers(context: EvalContext, options: EvaluationOptions) -> Evalua
     predictions: list[dict[str, Any]] = [{"prompt": prompt.text, "reference": prompt.reference} for prompt in prompts]
     for source, tokenizer, prefix in zip(context.sources, context.tokenizers, ("", "baseline_"), strict=False):
         depth = read_anatomy(spec_of(source)).depth
-        count = context.meter("writing", len(prompts) * length, depth)
+        count = meter("writing", len(prompts) * length, depth)
         answers, is_mixed = answer(
             load_whole(source, context.device),
             tokenizer,
             [prompt.ids for prompt in prompts],
             max_new_tokens=length,
             batch_size=batch_size,
-            progress=None if count is None else partial(_count, count, depth),
+            progress=partial(_count, count, depth),
         )
         scores = _scores(options.metric, answers, references, options.extractor)
         scored.append(of_records(source.label, {options.metric.replace("-", "_"): scores}))
@@ -78,7 +79,7 @@ def with_verdicts(
     answers, others = (
         [entry[f"{prefix}prediction"] for entry in evaluation.predictions] for prefix in ("", "baseline_")
     )
-    judgement = judge.compare(cases, answers, others, batch_size=batch_size, meter=context.meter)
+    judgement = judge.compare(cases, answers, others, batch_size=batch_size)
     assert evaluation.baseline is not None
     return replace(
         evaluation,

@@ -18,6 +18,7 @@ from surgeon.evals.compare import Scored
 from surgeon.evals.evaluation import EvalContext, Evaluation, EvaluationOptions, sha256_of
 from surgeon.evals.perplexity import WindowBatch, row_losses, streamed
 from surgeon.models.streaming import Progress, StreamedModel
+from surgeon.progress import meter
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -60,7 +61,7 @@ def evaluate_choices(context: EvalContext, options: EvaluationOptions) -> Evalua
     models = [streamed(source, context.device) for source in context.sources]
     for model, prefix in zip(models, ("", "baseline_"), strict=False):
         work = sum(len(option.ids) for option in flat[0])
-        values = log_likelihoods(model, flat[0], progress=context.meter("choosing", work, model.depth))
+        values = log_likelihoods(model, flat[0], progress=meter("choosing", work, model.depth))
         likelihoods = [values[start:stop] for start, stop in pairwise(ends)]
         scores: dict[str, list[float]] = {}
         for name, normalised in (("accuracy", False), ("accuracy_normalised", True)):

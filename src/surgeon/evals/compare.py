@@ -9,9 +9,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from surgeon.text import printable
+from surgeon.text import plus_minus, printable
 
-FEW_DIGITS = 1e7  # from here on a number is written with an exponent
+ONE_RECORD = "one record has no error; give more of them"
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,9 +87,12 @@ class Recovery:
     refused: str | None = None
 
     def __str__(self) -> str:
-        if self.value is None:
-            return f"none: {self.refused}"
-        return f"{self.value:.2f} %" if self.error is None else f"{self.value:.2f} ± {self.error:.2g} %"
+        return f"none: {self.refused}" if self.value is None else f"{plus_minus(self.value, self.error)} %"
+
+    @property
+    def cell(self) -> str:
+        """The text of a table's cell, without the reason."""
+        return "none" if self.value is None else str(self)
 
 
 def mean_of(estimates: Sequence[Estimate]) -> Estimate:
@@ -105,17 +108,71 @@ def recovered(tasks: Sequence[tuple[Sequence[float], Sequence[float]]]) -> Recov
 
     The scores of a task are paired record by record, and tasks are independent. The error is that of the delta method:
     100 / B times the error of A - (A / B) · B with the ratio held fixed, whose terms are a record's score less A / B
-    times the baseline's. Refused where B is not two of its errors above 0: the ratio could then be anything.
+    times the baseline's. Refused where B is not two of its errors above 0: the ratio could then be anything. Refused
+    too where a task has one record, whose error nobody knows.
     Source: Fieller 1954 for the condition; Cochran 1977, section 6.4, for the error.
     """
     model, baseline = (mean_of([estimate(pair[index]) for pair in tasks]) for index in (0, 1))
-    if baseline.value <= 2 * (baseline.error or 0.0):
+    if baseline.error is None:
+        return Recovery(None, None, ONE_RECORD)
+    if baseline.value <= 2 * baseline.error:
         found = plus_minus(baseline.value, baseline.error)
         return Recovery(None, None, f"the baseline's mean, {found}, is not two errors above 0")
     ratio = model.value / baseline.value
     rests = [estimate([one - ratio * other for one, other in zip(*pair, strict=True)]) for pair in tasks]
     error = mean_of(rests).error
-    return Recovery(100 * ratio, None if error is None else 100 * error / baseline.value)
+    assert error is not None
+    return Recovery(100 * ratio, 100 * error / baseline.value)
+
+
+def unpaired(value: Estimate, baseline: Estimate, *, higher_is_better: bool) -> Recovery:
+    """Return the share of a baseline's score, of two figures whose records are not at hand one by one.
+
+    The error is that of two independent figures, √((error_A / A)² + (error_B / B)²) times the share. Of two models on
+    the same records, which err together, it is too large rather than too small. Refused without errors, and where the
+    lower part of the fraction is not two of its errors above 0.
+    """
+    (above, below), name = ((value, baseline), "baseline's score") if higher_is_better else ((baseline, value), "score")
+    if above.error is None or below.error is None:
+        return Recovery(None, None, "its figures have no errors")
+    if not below.value > 2 * below.error:
+        found = plus_minus(below.value, below.error)
+        return Recovery(None, None, f"the {name}, {found}, is not two errors above 0")
+    share = recovery(value.value, baseline.value, higher_is_better=higher_is_better)
+    if share is None:
+        return Recovery(None, None, "its figures are beyond numbers")
+    # d(A / B) to first order, without a division by A, which may be 0
+    error = 100 * math.hypot(above.error, share / 100 * below.error) / below.value
+    return Recovery(share, error)
+
+
+def gap_closed(
+    best: Sequence[float],
+    between: Sequence[float],
+    worst: Sequence[float],
+    sizes: Sequence[int] | None = None,
+    *,
+    higher_is_better: bool,
+) -> Recovery:
+    """Return the share of the gap between two figures that a third one closes, in percent: 100 is as good as the best.
+
+    It is (between - worst) / (best - worst), all over the same records; its error is that of a ratio of two means.
+    Refused where the gap has the wrong sign, is within two of its errors of 0, or has no error.
+    """
+    gains = [one - other for one, other in zip(best, worst, strict=True)]
+    gap = estimate(gains, sizes)
+    ahead = gap.value if higher_is_better else -gap.value
+    found = plus_minus(ahead, gap.error)
+    if gap.error is None:
+        return Recovery(None, None, ONE_RECORD)
+    if ahead < 0 and -ahead > 2 * gap.error:
+        return Recovery(None, None, f"the whole prompt is worse than none, by {plus_minus(-ahead, gap.error)}")
+    if not ahead > 2 * gap.error:
+        return Recovery(None, None, f"the whole prompt is better than none by {found}, which is not two errors above 0")
+    closed = [one - other for one, other in zip(between, worst, strict=True)]
+    ratio = estimate(closed, gains)  # type: ignore[arg-type]  # the ratio of any two sums, negative ones too
+    assert ratio.error is not None
+    return Recovery(100 * ratio.value, abs(100 * ratio.error))
 
 
 @dataclass(frozen=True)
@@ -146,14 +203,6 @@ class Scored:
 def short_label(label: str) -> str:
     """Return the name of a model or file: of a local path its last part, for its directory is of this machine alone."""
     return (Path(label).name or label) if Path(label).exists() else label
-
-
-def plus_minus(value: float, error: float | None) -> str:
-    """Return "24.22 ± 0.84": as many digits as the error makes sense of, two of its own."""
-    if error is None or not 0 < error < math.inf or abs(value) >= FEW_DIGITS:
-        return f"{value:.6g}" + ("" if error is None else f" ± {error:.2g}")
-    digits = max(0, 1 - math.floor(math.log10(error)))
-    return f"{value:.{digits}f} ± {error:.{digits}f}"
 
 
 def markdown_table(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:

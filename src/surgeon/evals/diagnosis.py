@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from surgeon import text
 from surgeon.evals.compare import Estimate, PairedDifference, estimate, paired, short_label
+from surgeon.text import plus_minus
 
 if TYPE_CHECKING:
     from surgeon.measure.diagnosis import Measured
@@ -269,8 +270,8 @@ def _signed(value: "Estimate | PairedDifference | None", *, plus: bool = True) -
     """Return "+0.454 ± 0.06"."""
     if value is None:
         return "-"
-    error = "" if value.error is None else f" ± {value.error:.3f}"
-    return f"{value.value:+.3f}{error}" if plus else f"{value.value:.3f}{error}"
+    sign = "+" if plus and value.value >= 0 else ""
+    return sign + plus_minus(value.value, value.error)
 
 
 # --- words --------------------------------------------------------------------------------------------------------

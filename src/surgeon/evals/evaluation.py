@@ -22,7 +22,6 @@ from surgeon.evals.compare import (
     Recovery,
     Scored,
     markdown_table,
-    plus_minus,
     recovered,
     recovery,
     short_label,
@@ -30,14 +29,15 @@ from surgeon.evals.compare import (
 )
 from surgeon.evals.metrics import extracted, final_number
 from surgeon.evals.verdicts import Judgement, card_sentences
-from surgeon.options import OptionError, device_option, flag_of, in_python, option, revision_option, trust_option
+from surgeon.options import OptionError, device_option, flag_of, option, progress_option, revision_option, trust_option
 from surgeon.surgery import open_source
+from surgeon.text import plus_minus
 
 if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedTokenizerBase
 
-    from surgeon.measure.scoring import Meter
+    from surgeon.progress import Progress
 
 METRICS = ("perplexity", "exact-match", "rouge-l", "choice", "pseudo-perplexity", "classification")
 OF_TEXT = ("perplexity", "pseudo-perplexity")  # the metrics of a text, of which less is better
@@ -120,7 +120,7 @@ class EvaluationOptions(MetricOptions):
     device: str = device_option()
     revision: str | None = revision_option()
     trust_remote_code: bool = trust_option()
-    meter: "Meter | None" = in_python("A progress meter.")
+    progress: "Progress | bool | None" = progress_option()
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -214,7 +214,7 @@ class Evaluation:
 
         For perplexity 100 · baseline's perplexity / this perplexity, for scores 100 · this score / baseline's: 100 is
         as good as the baseline, more is better. Errors are of the paired rows or records (delta method). There is no
-        share of a score that is not two errors above 0.
+        share of a score that is not two errors above 0, and none of one row or record, whose error nobody knows.
         """
         if self.baseline is None:
             return None
@@ -225,7 +225,9 @@ class Evaluation:
         share, error = recovery(value, baseline, higher_is_better=False), self.differences["loss"].error
         if share is None:
             return Recovery(None, None, "the perplexities are beyond numbers")
-        return Recovery(share, None if error is None else share * error)
+        if error is None:
+            return Recovery(None, None, "one row has no error; give more of them")
+        return Recovery(share, share * error)
 
     @property
     def recovery(self) -> float | None:
@@ -315,11 +317,10 @@ def _finite(value: float | None) -> float | None:
 
 @dataclass(frozen=True)
 class EvalContext:
-    """The models of an evaluation, their tokenizers, the device and the progress meter."""
+    """The models of an evaluation, their tokenizers and the device."""
 
     sources: Sequence[Source]
     device: str
-    meter: "Meter"
     tokenizers: "Sequence[PreTrainedTokenizerBase]"
 
     def check_length(self, length: int, what: str, hint: str) -> None:
@@ -348,14 +349,14 @@ class EvalContext:
         return {"data": list(data), "sha256": sha256, "device": self.device, "dtype": "/".join(sorted(dtypes))}
 
 
-def context_of(sources: Sequence[Source], device: str, meter: "Meter | None") -> EvalContext:
+def context_of(sources: Sequence[Source], device: str) -> EvalContext:
     """Return the context in which models are evaluated, with their tokenizers loaded."""
     from surgeon.models.device import resolve_device
     from surgeon.models.loading import load_tokenizer, loadable
 
     place = resolve_device(device)
     tokenizers = [load_tokenizer(*loadable(source)) for source in sources]
-    return EvalContext(sources, place, meter or (lambda what, tokens, layers: None), tokenizers)
+    return EvalContext(sources, place, tokenizers)
 
 
 def check_same_tokens(

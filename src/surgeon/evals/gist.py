@@ -1,7 +1,7 @@
 """The scores of a gist: the same records with the whole prompt, with its gist, and with no prompt."""
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -15,10 +15,11 @@ from surgeon.errors import DataError, PlanError
 from surgeon.evals.compare import (
     Estimate,
     PairedDifference,
+    Recovery,
     estimate,
+    gap_closed,
     markdown_table,
     paired,
-    plus_minus,
     short_label,
     table_cell,
 )
@@ -37,13 +38,22 @@ from surgeon.evals.evaluation import (
 from surgeon.evals.verdicts import WIN_RATE, Judgement, card_sentences
 from surgeon.gist.compressor import Compressor
 from surgeon.gist.tokens import GistTokens, read_gist
-from surgeon.options import adapter_option, device_option, in_python, option, revision_option, same_option, trust_option
+from surgeon.options import (
+    adapter_option,
+    device_option,
+    option,
+    progress_option,
+    revision_option,
+    same_option,
+    trust_option,
+)
+from surgeon.progress import meter
+from surgeon.text import plus_minus
 
 if TYPE_CHECKING:
     from surgeon.evals.judge import Case, Judge
     from surgeon.gist.records import Record
-    from surgeon.measure.scoring import Meter
-    from surgeon.models.streaming import Progress
+    from surgeon.progress import Progress
 
 LOSS, ROUGE, EXACT = "loss", "rouge_l", "exact_match"
 FORMS = ("full", "gist", "none")
@@ -78,18 +88,13 @@ class GistEvaluation:
         """Return the mean of the paired differences of a measure between a form and another."""
         return paired(self.outcomes[measure][form], self.outcomes[measure][other], self._sizes(measure))
 
-    def recovery(self, measure: str) -> Estimate | None:
-        """Return (gist - none) / (full - none) in percent: 0 is no prompt, 100 the whole one. None where it is x / 0.
+    def recovery(self, measure: str) -> Recovery:
+        """Return (gist - none) / (full - none) in percent: 0 is as bad as no prompt, 100 as good as the whole one.
 
-        Its error is that of a ratio of two means over the same records; it is large where full and none are close.
+        There is none where the whole prompt is not two errors better than no prompt: nothing is there to recover.
         """
         full, gist, none = (self.outcomes[measure][form] for form in FORMS)
-        gains = [one - other for one, other in zip(full, none, strict=True)]
-        if not sum(gains):
-            return None
-        gist_gains = [one - other for one, other in zip(gist, none, strict=True)]
-        ratio = estimate(gist_gains, gains)  # type: ignore[arg-type]  # the ratio of any two sums, negative ones too
-        return Estimate(100 * ratio.value, None if ratio.error is None else abs(100 * ratio.error))
+        return gap_closed(full, gist, none, self._sizes(measure), higher_is_better=measure != LOSS)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the evaluation as `--json` prints it."""
@@ -101,7 +106,8 @@ class GistEvaluation:
             name: {measure: self._difference(measure, *pair) for measure in self.outcomes}
             for name, pair in {"gist_none": ("gist", "none"), "gist_full": ("gist", "full")}.items()
         }
-        recoveries: dict[str, Estimate | None] = {measure: self.recovery(measure) for measure in self.outcomes}
+        recoveries = {measure: self.recovery(measure) for measure in self.outcomes}
+        refused = {measure: one.refused for measure, one in recoveries.items() if one.refused}
         return {
             "metric": "gist",
             "model": self.model,
@@ -112,9 +118,10 @@ class GistEvaluation:
             **forms,
             "differences": differences,
             "recovery": {
-                measure: None if recovery is None else {"value": recovery.value, "error": recovery.error}
-                for measure, recovery in recoveries.items()
+                measure: None if one.refused else {"value": one.value, "error": one.error}
+                for measure, one in recoveries.items()
             },
+            **({"recovery_refused": refused} if refused else {}),
             **self._judged(),
             **self.setup,
             "seconds": round(self.seconds, 3),
@@ -126,13 +133,23 @@ class GistEvaluation:
         rows += [("judge", self.judgements["gist"].judge)] if self.judgements else []
         rows += [(HEADINGS[form], one.summary()) for form, one in self.judgements.items()]
         rows += [("note", f"{HEADINGS[form]}: {note}") for form, one in self.judgements.items() for note in one.notes]
+        rows += [("no recovery", reason) for reason in self._refusals()]
         return f"{text.table(list(HEADER), self._lines())}\n\n{text.rows(rows)}"
 
     def to_markdown(self) -> str:
         """Return the evaluation as a block for a model card."""
         judged = card_sentences({f"{HEADINGS[form]} against full prompt": one for form, one in self.judgements.items()})
         table = markdown_table(HEADER, self._lines())
-        return f"{table}\n\nMeasured with `surgeon evaluate --gist` on {self._data()}.{judged}"
+        refused = "".join(f" No recovery: {reason}." for reason in self._refusals())
+        return f"{table}\n\nMeasured with `surgeon evaluate --gist` on {self._data()}.{refused}{judged}"
+
+    def _refusals(self) -> list[str]:
+        """Return why measures have no recovery, a reason once with all its measures."""
+        reasons: dict[str, list[str]] = {}
+        for measure in self.outcomes:
+            if (reason := self.recovery(measure).refused) is not None:
+                reasons.setdefault(reason, []).append(measure.replace("_", " "))
+        return [f"{', '.join(measures)}: {reason}" for reason, measures in reasons.items()]
 
     def _judged(self) -> dict[str, Any]:
         if not self.judgements:
@@ -145,9 +162,10 @@ class GistEvaluation:
         for measure in self.outcomes:
             figures = [self.figure(measure, form) for form in FORMS]
             difference, recovered = self.difference(measure, "gist", "none"), self.recovery(measure)
-            percent = "" if recovered is None else _percent(recovered)
             line = [plus_minus(figure.value, figure.error) for figure in figures]
-            lines.append([measure.replace("_", " "), *line, plus_minus(difference.value, difference.error), percent])
+            lines.append(
+                [measure.replace("_", " "), *line, plus_minus(difference.value, difference.error), recovered.cell]
+            )
         return lines
 
     def _data(self) -> str:
@@ -180,7 +198,7 @@ class GistEvaluationOptions:
     device: str = device_option()
     revision: str | None = revision_option()
     trust_remote_code: bool = trust_option()
-    meter: "Meter | None" = in_python("A progress meter.")
+    progress: "Progress | bool | None" = progress_option()
 
     def __post_init__(self) -> None:
         check_counts(self, "samples", "max_new_tokens", "batch_size")
@@ -205,7 +223,7 @@ def score_gist(model: str | os.PathLike[str], options: GistEvaluationOptions) ->
     from surgeon.evals.judge import load_judge
     from surgeon.gist.records import read_forms
 
-    context = context_of([source], options.device, options.meter)
+    context = context_of([source], options.device)
     count, length = options.tokens or gist.num_tokens, options.max_new_tokens or MAX_NEW_TOKENS
     batch_size, samples = options.batch_size or BATCH_SIZE, options.samples
     has_encoder = bool(source.config.get("is_encoder_decoder"))
@@ -247,7 +265,7 @@ def _judgements(
     judgements = {}
     for form in others:
         answers = [[entry[one] for entry in predictions] for one in (form, full)]
-        judgements[form] = judge.compare(cases, *answers, batch_size=batch_size, meter=context.meter)
+        judgements[form] = judge.compare(cases, *answers, batch_size=batch_size)
         for entry, verdict in zip(predictions, judgements[form].verdicts, strict=True):
             entry |= {f"{form}_{name}": value for name, value in verdict.to_dict().items()}
     return judgements
@@ -287,8 +305,7 @@ def _measured(
     ]
     for form, name in HEADINGS.items():
         work = sum(len(record.asked(form)) + len(record.answer) + max_new_tokens for record in records)
-        count = context.meter(name, work, depth)
-        progress = None if count is None else partial(_count, count, depth)
+        progress = partial(_count, meter(name, work, depth), depth)
         outcomes[LOSS][form] = tuple(answer_losses(model, records, form, progress=progress, **batching))
         texts = answers(model, tokenizer, records, form, max_new_tokens=max_new_tokens, progress=progress, **batching)
         pairs = list(zip(texts, (record.reference for record in records), strict=True))
@@ -299,14 +316,9 @@ def _measured(
     return outcomes, predictions
 
 
-def _count(progress: "Progress", depth: int, tokens: int) -> None:
-    progress(tokens * depth)
+def _count(count: Callable[[int], None], depth: int, tokens: int) -> None:
+    count(tokens * depth)
 
 
 def _entries(measure: str, figure: Estimate) -> tuple[tuple[str, float | None], ...]:
     return (measure, figure.value), (f"{measure}_error", figure.error)
-
-
-def _percent(figure: Estimate) -> str:
-    error = "" if figure.error is None else f" ± {figure.error:.1f}"
-    return f"{figure.value:.1f}{error} %"

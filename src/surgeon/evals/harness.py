@@ -17,11 +17,12 @@ from typing import Any
 from surgeon import text
 from surgeon.checkpoint.source import Source
 from surgeon.errors import MeasureError, PlanError
-from surgeon.evals.compare import Estimate, markdown_table, plus_minus, recovery, short_label
+from surgeon.evals.compare import Estimate, Recovery, markdown_table, short_label, unpaired
 from surgeon.evals.evaluation import MetricOptions
 from surgeon.models.loading import loadable
 from surgeon.options import device_option, in_python, option, revision_option, same_option, trust_option
 from surgeon.surgery import open_source
+from surgeon.text import plus_minus
 
 COMMAND = "lm-eval"
 INSTALL_HINT = 'pip install "surgeon[eval]"'
@@ -43,17 +44,16 @@ class TaskEvaluation:
     seconds: float
 
     @property
-    def recovery(self) -> dict[str, dict[str, float | None]]:
+    def recovery(self) -> dict[str, dict[str, Recovery]]:
         """The share of the baseline's score in percent, by task and metric; {} without a baseline.
 
-        100 · value / baseline, and 100 · baseline / value where less is better.
+        100 · value / baseline, and 100 · baseline / value where less is better. The harness gives no figures by record,
+        so the errors are those of independent ones: `unpaired`.
         """
         return {
             task: {
-                name: recovery(
-                    figure.value,
-                    self.baseline_scores[task][name].value,
-                    higher_is_better=(task, name) not in self.lower,
+                name: unpaired(
+                    figure, self.baseline_scores[task][name], higher_is_better=(task, name) not in self.lower
                 )
                 for name, figure in metrics.items()
                 if name in self.baseline_scores[task]
@@ -67,12 +67,16 @@ class TaskEvaluation:
         result: dict[str, Any] = {"metric": "tasks", "model": self.model, "tasks": _entries(self.scores)}
         if self.baseline is not None:
             result["baseline"] = {"model": self.baseline, "tasks": _entries(self.baseline_scores)}
-            result["recovery"] = self.recovery
+            result["recovery"] = {
+                task: {name: _share(share) for name, share in shares.items()} for task, shares in self.recovery.items()
+            }
         return result | {"seconds": round(self.seconds, 3)}
 
     def to_text(self) -> str:
         """Return the evaluation for people."""
         rows = [("model", self.model)] + ([] if self.baseline is None else [("baseline", self.baseline)])
+        shares = [(task, name, share) for task, named in self.recovery.items() for name, share in named.items()]
+        rows += [("no recovery", f"{task} {name}: {share.refused}") for task, name, share in shares if share.refused]
         return f"{text.table(*self._table('model', 'baseline'))}\n\n{text.rows(rows)}"
 
     def to_markdown(self) -> str:
@@ -92,7 +96,7 @@ class TaskEvaluation:
                     share = self.recovery.get(task, {}).get(name)
                     line += [
                         "" if other is None else plus_minus(other.value, other.error),
-                        "" if share is None else f"{share:.2f} %",
+                        "" if share is None else share.cell,
                     ]
                 lines.append(line)
         return header, lines
@@ -237,6 +241,11 @@ def _scores(results: Mapping[str, Any], label: str) -> dict[str, dict[str, Estim
     if not scores:
         raise MeasureError(f"lm-eval scores nothing on {label}", hint="List its tasks: lm-eval ls tasks")
     return scores
+
+
+def _share(share: Recovery) -> dict[str, Any]:
+    refused = {"refused": share.refused} if share.refused else {}
+    return {"value": share.value, "error": share.error, **refused}
 
 
 def _entries(scores: Mapping[str, Mapping[str, Estimate]]) -> dict[str, Any]:

@@ -15,10 +15,11 @@ from surgeon.data.records import Document
 from surgeon.errors import MeasureError
 from surgeon.evals.evaluation import BATCH_SIZE, open_evaluated
 from surgeon.evals.verdicts import FIRST, NEITHER, SECOND, Judgement, Verdict
-from surgeon.options import device_option, in_python, option, revision_option, trust_option
+from surgeon.options import device_option, option, progress_option, revision_option, trust_option
+from surgeon.progress import meter
 
 if TYPE_CHECKING:
-    from surgeon.measure.scoring import Meter
+    from surgeon.progress import Progress
 
 ASK = """Which of two answers to a prompt is better?
 
@@ -107,7 +108,6 @@ class Judge:
         others: Sequence[str],
         *,
         batch_size: int = BATCH_SIZE,
-        meter: "Meter | None" = None,
     ) -> Judgement:
         """Return the judge's verdict on each pair of an answer and another, asked in both orders.
 
@@ -123,7 +123,7 @@ class Judge:
                 question = self.question(case, *((other, one) if swapped else (one, other)))
                 self._check_length(case, max(map(len, question.rows)), "to judge its answers takes")
                 questions[index, swapped] = question
-        replies = self._replies(questions, batch_size, meter)
+        replies = self._replies(questions, batch_size)
         verdicts = (Verdict(replies.get((index, False)), replies.get((index, True))) for index in range(len(pairs)))
         return Judgement(self.source.label, tuple(verdicts))
 
@@ -165,7 +165,7 @@ class Judge:
             )
 
     def _replies(
-        self, questions: dict[tuple[int, bool], JudgeQuestion], batch_size: int, meter: "Meter | None"
+        self, questions: dict[tuple[int, bool], JudgeQuestion], batch_size: int
     ) -> dict[tuple[int, bool], str]:
         """Return the judge's reply for each pair and order: the likeliest label, the first of equals."""
         if not questions:
@@ -175,12 +175,12 @@ class Judge:
             for row, label in zip(question.rows, question.labels, strict=True):
                 labels.setdefault(row, set()).add(label)
         depth = read_anatomy(spec_of(self.source)).depth
-        count = None if meter is None else meter("judging", sum(map(len, labels)), depth)
+        count = meter("judging", sum(map(len, labels)), depth)
         scored = likelihoods(
             self.model,
             labels,
             batch_size=batch_size,
-            progress=None if count is None else lambda tokens: count(tokens * depth),
+            progress=lambda tokens: count(tokens * depth),
         )
         replies = {}
         for place, question in questions.items():
@@ -252,4 +252,4 @@ class JudgementOptions:
     device: str = device_option()
     revision: str | None = revision_option()
     trust_remote_code: bool = trust_option()
-    meter: "Meter | None" = in_python("A progress meter.")
+    progress: "Progress | bool | None" = progress_option()

@@ -21,6 +21,7 @@ from surgeon.measure.scoring import streamed_model
 from surgeon.models.device import groups, head_tokens, row_bytes
 from surgeon.models.skeleton import auto_class
 from surgeon.models.streaming import Progress, StreamedModel
+from surgeon.progress import meter, stage
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -61,7 +62,8 @@ def evaluate_pseudo_perplexity(context: EvalContext, options: EvaluationOptions)
     for source in context.sources:
         check_masked(source)
     shape = {"samples": options.samples or SAMPLES, "sequence_length": options.sequence_length or SEQUENCE_LENGTH}
-    texts = [read_rows(options.data, tokenizer, **shape) for tokenizer in context.tokenizers]
+    with stage("tokenising"):
+        texts = [read_rows(options.data, tokenizer, **shape) for tokenizer in context.tokenizers]
     context.check_same([text.tokens.tolist() for text in texts])
     labels = [source.label for source in context.sources]
     frames = [Frame.of(tokenizer, label) for tokenizer, label in zip(context.tokenizers, labels, strict=True)]
@@ -73,7 +75,7 @@ def evaluate_pseudo_perplexity(context: EvalContext, options: EvaluationOptions)
     sizes, scored = [length] * len(rows), []
     for source in context.sources:
         model = streamed_model(source, context.device, resident=True)
-        progress = context.meter("masking", rows.numel() * width, model.depth)
+        progress = meter("masking", rows.numel() * width, model.depth)
         sums = masked_losses(model, rows, frame, progress=progress)
         loss = estimate(sums, sizes)
         figures = {"pseudo_perplexity": exponential(loss), "loss": loss}

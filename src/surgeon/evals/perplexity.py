@@ -19,6 +19,7 @@ from surgeon.evals.evaluation import SAMPLES, SEQUENCE_LENGTH, EvalContext, Eval
 from surgeon.models.device import compute_dtype, groups, row_bytes
 from surgeon.models.skeleton import auto_class
 from surgeon.models.streaming import Progress, StreamedModel, row_sums
+from surgeon.progress import meter, stage
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -50,7 +51,7 @@ def evaluate_perplexity(context: EvalContext, options: EvaluationOptions) -> Eva
     counts = {"tokens": sum(sizes), "rows": len(spans)} | ({"bytes": sum(nbytes)} if nbytes else {})
     scored = []
     for model in [streamed(source, context.device) for source in context.sources]:
-        progress = context.meter("perplexity", sum(batch.tokens.numel() for batch in batches), model.depth)
+        progress = meter("perplexity", sum(batch.tokens.numel() for batch in batches), model.depth)
         sums = torch.cat(row_losses(model, batches, progress=progress)).tolist()
         loss = estimate(sums, sizes)
         figures = {"perplexity": exponential(loss), "loss": loss}
@@ -86,13 +87,14 @@ def read_stream(
     Raises DataError for texts that cannot be read.
     """
     count = samples * sequence_length
-    rows = (
-        read_rows(specs, tokenizer, samples=samples, sequence_length=sequence_length)
-        if whole_rows
-        else read_rows(specs, tokenizer, samples=min(samples, 1), sequence_length=max(sequence_length, count))
-    )
-    tokens = rows.tokens.flatten()
-    return TokenStream(tokens, token_bytes(specs, tokenizer, len(tokens)), rows.digest)
+    with stage("tokenising"):
+        rows = (
+            read_rows(specs, tokenizer, samples=samples, sequence_length=sequence_length)
+            if whole_rows
+            else read_rows(specs, tokenizer, samples=min(samples, 1), sequence_length=max(sequence_length, count))
+        )
+        tokens = rows.tokens.flatten()
+        return TokenStream(tokens, token_bytes(specs, tokenizer, len(tokens)), rows.digest)
 
 
 def token_bytes(specs: Sequence[str], tokenizer: "PreTrainedTokenizerBase", count: int) -> tuple[int, ...] | None:

@@ -15,13 +15,21 @@ from surgeon.evals.compare import (
     estimate,
     markdown_table,
     mean_of,
-    plus_minus,
     recovered,
     short_label,
 )
 from surgeon.evals.evaluation import METRICS_OF, OF_TEXT, Evaluation, EvaluationOptions, MetricOptions
-from surgeon.options import OptionError, device_option, flag_of, in_python, option, revision_option, trust_option, words
-from surgeon.text import sliced
+from surgeon.options import (
+    OptionError,
+    device_option,
+    flag_of,
+    option,
+    progress_option,
+    revision_option,
+    trust_option,
+    words,
+)
+from surgeon.text import plus_minus, sliced
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,7 +40,7 @@ class SuiteOptions(MetricOptions):
     device: str = device_option()
     revision: str | None = revision_option()
     trust_remote_code: bool = trust_option()
-    meter: Any = in_python("A progress meter.")
+    progress: Any = progress_option()
 
     def __post_init__(self) -> None:
         _ = self.tasks
@@ -185,7 +193,7 @@ class SuiteEvaluation:
             last = ["mean", "", "", plus_minus(self.mean.value, self.mean.error)]
             if self.baseline_mean is not None and self.difference is not None:
                 last.append(plus_minus(self.baseline_mean.value, self.baseline_mean.error))
-                last += [*_difference(self.difference), _share(self.recovered)]
+                last += [*_difference(self.difference), _cell(self.recovered)]
             lines.append(last)
         return header, lines
 
@@ -197,7 +205,7 @@ class SuiteEvaluation:
         if evaluation.baseline is not None:
             other = evaluation.baseline.figures[first]
             line.append(plus_minus(other.value, other.error))
-            line += [*_difference(evaluation.differences.get(first)), _share(evaluation.recovered)]
+            line += [*_difference(evaluation.differences.get(first)), _cell(evaluation.recovered)]
         return line
 
 
@@ -213,8 +221,8 @@ def _difference(difference: PairedDifference | None) -> tuple[str, str]:
     return plus_minus(difference.value, difference.error), z
 
 
-def _share(share: Recovery | None) -> str:
-    return "none" if share is None or share.value is None else str(share)
+def _cell(share: Recovery | None) -> str:
+    return "none" if share is None else share.cell
 
 
 def _entries(name: str, figure: Estimate | None) -> dict[str, float | None]:

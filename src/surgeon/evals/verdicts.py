@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from surgeon import text
-from surgeon.evals.compare import Estimate, estimate, plus_minus, short_label, table_cell
+from surgeon.evals.compare import Estimate, estimate, short_label, table_cell
+from surgeon.text import plus_minus
 
 FIRST, SECOND, NEITHER = "first", "second", "neither"  # the preference of a judge in one order of two answers
 WIN, TIE, LOSS = "win", "tie", "loss"  # of the one answer over the other

@@ -13,6 +13,7 @@ from surgeon.errors import DataError
 from surgeon.evals.compare import Scored, estimate, exponential
 from surgeon.evals.evaluation import SEQUENCE_LENGTH, EvalContext, Evaluation, EvaluationOptions, sha256_of
 from surgeon.evals.perplexity import ONE_ROW, WindowBatch, row_losses, streamed
+from surgeon.progress import meter
 from surgeon.train.examples import Example, examples
 
 ROWS = 64  # of a batch: documents of similar length, padded to the longest
@@ -38,7 +39,7 @@ def evaluate_documents(context: EvalContext, options: EvaluationOptions) -> Eval
     counts = {"tokens": sum(sizes), "rows": len(spans)}
     scored = []
     for model in [streamed(source, context.device) for source in context.sources]:
-        progress = context.meter("perplexity", sum(batch.tokens.numel() for batch, _ in batches), model.depth)
+        progress = meter("perplexity", sum(batch.tokens.numel() for batch, _ in batches), model.depth)
         losses = row_losses(model, [batch for batch, _ in batches], progress=progress)
         sums = _in_order(losses, [places for _, places in batches])
         loss = estimate(sums, sizes)

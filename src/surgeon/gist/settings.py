@@ -34,7 +34,7 @@ class GistSettings:
         metavar="WHO",
     )
     gist_distill: float = option(
-        "Loss = (1 - W) cross-entropy + W KL to the untrained model, which sees the prompt.", 0.0, metavar="W"
+        "Objective = (1 - W) cross-entropy + W KL to the untrained model, which sees the prompt.", 0.0, metavar="W"
     )
     gist_impl: str = option(
         "mask (one pass), two-pass (prompt and gist, then the rest on the gist's cache), or auto.", "auto", metavar="I"

@@ -45,6 +45,11 @@ class GistTask(Task):
     gist: GistSettings
 
     @property
+    def can_recompute(self) -> bool:
+        """Whether a gist is certain to be read in one pass: recomputing empties the cache between two."""
+        return self.gist.gist_impl != TWO_PASS and not self.gist.is_frozen and self.settings.attention in (None, "sdpa")
+
+    @property
     def tokens(self) -> GistTokens:
         """The gist tokens of the model. Raises PlanError where it has none."""
         tokens = read_gist(self.source.config)

@@ -12,6 +12,7 @@ from surgeon.models.device import available_memory
 from surgeon.models.loading import load_model, load_tokenizer, loadable, quiet_transformers
 from surgeon.models.skeleton import predicts_next
 from surgeon.models.streaming import check_runs
+from surgeon.progress import stage
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -44,7 +45,9 @@ def calibrate(
 def read_calibration(source: Source, data: Sequence[str], *, samples: int, sequence_length: int) -> Calibration:
     """Return the first rows of the user's texts, tokenised by the model's own tokenizer."""
     name, revision = loadable(source)
-    rows = read_rows(data, load_tokenizer(name, revision), samples=samples, sequence_length=sequence_length)
+    tokenizer = load_tokenizer(name, revision)
+    with stage("tokenising"):
+        rows = read_rows(data, tokenizer, samples=samples, sequence_length=sequence_length)
     _check_length(source, rows.tokens.shape[1])
     return Calibration(rows.tokens, _origin(rows.digest, rows.tokens, list(rows.source)))
 
@@ -67,7 +70,7 @@ def sample_calibration(source: Source, *, samples: int, sequence_length: int, de
             hint="Give a text: --data FILE.",
         )
     model = load_model(source, dtype=torch.float32, hint="Give a text: --data FILE.").to(device)
-    with torch.random.fork_rng(), torch.no_grad(), quiet_transformers():
+    with stage("sampling a text"), torch.random.fork_rng(), torch.no_grad(), quiet_transformers():
         torch.manual_seed(seed)
         begin = model.config.get_text_config().bos_token_id
         vocabulary = model.config.get_text_config().vocab_size

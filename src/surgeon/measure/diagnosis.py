@@ -11,10 +11,11 @@ from surgeon.checkpoint.source import Source
 from surgeon.errors import MeasureError
 from surgeon.measure.attention import AttentionMaps
 from surgeon.measure.residual import Influence
-from surgeon.measure.scoring import Meter, Part, Removed, no_meter, observe, row_losses_without, streamed_model
+from surgeon.measure.scoring import Meter, Part, Removed, observe, row_losses_without, streamed_model
 from surgeon.models.maps import HINT, MAPS, SAME, adds_to_states, has_attention
 from surgeon.models.streaming import StreamedModel
 from surgeon.models.varlen import attending_by
+from surgeon.progress import meter as announced
 
 LINEAR = "linear_attention"  # the kind of layers whose attention has no map: it sums states over tokens
 
@@ -51,7 +52,7 @@ def measure(
     Before that the logits of one row under the attention whose maps are seen are compared with those of the model as it
     is. Raises MeasureError where they differ, and for a model whose maps cannot be seen.
     """
-    began = meter or no_meter
+    began = meter or announced
     model = streamed_model(source, device, resident=True, dtype=torch.float32)
     model.check_predicts()
     names = check_maps(model, tokens[:1], energy)

@@ -8,11 +8,12 @@ from torch import Tensor
 
 from surgeon.errors import MeasureError
 from surgeon.measure.record import perplexities
-from surgeon.measure.scoring import Meter, losses_without, no_meter
+from surgeon.measure.scoring import Meter, losses_without
 from surgeon.models.streaming import StreamedModel
+from surgeon.progress import meter as announced
 
 
-def one_by_one(model: StreamedModel, tokens: Tensor, *, meter: Meter = no_meter) -> list[float]:
+def one_by_one(model: StreamedModel, tokens: Tensor, *, meter: Meter = announced) -> list[float]:
     """Return the perplexity of the model without layer i, for each i."""
     choices = [frozenset({layer}) for layer in range(model.depth)]
     progress = meter("removing each layer", tokens.numel(), model.depth * (model.depth + 1) // 2 - 1)
@@ -25,7 +26,7 @@ def greedy(
     count: int,
     *,
     protect: tuple[int, int] = (1, 1),
-    meter: Meter = no_meter,
+    meter: Meter = announced,
 ) -> tuple[list[int], list[float]]:
     """Return `count` layers in the order in which they go, and the perplexity after each removal.
 

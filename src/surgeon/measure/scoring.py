@@ -23,16 +23,12 @@ from surgeon.models.device import available_memory, compute_dtype, groups, head_
 from surgeon.models.passage import Batch, silenced
 from surgeon.models.skeleton import predicts_next
 from surgeon.models.streaming import Progress, StreamedModel, row_sums
+from surgeon.progress import meter as announced
 from surgeon.transforms.scores import METHODS, WIDTHS
 
 # Is called when work begins: with its name, its number of tokens, and the number of layers that each goes through.
 # Returns the function that counts them. For people that is a bar, with tokens per second.
 Meter = Callable[[str, int, int], Progress | None]
-
-
-def no_meter(what: str, tokens: int, layers: int) -> Progress | None:
-    """A meter that counts nothing."""
-    return None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -202,10 +198,10 @@ def score(
             all_tokens=request.all_tokens,
             widths=any(WIDTHS[name] == "text" for name in request.widths),
             evaluate=request.evaluate and predicts_next(source),
-            progress=(meter or no_meter)("scoring", tokens.numel(), model.depth),
+            progress=(meter or announced)("scoring", tokens.numel(), model.depth),
         )
         widths |= {"activation": importance} if importance else {}
-        own_passes, order = _scores_by_own_pass(model, tokens, request, meter or no_meter)
+        own_passes, order = _scores_by_own_pass(model, tokens, request, meter or announced)
         layers |= own_passes
     of_weights = {name: method.weights for name, method in METHODS.items() if name in request.layers and method.weights}
     layers |= {name: named(function)(source) for name, function in of_weights.items()}
@@ -250,7 +246,7 @@ def perplexity(source: Source, tokens: Tensor, *, device: str = "cpu", meter: Me
     """Return the perplexity of a model on rows of tokens, shape (R, T)."""
     model = streamed_model(source, device, resident=False)
     loss = FinalLoss(model)
-    observe(model, tokens, [loss], progress=(meter or no_meter)("perplexity", tokens.numel(), model.depth))
+    observe(model, tokens, [loss], progress=(meter or announced)("perplexity", tokens.numel(), model.depth))
     return perplexities([loss.result()])[0]
 
 
@@ -265,7 +261,7 @@ def removal_curve(
     """Return the perplexity of a model without each of these sets of layers, in one streamed pass."""
     model = streamed_model(source, device, resident=False)
     steps = sum(model.depth - len(dropped) for dropped in removed)
-    progress = (meter or no_meter)("perplexity", tokens.numel(), steps)
+    progress = (meter or announced)("perplexity", tokens.numel(), steps)
     return perplexities(losses_without(model, tokens, [frozenset(dropped) for dropped in removed], progress=progress))
 
 

@@ -7,13 +7,14 @@ become zero, with gradients summed over the calibration text before the absolute
 import torch
 from torch import Tensor
 
-from surgeon.measure.scoring import Meter, losses_of, no_meter, targets_of
+from surgeon.measure.scoring import Meter, losses_of, targets_of
 from surgeon.models.device import wide
 from surgeon.models.passage import Batch
 from surgeon.models.streaming import StreamedModel
+from surgeon.progress import meter as announced
 
 
-def taylor(model: StreamedModel, tokens: Tensor, *, meter: Meter = no_meter) -> list[float]:
+def taylor(model: StreamedModel, tokens: Tensor, *, meter: Meter = announced) -> list[float]:
     """Return Σ |w · ∂loss/∂w| of each layer, over all its weights; the loss is the mean over the next tokens.
 
     Runs forward and then backward through the layers, each of which is read twice. In memory are the states before

@@ -4,6 +4,7 @@ import math
 import os
 from contextlib import AbstractContextManager, nullcontext
 from itertools import pairwise
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from surgeon.checkpoint.source import Source
@@ -109,7 +110,26 @@ def available_memory(device: str) -> int:
         limits = [resource.getrlimit(kind)[0] for kind in (resource.RLIMIT_AS, resource.RLIMIT_DATA)]
         used = psutil.Process().memory_info().vms
         free = min([free, *(max(0, limit - used) for limit in limits if limit != resource.RLIM_INFINITY)])
-    return free
+    return int(min(free, _free_in_container()))
+
+
+CGROUPS = (  # of a container: the most bytes, those in use, and of these the files that the system may drop
+    ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current", "/sys/fs/cgroup/memory.stat"),
+    ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes", ""),
+)
+
+
+def _free_in_container() -> float:
+    """Return how many bytes the limit of a container leaves, infinity where there is none (cgroups, v2 and v1)."""
+    for most, used, stat in CGROUPS:
+        try:
+            limit, taken = (int(Path(file).read_text()) for file in (most, used))
+            lines = Path(stat).read_text().splitlines() if stat else []
+        except (OSError, ValueError):  # there is no such file, or it says max
+            continue
+        dropped = next((int(line.split()[1]) for line in lines if line.startswith("inactive_file ")), 0)
+        return max(0, limit - taken + dropped)
+    return math.inf
 
 
 def head_tokens(device: "torch.device") -> int:

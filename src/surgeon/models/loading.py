@@ -23,6 +23,7 @@ from surgeon.checkpoint.source import CONFIG, Source, check_links, inside, is_co
 from surgeon.errors import CheckpointError, DataError, MeasureError, PlanError, SurgeonError, failure_of_library
 from surgeon.models.device import available_memory, compute_dtype
 from surgeon.plan.plan import chooses_kernel
+from surgeon.progress import stage
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -101,7 +102,7 @@ def _without_input() -> Iterator[None]:
 
 def _from_pretrained(kind: Any, name: "str | os.PathLike[str] | None", **options: Any) -> Any:
     """Return what a class of transformers loads. Nothing else calls `from_pretrained`, but for `load_adapter`."""
-    with _without_input():
+    with stage(f"loading {Path(os.fspath(name or '')).name}"), _without_input():
         return kind.from_pretrained(name, trust_remote_code=_TRUSTED.get(), **options)
 
 

@@ -33,10 +33,10 @@ def plot_losses(runs: Sequence[tuple[Path, Sequence[LossRecord]]], path: Path, *
 
     assert x in AXES, f"{x} is no axis"
     for run, records in runs:
-        if not any(_finite(comparable(records), key, x)[0] for key in SERIES.values()):
+        if not any(_finite(records, key, x)[0] for key in SERIES.values()):
             raise PlanError(f"{run} has no losses to draw", hint="The run ended, or was asked, before its first step.")
     labels = names([run for run, _ in runs])
-    by_name = {name: comparable(records) for name, (_, records) in zip(labels, runs, strict=True)}
+    by_name = {name: list(records) for name, (_, records) in zip(labels, runs, strict=True)}
     figure = Figure(figsize=(8.0, 4.8), layout="constrained")
     axes = figure.subplots()
     for number, (name, records) in enumerate(by_name.items()):
@@ -65,11 +65,6 @@ def series(records: Iterable[LossRecord], key: str, *, x: str = "step") -> tuple
     """Return the places and the values of `key`, of all records that have both."""
     pairs = [(record[x], record[key]) for record in records if key in record and x in record]
     return [place for place, _ in pairs], [value for _, value in pairs]
-
-
-def comparable(records: Sequence[LossRecord]) -> list[LossRecord]:
-    """Return the records with the cross-entropy as the loss, also for a run whose loss has other parts (a KL)."""
-    return [{**record, "loss": record["cross_entropy"]} if "cross_entropy" in record else record for record in records]
 
 
 def names(runs: Sequence[Path]) -> list[str]:

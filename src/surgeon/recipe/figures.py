@@ -6,9 +6,10 @@ from itertools import chain, groupby
 from statistics import fmean, stdev
 from typing import Any, TypeGuard
 
-from surgeon.evals.compare import plus_minus
 from surgeon.recipe.running import Outcome
+from surgeon.text import plus_minus
 
+TRAINED = {"train_loss": "training loss", "eval_loss": "validation loss"}
 Table = tuple[list[str], list[list[str]]]  # the header, and the lines
 
 
@@ -17,14 +18,18 @@ def headline(result: Mapping[str, Any]) -> str:
     if "fused" in result:
         return f"in one pass with {result['fused']}"
     said = [text for key, tell in _TOLD.items() if (text := _told(result, key, tell))]
+    for name, words in TRAINED.items():
+        if _is_number(value := result.get(name)):
+            error = result.get(f"{name}_error")
+            said.append(f"{words} {plus_minus(value, error if _is_number(error) else None)}")
     measured = [f"{name.replace('_', ' ')} {plus_minus(value, error)}" for name, value, error in measures(result)]
     return ", ".join([*said, *measured[:2], *_recovery(result)])
 
 
 def measures(result: Mapping[str, Any]) -> Iterator[tuple[str, float, float | None]]:
-    """Yield the figures of a result that have a standard error: name, value, error."""
+    """Yield the figures that were measured with a standard error: name, value, error. A training's own are none."""
     for name, value in result.items():
-        if f"{name}_error" in result and name != "recovery" and _is_number(value):
+        if f"{name}_error" in result and name not in ("recovery", *TRAINED) and _is_number(value):
             error = result[f"{name}_error"]
             yield name, float(value), float(error) if _is_number(error) else None
 
@@ -64,12 +69,16 @@ def repeated(outcomes: Sequence[Outcome]) -> Table:
     grouped = sorted((outcome for outcome in outcomes if outcome.group), key=lambda outcome: outcome.group)
     for group, rounds in groupby(grouped, key=lambda outcome: outcome.group):
         values: dict[str, list[float]] = {}
+        refused = False
         for outcome in rounds:
             figures = [(name, value) for name, value, _ in measures(outcome.result)]
             recovered = outcome.result.get("recovery")
+            refused |= "recovery" in outcome.result and not _is_number(recovered)
             figures += [("recovery", float(recovered))] if _is_number(recovered) else []
             for name, value in figures:
                 values.setdefault(name, []).append(value)
+        if refused:  # the mean of those that are left would say too much
+            values.pop("recovery", None)
         for name, found in values.items():
             error = stdev(found) / math.sqrt(len(found)) if len(found) > 1 else None
             lines.append([group, name.replace("_", " "), plus_minus(fmean(found), error), str(len(found))])
@@ -107,9 +116,10 @@ def sentence(outcomes: Sequence[Outcome]) -> str | None:
 
 def _recovery(result: Mapping[str, Any]) -> list[str]:
     value, error = result.get("recovery"), result.get("recovery_error")
-    if not _is_number(value):
-        return []
-    return [f"recovery {plus_minus(value, error) if _is_number(error) else f'{value:.1f}'} %"]
+    if not _is_number(value) or not _is_number(error):
+        refused = result.get("recovery_refused")
+        return [f"no recovery ({refused})"] if isinstance(refused, str) else []
+    return [f"recovery {plus_minus(value, error)} %"]
 
 
 def _measure(entries: Any, name: str) -> tuple[float, float | None] | None:
@@ -142,8 +152,6 @@ _TOLD: Mapping[str, Callable[[Any], str]] = {
     "perplexity": lambda value: f"perplexity {told}" if (told := _change(value, ",.4g", "")) else "",
     "steps": lambda value: f"{value:,} steps" if _is_number(value) else "",
     "tokens": lambda value: f"{value:,} tokens" if _is_number(value) else "",
-    "train_loss": lambda value: f"training loss {value:.4f}" if _is_number(value) else "",
-    "eval_loss": lambda value: f"validation loss {value:.4f}" if _is_number(value) else "",
     "rows": lambda value: f"{value:,} rows" if _is_number(value) else "",
     "acceptance": lambda value: f"acceptance {100 * value:.1f} %" if _is_number(value) else "",
 }

@@ -17,6 +17,7 @@ from transformers.training_args import OptimizerNames
 
 from surgeon.errors import PlanError
 from surgeon.train.data import RunData
+from surgeon.train.launch import processes
 from surgeon.train.model import precision_of
 from surgeon.train.settings import SCHEDULES, Settings
 
@@ -75,13 +76,14 @@ def arguments(
     settings: Settings, data: RunData, *, run_dir: Path, lr: float, steps: int, device: str, resumed: bool
 ) -> TrainingArguments:
     """Return the arguments of the Trainer for a run of so many steps."""
-    every, saves = cadence(settings, steps)
+    rows = settings.sequences * processes()
+    every, saves = cadence(settings, steps, evaluated=sum(map(len, data.held_out.values())) / rows)
     uses_cpu = device == "cpu" and not is_launched_by_plugin()
     return RunArguments(
         output_dir=str(run_dir),
         max_steps=steps,
-        per_device_train_batch_size=settings.batch_size,
-        per_device_eval_batch_size=settings.batch_size,
+        per_device_train_batch_size=settings.batch,
+        per_device_eval_batch_size=settings.batch,
         gradient_accumulation_steps=settings.gradient_accumulation,
         learning_rate=lr,
         lr_scheduler_type=SCHEDULES[settings.schedule],
@@ -116,10 +118,19 @@ def arguments(
     )
 
 
-def cadence(settings: Settings, steps: int) -> tuple[int, int]:
-    """Return how many steps lie between evaluations, and between checkpoints (0: none are written)."""
-    every = settings.eval_every or max(1, math.ceil(steps / 10))
-    return every, every if settings.save_every is None else settings.save_every
+SHARE = 0.2  # of the time of the steps, that evaluations between them may take by default
+
+
+def cadence(settings: Settings, steps: int, *, evaluated: float) -> tuple[int, int]:
+    """Return how many steps lie between evaluations, and between checkpoints (0: none are written).
+
+    By default both are a tenth of the run, but evaluations are not closer than their cost allows: one of `evaluated`
+    times the rows of a step takes about a third of that many steps, for it has no backward pass.
+    """
+    tenth = max(1, math.ceil(steps / 10))
+    every = settings.eval_every or max(tenth, math.ceil(evaluated / 3 / SHARE))
+    saves = settings.save_every if settings.save_every is not None else settings.eval_every or tenth
+    return every, saves
 
 
 def is_launched_by_plugin() -> bool:

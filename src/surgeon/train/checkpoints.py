@@ -20,7 +20,7 @@ from filelock import FileLock, Timeout
 
 from surgeon.anatomy.anatomy import read_anatomy
 from surgeon.checkpoint.header import Entry, read_header
-from surgeon.checkpoint.output import as_output_error, publish, sync_tree
+from surgeon.checkpoint.output import as_output_error, publish, sync_tree, write_whole
 from surgeon.checkpoint.source import CONFIG, INDEX, WEIGHTS, LocalSource, spec_of
 from surgeon.errors import CheckpointError, OutputError
 
@@ -32,12 +32,13 @@ LEFTOVER = re.compile(r"\.checkpoint-\d+\.(partial|surgeon-old-\d+)")
 THREADS = min(8, os.cpu_count() or 1)  # hashing releases the interpreter's lock
 CHUNK = 1 << 24  # bytes read at a time in the search for numbers that are not finite
 
+OPTIMIZER = "optimizer.pt"
 # The files that a resume needs, under the names that one process, DDP, FSDP or DeepSpeed give them. Trainer goes on
 # without an optimizer, a schedule or a random state, and then no longer continues the run that was interrupted.
 _SHARDS = r"global_step\d+/.+"  # DeepSpeed's own directory
 REQUIRED: Mapping[str, tuple[str, ...]] = {
     "trainer_state.json": (r"trainer_state\.json",),
-    "optimizer.pt": (r"optimizer\.(pt|bin)", r"optimizer_\d+/.+", _SHARDS),
+    OPTIMIZER: (r"optimizer\.(pt|bin)", r"optimizer_\d+/.+", _SHARDS),
     "scheduler.pt": (r"scheduler\.pt", _SHARDS),
     "rng_state.pth": (r"rng_state\.pth", r"rng_state_0\.pth"),
     "weights (model.safetensors or adapter_model.safetensors)": (
@@ -46,6 +47,8 @@ REQUIRED: Mapping[str, tuple[str, ...]] = {
         _SHARDS,
     ),
 }
+_STATES = re.compile(r"optimizer\.(pt|bin)|optimizer_\d+/.+")  # of the optimiser; DeepSpeed's hold the weights too
+FINISHED = "finished"  # in the manifest of a checkpoint of a finished run, from which no step is trained
 _RANK = re.compile(r"rng_state_(\d+)\.pth")
 _BITS_OF_INFINITY = {"BF16": 0x7F80, "F16": 0x7C00}  # all ones in the exponent: infinite or not a number
 
@@ -188,6 +191,55 @@ def rotate(run_dir: Path, keep: int, protect: Collection[int] = ()) -> list[int]
     return [step_of(path) for path in old]
 
 
+def settle(run_dir: Path, protect: Collection[int] = ()) -> tuple[list[Path], int]:
+    """Keep the newest checkpoint of a finished run and those of `protect`, without their optimiser's states.
+
+    Returns those that are left, and how many bytes were removed. Of what is left a run can write its result again, but
+    not train on. Killed at any moment, it leaves checkpoints that verify.
+    """
+    before = size_of(run_dir)
+    rotate(run_dir, 1, protect)
+    left = checkpoints(run_dir)
+    for directory in left:
+        _drop_states(directory)
+    return left, before - size_of(run_dir)
+
+
+def _drop_states(directory: Path) -> None:
+    """Remove the optimiser's states of a checkpoint, after its manifest, which then says that the run is finished."""
+    try:
+        files, is_finished = _read_manifest(directory)
+    except DamagedCheckpointError:  # left for someone to look at
+        return
+    states = [name for name in _files(directory) if _STATES.fullmatch(name)]
+    if states and not is_finished:
+        kept = {name: facts for name, facts in files.items() if name not in states}
+        with _as_output(directory):
+            write_whole(directory / MANIFEST, [_manifest(step_of(directory), kept, is_finished=True)])
+    with _as_output(directory):
+        for name in states:
+            (directory / name).unlink()
+        for parent in {(directory / name).parent for name in states} - {directory}:
+            parent.rmdir()
+
+
+@contextmanager
+def _as_output(place: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise as_output_error(error, place) from error
+
+
+def size_of(directory: Path) -> int:
+    """Return the bytes of all files below a directory."""
+    found = 0
+    for path in directory.rglob("*"):
+        with suppress(OSError):  # one that goes while we look
+            found += path.lstat().st_size if not path.is_dir() else 0
+    return found
+
+
 def sweep(run_dir: Path) -> None:
     """Remove the hidden leftovers of killed runs. Only the process that has the run directory to itself may do so."""
     leftovers = [path for path in run_dir.iterdir() if LEFTOVER.fullmatch(path.name)] if run_dir.is_dir() else []
@@ -201,15 +253,17 @@ def check(directory: Path) -> None:
     Raises DamagedCheckpointError naming the file at fault. Nothing is unpickled. Every byte is read and hashed; the
     bytes of weights are read twice.
     """
-    files = _read_manifest(directory)
+    files, is_finished = _read_manifest(directory)
     present = _files(directory)
+    if is_finished:  # its states may be on their way out
+        present = [name for name in present if not _STATES.fullmatch(name)]
     for name in files:
         if name not in present:
             _refuse(directory, f"lacks {name}, which its manifest names")
     for name in present:
         if name not in files:
             _refuse(directory, f"has a file {name} that its manifest does not name")
-    _check_complete(directory, files)
+    _check_complete(directory, files, is_finished=is_finished)
     for name, (size, _) in files.items():
         if (real := (directory / name).stat().st_size) != size:
             fault = "is truncated" if real < size else "is too long"
@@ -231,20 +285,23 @@ def _write_manifest(directory: Path, step: int) -> None:
     _check_complete(directory, names)
     with ThreadPoolExecutor(THREADS) as pool:
         digests = list(pool.map(lambda name: _sha256(directory / name), names))
-    files = {
-        name: {"bytes": (directory / name).stat().st_size, "sha256": digest}
-        for name, digest in zip(names, digests, strict=True)
-    }
-    text = json.dumps({"version": VERSION, "step": step, "files": files}, indent=1)
-    (directory / MANIFEST).write_text(text + "\n")
+    files = {name: ((directory / name).stat().st_size, digest) for name, digest in zip(names, digests, strict=True)}
+    (directory / MANIFEST).write_bytes(_manifest(step, files))
     mode = (directory / MANIFEST).stat().st_mode & 0o777  # by the umask: safetensors lets only the owner read
     with suppress(OSError):  # on a file system without permissions
         for name in names:
             (directory / name).chmod(mode)
 
 
-def _read_manifest(directory: Path) -> dict[str, tuple[int, str]]:
-    """Return size and sha256 of every file in a manifest."""
+def _manifest(step: int, files: Mapping[str, tuple[int, str]], *, is_finished: bool = False) -> bytes:
+    """Return a manifest: of each file its size and sha256."""
+    listed = {name: {"bytes": size, "sha256": digest} for name, (size, digest) in files.items()}
+    content = {"version": VERSION, "step": step, **({FINISHED: True} if is_finished else {}), "files": listed}
+    return (json.dumps(content, indent=1) + "\n").encode()
+
+
+def _read_manifest(directory: Path) -> tuple[dict[str, tuple[int, str]], bool]:
+    """Return size and sha256 of every file in a manifest, and whether the run was finished."""
     if not directory.is_dir():
         _refuse(directory, "is no directory")
     try:
@@ -265,7 +322,7 @@ def _read_manifest(directory: Path) -> dict[str, tuple[int, str]]:
     for name in files:  # names are only ever looked up inside the directory
         if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
             _refuse(directory, f"has a {MANIFEST} that names {name!r}, outside of it")
-    return files
+    return files, manifest.get(FINISHED) is True
 
 
 def _files(directory: Path) -> list[str]:
@@ -275,8 +332,10 @@ def _files(directory: Path) -> list[str]:
     return sorted(name for name in visible if name != MANIFEST)  # file systems and desktops leave hidden files
 
 
-def _check_complete(directory: Path, names: Collection[str]) -> None:
+def _check_complete(directory: Path, names: Collection[str], *, is_finished: bool = False) -> None:
     for part, patterns in REQUIRED.items():
+        if is_finished and part == OPTIMIZER:
+            continue
         if not any(re.fullmatch(pattern, name) for pattern in patterns for name in names):
             _refuse(directory, f"has no {part}; a run cannot go on from it exactly")
     ranks = {int(match[1]) for name in names if (match := _RANK.fullmatch(name))}

@@ -13,7 +13,9 @@ from torch.utils.data import Dataset
 
 from surgeon.errors import DataError
 from surgeon.models.varlen import lengths_of
+from surgeon.progress import TOKENS, stage
 from surgeon.train.packing import Numbers, one_per_row, pack, repeat, split
+from surgeon.train.run_dir import HELD_OUT, TRAINED
 from surgeon.train.settings import Settings
 from surgeon.train.store import IGNORED, TokenStore, open_store
 from surgeon.train.task import Task
@@ -107,9 +109,6 @@ class Collator:
         return lengths_of(torch.cat([starts, torch.tensor([positions.shape[1]])]).int())
 
 
-TRAINED, HELD_OUT = "data", "eval"  # the directories of the two stores, in the run's directory
-
-
 @dataclass(frozen=True, eq=False)
 class RunData:
     """The trained rows, and the evaluated ones by name: "validation" where there are any, and "probe".
@@ -167,7 +166,6 @@ def read_data(
     max_rows: int | None,
     is_first: bool,
     wait: Callable[[], None],
-    progress: Callable[[int], None] | None = None,
 ) -> RunData:
     """Return the rows of a run, tokenised in `directory` by its first process while the others `wait`.
 
@@ -184,15 +182,16 @@ def read_data(
             wait()
             stores.append(open_store(directory / name))
             continue
-        store = prepare(
-            data,
-            tokenizer,
-            directory=directory / name,
-            sequence_length=sequence_length,
-            task=task,
-            max_tokens=max_tokens,
-            progress=progress,
-        )
+        with stage("tokenising", max_tokens, TOKENS) as count:
+            store = prepare(
+                data,
+                tokenizer,
+                directory=directory / name,
+                sequence_length=sequence_length,
+                task=task,
+                max_tokens=max_tokens,
+                progress=count,
+            )
         stores.append(store)
         wait()
     rows = assemble(tuple(stores), settings, tokenizer, sequence_length=sequence_length, packed=packed, flatten=flatten)

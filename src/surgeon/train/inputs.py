@@ -2,34 +2,37 @@
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from surgeon.anatomy.anatomy import read_anatomy
+from surgeon.anatomy.anatomy import Anatomy, read_anatomy
 from surgeon.anatomy.config import positions_of
 from surgeon.checkpoint.source import Source, spec_of
 from surgeon.cost.estimate import RunEstimate, Workload, estimate, matmul_throughput
+from surgeon.cost.fitting import Split, split, too_large
 from surgeon.errors import PlanError
-from surgeon.models.device import computes_bfloat16, logits_bytes
+from surgeon.models.device import available_memory, computes_bfloat16, logits_bytes
 from surgeon.models.documents import breaks_graph, keeps_documents_apart, without_lengths
 from surgeon.models.loading import load_model, load_tokenizer, loadable
 from surgeon.models.varlen import VARLEN, reads_lengths
+from surgeon.progress import TOKENS, stage
 from surgeon.train.arguments import is_launched_by_plugin
 from surgeon.train.data import RunData, read_data
 from surgeon.train.launch import is_first, processes
 from surgeon.train.model import LOAD_HINT, attention_options, num_trained, precision_of
-from surgeon.train.settings import Settings
+from surgeon.train.run_dir import TEACHER
+from surgeon.train.settings import AUTO, Settings
 from surgeon.train.task import Task
 from surgeon.train.teacher import CachedTeacher, Teacher, cache_top_k
 
 if TYPE_CHECKING:
     from surgeon.cost.memory import Precision
 
-TEACHER = "teacher"  # the directory of its answers, in the run's directory
 COMPILED_STEPS = 300  # compiling takes a minute or two; assumed, not measured on a GPU
 GPU_MULTIPLE = 64  # widths of batches on a GPU: each new width is another kernel to choose, and a compiler's new case
 ROW = 1024  # tokens, by default, and where the model has as many positions
@@ -70,7 +73,7 @@ class Inputs:
     @property
     def rows_per_step(self) -> int:
         """How many rows one step of the optimiser has, on all devices together."""
-        return self.settings.batch_size * self.settings.gradient_accumulation * self.num_processes
+        return self.settings.sequences * self.num_processes
 
     def teacher_model(self) -> Any | None:
         """Return the teacher, on the device and in the precision of products; None without one."""
@@ -94,7 +97,11 @@ class Inputs:
             return
         dtype = torch.float32 if self.precision == "float32" else torch.bfloat16
         for each in (model, teacher):
-            if each is not None and (reason := without_lengths(each, self.device, dtype)) is not None:
+            if each is None:
+                continue
+            with stage("trying attention by the lengths of documents"):
+                reason = without_lengths(each, self.device, dtype)
+            if reason is not None:
                 if self.settings.attention == VARLEN:
                     raise PlanError(reason, hint="Use --attention sdpa.")
                 self.note(f"attention behind masks, which is slower: {reason}")
@@ -167,33 +174,95 @@ class Inputs:
             return online
         directory, store = run_dir / TEACHER, data.stores[0]
         if is_first() and not (directory.exists() and CachedTeacher(directory).store == store.digest):
-            cache_top_k(online, store, directory, self.settings.teacher_top_k, temperature=self.settings.temperature)
+            how = {"temperature": self.settings.temperature}
+            with stage("asking the teacher", store.num_tokens, TOKENS) as count:
+                cache_top_k(online, store, directory, self.settings.teacher_top_k, **how, progress=count)
         self.wait()
         return CachedTeacher(directory)
 
     def estimate(self, directory: Path) -> RunEstimate:
         """Return the cost of the run. Reads the data, and only the headers of the model."""
-        settings, anatomy = self.settings, read_anatomy(spec_of(self.source))
+        anatomy = read_anatomy(spec_of(self.source))
         data = self.data(directory, None, None)
-        rows, store, teacher = data.rows, data.stores[0], self.task.teacher_source()
-        work = Workload(
-            steps=self.steps(data),
-            row_tokens=self.row_length if data.packed else int(store.lengths.max()),
-            mean_tokens=rows.num_tokens / len(rows),
-            document_tokens=store.num_tokens / store.num_pieces if data.packed else None,
-            batch_size=settings.batch_size,
-            gradient_accumulation=settings.gradient_accumulation,
+        work, found = self.workload(data), self.split(data, self.free_memory())
+        with stage("measuring this machine"):
+            throughput = matmul_throughput(self.device, self.precision)
+        made = estimate(anatomy, replace(work, **found.settings()), throughput=throughput)
+        notes = made.notes
+        if not found.fits:
+            error = too_large(anatomy, work, found, label=self.source.label, device=self.device)
+            notes = (f"{error}", f"{error.hint}", *notes)
+        return replace(made, split=found, notes=notes)
+
+    def free_memory(self) -> int | None:
+        """Return the bytes that each process of the run may take; None where the estimate does not hold for them.
+
+        Processes on a CPU share what there is. FSDP and DeepSpeed divide the states in ways of their own, and 4 bits
+        are not estimated.
+        """
+        if is_launched_by_plugin() or self.settings.qlora:
+            return None
+        sharing = self.num_processes if self.device == "cpu" else 1
+        return available_memory(self.device) // sharing
+
+    def check_fits(self, free: int | None) -> None:
+        """Raise TrainingError where weights, gradients and states alone take more memory than there is.
+
+        Called before anything is loaded. An explicit --batch-size is tried whatever the estimate says.
+        """
+        if free is None or self.settings.batch_size != AUTO:
+            return
+        anatomy, work = read_anatomy(spec_of(self.source)), replace(self.workload(None), batch_size=1)
+        way: dict[str, Any] = {"free": free, "splits": True, "checkpointing": self.settings.activation_checkpointing}
+        found = split(anatomy, work, **way, can_recompute=self.task.can_recompute)
+        if not found.fits:
+            work = replace(work, row_tokens=self.row_length)
+            found = split(anatomy, work, **way, can_recompute=self.task.can_recompute)
+            raise too_large(anatomy, work, found, label=self.source.label, device=self.device)
+
+    def split(self, data: RunData, free: int | None, *, can_recompute: bool = True) -> Split:
+        """Return how each device computes its rows of a step, so that they fit; as asked where that is a number."""
+        return split(
+            read_anatomy(spec_of(self.source)),
+            self.workload(data),
+            free=free,
+            splits=self.settings.batch_size == AUTO,
+            checkpointing=self.settings.activation_checkpointing,
+            can_recompute=can_recompute and self.task.can_recompute,
+        )
+
+    @cached_property
+    def _teacher_anatomy(self) -> Anatomy | None:
+        source = self.task.teacher_source()
+        return None if source is None else read_anatomy(spec_of(source))
+
+    def workload(self, data: RunData | None) -> Workload:
+        """Return the facts of the run that its cost depends on; without data those of the shortest rows."""
+        settings, teacher = self.settings, self._teacher_anatomy
+        facts: dict[str, Any] = {"steps": 1, "row_tokens": 2}
+        if data is not None:
+            rows, store = data.rows, data.stores[0]
+            facts = {
+                "steps": self.steps(data),
+                "row_tokens": self.row_length if data.packed else int(store.lengths.max()),
+                "mean_tokens": rows.num_tokens / len(rows),
+                "document_tokens": store.num_tokens / store.num_pieces if data.packed else None,
+            }
+        is_auto = isinstance(settings.batch_size, str)
+        return Workload(
+            **facts,
+            batch_size=settings.sequences if is_auto else settings.batch,
+            gradient_accumulation=1 if is_auto else settings.gradient_accumulation,
             processes=self.num_processes,
             optim=settings.optim,
             trained=None if settings.lora else num_trained(self.source, settings),
             lora=settings.lora,
             stored_bf16={item.spec.dtype for item in self.source.tensors.values()} == {"BF16"},
             precision=self.precision,
-            activation_checkpointing=settings.activation_checkpointing,
+            activation_checkpointing=bool(settings.activation_checkpointing),
             logits_bytes=logits_bytes(self.device, 1 if teacher is None else 2),
-            teacher=None if teacher is None else read_anatomy(spec_of(teacher)),
+            teacher=teacher,
         )
-        return estimate(anatomy, work, throughput=matmul_throughput(self.device, self.precision))
 
     def _rows(self, model: Any | None, teacher: Any | None) -> tuple[bool, bool]:
         """Return whether documents share rows, and whether all rows of a batch become one, with lengths.
@@ -204,7 +273,8 @@ class Inputs:
         is_off, by_lengths = self.settings.packing == "off", reads_lengths(attention)
         if not self.task.may_share_rows(attention) or (is_off and not by_lengths):
             return False, False
-        apart = all(keeps_documents_apart(each) for each in (model, teacher) if each is not None)
+        with stage("trying several documents in one row"):
+            apart = all(keeps_documents_apart(each) for each in (model, teacher) if each is not None)
         if not apart and self.settings.packing == "on":
             raise PlanError(
                 f"documents in one row of {self.source.label}, or of its teacher, may see each other",

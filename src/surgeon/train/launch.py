@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from functools import cache
-from typing import Any
+from typing import Any, TypeVar
 
 from surgeon.errors import PlanError, SurgeonError
 from surgeon.starter import held_pipe
@@ -59,13 +59,29 @@ def wait_for_all() -> None:
         torch.distributed.barrier(group=_meeting_place())
 
 
-def totals(numbers: Sequence[int]) -> list[int]:
+Number = TypeVar("Number", int, float)
+
+
+def totals(numbers: Sequence[Number]) -> list[Number]:
     """Return the sum of each number over the processes of the run. Asked of their CPUs: their GPUs go on computing."""
     import torch.distributed
 
-    sums = torch.tensor(numbers)
+    is_float = any(isinstance(number, float) for number in numbers)
+    sums = torch.tensor(numbers, dtype=torch.float64 if is_float else torch.long)
     torch.distributed.all_reduce(sums, group=_meeting_place())
-    return [int(number) for number in sums.tolist()]
+    found: list[Number] = sums.tolist()
+    return found
+
+
+def least(number: int) -> int:
+    """Return the smallest of a number over the processes of the run."""
+    import torch.distributed
+
+    if not torch.distributed.is_initialized() or processes() == 1:
+        return number
+    found = torch.tensor(number)
+    torch.distributed.all_reduce(found, op=torch.distributed.ReduceOp.MIN, group=_meeting_place())
+    return int(found)
 
 
 @cache

@@ -2,11 +2,11 @@
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from math import isfinite
 from pathlib import Path
 from typing import Any
 
 from surgeon.errors import SurgeonError
+from surgeon.progress import Stage, current
 from surgeon.text import scrubbed
 from surgeon.train.launch import is_first
 from surgeon.train.pace import PaceMeter
@@ -17,7 +17,6 @@ from surgeon.train.run_dir import (
     StepReport,
     TrainingWatcher,
     read_metrics,
-    write_done,
     write_status,
 )
 from surgeon.train.trainer import EvalLosses
@@ -105,34 +104,28 @@ class Guard:
         return warnings
 
 
-NOT_PARTS = frozenset({"loss", "learning_rate", "grad_norm", "tokens", "epoch"})  # a step's logs without loss parts
-
-
 class Reporter:
     """Reports the steps and evaluations of the first process; in other processes it writes and shows nothing.
 
-    `losses` are the cross-entropies of this process's steps. `evaluations` are all evaluations of the run, also those
+    Without a watcher of its own the training is one piece of work of the call's progress.
+    `steps` are the records of the run's steps, and `evaluations` its evaluations, in the first process also those
     before a resume.
     """
 
     def __init__(self, run_dir: Path, watcher: TrainingWatcher | None) -> None:
         self.run_dir, self.watcher = run_dir, watcher if is_first() else None
-        self.losses: list[float] = []
+        self.steps: list[Mapping[str, Any]] = []
         self.evaluations: list[EvalLosses] = []
         self.notes: list[str] = []
         self._guard, self._step, self._tokens = Guard(), 0, 0  # tokens of the whole run
         self._log: MetricsLog | None = None
         self._meter: PaceMeter | None = None
+        self._stage: Stage | None = None  # of a run without a watcher
 
     def status(self, state: State, **facts: Any) -> None:
         """Write the state of the run into status.json."""
         if is_first():
             write_status(self.run_dir, state, step=self._step, **facts)
-
-    def done(self, output: Path, summary: Mapping[str, Any]) -> None:
-        """Write into status.json that the run is done, with its result."""
-        summary = {name: None if isinstance(x, float) and not isfinite(x) else x for name, x in summary.items()}
-        write_done(self.run_dir, output=output, summary=summary, step=self._step, exit_code=0)
 
     def note(self, text: str) -> None:
         """Show a sentence to the user, unless it was shown before."""
@@ -148,24 +141,31 @@ class Reporter:
             self._log = MetricsLog(self.run_dir)
             self._log.resume_at(step)
             for record in read_metrics(self.run_dir):
+                if "loss" in record:
+                    self.steps.append(record)
                 if "eval_loss" in record or "probe_loss" in record:
-                    losses = EvalLosses(record["step"], record.get("eval_loss"), record.get("probe_loss"))
-                    self.evaluations.append(losses)
+                    losses = (record.get(name) for name in ("eval_loss", "probe_loss", "eval_loss_error"))
+                    self.evaluations.append(EvalLosses(record["step"], *losses))
             self._guard = Guard.resumed(read_metrics(self.run_dir))
         self.status("running")
         if self.watcher is not None:
             self.watcher.begin(steps, done=step)
+        elif is_first():
+            self._stage = current().begin("training", steps, "steps")
+            self._stage(step)
 
     def step(self, logs: dict[str, float]) -> None:
         """Report a step, from the trainer's logs."""
         assert self._meter is not None
         self._step, self._tokens = int(logs["step"]), int(logs["tokens"])
         pace = self._meter.step(self._step, self._tokens)
-        self.losses.append(logs["cross_entropy"])
         report = StepReport(
             step=self._step,
             tokens=self._tokens,
             loss=logs["loss"],
+            objective=logs.get("objective"),
+            kl=logs.get("kl"),
+            hidden=logs.get("hidden"),
             learning_rate=logs["learning_rate"],
             grad_norm=logs.get("grad_norm"),
             tokens_per_second=pace.tokens_per_second,
@@ -173,16 +173,19 @@ class Reporter:
             memory=pace.memory,
             seconds_left=pace.seconds_left,
         )
+        self.steps.append(report.to_record())
         if self._log is not None:
-            parts = {name: value for name, value in logs.items() if name not in NOT_PARTS}
-            self._log.write(report.to_record() | parts)
+            self._log.write(report.to_record())
         if self.watcher is not None:
             self.watcher.step(report)
+        elif self._stage is not None:
+            self._stage(1)
 
     def evaluated(self, losses: EvalLosses) -> None:
         """Report an evaluation, and the warnings that it gives rise to."""
         self.evaluations.append(losses)
-        report = EvalReport(step=losses.step, tokens=self._tokens, validation=losses.validation, probe=losses.probe)
+        facts = {"validation": losses.validation, "probe": losses.probe, "error": losses.error}
+        report = EvalReport(step=losses.step, tokens=self._tokens, **facts)
         if self._log is not None:
             self._log.write(report.to_record())
         if self.watcher is not None:
@@ -211,6 +214,8 @@ class Reporter:
         """Close the watcher and metrics.jsonl after the last step."""
         if self.watcher is not None:
             self.watcher.end()
+        if self._stage is not None:
+            self._stage.done()
         if self._log is not None:
             self._log.close()
             self._log = None

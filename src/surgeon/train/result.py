@@ -1,5 +1,6 @@
 """The result of a run: a summary of it, and its weights written as a checkpoint or as an adapter."""
 
+import shutil
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
@@ -14,13 +15,21 @@ from surgeon.checkpoint.receipt import model_card
 from surgeon.checkpoint.source import CARD, RECEIPT, LocalSource, Source, spec_of
 from surgeon.plan.plan import FLOAT_DTYPES, STORED_DTYPES, Cast, identity
 from surgeon.surgery import Surgery, parse_size
+from surgeon.text import plus_minus
+from surgeon.train import checkpoints
+from surgeon.train.run_dir import HELD_OUT, TEACHER, TRAINED, WEIGHTS, without_nan, write_done
+from surgeon.train.settings import Settings
 
 TOKENIZER_FILES = ("tokenizer", "special_tokens", "added_tokens", "vocab", "merges", "chat_template", "spiece")
 
 
 @dataclass(frozen=True)
 class Training:
-    """The summary of a run. Losses are means, in what `unit` says; `train_loss` is over the last tenth of the steps.
+    """The summary of a run. Losses are means, in what `unit` says; of training over the last tenth of the steps.
+
+    `train_loss` and `eval_loss` are the same quantity, for language models the cross-entropy, also with a teacher; then
+    `train_kl` is the divergence from it and `objective` the mix that is minimised. Errors are standard errors, None
+    where there are too few steps or batches.
 
     `output` is the checkpoint; None for a run that SIGTERM stopped, which `--resume` continues. `steps` and `tokens`
     are of the whole run, `seconds` and `tokens_per_second` of this process alone. `already_done` marks the summary of a
@@ -41,11 +50,19 @@ class Training:
     notes: tuple[str, ...] = ()
     already_done: bool = False
     unit: str = "nats a token"
+    train_loss_error: float | None = None
+    train_kl: float | None = None
+    objective: float | None = None
+    eval_loss_error: float | None = None
+    run_bytes: int | None = None  # of the files in the run's directory, once it is finished
 
     @classmethod
     def of_finished(cls, summary: Mapping[str, Any]) -> "Training":
-        """Return the summary of a finished run from its entries in JSON. Raises KeyError, TypeError."""
-        values = {item.name: summary[item.name] for item in fields(cls) if item.name not in ("already_done", "unit")}
+        """Return the summary of a finished run from its entries in JSON, also those of an older surgeon.
+
+        Raises KeyError, TypeError.
+        """
+        values = {item.name: summary[item.name] for item in fields(cls) if item.name in summary}
         places = {name: None if values[name] is None else Path(values[name]) for name in ("output", "run_dir", "plot")}
         return cls(**values | places | {"notes": tuple(values["notes"]), "already_done": True})
 
@@ -57,7 +74,12 @@ class Training:
             "steps": self.steps,
             "tokens": self.tokens,
             "train_loss": self.train_loss,
+            "train_loss_error": self.train_loss_error,
+            **({} if self.objective is None else {"train_kl": self.train_kl, "objective": self.objective}),
             "eval_loss": self.eval_loss,
+            "eval_loss_error": self.eval_loss_error,
+            "unit": self.unit,
+            "run_bytes": self.run_bytes,
             "learning_rate": self.learning_rate,
             "best_step": self.best_step,
             "tokens_per_second": self.tokens_per_second,
@@ -67,20 +89,55 @@ class Training:
             "seconds": round(self.seconds, 3),
         }
 
+    def losses(self) -> list[tuple[str, str]]:
+        """Return the losses for people, each under its name: with a teacher the cross-entropies, the KL and the mix."""
+        is_mixed = self.objective is not None
+        name = "cross-entropy" if is_mixed else "loss"
+        rows: list[tuple[str, float | None, float | None]] = [
+            (f"train {name}", self.train_loss, self.train_loss_error),
+            (f"validation {name}", self.eval_loss, self.eval_loss_error),
+            ("train KL to the teacher", self.train_kl, None),
+            ("train objective", self.objective, None),
+        ]
+        return [(name, f"{plus_minus(loss, error)} {self.unit}") for name, loss, error in rows if loss is not None]
+
     def to_text(self) -> str:
         """Return the summary for people."""
         if self.already_done:
             return f"already done: {self.output}  ({self.steps:,} steps; the run's files are in {self.run_dir})"
-        losses = [("train loss", self.train_loss), ("validation loss", self.eval_loss)]
-        rows = [("steps", f"{self.steps:,}  ({self.tokens:,} tokens)")]
-        rows += [(name, f"{loss:.4f} {self.unit}") for name, loss in losses if loss is not None]
+        rows = [("steps", f"{self.steps:,}  ({self.tokens:,} tokens)"), *self.losses()]
         rows += [("learning rate", f"{self.learning_rate:g}")]
         rows += [] if self.best_step is None else [("best step", f"{self.best_step:,}")]
         rows += [] if self.tokens_per_second is None else [("tokens a second", f"{self.tokens_per_second:,.0f}")]
         rows += [] if self.plot is None else [("plot", str(self.plot))]
         rows += [("note", note) for note in self.notes]
+        held = "" if self.run_bytes is None else f"  ({text.size(self.run_bytes)})"
+        rows += [("run's files", f"{self.run_dir}{held}")]
         rows += [("seconds", f"{self.seconds:.1f}"), ("output", str(self.output))]
         return text.rows(rows)
+
+
+def concluded(trained: Training, settings: Settings) -> Training:
+    """Return the summary of a run whose output is written, and keep in its directory what is still of use.
+
+    Tokens and a teacher's answers go. Of the checkpoints the newest stays, with --keep-best the best too, without the
+    optimiser's states, which are two thirds of it: it has the weights in the precision of the training. A number of
+    --keep-checkpoints keeps as many whole ones. A note says what was removed; status.json then says that all is done.
+    """
+    run_dir, notes = trained.run_dir, list(trained.notes)
+    for name in (TRAINED, HELD_OUT, TEACHER, WEIGHTS):
+        shutil.rmtree(run_dir / name, ignore_errors=True)
+    if settings.keep_checkpoints is None:
+        best = trained.best_step if settings.keep_best else None
+        left, removed = checkpoints.settle(run_dir, [] if best is None else [best])
+        if removed:
+            kept = " and ".join(path.name for path in left)
+            how = "--keep-checkpoints 2 keeps the last two whole"
+            notes.append(f"kept {kept} without the optimiser's state, removed {text.size(removed)} ({how})")
+    trained = replace(trained, notes=tuple(notes), run_bytes=checkpoints.size_of(run_dir))
+    assert trained.output is not None
+    write_done(run_dir, output=trained.output, summary=without_nan(trained.to_dict()), step=trained.steps, exit_code=0)
+    return trained
 
 
 def trained_surgery(

@@ -1,7 +1,9 @@
 """The files of a run's directory: the request, metrics.jsonl with a line per report, and status.json with the state.
 
 metrics.jsonl has one JSON object per line, each with its "step". A line with "loss" is of training, one with
-"eval_loss" of an evaluation. JSON has no NaN: a number that is not finite is null, and named under "not_finite".
+"eval_loss" of an evaluation; both are the same quantity, for language models the cross-entropy. With a teacher "kl",
+"hidden" and "objective", which is minimised, stand beside it. JSON has no NaN: a number that is not finite is null, and
+named under "not_finite".
 """
 
 import hashlib
@@ -30,12 +32,20 @@ MetricsRecord = Mapping[str, Any]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepReport:
-    """The numbers of a training step, or the means of a few. `loss` is in nats per trained token."""
+    """The numbers of a training step, or the means of a few.
+
+    `loss` is the cross-entropy in nats per trained token, or the loss of another task in its unit: the quantity that
+    evaluations have too. With a teacher, `kl` is the divergence, also in nats per trained token, `hidden` the error of
+    hidden states, and `objective` the mix of all that is minimised; without one they are None.
+    """
 
     step: int
     tokens: int  # read since the run began
     loss: float
     learning_rate: float
+    objective: float | None = None
+    kl: float | None = None
+    hidden: float | None = None
     grad_norm: float | None = None
     tokens_per_second: float | None = None
     mfu: float | None = None  # a part of the peak, 0 to 1; None where the peak is not known
@@ -48,22 +58,31 @@ class StepReport:
         return {name: value for name, value in fields.items() if value is not None}
 
 
-_STEP_KEYS = ("step", "tokens", "loss", "learning_rate", "grad_norm", "tokens_per_second", "mfu", "memory")
-_NUMBERS = (*_STEP_KEYS, "eval_loss", "probe_loss")
+PARTS = ("kl", "hidden")  # of the objective of a run with a teacher, beside the cross-entropy
+_STEP_KEYS = (
+    *("step", "tokens", "loss", "objective", *PARTS, "learning_rate", "grad_norm"),
+    *("tokens_per_second", "mfu", "memory"),
+)
+_NUMBERS = (*_STEP_KEYS, "eval_loss", "eval_loss_error", "probe_loss", "cross_entropy")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EvalReport:
-    """The losses of an evaluation, in nats per token: of held-out rows, and of a fixed sample of trained rows."""
+    """The losses of an evaluation, in nats per token: of held-out rows, and of a fixed sample of trained rows.
+
+    `error` is the standard error of the validation loss as an estimate of that of all such text. The difference of two
+    evaluations of one run, which are on the same rows, has a much smaller one.
+    """
 
     step: int
     tokens: int
     validation: float | None
     probe: float | None = None
+    error: float | None = None
 
     def to_record(self) -> dict[str, Any]:
         """Return the record of this evaluation in metrics.jsonl."""
-        losses = {"eval_loss": self.validation, "probe_loss": self.probe}
+        losses = {"eval_loss": self.validation, "eval_loss_error": self.error, "probe_loss": self.probe}
         known = {name: loss for name, loss in losses.items() if loss is not None}
         return {"step": self.step, "tokens": self.tokens} | known
 
@@ -156,6 +175,32 @@ def summary_of(run_dir: Path, output: Path) -> dict[str, Any] | None:
     return summary if isinstance(summary, dict) and status["receipt"] == _receipt_of(output) else None
 
 
+def write_result(
+    run_dir: Path, *, source: Mapping[str, Any], step: Mapping[str, Any], summary: Mapping[str, Any]
+) -> None:
+    """Write what the output will be: its source, the step of its receipt, and the summary of the run.
+
+    By it a resumed run knows its own output, where it was killed between writing that and its last status.
+    """
+    write_json(run_dir / RESULT, {"source": source, "step": step, "summary": without_nan(summary)})
+
+
+def written_by(run_dir: Path, output: Path) -> dict[str, Any] | None:
+    """Return the summary of the run that wrote `output`, by the output's receipt; None where another one wrote it."""
+    try:
+        result, receipt = (json.loads(file.read_bytes()) for file in (run_dir / RESULT, output / RECEIPT))
+        told = (receipt["source"], receipt["steps"][-1]["finetune"])
+        summary = result["summary"] if told == (result["source"], result["step"]) else None
+    except (OSError, ValueError, KeyError, IndexError, TypeError):
+        return None
+    return summary if isinstance(summary, dict) else None
+
+
+def without_nan(summary: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a summary with None in place of numbers that JSON does not have."""
+    return {name: None if isinstance(x, float) and not math.isfinite(x) else x for name, x in summary.items()}
+
+
 def _receipt_of(output: Path) -> str | None:
     """Return the SHA-256 of an output's receipt, which tells one result from another; None where there is none."""
     try:
@@ -176,7 +221,16 @@ def _records(path: Path) -> list[dict[str, Any]]:
             raise DataError(f"{path}:{number}: a record without its step", hint="Is this a metrics.jsonl of surgeon?")
         if wrong := next((key for key in _NUMBERS if not isinstance(record.get(key), int | float | None)), None):
             raise DataError(f"{path}:{number}: {wrong!r} is no number", hint="Is this a metrics.jsonl of surgeon?")
-    return records
+    return [_as_now(record) for record in records]
+
+
+def _as_now(record: dict[str, Any]) -> dict[str, Any]:
+    """Return a record of an older surgeon in today's words: its "loss" was the objective, beside "cross_entropy"."""
+    if "cross_entropy" not in record or "loss" not in record:
+        return record
+    objective = {"objective": record["loss"]} if any(part in record for part in PARTS) else {}
+    kept = {name: value for name, value in record.items() if name != "cross_entropy"}
+    return kept | {"loss": record["cross_entropy"]} | objective
 
 
 def _to_json(record: MetricsRecord, *, indent: int | None = None) -> str:
@@ -208,8 +262,12 @@ def _guarded(path: Path) -> Iterator[None]:
 
 
 REQUEST = "run.json"
+BATCH = "batch.json"  # the batches of a step, as they were chosen
 RATE = "lr.json"  # the result of --lr auto
 DAMAGED_HINT = "Remove the run's directory, or choose another with --run-dir."
+RESULT = "result.json"  # what the run is about to write as its output
+WEIGHTS = ".weights"  # trained weights, until the output is written
+TRAINED, HELD_OUT, TEACHER = "data", "eval", "teacher"  # directories of tokens, and of a teacher's answers
 DATA = "data.json"  # the data of the run: a resumed run must read the same
 
 
@@ -280,7 +338,7 @@ def claim(run_dir: Path, request: Request, *, resume: bool) -> None:
         write_json(file, request.to_dict())
         return
     if not (run_dir / METRICS).exists():
-        for name in (RATE, DATA):
+        for name in (RATE, DATA, BATCH):
             (run_dir / name).unlink(missing_ok=True)
         write_json(file, request.to_dict())
         return

@@ -2,11 +2,10 @@
 
 import math
 import shutil
-import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,30 +13,40 @@ import torch
 
 from surgeon.anatomy.anatomy import read_anatomy
 from surgeon.checkpoint.source import Source, spec_of
+from surgeon.cost.fitting import Split, too_large
 from surgeon.cost.flops import flops_per_token, peak_flops
 from surgeon.errors import DataError, SurgeonError, TrainingError
 from surgeon.models import adapters
 from surgeon.models.device import computes_bfloat16, resolve_device
 from surgeon.models.loading import code_is_trusted, load_model, quiet_transformers
 from surgeon.plots.training import plot_losses
+from surgeon.progress import stage
 from surgeon.train import checkpoints
-from surgeon.train.arguments import arguments, check_names, check_optimizer, is_launched_by_plugin, set_environment
-from surgeon.train.data import HELD_OUT, TRAINED, RunData
-from surgeon.train.inputs import TEACHER, Inputs
-from surgeon.train.launch import check_meeting, is_first, is_launched, is_loss, processes, wait_for_all
+from surgeon.train.arguments import check_names, is_launched_by_plugin, set_environment
+from surgeon.train.data import RunData
+from surgeon.train.inputs import Inputs
+from surgeon.train.launch import check_meeting, is_first, is_launched, is_loss, least, processes, wait_for_all
 from surgeon.train.model import LOAD_HINT, load_trainable, trained_model
 from surgeon.train.pace import PaceMeter, most_memory_used
 from surgeon.train.reporter import Reporter
-from surgeon.train.result import Training, trained_surgery, write_adapter
-from surgeon.train.run_dir import DATA, RATE, Request, claim, read_json, read_metrics, write_json
-from surgeon.train.settings import FULL_LR, LORA_LR, Settings
+from surgeon.train.result import Training, concluded, trained_surgery, write_adapter
+from surgeon.train.run_dir import (
+    BATCH,
+    DATA,
+    RATE,
+    WEIGHTS,
+    Request,
+    claim,
+    read_json,
+    read_metrics,
+    write_json,
+    write_result,
+)
+from surgeon.train.settings import AUTO, FULL_LR, LORA_LR, Settings
+from surgeon.train.steps import TrainedSteps, loss_after, run_steps
 from surgeon.train.task import Task
 from surgeon.train.trainer import (
-    Control,
-    DivergedError,
-    EvalLosses,
     Stop,
-    SurgeonTrainer,
     progress,
     stops_at_sigterm,
 )
@@ -46,25 +55,12 @@ if TYPE_CHECKING:
     from surgeon.train.run_dir import TrainingWatcher
 
 PLOT = "loss.png"
-WEIGHTS = ".weights"  # trained weights, until the output is written
 PROBE_STEPS = 50  # of each of the two runs of --lr auto, or a tenth of the run
 FACTOR = 10.0  # between their rates
 MEMORY_HINT = (
     "Lower --batch-size (and raise --gradient-accumulation by as much), lower --sequence-length, "
     "or add --activation-checkpointing or --lora 16."
 )
-
-
-@dataclass(frozen=True)
-class TrainedSteps:
-    """The steps of the whole run. Losses are in nats per token; `train_loss` is over the last tenth of the steps."""
-
-    steps: int
-    tokens: int
-    train_loss: float | None
-    eval_loss: float | None
-    best_step: int | None
-    is_stopped: bool
 
 
 class Runner:
@@ -105,7 +101,7 @@ class Runner:
                 claim(self.run_dir, request, resume=resume)
             self.reporter = Reporter(self.run_dir, self.watcher)
             stack.push(self._ended)
-            with memory_explained(self.settings, lambda: self.reporter.last_step), self._losses_explained():
+            with memory_explained(lambda: self.settings, lambda: self.reporter.last_step), self._losses_explained():
                 self.wait()
                 yield
 
@@ -144,8 +140,12 @@ class Runner:
     def fit(self) -> "TrainedSteps":
         """Train, and keep the trained model for `write`. With --lr auto the learning rate is searched for first."""
         self.reporter.status("preparing")
-        resume_from = checkpoints.newest(self.run_dir, self.reporter.note)
+        with stage("looking for a checkpoint"):
+            resume_from = checkpoints.newest(self.run_dir, self.reporter.note)
         self.wait()
+        free = self.inputs.free_memory()
+        free = None if free is None else least(free)  # all processes take the same batches
+        self.inputs.check_fits(free)
         model, teacher_model = self._loaded(), self.inputs.teacher_model()
         self.inputs.attend(model, teacher_model)
         self.attention = str(model.config._attn_implementation)
@@ -153,6 +153,7 @@ class Runner:
         for note in (*data.notes, *self._warnings()):
             self.reporter.note(note)
         self._check_data(data, resumed=resume_from is not None)
+        self._settle_batches(self._chosen(data, model, free))
         steps = self.inputs.steps(data)
         teacher = self.inputs.teacher(teacher_model, data, self.run_dir)
         self.compiles = self.inputs.compiles(model, steps)
@@ -193,6 +194,42 @@ class Runner:
                 f"{(changed or self.specs)[0]} is not what it was when the run in {self.run_dir} began",
                 hint="Bring the old texts back, or begin anew with another --run-dir.",
             )
+
+    def _chosen(self, data: RunData, model: Any, free: int | None) -> Split:
+        """Return the batches of a step: those of the run that is resumed, else what fits the memory.
+
+        Raises TrainingError where nothing does, and DataError where the record of them is damaged.
+        """
+        file = self.run_dir / BATCH
+        if file.exists():
+            content = read_json(file)
+            names = ("batch_size", "gradient_accumulation")
+            if isinstance(content, dict) and all(
+                type(content.get(name)) is int and content[name] > 0 for name in names
+            ):
+                with suppress(TypeError):
+                    return Split(**content)
+            raise DataError(f"{file} holds no batches", hint="Remove it: they are chosen again.")
+        can_recompute = bool(getattr(model, "supports_gradient_checkpointing", False))
+        found = self.inputs.split(data, free, can_recompute=can_recompute)
+        if not found.fits and self.settings.batch_size == AUTO:
+            anatomy, work = read_anatomy(spec_of(self.source)), self.inputs.workload(data)
+            raise too_large(anatomy, work, found, label=self.source.label, device=self.device)
+        self.wait()
+        if is_first():
+            write_json(file, asdict(found))
+        self.wait()
+        return found
+
+    def _settle_batches(self, found: Split) -> None:
+        """Train with these batches, and say so where they are not what the user would expect."""
+        asked, self.batches = self.settings, found
+        self.settings = replace(asked, **found.settings())
+        self.task = replace(self.task, settings=self.settings)
+        self.inputs = replace(self.inputs, task=self.task)
+        is_split = asked.batch_size == AUTO and found.gradient_accumulation > asked.gradient_accumulation
+        if is_split or (asked.activation_checkpointing is None and found.activation_checkpointing):
+            self.reporter.note(str(found))
 
     def _pace_meter(self, model: Any, data: RunData, steps: int, *, done: int, tokens: int) -> PaceMeter:
         """Return the meter of the run, which knows the operations per token where it knows the devices' peak."""
@@ -261,17 +298,20 @@ class Runner:
 
         All processes call this, for each may hold a part of the weights; the first one writes.
         """
-        weights = self._weights(trained)
+        with stage("storing the trained weights"):
+            weights = self._weights(trained)
         if not is_first():
             return
+        summary = self._summary(trained, output).to_dict()
+        write_result(self.run_dir, source=self.source.provenance(), step=self._step(trained), summary=summary)
         if self.settings.keep_adapter:
             write_adapter(self.source, weights, output, self._step(trained), command=command, **options)
             return
         if self.settings.lora is not None:
-            weights = self._merged(weights)
-        losses = [("train", trained.train_loss), ("validation", trained.eval_loss)]
-        listed = ", ".join(f"{name} loss {loss:.4f}" for name, loss in losses if loss is not None)
-        notes = (f"trained for {trained.steps:,} steps on {trained.tokens:,} tokens: {listed} {self.task.unit}",)
+            with stage("merging the adapters"):
+                weights = self._merged(weights)
+        listed = ", ".join(f"{name} {figure}" for name, figure in self._summary(trained, output).losses())
+        notes = (f"trained for {trained.steps:,} steps on {trained.tokens:,} tokens: {listed}",)
         surgery = trained_surgery(self.source, weights, dtype=dtype, step=self._step(trained), notes=notes)
         surgery.save(output, dtype=dtype, command=command, **options)
 
@@ -296,7 +336,7 @@ class Runner:
             "tokens": trained.tokens,
             "result_of_step": self._best(trained),
             "learning_rate": self.rate,
-            "settings": self.task.record(),
+            "settings": self.task.record() | self.batches.settings(),
             **({"trust_remote_code": True} if code_is_trusted() else {}),
         }
 
@@ -320,7 +360,11 @@ class Runner:
             steps=trained.steps,
             tokens=trained.tokens,
             train_loss=trained.train_loss,
+            train_loss_error=trained.train_loss_error,
+            train_kl=trained.train_kl,
+            objective=trained.objective,
             eval_loss=trained.eval_loss,
+            eval_loss_error=trained.eval_loss_error,
             learning_rate=self.rate,
             best_step=trained.best_step,
             tokens_per_second=self.reporter.tokens_per_second,
@@ -331,12 +375,10 @@ class Runner:
         )
 
     def finished(self, trained: TrainedSteps, output: Path) -> Training:
-        """Return the summary of a run whose output is written, and remove its tokens and its teacher's answers."""
+        """Return the summary of a run whose output is written, and remove what is of no more use."""
         summary = self._summary(trained, output)
         if is_first():
-            for name in (TRAINED, HELD_OUT, TEACHER):
-                shutil.rmtree(self.run_dir / name, ignore_errors=True)
-            self.reporter.done(output, summary.to_dict())
+            summary = concluded(summary, self.settings)
         self.wait()
         return summary
 
@@ -351,95 +393,19 @@ class Runner:
             return None
 
 
-def run_steps(
-    model: Any,
-    data: RunData,
-    settings: Settings,
-    *,
-    run_dir: Path,
-    lr: float,
-    steps: int,
-    device: str,
-    resume_from: Path | None,
-    reporter: Reporter,
-    stop: Stop,
-) -> tuple[SurgeonTrainer, TrainedSteps]:
-    """Train, and return the trainer, which holds the model, with a summary of the steps.
-
-    Raises TrainingError for a run that diverges, OutputError for a full disk.
-    """
-    resumed = resume_from is not None
-    trainer = SurgeonTrainer(
-        model,
-        arguments(settings, data, run_dir=run_dir, lr=lr, steps=steps, device=device, resumed=resumed),
-        data=data,
-        on_step=reporter.step,
-        on_evaluation=reporter.evaluated,
-        paused=reporter.paused,
-        keep=settings.keep_checkpoints,
-        keep_best=settings.keep_best,
-    )
-    check_optimizer(trainer, settings)
-    control = Control(stop, patience=settings.patience, history=reporter.validations())
-    trainer.add_callback(control)
-    with quiet_transformers():
-        if resume_from is not None and (checkpoints.step_of(resume_from) >= steps or control.is_over):
-            trainer.restore(resume_from)  # training had ended, and only the result was not written
-        else:
-            trainer.train(resume_from_checkpoint=str(resume_from) if resumed else None)
-    tail = reporter.losses[-max(1, len(reporter.losses) // 10) :]
-    validations = reporter.validations()
-    return trainer, TrainedSteps(
-        steps=trainer.state.global_step,
-        tokens=trainer.state.num_input_tokens_seen,
-        train_loss=sum(tail) / len(tail) if tail else None,
-        eval_loss=validations[-1] if validations else None,
-        best_step=trainer.state.best_global_step,
-        is_stopped=stop.is_requested,
-    )
-
-
-def loss_after(model: Any, data: RunData, settings: Settings, *, lr: float, steps: int, device: str) -> float:
-    """Return the loss of the held-out rows (without any, of trained rows) after a short run at a learning rate.
-
-    It is infinite for a run that diverges. Nothing of the run is kept.
-    """
-    evaluations: list[EvalLosses] = []
-    short = replace(
-        settings, max_steps=steps, epochs=None, eval_every=steps, save_every=0, keep_best=False, patience=None
-    )
-    with tempfile.TemporaryDirectory() as directory:
-        trainer = SurgeonTrainer(
-            model,
-            arguments(short, data, run_dir=Path(directory), lr=lr, steps=steps, device=device, resumed=True),
-            data=data,
-            on_step=lambda logs: None,
-            on_evaluation=evaluations.append,
-        )
-        try:
-            with quiet_transformers():
-                trainer.train()
-        except DivergedError:
-            return math.inf
-    last = evaluations[-1]
-    loss = last.probe if last.validation is None else last.validation
-    return math.inf if loss is None or not math.isfinite(loss) else loss
-
-
 @contextmanager
-def memory_explained(settings: Settings, step: Callable[[], int]) -> Iterator[None]:
+def memory_explained(settings: Callable[[], Settings], step: Callable[[], int]) -> Iterator[None]:
     """Turn an out-of-memory error into one that says what to lower. `step` returns how many steps are done."""
     try:
         yield
     except (torch.OutOfMemoryError, MemoryError) as error:
-        raise _out_of_memory(settings, step()) from error
+        raise _out_of_memory(settings(), step()) from error
     except RuntimeError as error:
         if "not enough memory" not in str(error) and "can't allocate memory" not in str(error):  # the CPU's allocator
             raise
-        raise _out_of_memory(settings, step()) from error
+        raise _out_of_memory(settings(), step()) from error
 
 
 def _out_of_memory(settings: Settings, step: int) -> TrainingError:
-    return TrainingError(
-        f"the memory is full after step {step}, with {settings.batch_size} rows a batch", hint=MEMORY_HINT
-    )
+    rows = "rows" if isinstance(settings.batch_size, str) else f"{settings.batch_size} rows"
+    return TrainingError(f"the memory is full after step {step}, with {rows} a batch", hint=MEMORY_HINT)

@@ -16,6 +16,7 @@ LORA_TARGETS = ("all", "attention", "ffn")
 PACKING = ("auto", "on", "off")
 KL_DIRECTIONS = ("forward", "reverse")
 TRACKERS = ("tensorboard", "wandb", "trackio")
+AUTO, SEQUENCES = "auto", 8  # the default batch, and how many sequences a device's step then has, times accumulation
 FULL_LR, LORA_LR = 2e-5, 2e-4  # the defaults; a cut model may need another rate, which --lr auto searches
 
 
@@ -42,8 +43,13 @@ class LearningSettings:
     # length and rate
     max_steps: int | None = option("Number of optimiser steps.", None, metavar="N")
     epochs: float | None = option("Passes over the data. Default: 1, unless steps are given.", None, metavar="E")
-    batch_size: int = option("Sequences per device and forward pass.", 8, metavar="N")
-    gradient_accumulation: int = option("Batches per optimiser step.", 1, metavar="N")
+    batch_size: int | str = option(
+        "Sequences per device and batch; auto: 8 a step, in as large batches as fit the memory.",
+        AUTO,
+        metavar="N",
+        parse=lambda typed: batch_size_of(typed),
+    )
+    gradient_accumulation: int = option("Batches per optimiser step; multiplies the 8 of auto.", 1, metavar="N")
     lr: str = option(
         f"Peak learning rate; auto: the better of two, by short runs. Default: {FULL_LR:g}; with --lora {LORA_LR:g}.",
         "",
@@ -71,7 +77,7 @@ class LearningSettings:
     qlora: bool = option("Hold the base model in 4 bits (bitsandbytes); goes with --lora.", False)
     # distillation
     teacher: str | None = option("Distil from this model: a directory or Hub id.", None, metavar="MODEL", reads=True)
-    kd_weight: float = option("With --teacher: loss = (1 - W) cross-entropy + W KL.", 0.5, metavar="W")
+    kd_weight: float = option("With --teacher: objective = (1 - W) cross-entropy + W KL.", 0.5, metavar="W")
     temperature: float = option("Divide the logits of both models by T, and multiply KL by T².", 1.0, metavar="T")
     kl: str = option(
         "Direction of KL: forward is KL(teacher, student), reverse KL(student, teacher).", "forward", metavar="WAY"
@@ -94,7 +100,11 @@ class ComputeSettings:
         "auto",
         metavar="P",
     )
-    activation_checkpointing: bool = option("Recompute activations to save memory.", False)
+    activation_checkpointing: bool | None = option(
+        "Recompute activations to save memory. Default: where the run would not fit otherwise.",
+        None,
+        names=("--activation-checkpointing/--no-activation-checkpointing",),
+    )
     compile: bool | None = option(
         "Compile the layers with torch.compile. Default: on a GPU, for long runs whose layers need no mask.",
         None,
@@ -104,10 +114,19 @@ class ComputeSettings:
     seed: int = option("Seed of every random draw.", 0, metavar="N")
     deterministic: bool = option("Use only deterministic kernels on a GPU; slower.", False)
     # how often
-    eval_every: int | None = option("Steps between evaluations. Default: a tenth of the run.", None, metavar="N")
-    save_every: int | None = option("Steps between checkpoints; 0: none. Default: --eval-every.", None, metavar="N")
-    keep_checkpoints: int = option(
-        "Newest checkpoints to keep; with --keep-best the best one too.", 2, metavar="N", at_resume=True
+    eval_every: int | None = option(
+        "Steps between evaluations. Default: a tenth of the run, or more where they cost too much.",
+        None,
+        metavar="N",
+    )
+    save_every: int | None = option(
+        "Steps between checkpoints; 0: none. Default: --eval-every, else a tenth of the run.", None, metavar="N"
+    )
+    keep_checkpoints: int | None = option(
+        "Checkpoints to keep, and the best with --keep-best. Default: 2; once finished 1, without optimiser.",
+        None,
+        metavar="N",
+        at_resume=True,
     )
     keep_best: bool = option("Write the step with the lowest validation loss, not the last one.", False)
     patience: int | None = option("Stop after N evaluations without an improvement.", None, metavar="N")
@@ -132,6 +151,17 @@ class Settings(ComputeSettings, LearningSettings):  # dataclasses take the field
         self._check_pairs()
         self.learning_rate()
         self.weights(None)
+
+    @property
+    def sequences(self) -> int:
+        """How many sequences one step has on each device."""
+        return self.gradient_accumulation * (SEQUENCES if isinstance(self.batch_size, str) else self.batch_size)
+
+    @property
+    def batch(self) -> int:
+        """How many sequences a batch has, once that is chosen."""
+        assert isinstance(self.batch_size, int), "the split of a step is chosen before its first batch"
+        return self.batch_size
 
     def learning_rate(self) -> float | None:
         """Return the peak learning rate, None for a search. Raises PlanError for text that is no rate."""
@@ -172,9 +202,11 @@ class Settings(ComputeSettings, LearningSettings):  # dataclasses take the field
             "lora": 1, "teacher_top_k": 1, "eval_every": 1, "save_every": 0, "keep_checkpoints": 1, "patience": 1,
             "workers": 0, "warmup": 0, "weight_decay": 0, "max_grad_norm": 0, "hidden_weight": 0,
         }  # fmt: skip
+        if isinstance(self.batch_size, str) and self.batch_size != AUTO:
+            raise PlanError(f"--batch-size {self.batch_size!r} is no number", hint="Such as --batch-size 4, or auto.")
         for name, lowest in least.items():
             value = getattr(self, name)
-            if value is not None and not lowest <= value < math.inf:
+            if value is not None and value != AUTO and not lowest <= value < math.inf:
                 raise PlanError(
                     f"{flag_of(name)} is {value:g}; {lowest:g} is the least", hint=_floor_hint(name, lowest)
                 )
@@ -205,6 +237,16 @@ class Settings(ComputeSettings, LearningSettings):  # dataclasses take the field
             raise PlanError("hidden states are not kept on disk", hint="Leave out --teacher-top-k or --hidden-weight.")
         if (self.keep_best or self.patience) and not self.eval_data and not self.eval_fraction:
             raise PlanError("the best step is found on held-out data", hint="Give --eval-data or --eval-fraction.")
+
+
+def batch_size_of(typed: str) -> int | str:
+    """Return the value of --batch-size: a number, or auto. Raises ValueError for anything else."""
+    if typed == AUTO:
+        return AUTO
+    try:
+        return int(typed)
+    except ValueError:
+        raise ValueError(f"{typed!r} is neither a number nor auto") from None
 
 
 def deciding(options: Any) -> dict[str, Any]:

@@ -65,6 +65,11 @@ class Task:
         """Whether the task can be trained by an attention that takes the lengths of documents in place of a mask."""
         return True
 
+    @property
+    def can_recompute(self) -> bool:
+        """Whether activations may be computed a second time in the backward pass."""
+        return True
+
     # --- the model --------------------------------------------------------------------------------------------
 
     def kind(self, source: Source) -> Any:

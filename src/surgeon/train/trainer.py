@@ -13,12 +13,14 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import get_worker_info
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
@@ -27,6 +29,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback, Tra
 from surgeon.errors import CheckpointError, SurgeonError, TrainingError
 from surgeon.models.loading import libraries_fail
 from surgeon.models.split import Plans
+from surgeon.progress import Stage, stage
 from surgeon.train import checkpoints
 from surgeon.train.data import RunData
 from surgeon.train.launch import totals, wait_for_all
@@ -103,6 +106,11 @@ class Control(TrainerCallback):
         return self.stop.is_requested if processes == 1 else totals([int(self.stop.is_requested)]) != [0]
 
 
+def warmed(step: int, *, warmup: int, after: Callable[[int], float]) -> float:
+    """Return the rate of a step, counted from 0, as a share of the peak: it rises by 1 / warmup, then is `after`'s."""
+    return (step + 1) / warmup if step < warmup else after(step)
+
+
 COUNTS = ("num_tokens", "num_trained")  # of a batch, as Python numbers: reading tensors would wait for the GPU
 TRAINING_ARGS = "training_args.bin"  # a pickle that nothing of ours reads
 
@@ -139,11 +147,15 @@ class Counted:
 
 @dataclass(frozen=True)
 class EvalLosses:
-    """Mean losses in nats per token at a step: of held-out rows, and of trained rows; None where there are none."""
+    """Mean losses in nats per token at a step: of held-out rows, and of trained rows; None where there are none.
+
+    `error` is the standard error of the validation loss, over its batches; None where there is one batch only.
+    """
 
     step: int
     validation: float | None
     probe: float | None
+    error: float | None = None
 
 
 def progress(checkpoint: Path) -> tuple[int, int]:
@@ -272,14 +284,29 @@ class SurgeonTrainer(Trainer):
         """Return 0: operations are counted once for the run, not in every batch."""
         return 0
 
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        """Return the schedule, whose warm-up has its first step at 1 / warm-up of the peak, not at a rate of 0."""
+        made: Any = super().create_scheduler(num_training_steps, optimizer)
+        warmup = self.args.get_warmup_steps(num_training_steps)
+        if isinstance(made, LambdaLR) and warmup > 0:
+            rates: list[Callable[[int], float]]
+            rates = [partial(warmed, warmup=warmup, after=after) for after in made.lr_lambdas]
+            made = self.lr_scheduler = LambdaLR(made.optimizer, rates)
+        return made
+
     # --- reports ----------------------------------------------------------------------------------------------
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Report the numbers of a step: the loss, and its parts per trained token."""
+        """Report the numbers of a step, per trained token: as `loss` the cross-entropy, which evaluations have too.
+
+        With other parts, those of a teacher, the minimised sum of all is the `objective`.
+        """
         if "loss" not in logs:  # the summary at the end
             return
         items = max(1, int(self._parts["num_trained"]))
-        logs = {**logs, **{name: value / items for name, value in self._parts.items() if name not in COUNTS}}
+        parts = {name: value / items for name, value in self._parts.items() if name not in COUNTS}
+        mixed = {"objective": logs["loss"]} if len(parts) > 1 else {}
+        logs = {**logs, "loss": parts.pop("cross_entropy"), **mixed, **parts}
         logs |= {
             "step": self.state.global_step,
             "tokens": self.state.num_input_tokens_seen,
@@ -290,20 +317,27 @@ class SurgeonTrainer(Trainer):
 
     def evaluate(self, *args: Any, **options: Any) -> dict[str, float]:
         """Return the mean losses of the held-out rows, in nats per token, and report them."""
-        with self.paused():
-            losses = {name: self._mean_loss(rows) for name, rows in self.data.held_out.items()}
+        total = sum(map(len, self.data.held_out.values()))
+        with self.paused(), stage("evaluating", total, "rows") as count:
+            found = {name: self._mean_loss(rows, count) for name, rows in self.data.held_out.items()}
+        losses = {name: loss for name, (loss, _) in found.items()}
         if wrong := next((name for name, loss in losses.items() if not math.isfinite(loss)), None):
             raise DivergedError(
                 f"the {wrong} loss is {losses[wrong]} after step {self.state.global_step}",
                 hint="The model puts out numbers that are not finite; surgeon evaluate shows since when.",
             )
-        self.on_evaluation(EvalLosses(self.state.global_step, losses.get("validation"), losses.get("probe")))
+        error = found.get("validation", (0.0, None))[1]
+        self.on_evaluation(EvalLosses(self.state.global_step, losses.get("validation"), losses.get("probe"), error))
         metrics = {f"eval_{name}_loss": loss for name, loss in losses.items()}
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
-    def _mean_loss(self, rows: Any) -> float:
-        """Return the cross-entropy of rows, in nats per token. All processes compute the same number of batches."""
+    def _mean_loss(self, rows: Any, count: Stage) -> tuple[float, float | None]:
+        """Return the cross-entropy of rows, in nats per token, and its standard error, each batch being one cluster.
+
+        All processes compute the same number of batches. The error is None where there is one.
+        Source of the error: Cochran 1977 (Sampling Techniques), section 6.3, as in evals/compare.py.
+        """
         model, size = self.model_wrapped, self.args.per_device_eval_batch_size
         rank, world = self.args.process_index, self.args.world_size
         counts: list[int] = []
@@ -319,12 +353,18 @@ class SurgeonTrainer(Trainer):
                 if chosen:
                     losses.append(outputs["cross_entropy"])
                     counts.append(batch["num_trained"])
+                count(len(chosen) * world)
         model.train(was_training)
         read = torch.stack(losses).tolist() if losses else []
-        sums = torch.tensor([sum(read), sum(counts)], dtype=torch.float64)
-        if world > 1:
-            sums = self.accelerator.gather(sums.float().to(self.args.device)[None]).cpu().double().sum(0)
-        return float(sums[0] / sums[1])
+        pairs = list(zip(read, counts, strict=True))
+        squares = [sum(x * x for x, _ in pairs), sum(x * n for x, n in pairs), sum(n * n for n in counts)]
+        sums = [sum(read), sum(counts), len(pairs), *squares]
+        total, tokens, batches, xx, xn, nn = sums if world == 1 else totals(sums)
+        loss = total / tokens
+        if batches < 2:
+            return loss, None
+        spread = max(0.0, xx - 2 * loss * xn + loss * loss * nn)
+        return loss, math.sqrt(batches / (batches - 1) * spread) / tokens
 
     def _load_from_checkpoint(self, resume_from_checkpoint: Any, *args: Any, **options: Any) -> None:
         with _resuming(resume_from_checkpoint, "weights"):
@@ -359,7 +399,7 @@ class SurgeonTrainer(Trainer):
         self._stage = checkpoints.begin(run_dir, step) if is_first else checkpoints.stage_path(run_dir, step)
         wait_for_all()
         try:
-            with self.paused():
+            with self.paused(), stage("writing a checkpoint"):
                 with checkpoints.explained(run_dir):
                     super()._save_checkpoint(model, trial)
                 wait_for_all()

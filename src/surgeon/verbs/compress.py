@@ -29,6 +29,7 @@ from surgeon.options import (
     takes,
     trust_option,
 )
+from surgeon.progress import stage
 from surgeon.surgery import open_source
 
 if TYPE_CHECKING:
@@ -151,7 +152,8 @@ def _compressed(source: Source, model: str, gist: GistTokens, prompt: str, optio
     check_tokens(max(ids), num_known(loaded), source.label)
     if compressor is not None:
         compressor.attach(loaded)
-    states, check = compress_ids(loaded, ids, count)
+    with stage("compressing"):
+        states, check = compress_ids(loaded, ids, count)
     base = source.provenance()
     about = {
         "model": base | {"fingerprint": fingerprint(source), "type": str(source.config.get("model_type"))},
@@ -164,7 +166,8 @@ def _compressed(source: Source, model: str, gist: GistTokens, prompt: str, optio
     } | ({} if compressor is None else {"compressor": compressor.told()})
     source.check_unchanged()
     _write(saved.files_of(states, about, base=base.get("path") or base["id"]), target, overwrite=options.overwrite)
-    cost = _cost(loaded, ids, states, has_adapters=compressor is not None) if options.bench else None
+    with stage("measuring what a call costs"):
+        cost = _cost(loaded, ids, states, has_adapters=compressor is not None) if options.bench else None
     return Compression(
         output=str(target),
         prompt_tokens=len(ids) - count,

@@ -27,20 +27,21 @@ from surgeon.options import (
     Reads,
     device_option,
     flag_of,
-    in_python,
     option,
+    progress_option,
     reads_of,
     revision_option,
     takes,
     trust_option,
 )
+from surgeon.progress import stage
 from surgeon.verbs.inspect import layers_in
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from surgeon.measure.scoring import Meter
     from surgeon.plots.attention import Panel
+    from surgeon.progress import Progress
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,7 +84,7 @@ class DiagnosisOptions:
 class DiagnoseOptions(DiagnosisOptions):
     """The options of `surgeon.diagnose`."""
 
-    meter: "Meter | None" = in_python("A progress meter.")
+    progress: "Progress | bool | None" = progress_option()
 
 
 @takes(DiagnoseOptions)
@@ -140,9 +141,10 @@ def _diagnosed(model: str | os.PathLike[str], options: DiagnoseOptions) -> Diagn
 
     sources = [open_evaluated(model, options.revision)]
     sources += [] if options.against is None else [open_evaluated(options.against, None)]
-    context = context_of(sources, options.device, options.meter)
+    context = context_of(sources, options.device)
     shape = {"samples": options.samples, "sequence_length": options.sequence_length}
-    rows = [read_rows(options.data, tokenizer, **shape) for tokenizer in context.tokenizers]
+    with stage("tokenising"):
+        rows = [read_rows(options.data, tokenizer, **shape) for tokenizer in context.tokenizers]
     tokens, length = rows[0].tokens, rows[0].tokens.shape[1]
     context.check_same([one.tokens.tolist() for one in rows])
     most = min(filter(None, map(positions_of, sources)), default=length)
@@ -168,8 +170,8 @@ def _one(
 ) -> Diagnosis:
     from surgeon.measure.diagnosis import measure
 
-    skip_rows, meter = options.skip_samples, context.meter
-    measured = measure(source, tokens, energy=options.energy, skip_rows=skip_rows, device=context.device, meter=meter)
+    how: dict[str, Any] = {"energy": options.energy, "skip_rows": options.skip_samples}
+    measured = measure(source, tokens, **how, device=context.device)
     return diagnosis_of(source.label, measured, known, setup, length=tokens.shape[1], energy=options.energy)
 
 

@@ -37,12 +37,13 @@ from surgeon.options import (
     takes,
     trust_option,
 )
+from surgeon.progress import current, stage
 from surgeon.rewriting.checks import AUTO, NONE, NUMBER, REASONS, Checks
 from surgeon.rewriting.engines import Engine, TransformersEngine, VllmEngine, Writing, chosen
 from surgeon.rewriting.journal import Journal, difference, opened, write_lines
 from surgeon.rewriting.loop import Asked, Progress, Watch, lines, rewrite
 from surgeon.rewriting.prompts import PROMPTS, form_of, prompt_tokens, row_of
-from surgeon.text import sliced
+from surgeon.text import plus_minus, sliced
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -95,9 +96,10 @@ class Distillation:
 
     def to_text(self) -> str:
         """Return this for people."""
-        error = "" if self.acceptance_error is None else f" ± {100 * self.acceptance_error:.1f}"
+        error = None if self.acceptance_error is None else 100 * self.acceptance_error
+        accepted = f"{plus_minus(100 * self.acceptance, error)} %"
         rate = "" if self.tokens_per_second is None else f", {self.tokens_per_second:,.1f} tokens/s"
-        rows = [("rows", f"{self.rows:,}"), ("rewritten", f"{self.rewritten:,}, {100 * self.acceptance:.1f}{error} %")]
+        rows = [("rows", f"{self.rows:,}"), ("rewritten", f"{self.rewritten:,}, {accepted}")]
         rows += [("unchanged", f"{self.unchanged:,} of them say the reference again")] if self.unchanged else []
         if len(self.prompts) > 1:
             rows += [(f"- {name}", f"{of['rewritten']:,} of {of['rows']:,}") for name, of in self.prompts.items()]
@@ -243,7 +245,8 @@ def _distilled(source: Source, options: DistillOptions) -> Distillation:
 
     device = resolve_device(options.device)
     tokenizer = load_tokenizer(*loadable(source))
-    asked, digest = _asked(source, tokenizer, options)
+    with stage("reading the rows"):
+        asked, digest = _asked(source, tokenizer, options)
     engine_name = chosen(options.engine, device)
     teacher = {"teacher": public_name(source), "fingerprint": fingerprint(source)}
     request = {"format": FORMAT, "teacher": teacher["fingerprint"], "data": digest}
@@ -263,9 +266,17 @@ def _distilled(source: Source, options: DistillOptions) -> Distillation:
             if engine_name == "vllm"
             else TransformersEngine(source, tokenizer, device, options.writing)
         )
-        progress = rewrite(
-            asked, engine, options.checks, journal, samples=options.samples, watch=options.watch or (lambda _: None)
-        )
+        first = current().begin("rewriting the first rows")
+
+        def watch(progress: Progress) -> None:
+            first.done()
+            if options.watch is not None:
+                options.watch(progress)
+
+        try:
+            progress = rewrite(asked, engine, options.checks, journal, samples=options.samples, watch=watch)
+        finally:
+            first.done()
         source.check_unchanged()
         sha256 = _write(target, asked, journal, teacher, options)
         result = _summary(asked, journal, progress, options, engine=engine_name, resumed=resumed, sha256=sha256)

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from time import monotonic
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from surgeon.errors import DataError
 from surgeon.evals.evaluation import (
@@ -37,9 +37,6 @@ from surgeon.options import (
     trust_option,
     words,
 )
-
-if TYPE_CHECKING:
-    from surgeon.measure.scoring import Meter
 
 # The options that have no effect on an evaluation of the harness's tasks, and of gists.
 _NOT_WITH = {
@@ -105,17 +102,17 @@ class EvaluateOptions(MetricOptions):
 
 
 def run(
-    model: str, options: EvaluateOptions, *, quiet: bool, meter: "Meter"
+    model: str, options: EvaluateOptions, *, quiet: bool
 ) -> Evaluation | TaskEvaluation | GistEvaluation | SuiteEvaluation:
     """Return the evaluation that the command's options ask for."""
     if "," in options.metric:
-        return evaluate_suite(model, **options.keywords_for(SuiteOptions), meter=meter)
+        return evaluate_suite(model, **options.keywords_for(SuiteOptions))
     if options.tasks is not None:
         return evaluate_tasks(model, options.tasks, **options.keywords_for(TaskEvaluationOptions), quiet=quiet)
     if options.gist:
         keywords = options.keywords_for(GistEvaluationOptions)
-        return evaluate_gist(model, tokens=options.gist_tokens, **keywords, meter=meter)
-    return evaluate(model, **options.keywords_for(EvaluationOptions), meter=meter)
+        return evaluate_gist(model, tokens=options.gist_tokens, **keywords)
+    return evaluate(model, **options.keywords_for(EvaluationOptions))
 
 
 @takes(EvaluationOptions)
@@ -146,7 +143,7 @@ def _evaluated(model: str | os.PathLike[str], options: EvaluationOptions) -> Eva
     target = None if options.predictions is None else checked_target(Path(options.predictions))
     sources = [open_evaluated(model, options.revision)]
     sources += [] if options.baseline is None else [open_evaluated(options.baseline, None)]
-    context = context_of(sources, options.device, options.meter)
+    context = context_of(sources, options.device)
     judging = None
     if options.judge is not None:
         length = options.max_new_tokens or MAX_NEW_TOKENS
@@ -263,4 +260,4 @@ def judge_answers(
     cases = [Case(f"prompt {index}", prompt) for index, prompt in enumerate(prompts)]
     with runs(os.fspath(judge), trust_remote_code=options.trust_remote_code):
         loaded = Judge(open_evaluated(judge, options.revision), resolve_device(options.device))
-        return loaded.compare(cases, answers, others, batch_size=options.batch_size, meter=options.meter)
+        return loaded.compare(cases, answers, others, batch_size=options.batch_size)

@@ -26,6 +26,7 @@ from surgeon.options import (
     option,
     output_option,
     overwrite_option,
+    progress_option,
     reads_of,
     revision_option,
     same_option,
@@ -33,13 +34,15 @@ from surgeon.options import (
     trust_option,
 )
 from surgeon.surgery import open_source, parse_size
-from surgeon.train.launch import processes
-from surgeon.train.result import Training
-from surgeon.train.run_dir import DAMAGED_HINT, REQUEST, Request, begun, check_same, summary_of
+from surgeon.train.checkpoints import held
+from surgeon.train.launch import is_first, processes
+from surgeon.train.result import Training, concluded
+from surgeon.train.run_dir import DAMAGED_HINT, REQUEST, Request, begun, check_same, summary_of, written_by
 from surgeon.train.settings import ComputeSettings, LearningSettings, Settings, deciding
 
 if TYPE_CHECKING:
     from surgeon.cost.estimate import RunEstimate
+    from surgeon.progress import Progress
     from surgeon.train.run_dir import TrainingWatcher
     from surgeon.train.task import Task
 
@@ -104,6 +107,7 @@ class FinetuneOptions(MachineOptions, TrainingOptions, StorageOptions, PlaceOpti
     """The options of `finetune`."""
 
     watcher: "TrainingWatcher | None" = in_python("An object that is called with each step and evaluation.")
+    progress: "Progress | bool | None" = progress_option()
     command: str | None = in_python("The command line, for the card and the receipt.")
     given: Collection[str] = in_python("Options that a resumed run must not take from its own. Default: all named.", ())
 
@@ -113,6 +117,7 @@ class EstimateOptions(MachineOptions, TrainingOptions):
     """The options of `estimate_finetune`."""
 
     data: Sequence[str] = same_option(PlaceOptions, "data")
+    progress: "Progress | bool | None" = progress_option()
     num_processes: int | None = in_python("Processes that would train. Default: as many as a launcher has started.")
 
 
@@ -144,6 +149,9 @@ def finetune(model: str | os.PathLike[str], options: FinetuneOptions) -> Trainin
     request = Request(model=source.provenance(), data=options.data, settings=settings, others=others)
     if done is not None:
         check_same(place, request)
+        if summary_of(place, target) is None and is_first():  # it was killed just before it would have said so
+            with held(place):
+                done = replace(concluded(done, task.settings), already_done=True)
         return replace(done, seconds=time.perf_counter() - began)
 
     from surgeon.models.loading import runs
@@ -211,8 +219,11 @@ def places_of(model: str | os.PathLike[str], options: FinetuneOptions) -> tuple[
 
 
 def _finished(run_dir: Path, target: Path) -> Training | None:
-    """Return the summary of a finished run whose output is `target`, as it was written; None for any other run."""
-    if begun(run_dir) is None or (summary := summary_of(run_dir, target)) is None:
+    """Return the summary of a finished run whose output is `target`, as it was written; None for any other run.
+
+    A run that was killed after it had written its output, and before it could say so, is finished too.
+    """
+    if begun(run_dir) is None or (summary := summary_of(run_dir, target) or written_by(run_dir, target)) is None:
         return None
     with suppress(KeyError, TypeError):
         return replace(Training.of_finished(summary), output=target, run_dir=run_dir)

@@ -12,6 +12,7 @@ from surgeon.checkpoint.source import Source, spec_of
 from surgeon.errors import DataError, PlanError
 from surgeon.gist.tokens import read_gist
 from surgeon.options import check_seed, device_option, option, revision_option, seed_option, takes, trust_option
+from surgeon.progress import stage
 from surgeon.surgery import open_source
 
 if TYPE_CHECKING:
@@ -110,7 +111,8 @@ def _generated(source: Source, text: str, options: GenerateOptions) -> Generatio
     prompt = None if gist is None else _loaded_gist(gist, loaded, source)
     stops = _stop_tokens(loaded, source, tokenizer)
     loaded.generation_config = _generation_config(loaded, stops, options)
-    new_ids = _continuation(loaded, prompt, ids, max_new_tokens=options.max_new_tokens, seed=options.seed)
+    with stage("generating"):
+        new_ids = _continuation(loaded, prompt, ids, max_new_tokens=options.max_new_tokens, seed=options.seed)
     end = next((place for place, token in enumerate(new_ids) if token in stops), len(new_ids))
     return Generation(
         text=str(tokenizer.decode(new_ids[:end], skip_special_tokens=True)),

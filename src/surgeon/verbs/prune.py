@@ -21,6 +21,7 @@ from surgeon.options import (
     layer_numbers,
     numbers,
     option,
+    progress_option,
     reads_of,
     revision_option,
     seed_option,
@@ -44,7 +45,7 @@ from surgeon.verbs.pruning import Pruning
 
 if TYPE_CHECKING:
     from surgeon.measure.calibration import Calibration
-    from surgeon.measure.scoring import Meter
+    from surgeon.progress import Progress
 
 VERB = Verb(counts_layers=True, plans="prune", begins=True, then="finetune {output} --data {data} --teacher {source}")
 UNSCORED = "No scores yet: counts and sizes are exact, what goes is not decided."
@@ -231,7 +232,7 @@ class PruneOptions(RunOptions, CutOptions):
 
     all_tokens: bool = in_python('The same as tokens="all".', False)
     measure: bool = in_python("False: read headers only; the plan then has exact sizes, and `choice` is None.", True)
-    meter: "Meter | None" = in_python("Called when a pass over the text begins; returns a function that counts tokens.")
+    progress: "Progress | bool | None" = progress_option()
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -430,4 +431,4 @@ def _score(source: Source, cut: Cut, options: PruneOptions, text: "Calibration |
         seed=options.seed,
     )
     tokens, origin = (None, None) if text is None else (text.tokens, text.origin)
-    return score(source, tokens, request, data=origin, meter=options.meter)
+    return score(source, tokens, request, data=origin)

@@ -14,7 +14,6 @@ from surgeon.transforms.choose import Choice
 
 if TYPE_CHECKING:
     from surgeon.measure.calibration import Calibration
-    from surgeon.measure.scoring import Meter
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,18 +35,16 @@ class Pruning(Surgery):
     trust_remote_code: bool = False
     is_named: bool = False
 
-    def evaluate(
-        self, result: str | os.PathLike[str], *, before: float | None = None, meter: "Meter | None" = None
-    ) -> tuple[float, float] | None:
+    def evaluate(self, result: str | os.PathLike[str], *, before: float | None = None) -> tuple[float, float] | None:
         """Return the perplexity of the source (`before` if known) and of the written result; None without one."""
-        if (known := self.perplexity(meter=meter) if before is None else before) is None or self.text is None:
+        if (known := self.perplexity() if before is None else before) is None or self.text is None:
             return None
         from surgeon.measure.scoring import perplexity
 
         with runs(self.source.label, trust_remote_code=self.trust_remote_code):
-            return known, perplexity(open_source(result), self.text.tokens, device=self.device, meter=meter)
+            return known, perplexity(open_source(result), self.text.tokens, device=self.device)
 
-    def perplexity(self, *, meter: "Meter | None" = None) -> float | None:
+    def perplexity(self) -> float | None:
         """Return the perplexity of the source on the text; None without a text, and for an encoder."""
         if self.text is None:
             return None
@@ -60,9 +57,9 @@ class Pruning(Surgery):
         if self.scores is not None and self.scores.loss is not None and scored_on == self.text.origin["sha256"]:
             return perplexities([self.scores.loss])[0]
         with runs(self.source.label, trust_remote_code=self.trust_remote_code):
-            return perplexity(self.source, self.text.tokens, device=self.device, meter=meter)
+            return perplexity(self.source, self.text.tokens, device=self.device)
 
-    def curve(self, most: int | None = None, *, meter: "Meter | None" = None) -> list[float] | None:
+    def curve(self, most: int | None = None) -> list[float] | None:
         """Return the perplexity with 0, 1, 2 ... `most` layers removed by the scores, None without a text.
 
         One streamed pass over the source, in its full width. `most` is half its depth by default, and never more than
@@ -76,4 +73,4 @@ class Pruning(Surgery):
         last = min(half if most is None else most, self.most_removable)
         choices = [self.removable(count).dropped for count in range(last + 1)]
         with runs(self.source.label, trust_remote_code=self.trust_remote_code):
-            return removal_curve(self.source, self.text.tokens, choices, device=self.device, meter=meter)
+            return removal_curve(self.source, self.text.tokens, choices, device=self.device)

@@ -20,6 +20,7 @@ from surgeon.measure.trainability import Trainability, trainability
 from surgeon.models.loading import libraries_fail, quiet_transformers
 from surgeon.options import verb_named
 from surgeon.plan.plan import STORED_DTYPES
+from surgeon.progress import stage
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -106,7 +107,10 @@ def verify_as(
     label: str, source: str, result: Path, *, revision: str | None = None, device: str = "cpu", seed: int = 0
 ) -> Verification:
     """Return what `verify` returns of a `result` that messages call `label`: it may still have another name."""
-    with libraries_fail(f"{label} cannot be compared with its source", hint=HOW, error_type=VerificationError):
+    with (
+        stage("comparing with the source"),
+        libraries_fail(f"{label} cannot be compared with its source", hint=HOW, error_type=VerificationError),
+    ):
         return _compared(label, source, result, revision=revision, device=device, seed=seed)
 
 
