@@ -37,7 +37,7 @@ def inspect(
         check_picture(plot, reads_of(options) | {"MODEL": (model,)})
     inspection = verb.inspect(model, **keywords_of(options))
     if plot is not None:
-        save(inspection.plot(), plot)
+        save(inspection.draw(), plot)
     lists, names = tensors or filter is not None, filter or "*"
     if json:
         pictures = {} if plot is None else {"pictures": [str(plot)]}

@@ -1,6 +1,7 @@
 """The look of all pictures, in one place: colours, lines, marks and axes; and the file of a picture."""
 
 import io
+import math
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 from surgeon.checkpoint.overlap import check_file_replaced
 from surgeon.errors import OutputError, PlanError
 from surgeon.options import Reads
+from surgeon.text import printable
 
 FORMATS = (".png", ".svg", ".pdf")
 # Okabe and Ito's colours, which colour-blind eyes tell apart (Color Universal Design, 2008). No line or bar is told by
@@ -63,16 +65,14 @@ def line_style(number: int) -> dict[str, Any]:
 
 def spans_decades(values: Sequence[float]) -> bool:
     """Return whether finite values span two decades, so that an axis may be logarithmic; all others are linear."""
-    finite = [value for value in values if 0 < value < float("inf")]
-    return len(finite) == len([value for value in values if abs(value) < float("inf")]) and bool(
-        finite and max(finite) >= 100 * min(finite)
-    )
+    finite = [value for value in values if math.isfinite(value)]
+    return bool(finite) and min(finite) > 0 and max(finite) >= 100 * min(finite)
 
 
-def scale(axis_of: Any, values: Sequence[float]) -> None:
+def scale(axes: Any, values: Sequence[float]) -> None:
     """Make the y axis of a plot logarithmic where its values span two decades; else it is linear."""
     if spans_decades(values):
-        axis_of.set_yscale("log")
+        axes.set_yscale("log")
 
 
 def clean(axes: Any) -> None:
@@ -80,11 +80,16 @@ def clean(axes: Any) -> None:
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def whole_numbers(axis: Any) -> None:
-    """Mark an axis at whole numbers only."""
+def whole_numbers(axis: Any, *, most: int | None = None) -> None:
+    """Mark an axis at whole numbers only, at `most` so many steps."""
     from matplotlib.ticker import MaxNLocator
 
-    axis.set_major_locator(MaxNLocator(integer=True))
+    axis.set_major_locator(MaxNLocator("auto" if most is None else most, integer=True))
+
+
+def entitle(figure: Any, title: str) -> None:
+    """Write a title over a figure: what was measured, and on what."""
+    figure.suptitle("\n".join(printable(line).replace("$", r"\$") for line in title.split("\n")), fontsize="medium")
 
 
 def check_picture(path: Path, reads: Reads) -> None:

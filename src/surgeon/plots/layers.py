@@ -4,7 +4,19 @@ from collections.abc import Sequence
 from typing import Any
 
 from surgeon.anatomy.layer_table import LayerRow, layer_lines
-from surgeon.plots.figure import BLUE, GREEN, GREY, HATCHES, ORANGE, PINK, SKY, clean, new_figure, whole_numbers
+from surgeon.plots.figure import (
+    BLUE,
+    GREEN,
+    GREY,
+    HATCHES,
+    ORANGE,
+    PINK,
+    SKY,
+    clean,
+    entitle,
+    new_figure,
+    whole_numbers,
+)
 from surgeon.text import printable
 
 PARTS = {"attention": (BLUE, ""), "mlp": (ORANGE, "//"), "norm": (GREEN, ".."), "other": (PINK, "xx")}
@@ -46,7 +58,7 @@ def draw_layers(rows: Sequence[LayerRow], *, title: str, outside: int) -> Any:
     _numbers(below, rows)
     below.legend(frameon=False, ncols=len(names), loc="upper left", fontsize="small")
     clean(below)
-    figure.suptitle(printable(title), fontsize="medium")
+    entitle(figure, title)
     return figure
 
 

@@ -105,7 +105,7 @@ class Guard:
         return warnings
 
 
-NOT_PARTS = frozenset({"loss", "learning_rate", "grad_norm", "tokens", "epoch"})  # a step's logs without loss parts
+NOT_PARTS = frozenset({"loss", "learning_rate", "grad_norm", "tokens"})  # a step's logs without the epoch and parts
 
 
 class Reporter:

@@ -196,7 +196,7 @@ class Inspection(Shown):
         """Return the tensors whose names match a pattern, in which * stands for anything: `*.mlp.*`."""
         return {name: stored for name, stored in self.tensors.items() if fnmatchcase(name, names)}
 
-    def plot(self) -> Any:
+    def draw(self) -> Any:
         """Return a figure of matplotlib with a column for each layer: its kind, and its parameters by part."""
         from surgeon.plots.layers import draw_layers
 
