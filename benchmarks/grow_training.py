@@ -31,7 +31,6 @@ WARM_UP, DECAY = 50, 0.2  # steps, and the last share of them in which the learn
 SMALL = {"hidden_size": 64, "intermediate_size": 176, "num_attention_heads": 4, "num_key_value_heads": 2}
 WIDE = {"hidden_size": 128, "intermediate_size": 352, "attention_heads": 8, "key_value_heads": 4}
 LAYERS = 3
-COLORS = ("#4c72b0", "#937860", "#dd8452", "#55a868", "#8172b3")
 
 
 @dataclass(frozen=True)
@@ -317,12 +316,10 @@ def table(results: dict[str, Any], starts: Mapping[str, Start]) -> str:
 
 def plot(results: dict[str, Any], path: Path, starts: Mapping[str, Start], *, top: float = 2.0) -> None:
     """Draw the curves: one panel for each of two large shapes, with losses up to `top`."""
-    import matplotlib as mpl
+    from surgeon.plots.figure import BLACK, GREY, clean, line_style, new_figure, save
 
-    mpl.use("Agg")
-    from matplotlib import pyplot as plt
-
-    figure, panels = plt.subplots(1, 2, figsize=(10, 4.6), sharey=True, layout="constrained")
+    figure = new_figure(10, 4.6)
+    panels = figure.subplots(1, 2, sharey=True)
     curves = {name: [(tokens / 1e6, loss) for tokens, loss in curve] for name, curve in results["curves"].items()}
     small = results["small"]["curve"][-1][1]
     low = min(loss for curve in curves.values() for _, loss in curve)
@@ -332,15 +329,17 @@ def plot(results: dict[str, Any], path: Path, starts: Mapping[str, Start], *, to
             (name for name in starts if starts[name].like == like and starts[name].grow is not None),
             key=lambda name: -curves[name][-1][1],
         )
-        panel.axhline(small, color="#bbbbbb", lw=0.8, zorder=0)
-        panel.annotate("small model", (0.62 * random[-1][0], small), va="top", color="#888888", fontsize=8)
-        panel.plot(*zip(*random, strict=True), color="#555555", lw=1.8, ls="--")
+        panel.axhline(small, color=GREY, linewidth=0.8, zorder=0)
+        panel.annotate("small model", (0.62 * random[-1][0], small), va="top", color=GREY, fontsize=8)
+        panel.plot(*zip(*random, strict=True), color=BLACK, linewidth=1.8, linestyle="--")
         middle = random[len(random) // 3]
-        panel.annotate("random weights", middle, xytext=(6, 6), textcoords="offset points", color="#555555", fontsize=9)
-        for place, (name, color) in enumerate(zip(grown, COLORS, strict=False)):
-            panel.plot(*zip(*curves[name], strict=True), color=color, lw=1.6)
+        panel.annotate("random weights", middle, xytext=(6, 6), textcoords="offset points", color=BLACK, fontsize=9)
+        for place, name in enumerate(grown):
+            style = line_style(place) | {"linestyle": "-", "markersize": 3.5, "markevery": 2, "linewidth": 1.4}
+            panel.plot(*zip(*curves[name], strict=True), **style)
             x, y = curves[name][-1]
             at = (x + 0.06 * random[-1][0], min(small, curves[grown[0]][-1][1] + 0.02) - 0.042 * place)
+            color = style["color"]
             line = {"arrowstyle": "-", "color": color, "lw": 0.6, "shrinkA": 2, "shrinkB": 0, "relpos": (0, 0.5)}
             label = starts[name].label
             panel.annotate(label, (x, y), xytext=at, color=color, fontsize=9, va="center", arrowprops=line)
@@ -348,11 +347,10 @@ def plot(results: dict[str, Any], path: Path, starts: Mapping[str, Start], *, to
             title=f"{like}: {results['rows'][f'random-{like}']['parameters']:,} parameters", ylim=(low - 0.12, top)
         )
         panel.set_xlabel("tokens of the large model (millions)")
-        panel.spines[["top", "right"]].set_visible(False)
+        clean(panel)
     panels[0].set_ylabel("validation loss (nats/byte)")
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    save(figure, path)
 
 
 def command_line(description: str | None, *, directory: str, picture: Path) -> argparse.ArgumentParser:

@@ -68,7 +68,7 @@ def test_inspect_prints_the_anatomy_for_people_and_for_scripts(toy):
     text = run("inspect", toy("gemma3_text")).stdout
     parsed = json.loads(run("inspect", toy("gemma3_text"), "--json", "--tensors").stdout)
 
-    assert "sliding x2, full, sliding x2, full" in text
+    assert "AAB x2" in text
     assert parsed["sizes"]["ffn"] == 52
     assert parsed["tied"] is True
     assert parsed["layer_kinds"][2] == "full_attention"

@@ -313,8 +313,8 @@ def test_a_picture_shows_the_scores_and_the_curve(model, text, tmp_path, run):
     assert (plain.code, both.code, drawn.code) == (0, 0, 0)
     assert str(tmp_path / "a.png") in plain.out
     one, two = (matplotlib.image.imread(tmp_path / name) for name in ("a.png", "b.png"))
-    assert one.shape[:2] == (690, 960)  # 6.4 x 4.6 inches a panel, at 150 dots
-    assert two.shape[:2] == (690, 1920)
+    assert one.shape[:2] == (690, 1215)  # 6.4 inches of scores and 1.7 of a map, at 150 dots
+    assert two.shape[:2] == (690, 1995)  # and 5.2 of a curve
     assert one.std() > 0.1
     assert "<svg" in (tmp_path / "c.svg").read_text()
     json.loads(both.out)
@@ -337,12 +337,13 @@ def test_a_picture_that_cannot_be_is_refused_before_anything_is_measured(model, 
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("score", ["random", "last"])
-def test_a_picture_of_nothing_is_refused_before_anything_is_written(score, model, tmp_path, run):
-    command = ["prune", model, "--score", score, "--layers", 4, "-o", tmp_path / "cut", "--plot", tmp_path / "a.png"]
+def test_a_cut_without_scores_has_a_map_and_one_of_nothing_no_picture(model, tmp_path, run):
+    command = ["prune", model, "--score", "last", "-o", tmp_path / "cut", "--plot", tmp_path / "a.png"]
 
-    refused(run(*command), "nothing to draw")
+    refused(run(*command, "--layers", 6), "nothing to draw")
     assert list(tmp_path.iterdir()) == []
+    assert run(*command, "--layers", 4).code == 0
+    assert matplotlib.image.imread(tmp_path / "a.png").shape[:2] == (690, 255)
 
 
 def test_a_curve_without_a_text_is_refused_before_anything_is_written(model, scored, tmp_path, run):

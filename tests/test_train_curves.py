@@ -15,14 +15,14 @@ from later import LATER
 
 from surgeon.cli.plot import plot
 from surgeon.errors import DataError, OutputError, PlanError
-from surgeon.plots.training import names, plot_losses, series, smoothed
+from surgeon.plots.training import draw_losses, epoch_ends, names, plot_losses, series, smoothed
 from surgeon.train.run_dir import METRICS, EvalReport, MetricsLog, read_metrics
 
 if LATER:
     import matplotlib.image
     import numpy as np
 
-BLUE, ORANGE = (0.122, 0.467, 0.706), (1.0, 0.498, 0.055)  # the colours of the first run and the second
+BLUE, RED = (0.0, 0x72 / 255, 0xB2 / 255), (0xD5 / 255, 0x5E / 255, 0.0)  # the colours of the first and second run
 
 
 @pytest.fixture(autouse=True)
@@ -68,8 +68,48 @@ def test_each_run_has_its_colour(tmp_path):
 
     assert one.shape == two.shape == (720, 1200, 3)  # 8 x 4.8 inches at 150 dots
     assert count(one, BLUE) > 500
-    assert count(one, ORANGE) == 0
-    assert min(count(two, BLUE), count(two, ORANGE)) > 500
+    assert count(one, RED) == 0
+    assert min(count(two, BLUE), count(two, RED)) > 500
+
+
+def test_runs_differ_without_colours(tmp_path):
+    runs = [run(tmp_path / name, 100) for name in "abcde"]
+
+    (axes,) = draw_losses([(one, read_metrics(one)) for one in runs]).axes
+    marks = [[line.get_marker() for line in axes.lines if line.get_linestyle() == style] for style in ("-", "--", ":")]
+    smooth = [mark for mark in marks[0] if mark != "None"]
+
+    assert len(set(smooth)) == len(set(marks[1])) == len(set(marks[2])) == 5
+    assert smooth == marks[1] == marks[2]
+
+
+def in_epochs(steps: int, length: int) -> list[dict[str, float]]:
+    return [{"step": step, "tokens": 10 * step, "loss": 2.0, "epoch": step / length} for step in range(1, steps + 1)]
+
+
+def test_a_line_stands_where_an_epoch_ends():
+    records = [*in_epochs(7, 3), {"step": 7, "tokens": 70, "eval_loss": 2.0}]
+    (axes,) = draw_losses([(Path("nowhere"), records)], x="tokens").axes
+    (two,) = draw_losses([(Path("a"), records), (Path("b"), in_epochs(7, 2))]).axes
+
+    assert epoch_ends(records, "steps") == [(1, 3), (2, 6)]
+    assert epoch_ends([{"step": 1, "loss": 2.0}], "steps") == []
+    assert [text.get_text() for text in axes.texts] == ["epoch 1 ", "epoch 2 "]
+    assert [text.get_position()[0] for text in axes.texts] == [30, 60]
+    assert [text.get_position()[0] for text in two.texts] == [3, 6, 2, 4, 6]
+
+
+def test_the_title_says_what_was_trained_on_what(tmp_path):
+    one = run(tmp_path / "one", 20)
+    asked = {"model": {"path": "/home/ann/smol"}, "data": ["/data/text.txt[:90%]"], "settings": {}, "others": {}}
+    (one / "run.json").write_text(json.dumps(asked))
+    two = run(tmp_path / "two", 30)
+    (two / "run.json").write_text("{")
+
+    figures = [draw_losses([(each, read_metrics(each)) for each in runs]) for runs in ([one], [one, two])]
+
+    assert figures[0].get_suptitle() == "smol on text.txt[:90%] (20 steps, 10,240 tokens)"
+    assert figures[1].get_suptitle() == "2 runs (30 steps, 15,360 tokens)"
 
 
 @pytest.mark.parametrize("steps", [1, 2, 3, 21])

@@ -1,10 +1,10 @@
 """Numbers, tables and lists as plain text for people."""
 
-import json
 import math
 import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from contextvars import ContextVar
 from itertools import groupby
 from typing import Any
 
@@ -78,19 +78,35 @@ def sliced(spec: str) -> tuple[str, str, str]:
     return (spec, "", "") if found is None else (found[1], found[2], found[3])
 
 
+class Layout:
+    """How the rows and tables of a text are laid out: in aligned columns. `showing.py` has another, for notebooks."""
+
+    def rows(self, pairs: Sequence[tuple[str, str]]) -> str:
+        """Return lines of "name  value" with the values aligned."""
+        width = max((len(name) for name, _ in pairs), default=0)
+        return "\n".join(f"  {name:<{width}}  {value}" for name, value in pairs)
+
+    def table(self, header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+        """Return a table with aligned columns."""
+        widths = [max(map(len, column)) for column in zip(header, *lines, strict=True)]
+        padded = (
+            "  ".join(f"{cell:<{width}}" for cell, width in zip(line, widths, strict=True)) for line in (header, *lines)
+        )
+        return "\n".join(f"  {line}".rstrip() for line in padded)
+
+
+LAYOUT: ContextVar[Layout] = ContextVar("layout", default=Layout())  # noqa: B039  (it holds nothing)
+
+
 def rows(pairs: Iterable[tuple[str, str]]) -> str:
     """Return lines of "name  value" with the values aligned."""
-    pairs = [(printable(name), printable(value)) for name, value in pairs]
-    width = max((len(name) for name, _ in pairs), default=0)
-    return "\n".join(f"  {name:<{width}}  {value}" for name, value in pairs)
+    return LAYOUT.get().rows([(printable(name), printable(value)) for name, value in pairs])
 
 
 def table(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
     """Return a table with aligned columns."""
-    cells = [[printable(cell) for cell in line] for line in (header, *lines)]
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    padded = ("  ".join(f"{cell:<{width}}" for cell, width in zip(line, widths, strict=True)) for line in cells)
-    return "\n".join(f"  {line}".rstrip() for line in padded)
+    names, *cells = [[printable(cell) for cell in line] for line in (header, *lines)]
+    return LAYOUT.get().table(names, cells)
 
 
 def layers(layer_map: Sequence[int | None]) -> str:
@@ -112,14 +128,34 @@ def few(files: Sequence[str]) -> str:
     return ", ".join(map(shortened, files)) if len(files) <= 2 else f"{len(files)} files"
 
 
+_DEEPEST = 4  # values inside values that are said; a hostile file may hold thousands
+
+
+def spoken(value: Any, depth: int = 0) -> str:
+    """Return a value of JSON in words, without its punctuation: "type yarn, factor 4, list (1, 2)"."""
+    if isinstance(value, bool | None):
+        return {True: "true", False: "false", None: "null"}[value]
+    if isinstance(value, str) or not isinstance(value, Mapping | list | tuple):
+        return str(value) or "(empty)"
+    if depth > _DEEPEST:
+        return "..."
+    inner = {True: "({})", False: "{}"}
+    said = [
+        inner[isinstance(item, Mapping | list | tuple) and bool(item)].format(spoken(item, depth + 1))
+        for item in (value.values() if isinstance(value, Mapping) else value)
+    ]
+    named = map("{} {}".format, value, said) if isinstance(value, Mapping) else said
+    return ", ".join(named) or "(empty)"
+
+
 def brief(value: Any) -> str:
     """Return a config value as short text: repeated words are counted, long values cut."""
     if value is None:
         return "(absent)"
     if isinstance(value, list) and len(value) > 1 and all(isinstance(item, str) for item in value):
         return runs(value)
-    text = json.dumps(value, ensure_ascii=False)
-    return text if len(text) <= 60 else f"{text[:57]}..."
+    words = spoken(value)
+    return words if len(words) <= 60 else f"{words[:57]}..."
 
 
 def listing(names: Sequence[str]) -> str:

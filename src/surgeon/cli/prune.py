@@ -10,8 +10,8 @@ from surgeon.cli import clock, command
 from surgeon.cli.command import Model, Writing, spread
 from surgeon.errors import PlanError
 from surgeon.options import option, reads_of
-from surgeon.plots.figure import check_picture
-from surgeon.plots.pruning import NOTHING, NOTHING_HINT, has_picture, plot_pruning
+from surgeon.plots.figure import check_picture, save
+from surgeon.plots.pruning import NOTHING, NOTHING_HINT
 from surgeon.surgery import open_model
 from surgeon.verbs import prune as verb
 from surgeon.verbs.pruning import Pruning
@@ -26,7 +26,10 @@ class PictureOptions:
 
     curve: bool = option("Measure the perplexity for every number of layers removed, up to half of them.", False)
     plot: Path | None = option(
-        "Draw the scores, and the curve, to this .png, .svg or .pdf.", None, metavar="FILE", writes=True
+        "Draw the scores, a map of what goes, and the curve, to this .png, .svg or .pdf.",
+        None,
+        metavar="FILE",
+        writes=True,
     )
 
 
@@ -85,9 +88,8 @@ class PruneReport:
 
             if not predicts_next(self.surgery.source):
                 raise PlanError("this model has no perplexity to draw a curve of", hint="Leave out --curve.")
-        score, scores = self.surgery.score, self.surgery.scores
-        if self.plot is not None and not self.curve and (score is None or not has_picture(score, scores)):
-            raise PlanError(NOTHING.format(score or "a list of layers"), hint=NOTHING_HINT)
+        if self.plot is not None and not self.curve and not self.surgery.removed and self.surgery.scores is None:
+            raise PlanError(NOTHING, hint=NOTHING_HINT)
 
     def preview(self) -> tuple[list[tuple[str, str]], dict[str, Any]]:
         """Return the choice, as rows for people and as entries for JSON."""
@@ -126,8 +128,7 @@ class PruneReport:
             entries["curve"] = curve
         if self.plot is not None:
             assert surgery.score is not None, "check has refused to draw layers that were named"
-            dropped = () if surgery.choice is None else surgery.choice.dropped
-            plot_pruning(self.plot, surgery.score, surgery.scores, dropped=dropped, curve=curve)
+            save(surgery.draw(curve=curve), self.plot)
             rows.append(("picture", str(self.plot)))
             entries["pictures"] = [str(self.plot)]
         return rows, entries

@@ -9,10 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 from surgeon import text
 from surgeon.evals.compare import Estimate, PairedDifference, estimate, paired, short_label
+from surgeon.showing import Shown
 from surgeon.text import plus_minus
 
 if TYPE_CHECKING:
     from surgeon.measure.diagnosis import Measured
+    from surgeon.plots.attention import Panel
 
 LOW_RANK = 1.5  # a head whose mean rank is below this has rank 1 on most sequences
 Figures = Mapping[str, float]
@@ -66,8 +68,8 @@ class Layer:
         return figures
 
 
-@dataclass(frozen=True, kw_only=True)
-class Diagnosis:
+@dataclass(frozen=True, kw_only=True, repr=False)
+class Diagnosis(Shown):
     """The diagnosis of a model on `sequences` rows of `length` tokens.
 
     `loss` is of the first `skip_sequences` rows, on which layers are left out. `calibration` holds the measures of maps
@@ -133,8 +135,38 @@ class Diagnosis:
         parts += ["\n".join(f"- {finding}" for finding in findings(self)), text.rows(self.facts())]
         return "\n\n".join(part if part.startswith((" ", "-")) else f"  {part}" for part in parts)
 
-    def __str__(self) -> str:
-        return self.to_text()
+    @property
+    def headline(self) -> str:
+        """The model, what was looked at, and its loss."""
+        loss = "" if self.loss is None else f", loss {plus_minus(self.loss.value, self.loss.error)}"
+        return f"{self.model}, {len(self.layers)} layers, {self.amount}{loss}"
+
+    def draw(self) -> Any:
+        """Return a figure of matplotlib: heat maps of the heads, and what each layer is worth; of both models."""
+        from surgeon.plots.attention import draw_diagnosis
+
+        return draw_diagnosis([one.panel() for one in (self, self.other) if one is not None])
+
+    def panel(self) -> "Panel":
+        """Return what is drawn of this model alone."""
+        from surgeon.plots.attention import Panel
+
+        series = {
+            "without the layer": [layer.skip for layer in self.layers],
+            "without its attention": [layer.attention_skip for layer in self.layers],
+        }
+        rises = {
+            name: [None if change is None else (change.value, change.error) for change in changes]
+            for name, changes in series.items()
+        }
+        return Panel(
+            title=f"{short_label(self.model)}\n{self.amount}",
+            heads=[layer.heads for layer in self.layers],
+            influence=[layer.influence for layer in self.layers],
+            rises={} if self.loss is None else rises,
+            length=self.length,
+            low_rank=LOW_RANK,
+        )
 
     @property
     def amount(self) -> str:

@@ -4,7 +4,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-COLOURS = "cividis"  # made for colour-blind eyes; its brightness rises all the way, so it can be printed in grey
+from surgeon.plots.figure import BLACK, MAP, clean, new_figure, scale, spans_decades, whole_numbers
+from surgeon.text import printable
+
 LEAST = 0.01  # nats: rises of the loss between minus and plus this much stand on a linear part of the axis
 
 
@@ -30,26 +32,26 @@ def draw_diagnosis(panels: Sequence[Panel]) -> Any:
     Both models have the same scales, so that they can be compared by eye.
     """
     from matplotlib.colors import LogNorm, Normalize
-    from matplotlib.figure import Figure
 
     has_rises = any(panel.rises for panel in panels)
     heads = max(len(layer) for panel in panels for layer in panel.heads)
     heights = [max(2.0, 0.17 * heads)] * 2 + [2.2] * (2 if has_rises else 1)
     depth = max(len(panel.heads) for panel in panels)
     width = max(6.0, 0.2 * depth + 1.8)
-    figure = Figure(figsize=(width * len(panels), sum(heights) + 1.2), layout="constrained")
+    figure = new_figure(width * len(panels), sum(heights) + 1.2)
     grid = figure.subplots(len(heights), len(panels), squeeze=False, sharey="row", height_ratios=heights)
     most = max(head["rank"] for panel in panels for layer in panel.heads for head in layer)
-    scales = {"rank": LogNorm(1, max(most, 2.0)), "sink": Normalize(0, 1)}
+    ranks = LogNorm(1, most) if spans_decades([1.0, most]) else Normalize(1, max(most, 2.0))
+    scales = {"rank": ranks, "sink": Normalize(0, 1)}
     labels = {"rank": "rank of the map", "sink": "attention on token 0"}
     for column, panel in enumerate(panels):
         for row, measure in enumerate(scales):
             axes = grid[row][column]
             shown = _heat_map(axes, panel, measure, scales[measure])
-            axes.set(ylabel="head" if column == 0 else "", title=panel.title if row == 0 else "")
+            axes.set(ylabel="head" if column == 0 else "", title=_title(panel.title) if row == 0 else "")
             if column == len(panels) - 1:
                 bar = figure.colorbar(shown, ax=grid[row].tolist(), label=labels[measure], pad=0.01)
-                if measure == "rank":
+                if measure == "rank" and isinstance(ranks, LogNorm):
                     ticks = [tick for tick in (1, 2, 5, 10, 20, 50, 100, 200, 500) if tick <= most]
                     bar.set_ticks(ticks, labels=[str(tick) for tick in ticks], minor=False)
                     bar.ax.minorticks_off()
@@ -64,7 +66,7 @@ def _heat_map(axes: Any, panel: Panel, measure: str, scale: Any) -> Any:
     rows = max(len(layer) for layer in panel.heads)
     missing = float("nan")
     cells = [[layer[head][measure] if head < len(layer) else missing for layer in panel.heads] for head in range(rows)]
-    shown = axes.imshow(cells, aspect="auto", interpolation="nearest", cmap=COLOURS, norm=scale, origin="lower")
+    shown = axes.imshow(cells, aspect="auto", interpolation="nearest", cmap=MAP, norm=scale, origin="lower")
     if measure == "rank":
         low = [
             (number, head)
@@ -75,19 +77,22 @@ def _heat_map(axes: Any, panel: Panel, measure: str, scale: Any) -> Any:
         if low:  # the lowest ranks are the darkest cells
             axes.plot(*zip(*low, strict=True), "x", color="white", markersize=3.5, markeredgewidth=1.0)
         axes.set_xlabel(f"x: rank below {panel.low_rank}, T = {panel.length}", fontsize="small")
-    _whole_numbers(axes.yaxis)
-    _whole_numbers(axes.xaxis)
+    whole_numbers(axes.yaxis)
+    whole_numbers(axes.xaxis)
     return shown
 
 
 def _rises(axes: Any, panel: Panel) -> None:
-    styles = ({"marker": "o", "color": "black"}, {"marker": "s", "color": "0.55", "markerfacecolor": "white"})
+    styles = ({"marker": "o", "color": BLACK}, {"marker": "s", "color": "0.55", "markerfacecolor": "white"})
     for (name, series), style in zip(panel.rises.items(), styles, strict=False):
         places = [number for number, point in enumerate(series) if point is not None]
         values = [point[0] for point in series if point is not None]
         errors = [2 * (point[1] or 0.0) for point in series if point is not None]
         axes.errorbar(places, values, yerr=errors, label=name, linestyle="none", markersize=4, linewidth=1, **style)
-    axes.set_yscale("symlog", linthresh=LEAST)
+    if spans_decades(
+        [LEAST, max((abs(point[0]) for series in panel.rises.values() for point in series if point), default=0.0)]
+    ):
+        axes.set_yscale("symlog", linthresh=LEAST)
     axes.axhline(0, color="0.8", linewidth=0.8, zorder=0)
     axes.legend(frameon=False, fontsize="small", ncols=2, loc="upper center")
     _finish(axes, panel, "rise of the loss\n(nats, ± 2 errors)")
@@ -95,19 +100,17 @@ def _rises(axes: Any, panel: Panel) -> None:
 
 def _influence(axes: Any, panel: Panel) -> None:
     axes.bar(range(len(panel.influence)), panel.influence, color="0.35", width=0.7)
-    axes.set_yscale("log")
-    _finish(axes, panel, "block influence")
+    scale(axes, panel.influence)
+    _finish(axes, panel, "block influence (1 - cosine)")
 
 
 def _finish(axes: Any, panel: Panel, label: str) -> None:
     axes.set_xlim(-0.5, len(panel.influence) - 0.5)
-    axes.spines[["top", "right"]].set_visible(False)
+    clean(axes)
     if axes.get_subplotspec().is_first_col():
         axes.set_ylabel(label, fontsize="small")
-    _whole_numbers(axes.xaxis)
+    whole_numbers(axes.xaxis)
 
 
-def _whole_numbers(axis: Any) -> None:
-    from matplotlib.ticker import MaxNLocator
-
-    axis.set_major_locator(MaxNLocator(integer=True))
+def _title(title: str) -> str:
+    return "\n".join(map(printable, title.split("\n")))

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from surgeon.plots.figure import save
+from surgeon.plots.figure import BLUE, RED, clean, entitle, new_figure, save
 
 WIDE = 2.0  # standard errors to each side: about 95 %
 
@@ -28,28 +28,26 @@ def plot_comparison(points: Sequence[Point], path: Path, *, title: str) -> None:
 
     Raises OutputError where the file cannot be written.
     """
-    from matplotlib.figure import Figure
-
     kinds = list(dict.fromkeys(point.figure for point in points))
     most = max(sum(point.figure == kind for point in points) for kind in kinds)
-    figure = Figure(figsize=(5.2 * len(kinds), 1.4 + 0.36 * most), layout="constrained")
+    figure = new_figure(5.2 * len(kinds), 1.4 + 0.36 * most)
     for axes, kind in zip(figure.subplots(1, len(kinds), squeeze=False)[0], kinds, strict=True):
         _panel(axes, [point for point in points if point.figure == kind])
         axes.set(xlabel=f"{kind.replace('_', ' ')}  (bars: ± {WIDE:g} standard errors)")
-    figure.suptitle(title, fontsize="medium")
+    entitle(figure, title)
     save(figure, path)
 
 
 def _panel(axes: Any, points: Sequence[Point]) -> None:
     places = range(len(points))
     errors = [WIDE * (point.error or 0.0) for point in points]
-    axes.errorbar([point.value for point in points], places, xerr=errors, fmt="o", color="#1f4e79", capsize=3)
+    axes.errorbar([point.value for point in points], places, xerr=errors, fmt="o", color=BLUE, capsize=3)
     for value in dict.fromkeys(point.baseline for point in points if point.baseline is not None):
-        axes.axvline(value, color="#b45f06", linestyle="--", linewidth=1.2, label="baseline")
+        axes.axvline(value, color=RED, linestyle="--", linewidth=1.2, label="baseline")
     axes.set_yticks(list(places), [point.step for point in points])
     axes.set_ylim(len(points) - 0.5, -0.5)
     axes.grid(axis="x", alpha=0.25)
-    axes.spines[["top", "right"]].set_visible(False)
+    clean(axes)
     if axes.get_legend_handles_labels()[0]:
         handles, labels = axes.get_legend_handles_labels()
         axes.legend(handles[:1], labels[:1], frameon=False, loc="best")

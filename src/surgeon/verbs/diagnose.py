@@ -13,7 +13,6 @@ from surgeon.anatomy.config import positions_of
 from surgeon.checkpoint.source import Source, spec_of
 from surgeon.evals.compare import short_label
 from surgeon.evals.diagnosis import (
-    LOW_RANK,
     Diagnosis,
     calibration_table,
     comparison_table,
@@ -40,7 +39,6 @@ from surgeon.verbs.inspect import layers_in
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from surgeon.plots.attention import Panel
     from surgeon.progress import Progress
 
 
@@ -110,7 +108,7 @@ def diagnose(model: str | os.PathLike[str], options: DiagnoseOptions) -> Diagnos
     if plot is not None:
         from surgeon.plots.figure import save
 
-        save(_figure(diagnosis), plot)
+        save(diagnosis.draw(), plot)
         diagnosis = replace(diagnosis, written={"pictures": [str(plot)]})
     if html is not None:
         _write_page(diagnosis, html)
@@ -178,38 +176,11 @@ def _one(
 # --- pictures -----------------------------------------------------------------------------------------------------
 
 
-def _figure(diagnosis: Diagnosis) -> Any:
-    from surgeon.plots.attention import draw_diagnosis
-
-    return draw_diagnosis([_panel(one) for one in (diagnosis, diagnosis.other) if one is not None])
-
-
-def _panel(diagnosis: Diagnosis) -> "Panel":
-    from surgeon.plots.attention import Panel
-
-    series = {
-        "without the layer": [layer.skip for layer in diagnosis.layers],
-        "without its attention": [layer.attention_skip for layer in diagnosis.layers],
-    }
-    rises = {
-        name: [None if change is None else (change.value, change.error) for change in changes]
-        for name, changes in series.items()
-    }
-    return Panel(
-        title=f"{short_label(diagnosis.model)}\n{diagnosis.amount}",
-        heads=[layer.heads for layer in diagnosis.layers],
-        influence=[layer.influence for layer in diagnosis.layers],
-        rises={} if diagnosis.loss is None else rises,
-        length=diagnosis.length,
-        low_rank=LOW_RANK,
-    )
-
-
 def _write_page(diagnosis: Diagnosis, path: Path) -> None:
     from surgeon.plots import page
 
     title = f"Diagnosis of {short_label(diagnosis.model)}"
-    parts = [page.sentences(findings(diagnosis)), page.picture(_figure(diagnosis), f"{title}: heads over layers")]
+    parts = [page.sentences(findings(diagnosis)), page.picture(diagnosis.draw(), f"{title}: heads over layers")]
     parts += [page.heading("Layers"), page.table(*layer_table(diagnosis))]
     if diagnosis.other is not None:
         parts += [page.heading(f"Layers of {short_label(diagnosis.other.model)}")]

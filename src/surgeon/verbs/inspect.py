@@ -1,20 +1,24 @@
 """The verb `inspect`: the anatomy of a checkpoint, and its differences from another."""
 
-import json
 import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 from surgeon import text
 from surgeon.anatomy.anatomy import Anatomy, read_anatomy
 from surgeon.anatomy.config import layer_kinds
+from surgeon.anatomy.layer_table import LayerRow, layer_lines, layer_rows
 from surgeon.checkpoint.comparing import are_equal
 from surgeon.checkpoint.receipt import read_receipt
 from surgeon.checkpoint.source import LocalSource, Source, StoredTensor, spec_of
 from surgeon.options import option, revision_option, takes
 from surgeon.plan.plan import changed_keys
+from surgeon.showing import Shown
 from surgeon.surgery import open_source
 from surgeon.transforms.settling import is_copy, predictors_in, stored_tie
 
@@ -23,11 +27,11 @@ STORED_TIE = {
     True: "  (the head is stored too, and equals the embedding)",
     False: "  (config.json says so, but the stored head differs from the embedding: transformers does not tie it)",
 }
-MADE_BY = 2000  # characters of the steps in a receipt; --json has them all
+MADE_BY = 300  # characters of a step in a receipt; --json has them all
 
 
-@dataclass(frozen=True, slots=True)
-class ModelDifference:
+@dataclass(frozen=True, slots=True, repr=False)
+class ModelDifference(Shown):
     """The differences of a checkpoint from `other`. Tensors are named as in the checkpoint itself.
 
     `layer_map` gives the layer of `other` that each layer was compared with. Where the checkpoint was made from the
@@ -45,6 +49,12 @@ class ModelDifference:
     compared: bool
     same: tuple[str, ...]
     changed: tuple[str, ...]
+
+    @property
+    def headline(self) -> str:
+        """How many tensors and config keys differ, and from which model."""
+        tensors = len(self.added) + len(self.removed) + len(self.reshaped) + len(self.changed)
+        return f"{tensors} tensors and {len(self.config)} config keys from {self.other}"
 
     def to_dict(self) -> dict[str, Any]:
         """Return the difference as `--json` prints it."""
@@ -82,8 +92,8 @@ class ModelDifference:
         return text.rows(lines)
 
 
-@dataclass(frozen=True)
-class Inspection:
+@dataclass(frozen=True, repr=False)
+class Inspection(Shown):
     """The anatomy of a checkpoint, its sizes in parameters and bytes, and where its tensors lie."""
 
     label: str
@@ -125,13 +135,25 @@ class Inspection:
             return self.anatomy.spec.config.get("tie_word_embeddings")
         return not any(self.anatomy.row(name)[0].kind == "head" for name in self.tensors)
 
+    @cached_property
+    def layers(self) -> tuple[LayerRow, ...]:
+        """What each layer is: its attention and window, its MLP or experts, its parameters."""
+        return layer_rows(self.anatomy)
+
+    @property
+    def headline(self) -> str:
+        """The model, its type, its depth and its size."""
+        spec, depth = self.anatomy.spec, self.anatomy.depth
+        size = f"{spec.num_parameters:,} parameters, {text.size(spec.nbytes)}"
+        return f"{self.label}, {self.anatomy.model_type}, {depth} layers, {size}"
+
     @property
     def layer_kinds(self) -> list[str] | None:
         """The attention kind of each layer, None where all are alike."""
         return layer_kinds(self.anatomy.spec.config, self.anatomy.depth)
 
-    def to_dict(self, *, tensors: bool = False) -> dict[str, Any]:
-        """Return the inspection as `--json` prints it; with `tensors`, every one of them."""
+    def to_dict(self, *, tensors: bool = False, names: str = "*") -> dict[str, Any]:
+        """Return the inspection as `--json` prints it; with `tensors`, those whose names match the pattern `names`."""
         spec = self.anatomy.spec
         result: dict[str, Any] = {
             "model": self.label,
@@ -146,18 +168,44 @@ class Inspection:
             "dtypes": self.dtypes,
             "tied": self.tied,
             "layer_kinds": self.layer_kinds,
+            "per_layer": [row.to_dict() for row in self.layers],
             "files": sorted({tensor.file for tensor in self.tensors.values()}),
             "made_by": None if self.receipt is None else self.receipt.get("steps"),
         }
         if tensors:
             result["tensors"] = {
                 name: {"dtype": stored.spec.dtype, "shape": list(stored.spec.shape), "file": stored.file}
-                for name, stored in self.tensors.items()
+                for name, stored in self.matching(names).items()
             }
         return result | ({"against": self.difference.to_dict()} if self.difference else {})
 
-    def to_text(self, *, tensors: bool = False) -> str:
-        """Return the inspection for people; with `tensors`, every one of them."""
+    def to_text(self, *, tensors: bool = False, names: str = "*") -> str:
+        """Return the inspection for people; with `tensors`, those whose names match the pattern `names`."""
+        header, lines, pattern = layer_lines(self.layers)
+        facts = self._facts() + ([("pattern", pattern)] if pattern else [])
+        shown = [text.rows(facts), text.table(header, lines)]
+        if tensors:
+            listed = [
+                (name, stored.spec.dtype, str(list(stored.spec.shape)), stored.file)
+                for name, stored in self.matching(names).items()
+            ]
+            shown += [text.table(("tensor", "dtype", "shape", "file"), listed) if listed else f"  no tensor is {names}"]
+        return "\n\n".join(shown + ([self.difference.to_text()] if self.difference else []))
+
+    def matching(self, names: str) -> Mapping[str, StoredTensor]:
+        """Return the tensors whose names match a pattern, in which * stands for anything: `*.mlp.*`."""
+        return {name: stored for name, stored in self.tensors.items() if fnmatchcase(name, names)}
+
+    def draw(self) -> Any:
+        """Return a figure of matplotlib with a column for each layer: its kind, and its parameters by part."""
+        from surgeon.plots.layers import draw_layers
+
+        name = Path(self.label).name if Path(self.label).exists() else self.label
+        outside = self.anatomy.spec.num_parameters - sum(row.parameters for row in self.layers)
+        return draw_layers(self.layers, title=self.headline.replace(self.label, name, 1), outside=outside)
+
+    def _facts(self) -> list[tuple[str, str]]:
+        """Return what holds for the whole model."""
         anatomy, spec = self.anatomy, self.anatomy.spec
         lines = [
             ("model", self.label),
@@ -175,21 +223,9 @@ class Inspection:
             ("bytes", f"{text.size(spec.nbytes)}  ({', '.join(f'{t} {text.size(n)}' for t, n in self.dtypes.items())})")
         ]
         lines += [("tied", {True: "yes", False: "no", None: "not known"}[self.tied] + STORED_TIE[self.stored_tie])]
-        if self.layer_kinds:
-            lines += [("attention", text.runs(self.layer_kinds))]
-        if self.receipt:
-            lines += [("made by", json.dumps(self.receipt.get("steps"))[:MADE_BY])]
-        shown = text.rows(lines)
-        if tensors:
-            listed = [
-                (name, stored.spec.dtype, str(list(stored.spec.shape)), stored.file)
-                for name, stored in self.tensors.items()
-            ]
-            shown += "\n\n" + text.table(("tensor", "dtype", "shape", "file"), listed)
-        return shown + (f"\n\n{self.difference.to_text()}" if self.difference else "")
-
-    def __str__(self) -> str:
-        return self.to_text()
+        if self.receipt and self.receipt.get("steps"):
+            lines += [("made by", _steps(self.receipt["steps"]))]
+        return lines
 
     def _table_note(self) -> str:
         """Return what to know of the model type's table: nothing where it is whole."""
@@ -294,6 +330,16 @@ def _name_in_other(name: str, anatomy: Anatomy, other: Anatomy, layer_map: tuple
             layer = layer_map[place[0]]
             return None if layer is None else other_stack.name(layer, place[1])
     return name
+
+
+def _steps(steps: Sequence[Mapping[str, Mapping[str, Any]]]) -> str:
+    """Return the steps of a receipt in words: "convert (from gguf), then truncate (layers 20)"."""
+    written = []
+    for verb, options in (pair for step in steps for pair in step.items()):
+        words = text.spoken({name: value for name, value in options.items() if value not in (None, False, [], {}, "")})
+        words = words if len(words) <= MADE_BY else f"{words[: MADE_BY - 3]}..."
+        written.append(f"{verb} ({words})" if options else verb)
+    return ", then ".join(written)
 
 
 def _axis(runs: Sequence[Sequence[int]]) -> str:

@@ -1,9 +1,10 @@
 """A surgery that scores decided, and what it costs in perplexity on their text."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from surgeon.anatomy.anatomy import read_anatomy
 from surgeon.checkpoint.source import spec_of
@@ -14,6 +15,7 @@ from surgeon.transforms.choose import Choice
 
 if TYPE_CHECKING:
     from surgeon.measure.calibration import Calibration
+    from surgeon.plots.pruning import Removed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,3 +76,37 @@ class Pruning(Surgery):
         choices = [self.removable(count).dropped for count in range(last + 1)]
         with runs(self.source.label, trust_remote_code=self.trust_remote_code):
             return removal_curve(self.source, self.text.tokens, choices, device=self.device)
+
+    def draw(self, *, curve: Sequence[float] | None = None) -> Any:
+        """Return a figure of matplotlib: the scores, a map of what goes, and the perplexities of `curve`, if given.
+
+        Raises PlanError where nothing goes and nothing was scored.
+        """
+        from surgeon.plots.pruning import draw_pruning
+
+        return draw_pruning(self.score, self.scores, self.removed, title=self._title(), curve=curve)
+
+    @property
+    def removed(self) -> "Removed":
+        """The layers of the source that go, and of each narrowed axis what stays in each layer."""
+        from surgeon.plots.pruning import Removed
+        from surgeon.transforms.kept import remains
+
+        before, stays = self.before, set(self.plan.layer_map)
+        gone = [layer for layer in range(before.depth) if layer not in stays]
+        return Removed(depth=before.num_layers, layers=before.in_all_stacks(gone), axes=remains(before, self.plan))
+
+    def _title(self) -> str:
+        """Return what was pruned, how much goes, and by which scores on which text."""
+        label = self.source.label
+        before, after = self.before.spec.num_parameters, self.spec.num_parameters
+        layers = f"{self.before.depth} → {len(self.plan.layer_map)} layers"
+        how = "layers as named" if self.score is None else self.score
+        if self.text is not None:
+            rows, length = self.text.tokens.shape
+            names = [Path(str(item["data"])).name for item in self.text.origin["sources"]]
+            how += f", on {rows} x {length} tokens of {', '.join(names) or 'text by the model itself'}"
+        elif self.scores is not None and self.scores.tokens:
+            how += f", on {self.scores.tokens:,} tokens"
+        name = Path(label).name if Path(label).exists() else label
+        return f"{name}: {layers}, {before:,} → {after:,} parameters\n{how}"
