@@ -1,37 +1,55 @@
-"""`make demo`: convert, inspect and cut a real model, and let the original and the cut model continue a prompt."""
+"""`make demo`: take a real model, cut layers out, heal the cut with the whole model as teacher, and measure what is lost.
+
+The model is SmolLM2-135M-Instruct, from the GGUF file of a package that `make` installs. The text is the reference of
+the Python language, which every Python carries for its own help(). No step but the last reads the last tenth of it.
+"""
 
 import importlib.util
 import json
+import os
 import shlex
 import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
+from pydoc_data.topics import topics
+
 HERE = Path("demo-output")
-MODEL, CUT = HERE / "SmolLM2-135M", HERE / "SmolLM2-135M-20L"
-LAYERS = 20
-PROMPT = "The capital of France is"
+MODEL, TEXT, RUN = HERE / "SmolLM2-135M", HERE / "python-reference.txt", HERE / "prune-and-heal"
+RECIPE = Path(__file__).resolve().parent.parent / "recipes/prune-and-heal.yaml"
+SURGEON = Path(sys.executable).with_name("surgeon")
+SETTINGS = {"layers": 26, "steps": 60, "batch-size": 2, "lr": "2e-4", "kd-weight": 1}
+PROMPT = "The for statement is used to iterate over"
 
 
 def main() -> None:
     """Run the demo in the working directory."""
+    began = time.monotonic()
     shutil.rmtree(HERE, ignore_errors=True)
     HERE.mkdir()
     say("1. A real checkpoint: SmolLM2-135M-Instruct, from the GGUF file of a package that `make` installed.")
-    whole = surgeon("convert", find_gguf(), "-o", MODEL, "--dtype", "bfloat16")
+    surgeon("convert", find_gguf(), "-o", MODEL, "--dtype", "bfloat16")
     say("2. What it is.")
-    surgeon("inspect", MODEL, show=True)
-    say(f"3. What keeping its first {LAYERS} layers would do; no weights are read for that.")
-    surgeon("truncate", MODEL, "--layers", LAYERS, "-o", CUT, "--dry-run", show=True)
-    say("4. Do it.")
-    cut = surgeon("truncate", MODEL, "--layers", LAYERS, "-o", CUT)
-    say("5. What came of it.")
-    print_outcome({"before": (whole, MODEL), "after": (cut, CUT)})
+    surgeon("inspect", MODEL)
+    say(f"3. The whole operation, checked and planned before anything runs. The text: {write_text()}.")
+    settings = [f"--set={key}={value}" for key, value in {"model": MODEL, "data": TEXT, **SETTINGS}.items()]
+    operation = ["run", os.path.relpath(RECIPE), "-o", RUN, *settings]
+    surgeon(*operation, "--dry-run")
+    say("4. Do it: choose the layers by angular distance, cut them, heal the cut, and judge both on the last tenth.")
+    surgeon(*operation)
+    say("5. How each goes on from the same words.")
+    for model in (MODEL, RUN / "cut", RUN / "healed"):
+        surgeon("generate", model, PROMPT, "--max-new-tokens", 24)
+    say(f"Done in {(time.monotonic() - began) / 60:.0f} minutes. {outcome()}")
     print(
-        f"\nA third of the layers is gone and nothing was trained since, so the cut model babbles: truncation is"
-        f"\nwhere training starts. Both are ordinary checkpoints: from_pretrained('{CUT}') loads the second.\n"
+        f"The report, with tables and pictures: {RUN / 'report.html'}\n"
+        f"Type next, in this directory:\n\n"
+        f"  source {SURGEON.parent / 'activate'}      # or call {SURGEON}\n"
+        f"  surgeon inspect {RUN / 'healed'} --against {MODEL}\n"
+        f"  surgeon finetune {RUN / 'healed'} --data {TEXT} --teacher {MODEL} --max-steps 300 -o healed-longer\n"
     )
 
 
@@ -43,42 +61,38 @@ def find_gguf() -> Path:
     return next(Path(spec.origin).parent.glob("**/*.gguf"))
 
 
-def surgeon(*arguments: object, show: bool = False) -> dict:
-    """Run a surgeon command as typed. Return its JSON or, with `show`, let it print text."""
+def write_text() -> str:
+    """Write the text, and return what it is."""
+    text = "\n\n".join(topics[name] for name in sorted(topics))
+    TEXT.write_text(text, encoding="utf-8")
+    return f"the Python reference, as python's help() has it, {len(text) / 1000:,.0f} thousand characters"
+
+
+def surgeon(*arguments: object) -> None:
+    """Run a surgeon command as typed, with its bars and its summary; where it fails, the demo ends."""
     words = [str(argument) for argument in arguments]
     shown = [Path(word).name if word.endswith(".gguf") else word for word in words]
     print(f"$ surgeon {shlex.join(shown)}", flush=True)
-    command = [sys.executable, "-m", "surgeon", *words]
-    if show:
-        subprocess.run(command, check=True)
-        return {}
-    began = time.perf_counter()
-    summary = json.loads(subprocess.run([*command, "--json"], check=True, stdout=subprocess.PIPE).stdout)
-    return summary | {"seconds": time.perf_counter() - began}  # of the whole process
+    done = subprocess.run([str(SURGEON), *words])
+    if done.returncode:
+        sys.exit(done.returncode)
 
 
-def print_outcome(models: dict[str, tuple[dict, Path]]) -> None:
-    """Print layers, sizes, seconds and a greedy continuation for each model."""
-    print(f"\n  {'':8}  {'layers':>6}  {'parameters':>11}  {'bytes':>11}  {'made in':>8}")
-    for name, (summary, _) in models.items():
-        seconds = f"{summary['seconds']:.2f} s"
-        figures = (summary["layers"]["after"], summary["parameters"]["after"], summary["bytes_written"])
-        print(f"  {name:8}  {figures[0]:>6}  {figures[1]:>11,}  {figures[2]:>11,}  {seconds:>8}")
-    print()
-    for name, (_, path) in models.items():
-        print(f"  {name:8}  {PROMPT}{continuation(path)!r}", flush=True)
-
-
-def continuation(path: Path) -> str:
-    """Return the model's greedy continuation of the prompt."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer, logging
-
-    logging.disable_progress_bar()
-    tokenizer = AutoTokenizer.from_pretrained(path)
-    model = AutoModelForCausalLM.from_pretrained(path, dtype="float32")
-    inputs = tokenizer(PROMPT, return_tensors="pt")
-    output = model.generate(**inputs, max_new_tokens=16, do_sample=False, pad_token_id=tokenizer.eos_token_id)
-    return tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+def outcome() -> str:
+    """Return what came of it, read from the steps of the run."""
+    steps: Sequence[dict] = json.loads((RUN / "recipe.json").read_text(encoding="utf-8"))["steps"]
+    results = {step["name"]: step["result"] for step in steps}
+    whole, cut, healed = (
+        results["judged"]["baseline"]["perplexity"],
+        results["cut-judged"]["perplexity"],
+        results["judged"]["perplexity"],
+    )
+    layers = results["cut"]["layers"]
+    return (
+        f"{layers['before']} layers became {layers['after']}. Perplexity on unseen text:\n"
+        f"{whole:.2f} before, {cut:.2f} cut, {healed:.2f} healed. So short a healing is a beginning; "
+        f"what is lost is said in the report."
+    )
 
 
 def say(text: str) -> None:
