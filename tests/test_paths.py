@@ -7,7 +7,7 @@ pytestmark = pytest.mark.slow
 
 
 @pytest.mark.parametrize(
-    ("name", "most"), [("truncate", 22), ("grow", 31), ("prune", 35), ("evaluate", 27), ("finetune", 51)]
+    ("name", "most"), [("truncate", 23), ("grow", 32), ("prune", 36), ("evaluate", 28), ("finetune", 55)]
 )
 def test_a_command_enters_few_files(name, most):
     entered = files_entered(PATHS[name])

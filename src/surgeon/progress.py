@@ -91,7 +91,7 @@ def _in_notebook() -> bool:
 
 
 @contextmanager
-def watched(progress: "Progress | bool | None") -> Iterator[None]:
+def watched(progress: Progress | bool | None) -> Iterator[None]:
     """Return a context whose work is watched by `progress`; False: by nobody; None: as outside, True: by bars."""
     if progress is None:
         yield

@@ -34,14 +34,13 @@ from surgeon.options import (
     takes,
     trust_option,
 )
-from surgeon.progress import stage
+from surgeon.progress import Progress, stage
 from surgeon.verbs.inspect import layers_in
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from surgeon.plots.attention import Panel
-    from surgeon.progress import Progress
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,7 +83,7 @@ class DiagnosisOptions:
 class DiagnoseOptions(DiagnosisOptions):
     """The options of `surgeon.diagnose`."""
 
-    progress: "Progress | bool | None" = progress_option()
+    progress: Progress | bool | None = progress_option()
 
 
 @takes(DiagnoseOptions)

@@ -33,6 +33,7 @@ from surgeon.options import (
     takes,
     trust_option,
 )
+from surgeon.progress import Progress
 from surgeon.surgery import open_source, parse_size
 from surgeon.train.checkpoints import held
 from surgeon.train.launch import is_first, processes
@@ -42,7 +43,6 @@ from surgeon.train.settings import ComputeSettings, LearningSettings, Settings, 
 
 if TYPE_CHECKING:
     from surgeon.cost.estimate import RunEstimate
-    from surgeon.progress import Progress
     from surgeon.train.run_dir import TrainingWatcher
     from surgeon.train.task import Task
 
@@ -107,7 +107,7 @@ class FinetuneOptions(MachineOptions, TrainingOptions, StorageOptions, PlaceOpti
     """The options of `finetune`."""
 
     watcher: "TrainingWatcher | None" = in_python("An object that is called with each step and evaluation.")
-    progress: "Progress | bool | None" = progress_option()
+    progress: Progress | bool | None = progress_option()
     command: str | None = in_python("The command line, for the card and the receipt.")
     given: Collection[str] = in_python("Options that a resumed run must not take from its own. Default: all named.", ())
 
@@ -117,7 +117,7 @@ class EstimateOptions(MachineOptions, TrainingOptions):
     """The options of `estimate_finetune`."""
 
     data: Sequence[str] = same_option(PlaceOptions, "data")
-    progress: "Progress | bool | None" = progress_option()
+    progress: Progress | bool | None = progress_option()
     num_processes: int | None = in_python("Processes that would train. Default: as many as a launcher has started.")
 
 
