@@ -8,7 +8,7 @@ from contextlib import suppress
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from types import UnionType
-from typing import TYPE_CHECKING, Any, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from surgeon.anatomy.anatomy import read_anatomy
 from surgeon.anatomy.config import class_names, is_headless
@@ -209,7 +209,8 @@ def _fits(hint: Any, value: Any) -> bool:
     if isinstance(value, tuple):
         lists = any(isinstance(get_origin(kind), type) and issubclass(get_origin(kind), Sequence) for kind in kinds)
         return lists and all(isinstance(item, str) for item in value)
-    return type(value) in kinds or (type(value) is int and float in kinds)
+    words = [word for kind in kinds if get_origin(kind) is Literal for word in get_args(kind)]
+    return type(value) in kinds or value in words or (type(value) is int and float in kinds)
 
 
 def places_of(model: str | os.PathLike[str], options: FinetuneOptions) -> tuple[Path, Path]:
