@@ -141,7 +141,8 @@ class Bars:
     """Shows each piece of work as a bar, or as a sign that something moves where its size is not known.
 
     Drawn on standard error, or on `stream`, and taken away at the end; nothing with `quiet`, without a terminal, and by
-    other processes of a run than its first. `line`, if it is set, is told the innermost piece as text instead: another line is on the terminal then.
+    other processes of a run than its first. `line`, if it is set, is told the innermost piece as text instead: another
+    line is on the terminal then.
     """
 
     def __init__(self, *, quiet: bool = False, stream: TextIO | None = None, delay: float = DELAY) -> None:
