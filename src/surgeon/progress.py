@@ -299,6 +299,9 @@ class _Announced(Loader):
     def __init__(self, loader: Loader, label: str) -> None:
         self._loader, self._label = loader, label
 
+    def __getattr__(self, name: str) -> Any:  # of whoever only looks where a library lies
+        return getattr(self._loader, name)
+
     def create_module(self, spec: ModuleSpec) -> ModuleType | None:
         return self._loader.create_module(spec)
 
