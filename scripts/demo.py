@@ -14,7 +14,6 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-
 from pydoc_data.topics import topics
 
 HERE = Path("demo-output")

@@ -177,6 +177,7 @@ def test_zero_two_of_deepspeed_trains_the_same_and_is_resumed(run, one_thread, t
     config = {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "2"}  # accelerate launch sets them
     config |= {"DS_ACCELERATOR": "cpu", "DS_BUILD_OPS": "0"}
     options = words(max_steps=4, sequence_length=32, lr="1e-3", eval_rows=3, optim="adamw_torch", save_every=2)
+    options += ["--keep-checkpoints", "2"]
     command = ["finetune", talker, "--data", text, *options, "--json"]
     ended = Started(launcher, *command, "--batch-size", 4, "-o", tmp_path / "two", **config).ended()
     run(*command, "--batch-size", 4, "-o", tmp_path / "one")

@@ -18,6 +18,8 @@ from recipe_runs import InProcess, run, write
 import surgeon
 from surgeon.errors import OutputError, RecipeError
 from surgeon.recipe.commands import StepError
+from surgeon.recipe.reading import Condition, Place
+from surgeon.recipe.running import figure
 from surgeon.text import plus_minus
 
 LATER = False
@@ -175,6 +177,18 @@ def test_a_gate_on_a_figure_that_is_not_there_names_those_that_are(here: Path) -
     with pytest.raises(RecipeError, match="there is no figure parametres in the result") as error:
         run(write(here / "r.yaml", text), here / "out")
     assert "parameters" in str(error.value.hint)
+
+
+def test_a_gate_on_a_recovery_that_was_refused_says_why() -> None:
+    gate = Condition(("judged", "recovery"), ">=", 80.0, Place("r.yaml", 7))
+    of_gist = {"recovery": {"loss": None}, "recovery_refused": {"loss": "the prompt is worse than none"}}
+
+    with pytest.raises(RecipeError, match=r"no figure recovery in the result \(one row has no error\)"):
+        figure({"recovery": None, "recovery_refused": "one row has no error"}, ("recovery",), gate)
+    with pytest.raises(RecipeError, match=r"recovery.loss.value in the result \(the prompt is worse than none\)"):
+        figure(of_gist, ("recovery", "loss", "value"), gate)
+    with pytest.raises(RecipeError, match=r"no figure loss in the result \(it is not known\)"):
+        figure({"loss": None}, ("loss",), gate)
 
 
 GROWING = """

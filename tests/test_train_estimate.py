@@ -11,9 +11,9 @@ from later import LATER
 
 from surgeon.anatomy.anatomy import Anatomy, read_anatomy
 from surgeon.checkpoint.source import spec_of
-from surgeon.cost.estimate import Memory, Workload, estimate, lora_parameters, matmul_throughput, memory
+from surgeon.cost.estimate import estimate, matmul_throughput
 from surgeon.cost.flops import flops_per_token, multiplied_parameters
-from surgeon.cost.memory import BatchShape, activation_bytes, loss_bytes
+from surgeon.cost.memory import BatchShape, Memory, Workload, activation_bytes, lora_parameters, loss_bytes, memory
 from surgeon.models.device import LOGITS_BYTES
 from surgeon.surgery import open_source
 from surgeon.text import duration

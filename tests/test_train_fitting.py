@@ -15,8 +15,9 @@ from later import LATER
 import surgeon
 from surgeon.anatomy.anatomy import Anatomy, read_anatomy
 from surgeon.checkpoint.source import spec_of
-from surgeon.cost.estimate import Workload, estimate
+from surgeon.cost.estimate import estimate
 from surgeon.cost.fitting import SHARE, Split, split
+from surgeon.cost.memory import Workload
 from surgeon.errors import TrainingError
 from surgeon.surgery import open_source
 from surgeon.train.run_dir import read_metrics
@@ -59,14 +60,14 @@ def chosen(anatomy: Anatomy, free: float | None, **options: Any) -> tuple[int, i
 def test_the_largest_batch_that_fits_is_taken_and_activations_are_computed_twice_only_where_none_does(toy):
     anatomy = anatomy_of(toy("llama"))
     needs = {size: peak(anatomy, batch_size=size, gradient_accumulation=8 // size) for size in (8, 4, 2, 1)}
-    twice = peak(anatomy, batch_size=4, gradient_accumulation=2, activation_checkpointing=True)
+    twice = peak(anatomy, batch_size=1, gradient_accumulation=8, activation_checkpointing=True)
 
     assert chosen(anatomy, needs[8]) == (8, 1, False)
     assert chosen(anatomy, needs[8] - 1000) == (4, 2, False)
     assert chosen(anatomy, needs[2]) == (2, 4, False)
     assert chosen(anatomy, needs[1]) == (1, 8, False)
     assert twice < needs[1]
-    assert chosen(anatomy, needs[1] - 1000)[2] is True
+    assert chosen(anatomy, twice) == (1, 8, True)
     assert chosen(anatomy, needs[1] - 1000, can_recompute=False) == (1, 8, False)
     assert chosen(anatomy, None) == (8, 1, False)  # nobody knows what there is
 
@@ -91,7 +92,7 @@ def test_a_run_that_fits_in_no_way_is_refused_before_anything_is_loaded_with_wha
     with pytest.raises(TrainingError, match=r"takes about .* are free on cpu") as refused:
         inputs_of(talker).check_fits(int(0.8 * least / SHARE))
 
-    assert "--lora 16 (about " in str(refused.value.hint)
+    assert "These fit: --precision pure-bf16 (about " in str(refused.value.hint)
     assert "--batch-size 1 tries it anyway" in str(refused.value.hint)
     inputs_of(talker).check_fits(int(1.5 * least / SHARE))
     inputs_of(talker, batch_size=1).check_fits(1)

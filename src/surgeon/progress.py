@@ -14,6 +14,7 @@ Without a watcher there are bars on a terminal and in a notebook, and nothing el
 """
 
 import atexit
+import os
 import sys
 import threading
 import time
@@ -91,12 +92,13 @@ def _in_notebook() -> bool:
 
 
 @contextmanager
-def watched(progress: "Progress | bool | None") -> Iterator[None]:
-    """Return a context whose work is watched by `progress`; False: by nobody; None: as outside, True: by bars."""
-    if progress is None:
+def watched(progress: Progress | bool | None) -> Iterator[None]:
+    """Return a context whose work is watched by `progress`; False: by nobody; True: by bars; None: as outside of it."""
+    if progress is None and _CURRENT.get() is not None:
         yield
         return
-    chosen: Progress = Silence() if progress is False else Bars() if progress is True else progress
+    named: dict[object, Callable[[], Progress]] = {None: usual, False: Silence, True: Bars}
+    chosen = named[progress]() if progress is None or isinstance(progress, bool) else progress
     before = _CURRENT.set(chosen)
     try:
         with _imports_announced():
@@ -138,13 +140,15 @@ def meter(what: str, tokens: int, layers: int) -> Callable[[int], None]:
 class Bars:
     """Shows each piece of work as a bar, or as a sign that something moves where its size is not known.
 
-    Drawn on standard error, or on `stream`, and taken away at the end; nothing with `quiet`, and nothing without a
-    terminal. `line`, if it is set, is told the innermost piece as text instead: another line is on the terminal then.
+    Drawn on standard error, or on `stream`, and taken away at the end; nothing with `quiet`, without a terminal, and by
+    other processes of a run than its first. `line`, if it is set, is told the innermost piece as text instead: another
+    line is on the terminal then.
     """
 
     def __init__(self, *, quiet: bool = False, stream: TextIO | None = None, delay: float = DELAY) -> None:
         self._stream = sys.stderr if stream is None else stream
-        self._silent = quiet or not (self._stream.isatty() or _in_notebook())
+        is_first = os.environ.get("RANK", "0") == "0"
+        self._silent = quiet or not is_first or not (self._stream.isatty() or _in_notebook())
         self._delay, self._lock = delay, threading.RLock()
         self._begun: list[_Bar] = []
         self._timer: threading.Timer | None = None
@@ -294,6 +298,9 @@ class _Announced(Loader):
 
     def __init__(self, loader: Loader, label: str) -> None:
         self._loader, self._label = loader, label
+
+    def __getattr__(self, name: str) -> Any:  # of whoever only looks where a library lies
+        return getattr(self._loader, name)
 
     def create_module(self, spec: ModuleSpec) -> ModuleType | None:
         return self._loader.create_module(spec)

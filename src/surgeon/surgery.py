@@ -288,9 +288,9 @@ class Surgery:
 
         Raises PlanError before anything is written, OutputError when it cannot be written.
         """
-        draft = self.prepare(out, dtype=dtype, max_shard_size=max_shard_size, block=block)
         with watched(progress):
-            return draft.write(overwrite=overwrite, command=command)
+            made = self.prepare(out, dtype=dtype, max_shard_size=max_shard_size, block=block)
+            return made.write(overwrite=overwrite, command=command)
 
 
 @dataclass(frozen=True)
@@ -335,8 +335,7 @@ class Draft:
             with stage("writing", self.summary.bytes_written, BYTES) as count:
                 written = execute(plan, self.source, made, shards=self.shards, progress=count)
             check_written(made, self.shards)
-            with stage("asking transformers whether it builds the result"):
-                plan = replace(plan, notes=(*plan.notes, *built()))
+            plan = replace(plan, notes=(*plan.notes, *built()))
             record = receipt.receipt(
                 source=self.source.provenance(),
                 steps=plan.steps,

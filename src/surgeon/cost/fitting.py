@@ -5,11 +5,11 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from surgeon.anatomy.anatomy import Anatomy
-from surgeon.cost.estimate import Workload, estimate
+from surgeon.cost.memory import Workload, lora_parameters, memory
 from surgeon.errors import TrainingError
 from surgeon.text import size
 
-SHARE = 0.85  # of the free memory: the estimate leaves out masks, rotations and what an allocator wastes
+SHARE = 0.85  # of the free memory, that a run may take: the estimate leaves out masks, rotations, an allocator's waste
 SHORTEST = 128  # tokens of a row that are still proposed
 
 
@@ -70,7 +70,7 @@ def _way(anatomy: Anatomy, work: Workload, rows: int, count: int, twice: bool, f
         "gradient_accumulation": rows // count,
         "activation_checkpointing": twice,
     }
-    needed = None if free is None else estimate(anatomy, replace(work, **shape)).memory.peak
+    needed = None if free is None else _peak(anatomy, replace(work, **shape))
     return Split(**shape, needed=needed, free=free)
 
 
@@ -82,8 +82,8 @@ def too_large(anatomy: Anatomy, work: Workload, found: Split, *, label: str, dev
     known = ", ".join(f"{words} (about {size(needed)})" for words, needed in _smaller(anatomy, work, found))
     hint = f"These fit: {known}." if known else "Take a smaller model."
     return TrainingError(
-        f"training {label} takes about {size(found.needed)} with {found.batch_size} rows of {work.row_tokens:,} tokens "
-        f"a batch{twice}, and {size(found.free)} are free on {device}",
+        f"training {label} takes about {size(found.needed)} in batches of {found.batch_size} x {work.row_tokens:,} "
+        f"tokens{twice}, and {size(found.free)} are free on {device}",
         hint=f"{hint} --batch-size 1 tries it anyway.",
     )
 
@@ -105,8 +105,15 @@ def _smaller(anatomy: Anatomy, work: Workload, found: Split) -> Iterator[tuple[s
         tried.append(("--precision pure-bf16 --optim adafactor", small))
     for words, less in tried:
         if words and _fits(anatomy, less, found.free):
-            yield words, estimate(anatomy, less).memory.peak
+            yield words, _peak(anatomy, less)
 
 
 def _fits(anatomy: Anatomy, work: Workload, free: int) -> bool:
-    return estimate(anatomy, work).memory.peak <= SHARE * free
+    return _peak(anatomy, work) <= SHARE * free
+
+
+def _peak(anatomy: Anatomy, work: Workload) -> int:
+    """Return the most bytes at once by the estimate."""
+    adapters = lora_parameters(anatomy, work.lora) if work.lora else 0
+    trained = adapters or (anatomy.spec.num_parameters if work.trained is None else work.trained)
+    return memory(anatomy, work, trained=trained, adapters=adapters).peak

@@ -30,6 +30,7 @@ from surgeon.evals.compare import (
 from surgeon.evals.metrics import extracted, final_number
 from surgeon.evals.verdicts import Judgement, card_sentences
 from surgeon.options import OptionError, device_option, flag_of, option, progress_option, revision_option, trust_option
+from surgeon.progress import Progress
 from surgeon.surgery import open_source
 from surgeon.text import plus_minus
 
@@ -37,7 +38,6 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedTokenizerBase
 
-    from surgeon.progress import Progress
 
 METRICS = ("perplexity", "exact-match", "rouge-l", "choice", "pseudo-perplexity", "classification")
 OF_TEXT = ("perplexity", "pseudo-perplexity")  # the metrics of a text, of which less is better
@@ -120,7 +120,7 @@ class EvaluationOptions(MetricOptions):
     device: str = device_option()
     revision: str | None = revision_option()
     trust_remote_code: bool = trust_option()
-    progress: "Progress | bool | None" = progress_option()
+    progress: Progress | bool | None = progress_option()
 
     def __post_init__(self) -> None:
         super().__post_init__()

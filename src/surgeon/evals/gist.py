@@ -47,13 +47,12 @@ from surgeon.options import (
     same_option,
     trust_option,
 )
-from surgeon.progress import meter
+from surgeon.progress import Progress, meter
 from surgeon.text import plus_minus
 
 if TYPE_CHECKING:
     from surgeon.evals.judge import Case, Judge
     from surgeon.gist.records import Record
-    from surgeon.progress import Progress
 
 LOSS, ROUGE, EXACT = "loss", "rouge_l", "exact_match"
 FORMS = ("full", "gist", "none")
@@ -198,7 +197,7 @@ class GistEvaluationOptions:
     device: str = device_option()
     revision: str | None = revision_option()
     trust_remote_code: bool = trust_option()
-    progress: "Progress | bool | None" = progress_option()
+    progress: Progress | bool | None = progress_option()
 
     def __post_init__(self) -> None:
         check_counts(self, "samples", "max_new_tokens", "batch_size")

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain, islice
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from surgeon.anatomy.anatomy import read_anatomy
 from surgeon.checkpoint.source import Source, spec_of
@@ -16,10 +16,7 @@ from surgeon.errors import MeasureError
 from surgeon.evals.evaluation import BATCH_SIZE, open_evaluated
 from surgeon.evals.verdicts import FIRST, NEITHER, SECOND, Judgement, Verdict
 from surgeon.options import device_option, option, progress_option, revision_option, trust_option
-from surgeon.progress import meter
-
-if TYPE_CHECKING:
-    from surgeon.progress import Progress
+from surgeon.progress import Progress, meter
 
 ASK = """Which of two answers to a prompt is better?
 
@@ -252,4 +249,4 @@ class JudgementOptions:
     device: str = device_option()
     revision: str | None = revision_option()
     trust_remote_code: bool = trust_option()
-    progress: "Progress | bool | None" = progress_option()
+    progress: Progress | bool | None = progress_option()

@@ -18,6 +18,7 @@ from typing import Any
 
 from surgeon.checkpoint.header import CheckpointSpec, TensorSpec, is_quantized
 from surgeon.errors import MeasureError, PlanError
+from surgeon.progress import stage
 
 PATIENCE = 600  # seconds; the largest published checkpoints take a tenth of it
 HINT = "Nothing was written. Another number of layers may do; surgeon inspect shows the layers and their kinds."
@@ -139,7 +140,8 @@ def _unpacked(packed: Mapping[str, Any]) -> CheckpointSpec:
 
 def _answer_of(process: "subprocess.Popen[str]") -> Answer:
     try:
-        said, _ = process.communicate(timeout=PATIENCE)
+        with stage("asking transformers whether it builds the result"):
+            said, _ = process.communicate(timeout=PATIENCE)
         fault, notes = json.loads(said)
     except (subprocess.TimeoutExpired, ValueError):
         ended = f"ended with status {process.poll()}" if process.poll() is not None else f"took over {PATIENCE} s"

@@ -343,11 +343,20 @@ def figure(result: Mapping[str, Any], path: Sequence[str], condition: Condition)
     if isinstance(found, bool) or not isinstance(found, int | float):
         there = ", ".join(".".join(names) for names, _ in figures(result))
         raise RecipeError(
-            f"{condition.place}: there is no figure {'.'.join(path)} in the result"
-            + (" (it is not known)" if found is None and path[-1] in result else ""),
+            f"{condition.place}: there is no figure {'.'.join(path)} in the result{_unknown(result, path)}",
             hint=f"The result has: {there or 'none'}.",
         )
     return float(found)
+
+
+def _unknown(result: Mapping[str, Any], path: Sequence[str]) -> str:
+    """Return why a figure that a result names is not known, in brackets; "" for one that it does not name."""
+    reason: Any = result.get(f"{path[0]}_refused")
+    for key in path[1:2]:
+        reason = reason.get(key) if isinstance(reason, Mapping) else reason
+    if isinstance(reason, str):
+        return f" ({reason})"
+    return " (it is not known)" if path[-1] in result and result[path[-1]] is None else ""
 
 
 def figures(result: Mapping[str, Any], before: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], float]]:

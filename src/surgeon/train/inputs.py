@@ -13,8 +13,9 @@ import torch
 from surgeon.anatomy.anatomy import Anatomy, read_anatomy
 from surgeon.anatomy.config import positions_of
 from surgeon.checkpoint.source import Source, spec_of
-from surgeon.cost.estimate import RunEstimate, Workload, estimate, matmul_throughput
+from surgeon.cost.estimate import RunEstimate, estimate, matmul_throughput
 from surgeon.cost.fitting import Split, split, too_large
+from surgeon.cost.memory import Workload
 from surgeon.errors import PlanError
 from surgeon.models.device import available_memory, computes_bfloat16, logits_bytes
 from surgeon.models.documents import breaks_graph, keeps_documents_apart, without_lengths

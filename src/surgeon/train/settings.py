@@ -3,7 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, Literal
 
 from surgeon.errors import PlanError
 from surgeon.options import check_seed, flag_of, option
@@ -43,7 +43,7 @@ class LearningSettings:
     # length and rate
     max_steps: int | None = option("Number of optimiser steps.", None, metavar="N")
     epochs: float | None = option("Passes over the data. Default: 1, unless steps are given.", None, metavar="E")
-    batch_size: int | str = option(
+    batch_size: int | Literal["auto"] = option(
         "Sequences per device and batch; auto: 8 a step, in as large batches as fit the memory.",
         AUTO,
         metavar="N",
@@ -239,10 +239,10 @@ class Settings(ComputeSettings, LearningSettings):  # dataclasses take the field
             raise PlanError("the best step is found on held-out data", hint="Give --eval-data or --eval-fraction.")
 
 
-def batch_size_of(typed: str) -> int | str:
+def batch_size_of(typed: str) -> int | Literal["auto"]:
     """Return the value of --batch-size: a number, or auto. Raises ValueError for anything else."""
-    if typed == AUTO:
-        return AUTO
+    if typed == "auto":
+        return "auto"
     try:
         return int(typed)
     except ValueError:

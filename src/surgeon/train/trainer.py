@@ -358,7 +358,7 @@ class SurgeonTrainer(Trainer):
         read = torch.stack(losses).tolist() if losses else []
         pairs = list(zip(read, counts, strict=True))
         squares = [sum(x * x for x, _ in pairs), sum(x * n for x, n in pairs), sum(n * n for n in counts)]
-        sums = [sum(read), sum(counts), len(pairs), *squares]
+        sums = [float(each) for each in (sum(read), sum(counts), len(pairs), *squares)]  # one type in every process
         total, tokens, batches, xx, xn, nn = sums if world == 1 else totals(sums)
         loss = total / tokens
         if batches < 2:

@@ -24,12 +24,13 @@ from surgeon.options import (
     device_option,
     option,
     output_option,
+    progress_option,
     reads_of,
     revision_option,
     takes,
     trust_option,
 )
-from surgeon.progress import stage
+from surgeon.progress import Progress, stage
 from surgeon.surgery import open_source
 
 if TYPE_CHECKING:
@@ -102,6 +103,7 @@ class CompressOptions:
     device: str = device_option()
     revision: str | None = revision_option()
     trust_remote_code: bool = trust_option()
+    progress: Progress | bool | None = progress_option()
 
 
 @takes(CompressOptions)

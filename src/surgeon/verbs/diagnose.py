@@ -33,7 +33,7 @@ from surgeon.options import (
     takes,
     trust_option,
 )
-from surgeon.progress import stage
+from surgeon.progress import Progress, stage
 from surgeon.verbs.inspect import layers_in
 
 if TYPE_CHECKING:
@@ -82,7 +82,7 @@ class DiagnosisOptions:
 class DiagnoseOptions(DiagnosisOptions):
     """The options of `surgeon.diagnose`."""
 
-    progress: "Progress | bool | None" = progress_option()
+    progress: Progress | bool | None = progress_option()
 
 
 @takes(DiagnoseOptions)

@@ -31,12 +31,14 @@ from surgeon.options import (
     option,
     output_option,
     overwrite_option,
+    progress_option,
     reads_of,
     revision_option,
     seed_option,
     takes,
     trust_option,
 )
+from surgeon.progress import Progress as Bars
 from surgeon.progress import current, stage
 from surgeon.rewriting.checks import AUTO, NONE, NUMBER, REASONS, Checks
 from surgeon.rewriting.engines import Engine, TransformersEngine, VllmEngine, Writing, chosen
@@ -157,6 +159,7 @@ class DistillOptions:
     device: str = device_option()
     revision: str | None = revision_option()
     trust_remote_code: bool = trust_option()
+    progress: Bars | bool | None = progress_option()
     watch: Watch | None = in_python("Called with the progress after each batch.")
 
     def __post_init__(self) -> None:

@@ -8,7 +8,7 @@ from contextlib import suppress
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from types import UnionType
-from typing import TYPE_CHECKING, Any, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from surgeon.anatomy.anatomy import read_anatomy
 from surgeon.anatomy.config import class_names, is_headless
@@ -33,6 +33,7 @@ from surgeon.options import (
     takes,
     trust_option,
 )
+from surgeon.progress import Progress
 from surgeon.surgery import open_source, parse_size
 from surgeon.train.checkpoints import held
 from surgeon.train.launch import is_first, processes
@@ -42,7 +43,6 @@ from surgeon.train.settings import ComputeSettings, LearningSettings, Settings, 
 
 if TYPE_CHECKING:
     from surgeon.cost.estimate import RunEstimate
-    from surgeon.progress import Progress
     from surgeon.train.run_dir import TrainingWatcher
     from surgeon.train.task import Task
 
@@ -107,7 +107,7 @@ class FinetuneOptions(MachineOptions, TrainingOptions, StorageOptions, PlaceOpti
     """The options of `finetune`."""
 
     watcher: "TrainingWatcher | None" = in_python("An object that is called with each step and evaluation.")
-    progress: "Progress | bool | None" = progress_option()
+    progress: Progress | bool | None = progress_option()
     command: str | None = in_python("The command line, for the card and the receipt.")
     given: Collection[str] = in_python("Options that a resumed run must not take from its own. Default: all named.", ())
 
@@ -117,7 +117,7 @@ class EstimateOptions(MachineOptions, TrainingOptions):
     """The options of `estimate_finetune`."""
 
     data: Sequence[str] = same_option(PlaceOptions, "data")
-    progress: "Progress | bool | None" = progress_option()
+    progress: Progress | bool | None = progress_option()
     num_processes: int | None = in_python("Processes that would train. Default: as many as a launcher has started.")
 
 
@@ -209,7 +209,8 @@ def _fits(hint: Any, value: Any) -> bool:
     if isinstance(value, tuple):
         lists = any(isinstance(get_origin(kind), type) and issubclass(get_origin(kind), Sequence) for kind in kinds)
         return lists and all(isinstance(item, str) for item in value)
-    return type(value) in kinds or (type(value) is int and float in kinds)
+    words = [word for kind in kinds if get_origin(kind) is Literal for word in get_args(kind)]
+    return type(value) in kinds or value in words or (type(value) is int and float in kinds)
 
 
 def places_of(model: str | os.PathLike[str], options: FinetuneOptions) -> tuple[Path, Path]:

@@ -11,8 +11,17 @@ from surgeon.anatomy.config import text_config
 from surgeon.checkpoint.source import Source, spec_of
 from surgeon.errors import DataError, PlanError
 from surgeon.gist.tokens import read_gist
-from surgeon.options import check_seed, device_option, option, revision_option, seed_option, takes, trust_option
-from surgeon.progress import stage
+from surgeon.options import (
+    check_seed,
+    device_option,
+    option,
+    progress_option,
+    revision_option,
+    seed_option,
+    takes,
+    trust_option,
+)
+from surgeon.progress import Progress, stage
 from surgeon.surgery import open_source
 
 if TYPE_CHECKING:
@@ -56,6 +65,7 @@ class GenerateOptions:
     device: str = device_option()
     revision: str | None = revision_option()
     trust_remote_code: bool = trust_option()
+    progress: Progress | bool | None = progress_option()
 
     def __post_init__(self) -> None:
         check_seed(self.seed)

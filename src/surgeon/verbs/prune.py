@@ -29,6 +29,7 @@ from surgeon.options import (
     trust_option,
 )
 from surgeon.plan.plan import FLOAT_DTYPES
+from surgeon.progress import Progress
 from surgeon.surgery import Surgery, open_model, open_source, parse_size
 from surgeon.transforms.choose import Choice
 from surgeon.transforms.prune import (
@@ -45,7 +46,6 @@ from surgeon.verbs.pruning import Pruning
 
 if TYPE_CHECKING:
     from surgeon.measure.calibration import Calibration
-    from surgeon.progress import Progress
 
 VERB = Verb(counts_layers=True, plans="prune", begins=True, then="finetune {output} --data {data} --teacher {source}")
 UNSCORED = "No scores yet: counts and sizes are exact, what goes is not decided."
@@ -232,7 +232,7 @@ class PruneOptions(RunOptions, CutOptions):
 
     all_tokens: bool = in_python('The same as tokens="all".', False)
     measure: bool = in_python("False: read headers only; the plan then has exact sizes, and `choice` is None.", True)
-    progress: "Progress | bool | None" = progress_option()
+    progress: Progress | bool | None = progress_option()
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -20,6 +20,7 @@ from surgeon.checkpoint.header import DOWNLOAD_HINT, opened
 from surgeon.checkpoint.output import check_space
 from surgeon.checkpoint.source import LocalSource
 from surgeon.errors import CheckpointError, OutputError
+from surgeon.progress import stage
 
 MAGIC = b"GGUF"
 SPACE_HINT = "Free some space there, or choose another disk with -o."
@@ -60,7 +61,8 @@ def open_gguf(path: Path, *, staging: Path | None = None) -> GgufSource:
 
     Raises CheckpointError when it is not a GGUF file, is damaged, or transformers cannot read its architecture.
     """
-    metadata = _examine(path)
+    with stage(f"reading {path.name}"):
+        metadata = _examine(path)
     try:
         if staging is not None:
             staging.mkdir(parents=True, exist_ok=True)
