@@ -7,7 +7,7 @@ pytestmark = pytest.mark.slow
 
 
 @pytest.mark.parametrize(
-    ("name", "most"), [("truncate", 23), ("grow", 32), ("prune", 37), ("evaluate", 30), ("finetune", 52)]
+    ("name", "most"), [("truncate", 24), ("grow", 33), ("prune", 38), ("evaluate", 30), ("finetune", 53)]
 )
 def test_a_command_enters_few_files(name, most):
     entered = files_entered(PATHS[name])

@@ -10,6 +10,7 @@ from surgeon.anatomy.anatomy import Anatomy
 from surgeon.cost.flops import attention_flops, flops_per_token, multiplied_parameters
 from surgeon.cost.memory import BatchShape, Precision, activation_bytes, loss_bytes, matrices
 from surgeon.models.device import LOGITS_BYTES
+from surgeon.showing import Shown
 from surgeon.text import duration
 
 STATES = {"sgd": 0, "adafactor": 0, "rmsprop": 1, "adagrad": 1, "lion": 1}  # numbers for each parameter; others: 2
@@ -70,8 +71,8 @@ class Memory:
         return {name: getattr(self, name) for name in names}
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RunEstimate:
+@dataclass(frozen=True, slots=True, kw_only=True, repr=False)
+class RunEstimate(Shown):
     """The cost of a run. `seconds` is None where no device was measured."""
 
     steps: int
@@ -95,6 +96,13 @@ class RunEstimate:
             "seconds": self.seconds,
             "notes": list(self.notes),
         }
+
+    @property
+    def headline(self) -> str:
+        """The steps, the memory and the time."""
+        memory = text.size(self.memory.peak)
+        time_left = "" if self.seconds is None else f", about {duration(self.seconds)}"
+        return f"{self.steps:,} steps, {self.tokens:,} tokens, {memory} on each device{time_left}"
 
     def to_text(self) -> str:
         """Return the estimate for people."""

@@ -12,6 +12,7 @@ from surgeon.checkpoint.source import Source, spec_of
 from surgeon.errors import DataError, PlanError
 from surgeon.gist.tokens import read_gist
 from surgeon.options import check_seed, device_option, option, revision_option, seed_option, takes, trust_option
+from surgeon.showing import Shown
 from surgeon.surgery import open_source
 
 if TYPE_CHECKING:
@@ -20,12 +21,15 @@ if TYPE_CHECKING:
     from surgeon.gist.prompt import GistPrompt
 
 
-@dataclass(frozen=True, slots=True)
-class Generation:
+@dataclass(frozen=True, slots=True, repr=False)
+class Generation(Shown):
     """A continuation, without special tokens.
 
     `text_tokens` counts the tokens of the text, without a compressed prompt; `new_tokens` counts the tokens that were
     generated, the end-of-text token included.
+
+        generation = surgeon.generate("gpt2", "The meaning of life", max_new_tokens=20)
+        print(generation.text, generation.new_tokens)
     """
 
     text: str
@@ -33,6 +37,15 @@ class Generation:
     gist_tokens: int
     new_tokens: int
     seconds: float
+
+    @property
+    def headline(self) -> str:
+        """The beginning of the text, and its length."""
+        return f"{self.text[:60]!r}{'...' if len(self.text) > 60 else ''}, {self.new_tokens} tokens"
+
+    def to_text(self) -> str:
+        """Return the continuation."""
+        return self.text
 
     def to_dict(self) -> dict[str, Any]:
         """Return this as `--json` prints it."""
@@ -80,7 +93,7 @@ def generate(model: str | os.PathLike[str], text: str, options: GenerateOptions)
     Raises PlanError for options that contradict each other, DataError for a text that is empty or too long,
     CheckpointError for a gist that is damaged or of another model, MeasureError for a model that cannot be run.
 
-        print(surgeon.generate("gpt2", "The meaning of life", max_new_tokens=20).text)
+        print(surgeon.generate("gpt2", "The meaning of life", max_new_tokens=20))
     """
     source = open_source(model, revision=options.revision)
     read_anatomy(spec_of(source))
