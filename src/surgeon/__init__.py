@@ -12,6 +12,7 @@ nor transformers. (Stubs for lazy imports: SPEC 1 of Scientific Python.)
 import ast
 from functools import cache
 from importlib import import_module
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +28,12 @@ def _homes() -> dict[str, str]:
 def __getattr__(name: str) -> Any:
     if name == "__all__":
         return sorted(_homes())
+    if name == "__version__":
+        return version("surgeon")
     if name.startswith("__") or name not in _homes():
         raise AttributeError(f"module 'surgeon' has no attribute {name!r}")
     return getattr(import_module(_homes()[name]), name)
 
 
 def __dir__() -> list[str]:
-    return sorted(_homes())
+    return sorted(("__version__", *_homes()))

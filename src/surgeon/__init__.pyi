@@ -1,5 +1,6 @@
 """The public names, each once, and where they live. `__init__.py` reads this list when a name is first used."""
 
+from surgeon.draft import Summary as Summary
 from surgeon.errors import CheckpointError as CheckpointError
 from surgeon.errors import DataError as DataError
 from surgeon.errors import HubError as HubError
@@ -15,7 +16,6 @@ from surgeon.evals.gist import GistEvaluation as GistEvaluation
 from surgeon.evals.harness import TaskEvaluation as TaskEvaluation
 from surgeon.evals.suite import SuiteEvaluation as SuiteEvaluation
 from surgeon.evals.verdicts import Judgement as Judgement
-from surgeon.surgery import Summary as Summary
 from surgeon.surgery import Surgery as Surgery
 from surgeon.surgery import open_model as open_model
 from surgeon.train.result import Training as Training
@@ -47,3 +47,5 @@ from surgeon.verbs.pruning import Pruning as Pruning
 from surgeon.verbs.truncate import truncate as truncate
 from surgeon.verbs.verify import Verification as Verification
 from surgeon.verbs.verify import verify as verify
+
+__version__: str

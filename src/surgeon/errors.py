@@ -29,6 +29,11 @@ class SurgeonError(Exception):
 
     Both hold what files say, so they are made short and printable here, once for all errors. Neither holds a
     token or password: an answer of the Hub may repeat one, and an endpoint hold one.
+
+        try:
+            surgeon.truncate("gpt2-large", layers=99)
+        except surgeon.SurgeonError as error:
+            print(f"{error} ({error.hint})")
     """
 
     def __init__(self, message: str, *, hint: str | None = None) -> None:
@@ -37,27 +42,76 @@ class SurgeonError(Exception):
 
 
 class CheckpointError(SurgeonError):
-    """The source is missing, damaged, or not a checkpoint."""
+    """The source is missing, damaged, or not a checkpoint.
+
+    For example:
+
+        try:
+            surgeon.inspect("no/such/directory")
+        except surgeon.CheckpointError as error:
+            print(error)
+    """
 
 
 class DataError(SurgeonError):
-    """The data is missing, damaged, or in none of the forms that surgeon reads."""
+    """The data is missing, damaged, or in none of the forms that surgeon reads.
+
+    For example:
+
+        try:
+            surgeon.evaluate("gpt2", data=["missing.txt"])
+        except surgeon.DataError as error:
+            print(error)
+    """
 
 
 class HubError(SurgeonError):
-    """The Hub could not be reached, or does not have (or does not show) the model or file."""
+    """The Hub could not be reached, or does not have (or does not show) the model or file.
+
+    For example:
+
+        try:
+            surgeon.inspect("nobody/no-such-model")
+        except surgeon.HubError as error:
+            print(error)
+    """
 
 
 class PlanError(SurgeonError):
-    """The surgery is refused: this model's code cannot express its result, or the request contradicts itself."""
+    """The surgery is refused: this model's code cannot express its result, or the request contradicts itself.
+
+    For example:
+
+        try:
+            surgeon.truncate("gpt2", layers=0)
+        except surgeon.PlanError as error:
+            print(error)
+    """
 
 
 class MeasureError(SurgeonError):
-    """The model cannot be measured: its code cannot run here, or its input is no text."""
+    """The model cannot be measured: its code cannot run here, or its input is no text.
+
+    For example:
+
+        try:
+            surgeon.prune("gpt2", layers=8, data=["text.txt"], sequence_length=10_000)
+        except surgeon.MeasureError as error:
+            print(error)
+    """
 
 
 class OutputError(SurgeonError):
-    """The result cannot be written."""
+    """The result cannot be written.
+
+    For example:
+
+        surgeon.truncate("gpt2", layers=6).save("taken")
+        try:
+            surgeon.truncate("gpt2", layers=6).save("taken")
+        except surgeon.OutputError as error:
+            print(error)
+    """
 
 
 class RecipeError(SurgeonError):
@@ -65,11 +119,28 @@ class RecipeError(SurgeonError):
 
 
 class TrainingError(SurgeonError):
-    """The run cannot go on: its loss is no longer a number, or the memory is full."""
+    """The run cannot go on: its loss is no longer a number, or the memory is full.
+
+    For example:
+
+        try:
+            surgeon.finetune("gpt2", data=["text.txt"], output="wild", max_steps=2, lr="50", sequence_length=64)
+        except surgeon.TrainingError as error:
+            print(error)
+    """
 
 
 class VerificationError(SurgeonError):
-    """The written model does not compute what the plan promised, or cannot be loaded."""
+    """The written model does not compute what the plan promised, or cannot be loaded.
+
+    For example:
+
+        surgeon.truncate("gpt2", layers=6).save("gpt2-6")
+        try:
+            surgeon.verify("gpt2-large", "gpt2-6")  # which was made from another model
+        except surgeon.VerificationError as error:
+            print(error)
+    """
 
 
 def sentence(text: str) -> str:

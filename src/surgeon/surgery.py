@@ -2,119 +2,42 @@
 
 import os
 import re
-import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext, suppress
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
 
 from surgeon import text
 from surgeon.anatomy.anatomy import Anatomy, read_anatomy
 from surgeon.anatomy.config import runtime_notes
-from surgeon.checkpoint import output, receipt
 from surgeon.checkpoint.derived import JoinedSource
 from surgeon.checkpoint.header import QUANTIZATION_FILES, CheckpointSpec, is_quantized
-from surgeon.checkpoint.source import CARD, CONFIG, RECEIPT, Source, content_of, open_directory, spec_of
+from surgeon.checkpoint.source import Source, content_of, open_directory, spec_of
+from surgeon.draft import Asks, Draft, Summary
 from surgeon.errors import CheckpointError, PlanError
 from surgeon.options import Reads, verb_named
-from surgeon.plan.execute import Shard, check_written, execute, lay_out, peak_memory, ranges_read, shareable_files
+from surgeon.plan.execute import Shard, lay_out, peak_memory, ranges_read, shareable_files
 from surgeon.plan.plan import Plan, changed_keys, identity
 from surgeon.plan.rounding import dtype_cost
-from surgeon.progress import BYTES, Progress, stage, watched
+from surgeon.progress import Progress, watched
+from surgeon.showing import Shown
 
-Asks = Literal["nothing", "config", "tensors"]  # of transformers about a result
 _BLOCKS = (0, *(2**power for power in range(9, 17)))  # sizes of disk blocks to share; 0: the order of the source
 
 
-@dataclass(frozen=True)
-class Summary:
-    """The effect of a surgery: everything but `seconds` is known before a byte of weights is read.
-
-    Sizes are in bytes; `bytes_read` and `bytes_written` count tensors, `peak_memory` is an estimate. `bytes_downloaded`
-    are those of weight files on the Hub that are to be downloaded, or were in this process; None for a local source.
-    `bytes_shared` of those written take no space, since their blocks on the disk are the source's; before writing, it
-    is what can be.
-    """
-
-    output: Path
-    layers: tuple[int, int]  # before, after
-    parameters: tuple[int, int]
-    bytes_read: int
-    bytes_downloaded: int | None
-    bytes_written: int
-    bytes_shared: int
-    layer_map: tuple[int | None, ...]
-    files: tuple[str, ...]  # weight files
-    config_changes: dict[str, tuple[Any, Any]]  # key: value before and after
-    notes: tuple[str, ...]
-    peak_memory: int
-    seconds: float
-
-    def downloaded_from(self, source: Source) -> "Summary":
-        """Return the summary with the bytes that were downloaded from `source` until now."""
-        return replace(self, bytes_downloaded=None if source.transfer is None else source.transfer.nbytes)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the summary as `--json` prints it."""
-        return {
-            "output": str(self.output),
-            "layers": {"before": self.layers[0], "after": self.layers[1]},
-            "parameters": {"before": self.parameters[0], "after": self.parameters[1]},
-            "bytes_read": self.bytes_read,
-            **({} if self.bytes_downloaded is None else {"bytes_downloaded": self.bytes_downloaded}),
-            "bytes_written": self.bytes_written,
-            "bytes_shared": self.bytes_shared,
-            "layer_map": list(self.layer_map),
-            "files": list(self.files),
-            "config": {key: {"before": old, "after": new} for key, (old, new) in self.config_changes.items()},
-            "notes": list(self.notes),
-            "peak_memory": self.peak_memory,
-            "seconds": round(self.seconds, 3),
-        }
-
-    def to_text(self, *, done: bool = False, rows: Sequence[tuple[str, str]] = ()) -> str:
-        """Return the summary for people: before and after, and where it is.
-
-        `rows` are more rows about the result: its verification, or the scores that decided it.
-        """
-        before, after = self.parameters
-        lines = [
-            ("layers", f"{self.layers[0]} → {self.layers[1]}  (source layers {text.layers(self.layer_map)})"),
-            ("parameters", f"{before:,} → {after:,}  ({100 * after / before:.1f} %)"),
-            ("reads", text.size(self.bytes_read)),
-            *([] if self.bytes_downloaded is None else [("downloads", text.size(self.bytes_downloaded))]),
-            ("writes", f"{text.size(self.bytes_written)} in {text.few(self.files)}"),
-        ]
-        if self.bytes_shared:
-            lines += [("shares", f"{text.size(self.bytes_shared)} of blocks with the source, which take no more space")]
-        lines += [
-            (f"config {key}", f"{text.brief(old)} → {text.brief(new)}")
-            for key, (old, new) in self.config_changes.items()
-        ]
-        lines += [("note", note) for note in self.notes]
-        if not done:
-            lines += [
-                *rows,
-                ("peak memory", f"about {text.size(self.peak_memory)}"),
-                ("output", f"{self.output} (not written)"),
-            ]
-            return text.rows(lines)
-        lines += [*rows, ("seconds", f"{self.seconds:.2f}"), ("output", str(self.output))]
-        return text.rows(lines)
-
-    def __str__(self) -> str:
-        return self.to_text()
-
-
-@dataclass(frozen=True)
-class Surgery:
+@dataclass(frozen=True, repr=False)
+class Surgery(Shown):
     """A source and the plan for it. Only headers are read until `save`, which writes `attachments` too.
 
     `begun_with` is the anatomy of the source, where the caller has read it already. `reads` are the files, directories
     and names on the Hub that decide the plan, by the options that name them: the result must not replace any.
     `also_read` are the tensors that are to be read before the plan is carried out, for scores.
+
+        surgery = surgeon.truncate("gpt2-large", layers=18)
+        surgery = surgeon.grow(surgery, layers=20)  # one pass, with nothing written in between
+        print(surgery.plan.layer_map, surgery.anatomy.sizes["hidden"])
+        surgery.save("gpt2-large-20", dtype="bfloat16")
     """
 
     source: Source
@@ -123,6 +46,16 @@ class Surgery:
     begun_with: Anatomy | None = field(default=None, repr=False, compare=False)
     reads: Reads = field(default_factory=dict, repr=False, compare=False)
     also_read: Sequence[str] = field(default=(), repr=False, compare=False)
+
+    @property
+    def headline(self) -> str:
+        """The source, what is done to it, and its layers before and after."""
+        done = ", then ".join(next(iter(step)) for step in self.plan.steps) or "unchanged"
+        return f"{self.source.label}, {done}, {self.before.depth} → {len(self.plan.layer_map)} layers"
+
+    def to_text(self) -> str:
+        """Return what `save` would do, for people."""
+        return self.summary().to_text()
 
     @cached_property
     def before(self) -> Anatomy:
@@ -174,7 +107,7 @@ class Surgery:
         dtype: str = "keep",
         max_shard_size: int | str = "5GB",
         block: int | None = None,
-    ) -> "Draft":
+    ) -> Draft:
         """Return the result that `save` would write with these options, not yet written. Reads headers only.
 
         Raises PlanError for an impossible dtype or size, CheckpointError for a result that would not be sound.
@@ -293,99 +226,6 @@ class Surgery:
             return made.write(overwrite=overwrite, command=command)
 
 
-@dataclass(frozen=True)
-class Draft:
-    """A result that is decided to the byte and not yet written; `summary` describes it."""
-
-    source: Source
-    plan: Plan
-    shards: tuple[Shard, ...]
-    summary: Summary
-    options: Mapping[str, Any]  # those that decide bytes
-    attachments: Mapping[str, bytes]
-    reads: Reads  # none of which may lie in the output
-    result: CheckpointSpec
-    asks: Asks
-
-    def check(self, *, overwrite: bool) -> None:
-        """Raises OutputError where the output may not be written, CheckpointError where a companion cannot be read."""
-        output.check_target(self.summary.output, overwrite=overwrite, reads=self.reads)
-        _ = self.source.companions  # one that is no file of the checkpoint is refused now, and not after hours
-
-    def write(
-        self,
-        *,
-        overwrite: bool = False,
-        command: str | None = None,
-        confirm: Callable[[Path], object] | None = None,
-    ) -> Summary:
-        """Write the result, at once and whole, and return the summary with the seconds that this took.
-
-        `confirm` is called with the directory that will be the result. Where it raises an error there is no result.
-        """
-        began = time.perf_counter()
-        target, plan = self.summary.output, self.plan
-        self.check(overwrite=overwrite)
-        companions = {name: self.source.fetch(name) for name in self.source.companions}
-        card = companions.pop(CARD, None)
-        sizes = sum(path.stat().st_size for path in companions.values())
-        needed = self.summary.bytes_written - self.summary.bytes_shared
-        output.check_space(target, needed + sizes + 300 * len(plan.tensors) + 100_000)
-        with output.staged(target, overwrite=overwrite) as made, self._building() as built:
-            with stage("writing", self.summary.bytes_written, BYTES) as count:
-                written = execute(plan, self.source, made, shards=self.shards, progress=count)
-            check_written(made, self.shards)
-            plan = replace(plan, notes=(*plan.notes, *built()))
-            record = receipt.receipt(
-                source=self.source.provenance(),
-                steps=plan.steps,
-                layer_map=plan.layer_map,
-                axis_maps=plan.axis_runs(),
-                options=self.options,
-                command=command,
-                notes=plan.all_notes,
-                approximate=plan.approximate,
-                transfer=self.source.transfer,
-                bytes_shared=written.shared,
-            )
-            page = replace(self, plan=plan)._card(command=command, card=card)
-            output.copy_files(made, companions)
-            output.write_files(made, {CARD: page.encode(), RECEIPT: receipt.to_bytes(record), **self.attachments})
-            output.write_files(made, {CONFIG: receipt.to_bytes(plan.config)})  # last: now it is a checkpoint
-            if confirm is not None:
-                confirm(made)
-            self.source.check_unchanged()
-        done = replace(self.summary.downloaded_from(self.source), bytes_shared=written.shared, notes=plan.all_notes)
-        return replace(done, seconds=time.perf_counter() - began)
-
-    def _building(self) -> AbstractContextManager[Callable[[], Sequence[str]]]:
-        """Return a context in which transformers is asked about the result; its value returns what is to be noted."""
-        if self.asks == "nothing":
-            return nullcontext(tuple)
-        from surgeon.models.building import building
-
-        return building(spec_of(self.source), self.result, config_only=self.asks == "config")
-
-    def _card(self, *, command: str | None, card: Path | None) -> str:
-        source = receipt.public_name(self.source)
-        verbs = ", then ".join(next(iter(step)) for step in self.plan.steps)
-        layers, parameters = self.summary.layers, self.summary.parameters
-        facts = {
-            "layers": f"{layers[0]} → {layers[1]}",
-            "parameters": f"{parameters[0]:,} → {parameters[1]:,}",
-            "source layer of each layer": " ".join("new" if i is None else str(i) for i in self.plan.layer_map),
-        }
-        return receipt.model_card(
-            title=self.summary.output.name,
-            base_model=receipt.base_model(self.source),
-            done=f"Made from `{source}` by surgeon: {verbs}.",
-            facts=facts,
-            command=command,
-            notes=self.plan.all_notes,
-            source_card=card,
-        )
-
-
 def parse_size(size: int | str) -> int:
     """Return a number of bytes: `size` itself, or "5GB", "500MB", "2GiB". Raises PlanError for anything else."""
     result = text.parse_size(str(size))
@@ -400,6 +240,9 @@ def open_model(
     """Return the model as a surgery that changes nothing yet; one that is already a surgery is continued.
 
     `reads` is what the options of this step name to be read.
+
+        surgery = surgeon.open_model("gpt2")
+        surgery.save("gpt2-bfloat16", dtype="bfloat16")
     """
     if isinstance(model, Surgery):
         return replace(model, reads={**model.reads, **reads}) if reads else model

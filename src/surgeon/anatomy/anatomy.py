@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from functools import cached_property, reduce
 from typing import Any, Literal
 
+from surgeon import text
 from surgeon.anatomy.axes import axes_of
 from surgeon.anatomy.config import (
     check_layer_keys,
@@ -36,6 +37,7 @@ from surgeon.anatomy.families import (
 from surgeon.anatomy.stacks import FILES_HINT, PREDICTORS, Stack, find_stacks
 from surgeon.checkpoint.header import CheckpointSpec, is_quantized
 from surgeon.errors import CheckpointError, PlanError
+from surgeon.showing import Shown
 
 FREE = "docs/models.md lists what can change in each model type."
 WORDS = {
@@ -54,8 +56,8 @@ PART_OF_KIND: Mapping[str, Part] = {"buffer": "buffer", "gain": "norm", "shift":
 OPAQUE: tuple[Row, Part] = (Row((), "opaque"), "other")
 
 
-@dataclass(frozen=True)
-class Anatomy:
+@dataclass(frozen=True, repr=False)
+class Anatomy(Shown):
     """A checkpoint, understood. Without a `family` there is no table: depth can be changed, width and parts cannot.
 
     The layers of all stacks are numbered together: an encoder's follow the decoder's.
@@ -68,6 +70,17 @@ class Anatomy:
     sizes: Mapping[str, int]  # axis: size; empty without a family
     rows: Mapping[str, tuple[Row, Part]]  # of every tensor; empty without a family
     misfit: str = ""  # why a table of some axes only says nothing of this checkpoint, in brackets
+
+    @property
+    def headline(self) -> str:
+        """The type, the number of layers, and the sizes of the axes."""
+        sizes = ", ".join(f"{axis} {size}" for axis, size in self.sizes.items())
+        return f"{self.model_type}, {self.depth} layers, {sizes or 'no table'}"
+
+    def to_text(self) -> str:
+        """Return the type, the layers and the sizes, for people."""
+        stacks = ((f"layers of {stack.prefix}*", str(stack.depth)) for stack in self.stacks)
+        return text.rows([("type", self.model_type), *stacks, *((axis, str(n)) for axis, n in self.sizes.items())])
 
     @property
     def depth(self) -> int:

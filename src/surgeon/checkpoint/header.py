@@ -23,7 +23,9 @@ from math import prod
 from pathlib import Path
 from typing import Any, BinaryIO, NoReturn, Protocol
 
+from surgeon import text
 from surgeon.errors import CheckpointError
+from surgeon.showing import Shown
 
 # The dtypes and shapes
 
@@ -70,12 +72,22 @@ class TensorSpec:
         return prod(self.shape) * DTYPE_BITS[self.dtype] // 8
 
 
-@dataclass(frozen=True, slots=True)
-class CheckpointSpec:
+@dataclass(frozen=True, slots=True, repr=False)
+class CheckpointSpec(Shown):
     """The config and the dtype and shape of every tensor of a checkpoint: all that deciding a plan needs."""
 
     config: Mapping[str, Any]
     tensors: Mapping[str, TensorSpec]
+
+    @property
+    def headline(self) -> str:
+        """The number of tensors, and of parameters."""
+        return f"{len(self.tensors)} tensors, {self.num_parameters:,} parameters"
+
+    def to_text(self) -> str:
+        """Return a line for each tensor: its name, dtype and shape."""
+        lines = [(name, tensor.dtype, str(list(tensor.shape))) for name, tensor in self.tensors.items()]
+        return text.table(("tensor", "dtype", "shape"), lines)
 
     @property
     def num_parameters(self) -> int:

@@ -14,9 +14,10 @@ import typer
 
 from surgeon.cli import clock
 from surgeon.cli.terminal import emit, emit_json, log
+from surgeon.draft import Draft, Summary
 from surgeon.options import Flag, OptionError, flag_of, option, output_option, overwrite_option, verb_named
 from surgeon.progress import Bars, watched
-from surgeon.surgery import Draft, Summary, Surgery
+from surgeon.surgery import Surgery
 
 if TYPE_CHECKING:
     from surgeon.verbs.verify import Verification

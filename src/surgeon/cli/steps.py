@@ -19,10 +19,11 @@ from typer.exceptions import TyperException
 
 from surgeon.cli.app import command_of, commands
 from surgeon.cli.command import Writing, carried_out, draft_of
+from surgeon.draft import Draft
 from surgeon.options import verb_named
 from surgeon.recipe.commands import Key, StepError, UsageError
 from surgeon.starter import held_pipe
-from surgeon.surgery import Draft, Surgery
+from surgeon.surgery import Surgery
 
 KINDS = {"integer": "integer", "float": "number", "boolean": "switch"}
 WORDS = ("[TEXT]", "TEXT", "KIND")  # arguments that name nothing to read

@@ -10,6 +10,7 @@ from surgeon.anatomy.anatomy import Anatomy
 from surgeon.cost.fitting import Split
 from surgeon.cost.flops import attention_flops, flops_per_token, multiplied_parameters
 from surgeon.cost.memory import Memory, Precision, Workload, lora_parameters, memory
+from surgeon.showing import Shown
 from surgeon.text import duration
 
 # Training reaches about this share of the speed of one large product of matrices; norms, softmax, small matrices and
@@ -17,8 +18,8 @@ from surgeon.text import duration
 EFFICIENCY = 0.5
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RunEstimate:
+@dataclass(frozen=True, slots=True, kw_only=True, repr=False)
+class RunEstimate(Shown):
     """The cost of a run. `seconds` is None where no device was measured."""
 
     steps: int
@@ -44,6 +45,13 @@ class RunEstimate:
             **({} if self.split is None else {**self.split.settings(), "free": self.split.free}),
             "notes": list(self.notes),
         }
+
+    @property
+    def headline(self) -> str:
+        """The steps, the memory and the time."""
+        memory = text.size(self.memory.peak)
+        time_left = "" if self.seconds is None else f", about {duration(self.seconds)}"
+        return f"{self.steps:,} steps, {self.tokens:,} tokens, {memory} on each device{time_left}"
 
     def to_text(self) -> str:
         """Return the estimate for people."""

@@ -6,7 +6,7 @@ Source: Miller 2024 (Adding Error Bars to Evals, arXiv:2411.00640), sections 2.1
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from surgeon.text import plus_minus, printable
@@ -187,8 +187,8 @@ class Scored:
     model: str
     figures: Mapping[str, Estimate]
     counts: Mapping[str, int]
-    outcomes: Mapping[str, tuple[float, ...]]
-    sizes: tuple[int, ...] | None = None
+    outcomes: Mapping[str, tuple[float, ...]] = field(repr=False)
+    sizes: tuple[int, ...] | None = field(default=None, repr=False)
 
     def with_outcome(self, name: str, scores: tuple[float, ...]) -> "Scored":
         """Return this with one more score per record."""

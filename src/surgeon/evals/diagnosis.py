@@ -75,6 +75,10 @@ class Diagnosis(Shown):
     `loss` is of the first `skip_sequences` rows, on which layers are left out. `calibration` holds the measures of maps
     whose meaning is known, at the same length. `other` is the diagnosis of another model on the same rows, and
     `layer_map` its layer for each layer here, None for one that is new. `setup` makes the figures reproducible.
+
+        diagnosis = surgeon.diagnose("gpt2", data=["text.txt"], samples=4, skip_samples=0)
+        print(diagnosis.layers[0].rank, diagnosis.layers[0].influence)
+        diagnosis.draw().savefig("diagnosis.png")
     """
 
     model: str

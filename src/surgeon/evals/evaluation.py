@@ -31,6 +31,7 @@ from surgeon.evals.metrics import extracted, final_number
 from surgeon.evals.verdicts import Judgement, card_sentences
 from surgeon.options import OptionError, device_option, flag_of, option, progress_option, revision_option, trust_option
 from surgeon.progress import Progress
+from surgeon.showing import Shown
 from surgeon.surgery import open_source
 from surgeon.text import plus_minus
 
@@ -174,8 +175,8 @@ def check_counts(options: Any, *names: str, least: int = 1) -> None:
             raise PlanError(f"{flag} is {count}; the least is {least}", hint=f"Set {flag} to {least} or more.")
 
 
-@dataclass(frozen=True)
-class Evaluation:
+@dataclass(frozen=True, repr=False)
+class Evaluation(Shown):
     """The scores of a model on data, and those of its baseline if there is one.
 
     `scored.figures` are, with their standard errors: for perplexity "perplexity", "loss" (nats per token) and
@@ -184,6 +185,10 @@ class Evaluation:
     With a judge there is "win_rate" too, against the baseline; its verdicts are in `judgement`.
     `differences` are paired: this model's figure less the baseline's. `setup` makes the figures reproducible.
     `predictions` has a record per prompt: prompt, reference, prediction, score.
+
+        evaluation = surgeon.evaluate("gpt2-large-30", data=["text.txt"], baseline="gpt2-large", samples=8)
+        perplexity = evaluation.scored.figures["perplexity"]
+        print(perplexity.value, perplexity.error, evaluation.differences["loss"].value, evaluation.recovered)
     """
 
     metric: str
@@ -254,6 +259,15 @@ class Evaluation:
         if self.judgement is not None:
             result["judge"] = {"model": self.judgement.judge, **self.judgement.to_dict()}
         return result | {"notes": list(self.notes), "seconds": round(self.seconds, 3)}
+
+    @property
+    def headline(self) -> str:
+        """The model, its figures and the data."""
+        figures = (
+            f"{name.replace('_', ' ')} {plus_minus(figure.value, figure.error)}"
+            for name, figure in self.scored.figures.items()
+        )
+        return f"{short_label(self.scored.model)}, {', '.join(figures)}, {self._data()}"
 
     def to_text(self) -> str:
         """Return the evaluation for people."""

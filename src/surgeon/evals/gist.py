@@ -48,6 +48,7 @@ from surgeon.options import (
     trust_option,
 )
 from surgeon.progress import Progress, meter
+from surgeon.showing import Shown
 from surgeon.text import plus_minus
 
 if TYPE_CHECKING:
@@ -60,13 +61,16 @@ HEADINGS = dict(zip(FORMS, ("full prompt", "gist", "no prompt"), strict=True))
 HEADER = ("", *HEADINGS.values(), "gist - none", "recovery")
 
 
-@dataclass(frozen=True)
-class GistEvaluation:
+@dataclass(frozen=True, repr=False)
+class GistEvaluation(Shown):
     """The scores of a model on records in their forms "full", "gist" and "none".
 
     `outcomes` has a number per record, by measure and form. Measures are "loss", summed over the `sizes` tokens of each
     answer, "rouge_l" and "exact_match", both 0 to 1, and with a judge "win_rate" against the full prompt's answers.
     `judgements` has the judge's verdicts on "gist" and "none".
+
+        evaluation = surgeon.evaluate_gist("SmolLM2-gist", data=["instructions.jsonl"], max_new_tokens=4)
+        print(evaluation.figure("loss", "gist").value, evaluation.figure("loss", "none").value)
     """
 
     model: str
@@ -125,6 +129,11 @@ class GistEvaluation:
             **self.setup,
             "seconds": round(self.seconds, 3),
         }
+
+    @property
+    def headline(self) -> str:
+        """The model, the lengths of prompt and gist, and the data."""
+        return f"{self.model}, {self.prompt_tokens:g} tokens as {self.gist_tokens}, {self._data()}"
 
     def to_text(self) -> str:
         """Return the evaluation for people."""

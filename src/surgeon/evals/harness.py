@@ -21,6 +21,7 @@ from surgeon.evals.compare import Estimate, Recovery, markdown_table, short_labe
 from surgeon.evals.evaluation import MetricOptions
 from surgeon.models.loading import loadable
 from surgeon.options import device_option, in_python, option, revision_option, same_option, trust_option
+from surgeon.showing import Shown
 from surgeon.surgery import open_source
 from surgeon.text import plus_minus
 
@@ -29,11 +30,14 @@ INSTALL_HINT = 'pip install "surgeon[eval]"'
 LAST_LINES = 30  # of the log of the harness, kept for the error message
 
 
-@dataclass(frozen=True)
-class TaskEvaluation:
+@dataclass(frozen=True, repr=False)
+class TaskEvaluation(Shown):
     """The results of lm-evaluation-harness: a value by task and metric, with its standard error if there is one.
 
     The names are those of the harness: "acc" or "acc,strict-match". `lower` has the metrics of which less is better.
+
+        evaluation = surgeon.evaluate_tasks("gpt2", "hellaswag", limit=100)
+        print(evaluation.scores["hellaswag"]["acc_norm"].value)
     """
 
     model: str
@@ -71,6 +75,11 @@ class TaskEvaluation:
                 task: {name: _share(share) for name, share in shares.items()} for task, shares in self.recovery.items()
             }
         return result | {"seconds": round(self.seconds, 3)}
+
+    @property
+    def headline(self) -> str:
+        """The model and the tasks."""
+        return f"{self.model}, {', '.join(self.scores)}"
 
     def to_text(self) -> str:
         """Return the evaluation for people."""

@@ -29,6 +29,7 @@ from surgeon.options import (
     trust_option,
     words,
 )
+from surgeon.showing import Shown
 from surgeon.text import plus_minus, sliced
 
 
@@ -85,12 +86,16 @@ def _stem(spec: str) -> str:
     return Path(name.partition(":")[0]).name.partition(".")[0] or spec
 
 
-@dataclass(frozen=True)
-class SuiteEvaluation:
+@dataclass(frozen=True, repr=False)
+class SuiteEvaluation(Shown):
     """The scores of a model on several tasks, and those of its baseline if there is one.
 
     `evaluations` are the tasks' own, by name. The mean, its difference and the recovery are over the tasks with scores,
     0 to 1; a perplexity stands in the table only.
+
+        tasks = ["questions.jsonl", "instructions.jsonl"]
+        suite = surgeon.evaluate_suite("gpt2", data=tasks, metric="exact-match,rouge-l", max_new_tokens=4, samples=4)
+        print(suite.mean.value, suite.evaluations.keys())
     """
 
     evaluations: Mapping[str, Evaluation]
@@ -171,6 +176,12 @@ class SuiteEvaluation:
             result |= {"recovery": self.recovered.value, "recovery_error": self.recovered.error}
             result |= {"recovery_refused": self.recovered.refused} if self.recovered.refused else {}
         return result | {"notes": list(self.notes), "seconds": round(self.seconds, 3)}
+
+    @property
+    def headline(self) -> str:
+        """The model, the tasks and the mean over them."""
+        mean = "" if self.mean is None else f", mean {plus_minus(self.mean.value, self.mean.error)}"
+        return f"{short_label(self.model)}, {', '.join(self.evaluations)}{mean}"
 
     def to_text(self) -> str:
         """Return the evaluation for people."""

@@ -7,6 +7,7 @@ from typing import Any
 
 from surgeon import text
 from surgeon.evals.compare import Estimate, estimate, short_label, table_cell
+from surgeon.showing import Shown
 from surgeon.text import plus_minus
 
 FIRST, SECOND, NEITHER = "first", "second", "neither"  # the preference of a judge in one order of two answers
@@ -45,9 +46,15 @@ class Verdict:
         return {"verdict": self.outcome, "taken": [self.ahead, self.behind] if self.asked else None}
 
 
-@dataclass(frozen=True)
-class Judgement:
-    """A judge's verdicts on pairs of answers."""
+@dataclass(frozen=True, repr=False)
+class Judgement(Shown):
+    """A judge's verdicts on pairs of answers.
+
+    For example:
+
+        judgement = surgeon.judge_answers("SmolLM2-135M", ["2 + 2?", "3 + 3?"], ["4", "6"], ["5", "6"])
+        print(judgement.win_rate.value, judgement.consistent, judgement.notes)
+    """
 
     judge: str
     verdicts: tuple[Verdict, ...]
@@ -125,6 +132,12 @@ class Judgement:
             return counts
         places = f"prefers the first in {self.share(FIRST):.0%}, the second in {self.share(SECOND):.0%}"
         return f"{counts}; the same when swapped in {self.consistent:.0%} (chance {self.chance:.0%}); {places}"
+
+    @property
+    def headline(self) -> str:
+        """The judge, the number of pairs and the win rate."""
+        rate = plus_minus(self.win_rate.value, self.win_rate.error)
+        return f"{len(self.verdicts)} pairs by {short_label(self.judge)}, win rate {rate}"
 
     def to_text(self) -> str:
         """Return the judgement for people."""

@@ -30,6 +30,7 @@ from surgeon.gist.compress import encoded_behind, position_limit
 from surgeon.gist.probes import logits_of, positions_from
 from surgeon.gist.states import GistStates, encoder_states, last_states, states_of
 from surgeon.models.loading import from_config
+from surgeon.showing import Shown
 
 INPUT_TOKENS, NEW_TOKENS, ROUNDS, WARM_UP = 32, 8, 5, 1
 NOTHING, WHOLE, GIST = "nothing cached", "whole prompt cached", "gist cached"
@@ -57,8 +58,8 @@ class Cost:
     next_token: float
 
 
-@dataclass(frozen=True, slots=True)
-class CostTable:
+@dataclass(frozen=True, slots=True, repr=False)
+class CostTable(Shown):
     """The costs of a prompt in a call with `input_tokens` after it, and the cost of compressing it."""
 
     prompt_tokens: int
@@ -84,6 +85,11 @@ class CostTable:
     def to_dict(self) -> dict[str, Any]:
         """Return this as `--json` prints it: bytes, operations, seconds."""
         return asdict(self) | {"ratio": self.ratio, "break_even": self.break_even}
+
+    @property
+    def headline(self) -> str:
+        """The lengths of prompt and gist."""
+        return f"{self.prompt_tokens:,} → {self.gist_tokens:,} tokens, {self.ratio:.0f}x"
 
     def to_text(self) -> str:
         """Return this for people."""

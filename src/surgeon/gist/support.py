@@ -14,6 +14,7 @@ from surgeon.gist.architecture import refusal
 from surgeon.gist.probes import Differences, probe_decoder, probe_encoder
 from surgeon.models.device import resolve_device
 from surgeon.models.loading import load_model
+from surgeon.showing import Shown
 from surgeon.surgery import open_source
 
 ROUNDING = 16  # machine epsilons: experts that get other tokens too sum ours in another order
@@ -24,8 +25,8 @@ LOAD_HINT = "A model is measured by running it; for one newer than this transfor
 _FAILURES = (ValueError, RuntimeError, TypeError, AttributeError, KeyError, IndexError)
 
 
-@dataclass(frozen=True, slots=True)
-class Support:
+@dataclass(frozen=True, slots=True, repr=False)
+class Support(Shown):
     """Whether a model can have gists, and the measured differences, relative to the largest logit.
 
     `leak` is the change by other prompts after a gist whose states are fixed, `control` the same without the mask.
@@ -44,6 +45,11 @@ class Support:
     def to_dict(self) -> dict[str, Any]:
         """Return this as `--json` prints it."""
         return asdict(self)
+
+    @property
+    def headline(self) -> str:
+        """Whether gist tokens are supported, and why not."""
+        return "supported" if self.supported else f"not supported: {self.reason}"
 
     def to_text(self) -> str:
         """Return this for people."""

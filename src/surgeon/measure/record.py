@@ -7,10 +7,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from surgeon import text
 from surgeon.checkpoint.json_files import read_json
 from surgeon.checkpoint.receipt import to_bytes, versions
 from surgeon.checkpoint.source import SCORES, Source, inside
 from surgeon.errors import CheckpointError, MeasureError, PlanError
+from surgeon.showing import Shown
 from surgeon.transforms.scores import METHODS
 
 FORMAT = 1
@@ -18,8 +20,8 @@ MOST_BYTES = 100_000_000  # of a record: 80 layers of 28,672 neurons take half o
 AGAIN = "Score again: leave out --scores-from."
 
 
-@dataclass(frozen=True)
-class Scores:
+@dataclass(frozen=True, repr=False)
+class Scores(Shown):
     """Scores of layers and widths, with the model and the text that they were taken on.
 
     `layers` maps each score to one number per layer, or to a matrix where its row in METHODS says so. That of
@@ -39,6 +41,20 @@ class Scores:
     widths: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     greedy: Mapping[str, Any] | None = None
     loss: float | None = None
+
+    @property
+    def headline(self) -> str:
+        """Which scores of how many layers, on how many tokens."""
+        names = [*self.layers, *(f"widths by {name}" for name in self.widths), *(["greedy"] if self.greedy else [])]
+        on = f", on {self.tokens:,} tokens" if self.tokens else ""
+        return f"{', '.join(names) or 'none'}, of {self.depth} layers{on}"
+
+    def to_text(self) -> str:
+        """Return the scores of single layers for people; blocks and widths are in the attributes."""
+        plain = [name for name in self.layers if not METHODS[name].matrix] if self.layers else []
+        lines = [[str(i), *(f"{self.layers[name][i]:.6g}" for name in plain)] for i in range(self.depth)]
+        told = [text.rows([("scores", self.headline)])]
+        return "\n\n".join([*told, text.table(["layer", *plain], lines)] if plain else told)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the record as scores.json holds it."""

@@ -13,6 +13,7 @@ from typing import Any
 from surgeon.anatomy.axes import Index, Scale
 from surgeon.checkpoint.header import CheckpointSpec, TensorSpec, is_quantized
 from surgeon.errors import PlanError
+from surgeon.showing import Shown
 
 # Expressions
 
@@ -242,8 +243,8 @@ def _listed(words: Iterable[str]) -> str:
 STORED_DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 
 
-@dataclass(frozen=True)
-class Plan:
+@dataclass(frozen=True, repr=False)
+class Plan(Shown):
     """A result as a function of its source.
 
     `layer_map[i]` is the source layer of result layer i, None for a new one. `steps` holds the requested surgeries, one
@@ -340,7 +341,13 @@ class Plan:
         """Return the plan as JSON text."""
         return json.dumps(self.to_dict(), indent=2)
 
-    def __str__(self) -> str:
+    @property
+    def headline(self) -> str:
+        """The steps, and how many tensors they make."""
+        done = ", then ".join(next(iter(step)) for step in self.steps) or "unchanged"
+        return f"{done}, {len(self.tensors)} tensors"
+
+    def to_text(self) -> str:
         """Return one line for each tensor of the result: its name and its expression."""
         return "\n".join(f"{name} = {describe(expr)}" for name, expr in self.tensors.items())
 

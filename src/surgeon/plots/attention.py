@@ -41,8 +41,11 @@ def draw_diagnosis(panels: Sequence[Panel]) -> Any:
     figure = new_figure(width * len(panels), sum(heights) + 1.2)
     grid = figure.subplots(len(heights), len(panels), squeeze=False, sharey="row", height_ratios=heights)
     most = max(head["rank"] for panel in panels for layer in panel.heads for head in layer)
-    ranks = LogNorm(1, most) if spans_decades([1.0, most]) else Normalize(1, max(most, 2.0))
-    scales = {"rank": ranks, "sink": Normalize(0, 1)}
+    # Ranks are compared by their ratio, and most lie between 1 and 10: a linear scale would paint them all alike.
+    scales = {"rank": LogNorm(1, max(most, 2.0)), "sink": Normalize(0, 1)}
+    influences = [value for panel in panels for value in panel.influence]  # rows of panels have one axis
+    points = [point for panel in panels for series in panel.rises.values() for point in series if point is not None]
+    largest = max((abs(value) for value, _ in points), default=0.0)
     labels = {"rank": "rank of the map", "sink": "attention on token 0"}
     for column, panel in enumerate(panels):
         for row, measure in enumerate(scales):
@@ -51,13 +54,13 @@ def draw_diagnosis(panels: Sequence[Panel]) -> Any:
             axes.set(ylabel="head" if column == 0 else "", title=_title(panel.title) if row == 0 else "")
             if column == len(panels) - 1:
                 bar = figure.colorbar(shown, ax=grid[row].tolist(), label=labels[measure], pad=0.01)
-                if measure == "rank" and isinstance(ranks, LogNorm):
+                if measure == "rank":
                     ticks = [tick for tick in (1, 2, 5, 10, 20, 50, 100, 200, 500) if tick <= most]
                     bar.set_ticks(ticks, labels=[str(tick) for tick in ticks], minor=False)
                     bar.ax.minorticks_off()
         if has_rises:
-            _rises(grid[2][column], panel)
-        _influence(grid[-1][column], panel)
+            _rises(grid[2][column], panel, largest)
+        _influence(grid[-1][column], panel, influences)
         grid[-1][column].set(xlabel="layer")
     return figure
 
@@ -82,25 +85,23 @@ def _heat_map(axes: Any, panel: Panel, measure: str, scale: Any) -> Any:
     return shown
 
 
-def _rises(axes: Any, panel: Panel) -> None:
+def _rises(axes: Any, panel: Panel, most: float) -> None:
     styles = ({"marker": "o", "color": BLACK}, {"marker": "s", "color": "0.55", "markerfacecolor": "white"})
     for (name, series), style in zip(panel.rises.items(), styles, strict=False):
         places = [number for number, point in enumerate(series) if point is not None]
         values = [point[0] for point in series if point is not None]
         errors = [2 * (point[1] or 0.0) for point in series if point is not None]
         axes.errorbar(places, values, yerr=errors, label=name, linestyle="none", markersize=4, linewidth=1, **style)
-    if spans_decades(
-        [LEAST, max((abs(point[0]) for series in panel.rises.values() for point in series if point), default=0.0)]
-    ):
+    if spans_decades([LEAST, most]):
         axes.set_yscale("symlog", linthresh=LEAST)
     axes.axhline(0, color="0.8", linewidth=0.8, zorder=0)
     axes.legend(frameon=False, fontsize="small", ncols=2, loc="upper center")
     _finish(axes, panel, "rise of the loss\n(nats, ± 2 errors)")
 
 
-def _influence(axes: Any, panel: Panel) -> None:
+def _influence(axes: Any, panel: Panel, values: Sequence[float]) -> None:
     axes.bar(range(len(panel.influence)), panel.influence, color="0.35", width=0.7)
-    scale(axes, panel.influence)
+    scale(axes, values)
     _finish(axes, panel, "block influence (1 - cosine)")
 
 

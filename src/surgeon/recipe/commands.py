@@ -7,8 +7,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
+from surgeon.draft import Draft
 from surgeon.errors import RecipeError
-from surgeon.surgery import Draft, Surgery
+from surgeon.surgery import Surgery
 
 # Options of commands that `surgeon run` gives itself, or that make no sense in a recipe.
 RESERVED = (

@@ -16,10 +16,11 @@ from surgeon.checkpoint import receipt
 from surgeon.checkpoint.header import format_header
 from surgeon.checkpoint.output import existing_parent
 from surgeon.checkpoint.source import CARD, CONFIG, RECEIPT, spec_of
+from surgeon.draft import Draft
 from surgeon.errors import OutputError, RecipeError, SurgeonError
 from surgeon.recipe.checking import Job, Rounds, chains, grouped, words_of
 from surgeon.recipe.commands import Commands
-from surgeon.surgery import Draft, open_source
+from surgeon.surgery import open_source
 
 STATE_BYTES = 12  # of a checkpoint of a run, for each parameter: weights and two states of the optimizer, in float32
 SPARE = 1.05

@@ -19,6 +19,7 @@ from surgeon.recipe.record import Record, held
 from surgeon.recipe.replay import Replay, is_receipt, replay
 from surgeon.recipe.report import write_report
 from surgeon.recipe.running import Outcome, Runner, Say
+from surgeon.showing import Shown
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,8 +42,8 @@ class RecipeOptions:
     dry_run: bool = option("Print the whole plan (sizes, tokens, time, disk) and run nothing.", False)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RecipeRun:
+@dataclass(frozen=True, slots=True, kw_only=True, repr=False)
+class RecipeRun(Shown):
     """What came of a recipe. `failure` is why it stopped early, None where it came to its end.
 
     `report` is the page with the figures and pictures; None for a dry run.
@@ -56,6 +57,12 @@ class RecipeRun:
         """Return the run as `--json` prints it."""
         steps = [outcome.to_dict() for outcome in self.outcomes]
         return {"steps": steps, "report": None if self.report is None else str(self.report)}
+
+    @property
+    def headline(self) -> str:
+        """The number of steps, and where the report is."""
+        where = "only planned" if self.report is None else f"report in {self.report}"
+        return f"{len(self.outcomes)} steps, {where}{'' if self.failure is None else f', stopped: {self.failure}'}"
 
     def to_text(self) -> str:
         """Return the run for people: each step with its figures, and what was lost."""

@@ -22,6 +22,7 @@ from surgeon.recipe.checking import words_of
 from surgeon.recipe.commands import Commands
 from surgeon.recipe.reading import Place, Value, plain
 from surgeon.recipe.running import Say
+from surgeon.showing import Shown
 from surgeon.surgery import Surgery, open_model, open_source
 from surgeon.transforms.prune import prune
 from surgeon.verbs.finetune import TrainingOptions
@@ -30,8 +31,8 @@ TRAINED = "finetune"  # the step of a receipt that is trained again
 PRUNED = "prune"  # the one that scores decided: what they chose is in the receipt, or in the scores beside it
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Replay:
+@dataclass(frozen=True, slots=True, kw_only=True, repr=False)
+class Replay(Shown):
     """A checkpoint that was made again. `differing` are its files with other bytes than the first one's.
 
     It is None where the checkpoint is only planned.
@@ -48,6 +49,11 @@ class Replay:
         step = {"name": "replay", "command": "+".join(self.steps), "status": status, "output": str(self.output)}
         same = {} if self.differing is None else {"same": not self.differing, "differing": list(self.differing)}
         return {"steps": [step | {"result": {"original": str(self.original)} | same}], "report": None}
+
+    @property
+    def headline(self) -> str:
+        """The checkpoint and what it repeats."""
+        return f"{self.output}, of {self.original}"
 
     def to_text(self) -> str:
         """Return the replay for people."""

@@ -14,6 +14,7 @@ from surgeon.checkpoint.derived import TrainedSource
 from surgeon.checkpoint.receipt import model_card
 from surgeon.checkpoint.source import CARD, RECEIPT, LocalSource, Source, spec_of
 from surgeon.plan.plan import FLOAT_DTYPES, STORED_DTYPES, Cast, identity
+from surgeon.showing import Shown
 from surgeon.surgery import Surgery, parse_size
 from surgeon.text import plus_minus
 from surgeon.train import checkpoints
@@ -23,8 +24,8 @@ from surgeon.train.settings import Settings
 TOKENIZER_FILES = ("tokenizer", "special_tokens", "added_tokens", "vocab", "merges", "chat_template", "spiece")
 
 
-@dataclass(frozen=True)
-class Training:
+@dataclass(frozen=True, repr=False)
+class Training(Shown):
     """The summary of a run. Losses are means, in what `unit` says; of training over the last tenth of the steps.
 
     `train_loss` and `eval_loss` are the same quantity, for language models the cross-entropy, also with a teacher; then
@@ -34,6 +35,10 @@ class Training:
     `output` is the checkpoint; None for a run that SIGTERM stopped, which `--resume` continues. `steps` and `tokens`
     are of the whole run, `seconds` and `tokens_per_second` of this process alone. `already_done` marks the summary of a
     run that was finished before it was to be resumed.
+
+        training = surgeon.finetune("gpt2", data=["text.txt"], output="tuned", max_steps=20, sequence_length=64)
+        print(training.steps, training.train_loss, training.eval_loss)
+        training.draw().savefig("loss.png")
     """
 
     output: Path | None
@@ -100,6 +105,19 @@ class Training:
             ("train objective", self.objective, None),
         ]
         return [(name, f"{plus_minus(loss, error)} {self.unit}") for name, loss, error in rows if loss is not None]
+
+    @property
+    def headline(self) -> str:
+        """The result, its steps and its losses."""
+        shown = "".join(f", {name} {loss}" for name, loss in self.losses())
+        return f"{self.output}, {self.steps:,} steps, {self.tokens:,} tokens{shown}"
+
+    def draw(self, *, x: str = "steps") -> Any:
+        """Return a figure of matplotlib with the losses of the run, against "steps" or "tokens"."""
+        from surgeon.plots.training import draw_losses
+        from surgeon.train.run_dir import read_metrics
+
+        return draw_losses([(self.run_dir, read_metrics(self.run_dir))], x=x)
 
     def to_text(self) -> str:
         """Return the summary for people."""

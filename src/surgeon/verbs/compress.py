@@ -31,6 +31,7 @@ from surgeon.options import (
     trust_option,
 )
 from surgeon.progress import Progress, stage
+from surgeon.showing import Shown
 from surgeon.surgery import open_source
 
 if TYPE_CHECKING:
@@ -40,13 +41,16 @@ if TYPE_CHECKING:
 ABOUT = "gist.json"  # by which a directory is known to hold a compressed prompt
 
 
-@dataclass(frozen=True, slots=True)
-class Compression:
+@dataclass(frozen=True, slots=True, repr=False)
+class Compression(Shown):
     """A compressed prompt: its directory, its sizes and its check.
 
     `stored_as` is the file of its states: adapter_model.safetensors, which PEFT loads, or gist.safetensors. `check` has
     the `difference` between the logits after the gist and those of the masked pass, relative to the largest logit, and
     the difference that is `allowed`.
+
+        bot = surgeon.compress("SmolLM2-gist", "You are a helpful bot.", output="bot")
+        print(bot.prompt_tokens, bot.gist_tokens, bot.check["difference"])
     """
 
     output: str
@@ -63,6 +67,11 @@ class Compression:
         """Return this as `--json` prints it."""
         fields = {name: getattr(self, name) for name in self.__dataclass_fields__}
         return fields | {"check": dict(self.check), "cost": None if self.cost is None else self.cost.to_dict()}
+
+    @property
+    def headline(self) -> str:
+        """Where the gist is, its tokens and its size."""
+        return f"{self.output}, {self.prompt_tokens:,} → {self.gist_tokens} tokens, {text.size(self.state_bytes)}"
 
     def to_text(self) -> str:
         """Return this for people."""

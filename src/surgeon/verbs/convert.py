@@ -27,7 +27,7 @@ def convert(source: str | os.PathLike[str], *, staging: str | os.PathLike[str] |
 
     Raises CheckpointError when there is nothing to convert, when a file is damaged, or holds more than tensors.
 
-        surgeon.convert("model.gguf").save("model", dtype="bfloat16")
+        surgeon.convert("old-gpt2").save("new-gpt2", dtype="bfloat16")
     """
     path = Path(source).expanduser()
     opened, step, notes = _open(path, None if staging is None else Path(staging))

@@ -14,18 +14,22 @@ from surgeon.checkpoint.receipt import to_bytes
 from surgeon.data.question_formation import LEXICONS, Line, Lines, cross_entropy, entropy
 from surgeon.errors import OutputError
 from surgeon.options import OptionError, check_seed, flag_of, option, output_option, seed_option, takes
+from surgeon.showing import Shown
 from surgeon.text import rows
 
 KINDS = ("question-formation",)
 ABOUT = "grammar.json"
 
 
-@dataclass(frozen=True, slots=True)
-class GeneratedData:
+@dataclass(frozen=True, slots=True, repr=False)
+class GeneratedData(Shown):
     """The files that were written, and what is known of them.
 
     `entropy` is that of the grammar in nats a token, over all tokens of a line and its end; `validation_floor` is the
     same of the lines that were drawn for validation.
+
+        made = surgeon.generate_data("question-formation", output="questions", lines=100)
+        print(made.files, made.entropy)
     """
 
     output: str
@@ -53,6 +57,12 @@ class GeneratedData:
             "moved": self.moved,
             "seconds": round(self.seconds, 3),
         }
+
+    @property
+    def headline(self) -> str:
+        """Where the text is, its lines and its entropy."""
+        counts = ", ".join(f"{count:,} {split}" for split, count in self.lines.items())
+        return f"{self.output}, {counts} lines, entropy {self.entropy:.4f} nats a token"
 
     def to_text(self) -> str:
         """Return this for people."""
@@ -102,7 +112,7 @@ def generate_data(kind: str, options: DataOptions) -> GeneratedData:
 
     Raises DataError where there are not so many different lines, OutputError.
 
-        surgeon.generate_data("question-formation", output="questions", lines=20_000)
+        print(surgeon.generate_data("question-formation", output="questions", lines=2_000))
     """
     began = time.perf_counter()
     if kind not in KINDS:

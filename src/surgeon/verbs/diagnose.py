@@ -97,7 +97,7 @@ def diagnose(model: str | os.PathLike[str], options: DiagnoseOptions) -> Diagnos
     Raises DataError for a text that cannot be read, MeasureError for a model whose attention cannot be seen and for
     another one with other tokens, PlanError and OutputError for pictures that cannot be drawn or written.
 
-        print(surgeon.diagnose("gpt2-large", data=["text.txt"]).to_text())
+        print(surgeon.diagnose("gpt2-large", data=["text.txt"], samples=4, skip_samples=2))
     """
     from surgeon.models.loading import runs
 

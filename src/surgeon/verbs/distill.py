@@ -45,6 +45,7 @@ from surgeon.rewriting.engines import Engine, TransformersEngine, VllmEngine, Wr
 from surgeon.rewriting.journal import Journal, difference, opened, write_lines
 from surgeon.rewriting.loop import Asked, Progress, Watch, lines, rewrite
 from surgeon.rewriting.prompts import PROMPTS, form_of, prompt_tokens, row_of
+from surgeon.showing import Shown
 from surgeon.text import plus_minus, sliced
 
 if TYPE_CHECKING:
@@ -55,14 +56,17 @@ ENGINES = ("auto", "transformers", "vllm")
 KEEP, DROP = "keep", "drop"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Distillation:
+@dataclass(frozen=True, slots=True, kw_only=True, repr=False)
+class Distillation(Shown):
     """What came of a dataset's answers.
 
     `rewritten` rows have the model's answer, which in `unchanged` ones is the reference word for word; `kept` rows have
     their own, `dropped` ones are not in the output. `reasons`
     counts the rows that were not rewritten, by reason; `prompts` the rows and the rewritten ones, by the prompt's name.
     `tokens` were written by this process, at `tokens_per_second`; `resumed` rows were on disk when it began.
+
+        made = surgeon.distill("SmolLM2-135M", data=["questions.jsonl"], output="rewritten.jsonl", max_new_tokens=8)
+        print(f"{made.rewritten} of {made.rows} answers were rewritten: {made.reasons}")
     """
 
     output: str
@@ -95,6 +99,11 @@ class Distillation:
         rates = {"acceptance": self.acceptance, "acceptance_error": self.acceptance_error}
         plain = {"reasons": dict(self.reasons), "prompts": {name: dict(of) for name, of in self.prompts.items()}}
         return fields | rates | plain | {"notes": list(self.notes)}
+
+    @property
+    def headline(self) -> str:
+        """Where the dataset is, and how much of it was rewritten."""
+        return f"{self.output}, {self.rewritten:,} of {self.rows:,} rows rewritten"
 
     def to_text(self) -> str:
         """Return this for people."""
@@ -229,7 +238,7 @@ def distill(model: str | os.PathLike[str], options: DistillOptions) -> Distillat
     Raises DataError for data without answers, OutputError for an output that exists or that was begun otherwise,
     MeasureError for a model that cannot be run.
 
-        surgeon.distill("SmolLM2-135M-Instruct", data=["gsm8k.jsonl"], output="gsm8k-distill.jsonl")
+        surgeon.distill("SmolLM2-135M", data=["questions.jsonl"], output="distilled.jsonl", max_new_tokens=64)
     """
     source = open_evaluated(model, options.revision)
     _check_target(options, os.fspath(model))

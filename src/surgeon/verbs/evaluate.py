@@ -129,7 +129,7 @@ def evaluate(model: str | os.PathLike[str], options: EvaluationOptions) -> Evalu
     Raises DataError for data that cannot be read or has no answers, MeasureError for a model that cannot be evaluated
     and for a baseline with other tokens, PlanError for options that contradict each other, OutputError.
 
-        print(surgeon.evaluate("gpt2-large-27", data=["text.txt"], baseline="gpt2-large").to_text())
+        print(surgeon.evaluate("gpt2-large-30", data=["text.txt"], baseline="gpt2-large"))
     """
     from surgeon.models.loading import runs
 
@@ -184,7 +184,9 @@ def evaluate_suite(model: str | os.PathLike[str], options: SuiteOptions) -> Suit
 
     Raises OptionError for options that do not fit, and what `surgeon.evaluate` raises.
 
-        surgeon.evaluate_suite("cut", data=["math.jsonl", "chat.jsonl"], metric="exact-match,rouge-l", extract="number")
+        tasks = ["questions.jsonl", "instructions.jsonl"]
+        metrics = "exact-match,rouge-l"
+        print(surgeon.evaluate_suite("gpt2", data=tasks, metric=metrics, extract="number", max_new_tokens=16))
     """
     began = monotonic()
     target = None if options.predictions is None else checked_target(Path(options.predictions))
@@ -211,6 +213,8 @@ def evaluate_gist(model: str | os.PathLike[str], options: GistEvaluationOptions)
 
     Raises PlanError for a model without gist tokens and for other adapters, DataError for records without a prompt or
     an answer, MeasureError for a model that cannot be evaluated, OutputError.
+
+        print(surgeon.evaluate_gist("SmolLM2-gist", data=["instructions.jsonl"], max_new_tokens=16))
     """
     from surgeon.models.loading import runs
 
@@ -228,6 +232,8 @@ def evaluate_tasks(
     in the precision in which it is stored. Without `quiet` its log is streamed to standard error.
 
     Raises MeasureError where it is not installed, fails, or writes no results; PlanError for a task_dir that is none.
+
+        print(surgeon.evaluate_tasks("gpt2", "hellaswag,arc_easy", limit=100))
     """
     return run_tasks(model, tasks, options)
 
@@ -247,7 +253,7 @@ def judge_answers(
 
     Raises DataError for lists of different lengths, MeasureError for a judge that cannot be asked.
 
-        print(surgeon.judge_answers("Qwen3-4B", ["2 + 2?"], ["4"], ["5"]).to_text())
+        print(surgeon.judge_answers("SmolLM2-135M", ["2 + 2?"], ["4"], ["5"]))
     """
     from surgeon.models.device import resolve_device
     from surgeon.models.loading import runs

@@ -130,7 +130,8 @@ def finetune(model: str | os.PathLike[str], options: FinetuneOptions) -> Trainin
     Raises DataError, PlanError, MeasureError, OutputError before anything is trained, and TrainingError for a run that
     diverges or does not fit into memory.
 
-        surgeon.finetune("SmolLM2-135M-24L", data=["wiki.txt"], output="healed", max_steps=300, teacher="SmolLM2-135M")
+        healing = {"teacher": "SmolLM2-135M", "max_steps": 10, "sequence_length": 64}
+        surgeon.finetune("SmolLM2-24L", data=["text.txt"], output="healed", **healing)
     """
     began = time.perf_counter()
     options = continued(model, options)
@@ -233,7 +234,12 @@ def _finished(run_dir: Path, target: Path) -> Training | None:
 
 @takes(EstimateOptions)
 def estimate_finetune(model: str | os.PathLike[str], options: EstimateOptions) -> "RunEstimate":
-    """Return an estimate of `finetune` with these options: steps, tokens, memory, time. Trains and keeps nothing."""
+    """Return an estimate of `finetune` with these options: steps, tokens, memory, time. Trains and keeps nothing.
+
+    For example:
+
+        print(surgeon.estimate_finetune("gpt2-large", data=["text.txt"], max_steps=300, batch_size=4))
+    """
     from surgeon.models.device import resolve_device
     from surgeon.models.loading import runs
     from surgeon.train.inputs import Inputs

@@ -22,6 +22,7 @@ from surgeon.options import (
     trust_option,
 )
 from surgeon.progress import Progress, stage
+from surgeon.showing import Shown
 from surgeon.surgery import open_source
 
 if TYPE_CHECKING:
@@ -30,12 +31,15 @@ if TYPE_CHECKING:
     from surgeon.gist.prompt import GistPrompt
 
 
-@dataclass(frozen=True, slots=True)
-class Generation:
+@dataclass(frozen=True, slots=True, repr=False)
+class Generation(Shown):
     """A continuation, without special tokens.
 
     `text_tokens` counts the tokens of the text, without a compressed prompt; `new_tokens` counts the tokens that were
     generated, the end-of-text token included.
+
+        generation = surgeon.generate("gpt2", "The meaning of life", max_new_tokens=20)
+        print(generation.text, generation.new_tokens)
     """
 
     text: str
@@ -43,6 +47,15 @@ class Generation:
     gist_tokens: int
     new_tokens: int
     seconds: float
+
+    @property
+    def headline(self) -> str:
+        """The beginning of the text, and its length."""
+        return f"{self.text[:60]!r}{'...' if len(self.text) > 60 else ''}, {self.new_tokens} tokens"
+
+    def to_text(self) -> str:
+        """Return the continuation."""
+        return self.text
 
     def to_dict(self) -> dict[str, Any]:
         """Return this as `--json` prints it."""
@@ -91,7 +104,7 @@ def generate(model: str | os.PathLike[str], text: str, options: GenerateOptions)
     Raises PlanError for options that contradict each other, DataError for a text that is empty or too long,
     CheckpointError for a gist that is damaged or of another model, MeasureError for a model that cannot be run.
 
-        print(surgeon.generate("gpt2", "The meaning of life", max_new_tokens=20).text)
+        print(surgeon.generate("gpt2", "The meaning of life", max_new_tokens=20))
     """
     source = open_source(model, revision=options.revision)
     read_anatomy(spec_of(source))

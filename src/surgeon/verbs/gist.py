@@ -34,7 +34,7 @@ def add_gist(model: "str | os.PathLike[str] | Surgery", options: GistOptions) ->
     Raises PlanError when the architecture lets a prompt past a mask, when the model has gist tokens already, or when
     it has no tokenizer.json.
 
-        surgeon.add_gist("HuggingFaceTB/SmolLM2-135M", tokens=4).save("SmolLM2-gist")
+        surgeon.add_gist("SmolLM2-135M", tokens=4).save("SmolLM2-with-gist")
     """
     begun = open_model(model, revision=options.revision)
     anatomy, config = begun.anatomy, begun.spec.config

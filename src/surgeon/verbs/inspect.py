@@ -94,7 +94,15 @@ class ModelDifference(Shown):
 
 @dataclass(frozen=True, repr=False)
 class Inspection(Shown):
-    """The anatomy of a checkpoint, its sizes in parameters and bytes, and where its tensors lie."""
+    """The anatomy of a checkpoint, its sizes in parameters and bytes, and where its tensors lie.
+
+    For example:
+
+        inspection = surgeon.inspect("gpt2-large")
+        print(inspection)  # as the command does
+        print(inspection.layers[0].attention, inspection.layers[0].parameters)
+        inspection.draw().savefig("layers.png")
+    """
 
     label: str
     anatomy: Anatomy
@@ -254,6 +262,8 @@ def inspect(model: str | os.PathLike[str], options: InspectOptions) -> Inspectio
     """Return the anatomy of `model`, after checking that it is whole; with `against`, also its differences from that.
 
     Raises CheckpointError when a checkpoint is damaged, HubError when the Hub does not have it.
+
+        print(surgeon.inspect("gpt2-large-30", against="gpt2-large"))
     """
     source = open_source(model, revision=options.revision)
     anatomy = read_anatomy(spec_of(source))

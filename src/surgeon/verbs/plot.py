@@ -17,7 +17,7 @@ def plot(runs: str | os.PathLike[str] | Sequence[str | os.PathLike[str]], *, x: 
 
     Raises DataError for a run that cannot be read, PlanError where there is no loss to draw, or no matplotlib.
 
-        surgeon.plot(["healed.run", "distilled.run"], x="tokens").savefig("loss.png")
+        surgeon.plot(["first.run", "second.run"], x="tokens").savefig("loss.png")
     """
     paths = [Path(run) for run in ([runs] if isinstance(runs, str | os.PathLike) else runs)]
     return draw_losses([(path, read_metrics(path)) for path in paths], x=x)

@@ -256,7 +256,7 @@ def prune(model: "str | os.PathLike[str] | Surgery", options: PruneOptions) -> P
 
     Raises PlanError for a result that is impossible, MeasureError and DataError when scores cannot be taken.
 
-        surgeon.prune("meta-llama/Llama-3.1-8B", layers=26, data=("c4.jsonl",)).save("llama-26")
+        surgeon.prune("gpt2-large", layers=30, data=["text.txt"], samples=8).save("gpt2-large-pruned")
     """
     return plan_pruning(open_model(model, revision=options.revision), options)
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from surgeon import text
 from surgeon.anatomy.anatomy import read_anatomy
 from surgeon.checkpoint.source import spec_of
 from surgeon.measure.record import Scores, perplexities
@@ -18,13 +19,17 @@ if TYPE_CHECKING:
     from surgeon.plots.pruning import Removed
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class Pruning(Surgery):
     """A surgery that scores decided, or the names of layers.
 
     `score` is None where the layers were named and no score was asked. `choice` is None where no scores are there yet,
     `text` where none was read. removable(n) returns the layers that go when n do; it works for n up to
     `most_removable`, with `keep_pattern` for whole periods.
+
+        pruning = surgeon.prune("gpt2-large", score="block-influence", layers=30, data=["text.txt"], samples=4)
+        print(pruning.choice.dropped, pruning.perplexity())
+        pruning.draw(curve=pruning.curve(most=4)).savefig("scores.png")
     """
 
     score: str | None
@@ -36,6 +41,12 @@ class Pruning(Surgery):
     device: str
     trust_remote_code: bool = False
     is_named: bool = False
+
+    @property
+    def headline(self) -> str:
+        """The source, the score, and what goes."""
+        gone = "not chosen yet" if self.choice is None else f"without layers {text.layers(self.choice.dropped)}"
+        return f"{super().headline}, {'as named' if self.score is None else f'by {self.score}'}, {gone}"
 
     def evaluate(self, result: str | os.PathLike[str], *, before: float | None = None) -> tuple[float, float] | None:
         """Return the perplexity of the source (`before` if known) and of the written result; None without one."""

@@ -11,6 +11,7 @@ from os import PathLike, fspath
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from surgeon import text
 from surgeon.anatomy.anatomy import read_anatomy
 from surgeon.checkpoint.receipt import read_receipt
 from surgeon.checkpoint.source import LocalSource, open_directory, spec_of
@@ -21,6 +22,7 @@ from surgeon.models.loading import libraries_fail, quiet_transformers
 from surgeon.options import verb_named
 from surgeon.plan.plan import STORED_DTYPES
 from surgeon.progress import stage
+from surgeon.showing import Shown
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -38,8 +40,8 @@ SLACK = 6.0
 USUAL_NOISE = 0.5
 
 
-@dataclass(frozen=True)
-class Verification:
+@dataclass(frozen=True, repr=False)
+class Verification(Shown):
     """The comparison of a result with its source.
 
     `difference` is the largest |Δ logit| and `largest` the largest |logit| of the source, over all positions of random
@@ -47,6 +49,10 @@ class Verification:
     `largest`. It is "rounded" where the difference is larger, the result is stored in 16 bits (`rounded_by`), and the
     difference is within a few times the measured effect of that rounding on the source. It is "approximate" where the
     plan gives a `reason`.
+
+        surgeon.grow("gpt2", layers=16).save("gpt2-16")
+        verification = surgeon.verify("gpt2", "gpt2-16")
+        print(verification.verdict, verification.difference)
     """
 
     verdict: Literal["exact", "rounded", "approximate"]
@@ -80,8 +86,14 @@ class Verification:
         verdict = f"{self.verdict}{by}: max |Δlogits| {self.difference:.2g} of {self.largest:.3g}{because}"
         return [("verified", verdict), *self.trainability.rows()]
 
-    def __str__(self) -> str:
-        return "\n".join(f"{name}: {value}" for name, value in self.rows())
+    @property
+    def headline(self) -> str:
+        """The verdict, and the largest difference."""
+        return self.rows()[0][1]
+
+    def to_text(self) -> str:
+        """Return this for people."""
+        return text.rows(self.rows())
 
 
 def verify(
@@ -99,6 +111,9 @@ def verify(
 
     Raises VerificationError when one cannot be loaded completely, or when the result differs from the source by more
     than the plan and the stored dtype explain. Nothing is written or removed.
+
+        surgeon.grow("gpt2", hidden_size="2x").save("gpt2-wide")
+        print(surgeon.verify("gpt2", "gpt2-wide"))
     """
     return verify_as(fspath(result), fspath(source), Path(result), revision=revision, device=device, seed=seed)
 
