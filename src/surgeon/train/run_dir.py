@@ -51,6 +51,7 @@ class StepReport:
     mfu: float | None = None  # a part of the peak, 0 to 1; None where the peak is not known
     memory: int | None = None  # bytes, the most so far
     seconds_left: float | None = None
+    epoch: float | None = None  # passes over the data so far
 
     def to_record(self) -> dict[str, Any]:
         """Return the record of this step in metrics.jsonl."""
@@ -61,7 +62,7 @@ class StepReport:
 PARTS = ("kl", "hidden")  # of the objective of a run with a teacher, beside the cross-entropy
 _STEP_KEYS = (
     *("step", "tokens", "loss", "objective", *PARTS, "learning_rate", "grad_norm"),
-    *("tokens_per_second", "mfu", "memory"),
+    *("tokens_per_second", "mfu", "memory", "epoch"),
 )
 _NUMBERS = (*_STEP_KEYS, "eval_loss", "eval_loss_error", "probe_loss", "cross_entropy")
 
