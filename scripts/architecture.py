@@ -16,17 +16,13 @@ SOURCE = ROOT / "src"
 PAGE, PICTURE = ROOT / "docs/design.md", ROOT / "docs/images/architecture.svg"
 # The floors of the house, from the ground up. A package imports its own files and lower floors only.
 FLOORS = (
-    *("text", "showing", "errors", "progress", "options", "starter", "checkpoint", "anatomy", "plan", "transforms"),
+    *("text", "showing", "errors", "mistyped", "progress", "options", "starter"),
+    *("checkpoint", "anatomy", "plan", "transforms"),
     *("data", "models", "draft", "surgery", "checkpoint.formats", "cost", "measure", "plots"),
     *("train", "gist", "evals", "rewriting", "verbs", "recipe", "cli"),
 )
-GROUND = (
-    "text",
-    "showing",
-    "errors",
-    "progress",
-    "options",
-)  # every package may use these: no arrows in the picture
+# Every package may use these; the picture draws no arrows to them.
+GROUND = ("text", "showing", "errors", "mistyped", "progress", "options")
 WIDTH, HEIGHT, GAP, ROW = 156, 46, 22, 92  # of a box, between boxes, and from row to row, in pixels
 COLOURS = {"box": "#eef3fb", "edge": "#7a8aa6", "text": "#1d2433", "line": "#b3bfd1"}
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from textwrap import dedent
 from typing import Any
 
-from surgeon.cli.app import command_of
+from surgeon.cli.command import command_of
 from surgeon.cli.steps import CommandLine
 from surgeon.errors import SurgeonError
 from surgeon.recipe.commands import StepError

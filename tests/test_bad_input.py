@@ -210,9 +210,9 @@ SHARDED: dict[str, tuple[Damage, tuple[str, ...]]] = {
 CASES = {name: (1, *case) for name, case in ONE_FILE.items()} | {name: (3, *case) for name, case in SHARDED.items()}
 
 
-def assert_refused(outcome, *named: str) -> None:
+def assert_refused(outcome, *named: str, code: int = 1) -> None:
     """Assert the form that every refusal has: exit code 1, one error line that names these things, one hint."""
-    assert outcome.code == 1
+    assert outcome.code == code
     assert outcome.out == ""
     error, hint, *rest = outcome.err.splitlines()
     assert error.startswith("error: ")
@@ -286,34 +286,31 @@ def test_a_path_that_holds_no_checkpoint_is_named(model, named, command, run, tm
 
 
 @pytest.mark.parametrize(
-    ("options", "named"),
+    ("options", "named", "code"),
     [
-        (("--layers", "4"), ("4 layers", "has 3")),
-        (("--layers", "0"), ("at least one layer",)),
-        (("--layers", "10%"), ("at least one layer",)),
-        (("--layers", "-1"), ("'-1'",)),
-        (("--layers", "six"), ("'six'",)),
-        (("--layers", "2", "--dtype", "float7"), ("'float7'",)),
-        (("--layers", "2", "--max-shard-size", "big"), ("'big'",)),
-        (("--layers", "2", "--max-shard-size", "0"), ("'0'",)),
-        (("--layers", "2", "--max-shard-size", "-5GB"), ("'-5GB'",)),
-        (("--layers", "2", "--max-shard-size", "nan"), ("'nan'",)),
-        (("--layers", "2", "--inherit", "soul"), ("'soul'",)),
+        (("--layers", "4"), ("4 layers", "has 3"), 1),
+        (("--layers", "0"), ("at least one layer",), 2),
+        (("--layers", "10%"), ("at least one layer",), 1),
+        (("--layers", "-1"), ("'-1'",), 2),
+        (("--layers", "six"), ("'six'",), 2),
+        (("--layers", "2", "--dtype", "float7"), ("'float7'",), 2),
+        (("--layers", "2", "--max-shard-size", "big"), ("'big'",), 2),
+        (("--layers", "2", "--max-shard-size", "0"), ("'0'",), 2),
+        (("--layers", "2", "--max-shard-size", "-5GB"), ("'-5GB'",), 2),
+        (("--layers", "2", "--max-shard-size", "nan"), ("'nan'",), 2),
+        (("--layers", "2", "--inherit", "soul"), ("'soul'",), 2),
     ],
 )
-def test_a_request_that_contradicts_the_model_is_refused(options, named, run, tmp_path):
+def test_a_request_that_contradicts_the_model_is_refused(options, named, code, run, tmp_path):
     model = checkpoint(tmp_path / "model")
 
-    assert_refused(run("truncate", model, *options, "-o", tmp_path / "out"), *named)
+    assert_refused(run("truncate", model, *options, "-o", tmp_path / "out"), *named, code=code)
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("args", [("truncate", "x"), ("inspect",), ("inspect", "x", "--nope"), ("frobnicate",)])
-def test_bad_usage_is_exit_code_2_with_a_usage_line(args, run):
-    outcome = run(*args)
-
-    assert outcome.code == 2
-    assert "Usage: " in outcome.err + outcome.out
+@pytest.mark.parametrize("args", [("truncate", "x"), ("inspect", "x", "--nope"), ("frobnicate",)])
+def test_bad_usage_is_exit_code_2_with_one_line_and_a_hint(args, run):
+    assert_refused(run(*args), code=2)
 
 
 # --- configs that are no damage but no plain model either -------------------------------------------------------

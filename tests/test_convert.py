@@ -19,8 +19,9 @@ import toys
 from later import LATER
 
 import surgeon
+from surgeon.checkpoint.derived import wrapper_of
 from surgeon.checkpoint.formats.torch_file import read_torch_file
-from surgeon.errors import CheckpointError, OutputError
+from surgeon.errors import CheckpointError, OutputError, PlanError
 
 if LATER:
     import torch
@@ -588,3 +589,83 @@ def test_a_gguf_without_the_gguf_package_says_what_to_install(tmp_path, monkeypa
         surgeon.convert(tmp_path / "model.gguf")
 
     assert caught.value.hint == 'pip install "surgeon[gguf]"'
+
+
+# What training tools leave behind
+
+
+@pytest.mark.parametrize(
+    ("wrapper", "inner"),
+    [
+        ("_orig_mod.", "model"),
+        ("module.", None),
+        ("base_model.model.", "state_dict"),
+        ("module._orig_mod.", "model_state_dict"),
+    ],
+)
+def test_what_a_training_tool_puts_before_all_names_is_taken_off_and_said(tmp_path, wrapper, inner):
+    toy = toys.build("llama", tmp_path / "toy")
+    state = {wrapper + name: tensor for name, tensor in load_file(toy / "model.safetensors").items()}
+    saved = state if inner is None else {inner: state, "optimizer": {"state": {0: torch.ones(2)}}, "step": 3}
+
+    surgery = surgeon.convert(pickled(tmp_path / "trained", saved, config=toy))
+    surgery.save(tmp_path / "out")
+
+    assert_same_tensors(tmp_path / "out", toy)
+    assert f"taken off the names of all {len(state)} tensors: {wrapper}" in surgery.plan.all_notes
+    beside = [] if inner is None else ["optimizer", "step"]
+    left_out = [note for note in surgery.plan.all_notes if "left out" in note]
+    assert left_out == [f"{name} is not a tensor and is left out" for name in beside]
+
+
+def test_a_safetensors_checkpoint_with_such_names_is_converted_too(tmp_path):
+    toy = toys.build("llama", tmp_path / "toy")
+    wrapped = tmp_path / "wrapped"
+    shutil.copytree(toy, wrapped)
+    state = load_file(toy / "model.safetensors")
+    save_file({f"_orig_mod.{name}": tensor for name, tensor in state.items()}, wrapped / "model.safetensors")
+
+    surgeon.convert(wrapped).save(tmp_path / "out")
+
+    assert_same_tensors(tmp_path / "out", toy)
+    with pytest.raises(CheckpointError, match="is a safetensors checkpoint already"):
+        surgeon.convert(toy)
+
+
+@pytest.mark.parametrize("name", ["ckpt.pt", "last.ckpt", "model.pth"])
+def test_a_file_of_a_training_script_is_named_itself(tmp_path, name):
+    toy = toys.build("llama", tmp_path / "toy")
+    directory = pickled(tmp_path / "trained", {"model": state_dict(toy)}, config=toy)
+    (directory / "pytorch_model.bin").rename(directory / name)
+
+    surgeon.convert(directory / name).save(tmp_path / "out")
+
+    assert_same_tensors(tmp_path / "out", toy)
+
+
+def test_a_prefix_that_some_tensors_lack_stays():
+    assert wrapper_of(["module.a", "module.b"]) == "module."
+    assert wrapper_of(["module.a", "b"]) == wrapper_of([]) == ""
+
+
+def test_a_model_with_adapters_inside_is_refused_by_name(tmp_path):
+    toy = toys.build("llama", tmp_path / "toy")
+    state = {f"base_model.model.{name}": tensor for name, tensor in load_file(toy / "model.safetensors").items()}
+    state["base_model.model.model.layers.0.self_attn.q_proj.lora_A.default.weight"] = torch.ones(2, 2)
+
+    with pytest.raises(PlanError, match=r"adapters inside, .*q_proj\.lora_A\.default\.weight") as caught:
+        surgeon.convert(pickled(tmp_path / "trained", state, config=toy))
+    assert "merge_and_unload" in caught.value.hint
+
+
+def test_a_file_of_two_models_is_refused(tmp_path):
+    toy = toys.build("llama", tmp_path / "toy")
+    state = {"model": {"a": torch.ones(2)}, "state_dict": {"a": torch.ones(2)}}
+    with pytest.raises(CheckpointError, match="models under 'model' and 'state_dict'"):
+        surgeon.convert(pickled(tmp_path / "trained", state, config=toy))
+
+
+def test_a_base_is_for_an_adapter(tmp_path):
+    toy = toys.build("llama", tmp_path / "toy")
+    with pytest.raises(PlanError, match="--base goes with an adapter"):
+        surgeon.convert(toy, base="gpt2")

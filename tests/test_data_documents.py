@@ -130,7 +130,8 @@ def test_reading_text_and_records_imports_nothing_heavy(tmp_path):
     ("record", "parts"),
     [
         ({"text": "a"}, ("a",)),
-        ({"text": "a", "messages": CHAT, "prompt": "p", "completion": "c"}, ("a",)),
+        ({"text": "a", "prompt": "p", "completion": "c"}, ("p", "c")),
+        ({"text": "a", "instruction": "i", "input": "", "output": "o"}, ("i", "o")),
         ({"completion": "c", "prompt": "p"}, ("p", "c")),
         ({"prompt": "", "completion": "c"}, ("", "c")),
         ({"instruction": "i", "output": "o"}, ("i", "o")),
@@ -360,21 +361,25 @@ def test_a_directory_is_its_files_in_the_order_of_their_names(tmp_path):
 
 
 def test_a_directory_without_data_is_refused_at_once(tmp_path):
-    write(tmp_path / "a.csv", "a")
+    write(tmp_path / "a.xml", "a")
     with pytest.raises(DataError, match="has no file of data") as caught:
         documents(str(tmp_path))
     assert caught.value.hint == (
-        "surgeon reads .txt, .jsonl, .json (each also .gz) and .parquet, not in directories below it."
+        "surgeon reads .txt, .jsonl, .json, .csv, .tsv (each also .gz or .zst) and .parquet, "
+        "not in directories below it."
     )
 
 
-@pytest.mark.parametrize("name", ["a.csv", "a", "a.gz", "a.parquet.gz"])
+@pytest.mark.parametrize("name", ["a.xml", "a", "a.gz", "a.zst", "a.parquet.gz"])
 def test_a_file_of_another_kind_is_refused_at_once(tmp_path, name):
     spec = write(tmp_path / name, "a")
     with pytest.raises(DataError) as caught:
         documents(spec)
     assert str(caught.value) == f"{spec} is of no kind that surgeon reads"
-    assert caught.value.hint == "Name it by what it is: .txt, .jsonl, .json (each also .gz) and .parquet."
+    assert (
+        caught.value.hint
+        == "Name it by what it is: .txt, .jsonl, .json, .csv, .tsv (each also .gz or .zst) and .parquet."
+    )
 
 
 @pytest.mark.parametrize(

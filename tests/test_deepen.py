@@ -225,13 +225,13 @@ def test_a_donor_of_another_shape_or_too_shallow_is_refused(toy, tmp_path):
     ("options", "message"),
     [
         ({"layers": 4}, "cannot grow 6 layers to 4"),
-        ({"layers": 8, "depth_method": "copy"}, "unknown depth method 'copy'"),
+        ({"layers": 8, "depth_method": "copy"}, "unknown --depth-method 'copy'"),
         ({"layers": 9, "depth_method": "solar"}, "solar makes two stacks of equal size out of 6 layers: not 9"),
         ({"layers": 8, "depth_method": "stack", "at": [1, 2]}, "stack places its layers itself"),
         ({"layers": 8, "at": [1]}, "2 layers are to be added, but 1 places are given"),
         ({"layers": 8, "at": [1, 6]}, "there is no layer 6 to put one after"),
         ({"layers": 13, "depth_method": "solar"}, "solar makes two stacks"),
-        ({"hidden_size": "2x", "at": [1]}, "places for new layers are given, but no number of layers"),
+        ({"hidden_size": "2x", "at": [1]}, "--at gives places for new layers, and --layers no number of them"),
         ({}, "nothing to grow"),
     ],
 )

@@ -19,11 +19,17 @@ from surgeon.models.loading import load_tokenizer
 from surgeon.surgery import open_source
 
 if LATER:
-    from surgeon.data.records import document
+    from surgeon.data.records import form_of
     from surgeon.rewriting.engines import TransformersEngine, Writing
     from surgeon.rewriting.prompts import prompt_tokens, row_of
 
 NEW = 10
+
+
+def document(record):
+    return form_of(record, "a").document(record, "a")
+
+
 RECORDS = [
     {"prompt": f"{word} cat {index}?", "completion": "that was " * (index + 1), "id": index}
     for index, word in enumerate(["the", "a", "one", "that", "é🌿", "no", "my", "the other", "a fat", "the", "a"])
@@ -131,7 +137,7 @@ def test_a_prompt_without_room_for_an_answer_keeps_its_row(model, tmp_path):
 @pytest.mark.parametrize("tokens", [1_000_000, 1000])
 def test_a_greedy_answer_is_the_same_in_batches_of_one_and_of_eight(tokens, model):
     tokenizer = load_tokenizer(str(model))
-    prompts = [prompt_tokens(row_of(document(record, "a")), "sdft", tokenizer) for record in RECORDS]
+    prompts = [prompt_tokens(row_of(document(record)), "sdft", tokenizer) for record in RECORDS]
     found = []
     for size in (1, 8):
         writing = Writing(max_new_tokens=NEW, temperature=0, seed=0, batch_size=size, batch_tokens=tokens)
@@ -267,7 +273,7 @@ def test_the_same_run_again_is_done_already_and_another_is_refused(model, data, 
 
     again = distill(model, data, output)
 
-    assert again.notes == ("it was done already",)
+    assert again.notes == ("it was done already", *first.notes)
     assert (again.rewritten, again.reasons, again.tokens) == (first.rewritten, first.reasons, first.tokens)
     with pytest.raises(OutputError, match="exists"):
         distill(model, data, output, seed=1)

@@ -9,6 +9,7 @@ from later import LATER
 from talkers import jsonl, talker, written
 
 import surgeon
+from surgeon.data.documents import Reading
 from surgeon.errors import DataError, MeasureError, OutputError
 from surgeon.evals.metrics import rouge_l
 from surgeon.models.loading import load_tokenizer
@@ -19,7 +20,7 @@ if LATER:
     from streamed import plain, stream
     from transformers import GenerationConfig
 
-    from surgeon.evals.answers import read_prompts
+    from surgeon.evals.answers import prompts_of, read_records
     from surgeon.evals.choices import log_likelihoods, options_of, read_questions
     from surgeon.evals.generation import answer, continued, load_whole, stop_tokens
 
@@ -67,7 +68,7 @@ def greedy(model, tokenizer, ids):
 def test_the_prompt_is_what_stands_before_the_answer(model, records):
     tokenizer = load_tokenizer(str(model))
 
-    found = read_prompts([records], tokenizer, samples=None, chat=False)
+    found = prompts_of(read_records([records], Reading(), samples=None), tokenizer, chat=False)
 
     assert [prompt.text for prompt in found] == PROMPTS
     assert [prompt.reference for prompt in found] == ["on the mat", "that that", "the cat", "the rat", "that"]
@@ -78,7 +79,7 @@ def test_the_prompt_is_what_stands_before_the_answer(model, records):
 
 
 def test_chat_puts_fields_into_the_template(model, records):
-    found = read_prompts([records], load_tokenizer(str(model)), samples=2, chat=True)
+    found = prompts_of(read_records([records], Reading(), samples=2), load_tokenizer(str(model)), chat=True)
 
     assert [prompt.text for prompt in found] == ["<user>The cat sat<assistant>", "<user>Say that\ntwice<assistant>"]
 
@@ -90,7 +91,9 @@ def test_chat_puts_fields_into_the_template(model, records):
 def test_answers_of_a_batch_are_those_of_a_naive_loop(name, records, tmp_path):
     directory = talker(tmp_path / name, name)
     tokenizer, reference = load_tokenizer(str(directory)), plain(directory)
-    prompts = [prompt.ids for prompt in read_prompts([records], tokenizer, samples=None, chat=False)]
+    prompts = [
+        prompt.ids for prompt in prompts_of(read_records([records], Reading(), samples=None), tokenizer, chat=False)
+    ]
 
     found, mixed = answer(
         load_whole(open_source(directory), "cpu"), tokenizer, prompts, max_new_tokens=NEW, batch_size=3
@@ -104,7 +107,9 @@ def test_answers_of_a_batch_are_those_of_a_naive_loop(name, records, tmp_path):
 def test_rows_that_have_ended_leave_their_batch_and_change_nothing_for_the_others(name, records, tmp_path):
     directory = talker(tmp_path / name, name)
     tokenizer, writer = load_tokenizer(str(directory)), load_whole(open_source(directory), "cpu")
-    prompts = [prompt.ids for prompt in read_prompts([records], tokenizer, samples=None, chat=False)]
+    prompts = [
+        prompt.ids for prompt in prompts_of(read_records([records], Reading(), samples=None), tokenizer, chat=False)
+    ]
     endless = continued(writer, tokenizer, prompts, max_new_tokens=30, segment=30)
     writer.generation_config.eos_token_id = endless[3][6]  # what one of them says
     stops, _ = stop_tokens(writer, tokenizer)
@@ -333,12 +338,12 @@ def test_files_without_questions_are_refused(model, tmp_path, content, said):
         evaluate(model, written(tmp_path / "q.jsonl", content), "choice")
 
 
-def test_only_jsonl_has_questions(model, tmp_path):
+def test_a_text_has_no_questions(model, tmp_path):
     (tmp_path / "latin.jsonl").write_bytes(b'{"question": "\xe9"}')
 
-    with pytest.raises(DataError, match="a.txt is no .jsonl file"):
+    with pytest.raises(DataError, match="a.txt is a text; questions with choices are read from records"):
         evaluate(model, written(tmp_path / "a.txt"), "choice")
-    with pytest.raises(DataError, match="cannot read .*missing.jsonl"):
+    with pytest.raises(DataError, match="no such file or directory: .*missing.jsonl"):
         evaluate(model, tmp_path / "missing.jsonl", "choice")
     with pytest.raises(DataError, match="latin.jsonl is not UTF-8"):
         evaluate(model, tmp_path / "latin.jsonl", "choice")

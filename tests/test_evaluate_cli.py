@@ -105,13 +105,18 @@ def test_answers_and_choices_from_the_command_line(run, model, tmp_path):
         ("--data", "a.txt", "--task-dir", "."),
         ("--data", "a.txt", "--tasks", "arc_easy"),
         ("--tasks", "arc_easy", "--extract", "x"),
+        ("--data", "a.txt", "--device", "tpu"),
+        ("--data", "a.txt", "--stride", "512"),
+        ("--data", "a.txt", "--predictions", "a.jsonl"),
     ],
 )
 def test_bad_usage_exits_with_2(run, model, arguments):
     outcome = run("evaluate", model, *arguments)
 
+    error, hint = outcome.err.splitlines()
     assert outcome.code == 2
-    assert outcome.err.startswith("Usage: ")
+    assert error.startswith("error: ")
+    assert hint.startswith("hint: ")
     assert outcome.out == ""
 
 
@@ -122,10 +127,7 @@ def test_bad_usage_exits_with_2(run, model, arguments):
         (("--data", "{tmp}/empty.jsonl"), "empty.jsonl"),
         (("--data", "{tmp}/text.jsonl", "--metric", "rouge-l"), "text.jsonl:1"),
         (("--data", "{tmp}/text.jsonl", "--metric", "choice"), "text.jsonl:1"),
-        (("--data", "{tmp}/text.jsonl", "--device", "tpu"), "tpu"),
         (("--data", "{tmp}/text.jsonl", "--baseline", "{tmp}/no/model"), "no/model"),
-        (("--data", "{tmp}/text.jsonl", "--stride", "512"), "512"),
-        (("--data", "{tmp}/text.jsonl", "--predictions", "{tmp}/a.jsonl"), "--predictions"),
         (("--tasks", "arc_easy", "--task-dir", "{tmp}/nowhere"), "nowhere"),
     ],
 )

@@ -11,6 +11,8 @@ from talkers import TEXT, jsonl, talker, tokenizer_of, written
 from tokenizers import normalizers
 
 import surgeon
+from surgeon.data.documents import documents
+from surgeon.data.rows import text_of
 from surgeon.errors import CheckpointError, DataError, MeasureError, PlanError
 from surgeon.models.loading import load_tokenizer
 
@@ -156,7 +158,8 @@ def test_every_byte_counts_once(trained_on, tmp_path):
         jsonl(tmp_path / "b.jsonl", {"text": "é  "}, {"text": ""}, {"text": "z"}),
     ]
 
-    found = token_bytes(files, tokenizer, 10**6)
+    texts = [text_of(document, tokenizer) for spec in files for document in documents(spec)]
+    found = token_bytes(texts, tokenizer, 10**6)
 
     joined = [len(tokenizer(part, add_special_tokens=False)["input_ids"]) for part in (TEXT, "é  ", "", "z")]
     assert len(found) == sum(joined) + 3
@@ -168,7 +171,7 @@ def test_bytes_are_those_of_the_text_and_not_of_what_the_tokenizer_makes_of_it(t
     tokenizer = tokenizer_of()
     tokenizer.backend_tokenizer.normalizer = normalizers.Sequence([normalizers.NFKD(), normalizers.Lowercase()])
 
-    found = token_bytes([written(tmp_path / "a.txt", "ÉCOLE ﬁn")], tokenizer, 10**6)
+    found = token_bytes(["ÉCOLE ﬁn"], tokenizer, 10**6)
 
     assert sum(found) == len("ÉCOLE ﬁn".encode())
 
@@ -287,14 +290,14 @@ def test_empty_and_missing_data_are_refused(model, tmp_path):
         evaluate(model, written(tmp_path / "a.jsonl", ""))
     with pytest.raises(DataError, match="no such file"):
         evaluate(model, tmp_path / "b.txt")
-    with pytest.raises(DataError, match="no data"):
+    with pytest.raises(PlanError, match="no data"):
         surgeon.evaluate(str(model), data=[])
 
 
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"metric": "bleu"}, "--metric 'bleu' is none of"),
+        ({"metric": "bleu"}, "unknown --metric 'bleu'"),
         ({"samples": 0}, "--samples is 0"),
         ({"sequence_length": 1}, "--sequence-length is 1"),
         ({"stride": 0}, "--stride is 0"),

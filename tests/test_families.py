@@ -61,7 +61,7 @@ def test_a_tensor_of_another_shape_or_an_unknown_one_is_refused(name, toy):
 
     for tensor, value in spec.tensors.items():
         longer = TensorSpec(value.dtype, (value.shape[0] + 1, *value.shape[1:]))
-        with pytest.raises(CheckpointError, match="but config.json implies"):
+        with pytest.raises(CheckpointError, match="but config.json implies|^config.json says vocab_size"):
             read_anatomy(replace(spec, tensors=dict(spec.tensors) | {tensor: longer}))
     extra = dict(spec.tensors) | {"adapter.weight": TensorSpec("F32", (3,))}
     with pytest.raises(CheckpointError, match=r"'adapter\.weight' is not a tensor of a"):
@@ -153,3 +153,20 @@ def test_a_quantized_checkpoint_is_moved_by_layers_and_nothing_else(tmp_path: Pa
     (tmp_path / "config.json").write_text(json.dumps(config))
     summary = surgeon.truncate(tmp_path, layers=2).save(tmp_path / "first")
     assert summary.config_changes["quantization_config.modules_to_not_convert"] == (["model.layers.2.mlp"], [])
+
+
+def test_a_stale_vocab_size_is_named_with_the_number_to_set(tmp_path):
+    for name, key in (("llama", "vocab_size"), ("gpt2", "vocab_size"), ("t5", "vocab_size")):
+        directory = toys.build(name, tmp_path / name)
+        file = directory / "config.json"
+        config = json.loads(file.read_text())
+        holder = config.get("text_config", config)
+        right, holder[key] = holder[key], holder[key] - 3
+        file.write_text(json.dumps(config))
+
+        with pytest.raises(CheckpointError) as caught:
+            read_anatomy(spec_of(open_source(directory)))
+
+        assert str(caught.value).startswith(f"config.json says {key} = {right - 3}, and '")
+        assert str(caught.value).endswith(f"' has {right}")
+        assert caught.value.hint.startswith(f'Set "{key}": {right} in config.json;')

@@ -158,7 +158,8 @@ def test_processes_that_are_told_to_stop_save_one_checkpoint_together(talker, te
     ended, torch_ended = by_us.ended(), by_torch.ended()
 
     assert ended.code == 143
-    assert ended.err.endswith("the same command with --resume continues\n")
+    assert "Continue with: surgeon finetune " in ended.err
+    assert ended.err.endswith(" --num-processes 2 --resume\n")
     assert len(ended.err.splitlines()) == 1
     assert torch_ended.code != 0
     for name in ("one.run", "two.run"):

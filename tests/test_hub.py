@@ -552,7 +552,7 @@ def test_a_gguf_or_an_adapter_gets_its_own_hint(hub: HubServer) -> None:
     with pytest.raises(CheckpointError) as adapter:
         assert open_hub("org/lora").tensors
     assert quantised.value.hint == "hf download org/quant --local-dir quant && surgeon convert quant/q4.gguf"
-    assert adapter.value.hint == "This is a PEFT adapter; merge it into its base model first."
+    assert adapter.value.hint == "This is an adapter: hf download org/lora --local-dir lora, and name lora."
 
 
 # --- uploading ---

@@ -10,11 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from handmade import checkpoint, edit_config, llama, snapshot
+from handmade import checkpoint, edit_config, llama, safetensors, snapshot
 
 import surgeon
+from surgeon.checkpoint.header import TensorSpec
 from surgeon.checkpoint.overlap import check_file_replaced, check_replaced, check_uploaded
-from surgeon.cli.app import command_of, commands
+from surgeon.cli.command import command_of
+from surgeon.cli.commands import commands
 from surgeon.errors import HubError, OutputError
 from surgeon.options import Flag
 from surgeon.surgery import open_source
@@ -25,13 +27,24 @@ from surgeon.surgery import open_source
 NO_PLACES = {
     *("N", "K", "T", "S", "W", "F", "E", "G", "R", "A", "P", "M", "I", "LR", "SIZE", "DTYPE", "K,K", "FIRST,LAST"),
     *("METHOD", "METRIC", "SCORE", "NAME", "NAMES", "PART", "PARTS", "LAYERS", "WHEN", "WHO", "WAY", "TOOL", "AXIS"),
-    *("TEXT", "[TEXT]", "REGEX", "REPO", "last|all", "KIND", "KEY=VALUE", "NAME=VALUE", "STEP"),
-    *("PROMPT", "CHECK", "WHAT", "ENGINE"),
+    *(
+        "TEXT",
+        "[TEXT]",
+        "REGEX",
+        "REPO",
+        "last|all",
+        "KIND",
+        "KEY=VALUE",
+        "NAME=VALUE",
+        "FIELD=COLUMN",
+        "STEP",
+        "PATTERN",
+    ),
+    *("PROMPT", "CHECK", "WHAT", "WHICH", "ENGINE"),
 }
-WORDS = {"revision", "device"}  # options of text without a placeholder
+WORDS = {"revision", "device", "config_file"}  # options of all commands; tests/test_config_file.py has the last one
 # Arguments that are no fields of options: what they name is read, or written.
 READ = {"model", "source", "config", "recipe", "runs", "input_file", "prompt_file"}
-WRITTEN = {("plot", "output")}
 
 
 def parameters(command: str) -> list[Any]:
@@ -44,6 +57,7 @@ def flags() -> dict[tuple[str, str], Flag]:
     homes += [
         "surgeon.recipe.recipe",
         "surgeon.cli.prune",
+        "surgeon.cli.plot",
         "surgeon.cli.command",
         "surgeon.evals.gist",
         "surgeon.evals.harness",
@@ -62,12 +76,11 @@ def flag(item: Any) -> Flag:
     return FLAGS.get((item.name, getattr(item, "help", "")), NEITHER)
 
 
-# `run` replaces the outputs of its steps, each by a command of these. The output of `distill` is no directory; its own
-# tests hold that it is nothing that is read.
+# `run` replaces the outputs of its steps, each by a command of these. The others write files and no directories; other
+# tests hold that what they write is nothing that is read.
+OTHERS = ("run", "distill", "diagnose", "inspect", "plot")
 REPLACING = [
-    name
-    for name in commands()
-    if name not in ("run", "distill") and any(item.name == "overwrite" for item in parameters(name))
+    name for name in commands() if name not in OTHERS and any(item.name == "overwrite" for item in parameters(name))
 ]
 READING = {
     (command, item.name)
@@ -83,7 +96,7 @@ def test_every_option_of_text_says_whether_it_names_what_is_read_or_written(comm
         if item.type.name in ("boolean", "int", "float") or item.name in WORDS or item.metavar in NO_PLACES:
             continue
         is_told = flag(item).reads != flag(item).writes
-        assert is_told or item.name in READ or (command, item.name) in WRITTEN, f"surgeon {command} {item.name}"
+        assert is_told or item.name in READ, f"surgeon {command} {item.name}"
 
 
 # Of each option: a command that reads something from the directory OUT, and then would replace OUT. {out} is OUT.
@@ -99,6 +112,7 @@ CASES: dict[tuple[str, str], list[str]] = {
     ("init", "config"): ["{out}/config.json"],
     ("init", "tokenizer"): ["gpt2", "--tokenizer", "{out}"],
     ("convert", "source"): ["{out}/pytorch_model.bin"],
+    ("convert", "base"): ["{model}/lora", "--base", "{out}"],
     ("finetune", "model"): ["{out}", "--data", "{text}"],
     ("finetune", "data"): ["{model}", "--data", "{text}", "--data", "{out}/text.txt"],
     ("finetune", "eval_data"): ["{model}", "--data", "{text}", "--eval-data", "{out}"],
@@ -135,7 +149,17 @@ def made_for(command: str, option: str, model: Path, out: Path) -> None:
         (out / "gist.json").write_text("{}")
         for path in (model, checkpoint(out / "model")):
             edit_config(path, gist=gist)
-    if command == "convert":
+    if option == "base":
+        (model / "lora").mkdir()
+        rule = {"peft_type": "LORA", "r": 1, "lora_alpha": 1, "base_model_name_or_path": "elsewhere"}
+        (model / "lora/adapter_config.json").write_text(json.dumps(rule))
+        module = "base_model.model.model.layers.0.self_attn.q_proj"
+        pair = {
+            f"{module}.lora_A.weight": TensorSpec("F32", (1, 8)),
+            f"{module}.lora_B.weight": TensorSpec("F32", (20, 1)),
+        }
+        (model / "lora/adapter_model.safetensors").write_bytes(safetensors(pair))
+    if (command, option) == ("convert", "source"):
         import torch
 
         (out / "model.safetensors").unlink()
@@ -223,12 +247,48 @@ def test_a_picture_is_not_drawn_over_what_is_read(picture, run, places, tmp_path
     assert snapshot(tmp_path) == before
 
 
-def test_a_picture_of_a_run_is_drawn_anew_beside_its_losses(run, tmp_path):
+def test_a_picture_of_a_run_is_drawn_anew_beside_its_losses_where_that_is_asked_for(run, tmp_path):
     pytest.importorskip("matplotlib")
     (tmp_path / "out.run").mkdir()
     (tmp_path / "out.run/metrics.jsonl").write_text('{"step": 1, "tokens": 5, "loss": 2.0}\n')
-    for _ in range(2):
-        assert run("plot", tmp_path / "out.run", "-o", tmp_path / "out.run/loss.png").code == 0
+    command = ["plot", tmp_path / "out.run", "-o", tmp_path / "out.run/loss.png"]
+    assert run(*command).code == 0
+    before = snapshot(tmp_path)
+
+    refused = run(*command, "--x", "tokens")
+
+    assert (refused.code, refused.out) == (1, "")
+    assert refused.err.endswith("loss.png exists\nhint: Name another file, or add --overwrite.\n")
+    assert snapshot(tmp_path) == before
+    assert run(*command, "--x", "tokens", "--overwrite").code == 0
+    assert snapshot(tmp_path) != before
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "plot {tmp}/out.run -o {there}",
+        "prune {tmp}/model --score last --layers 2 -o {tmp}/cut --plot {there}",
+        "diagnose {tmp}/model --data {tmp}/text.txt --plot {there}",
+        "diagnose {tmp}/model --data {tmp}/text.txt --html {there}",
+        "evaluate {tmp}/model --data {tmp}/text.txt --metric rouge-l --predictions {there}",
+        "data question-formation -o {there}",
+    ],
+)
+def test_no_file_that_is_there_is_replaced_without_a_word(command, run, tmp_path):
+    checkpoint(tmp_path / "model")
+    (tmp_path / "text.txt").write_text("The cat sat on the mat.")
+    (tmp_path / "out.run").mkdir()
+    (tmp_path / "out.run/metrics.jsonl").write_text('{"step": 1, "tokens": 5, "loss": 2.0}\n')
+    suffix = ".html" if "--html" in command else ".jsonl" if "rouge" in command else ".png"
+    there = tmp_path / f"mine{suffix}"
+    there.write_text("mine")
+
+    outcome = run(*command.format(tmp=tmp_path, there=there).split())
+
+    assert (outcome.code, outcome.out) == (1, "")
+    assert str(there) in outcome.err.splitlines()[-2]
+    assert there.read_text() == "mine"
 
 
 # --- the Hub ----------------------------------------------------------------------------------------------------

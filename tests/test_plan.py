@@ -10,6 +10,7 @@ import surgeon
 from surgeon.checkpoint.header import CheckpointSpec, FilePart, TensorSpec, read_header
 from surgeon.checkpoint.source import ranges_by_file, spec_of, stored
 from surgeon.errors import PlanError
+from surgeon.options import size_in_bytes
 from surgeon.plan.execute import peak_memory
 from surgeon.plan.plan import (
     Add,
@@ -29,7 +30,7 @@ from surgeon.plan.plan import (
     reads,
     substitute,
 )
-from surgeon.surgery import Surgery, open_model, parse_size
+from surgeon.surgery import Surgery, open_model
 
 if LATER:
     import torch
@@ -157,13 +158,13 @@ def test_changed_keys_tell_nested_ones_and_absent_ones():
     [("5GB", 5 * 10**9), ("500MB", 5 * 10**8), ("1.5 GB", 15 * 10**8), ("2GiB", 2**31), (1234, 1234), ("77", 77)],
 )
 def test_sizes_are_read_as_people_write_them(size, expected):
-    assert parse_size(size) == expected
+    assert size_in_bytes(size) == expected
 
 
 @pytest.mark.parametrize("size", ["", "GB", "five", "-3GB", "0", "1XB", "nan", "infGB"])
 def test_what_is_no_size_is_refused(size):
     with pytest.raises(PlanError, match="cannot read .* as a size"):
-        parse_size(size)
+        size_in_bytes(size)
 
 
 def test_arithmetic_is_what_the_expressions_say(tmp_path):

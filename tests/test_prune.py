@@ -899,7 +899,7 @@ def test_what_cannot_be_is_refused_without_reading_a_weight(toy, tmp_path):
     """The text does not exist: it would be an error of its own, were it looked for."""
     for options, message in [
         ({"layers": 8}, "cannot prune 6 layers to 8"),
-        ({"layers": 0}, "cannot remove 6 of 6 layers"),
+        ({"layers": 0}, "a model needs at least one layer"),
         ({"layers": "six"}, "cannot read 'six' as a number of layers"),
         ({"layers": 3, "protect": (2, 2)}, "cannot remove 3 of 6 layers when the first 2 and the last 2 stay"),
         ({"layers": 3, "protect": (-1, 2)}, "cannot protect -1 layers"),
@@ -909,11 +909,11 @@ def test_what_cannot_be_is_refused_without_reading_a_weight(toy, tmp_path):
         ({"target_memory": "1GB", "target_parameters": 5}, "asked for more than once"),
         ({"target_memory": "lots"}, "cannot read 'lots' as a size"),
         ({"target_memory": "1GB", "hidden_size": 40}, "a budget decides the depth, not the width"),
-        ({"layers": 3, "score": "bi"}, "unknown score 'bi'"),
+        ({"layers": 3, "score": "bi"}, "unknown --score 'bi'"),
         ({"layers": 3, "greedy": True}, "angular has no greedy form"),
         ({"layers": 3, "score": "perplexity", "greedy": True, "contiguous": True}, "not as a block"),
         ({"hidden_size": 96}, "cannot prune hidden from 48 to 96"),
-        ({"intermediate_size": 0}, "cannot prune ffn from 52 to 0"),
+        ({"intermediate_size": 0}, "--intermediate-size is 0; the least is 1"),
         ({"attention_heads": 7}, "7 attention heads cannot share 2 key-value heads"),
         ({"attention_heads": 1}, "1 attention heads cannot share 2 key-value heads"),
         ({"attention_heads": 6, "key_value_heads": 1}, "6 heads on 1 key-value heads are 6 a group, more than 4"),

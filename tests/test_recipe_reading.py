@@ -28,15 +28,15 @@ def test_a_step_is_a_command_with_its_options_as_they_were_written(tmp_path: Pat
         settings: {model: gpt2, rate: 1e-4, data: [a b, c], teacher: false}
         steps:
           - name: healed
-            finetune: {model: $model, data: [$data, d], lr: $rate, max-steps: 3, lora: null, lora-targets: x,
-                       teacher: $teacher, deterministic: true, compile: false, freeze: [embedding, norm],
+            finetune: {model: $model, data: [$data, d], lr: $rate, max-steps: 3, lora: null, lora-targets: all,
+                       teacher: $teacher, deterministic: true, compile: false, freeze: [embeddings, head],
                        trust-remote-code: false}
         """,
     )
 
     assert words(job) == [
-        *("gpt2", "--data=a b", "--data=c", "--data=d", "--lr=1e-4", "--max-steps=3", "--lora-targets=x"),
-        *("--deterministic", "--no-compile", "--freeze=embedding,norm"),
+        *("gpt2", "--data=a b", "--data=c", "--data=d", "--lr=1e-4", "--max-steps=3", "--lora-targets=all"),
+        *("--deterministic", "--no-compile", "--freeze=embeddings,head"),
     ]
 
 

@@ -5,14 +5,26 @@ from __future__ import annotations
 import os
 import signal
 import time
+from dataclasses import fields
 from types import SimpleNamespace
 
 import pytest
 from later import LATER
 
+from surgeon.train.settings import LearningSettings
+
 if LATER:
+    from transformers.training_args import OptimizerNames
+
     from surgeon.train import trainer as control
     from surgeon.train.trainer import Control, Stop, stops_at_sigterm
+
+
+def test_the_optimisers_that_are_known_without_torch_are_those_of_transformers():
+    """`--optim` is completed and checked by them."""
+    (item,) = (item for item in fields(LearningSettings) if item.name == "optim")
+
+    assert list(item.metadata["flag"].choices.listed) == [name.value for name in OptimizerNames]
 
 
 def evaluated(judge: Control, *losses: float) -> list[bool]:

@@ -13,14 +13,17 @@ import pytest
 import typer
 from later import LATER
 
+import surgeon
 from surgeon.cli.plot import plot
 from surgeon.errors import DataError, OutputError, PlanError
+from surgeon.options import OptionError
 from surgeon.plots.training import draw_losses, epoch_ends, names, plot_losses, series, smoothed
 from surgeon.train.run_dir import METRICS, EvalReport, MetricsLog, read_metrics
 
 if LATER:
     import matplotlib.image
     import numpy as np
+    import talkers
 
 BLUE, RED = (0.0, 0x72 / 255, 0xB2 / 255), (0xD5 / 255, 0x5E / 255, 0.0)  # the colours of the first and second run
 
@@ -97,6 +100,19 @@ def test_a_line_stands_where_an_epoch_ends():
     assert [text.get_text() for text in axes.texts] == ["epoch 1 ", "epoch 2 "]
     assert [text.get_position()[0] for text in axes.texts] == [30, 60]
     assert [text.get_position()[0] for text in two.texts] == [3, 6, 2, 4, 6]
+
+
+@pytest.mark.slow
+def test_a_run_says_where_its_epochs_end(tmp_path):
+    model, text = talkers.talker(tmp_path / "model"), talkers.written(tmp_path / "text.txt")
+    shape = {"batch_size": 2, "sequence_length": 32, "eval_fraction": 0.0, "eval_rows": 2}
+
+    training = surgeon.finetune(model, data=[text], output=tmp_path / "out", epochs=2, **shape)
+
+    ends = epoch_ends(read_metrics(training.run_dir), "steps")
+    assert training.steps % 2 == 0
+    assert ends == [(1, training.steps // 2), (2, training.steps)]
+    assert [line.get_text() for line in training.draw().axes[0].texts] == ["epoch 1 ", "epoch 2 "]
 
 
 def test_the_title_says_what_was_trained_on_what(tmp_path):
@@ -244,5 +260,5 @@ def test_plot_of_what_is_no_run_is_one_error(tmp_path):
 
 
 def test_plot_knows_two_axes(tmp_path):
-    with pytest.raises(Exception, match="is none of steps, tokens"):
+    with pytest.raises(OptionError, match="unknown --x 'hours'"):
         call(run(tmp_path / "a", 3), "--x", "hours")

@@ -11,7 +11,7 @@ from talkers import TEMPLATE, TEXT, jsonl, tokenizer_of
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 import surgeon.train.examples as module
-from surgeon.data.documents import documents
+from surgeon.data.documents import Reading, documents
 from surgeon.data.records import Document
 from surgeon.data.rows import encode
 from surgeon.errors import DataError
@@ -20,7 +20,7 @@ from surgeon.train.examples import Example, examples
 if LATER:
     from transformers import PreTrainedTokenizerFast
 
-    from surgeon.evals.answers import read_prompts
+    from surgeon.evals.answers import prompts_of, read_records
 
 BOS, EOS = 1, 2
 CHAT = [
@@ -153,7 +153,7 @@ RECORDS = [
 @pytest.mark.parametrize("make", [tokenizer_of, spaced])
 def test_the_prompt_is_that_of_evaluate_and_only_the_answer_is_trained(make, tmp_path):
     tokenizer, spec = make(), jsonl(tmp_path / "a.jsonl", *RECORDS)
-    prompts = read_prompts([spec], tokenizer, samples=None, chat=False)
+    prompts = prompts_of(read_records([spec], Reading(), samples=None), tokenizer, chat=False)
 
     for prompt, document in zip(prompts, documents(spec), strict=True):
         found = example(document, tokenizer)
@@ -208,7 +208,7 @@ def test_marks_agree_with_the_mask_of_transformers():
 
 def test_the_prompt_of_a_chat_is_that_of_evaluate(tokenizer, tmp_path):
     spec = jsonl(tmp_path / "a.jsonl", {"messages": CHAT[:3]})
-    prompt = read_prompts([spec], tokenizer, samples=None, chat=False)[0]
+    prompt = prompts_of(read_records([spec], Reading(), samples=None), tokenizer, chat=False)[0]
     found = example(next(documents(spec)), tokenizer)
     assert tuple(found.ids[: len(prompt.ids)]) == prompt.ids
     assert list(found.trained).index(1) == len(prompt.ids)

@@ -11,7 +11,7 @@ from surgeon.verbs.finetune import TrainingOptions
 
 WRONG: list[tuple[dict[str, Any], str]] = [
     ({"schedule": "step"}, "--schedule 'step'"),
-    ({"precision": "fp16"}, "--precision 'fp16'"),
+    ({"precision": "fp16"}, "--precision fp16: gradients vanish in float16"),
     ({"train": "head"}, "--train 'head'"),
     ({"train_on": "prompt"}, "--train-on 'prompt'"),
     ({"lora_targets": "mlp"}, "--lora-targets 'mlp'"),

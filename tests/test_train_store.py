@@ -24,7 +24,7 @@ if LATER:
     import numpy as np
 
     import surgeon.train.tokenise as module
-    from surgeon.train.store import ARRAYS, HEADER, damage, fingerprint, open_store
+    from surgeon.train.store import ARRAYS, FORMAT, HEADER, damage, fingerprint, open_store
     from surgeon.train.task import Task
     from surgeon.train.tokenise import piece_lengths, prepare
 
@@ -357,6 +357,6 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(make, tmp_path):
 
 def test_the_header_can_be_read_by_people(make, tmp_path):
     header = json.loads((make(written(tmp_path / "a.txt")).directory / HEADER).read_text())
-    assert header["format"] == 1
+    assert header["format"] == FORMAT
     assert header["request"]["sequence_length"] == 16
     assert header["sources"][0]["data"].endswith("a.txt")

@@ -129,7 +129,7 @@ def test_none_inherits_nothing_and_each_ablation_of_inheritune_its_parts_alone(t
 def test_none_is_no_part_beside_others(toy, run):
     outcome = run("truncate", toy("gpt2"), "--layers", 3, "--inherit", "none,mlp", "--dry-run")
 
-    assert outcome.code == 1
+    assert outcome.code == 2
     assert "unknown part 'none'" in outcome.err
 
 

@@ -154,7 +154,7 @@ def test_what_a_family_cannot_express_is_refused(name, operation, toy64):
         ("llama", {"attention_heads": 4}, "cannot grow heads from 8 to 4", "larger"),
         ("llama", {"hidden_size": 144, "width_method": "clone"}, "144 is no multiple of 96", "pad"),
         ("llama", {"intermediate_size": 71, "width_method": "clone"}, "71 is no multiple of 52", "pad"),
-        ("llama", {"hidden_size": 192, "width_method": "magic"}, "unknown width method 'magic'", "zero-pad"),
+        ("llama", {"hidden_size": 192, "width_method": "magic"}, "unknown --width-method 'magic'", "zero-pad"),
         ("llama", {"hidden_size": 192, "noise": -0.1}, "noise -0.1 is not from 0 to 1", "0.5"),
         ("llama", {"hidden_size": 192, "noise": 1.1}, "noise 1.1 is not from 0 to 1", "0.5"),
         ("llama", {"hidden_size": 192, "noise": float("nan")}, "noise nan is not from 0 to 1", "0.5"),

@@ -22,15 +22,17 @@ import os
 import re
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import MISSING, dataclass, field, fields
-from functools import wraps
+from dataclasses import MISSING, Field, dataclass, field, fields, replace
+from functools import partial, wraps
 from importlib import import_module
 from importlib.util import find_spec
 from types import UnionType
 from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar, Union, get_args, get_origin, overload
 
 from surgeon.errors import PlanError
+from surgeon.mistyped import close_to
 from surgeon.progress import watched
+from surgeon.text import parse_size
 
 A = TypeVar("A")  # A to D: the arguments of a verb before its options
 B = TypeVar("B")
@@ -68,11 +70,85 @@ def verb_named(name: str) -> Verb:
 
 
 class OptionError(PlanError):
-    """An option has a value that it cannot have, alone or beside another. `option` is the field's name."""
+    """An option has a value that it cannot have, alone or beside another: a usage error of the command line.
+
+    `option` is the field's name, "" where no single one is at fault; a message that does not name it begins with it.
+    """
 
     def __init__(self, option: str, message: str, *, hint: str | None = None) -> None:
-        super().__init__(message, hint=hint)
+        is_named = not option or flag_of(option) in message or option.upper() in message
+        super().__init__(message if is_named else f"{flag_of(option)}: {message}", hint=hint)
         self.option = option
+
+
+FEW = 8  # words of twice as many that a hint names
+
+
+@dataclass(frozen=True, slots=True)
+class Words:
+    """The words that a value can be: what is checked, completed, listed in --help and in the schema of recipes.
+
+    `known` are they, or a function that returns them where finding them takes time. `aliases` are other spellings of
+    them. A value that matches `others` passes too. With `many` a value is any number of them, with commas between.
+    `refused` are words that one may well expect, each with the reason why it is none.
+    """
+
+    known: Sequence[str] | Callable[[], Sequence[str]]
+    aliases: Mapping[str, str] = field(default_factory=dict)
+    others: str = ""
+    many: bool = False
+    refused: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def listed(self) -> Sequence[str]:
+        """The words."""
+        return self.known() if callable(self.known) else self.known
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether the words are known at once, and no other value passes."""
+        return not callable(self.known) and not self.others and not self.many
+
+    def spelled(self, option: str, value: str, *, label: str = "") -> str:
+        """Return a value in its own spelling. Raises OptionError, with what may have been meant, for another one."""
+        if self.many:
+            one = replace(self, many=False)
+            return ",".join(one.spelled(option, word, label=label) for word in words(value))
+        word = self.aliases.get(value, value)
+        if word in self.listed or (self.others and re.fullmatch(self.others, word)):
+            return word
+        label = label or flag_of(option)
+        shown = self.listed if len(self.listed) < 2 * FEW else [*self.listed[:FEW], "..."]
+        hint = f"One of: {', '.join(shown)}."
+        if value in self.refused:
+            raise OptionError(option, f"{label} {value}: {self.refused[value]}", hint=hint)
+        close = close_to(value, [*self.listed, *self.aliases])
+        raise OptionError(option, f"unknown {label} {value!r}{close}", hint=hint)
+
+
+DTYPES = Words(
+    ("keep", "float32", "bfloat16", "float16"),
+    aliases={"fp32": "float32", "f32": "float32", "float": "float32", "bf16": "bfloat16", "fp16": "float16"}
+    | {"f16": "float16", "half": "float16"},
+)
+DEVICES = Words(("auto", "cpu", "cuda", "mps"), others=r"(cuda|cpu|mps):\d+")
+# The groups of options in --help and in the docs, in their order. Each option names one of them.
+GROUPS = (
+    *(
+        "source",
+        "what is kept",
+        "how much goes",
+        "by which scores",
+        "depth",
+        "width",
+        "experts",
+        "config",
+        "text",
+        "prompt",
+    ),
+    *("data", "lines", "what is measured", "answers", "sampling", "length and rate", "what is trained"),
+    *("distillation", "gists", "numbers", "steps", "what is shown", "picture", "output", "run"),
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,7 +160,8 @@ class Flag:
     the reason. A field that is not `on_command_line` exists in Python alone. `at_resume` marks an option that a resumed
     run may change, because it decides no number of the result. `reads` marks an option that names what is read: files,
     directories, or names on the Hub, none of which may lie in what the command replaces. `writes` marks the name of a
-    file or directory that is written.
+    file or directory that is written. `group` is one of `GROUPS`. `choices` are the words that the value can be. What
+    `is_argument` has no flag: its place among the words says what it is.
     """
 
     help: str
@@ -95,11 +172,45 @@ class Flag:
     at_resume: bool = False
     reads: bool = False
     writes: bool = False
+    group: str = ""
+    choices: Words | None = None
+    is_argument: bool = False
 
 
-def option(help: str, default: Any = MISSING, **flag: Any) -> Any:  # noqa: A002  (it is the option's help)
-    """Return a field of an options dataclass; `flag` are the other attributes of `Flag`."""
-    return field(default=default, metadata={"flag": Flag(help=help, **flag)})
+def option(help: str, default: Any = MISSING, *, choices: Any = None, **flag: Any) -> Any:  # noqa: A002  (its help)
+    """Return a field of an options dataclass; `flag` are the other attributes of `Flag`.
+
+    `choices` are `Words`, or what they are made of: a list of words, or a function that returns one.
+    """
+    known = choices if choices is None or isinstance(choices, Words) else Words(choices)
+    return field(default=default, metadata={"flag": Flag(help=help, choices=known, **flag)})
+
+
+class Checked:
+    """A base of dataclasses of options: a value that is none of its option's words is refused.
+
+    What is another spelling of one becomes it. So the command line, the Python call, recipes and a run that is resumed
+    all take and refuse the same.
+    """
+
+    def __post_init__(self) -> None:
+        for item in fields(self):  # type: ignore[arg-type]  # it is a base of dataclasses
+            flag, value = item.metadata["flag"], getattr(self, item.name)
+            if flag.choices is None or value is None or value == item.default:
+                continue
+            spelled = partial(flag.choices.spelled, item.name, label=label_of(item))
+            if isinstance(value, str):
+                object.__setattr__(self, item.name, spelled(value))
+            elif isinstance(value, list | tuple):
+                object.__setattr__(self, item.name, tuple(map(spelled, value)))
+            else:
+                spelled(str(value))
+
+
+def label_of(item: "Field[Any]") -> str:
+    """Return the name of a field as a user types it: "--layers", or the placeholder of an argument."""
+    flag: Flag = item.metadata["flag"]
+    return str(flag.metavar) if flag.is_argument else flag.names[0] if flag.names else flag_of(item.name)
 
 
 def in_python(help: str, default: Any = None) -> Any:  # noqa: A002
@@ -117,7 +228,7 @@ def progress_option() -> Any:
 
 def seed_option() -> Any:
     """Return the field `seed`."""
-    return option("Seed of every random draw; the same seed gives the same result.", 0)
+    return option("Seed of every random draw; the same seed gives the same result.", 0, metavar="N", group="run")
 
 
 def check_seed(seed: int) -> None:
@@ -126,29 +237,70 @@ def check_seed(seed: int) -> None:
         raise OptionError("seed", f"--seed is {seed}; it lies between 0 and {2**32 - 1}", hint="Such as --seed 1.")
 
 
+def check_counts(options: Any, *names: str, least: int = 1) -> None:
+    """Raises OptionError for an option that is below `least`; None is a default."""
+    for name in names:
+        count, flag = getattr(options, name), flag_of(name)
+        if count is not None and count < least:
+            raise OptionError(name, f"{flag} is {count}; the least is {least}", hint=f"Set {flag} to {least} or more.")
+
+
 def output_option(help: str, metavar: str = "DIR", **flag: Any) -> Any:  # noqa: A002  (it is the option's help)
     """Return the field `output`: --output, or -o; `flag` are the other attributes of `Flag`."""
-    return option(help, None, names=("--output", "-o"), metavar=metavar, writes=True, **flag)
+    return option(help, None, names=("--output", "-o"), metavar=metavar, writes=True, group="output", **flag)
 
 
-def overwrite_option() -> Any:
+def overwrite_option(help: str = "Replace an existing output once the new one is complete.") -> Any:  # noqa: A002
     """Return the field `overwrite`."""
-    return option("Replace an existing output once the new one is complete.", False)
+    return option(help, False, group="output")
 
 
 def revision_option() -> Any:
     """Return the field `revision`."""
-    return option("Branch, tag or commit of a Hub model.", None)
+    said = "Branch, tag or commit of a Hub model. Default: its main branch."
+    return option(said, None, metavar="REVISION", group="run")
 
 
 def device_option(default: str = "auto") -> Any:
     """Return the field `device`."""
-    return option("Device to compute on: auto (CUDA, then MPS, then the CPU), cpu, cuda, mps.", default)
+    said = "Device to compute on: auto (CUDA, then MPS, then the CPU), cpu, cuda, mps, cuda:1."
+    return option(said, default, metavar="DEVICE", choices=DEVICES, group="run")
+
+
+def dtype_option() -> Any:
+    """Return the field `dtype`: of the result's numbers."""
+    said = "Dtype of the result: keep (the source's), float32, bfloat16 (or bf16), float16 (or fp16)."
+    return option(said, "keep", metavar="DTYPE", choices=DTYPES, group="output")
+
+
+def shard_option() -> Any:
+    """Return the field `max_shard_size`."""
+    return option("Largest weight file: 5GB, 500MB.", "5GB", metavar="SIZE", group="output")
+
+
+def size_in_bytes(size: int | str, option: str = "max_shard_size") -> int:
+    """Return a number of bytes: `size` itself, or "5GB", "500MB", "2GiB". Raises OptionError for anything else."""
+    result = parse_size(str(size))
+    if result is None:
+        hint = "Write 5GB, 500MB or a number of bytes."
+        raise OptionError(option, f"cannot read {size!r} as a size", hint=hint)
+    return result
 
 
 def trust_option() -> Any:
     """Return the field `trust_remote_code`."""
-    return option("Run the code that the checkpoint brings along (auto_map). Read that code first.", False)
+    said = "Run the code that the checkpoint brings along (auto_map). Read that code first."
+    return option(said, False, group="run")
+
+
+def columns_option(group: str = "data") -> Any:
+    """Return the field `columns`."""
+    return option(
+        "Columns that records are read from: prompt=question,completion=answer. Default: by their names.",
+        None,
+        metavar="FIELD=COLUMN",
+        group=group,
+    )
 
 
 def adapter_option() -> Any:
@@ -158,6 +310,7 @@ def adapter_option() -> Any:
         None,
         metavar="DIR",
         reads=True,
+        group="gists",
     )
 
 

@@ -3,20 +3,19 @@
 import os
 import re
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
-from surgeon import text
 from surgeon.anatomy.anatomy import Anatomy, read_anatomy
 from surgeon.anatomy.config import runtime_notes
-from surgeon.checkpoint.derived import JoinedSource
+from surgeon.checkpoint.derived import DerivedSource, JoinedSource
 from surgeon.checkpoint.header import QUANTIZATION_FILES, CheckpointSpec, is_quantized
-from surgeon.checkpoint.source import Source, content_of, open_directory, spec_of
+from surgeon.checkpoint.source import Source, content_of, is_adapter, open_directory, spec_of
 from surgeon.draft import Asks, Draft, Summary
-from surgeon.errors import CheckpointError, PlanError
-from surgeon.options import Reads, verb_named
+from surgeon.errors import CheckpointError, HubError, PlanError
+from surgeon.mistyped import close_path
+from surgeon.options import DTYPES, Reads, size_in_bytes, verb_named
 from surgeon.plan.execute import Shard, lay_out, peak_memory, ranges_read, shareable_files
 from surgeon.plan.plan import Plan, changed_keys, identity
 from surgeon.plan.rounding import dtype_cost
@@ -112,7 +111,7 @@ class Surgery(Shown):
 
         Raises PlanError for an impossible dtype or size, CheckpointError for a result that would not be sound.
         """
-        source = spec_of(self.source)
+        source, dtype = spec_of(self.source), DTYPES.spelled("dtype", dtype)
         plan = (self.plan if dtype == "keep" else self.plan.cast(dtype)).simplified(source)
         if not plan.moves_only:
             plan = replace(plan, notes=(*plan.notes, *dtype_cost(plan, source.tensors)))
@@ -123,7 +122,7 @@ class Surgery(Shown):
         plan = replace(plan, notes=(*plan.notes, *(note for kind, note in found.items() if kind not in known)))
         target = Path(out or self.name)
         attachments = {**self._quantization_files(plan), **self.attachments}
-        shards = lay_out(plan, result, self.source, max_shard_bytes=parse_size(max_shard_size))
+        shards = lay_out(plan, result, self.source, max_shard_bytes=size_in_bytes(max_shard_size))
         shards, block, shared = self._placed(shards, plan, target, block)
         before = self.before.spec
         summary = Summary(
@@ -156,8 +155,9 @@ class Surgery(Shown):
 
     def _all_reads(self) -> Reads:
         """Return what is read, with the source that is open: it may be another than the option named."""
-        origin = self.source.origin
-        return self.reads if origin is None else {**self.reads, "this command": (str(origin),)}
+        sources = (self.source, self.source.base if isinstance(self.source, DerivedSource) else self.source)
+        places = tuple(str(each.origin) for each in sources if each.origin is not None)
+        return {**self.reads, "this command": places} if places else self.reads
 
     def _quantization_files(self, plan: Plan) -> dict[str, bytes]:
         """Return the files beside the weights that name quantized layers, as they must be where layers have moved."""
@@ -226,14 +226,6 @@ class Surgery(Shown):
             return made.write(overwrite=overwrite, command=command)
 
 
-def parse_size(size: int | str) -> int:
-    """Return a number of bytes: `size` itself, or "5GB", "500MB", "2GiB". Raises PlanError for anything else."""
-    result = text.parse_size(str(size))
-    if result is None:
-        raise PlanError(f"cannot read {size!r} as a size", hint="Write 5GB, 500MB or a number of bytes.")
-    return result
-
-
 def open_model(
     model: "str | os.PathLike[str] | Surgery", *, revision: str | None = None, reads: Reads | None = None
 ) -> Surgery:
@@ -274,20 +266,27 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}(/[A-Za-z0-9][\w.-]{0,95})?")  # a
 
 
 def open_source(model: str | os.PathLike[str], *, revision: str | None = None) -> Source:
-    """Return the checkpoint that `model` names. `revision` is a branch, tag or commit on the Hub.
+    """Return the checkpoint that `model` names, an adapter merged. `revision` is a branch, tag or commit on the Hub.
 
     Raises CheckpointError for a path that is no checkpoint, HubError for an id that the Hub does not have.
     """
     text = os.fspath(model)
-    path = Path(text)
-    with suppress(RuntimeError):  # ~name of a user without a home here
-        path = path.expanduser()
+    path = Path(os.path.expanduser(text))  # noqa: PTH111  # Path.expanduser raises for a user without a home here
     if not _HUB_ID.fullmatch(text) or path.exists():
         if revision is not None:
-            raise CheckpointError(
-                f"{text} is a local path; a revision is for a model on the Hub", hint="Leave out --revision."
-            )
-        return open_directory(path, label=text)
+            message = f"{text} is a local path; a revision is for a model on the Hub"
+            raise CheckpointError(message, hint="Leave out --revision.")
+        if not is_adapter(path):
+            return open_directory(path, label=text)
+        from surgeon.checkpoint.lora import open_adapter
+
+        return open_adapter(path, label=text, open_base=open_source)
     from surgeon.checkpoint.hub import open_hub
 
-    return open_hub(text, revision=revision)
+    try:
+        return open_hub(text, revision=revision)
+    except HubError as error:
+        if (close := close_path(text, directory=True)) is None and "/" in text:
+            raise
+        hint = error.hint if close is None else f"Did you mean {close}?"
+        raise HubError(f"there is no directory {text}, and {error}", hint=hint) from error

@@ -78,6 +78,14 @@ def sliced(spec: str) -> tuple[str, str, str]:
     return (spec, "", "") if found is None else (found[1], found[2], found[3])
 
 
+def place_of(spec: str) -> str:
+    """Return the path in a data argument: without its slice, and without the split of a dataset that is saved there."""
+    name = sliced(spec)[0]
+    place, _, split = name.rpartition(":")
+    is_saved = bool(place and split) and not os.path.lexists(name) and os.path.isdir(os.path.expanduser(place))  # noqa: PTH111, PTH112
+    return place if is_saved else name
+
+
 class Layout:
     """How the rows and tables of a text are laid out: in aligned columns. `showing.py` has another, for notebooks."""
 

@@ -13,6 +13,7 @@ from surgeon import text
 from surgeon.anatomy.axes import axes_of
 from surgeon.anatomy.config import (
     check_layer_keys,
+    check_vocabulary,
     class_names,
     implied_kv_heads,
     is_off,
@@ -40,14 +41,8 @@ from surgeon.errors import CheckpointError, PlanError
 from surgeon.showing import Shown
 
 FREE = "docs/models.md lists what can change in each model type."
-WORDS = {
-    "hidden": "hidden size",
-    "ffn": "MLP",
-    "kv_heads": "key-value heads",
-    "group": "heads",
-    "head_dim": "size of a head",
-}
-
+WORDS = {"hidden": "hidden size", "ffn": "MLP", "kv_heads": "key-value heads", "group": "heads"}
+WORDS |= {"head_dim": "size of a head"}
 
 Part = Literal["embedding", "attention", "mlp", "norm", "buffer", "other"]
 
@@ -333,7 +328,15 @@ def _check_present(
             )
         row, part = rows[name] = place
         if part not in ("buffer", "other") and (id(row), tensor.shape) not in right:
-            _check_shape(name, tensor.shape, row, sizes)
+            try:
+                _check_shape(name, tensor.shape, row, sizes)
+            except CheckpointError:
+                known = ((other, find(other), value.shape) for other, value in spec.tensors.items())
+                axes = [
+                    (other, *pair) for other, at, shape in known if at for pair in zip(at[0].axes, shape, strict=False)
+                ]
+                check_vocabulary(spec.config, {other: size for other, dim, size in axes if axes_of(dim) == {"vocab"}})
+                raise
             right.add((id(row), tensor.shape))
     return rows
 

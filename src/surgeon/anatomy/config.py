@@ -310,3 +310,14 @@ def vocabulary_key(config: Mapping[str, Any]) -> str:
 def with_vocabulary(config: Mapping[str, Any], size: int, ids: Mapping[str, int | None]) -> dict[str, Any]:
     """Return a config with another number of tokens, and with these special ones."""
     return with_text(config, {vocabulary_key(config): size, **ids})
+
+
+def check_vocabulary(config: Mapping[str, Any], stored: Mapping[str, int]) -> None:
+    """Raises CheckpointError where all tensors have one number of tokens, by their names, and the config another."""
+    text, sizes = text_config(config), set(stored.values())
+    key, known = vocabulary_key(text), size_of(text, "vocab")
+    if len(sizes) == 1 and known not in sizes:
+        raise CheckpointError(
+            f"config.json says {key} = {known}, and {next(iter(stored))!r} has {min(sizes)}",
+            hint=f'Set "{key}": {min(sizes)} in config.json; the tokenizer may have fewer tokens than that.',
+        )

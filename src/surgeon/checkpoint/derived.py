@@ -1,7 +1,7 @@
-"""Sources that take everything but their tensors from another source: a model with a donor, and a trained model."""
+"""Sources that take what is not theirs from another: a model with a donor, a trained model, one with other names."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -130,3 +130,46 @@ class TrainedSource(DerivedSource):
             name: StoredTensor(item.spec, TRAINED + item.file, item.start, item.end)
             for name, item in self.weights.tensors.items()
         }
+
+
+# What training tools put before the names of all tensors: torch.compile, DataParallel and its kin, PEFT.
+WRAPPERS = ("_orig_mod.", "module.", "base_model.model.")
+
+
+def wrapper_of(names: Iterable[str]) -> str:
+    """Return what is to be taken off all names: one known prefix, or several, the outermost first; "" for nothing."""
+    names, found = list(names), ""
+    while names and (one := next((each for each in WRAPPERS if all(name.startswith(each) for name in names)), None)):
+        found += one
+        names = [name.removeprefix(one) for name in names]
+    return found
+
+
+@dataclass(frozen=True)
+class RenamedSource(DerivedSource):
+    """`base` with `taken_off` taken off the names of all tensors, which begin with it."""
+
+    taken_off: str
+
+    prefix = "\0"  # no file has such a name: all files are the base's
+
+    @property
+    def other(self) -> Source:
+        return self.base
+
+    @property
+    def transfer(self) -> Transfer | None:
+        return self.base.transfer
+
+    @cached_property
+    def tensors(self) -> Mapping[str, StoredTensor]:
+        return {name.removeprefix(self.taken_off): item for name, item in self.base.tensors.items()}
+
+    def parts(self, wanted: Ranges, *, among: Ranges | None = None) -> dict[str, FilePart]:
+        return self.base.parts(wanted, among=among)
+
+    def missing(self, wanted: Ranges) -> int | None:
+        return self.base.missing(wanted)
+
+    def check_unchanged(self) -> None:
+        self.base.check_unchanged()

@@ -18,7 +18,15 @@ from tempfile import TemporaryDirectory
 from typing import Any, NoReturn
 
 from surgeon.checkpoint.header import Entry, FilePart, header_length, parse_header, read_header
-from surgeon.checkpoint.hub_http import LOGIN, explained, fetch_bytes, hide_progress_bars, passes_for_get, patiently
+from surgeon.checkpoint.hub_http import (
+    LOGIN,
+    check_reachable,
+    explained,
+    fetch_bytes,
+    hide_progress_bars,
+    passes_for_get,
+    patiently,
+)
 from surgeon.checkpoint.hub_weights import HubWeights
 from surgeon.checkpoint.json_files import read_config, read_index
 from surgeon.checkpoint.overlap import check_uploaded
@@ -227,7 +235,8 @@ class HubSource:
             converted = f"{directory}/{ggufs[0]}" if ggufs else directory
             hint = f"hf download {self.repo_id} --local-dir {directory} && surgeon convert {converted}"
         elif "adapter_config.json" in self.files:
-            hint = "This is a PEFT adapter; merge it into its base model first."
+            directory = self.repo_id.rpartition("/")[2]
+            hint = f"This is an adapter: hf download {self.repo_id} --local-dir {directory}, and name {directory}."
         elif constants.HF_HUB_OFFLINE:
             hint = "Unset HF_HUB_OFFLINE once to fetch it: the cache may hold only part of the repository."
         else:
@@ -257,6 +266,7 @@ def open_hub(repo_id: str, *, revision: str | None = None) -> HubSource:
 
     hide_progress_bars()
     with explained(f"{CONFIG} of {repo_id}", repo_id=repo_id, revision=revision):
+        check_reachable(repo_id, CONFIG, revision)
         download = partial(hf_hub_download, repo_id, CONFIG, revision=revision)
         config = Path(patiently(download, may_pass=passes_for_get))
     return HubSource(repo_id, config.parent, revision)

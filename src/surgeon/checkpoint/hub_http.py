@@ -120,6 +120,25 @@ def not_too_slowly(chunks: Iterator[bytes], window: float) -> Iterator[bytes]:
             began, count = time.monotonic(), 0
 
 
+def check_reachable(repo_id: str, file: str, revision: str | None) -> None:
+    """Ask for a file that is not in the cache once, before huggingface_hub asks again and again for 44 seconds.
+
+    Raises the error of its HTTP library where there is no connection: the name may be that of a directory, mistyped.
+    Whatever else fails here is left to the download, which asks again where that may help.
+    """
+    from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
+
+    if constants.HF_HUB_OFFLINE or isinstance(try_to_load_from_cache(repo_id, file, revision=revision), str):
+        return
+    http = http_library()
+    try:
+        get_hf_file_metadata(hf_hub_url(repo_id, file, revision=revision), timeout=constants.HF_HUB_ETAG_TIMEOUT)
+    except (http.ConnectError, http.ConnectTimeout):
+        raise
+    except failures():
+        pass
+
+
 # The beginning of a file
 
 

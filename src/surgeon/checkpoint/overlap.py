@@ -9,7 +9,7 @@ from pathlib import Path
 from surgeon.checkpoint.source import RESULTS
 from surgeon.errors import HubError, OutputError
 from surgeon.options import Reads
-from surgeon.text import sliced
+from surgeon.text import place_of
 
 MOST_LINKS = 40  # that a path may lead through, as in the kernel
 HINT = "Choose another place with -o."
@@ -44,6 +44,17 @@ def check_file_replaced(file: Path, reads: Reads) -> None:
             raise OutputError(f"{file} is, or belongs to, what {option} reads: {path}", hint="Name another file.")
 
 
+def check_named(file: Path, reads: Reads, *, overwrite: bool) -> None:
+    """Raises OutputError for a file that cannot be written by this name, that is read, or that is there already."""
+    if not file.parent.is_dir():
+        raise OutputError(f"no such directory: {file.parent}", hint=f"mkdir -p {file.parent}")
+    check_file_replaced(file, reads)
+    if os.path.lexists(file) and (not overwrite or file.is_dir()):
+        raise OutputError(f"{file} exists", hint="Name another file, or add --overwrite.")
+    if not os.access(file.parent, os.W_OK):
+        raise OutputError(f"cannot write into {file.parent}", hint=f"Look: ls -ld {file.parent}")
+
+
 def check_uploaded(repo_id: str, reads: Reads) -> None:
     """Raises HubError where an upload to a repository would replace a model or dataset on the Hub that is read."""
     for option, values in reads.items():
@@ -59,7 +70,7 @@ def _named(reads: Reads) -> Iterator[tuple[str, Path]]:
     """Yield all paths that are read, each with its option. What is on the Hub is read from its place in the cache."""
     for option, values in reads.items():
         for value in values:
-            value, *_ = sliced(value)
+            value = place_of(value)
             path = Path(value)
             with suppress(RuntimeError):  # ~name of a user without a home here
                 path = path.expanduser()

@@ -2,12 +2,10 @@
 
 import json
 import os
-import platform
 import re
 import shlex
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from importlib.metadata import PackageNotFoundError, version
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -118,6 +116,9 @@ def _are_runs(runs: object) -> bool:
 
 def versions() -> dict[str, str]:
     """Return the versions of the packages that can influence a result, without importing them."""
+    import platform
+    from importlib.metadata import PackageNotFoundError, version
+
     known = {"python": platform.python_version(), "platform": sys.platform}
     for package in _PACKAGES:
         try:

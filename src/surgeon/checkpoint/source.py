@@ -18,10 +18,12 @@ from typing import Any, Protocol
 from surgeon.checkpoint.header import CHANGED_HINT, CheckpointSpec, Entry, FilePart, TensorSpec, opened, read_header
 from surgeon.checkpoint.json_files import read_config, read_index
 from surgeon.errors import CheckpointError
+from surgeon.mistyped import hint_beside
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 CONFIG = "config.json"
+ADAPTER = "adapter_config.json"
 FINGERPRINT_BYTES = 512
 
 # Files that hold weights of this model in some form. A surgery makes them stale, so it never copies them.
@@ -237,8 +239,6 @@ class LocalSource:
             return f"surgeon convert {others[0]}"
         if others:
             return f"surgeon convert {self.directory}"
-        if (self.directory / "adapter_config.json").is_file():
-            return "This is a PEFT adapter; merge it into its base model first."
         return f"A checkpoint is a directory with {CONFIG} and {WEIGHTS}; look with: ls {self.directory}"
 
 
@@ -254,6 +254,16 @@ def _look(path: Path) -> tuple[int, int] | None:
 # Opening
 
 
+def is_adapter(directory: Path) -> bool:
+    """Return whether a directory holds an adapter of PEFT, and no weights of a model."""
+    weights = (WEIGHTS, INDEX, "pytorch_model.bin", "pytorch_model.bin.index.json")
+    return _is_file(directory / ADAPTER) and not any(os.path.lexists(directory / name) for name in weights)
+
+
+def _is_file(path: Path) -> bool:
+    return os.path.isfile(path)  # noqa: PTH113  # Path.is_file raises for a name that is too long
+
+
 def open_directory(directory: Path, *, label: str | None = None) -> LocalSource:
     """Return the checkpoint in `directory`. Reads no file yet; checks only that the directory can be one.
 
@@ -261,7 +271,7 @@ def open_directory(directory: Path, *, label: str | None = None) -> LocalSource:
     """
     name = label or str(directory)
     if not _is_there(directory):
-        hint = "Name a checkpoint directory, or a Hub id (gpt2-large)."
+        hint = hint_beside(name, "Name a checkpoint directory, or a Hub id (gpt2-large).", directory=True)
         raise CheckpointError(f"no such directory: {name}", hint=hint)
     if not directory.is_dir():
         hint = (
@@ -276,8 +286,6 @@ def open_directory(directory: Path, *, label: str | None = None) -> LocalSource:
 def _hint_without_config(directory: Path) -> str:
     if ggufs := sorted(directory.glob("*.gguf")):
         return f"surgeon convert {ggufs[0]}"
-    if (directory / "adapter_config.json").is_file():
-        return "This is a PEFT adapter; merge it into its base model first."
     inside = sorted(path.parent for path in directory.glob(f"*/{CONFIG}"))
     return f"Did you mean {inside[0]}?" if inside else f"Name the directory that holds {CONFIG}."
 

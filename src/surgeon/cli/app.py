@@ -1,49 +1,29 @@
 """The `surgeon` command: its commands, its exit codes, and how errors are shown."""
 
-import ast
 import io
 import os
 import signal
 import sys
 import traceback
+from collections.abc import Mapping
 from importlib import import_module
 from pathlib import Path
-from types import FrameType, ModuleType
+from types import FrameType
 from typing import Annotated, Any, NoReturn, TextIO
 
 import typer
 from typer.core import TyperGroup
+from typer.exceptions import TyperException
 
 from surgeon.cli import clock
+from surgeon.cli.commands import GROUPS, by_group, commands
+from surgeon.cli.help import SETTINGS, Page, Row, row_of, shown
 from surgeon.errors import SurgeonError, failure_of_library, first_line, library_of
+from surgeon.options import OptionError
 from surgeon.starter import STARTER, ends_with_starter
 from surgeon.text import scrubbed
 
 EXAMPLE = "surgeon truncate gpt2-large --layers 6 -o gpt2-large-6"
-# The order of --help: by what a command is for (`GROUP` in its file), then by its name.
-GROUPS = ("recipes", "inspection", "surgery", "training", "evaluation", "prompts", "formats")
-SETTINGS = {"help_option_names": ["-h", "--help"]}
-
-
-def commands() -> dict[str, str]:
-    """Return the first sentence of each command by its name, in the order of --help.
-
-    A command is the function of its file's name in src/surgeon/cli/NAME.py, where that file has a GROUP. The files are
-    parsed and not imported, because they import what their commands need.
-    """
-    listed = []
-    for path in Path(__file__).parent.glob("*.py"):
-        statements = ast.parse(path.read_text(encoding="utf-8")).body
-        groups = (
-            ast.literal_eval(item.value)
-            for item in statements
-            if isinstance(item, ast.Assign) and ast.unparse(item.targets[0]) == "GROUP"
-        )
-        if (group := next(groups, None)) is not None:
-            functions = {item.name: item for item in statements if isinstance(item, ast.FunctionDef)}
-            sentence = (ast.get_docstring(functions[path.stem]) or "").partition("\n\n")[0]
-            listed.append((GROUPS.index(group), path.stem, sentence))
-    return {name: sentence for _, name, sentence in sorted(listed)}
 
 
 class Commands(TyperGroup):
@@ -55,32 +35,30 @@ class Commands(TyperGroup):
 
     def get_command(self, ctx: Any, cmd_name: str) -> Any:
         """Return a command, None where there is none of that name."""
-        file = Path(__file__).with_name(f"{cmd_name}.py")
-        if not cmd_name.isidentifier() or not file.exists():
-            self.commands: Any = commands()  # for "did you mean"
-            return None
-        module = import_module(f"surgeon.cli.{cmd_name}")
-        return command_of(module) if hasattr(module, "GROUP") else None
+        if cmd_name.isidentifier() and Path(__file__).with_name(f"{cmd_name}.py").exists():
+            module = import_module(f"surgeon.cli.{cmd_name}")
+            if hasattr(module, "GROUP"):
+                from surgeon.cli.command import command_of
 
-    def format_commands(self, ctx: Any, formatter: Any) -> None:
-        """Write a line for each command."""
-        with formatter.section("Commands"):
-            formatter.write_dl(list(commands().items()))
+                return command_of(module)
+        self.commands: Any = commands()  # for "did you mean"
+        return None
 
-
-def command_of(module: ModuleType) -> Any:
-    """Return the command in a file of src/surgeon/cli, as typer runs it."""
-    function = getattr(module, module.__name__.rpartition(".")[2])
-    single = typer.Typer(add_completion=False, rich_markup_mode=None, context_settings=SETTINGS)
-    single.command(no_args_is_help=True, epilog=f"Example: {module.EXAMPLE}", context_settings=SETTINGS)(function)
-    return typer.main.get_command(single)
+    def get_help(self, ctx: Any) -> str:
+        """Return the help: the commands, by what they are for."""
+        sections = {
+            f"{group}: {GROUPS[group]}": [Row(name, sentence) for name, sentence in listed.items()]
+            for group, listed in by_group().items()
+        }
+        sections["options"] = [row_of(item, ctx) for item in self.get_params(ctx)]
+        usage = f"{ctx.command_path} COMMAND [ARGUMENTS] [OPTIONS]"
+        return shown(Page(usage, str(self.help), sections, EXAMPLE, "surgeon COMMAND --help, and README.md"))
 
 
 app = typer.Typer(
     name="surgeon",
     cls=Commands,
     help="Model surgery on Hugging Face checkpoints.",
-    epilog=f"Example: {EXAMPLE}",
     no_args_is_help=True,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
@@ -138,8 +116,14 @@ class _WithoutSecrets:
 
 
 def _run() -> NoReturn:
+    places: Mapping[str, object] = {}
     try:
-        app()
+        words = sys.argv[1:]
+        if any(word.partition("=")[0] in ("--config", "--show-config") for word in words):
+            from surgeon.cli.config import expanded
+
+            sys.argv[1:], places = expanded(words)
+        code = app(prog_name="surgeon", standalone_mode=False)
     except BrokenPipeError:  # `surgeon inspect ... | head`: the reader has closed the pipe
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
@@ -150,9 +134,8 @@ def _run() -> NoReturn:
     except BaseException as error:  # a panic of a library in Rust is no Exception
         if "--debug" in sys.argv:
             traceback.print_exc()
-            raise SystemExit(1) from error
-        raise SystemExit(_shown(error)) from error
-    sys.exit(0)
+        raise SystemExit(_shown(error, places)) from error
+    sys.exit(code if isinstance(code, int) else 0)
 
 
 def _terminate(signum: int, frame: FrameType | None) -> NoReturn:
@@ -165,11 +148,28 @@ def _show(error: SurgeonError) -> None:
         sys.stderr.write(f"hint: {error.hint}\n")
 
 
+USAGE = 2  # the exit code of a mistake on the command line
 BUG = 70  # the exit code: EX_SOFTWARE of sysexits.h
 
 
-def _shown(error: BaseException) -> int:
-    """Show an error, and return the exit code: BUG for one that is surgeon's own, which nothing foresaw, else 1."""
+def _shown(error: BaseException, places: Mapping[str, object]) -> int:
+    """Show an error, and return the exit code: BUG for one that is surgeon's own, which nothing foresaw, else 1 or 2.
+
+    `places` are the lines of a config file that gave options, by their names.
+    """
+    if type(error).__name__ == "NoArgsIsHelpError":  # typed alone: `surgeon` lists the commands, a command its options
+        is_root = getattr(error, "ctx", None) is not None and error.ctx.parent is None  # type: ignore[attr-defined]
+        (sys.stdout if is_root else sys.stderr).write(f"{error}\n")
+        return 0 if is_root else USAGE
+    if isinstance(error, TyperException):
+        from surgeon.cli.mistakes import explained
+
+        error = explained(error, typed=next(iter(sys.argv[1:]), ""))
+    if isinstance(error, OptionError):
+        place, named = places.get(error.option), next(iter(sys.argv[1:]), "")
+        sentence = str(error) if place is None else f"{place}: {error}"
+        _show(SurgeonError(sentence, hint=error.hint or f"surgeon {named} --help says what it takes."))
+        return USAGE
     if isinstance(error, SurgeonError):
         _show(error)
     elif isinstance(error, MemoryError):

@@ -7,32 +7,65 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import MISSING, dataclass, fields, is_dataclass, replace
 from pathlib import Path
-from types import UnionType
+from types import ModuleType, UnionType
 from typing import TYPE_CHECKING, Annotated, Any, Protocol, Union, get_args, get_origin, get_type_hints
 
 import typer
 
 from surgeon.cli import clock
+from surgeon.cli.help import SETTINGS, Command
 from surgeon.cli.terminal import emit, emit_json, log
 from surgeon.draft import Draft, Summary
-from surgeon.options import Flag, OptionError, flag_of, option, output_option, overwrite_option, verb_named
+from surgeon.options import (
+    Checked,
+    Flag,
+    OptionError,
+    Words,
+    dtype_option,
+    flag_of,
+    option,
+    output_option,
+    overwrite_option,
+    shard_option,
+    size_in_bytes,
+    verb_named,
+)
 from surgeon.progress import Bars, watched
 from surgeon.surgery import Surgery
 
 if TYPE_CHECKING:
     from surgeon.verbs.verify import Verification
 
+RUN = "run"  # the group of options that say how a command runs and prints
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="A checkpoint directory, or a Hub id (gpt2-large).")]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output and nothing else.")]
-Device = Annotated[str, typer.Option(help="Device to compute on: auto (CUDA, then MPS, then the CPU), cpu, cuda, mps.")]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")]
-Debug = Annotated[bool, typer.Option("--debug", help="Full tracebacks.")]
+Json = Annotated[
+    bool,
+    typer.Option("--json", help="Print one JSON object on standard output and nothing else.", rich_help_panel=RUN),
+]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress.", rich_help_panel=RUN)]
+Debug = Annotated[bool, typer.Option("--debug", help="Full tracebacks.", rich_help_panel=RUN)]
+# Of every command: `surgeon.cli.config` acts on both before the command's other options are parsed.
+CONFIG, SHOW_CONFIG = "config_file", "show_config"
+_ConfigFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--config",
+        metavar="FILE",
+        help="Take options from this YAML file: their names without dashes are its keys. The command line wins.",
+        rich_help_panel=RUN,
+    ),
+]
+_ShowConfig = Annotated[
+    bool,
+    typer.Option("--show-config", help="Print such a file with these options, and do no more.", rich_help_panel=RUN),
+]
 
 
 def spread(command: Callable[..., None]) -> Callable[..., None]:
     """Return `command` with each parameter that is a dataclass of options spread into its fields, in their order.
 
-    A value that cannot be (OptionError, or ValueError of a parser) is typer's usage error and names the option.
+    A value that cannot be raises OptionError, the usage error, which names the option. --config and --show-config are
+    added.
     """
     hints = get_type_hints(command, include_extras=True)
     groups: dict[str, Any] = {}
@@ -44,8 +77,11 @@ def spread(command: Callable[..., None]) -> Callable[..., None]:
             parameters += _parameters(hint)
         else:
             parameters.append(item.replace(kind=inspect.Parameter.KEYWORD_ONLY, annotation=hint))
+    for name, hint, default in ((CONFIG, _ConfigFile, None), (SHOW_CONFIG, _ShowConfig, False)):
+        parameters.append(inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=hint))
 
     def grouped(given: dict[str, Any]) -> dict[str, Any]:
+        given = {name: value for name, value in given.items() if name not in (CONFIG, SHOW_CONFIG)}
         for name, kind in groups.items():
             given[name] = _made(kind, given)
         return given
@@ -53,11 +89,8 @@ def spread(command: Callable[..., None]) -> Callable[..., None]:
     def flat(**given: Any) -> None:
         if given.get("quiet"):
             os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"  # huggingface_hub reads it when it is imported
-        try:
-            with watched(Bars(quiet=bool(given.get("quiet")))):
-                command(**grouped(given))
-        except OptionError as error:  # of options that other functions check
-            raise _usage_error(error) from error
+        with watched(Bars(quiet=bool(given.get("quiet")))):
+            command(**grouped(given))
 
     flat.__name__, flat.__doc__ = command.__name__, command.__doc__
     flat.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]  # typer reads it
@@ -80,16 +113,9 @@ def _made(kind: Any, given: dict[str, Any]) -> Any:
             try:
                 value = flag.parse(value)
             except ValueError as error:
-                raise typer.BadParameter(str(error), param_hint=flag_of(item.name)) from error
+                raise OptionError(item.name, str(error)) from error
         values[item.name] = tuple(value or ()) if _is_repeatable(hints[item.name]) else value
-    try:
-        return kind(**values)
-    except OptionError as error:
-        raise _usage_error(error) from error
-
-
-def _usage_error(error: OptionError) -> typer.BadParameter:
-    return typer.BadParameter(str(error).removeprefix(f"{flag_of(error.option)} "), param_hint=flag_of(error.option))
+    return kind(**values)
 
 
 def _parameters(kind: Any) -> list[inspect.Parameter]:
@@ -103,7 +129,11 @@ def _parameters(kind: Any) -> list[inspect.Parameter]:
         hint = hints[item.name]
         is_switch = _without_none(hint) is bool
         names = flag.names or ((flag_of(item.name),) if not is_switch or hint is bool else ())
-        declared = typer.Option(*names, metavar=flag.metavar, help=flag.help)
+        complete = None if flag.choices is None else completion(flag.choices)
+        said: dict[str, Any] = {"metavar": flag.metavar, "help": flag.help, "autocompletion": complete}
+        declared = (
+            typer.Argument(**said) if flag.is_argument else typer.Option(*names, **said, rich_help_panel=flag.group)
+        )
         default = inspect.Parameter.empty if item.default is MISSING else item.default
         parameters.append(
             inspect.Parameter(
@@ -114,6 +144,16 @@ def _parameters(kind: Any) -> list[inspect.Parameter]:
             )
         )
     return parameters
+
+
+def completion(choices: Words) -> Callable[[str], list[str]]:
+    """Return the function that completes a value from its words; of several with commas between, the last one."""
+
+    def complete(incomplete: str) -> list[str]:
+        before, comma, last = incomplete.rpartition(",") if choices.many else ("", "", incomplete)
+        return [f"{before}{comma}{word}" for word in choices.listed if word.startswith(last)]
+
+    return complete
 
 
 def _typed(hint: Any, flag: Flag, *, required: bool) -> Any:
@@ -138,23 +178,41 @@ def _is_repeatable(hint: Any) -> bool:
     return hint in (tuple[str, ...], Sequence[str])
 
 
+def command_of(module: ModuleType) -> Any:
+    """Return the command in a file of src/surgeon/cli, as typer runs it."""
+    function = getattr(module, module.__name__.rpartition(".")[2])
+    single = typer.Typer(add_completion=False, rich_markup_mode=None, context_settings=SETTINGS)
+    single.command(cls=Command, no_args_is_help=True, context_settings=SETTINGS)(function)
+    command: Any = typer.main.get_command(single)
+    command.flags, command.example = getattr(function, "flags", {}), module.EXAMPLE
+    return command
+
+
 VERIFIED_BELOW = 1_000_000_000  # parameters; a larger result is verified on request, for it takes a while
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Writing:
+@dataclass(frozen=True, kw_only=True)
+class Writing(Checked):
     """The options of every command that writes a checkpoint."""
 
     output: Path | None = output_option("Where the result goes. Default: the source's name with the surgery.")
     overwrite: bool = overwrite_option()
-    dry_run: bool = option("Print the plan and write nothing; reads headers only (a .gguf file is read whole).", False)
-    dtype: str = option("keep (the source's bytes), float32, bfloat16 or float16.", "keep", metavar="DTYPE")
-    max_shard_size: str = option("Largest weight file: 5GB, 500MB.", "5GB", metavar="SIZE")
-    push_to_hub: str | None = option("Upload the finished output to this Hub repository.", None, metavar="REPO")
-    private: bool = option("Make the Hub repository private if it is created.", False)
-    json: bool = option("Print one JSON object on standard output and nothing else.", False)
-    quiet: bool = option("No progress.", False, names=("--quiet", "-q"))
-    debug: bool = option("Full tracebacks.", False)
+    dry_run: bool = option(
+        "Print the plan and write nothing; reads headers only (a .gguf file is read whole).", False, group=RUN
+    )
+    dtype: str = dtype_option()
+    max_shard_size: str = shard_option()
+    push_to_hub: str | None = option(
+        "Upload the finished output to this Hub repository.", None, metavar="REPO", group="output"
+    )
+    private: bool = option("Make the Hub repository private if it is created.", False, group="output")
+    json: bool = option("Print one JSON object on standard output and nothing else.", False, group=RUN)
+    quiet: bool = option("No progress.", False, names=("--quiet", "-q"), group=RUN)
+    debug: bool = option("Full tracebacks.", False, group=RUN)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        size_in_bytes(self.max_shard_size)
 
 
 class Report(Protocol):
@@ -227,7 +285,7 @@ def carried_out(
         from surgeon.models.loading import loadable
         from surgeon.verbs.verify import verify_as
 
-        source, revision = loadable(surgery.source)
+        source, revision = loadable(surgery.source, weights=True)
         with clock.part("verifying"):
             found.append(verify_as(str(draft.summary.output), source, stage, revision=revision))
 

@@ -12,8 +12,10 @@ from surgeon.verbs import compress as verb
 
 GROUP = "prompts"
 EXAMPLE = "surgeon compress gpt2-gist --prompt-file system.txt -o bot"
-PromptText = Annotated[str | None, typer.Option(metavar="TEXT", help="The prompt.")]
-PromptFile = Annotated[Path | None, typer.Option(metavar="FILE", help="A file with the prompt, in UTF-8.")]
+PromptText = Annotated[str | None, typer.Option(metavar="TEXT", help="The prompt.", rich_help_panel="prompt")]
+PromptFile = Annotated[
+    Path | None, typer.Option(metavar="FILE", help="A file with the prompt, in UTF-8.", rich_help_panel="prompt")
+]
 
 
 @spread
@@ -29,7 +31,7 @@ def compress(
 ) -> None:
     """Compress a prompt into the states of a few gist tokens, checked and saved."""
     if (prompt is None) == (prompt_file is None):
-        raise OptionError("prompt", "give one of --prompt and --prompt-file")
+        raise OptionError("prompt", "--prompt and --prompt-file: one of them is needed", hint=f"Such as: {EXAMPLE}")
     content = read_text(prompt_file) if prompt is None and prompt_file is not None else str(prompt)
     if not quiet:
         log(f"running {model}")

@@ -7,6 +7,7 @@ from surgeon.cli.command import Debug, Json, Model, Quiet, emit_next, spread
 from surgeon.cli.terminal import emit, emit_json, log, results_alone
 from surgeon.options import keywords_of
 from surgeon.rewriting.loop import Progress
+from surgeon.rewriting.options import DistillOptions
 from surgeon.verbs import distill as verb
 
 GROUP = "training"
@@ -17,7 +18,7 @@ SECONDS = {True: 0.5, False: 60.0}  # between two lines, on a terminal and elsew
 @spread
 def distill(
     model: Model,
-    options: verb.DistillOptions,
+    options: DistillOptions,
     json: Json = False,
     quiet: Quiet = False,
     debug: Debug = False,

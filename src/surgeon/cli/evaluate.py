@@ -12,7 +12,7 @@ from surgeon.verbs import evaluate as verb
 
 GROUP = "evaluation"
 EXAMPLE = "surgeon evaluate gpt2-27 --data text.txt --baseline gpt2-large"
-Markdown = Annotated[bool, typer.Option("--markdown", help="Print a block for a model card.")]
+Markdown = Annotated[bool, typer.Option("--markdown", help="Print a block for a model card.", rich_help_panel="output")]
 
 
 @spread
@@ -26,7 +26,7 @@ def evaluate(
 ) -> None:
     """Measure perplexity, answers and choices, and compare them with a baseline."""
     if json and markdown:
-        raise OptionError("markdown", "--markdown goes without --json")
+        raise OptionError("markdown", "--markdown does not go with --json", hint="Leave one of them out.")
     evaluation = verb.run(model, options, quiet=quiet)
     if json:
         emit_json(evaluation.to_dict())

@@ -3,14 +3,15 @@
 import os
 import shlex
 import sys
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import typer
 
 from surgeon.checkpoint.receipt import made_of
 from surgeon.cli.command import Debug, Json, Model, Quiet, emit_next, spread
-from surgeon.options import keywords_of, reads_of
+from surgeon.options import Checked, check_counts, keywords_of, option, reads_of
 from surgeon.train.result import Training
 from surgeon.verbs import finetune as verb
 
@@ -18,12 +19,24 @@ GROUP = "training"
 EXAMPLE = "surgeon finetune gpt2-27 --data text.txt --teacher gpt2-large --max-steps 300 -o healed"
 LAUNCHED = "TORCHELASTIC_RUN_ID"  # set by torchrun and accelerate launch
 STOPPED = 143  # the status of a process that SIGTERM ended, as shells report it
-DryRun = Annotated[bool, typer.Option("--dry-run", help="Print steps, tokens, memory and time, and train nothing.")]
-Processes = Annotated[
-    int, typer.Option(metavar="N", help="Number of processes to start on this machine (one per GPU).")
-]
-Push = Annotated[str | None, typer.Option(metavar="REPO", help="Upload the finished output to this Hub repository.")]
-Private = Annotated[bool, typer.Option("--private", help="Make the Hub repository private if it is created.")]
+
+
+@dataclass(frozen=True, kw_only=True)
+class StartOptions(Checked):
+    """Whether and how the run is started, and where its result goes then."""
+
+    dry_run: bool = option("Print steps, tokens, memory and time, and train nothing.", False, group="run")
+    num_processes: int = option(
+        "Number of processes to start on this machine (one per GPU).", 1, metavar="N", group="run"
+    )
+    push_to_hub: str | None = option(
+        "Upload the finished output to this Hub repository.", None, metavar="REPO", group="output"
+    )
+    private: bool = option("Make the Hub repository private if it is created.", False, group="output")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_counts(self, "num_processes")
 
 
 @spread
@@ -32,13 +45,10 @@ def finetune(
     *,
     context: typer.Context,
     places: verb.PlaceOptions,
-    dry_run: DryRun = False,
-    num_processes: Processes = 1,
+    start: StartOptions,
     storage: verb.StorageOptions,
     training: verb.TrainingOptions,
     machine: verb.MachineOptions,
-    push_to_hub: Push = None,
-    private: Private = False,
     json: Json = False,
     quiet: Quiet = False,
     debug: Debug = False,
@@ -47,10 +57,9 @@ def finetune(
     from surgeon.cli.terminal import emit, emit_json, log, results_alone
     from surgeon.train.launch import is_first, is_launched, relaunch, second_to_the_first
 
-    if num_processes < 1:
-        raise typer.BadParameter("at least 1", param_hint="--num-processes")
+    num_processes, push_to_hub, private = start.num_processes, start.push_to_hub, start.private
     options = keywords_of(training) | keywords_of(machine)
-    if dry_run:
+    if start.dry_run:
         many = num_processes if num_processes > 1 else None
         with results_alone():
             estimate = verb.estimate_finetune(model, data=places.data, num_processes=many, **options)

@@ -1,31 +1,30 @@
 """`surgeon gist`."""
 
-from typing import Annotated
+from dataclasses import dataclass
 
 import typer
 
-from surgeon.cli.command import Device, Model, Writing, run, spread
-from surgeon.options import keywords_of
+from surgeon.cli.command import Model, Writing, run, spread
+from surgeon.options import Checked, device_option, keywords_of, option
 from surgeon.verbs import gist as verb
 
 GROUP = "surgery"
 EXAMPLE = "surgeon gist gpt2 --tokens 4 -o gpt2-gist"
 
 
+@dataclass(frozen=True, kw_only=True)
+class CheckOptions(Checked):
+    """Whether the model is only measured, and where."""
+
+    check: bool = option("Load the model, measure whether it can use gists, and write nothing.", False, group="gists")
+    device: str = device_option("cpu")
+
+
 @spread
-def gist(
-    model: Model,
-    options: verb.GistOptions,
-    check: Annotated[
-        bool, typer.Option("--check", help="Load the model, measure whether it can use gists, and write nothing.")
-    ] = False,
-    device: Device = "cpu",
-    *,
-    writing: Writing,
-) -> None:
+def gist(model: Model, options: verb.GistOptions, checking: CheckOptions, writing: Writing) -> None:
     """Add gist tokens to a model: prompts are then compressed into their activations."""
-    if check:
-        _check(model, revision=options.revision, device=device, json=writing.json, quiet=writing.quiet)
+    if checking.check:
+        _check(model, revision=options.revision, device=checking.device, json=writing.json, quiet=writing.quiet)
         return
     run(verb.add_gist(model, **keywords_of(options)), writing)
 

@@ -15,6 +15,7 @@ Verify = Annotated[
     typer.Option(
         "--verify/--no-verify",
         help="Load the result and compare its logits with the source's. Default: below 1 B parameters.",
+        rich_help_panel="run",
     ),
 ]
 

@@ -9,11 +9,12 @@ from surgeon import text
 from surgeon.cli import clock, command
 from surgeon.cli.command import Model, Writing, spread
 from surgeon.errors import PlanError
-from surgeon.options import option, reads_of
+from surgeon.options import Checked, OptionError, option, reads_of
 from surgeon.plots.figure import check_picture, save
 from surgeon.plots.pruning import NOTHING, NOTHING_HINT
 from surgeon.surgery import open_model
 from surgeon.verbs import prune as verb
+from surgeon.verbs.cut_options import CutOptions, PruneOptions, RunOptions
 from surgeon.verbs.pruning import Pruning
 
 GROUP = "surgery"
@@ -21,15 +22,18 @@ EXAMPLE = "surgeon prune gpt2-large --score angular --layers 27 --data text.txt 
 
 
 @dataclass(frozen=True, kw_only=True)
-class PictureOptions:
+class PictureOptions(Checked):
     """The options for what is drawn, and measured to be drawn."""
 
-    curve: bool = option("Measure the perplexity for every number of layers removed, up to half of them.", False)
+    curve: bool = option(
+        "Measure the perplexity for every number of layers removed, up to half of them.", False, group="text"
+    )
     plot: Path | None = option(
         "Draw the scores, a map of what goes, and the curve, to this .png, .svg or .pdf.",
         None,
         metavar="FILE",
         writes=True,
+        group="output",
     )
 
 
@@ -37,20 +41,24 @@ class PictureOptions:
 def prune(
     model: Model,
     *,
-    cut: verb.CutOptions,
-    pictures: PictureOptions,
-    running: verb.RunOptions,
+    cut: CutOptions,
+    running: RunOptions,
     writing: Writing,
+    pictures: PictureOptions,
 ) -> None:
     """Remove the layers, neurons, heads and experts that matter least."""
-    options = verb.PruneOptions(**vars(cut), **vars(running))
+    options = PruneOptions(**vars(cut), **vars(running))
     curve, plot = pictures.curve, pictures.plot
     if plot is not None:
-        check_picture(plot, reads_of(options) | {"MODEL": (model,)})
+        check_picture(plot, reads_of(options) | {"MODEL": (model,)}, overwrite=writing.overwrite, option="plot")
     if curve and options.keep_pattern:
-        raise PlanError("a curve removes layers one by one, not in whole periods", hint="Leave out --keep-pattern.")
+        raise OptionError(
+            "curve", "a curve removes layers one by one, not in whole periods", hint="Leave out --keep-pattern."
+        )
     if curve and options.names_layers:
-        raise PlanError("no score says which layers would go next: they are named", hint="Leave out --curve.")
+        raise OptionError(
+            "curve", "no score says which layers would go next: they are named", hint="Leave out --curve."
+        )
     begun = open_model(model, revision=options.revision)
     surgery = verb.plan_pruning(begun, replace(options, measure=False))
     if not writing.dry_run:
@@ -82,7 +90,9 @@ class PruneReport:
     def check(self) -> None:
         """Raises PlanError for a curve or a picture without data, before anything is written."""
         if self.curve and self.surgery.text is None:
-            raise PlanError("a curve is measured on a text, and there is none", hint="Give one: --data FILE.")
+            raise OptionError(
+                "curve", "a curve is measured on a text, and there is none", hint="Give one: --data FILE."
+            )
         if self.curve:
             from surgeon.models.skeleton import predicts_next
 

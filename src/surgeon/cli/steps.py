@@ -14,13 +14,13 @@ from importlib import import_module
 from types import FrameType
 from typing import Any
 
-import typer
 from typer.exceptions import TyperException
 
-from surgeon.cli.app import command_of, commands
-from surgeon.cli.command import Writing, carried_out, draft_of
+from surgeon.cli.command import CONFIG, SHOW_CONFIG, Writing, carried_out, command_of, draft_of
+from surgeon.cli.commands import commands
+from surgeon.cli.mistakes import explained
 from surgeon.draft import Draft
-from surgeon.options import verb_named
+from surgeon.options import OptionError, verb_named
 from surgeon.recipe.commands import Key, StepError, UsageError
 from surgeon.starter import held_pipe
 from surgeon.surgery import Surgery
@@ -45,7 +45,7 @@ class CommandLine:
         return [name for name in commands() if name not in OWN]
 
     def keys(self, command: str) -> Mapping[str, Key]:
-        return _keys(command)
+        return keys_of(command)
 
     def check(self, command: str, words: Sequence[str]) -> None:
         self._parsed(command, words)
@@ -116,14 +116,13 @@ class CommandLine:
 
     def _parsed(self, command: str, words: Sequence[str]) -> dict[str, Any]:
         """Return what a command would be called with. Raises UsageError where it would refuse its options."""
-        single, function = _command(command), _function(command)
+        single, function = _command(command), function_of(command)
         try:
             context: Any = single.make_context(command, list(words))
             parsed: dict[str, Any] = function.grouped(dict(context.params))
-        except TyperException as error:
-            said = error.format_message() if isinstance(error, typer.BadParameter) else str(error)
-            option = str(getattr(error, "param_hint", None) or "")
-            raise UsageError(said.rstrip("."), option=option, hint=f"surgeon {command} --help") from error
+        except (TyperException, OptionError) as error:
+            said = error if isinstance(error, OptionError) else explained(error)
+            raise UsageError(str(said), option=said.option, hint=said.hint or f"surgeon {command} --help") from error
         return parsed
 
 
@@ -138,18 +137,20 @@ def _command(name: str) -> Any:
     return command_of(import_module(f"surgeon.cli.{name}"))
 
 
-def _function(name: str) -> Any:
+def function_of(name: str) -> Any:
     return getattr(import_module(f"surgeon.cli.{name}"), name)
 
 
 @cache
-def _keys(command: str) -> Mapping[str, Key]:
-    flags = getattr(_function(command), "flags", {})
+def keys_of(command: str) -> Mapping[str, Key]:
+    flags = getattr(function_of(command), "flags", {})
     found = {}
     for item in _command(command).params:
+        if item.name in (CONFIG, SHOW_CONFIG):
+            continue
         flag = flags.get(item.name)
         is_argument = item.param_type_name == "argument"
-        name = item.name.replace("_", "-")
+        name = item.name.replace("_", "-") if is_argument else max(item.opts, key=len).removeprefix("--")
         kind = KINDS.get(item.type.name, "text")
         is_file = flag is None and item.metavar == "FILE"
         reads = (is_argument and item.metavar not in WORDS) or is_file or bool(flag and flag.reads)
@@ -166,5 +167,7 @@ def _keys(command: str) -> Mapping[str, Key]:
             is_model=reads and not set(str(item.metavar).split(",")) & NO_MODELS,
             writes=bool(flag and flag.writes) and name != "output",
             decides=not (flag and flag.at_resume),
+            words=tuple(flag.choices.listed) if flag and flag.choices and flag.choices.is_complete else (),
+            aliases=tuple(flag.choices.aliases) if flag and flag.choices else (),
         )
     return found

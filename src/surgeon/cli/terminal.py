@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from surgeon.cli import clock
 from surgeon.errors import LONGEST, DataError
+from surgeon.mistyped import hint_beside
 from surgeon.text import printable
 
 if TYPE_CHECKING:
@@ -58,7 +59,9 @@ def read_text(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8-sig")
     except OSError as error:
-        raise DataError(f"cannot read {path}: {error.strerror}", hint=f"Look: ls -l {path}") from error
+        raise DataError(
+            f"cannot read {path}: {error.strerror}", hint=hint_beside(path, f"Look: ls -l {path}")
+        ) from error
     except UnicodeDecodeError as error:
         hint = f"Convert it: iconv -f LATIN1 -t UTF-8 {path}"
         raise DataError(f"{path} is not UTF-8 at byte {error.start}", hint=hint) from error

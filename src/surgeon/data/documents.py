@@ -1,83 +1,197 @@
-"""The documents of one --data argument: a file, a directory of files, or a dataset on the Hub.
+"""The documents of one --data argument: a file, a directory of files, a saved dataset, or one on the Hub."""
 
-Everything but a .txt and a .json array is read record by record, so a file may be larger than memory.
-"""
-
-import codecs
-import gzip
-import json
 import os
 import re
-import sys
-import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
-from importlib import import_module
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import partial
 from itertools import chain, islice
 from pathlib import Path
-from types import ModuleType
-from typing import IO, Any
+from typing import Any, TypeVar
 
-from surgeon.data.records import FORMS_HINT, Document, document, fields_of
-from surgeon.errors import DataError, first_line
+from surgeon.data.formats import KINDS, Table, suffix_of, table_of, text_of_file
+from surgeon.data.records import (
+    FORMS_HINT,
+    Columns,
+    Document,
+    Forms,
+    Unread,
+    check_columns,
+    chosen_columns,
+    form_of,
+)
+from surgeon.errors import DataError
+from surgeon.mistyped import hint_beside
 from surgeon.text import sliced
 
-KINDS = ".txt, .jsonl, .json (each also .gz) and .parquet"
-RECORD_HINT = 'Write one record per line: {"text": "..."}'
-PARQUET_ROWS = 256  # decoded at a time
 _HUB_SPEC = re.compile(r"(?P<id>[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95})(:(?P<config>[^:]*)(:(?P<split>.+))?)?")
+Read = TypeVar("Read")
+Part = Table | Path  # of a data argument: records, or a text file
 
 
-def documents(spec: str) -> Iterator[Document]:
-    """Return the documents of a file, of a directory's files in the order of their names, or of a Hub dataset.
+def documents(spec: str, columns: Columns | None = None) -> Iterator[Document]:
+    """Return the documents of a file, of a directory's files in the order of their names, or of a dataset.
 
-    A Hub dataset is written ORG/NAME[:CONFIG[:SPLIT]], its split being "train" if it is not named. A path that exists
-    is preferred over such a name. SPEC[A:B] is a part of it: documents A to B, or 90% of them; of a .txt its
-    characters, cut after a line. Raises DataError: at once for a path that does not exist or cannot be read; for a
-    damaged record, when it is reached; for a Hub dataset, with its first document.
+    A Hub dataset is written ORG/NAME[:CONFIG[:SPLIT]], its split being "train" if it is not named; a directory that
+    `datasets` saved DIR, or DIR:SPLIT. A path that exists is preferred over a name on the Hub. SPEC[A:B] is a part of
+    it: documents A to B, or 90% of them; of a .txt its characters, cut after a line. `columns` says which columns of
+    records are read. Raises DataError: at once for a path that does not exist or cannot be read; for a damaged record,
+    when it is reached; for a Hub dataset, with its first document.
     """
     name, first, last = sliced(spec)
-    if name != spec:
-        return _part(spec, name, first, last)
+    parts = _parts(name)
+    if len(parts) == 1 and isinstance(parts[0], Path) and name != spec:
+        return _at_least_one(_part_of_text(parts[0], spec, name, first, last), spec)
+    if name == spec:
+        return chain.from_iterable(_at_least_one(_documents(columns, part), _name(part)) for part in parts)
+    return _at_least_one(_sliced(parts, partial(_documents, columns), spec), spec)
+
+
+class Reading:
+    """How the records of a command are read: by the columns that the user has chosen, remembering what is not read."""
+
+    def __init__(self, columns: str | None = None) -> None:
+        self._columns = chosen_columns(columns)
+        self._unread = Unread()
+
+    def documents(self, spec: str) -> Iterator[Document]:
+        """Return the documents of a data argument, as `documents` does."""
+        stream = documents(spec, self._columns)  # a wrong name is an error at once
+        return self._seen(spec, stream)
+
+    def _seen(self, spec: str, stream: Iterator[Document]) -> Iterator[Document]:
+        for document in stream:
+            self._unread.look(spec, document)
+            yield document
+
+    def notes(self, chat_template: object = None) -> tuple[str, ...]:
+        """Return sentences about the columns, and the keys of chats, that were not read of the documents until now."""
+        return tuple(self._unread.notes(chat_template))
+
+
+# --- what a name means ------------------------------------------------------------------------------------------------
+
+
+def _parts(spec: str) -> Sequence[Part]:
+    """Return the tables and text files that a data argument without a slice names. Raises DataError."""
     path = Path(spec)
     with suppress(RuntimeError):  # ~name of an unknown user
         path = path.expanduser()
     if os.path.isdir(path):  # noqa: PTH112  # Path.is_dir raises for a name that is too long
-        return chain.from_iterable(map(_file_documents, _files(path)))
+        return _saved(path, None) or [_part(file) for file in _files(path)]
     if os.path.exists(path):  # noqa: PTH110  # the same
-        _reader(path)
-        return _file_documents(path)
+        return [_part(path)]
+    place, _, split = str(path).rpartition(":")
+    if os.path.isdir(place) and (saved := _saved(Path(place), split)):  # noqa: PTH112
+        return saved
     named = _HUB_SPEC.fullmatch(spec)
-    if named is None or _reader_or_none(path):
+    if named is None or suffix_of(path) in _SUFFIXES:
         hint = "Name a file or directory that exists, or a dataset on the Hub: ORG/NAME[:CONFIG[:SPLIT]]."
+        hint = hint_beside(spec, hint)
         raise DataError(f"no such file or directory: {spec}", hint=hint)
     if os.path.exists(named["id"]):  # noqa: PTH110  # datasets would read it
         hint = f"Leave out CONFIG and SPLIT: {named['id']}"
         raise DataError(f"{named['id']} is a local path; CONFIG and SPLIT are for a dataset on the Hub", hint=hint)
+    from surgeon.data.datasets import hub_table
 
-    rows = hub_documents(spec, named["id"], config=named["config"] or None, split=named["split"] or "train")
-    return _at_least_one(rows, spec)
+    return [hub_table(spec, named["id"], config=named["config"] or None, split=named["split"] or "train")]
 
 
-def _part(spec: str, name: str, first: str, last: str) -> Iterator[Document]:
-    """Return the documents of SPEC[A:B]; of a .txt, which is one document, a part of its text."""
-    path = Path(name).expanduser() if name.startswith("~/") else Path(name)
-    if os.path.isfile(path) and _reader(path) is _text:  # noqa: PTH113  # Path.is_file raises for a name too long
-        if any(edge and not edge.endswith("%") for edge in (first, last)):
-            raise DataError(f"{spec}: a text has no documents to count", hint=f"Write percents: {name}[:90%]")
-        document = next(_text(path))
-        whole = document.parts[0]
-        start, end = (_line_after(whole, edge, default) for edge, default in ((first, 0), (last, 100)))
-        return _at_least_one(iter([Document(spec, (whole[start:end],))] if whole[start:end].strip() else []), spec)
-    stream = documents(name)
-    total = sum(1 for _ in documents(name)) if "%" in first + last else 0
+def check_there(specs: Iterable[str]) -> None:
+    """Raises DataError for data arguments that name no file, no directory and nothing that the Hub could have."""
+    for spec in specs:
+        documents(sliced(spec)[0])
 
-    def place(edge: str, default: int | None) -> int | None:
-        if not edge:
-            return default
-        return total * int(edge[:-1]) // 100 if edge.endswith("%") else int(edge)
 
-    return _at_least_one(islice(stream, place(first, 0), place(last, None)), spec)
+def _saved(directory: Path, split: str | None) -> list[Part]:
+    """Return the table of a directory that `datasets` saved, or of a split in it; nothing for any other directory."""
+    from surgeon.data.datasets import saved_table
+
+    table = saved_table(directory, split)
+    return [] if table is None else [table]
+
+
+def _files(directory: Path) -> list[Path]:
+    """Return the files of a directory that can be read, sorted. Raises DataError when there are none."""
+    try:
+        inside = sorted(path for path in directory.iterdir() if not path.name.startswith("."))
+    except OSError as error:
+        raise DataError(f"cannot read {directory}: {error.strerror}", hint=f"Look: ls -ld {directory}") from error
+    files = [path for path in inside if path.is_file() and suffix_of(path) in _SUFFIXES]
+    if not files:
+        raise DataError(f"{directory} has no file of data", hint=f"surgeon reads {KINDS}, not in directories below it.")
+    return files
+
+
+_SUFFIXES = (".txt", ".jsonl", ".json", ".csv", ".tsv", ".parquet")
+
+
+def _part(path: Path) -> Part:
+    """Return a file as its table, or itself if it is a text. Raises DataError for a file of another kind."""
+    if suffix_of(path) not in _SUFFIXES:
+        raise DataError(f"{path} is of no kind that surgeon reads", hint=f"Name it by what it is: {KINDS}.")
+    return table_of(path) or path
+
+
+def _name(part: Part) -> str:
+    return str(part) if isinstance(part, Path) else part.name
+
+
+# --- documents --------------------------------------------------------------------------------------------------------
+
+
+def _documents(columns: Columns | None, part: Part, first: int = 0, last: int | None = None) -> Iterator[Document]:
+    """Yield documents `first` to `last` - 1 of a table, or of a text file, which is one document."""
+    if isinstance(part, Path):
+        if first == 0 and last != 0:
+            yield Document(str(part), (text_of_file(part),))
+        return
+    names: list[str] = []
+
+    def choose(given: Sequence[str]) -> list[str]:
+        names[:] = given
+        return form_of(given, part.name, columns).columns
+
+    forms: Forms | None = None
+    for where, record in part.read(choose, first, last):
+        forms = forms or Forms(columns, names or None)
+        yield forms.of(record, where).document(record, where, padded=part.padded)
+
+
+def _sliced(
+    parts: Sequence[Part], read: Callable[[Part, int, int | None], Iterator[Read]], spec: str
+) -> Iterator[Read]:
+    """Yield what `read` yields of SPEC[A:B]; one table is asked for this part of it alone."""
+    name, first, last = sliced(spec)
+    total = None
+    if "%" in first + last:
+        counts = [1 if isinstance(part, Path) else part.count() for part in parts]
+        if None in counts:
+            hint = f"Count them yourself: {name}[:1000] reads the first 1,000."
+            raise DataError(f"{spec}: the Hub does not say how many rows {name} has, so it has no percents", hint=hint)
+        total = sum(count or 0 for count in counts)
+
+    def place(edge: str) -> int:
+        return total * int(edge[:-1]) // 100 if total is not None and edge.endswith("%") else int(edge)
+
+    start, stop = place(first or "0"), place(last) if last else None
+    if stop is not None and stop <= start:
+        return
+    if len(parts) == 1:
+        yield from read(parts[0], start, stop)
+    else:
+        yield from islice(chain.from_iterable(read(part, 0, None) for part in parts), start, stop)
+
+
+def _part_of_text(path: Path, spec: str, name: str, first: str, last: str) -> Iterator[Document]:
+    """Yield a part of a text file's text as one document, or nothing where the part is empty."""
+    if any(edge and not edge.endswith("%") for edge in (first, last)):
+        raise DataError(f"{spec}: a text has no documents to count", hint=f"Write percents: {name}[:90%]")
+    whole = text_of_file(path)
+    start, end = (_line_after(whole, edge, default) for edge, default in ((first, 0), (last, 100)))
+    if whole[start:end].strip():
+        yield Document(spec, (whole[start:end],))
 
 
 def _line_after(whole: str, edge: str, default: int) -> int:
@@ -89,31 +203,6 @@ def _line_after(whole: str, edge: str, default: int) -> int:
     return whole.find("\n", place - 1) + 1 or len(whole)
 
 
-def needed(module: str, purpose: str) -> ModuleType:
-    """Return a module of the extra `data`. Raises DataError when it is not installed."""
-    try:
-        return import_module(module)
-    except ImportError as error:
-        package = module.partition(".")[0]
-        raise DataError(f"{package} is needed to read {purpose}", hint='pip install "surgeon[data]"') from error
-
-
-def _files(directory: Path) -> list[Path]:
-    """Return the files of a directory that can be read, sorted. Raises DataError when there are none."""
-    try:
-        inside = sorted(path for path in directory.iterdir() if not path.name.startswith("."))
-    except OSError as error:
-        raise DataError(f"cannot read {directory}: {error.strerror}", hint=f"Look: ls -ld {directory}") from error
-    files = [path for path in inside if path.is_file() and _reader_or_none(path)]
-    if not files:
-        raise DataError(f"{directory} has no file of data", hint=f"surgeon reads {KINDS}, not in directories below it.")
-    return files
-
-
-def _file_documents(path: Path) -> Iterator[Document]:
-    return _at_least_one(_reader(path)(path), str(path))
-
-
 def _at_least_one(rows: Iterator[Document], name: str) -> Iterator[Document]:
     """Yield the documents. Raises DataError when there are none."""
     first = next(rows, None)
@@ -123,219 +212,53 @@ def _at_least_one(rows: Iterator[Document], name: str) -> Iterator[Document]:
     yield from rows
 
 
-def _reader(path: Path) -> Callable[[Path], Iterator[Document]]:
-    """Return the function that reads files of this kind. Raises DataError when there is none."""
-    reader = _reader_or_none(path)
-    if reader is None:
-        raise DataError(f"{path} is of no kind that surgeon reads", hint=f"Name it by what it is: {KINDS}.")
-    return reader
+# --- records of a form of their own -----------------------------------------------------------------------------------
 
 
-def _reader_or_none(path: Path) -> Callable[[Path], Iterator[Document]] | None:
-    name = path.name.lower()
-    suffix = Path(name.removesuffix(".gz")).suffix
-    return None if name.endswith(".parquet.gz") else _READERS.get(suffix)
+@dataclass(frozen=True)
+class RecordForm:
+    """A form that one metric reads: its fields, what records in it are called, and a hint that shows one."""
+
+    fields: tuple[str, ...]
+    what: str
+    counted: str
+    hint: str
 
 
-def _text(path: Path) -> Iterator[Document]:
-    """Yield the one document of a text file: unchanged except for a BOM, which is removed."""
-    with _opened(path) as file:
-        raw = file.read()
-    yield Document(str(path), (_decoded(raw, path).removeprefix("\ufeff"),))
-
-
-def json_lines(path: Path, *, hint: str = RECORD_HINT) -> Iterator[tuple[str, Any]]:
-    """Yield the records of a file with one on each line that is not empty, each with its place: "data.jsonl:1".
-
-    Raises DataError for a file that cannot be read, and with `hint` for a line that is not JSON.
-    """
-    offset = 0
-    with _opened(path) as file:
-        for number, raw in enumerate(file, start=1):  # split at b"\n" only: U+2028 may stand inside a string
-            line = _decoded(raw, path, offset=offset)
-            offset += len(raw)
-            line = (line.removeprefix("\ufeff") if number == 1 else line).rstrip("\r\n")
-            if line.strip(" \t\r"):
-                yield f"{path}:{number}", _parsed(line, path, number, hint=hint)
-
-
-def json_records(
-    specs: Sequence[str], keys: Sequence[str], *, samples: int | None, what: str, counted: str, hint: str
+def records(
+    specs: Sequence[str], form: RecordForm, *, samples: int | None, columns: Columns | None = None
 ) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """Yield the first `samples` records of .jsonl files, all of them with None, each with its place.
+    """Yield the fields of the first `samples` records, of all with None, each with its place.
 
-    Raises DataError, with `hint`, for another file, a record that is no object with all `keys`, and where there is
-    none. `what` is read from such files, and `counted` is what a record is.
+    Raises DataError, with the form's hint, for a text, a record that is no object with all fields, and where there is
+    none.
     """
-    for spec in specs:
-        if Path(spec).suffix != ".jsonl":
-            raise DataError(f"{spec} is no .jsonl file, which {what} are read from", hint=hint)
-    lines = chain.from_iterable(json_lines(Path(spec), hint=hint) for spec in specs)
+    read = {name: (columns or {}).get(name, name) for name in form.fields}
+
+    def choose(names: Sequence[str]) -> list[str]:
+        return [column for column in read.values() if column in names]
+
+    def fields_in(part: Part, start: int = 0, stop: int | None = None) -> Iterator[tuple[str, Mapping[str, Any]]]:
+        if isinstance(part, Path):
+            raise DataError(f"{part} is a text; {form.what} are read from records", hint=form.hint)
+        for where, record in part.read(choose, start, stop):
+            if not isinstance(record, dict):
+                raise DataError(f"{where} is no object", hint=form.hint)
+            if columns is not None:
+                check_columns(read.values(), record, where)
+            if lacking := next((column for column in read.values() if column not in record), None):
+                has = ", ".join(map(repr, record)) or "nothing"
+                raise DataError(f"{where} has no {lacking!r}, only {has}", hint=form.hint)
+            yield where, {field: record[column] for field, column in read.items()}
+
+    named = [(spec, _parts(sliced(spec)[0])) for spec in specs]  # a wrong name is an error at once
+    streams = (
+        _sliced(parts, fields_in, spec) if sliced(spec)[0] != spec else chain.from_iterable(map(fields_in, parts))
+        for spec, parts in named
+    )
     is_empty = True
-    for where, record in islice(lines, samples):
-        if not isinstance(record, dict):
-            raise DataError(f"{where} is no object", hint=hint)
-        if lacking := next((key for key in keys if key not in record), None):
-            has = ", ".join(map(repr, record)) or "nothing"
-            raise DataError(f"{where} has no {lacking!r}, only {has}", hint=hint)
-        yield where, record
+    for found in islice(chain.from_iterable(streams), samples):
+        yield found
         is_empty = False
     if is_empty:
-        raise DataError(f"0 {counted} in {', '.join(specs)}", hint=hint)
-
-
-def _lines(path: Path) -> Iterator[Document]:
-    """Yield the documents of a file with one record on each line that is not empty."""
-    return (document(record, where) for where, record in json_lines(path))
-
-
-def _array_or_lines(path: Path) -> Iterator[Document]:
-    """Yield the records of a JSON array, which is read as a whole, or of a file with one record on each line."""
-    with _opened(path) as file:
-        begun = (line.lstrip(codecs.BOM_UTF8 + b" \t\r\n") for line in file)
-        first = next(filter(None, begun), b"")
-    if not first.startswith(b"["):
-        yield from _lines(path)
-        return
-    with _opened(path) as file:
-        text = _decoded(file.read(), path).removeprefix("\ufeff")
-    for index, record in enumerate(_parsed(text, path)):
-        yield document(record, f"{path}[{index}]")
-
-
-def _parquet(path: Path) -> Iterator[Document]:
-    """Yield the rows of a parquet file, of which only the columns with the text are read."""
-    parquet, library = needed("pyarrow.parquet", str(path)), needed("pyarrow", str(path))
-    index = 0
-    try:
-        with parquet.ParquetFile(path) as file:
-            columns = fields_of(file.schema_arrow.names, str(path))
-            for batch in file.iter_batches(batch_size=PARQUET_ROWS, columns=columns):
-                for record in batch.to_pylist():
-                    yield document(record, f"{path}[{index}]")
-                    index += 1
-    except (library.ArrowException, OSError, UnicodeDecodeError) as error:
-        reason = first_line(error)
-        raise DataError(f"cannot read {path}: {reason}", hint="Fetch or write the file again.") from error
-
-
-_READERS: dict[str, Callable[[Path], Iterator[Document]]] = {
-    ".txt": _text,
-    ".jsonl": _lines,
-    ".json": _array_or_lines,
-    ".parquet": _parquet,
-}
-
-
-@contextmanager
-def _opened(path: Path) -> Iterator[IO[bytes]]:
-    """Yield a file to read from, unpacked if it is a .gz. Raises DataError for what goes wrong in the block."""
-    opener: Callable[..., IO[bytes]] = gzip.open if path.suffix.lower() == ".gz" else open  # type: ignore[assignment]
-    try:
-        with opener(path, "rb") as file:
-            yield file
-    except (OSError, EOFError, zlib.error) as error:
-        reason = (isinstance(error, OSError) and error.strerror) or error
-        raise DataError(f"cannot read {path}: {reason}", hint=f"Look at it: ls -l {path}") from error
-
-
-def _decoded(raw: bytes, path: Path, *, offset: int = 0) -> str:
-    """Return the bytes that stand `offset` bytes into the file as text. Raises DataError when they are not UTF-8."""
-    try:
-        return raw.decode()
-    except UnicodeDecodeError as error:
-        raise DataError(
-            f"{path} is not UTF-8: {error.reason} at byte {offset + error.start}",
-            hint=f"Convert it, if you know its encoding: iconv -f ENCODING -t UTF-8 {path}",
-        ) from error
-
-
-def _parsed(text: str, path: Path, line: int = 1, *, hint: str = RECORD_HINT) -> Any:
-    """Return the JSON that begins on `line` of the file. Raises DataError with the place of the first error."""
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        place = f"{path}:{line + error.lineno - 1}:{error.colno}"
-        raise DataError(f"{place}: {error.msg}", hint=hint) from error
-    except (ValueError, RecursionError) as error:  # ValueError: a number of thousands of digits
-        raise DataError(f"{path}:{line}: {error}", hint="Take the record out.") from error
-
-
-_FAILURES = (OSError, ValueError, RuntimeError, KeyError, ImportError)
-
-
-def hub_documents(spec: str, repo_id: str, *, config: str | None, split: str) -> Iterator[Document]:
-    """Yield the documents of one split; only the documents that are used are downloaded.
-
-    Under HF_HUB_OFFLINE it is read from the cache of `datasets`, which streaming does not fill. Raises DataError.
-    """
-    datasets = needed("datasets", f"{repo_id} from the Hub")
-    with _explained(spec, repo_id), _quiet_datasets():
-        rows = datasets.load_dataset(repo_id, config, split=split, streaming=not datasets.config.HF_HUB_OFFLINE)
-        if rows.column_names:  # known before the first row is read: then nothing else has to be decoded
-            rows = rows.select_columns(fields_of(rows.column_names, spec))
-        for index, record in enumerate(rows):
-            yield document(record, f"{spec}[{index}]")
-
-
-@contextmanager
-def _explained(spec: str, repo_id: str) -> Iterator[None]:
-    """Turn an error of `datasets` in this block into a DataError.
-
-    Errors of huggingface_hub, pyarrow and the decoders of columns pass through `datasets` unchanged.
-    """
-    from datasets.exceptions import DatasetsError
-    from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]  # of the HTTP library that it uses
-    from pyarrow import ArrowException
-
-    try:
-        yield
-    except (*_FAILURES, DatasetsError, HTTPError, ArrowException) as error:
-        raise _explanation(error, spec, repo_id) from error
-
-
-def _explanation(error: Exception, spec: str, repo_id: str) -> DataError:
-    """Return the error that the user sees."""
-    from datasets import config
-    from datasets.exceptions import DatasetNotFoundError
-    from huggingface_hub.errors import HfHubHTTPError, HTTPError  # type: ignore[attr-defined]
-
-    reason = first_line(error)
-    if config.HF_HUB_OFFLINE and isinstance(error, ConnectionError):
-        return DataError(
-            f"{repo_id} is not in the cache of datasets, and HF_HUB_OFFLINE is set",
-            hint="Unset HF_HUB_OFFLINE, or name a file.",
-        )
-    if isinstance(error, DatasetNotFoundError) and "is a gated dataset" not in reason:
-        return DataError(
-            f"the Hub has no dataset {repo_id}, or does not show it to you; nor is there a file of that name",
-            hint="Check the name; if it is private, log in with `hf auth login`, or set HF_TOKEN.",
-        )
-    is_transport = isinstance(error, (ConnectionError, HTTPError)) and not isinstance(error, HfHubHTTPError)
-    if is_transport:
-        return DataError(
-            f"cannot reach the Hub at {config.HF_ENDPOINT} for {repo_id}: {reason}",
-            hint="Check the network and HF_ENDPOINT; HF_HUB_OFFLINE=1 makes do with what is cached.",
-        )
-    return DataError(
-        f"cannot read {spec} from the Hub: {reason}",
-        hint=f"See {config.HF_ENDPOINT}/datasets/{repo_id}; CONFIG and SPLIT are written ORG/NAME:CONFIG:SPLIT.",
-    )
-
-
-@contextmanager
-def _quiet_datasets() -> Iterator[None]:
-    """Keep `datasets` from logging, and from drawing bars where standard error is no terminal."""
-    import datasets
-
-    log: Any = datasets.logging
-    level, bars = log.get_verbosity(), log.is_progress_bar_enabled()
-    log.set_verbosity(log.CRITICAL)  # errors are logged before they are raised
-    if not sys.stderr.isatty():
-        log.disable_progress_bar()
-    try:
-        yield
-    finally:
-        log.set_verbosity(level)
-        if bars:
-            log.enable_progress_bar()
+        raise DataError(f"0 {form.counted} in {', '.join(specs)}", hint=form.hint)

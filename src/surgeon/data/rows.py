@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from surgeon.data.documents import documents
-from surgeon.data.records import Document, checked_text
+from surgeon.data.chats import checked_text
+from surgeon.data.documents import Reading
+from surgeon.data.records import Document
 from surgeon.errors import DataError, failure_of_library
 
 if TYPE_CHECKING:
@@ -33,12 +34,15 @@ class TokenRows:
     `digest` is SHA-256 over the row length and the ids, each as an int64 in little endian: equal for equal rows only.
     `source` has {"data": argument, "sha256": of its texts} per argument that was read. The texts are hashed in
     UTF-8 with a byte FF between two, a chat as JSON with sorted keys; of a text file it is what sha256sum says, unless
-    it has a BOM. Only the documents that were needed are read and hashed.
+    it has a BOM. Only the documents that were needed are read and hashed; `texts` are theirs. `notes` say what of
+    records was not read.
     """
 
     tokens: "Tensor"
     digest: str
     source: tuple[dict[str, str], ...]
+    texts: tuple[str, ...]
+    notes: tuple[str, ...]
 
     @property
     def num_tokens(self) -> int:
@@ -46,19 +50,26 @@ class TokenRows:
 
 
 def read_rows(
-    specs: Sequence[str], tokenizer: "PreTrainedTokenizerBase", *, samples: int, sequence_length: int
+    specs: Sequence[str],
+    tokenizer: "PreTrainedTokenizerBase",
+    *,
+    samples: int,
+    sequence_length: int,
+    columns: str | None = None,
 ) -> TokenRows:
     """Return the first `samples` rows of `sequence_length` tokens, or as many as there are.
 
     Each text is tokenised whole and without special tokens, documents are joined by the end-of-text token, and a rest
-    shorter than a row is dropped; text that does not fill one row is one shorter row.
+    shorter than a row is dropped; text that does not fill one row is one shorter row. `columns` are those of records
+    that the user has chosen.
     Raises DataError when there is nothing to read, or fewer than 2 tokens, or documents and no token to join them.
     """
     import torch
 
     assert not isinstance(specs, str)
     check_shape(samples, sequence_length)
-    ids, source = _read_tokens(specs, tokenizer, samples * sequence_length)
+    reading = Reading(columns)
+    ids, source, texts = _read_tokens(specs, tokenizer, samples * sequence_length, reading)
     if len(ids) < 2:
         count = f"{len(ids)} token" + ("" if len(ids) == 1 else "s")
         raise DataError(
@@ -67,7 +78,7 @@ def read_rows(
     length = min(sequence_length, len(ids))
     num_rows = min(samples, len(ids) // length)
     tokens = torch.frombuffer(ids, dtype=torch.int64)[: num_rows * length].reshape(num_rows, length).clone()
-    return TokenRows(tokens, digest(tokens), source)
+    return TokenRows(tokens, digest(tokens), source, texts, reading.notes(tokenizer.chat_template))
 
 
 def check_shape(samples: int, sequence_length: int) -> None:
@@ -93,14 +104,21 @@ def text_of(document: Document, tokenizer: "PreTrainedTokenizerBase") -> str:
     Raises DataError when the tokenizer has no template, or one that refuses the chat.
     """
     if document.messages:
-        return templated(document.messages, tokenizer, document.where)
+        return templated(document.messages, tokenizer, document.where, tools=document.tools)
     return "\n".join(document.parts)
 
 
 def templated(
-    messages: Sequence[Mapping[str, Any]], tokenizer: "PreTrainedTokenizerBase", where: str, *, answer: bool = False
+    messages: Sequence[Mapping[str, Any]],
+    tokenizer: "PreTrainedTokenizerBase",
+    where: str,
+    *,
+    answer: bool = False,
+    tools: Sequence[Mapping[str, Any]] = (),
 ) -> str:
     """Return a chat as the tokenizer's template writes it, with `answer` up to the beginning of the assistant's answer.
+
+    `tools` are descriptions of functions that the chat may call.
 
     Raises DataError where there is no template, or one that refuses the chat or runs too long.
     """
@@ -108,16 +126,48 @@ def templated(
         what, other = ("is to be", "prompts without --chat") if answer else ("is", "data with text")
         hint = f"Use a model that has one (an instruct or chat model), or {other}."
         raise DataError(f"{where} {what} a chat, and the tokenizer has no chat template", hint=hint)
-    chat = [dict(message) for message in messages]
+    chat = as_template_reads(messages, tokenizer)
     with rendering(where):
-        text = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=answer)
-    return written_by_template(text, messages, where)
+        text = tokenizer.apply_chat_template(
+            chat, tools=[dict(tool) for tool in tools] or None, tokenize=False, add_generation_prompt=answer
+        )
+    return written_by_template(text, (*messages, *tools), where)
 
 
-def written_by_template(text: object, messages: Sequence[Mapping[str, Any]], where: str) -> str:
-    """Return what a chat template wrote for a chat. Raises DataError for no text, or far more than the chat has."""
+_PROBE = "surgeon asks"
+_PARTS: dict[str, bool] = {}  # by template, whether it reads content in parts alone
+
+
+def as_template_reads(
+    messages: Sequence[Mapping[str, Any]], tokenizer: "PreTrainedTokenizerBase"
+) -> list[dict[str, Any]]:
+    """Return messages as the chat template reads them: with content as texts; as parts where it would lose a text.
+
+    Templates of models that see may loop over parts, and write nothing of a text. That is tried once for a template.
+    """
+    template = str(tokenizer.chat_template)
+    if template not in _PARTS:
+        part = [{"type": "text", "text": _PROBE}]
+        _PARTS[template] = _writes(tokenizer, _PROBE) is False and bool(_writes(tokenizer, part))
+    if not _PARTS[template]:
+        return [dict(message) for message in messages]
+    return [{**message, "content": [{"type": "text", "text": message["content"]}]} for message in messages]
+
+
+def _writes(tokenizer: "PreTrainedTokenizerBase", content: Any) -> bool | None:
+    """Return whether the chat template writes what a user says; None where it refuses such a chat."""
+    try:
+        with rendering("a message"):
+            text = tokenizer.apply_chat_template([{"role": "user", "content": content}], tokenize=False)
+    except DataError:
+        return None
+    return _PROBE in str(text)
+
+
+def written_by_template(text: object, given: Sequence[Mapping[str, Any]], where: str) -> str:
+    """Return what a chat template wrote for messages and tools. Raises DataError for no text, or far more of it."""
     written = checked_text(text, f"{where}, written by the chat template,")
-    most = TEMPLATE_FIXED + TEMPLATE_GROWTH * sum(len(str(message.get("content"))) for message in messages)
+    most = TEMPLATE_FIXED + TEMPLATE_GROWTH * sum(len(str(each.get("content", each))) for each in given)
     if len(written) > most:
         hint = "Look at chat_template.jinja or tokenizer_config.json, and fetch them again."
         raise DataError(f"the chat template writes {len(written):,} characters for {where}", hint=hint)
@@ -207,30 +257,31 @@ def begin_of_text(tokenizer: "PreTrainedTokenizerBase") -> list[int]:
 
 def hashed(document: Document, number: int) -> bytes:
     """Return the bytes that the document of this number, from 0, adds to the hash of its data."""
-    text = json.dumps(document.messages, sort_keys=True) if document.messages else "\n".join(document.parts)
+    chat: Any = {"messages": document.messages, "tools": document.tools} if document.tools else document.messages
+    text = json.dumps(chat, sort_keys=True) if document.messages else "\n".join(document.parts)
     return (BETWEEN_TEXTS if number else b"") + text.encode()
 
 
 def _read_tokens(
-    specs: Sequence[str], tokenizer: "PreTrainedTokenizerBase", num_tokens: int
-) -> "tuple[array[int], tuple[dict[str, str], ...]]":
-    """Return at least `num_tokens` tokens, if there are as many, and the texts that were read for them."""
-    streams = [documents(spec) for spec in specs]  # a wrong name is an error, even where it is not needed
+    specs: Sequence[str], tokenizer: "PreTrainedTokenizerBase", num_tokens: int, reading: Reading
+) -> "tuple[array[int], tuple[dict[str, str], ...], tuple[str, ...]]":
+    """Return at least `num_tokens` tokens, if there are as many, the origin of their texts, and these."""
+    streams = [reading.documents(spec) for spec in specs]  # a wrong name is an error, even where it is not needed
     ids = array("q")
     source: list[dict[str, str]] = []
-    num_documents = 0
+    texts: list[str] = []
     for spec, stream in zip(specs, streams, strict=True):
         if len(ids) >= num_tokens:
             break
         sha256 = hashlib.sha256()
         for index, document in enumerate(_while_needed(stream, ids, num_tokens)):
-            if num_documents:
+            if texts:
                 ids.append(_end_of_text(tokenizer, document))
-            num_documents += 1
+            texts.append(text_of(document, tokenizer))
             sha256.update(hashed(document, index))
-            ids.extend(encode(text_of(document, tokenizer), tokenizer))
+            ids.extend(encode(texts[-1], tokenizer))
         source.append({"data": spec, "sha256": sha256.hexdigest()})
-    return ids, tuple(source)
+    return ids, tuple(source), tuple(texts)
 
 
 def _while_needed(stream: Iterator[Document], ids: "array[int]", num_tokens: int) -> Iterator[Document]:

@@ -8,17 +8,19 @@ from typing import TYPE_CHECKING, Any
 
 from surgeon.anatomy.anatomy import read_anatomy
 from surgeon.checkpoint.source import spec_of
-from surgeon.data.documents import documents
+from surgeon.data.documents import Reading
 from surgeon.data.records import ANSWER_HINT, Document
 from surgeon.data.rows import begin_of_text, encode, templated
 from surgeon.errors import DataError
 from surgeon.evals.compare import Scored, estimate
-from surgeon.evals.evaluation import BATCH_SIZE, MAX_NEW_TOKENS, EvalContext, Evaluation, EvaluationOptions, sha256_of
+from surgeon.evals.evaluation import EvalContext, Evaluation, sha256_of
 from surgeon.evals.generation import answer, load_whole
 from surgeon.evals.metrics import exact_match, rouge_l
+from surgeon.evals.options import BATCH_SIZE, MAX_NEW_TOKENS, EvaluationOptions
 from surgeon.evals.verdicts import WIN_RATE
 from surgeon.models.streaming import Progress
 from surgeon.progress import meter
+from surgeon.train.examples import chat_segments
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -39,16 +41,15 @@ class Prompt:
 def evaluate_answers(context: EvalContext, options: EvaluationOptions) -> Evaluation:
     """Return the mean score of greedy answers: "exact-match" or "rouge-l"."""
     length, batch_size = options.max_new_tokens or MAX_NEW_TOKENS, options.batch_size or BATCH_SIZE
-    per_model = [
-        read_prompts(options.data, tokenizer, samples=options.samples, chat=options.chat)
-        for tokenizer in context.tokenizers
-    ]
+    reading = Reading(options.columns)
+    records = read_records(options.data, reading, samples=options.samples)
+    per_model = [prompts_of(records, tokenizer, chat=options.chat) for tokenizer in context.tokenizers]
     prompts = per_model[0]
     context.check_same([[prompt.ids for prompt in others] for others in per_model])
     _check_prompts(prompts, context, length)
     references = [_reference(prompt, options) for prompt in prompts]
     scored: list[Scored] = []
-    notes: list[str] = []
+    notes: list[str] = [*reading.notes(context.tokenizers[0].chat_template)]
     predictions: list[dict[str, Any]] = [{"prompt": prompt.text, "reference": prompt.reference} for prompt in prompts]
     for source, tokenizer, prefix in zip(context.sources, context.tokenizers, ("", "baseline_"), strict=False):
         depth = read_anatomy(spec_of(source)).depth
@@ -69,7 +70,8 @@ def evaluate_answers(context: EvalContext, options: EvaluationOptions) -> Evalua
             notes.append(f"padding changes the outputs of {source.label}, so a batch holds prompts of one length only")
     sha256 = sha256_of([(prompt.ids, prompt.reference) for prompt in prompts])
     setup = {"max_new_tokens": length, "batch_size": batch_size, "extract": options.extract, "chat": options.chat}
-    return Evaluation.of(options.metric, scored, context.setup(options.data, sha256) | setup, notes, predictions)
+    setup = context.setup(options.data, sha256, options.columns) | setup
+    return Evaluation.of(options.metric, scored, setup, notes, predictions)
 
 
 def with_verdicts(
@@ -100,20 +102,21 @@ def of_records(label: str, scores: dict[str, list[float]]) -> Scored:
     return Scored(label, figures, {"records": count}, {name: tuple(values) for name, values in scores.items()})
 
 
-def read_prompts(
-    specs: Sequence[str], tokenizer: "PreTrainedTokenizerBase", *, samples: int | None, chat: bool
-) -> list[Prompt]:
-    """Return the prompts of the first `samples` records, of all with None.
+def read_records(specs: Sequence[str], reading: Reading, *, samples: int | None) -> list[Document]:
+    """Return the first `samples` records, all with None. Raises DataError for what cannot be read."""
+    streams = [reading.documents(spec) for spec in specs]  # a wrong name is an error, even where `samples` ends before
+    return list(islice(chain(*streams), samples))
+
+
+def prompts_of(records: Sequence[Document], tokenizer: "PreTrainedTokenizerBase", *, chat: bool) -> list[Prompt]:
+    """Return the prompts of records with an answer.
 
     The prompt is the record's text before its answer: its fields, each with a newline after it; of messages all but the
     last, in the tokenizer's chat template. With `chat` fields become a user's message in the template too.
-    Raises DataError for a record without an answer, and for what cannot be read.
+    An answer that calls tools is compared as the template writes it. Raises DataError for a record without an answer.
     """
-    streams = [documents(spec) for spec in specs]  # a wrong name is an error, even where `samples` ends before it
     begin = begin_of_text(tokenizer)
-    prompts = [_prompt(document, tokenizer, begin, chat) for document in islice(chain(*streams), samples)]
-    assert prompts, "documents() yields one at least"
-    return prompts
+    return [_prompt(document, tokenizer, begin, chat) for document in records]
 
 
 def _prompt(document: Document, tokenizer: "PreTrainedTokenizerBase", begin: list[int], chat: bool) -> Prompt:
@@ -124,7 +127,7 @@ def _prompt(document: Document, tokenizer: "PreTrainedTokenizerBase", begin: lis
             raise DataError(
                 f"{document.where}: the last message {what}, so there is nothing to answer", hint=ANSWER_HINT
             )
-        reference = last["content"]
+        reference = _written(document, tokenizer) if last.get("tool_calls") else last["content"]
     else:
         if len(document.parts) < 2:
             raise DataError(
@@ -133,10 +136,16 @@ def _prompt(document: Document, tokenizer: "PreTrainedTokenizerBase", begin: lis
         reference = document.parts[-1]
         before = [{"role": "user", "content": "\n".join(document.parts[:-1])}] if chat else []
     if before:
-        text, ids = templated(before, tokenizer, document.where, answer=True), []
+        text, ids = templated(before, tokenizer, document.where, answer=True, tools=document.tools), []
     else:
         text, ids = "".join(f"{part}\n" for part in document.parts[:-1]), list(begin)
     return Prompt(document.where, text, (*ids, *encode(text, tokenizer)), reference)
+
+
+def _written(document: Document, tokenizer: "PreTrainedTokenizerBase") -> str:
+    """Return the last answer of a chat as its template writes it, without special tokens, as answers are decoded."""
+    *_, last = (segment.text for segment in chat_segments(document, tokenizer) if segment.trained)
+    return str(tokenizer.decode(encode(last, tokenizer), skip_special_tokens=True)).strip()
 
 
 def _check_prompts(prompts: Sequence[Prompt], context: EvalContext, max_new_tokens: int) -> None:

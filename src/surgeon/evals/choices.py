@@ -9,13 +9,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from surgeon.data.documents import json_records
-from surgeon.data.records import checked_text
+from surgeon.data.chats import checked_text
+from surgeon.data.documents import RecordForm, records
+from surgeon.data.records import CHOICES, chosen_columns
 from surgeon.data.rows import begin_of_text, encode
 from surgeon.errors import DataError
 from surgeon.evals.answers import of_records
 from surgeon.evals.compare import Scored
-from surgeon.evals.evaluation import EvalContext, Evaluation, EvaluationOptions, sha256_of
+from surgeon.evals.evaluation import EvalContext, Evaluation, sha256_of
+from surgeon.evals.options import EvaluationOptions
 from surgeon.evals.perplexity import WindowBatch, row_losses, streamed
 from surgeon.models.streaming import Progress, StreamedModel
 from surgeon.progress import meter
@@ -24,6 +26,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 FORM_HINT = 'Write a record so: {"question": "2 + 2 =", "choices": ["3", "4"], "answer": 1}'
+FORM = RecordForm(CHOICES, "questions with choices", "questions", FORM_HINT)
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +49,7 @@ class ChoiceTokens:
 
 def evaluate_choices(context: EvalContext, options: EvaluationOptions) -> Evaluation:
     """Return how often the likeliest choice is the right one, by log-likelihood as a whole and per character."""
-    questions = read_questions(options.data, samples=options.samples)
+    questions = read_questions(options.data, samples=options.samples, columns=options.columns)
     tokens = [[options_of(question, tokenizer) for question in questions] for tokenizer in context.tokenizers]
     flat = [list(chain.from_iterable(per_question)) for per_question in tokens]
     context.check_same([[option.ids for option in per_model] for per_model in flat])
@@ -71,21 +74,18 @@ def evaluate_choices(context: EvalContext, options: EvaluationOptions) -> Evalua
                 for entry, question, pick, score in zip(predictions, questions, picks, scores[name], strict=True):
                     entry |= {f"{prefix}prediction": question.choices[pick], f"{prefix}score": score}
         scored.append(of_records(model.label, scores))
-    setup = context.setup(options.data, sha256_of(questions))
+    setup = context.setup(options.data, sha256_of(questions), options.columns)
     return Evaluation.of(options.metric, scored, setup, predictions=predictions)
 
 
-def read_questions(specs: Sequence[str], *, samples: int | None) -> list[Question]:
-    """Return the first `samples` questions of .jsonl files, all of them with None.
+def read_questions(specs: Sequence[str], *, samples: int | None, columns: str | None = None) -> list[Question]:
+    """Return the first `samples` questions of data, all of them with None.
 
     A record has `question`, `choices` (a list of two texts or more), and `answer`: the index of the right one, from 0,
-    or its text. Raises DataError for any other.
+    or its text. `columns` names other columns for them. Raises DataError for any other.
     """
-    keys = ("question", "choices", "answer")
-    records = json_records(
-        specs, keys, samples=samples, what="questions with choices", counted="questions", hint=FORM_HINT
-    )
-    return [_question(where, record) for where, record in records]
+    found = records(specs, FORM, samples=samples, columns=chosen_columns(columns, forms=[CHOICES]))
+    return [_question(where, record) for where, record in found]
 
 
 def _question(where: str, record: Mapping[str, Any]) -> Question:

@@ -8,12 +8,14 @@ import torch
 
 from surgeon.anatomy.config import positions_of
 from surgeon.checkpoint.source import Source
-from surgeon.data.documents import json_records
-from surgeon.data.records import checked_text
+from surgeon.data.chats import checked_text
+from surgeon.data.documents import RecordForm, records
+from surgeon.data.records import chosen_columns
 from surgeon.errors import DataError, MeasureError
 from surgeon.evals.answers import of_records
 from surgeon.evals.compare import Scored
-from surgeon.evals.evaluation import BATCH_SIZE, EvalContext, Evaluation, EvaluationOptions, sha256_of
+from surgeon.evals.evaluation import EvalContext, Evaluation, sha256_of
+from surgeon.evals.options import BATCH_SIZE, EvaluationOptions
 from surgeon.models.loading import load_on
 from surgeon.models.skeleton import auto_class
 from surgeon.train.classifying import FORM_HINT, class_of, classes_of
@@ -21,6 +23,7 @@ from surgeon.train.classifying import FORM_HINT, class_of, classes_of
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+FORM = RecordForm(("text", "label"), "labelled texts", "records", FORM_HINT)
 CUT = "{count} of {total} texts were cut to the {most} positions of {label}"
 
 
@@ -35,7 +38,7 @@ class Labelled:
 
 def evaluate_classes(context: EvalContext, options: EvaluationOptions) -> Evaluation:
     """Return how often the likeliest class of a text is its label."""
-    records = read_labelled(options.data, samples=options.samples)
+    records = read_labelled(options.data, samples=options.samples, columns=options.columns)
     known = [classes_of(source) for source in context.sources]
     pairs = zip(context.sources, known, strict=True)
     expected = [[class_of(record.label, names, record.where) for record in records] for _, names in pairs]
@@ -54,18 +57,17 @@ def evaluate_classes(context: EvalContext, options: EvaluationOptions) -> Evalua
         for entry, pick, score in zip(predictions, picks, scores, strict=True):
             entry |= {f"{prefix}prediction": names[pick], f"{prefix}score": score}
         scored.append(of_records(source.label, {"accuracy": scores}))
-    setup = context.setup(options.data, sha256_of(records))
+    setup = context.setup(options.data, sha256_of(records), options.columns)
     return Evaluation.of(options.metric, scored, setup, notes, predictions=predictions)
 
 
-def read_labelled(specs: Sequence[str], *, samples: int | None) -> list[Labelled]:
-    """Return the first `samples` records of .jsonl files, all of them with None: `text`, and `label`.
+def read_labelled(specs: Sequence[str], *, samples: int | None, columns: str | None = None) -> list[Labelled]:
+    """Return the first `samples` records of data, all of them with None: `text`, and `label`, or these `columns`.
 
     Raises DataError for any other.
     """
-    keys = ("text", "label")
-    records = json_records(specs, keys, samples=samples, what="labelled texts", counted="records", hint=FORM_HINT)
-    return [_labelled(where, record) for where, record in records]
+    found = records(specs, FORM, samples=samples, columns=chosen_columns(columns, forms=[FORM.fields]))
+    return [_labelled(where, record) for where, record in found]
 
 
 def _labelled(where: str, record: Mapping[str, Any]) -> Labelled:

@@ -192,6 +192,7 @@ class Diagnosis(Shown):
             facts += [("loss", f"{_signed(self.loss, plus=False)} nats a token, on {rows}")]
         if (difference := self.loss_difference) is not None:
             facts += [("loss difference", f"{_signed(difference)} nats a token, paired")]
+        facts += [("note", note) for note in self.setup.get("notes", ())]
         return facts + [(kind, ", ".join(files)) for kind, files in self.written.items()]
 
 

@@ -1,11 +1,10 @@
-"""An evaluation: its options, its context, and its result for one model or for two that see the same tokens."""
+"""An evaluation: its context, and its result for one model or for two that see the same tokens."""
 
 import hashlib
 import json
 import math
 import os
-import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +15,7 @@ from surgeon.anatomy.anatomy import read_anatomy
 from surgeon.anatomy.config import positions_of
 from surgeon.checkpoint.output import write_whole
 from surgeon.checkpoint.source import Source, spec_of
-from surgeon.errors import DataError, MeasureError, OutputError, PlanError
+from surgeon.errors import MeasureError, OutputError
 from surgeon.evals.compare import (
     PairedDifference,
     Recovery,
@@ -27,10 +26,8 @@ from surgeon.evals.compare import (
     short_label,
     table_cell,
 )
-from surgeon.evals.metrics import extracted, final_number
+from surgeon.evals.options import OF_TEXT
 from surgeon.evals.verdicts import Judgement, card_sentences
-from surgeon.options import OptionError, device_option, flag_of, option, progress_option, revision_option, trust_option
-from surgeon.progress import Progress
 from surgeon.showing import Shown
 from surgeon.surgery import open_source
 from surgeon.text import plus_minus
@@ -38,141 +35,6 @@ from surgeon.text import plus_minus
 if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedTokenizerBase
-
-
-METRICS = ("perplexity", "exact-match", "rouge-l", "choice", "pseudo-perplexity", "classification")
-OF_TEXT = ("perplexity", "pseudo-perplexity")  # the metrics of a text, of which less is better
-SAMPLES, SEQUENCE_LENGTH = 64, 512  # defaults of a perplexity; of records all are used
-NUMBER = "number"  # the --extract that is no regular expression
-MAX_NEW_TOKENS, BATCH_SIZE = 256, 8  # defaults of generated answers
-# The metrics on which an option has an effect.
-METRICS_OF = {
-    "sequence_length": ("perplexity", "pseudo-perplexity"),
-    "stride": ("perplexity",),
-    "documents": ("perplexity",),
-    "max_new_tokens": ("exact-match", "rouge-l"),
-    "batch_size": ("exact-match", "rouge-l", "classification"),
-    "chat": ("exact-match", "rouge-l"),
-    "extract": ("exact-match",),
-    "predictions": ("exact-match", "rouge-l", "choice", "classification"),
-    "judge": ("exact-match", "rouge-l"),
-}
-
-
-@dataclass(frozen=True, kw_only=True)
-class MetricOptions:
-    """The options of one metric on data, in the Python call and on the command line."""
-
-    data: Sequence[str] = option(
-        "Text, or records with an answer: .txt, .jsonl, .json, .parquet or a Hub dataset. Repeatable.",
-        metavar="DATA",
-        reads=True,
-    )
-    metric: str = option(
-        "perplexity, exact-match, rouge-l, choice, pseudo-perplexity or classification. Several, such as "
-        "exact-match,rouge-l, are of one --data each, in one table with their mean.",
-        "perplexity",
-        metavar="METRIC",
-    )
-    baseline: str | os.PathLike[str] | None = option(
-        "Evaluate this model too, on the same tokens; adds differences and recovery.",
-        None,
-        metavar="ORIGINAL",
-        reads=True,
-    )
-    samples: int | None = option(
-        "Use the first N rows of a text, or records. Default: 64 rows (of pseudo-perplexity 16); all records.",
-        None,
-        metavar="N",
-    )
-    sequence_length: int | None = option(
-        "Tokens per row of a text. Default: 512 (of pseudo-perplexity 128).", None, metavar="T"
-    )
-    stride: int | None = option("Slide windows of T tokens over the text, S apart, instead of rows.", None, metavar="S")
-    documents: bool = option("Score each document by itself, on the tokens that finetune would train of it.", False)
-    max_new_tokens: int | None = option("Longest generated answer, in tokens. Default: 256.", None, metavar="N")
-    batch_size: int | None = option("Prompts or texts per batch. Default: 8.", None, metavar="N")
-    extract: str | None = option(
-        "With exact-match: compare the final number (after ####, else the last): number; or the first group of a "
-        r"regular expression's last match: '#### (-?[\d,]+)'",
-        None,
-        metavar="REGEX",
-    )
-    chat: bool = option("Put every prompt into the chat template, as messages always are.", False)
-    predictions: str | os.PathLike[str] | None = option(
-        "Write prompt, reference, prediction and score to this .jsonl.", None, metavar="FILE", writes=True
-    )
-    judge: str | os.PathLike[str] | None = option(
-        "A model that compares the answers with the baseline's, or, with --gist, the full prompt's; adds a win rate.",
-        None,
-        metavar="JUDGE",
-        reads=True,
-    )
-
-    def __post_init__(self) -> None:
-        if self.metric not in METRICS:
-            raise OptionError("metric", f"--metric {self.metric!r} is none of {', '.join(METRICS)}")
-
-
-@dataclass(frozen=True, kw_only=True)
-class EvaluationOptions(MetricOptions):
-    """The options of `surgeon.evaluate`."""
-
-    device: str = device_option()
-    revision: str | None = revision_option()
-    trust_remote_code: bool = trust_option()
-    progress: Progress | bool | None = progress_option()
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not self.data:
-            raise DataError("there is no data to evaluate on", hint="Give a text or records: --data FILE.")
-        for name, metrics in METRICS_OF.items():
-            value = getattr(self, name)
-            if value is not None and value is not False and self.metric not in metrics:
-                self._refuse(name, metrics)
-        if self.judge is not None and self.baseline is None:
-            raise OptionError("judge", "--judge compares with --baseline ORIGINAL, or with --gist")
-        check_counts(self, "samples", "max_new_tokens", "batch_size", "stride")
-        check_counts(self, "sequence_length", least=2)
-        length = self.sequence_length or SEQUENCE_LENGTH
-        if self.stride is not None and self.stride >= length:
-            raise PlanError(
-                f"windows of {length} tokens, {self.stride} apart, leave the first of each without context",
-                hint=f"Use a --stride below {length}; without it the text is cut into rows.",
-            )
-        if self.documents and self.stride is not None:
-            raise OptionError("documents", "--documents does not go with --stride: no document is cut into windows")
-        _ = self.extractor
-
-    def _refuse(self, name: str, metrics: Sequence[str]) -> None:
-        message = f"{flag_of(name)} has no effect on {self.metric}"
-        others = " and ".join(metrics)
-        if name == "judge":  # a usage error on the command line, which prints no hint
-            raise OptionError(name, f"{message}; it goes with {others}, or --gist")
-        raise PlanError(message, hint=f"It goes with {others}.")
-
-    @property
-    def extractor(self) -> Callable[[str], str | None] | None:
-        """What takes the compared part out of an answer, by `extract`. Raises PlanError for no regular expression."""
-        if self.extract is None:
-            return None
-        if self.extract == NUMBER:
-            return final_number
-        try:
-            pattern = re.compile(self.extract)
-        except re.error as error:
-            hint = r"Write number, or an expression with one group, such as '#### (-?[\d,]+)'"
-            raise PlanError(f"--extract is no regular expression: {error}", hint=hint) from error
-        return lambda text: extracted(text, pattern)
-
-
-def check_counts(options: Any, *names: str, least: int = 1) -> None:
-    """Raises PlanError for an option that is below `least`; None is a default."""
-    for name in names:
-        count, flag = getattr(options, name), flag_of(name)
-        if count is not None and count < least:
-            raise PlanError(f"{flag} is {count}; the least is {least}", hint=f"Set {flag} to {least} or more.")
 
 
 @dataclass(frozen=True, repr=False)
@@ -355,12 +217,14 @@ class EvalContext:
             labels = [self.sources[0].label, self.sources[other].label]
             check_same_tokens(flat[0], flat[other], [self.tokenizers[0], self.tokenizers[other]], labels)
 
-    def setup(self, data: Sequence[str], sha256: str) -> dict[str, Any]:
-        """Return the entries that all evaluations have: data, hash of the tokens, device and dtypes."""
+    def setup(self, data: Sequence[str], sha256: str, columns: str | None) -> dict[str, Any]:
+        """Return the entries that all evaluations have: data, chosen columns, hash of the tokens, device and dtypes."""
         from surgeon.models.device import compute_dtype
 
         dtypes = {str(compute_dtype(source, self.device)).removeprefix("torch.") for source in self.sources}
-        return {"data": list(data), "sha256": sha256, "device": self.device, "dtype": "/".join(sorted(dtypes))}
+        chosen = {} if columns is None else {"columns": columns}
+        numbers = {"sha256": sha256, "device": self.device, "dtype": "/".join(sorted(dtypes))}
+        return {"data": list(data)} | chosen | numbers
 
 
 def context_of(sources: Sequence[Source], device: str) -> EvalContext:

@@ -11,7 +11,9 @@ from typing import TYPE_CHECKING, Any
 from surgeon import text
 from surgeon.anatomy.anatomy import read_anatomy
 from surgeon.checkpoint.source import spec_of
-from surgeon.errors import DataError, PlanError
+from surgeon.data.documents import Reading
+from surgeon.data.records import chosen_columns
+from surgeon.errors import PlanError
 from surgeon.evals.compare import (
     Estimate,
     PairedDifference,
@@ -24,22 +26,22 @@ from surgeon.evals.compare import (
     table_cell,
 )
 from surgeon.evals.evaluation import (
-    BATCH_SIZE,
-    MAX_NEW_TOKENS,
     EvalContext,
-    MetricOptions,
-    check_counts,
     checked_target,
     context_of,
     open_evaluated,
     sha256_of,
     write_predictions,
 )
+from surgeon.evals.options import BATCH_SIZE, MAX_NEW_TOKENS, MetricOptions
 from surgeon.evals.verdicts import WIN_RATE, Judgement, card_sentences
 from surgeon.gist.compressor import Compressor
 from surgeon.gist.tokens import GistTokens, read_gist
 from surgeon.options import (
+    Checked,
+    OptionError,
     adapter_option,
+    check_counts,
     device_option,
     option,
     progress_option,
@@ -140,6 +142,7 @@ class GistEvaluation(Shown):
         rows = [("model", self.model), ("data", self._data())]
         rows += [("judge", self.judgements["gist"].judge)] if self.judgements else []
         rows += [(HEADINGS[form], one.summary()) for form, one in self.judgements.items()]
+        rows += [("note", note) for note in self.setup.get("notes", ())]
         rows += [("note", f"{HEADINGS[form]}: {note}") for form, one in self.judgements.items() for note in one.notes]
         rows += [("no recovery", reason) for reason in self._refusals()]
         return f"{text.table(list(HEADER), self._lines())}\n\n{text.rows(rows)}"
@@ -190,10 +193,11 @@ class GistEvaluation(Shown):
 
 
 @dataclass(frozen=True, kw_only=True)
-class GistEvaluationOptions:
+class GistEvaluationOptions(Checked):
     """The options of `surgeon.evaluate_gist`."""
 
     data: Sequence[str] = same_option(MetricOptions, "data")
+    columns: str | None = same_option(MetricOptions, "columns")
     tokens: int | None = option("Tokens of a gist. Default: the model's own number.", None, metavar="K")
     samples: int | None = option("How many records. Default: all.", None)
     max_new_tokens: int | None = same_option(MetricOptions, "max_new_tokens")
@@ -209,9 +213,11 @@ class GistEvaluationOptions:
     progress: Progress | bool | None = progress_option()
 
     def __post_init__(self) -> None:
-        check_counts(self, "samples", "max_new_tokens", "batch_size")
+        super().__post_init__()
+        chosen_columns(self.columns)
+        check_counts(self, "samples", "max_new_tokens", "batch_size", "tokens")
         if not self.data:
-            raise DataError("there is no data to evaluate on", hint="Give records: --data FILE.")
+            raise OptionError("data", "there is no data to evaluate on", hint="Give records: --data FILE.")
 
 
 def score_gist(model: str | os.PathLike[str], options: GistEvaluationOptions) -> GistEvaluation:
@@ -235,12 +241,13 @@ def score_gist(model: str | os.PathLike[str], options: GistEvaluationOptions) ->
     count, length = options.tokens or gist.num_tokens, options.max_new_tokens or MAX_NEW_TOKENS
     batch_size, samples = options.batch_size or BATCH_SIZE, options.samples
     has_encoder = bool(source.config.get("is_encoder_decoder"))
-    records = read_forms(
-        options.data, context.tokenizers[0], gist, num_tokens=count, samples=samples, encoder=has_encoder
-    )
+    reading = Reading(options.columns)
+    shape: dict[str, Any] = {"num_tokens": count, "samples": samples, "encoder": has_encoder, "reading": reading}
+    records = read_forms(options.data, context.tokenizers[0], gist, **shape)
     judging = None
     if options.judge is not None:
-        judging = load_judge(options.judge, options.data, context.device, samples=samples, max_new_tokens=length)
+        amount: dict[str, Any] = {"samples": samples, "max_new_tokens": length}
+        judging = load_judge(options.judge, options.data, context.device, columns=options.columns, **amount)
     outcomes, predictions = _measured(context, records, gist, compressor, max_new_tokens=length, batch_size=batch_size)
     if target is not None:
         write_predictions(predictions, target)
@@ -257,7 +264,8 @@ def score_gist(model: str | os.PathLike[str], options: GistEvaluationOptions) ->
         sizes=tuple(len(record.answer) for record in records),
         gist_tokens=count,
         prompt_tokens=sum(len(record.begin) + len(record.prompt) for record in records) / len(records),
-        setup=context.setup(options.data, sha256_of([(r.asked("gist"), r.answer) for r in records]))
+        setup=context.setup(options.data, sha256_of([(r.asked("gist"), r.answer) for r in records]), options.columns)
+        | ({"notes": list(notes)} if (notes := reading.notes(context.tokenizers[0].chat_template)) else {})
         | {"max_new_tokens": length, "batch_size": batch_size},
         predictions=tuple(predictions),
         seconds=monotonic() - began,

@@ -18,9 +18,19 @@ from surgeon import text
 from surgeon.checkpoint.source import Source
 from surgeon.errors import MeasureError, PlanError
 from surgeon.evals.compare import Estimate, Recovery, markdown_table, short_label, unpaired
-from surgeon.evals.evaluation import MetricOptions
+from surgeon.evals.options import MetricOptions
+from surgeon.mistyped import hint_beside
 from surgeon.models.loading import loadable
-from surgeon.options import device_option, in_python, option, revision_option, same_option, trust_option
+from surgeon.options import (
+    Checked,
+    OptionError,
+    device_option,
+    in_python,
+    option,
+    revision_option,
+    same_option,
+    trust_option,
+)
 from surgeon.showing import Shown
 from surgeon.surgery import open_source
 from surgeon.text import plus_minus
@@ -112,12 +122,12 @@ class TaskEvaluation(Shown):
 
 
 @dataclass(frozen=True, kw_only=True)
-class TaskEvaluationOptions:
+class TaskEvaluationOptions(Checked):
     """The options of `surgeon.evaluate_tasks`."""
 
     baseline: str | os.PathLike[str] | None = same_option(MetricOptions, "baseline")
     task_dir: str | os.PathLike[str] | None = option(
-        "With --tasks: a directory with your own task files.", None, metavar="DIR", reads=True
+        "With --tasks: a directory with your own task files.", None, metavar="DIR", reads=True, group="what is measured"
     )
     samples: int | None = option("Records per task. Default: all.", None)
     batch_size: int | None = option("Prompts per batch. Default: 1.", None)
@@ -132,10 +142,11 @@ def run_tasks(model: str | os.PathLike[str], tasks: Sequence[str], options: Task
     """Return the scores of a model, and of its baseline, on tasks of lm-evaluation-harness."""
     began = monotonic()
     if not tasks:
-        raise PlanError("no task is named", hint="Name some: --tasks arc_easy,boolq")
+        raise OptionError("tasks", "--tasks: no task is named", hint="Name some: --tasks arc_easy,boolq")
     if options.task_dir is not None and not Path(options.task_dir).is_dir():
         raise PlanError(
-            f"no such directory: {options.task_dir}", hint="--task-dir is a directory with task files (.yaml)."
+            f"no such directory: {options.task_dir}",
+            hint=hint_beside(options.task_dir, "--task-dir is a directory with task files (.yaml)."),
         )
     program, arguments = _program(), _arguments(tasks, options)
     models = [(open_source(model, revision=options.revision), options.revision)]
@@ -183,7 +194,7 @@ def _run(
 ) -> dict[str, Any]:
     """Return the results of one run of the harness."""
     with TemporaryDirectory(prefix="surgeon-lm-eval-") as scratch:
-        name = str(Path(loadable(source)[0]).absolute()) if source.origin is not None else source.label
+        name = str(Path(loadable(source, weights=True)[0]).absolute()) if source.origin is not None else source.label
         if "," in name:  # separates arguments there
             Path(scratch, "model").symlink_to(name)
             name = str(Path(scratch, "model"))

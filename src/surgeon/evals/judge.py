@@ -10,12 +10,13 @@ from typing import Any
 
 from surgeon.anatomy.anatomy import read_anatomy
 from surgeon.checkpoint.source import Source, spec_of
-from surgeon.data.documents import documents
+from surgeon.data.documents import Reading
 from surgeon.data.records import Document
 from surgeon.errors import MeasureError
-from surgeon.evals.evaluation import BATCH_SIZE, open_evaluated
+from surgeon.evals.evaluation import open_evaluated
+from surgeon.evals.options import BATCH_SIZE
 from surgeon.evals.verdicts import FIRST, NEITHER, SECOND, Judgement, Verdict
-from surgeon.options import device_option, option, progress_option, revision_option, trust_option
+from surgeon.options import Checked, device_option, option, progress_option, revision_option, trust_option
 from surgeon.progress import Progress, meter
 
 ASK = """Which of two answers to a prompt is better?
@@ -59,9 +60,9 @@ class JudgeQuestion:
         return tuple(self.shared + label[:-1] for label in self.labels)
 
 
-def read_cases(specs: Sequence[str], *, samples: int | None) -> list[Case]:
+def read_cases(specs: Sequence[str], *, samples: int | None, columns: str | None = None) -> list[Case]:
     """Return the first `samples` records, all with None, without their answers and without a chat template."""
-    streams = [documents(spec) for spec in specs]
+    streams = [*map(Reading(columns).documents, specs)]
     return [Case(document.where, _shown(document)) for document in islice(chain(*streams), samples)]
 
 
@@ -230,19 +231,25 @@ def likelihoods(
 
 
 def load_judge(
-    judge: str | os.PathLike[str], data: Sequence[str], device: str, *, samples: int | None, max_new_tokens: int
+    judge: str | os.PathLike[str],
+    data: Sequence[str],
+    device: str,
+    *,
+    samples: int | None,
+    max_new_tokens: int,
+    columns: str | None = None,
 ) -> tuple[Judge, list[Case]]:
     """Return a judge, and the first `samples` records as it will see them.
 
     Raises MeasureError where two answers of `max_new_tokens` may be longer than its context.
     """
-    loaded, cases = Judge(open_evaluated(judge, None), device), read_cases(data, samples=samples)
+    loaded, cases = Judge(open_evaluated(judge, None), device), read_cases(data, samples=samples, columns=columns)
     loaded.check(cases, max_new_tokens=max_new_tokens)
     return loaded, cases
 
 
 @dataclass(frozen=True, kw_only=True)
-class JudgementOptions:
+class JudgementOptions(Checked):
     """The options of `surgeon.judge_answers`."""
 
     batch_size: int = option("Questions per batch.", BATCH_SIZE)

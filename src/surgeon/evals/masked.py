@@ -15,7 +15,8 @@ from surgeon.checkpoint.source import Source
 from surgeon.data.rows import read_rows
 from surgeon.errors import MeasureError
 from surgeon.evals.compare import Scored, estimate, exponential
-from surgeon.evals.evaluation import EvalContext, Evaluation, EvaluationOptions
+from surgeon.evals.evaluation import EvalContext, Evaluation
+from surgeon.evals.options import EvaluationOptions
 from surgeon.evals.perplexity import ONE_ROW, check_finite
 from surgeon.measure.scoring import streamed_model
 from surgeon.models.device import groups, head_tokens, row_bytes
@@ -62,8 +63,11 @@ def evaluate_pseudo_perplexity(context: EvalContext, options: EvaluationOptions)
     for source in context.sources:
         check_masked(source)
     shape = {"samples": options.samples or SAMPLES, "sequence_length": options.sequence_length or SEQUENCE_LENGTH}
+    columns = options.columns
     with stage("tokenising"):
-        texts = [read_rows(options.data, tokenizer, **shape) for tokenizer in context.tokenizers]
+        texts = [
+            read_rows(options.data, tokenizer, **shape, columns=options.columns) for tokenizer in context.tokenizers
+        ]
     context.check_same([text.tokens.tolist() for text in texts])
     labels = [source.label for source in context.sources]
     frames = [Frame.of(tokenizer, label) for tokenizer, label in zip(context.tokenizers, labels, strict=True)]
@@ -83,7 +87,7 @@ def evaluate_pseudo_perplexity(context: EvalContext, options: EvaluationOptions)
         scored.append(Scored(model.label, figures, counts, {"loss": tuple(sums)}, tuple(sizes)))
     notes = [COST.format(tokens=rows.numel(), width=width)]
     notes += [ONE_ROW] if len(rows) < 2 else []
-    setup = context.setup(options.data, texts[0].digest) | {"sequence_length": length, "stride": None}
+    setup = context.setup(options.data, texts[0].digest, columns) | {"sequence_length": length, "stride": None}
     return Evaluation.of(options.metric, scored, setup, notes)
 
 

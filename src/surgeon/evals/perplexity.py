@@ -11,11 +11,11 @@ from torch import Tensor
 
 from surgeon.anatomy.config import positions_of
 from surgeon.checkpoint.source import Source
-from surgeon.data.documents import documents
-from surgeon.data.rows import read_rows, text_of
+from surgeon.data.rows import read_rows
 from surgeon.errors import MeasureError
 from surgeon.evals.compare import Scored, estimate, exponential
-from surgeon.evals.evaluation import SAMPLES, SEQUENCE_LENGTH, EvalContext, Evaluation, EvaluationOptions
+from surgeon.evals.evaluation import EvalContext, Evaluation
+from surgeon.evals.options import SAMPLES, SEQUENCE_LENGTH, EvaluationOptions
 from surgeon.models.device import compute_dtype, groups, row_bytes
 from surgeon.models.skeleton import auto_class
 from surgeon.models.streaming import Progress, StreamedModel, row_sums
@@ -34,7 +34,10 @@ def evaluate_perplexity(context: EvalContext, options: EvaluationOptions) -> Eva
     sequence_length = options.sequence_length or SEQUENCE_LENGTH
     shape = {"samples": options.samples or SAMPLES, "sequence_length": sequence_length}
     whole_rows = options.stride is None
-    streams = [read_stream(options.data, one, **shape, whole_rows=whole_rows) for one in context.tokenizers]
+    columns = options.columns
+    streams = [
+        read_stream(options.data, one, **shape, whole_rows=whole_rows, columns=columns) for one in context.tokenizers
+    ]
     stream = streams[0]
     context.check_same([[other.tokens.tolist()] for other in streams])
     length = min(sequence_length, len(stream.tokens))
@@ -62,7 +65,8 @@ def evaluate_perplexity(context: EvalContext, options: EvaluationOptions) -> Eva
     notes = [short] if length < sequence_length else []
     notes += [ONE_ROW] if len(spans) < 2 else []
     notes += [] if nbytes else [NO_OFFSETS]
-    setup = context.setup(options.data, stream.digest) | {"sequence_length": length, "stride": options.stride}
+    notes += stream.notes
+    setup = context.setup(options.data, stream.digest, columns) | {"sequence_length": length, "stride": options.stride}
     return Evaluation.of(options.metric, scored, setup, notes)
 
 
@@ -70,34 +74,39 @@ def evaluate_perplexity(context: EvalContext, options: EvaluationOptions) -> Eva
 class TokenStream:
     """Tokens, int64, shape (N,), and the bytes of each, None where the tokenizer has no offsets.
 
-    `digest` is of the tokens and the length of a row.
+    `digest` is of the tokens and the length of a row; `notes` say what of records was not read.
     """
 
     tokens: Tensor
     nbytes: tuple[int, ...] | None
     digest: str
+    notes: tuple[str, ...]
 
 
 def read_stream(
-    specs: Sequence[str], tokenizer: "PreTrainedTokenizerBase", *, samples: int, sequence_length: int, whole_rows: bool
+    specs: Sequence[str],
+    tokenizer: "PreTrainedTokenizerBase",
+    *,
+    samples: int,
+    sequence_length: int,
+    whole_rows: bool,
+    columns: str | None = None,
 ) -> TokenStream:
     """Return the first `samples` x `sequence_length` tokens of the texts, or as many as there are.
 
     They are the tokens of `data.rows.read_rows`; with `whole_rows` a rest that fills no row is dropped.
     Raises DataError for texts that cannot be read.
     """
-    count = samples * sequence_length
+    shape = {"samples": samples, "sequence_length": sequence_length}
+    if not whole_rows:
+        shape = {"samples": min(samples, 1), "sequence_length": max(sequence_length, samples * sequence_length)}
     with stage("tokenising"):
-        rows = (
-            read_rows(specs, tokenizer, samples=samples, sequence_length=sequence_length)
-            if whole_rows
-            else read_rows(specs, tokenizer, samples=min(samples, 1), sequence_length=max(sequence_length, count))
-        )
+        rows = read_rows(specs, tokenizer, **shape, columns=columns)
         tokens = rows.tokens.flatten()
-        return TokenStream(tokens, token_bytes(specs, tokenizer, len(tokens)), rows.digest)
+        return TokenStream(tokens, token_bytes(rows.texts, tokenizer, len(tokens)), rows.digest, rows.notes)
 
 
-def token_bytes(specs: Sequence[str], tokenizer: "PreTrainedTokenizerBase", count: int) -> tuple[int, ...] | None:
+def token_bytes(texts: Sequence[str], tokenizer: "PreTrainedTokenizerBase", count: int) -> tuple[int, ...] | None:
     """Return the number of bytes of text, in UTF-8, that each of the first `count` tokens stands for.
 
     By the tokenizer's offsets: a token stands for the text from the end of the tokens before it up to its own end. So
@@ -108,8 +117,7 @@ def token_bytes(specs: Sequence[str], tokenizer: "PreTrainedTokenizerBase", coun
     if not tokenizer.is_fast:
         return None
     nbytes: list[int] = []
-    for index, document in enumerate(chain.from_iterable(map(documents, specs))):
-        text = text_of(document, tokenizer)
+    for index, text in enumerate(texts):
         encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
         at = 0
         sizes: list[int] = []

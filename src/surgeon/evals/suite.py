@@ -18,7 +18,8 @@ from surgeon.evals.compare import (
     recovered,
     short_label,
 )
-from surgeon.evals.evaluation import METRICS_OF, OF_TEXT, Evaluation, EvaluationOptions, MetricOptions
+from surgeon.evals.evaluation import Evaluation
+from surgeon.evals.options import METRICS_OF, OF_TEXT, EvaluationOptions, MetricOptions
 from surgeon.options import (
     OptionError,
     device_option,
@@ -44,6 +45,7 @@ class SuiteOptions(MetricOptions):
     progress: Any = progress_option()
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         _ = self.tasks
 
     @property
@@ -52,13 +54,17 @@ class SuiteOptions(MetricOptions):
         metrics = words(self.metric)
         if len(metrics) != len(self.data):
             raise OptionError(
-                "metric", f"--metric has {len(metrics)} metrics for {len(self.data)} --data; give one each"
+                "metric", f"--metric has {len(metrics)} metrics for {len(self.data)} --data", hint="Give one each."
             )
         for name, known in METRICS_OF.items():
             if getattr(self, name) not in (None, False) and not set(known) & set(metrics):
-                raise OptionError(name, f"{flag_of(name)} has no effect on {' and '.join(metrics)}")
+                raise OptionError(
+                    name,
+                    f"{flag_of(name)} has no effect on {' and '.join(metrics)}",
+                    hint=f"Leave out {flag_of(name)}.",
+                )
         if self.judge is not None:
-            raise OptionError("judge", "--judge goes with one metric")
+            raise OptionError("judge", "--judge goes with one metric", hint="Give one --metric and one --data.")
         names = _names(self.data, metrics)
         return {name: self._of(spec, metric) for name, spec, metric in zip(names, self.data, metrics, strict=True)}
 

@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 
 from surgeon.anatomy.config import positions_of
-from surgeon.data.documents import documents
+from surgeon.data.documents import Reading
 from surgeon.errors import DataError
 from surgeon.evals.compare import Scored, estimate, exponential
-from surgeon.evals.evaluation import SEQUENCE_LENGTH, EvalContext, Evaluation, EvaluationOptions, sha256_of
+from surgeon.evals.evaluation import EvalContext, Evaluation, sha256_of
+from surgeon.evals.options import SEQUENCE_LENGTH, EvaluationOptions
 from surgeon.evals.perplexity import ONE_ROW, WindowBatch, row_losses, streamed
 from surgeon.progress import meter
 from surgeon.train.examples import Example, examples
@@ -25,7 +26,8 @@ def evaluate_documents(context: EvalContext, options: EvaluationOptions) -> Eval
     A document of more than `sequence_length` tokens is cut there. Raises DataError where nothing is predicted.
     """
     most = min([options.sequence_length or SEQUENCE_LENGTH, *filter(None, map(positions_of, context.sources))])
-    listed = list(islice(chain.from_iterable(map(documents, options.data)), options.samples))
+    reading = Reading(options.columns)
+    listed = list(islice(chain.from_iterable(map(reading.documents, options.data)), options.samples))
     made = [examples(listed, tokenizer) for tokenizer in context.tokenizers]
     context.check_same([[list(example.ids) for example in one] for one in made])
     cut, spans = _spans(made[0], most)
@@ -47,8 +49,13 @@ def evaluate_documents(context: EvalContext, options: EvaluationOptions) -> Eval
         scored.append(Scored(model.label, figures, counts, {"loss": tuple(sums)}, sizes))
     notes = [f"{cut} of {len(spans)} documents were cut at {most} tokens"] if cut else []
     notes += [ONE_ROW] if len(spans) < 2 else []
+    notes += reading.notes(context.tokenizers[0].chat_template)
     digest = sha256_of([list(ids) for ids, _, _ in spans])
-    setup = context.setup(options.data, digest) | {"sequence_length": most, "stride": None, "documents": True}
+    setup = context.setup(options.data, digest, options.columns) | {
+        "sequence_length": most,
+        "stride": None,
+        "documents": True,
+    }
     return Evaluation.of(options.metric, scored, setup, notes)
 
 

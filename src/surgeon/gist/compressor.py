@@ -11,6 +11,7 @@ from typing import Any
 from surgeon.checkpoint.receipt import read_receipt
 from surgeon.checkpoint.source import Source, inside
 from surgeon.errors import CheckpointError, PlanError
+from surgeon.mistyped import hint_beside
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 HOW = "surgeon finetune MODEL --gist --gist-reader frozen --lora 16 --keep-adapter writes one."
@@ -25,7 +26,9 @@ class Compressor:
     def check(self, source: Source) -> None:
         """Raise CheckpointError where there are no adapters, PlanError where they are for another model or reader."""
         if missing := next((name for name in (CONFIG, WEIGHTS) if not (self.directory / name).is_file()), None):
-            raise CheckpointError(f"there is no adapter in {self.directory}: no {missing}", hint=HOW)
+            raise CheckpointError(
+                f"there is no adapter in {self.directory}: no {missing}", hint=hint_beside(self.directory, HOW)
+            )
         for name in (CONFIG, WEIGHTS):
             inside(self.directory, name)
         record = read_receipt(self.directory) or {}

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from surgeon.data.documents import documents
+from surgeon.data.documents import Reading
 from surgeon.data.records import ANSWER_HINT, Document
 from surgeon.data.rows import begin_of_text, encode, templated
 from surgeon.errors import DataError
@@ -135,7 +135,7 @@ def _parts_of_chat(document: Document, tokenizer: "PreTrainedTokenizerBase") -> 
             f"{document.where}: the first message is of {system['role']!r}, so there is no system turn to compress",
             hint="Put the prompt that is to be compressed first, with the role 'system'.",
         )
-    head = templated([system], tokenizer, document.where)
+    head = templated([system], tokenizer, document.where, tools=document.tools)
     opening, *rest = chat_segments(document, tokenizer)
     if opening.trained or not opening.text.startswith(head):
         raise DataError(
@@ -211,6 +211,7 @@ def read_forms(
     *,
     num_tokens: int,
     samples: int | None,
+    reading: Reading | None = None,
     encoder: bool = False,
 ) -> list[Record]:
     """Return the first `samples` records, all with None, each with a gist of `num_tokens` tokens.
@@ -218,7 +219,8 @@ def read_forms(
     In a chat the last answer is the wanted one. With `encoder` an encoder reads everything before it.
     Raises DataError for a record without a prompt or an answer, and PlanError for a gist that the model cannot have.
     """
-    streams = [documents(spec) for spec in specs]  # a wrong name is an error, also where it is not reached
+    reading = reading or Reading()
+    streams = [reading.documents(spec) for spec in specs]  # a wrong name is an error, also where it is not reached
     gists = Gists(gist, (num_tokens,), encoder=encoder)
     return [_record(document, tokenizer, gists) for document in islice(chain(*streams), samples)]
 

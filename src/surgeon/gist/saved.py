@@ -21,6 +21,7 @@ from surgeon.checkpoint.receipt import to_bytes
 from surgeon.checkpoint.source import inside
 from surgeon.errors import CheckpointError
 from surgeon.gist.states import GistStates
+from surgeon.mistyped import hint_beside
 
 FORMAT = 1
 ABOUT = "gist.json"
@@ -90,6 +91,7 @@ def _about(directory: Path) -> dict[str, Any]:
     path = inside(directory, ABOUT)
     if not path.exists():
         hint = "A compressed prompt is a directory that surgeon compress wrote."
+        hint = hint if directory.exists() else hint_beside(directory, hint)
         raise CheckpointError(f"there is no compressed prompt in {directory}: no {ABOUT}", hint=hint)
     about = read_json(path)
     if not isinstance(about, dict) or about.get("format") != FORMAT:

@@ -17,13 +17,16 @@ from surgeon.progress import stage
 if TYPE_CHECKING:
     from torch import Tensor
 
+SELF_SAMPLED = "the calibration text was written by the model itself; give --data for a text of your own"
+
 
 @dataclass(frozen=True, eq=False)
 class Calibration:
-    """Rows of tokens, shape (R, T), and their origin."""
+    """Rows of tokens, shape (R, T), and their origin. `notes` say who wrote them, or what of records was not read."""
 
     tokens: "Tensor"
     origin: Mapping[str, Any]
+    notes: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         rows, length = self.tokens.shape
@@ -33,23 +36,34 @@ class Calibration:
 
 
 def calibrate(
-    source: Source, data: Sequence[str], *, samples: int, sequence_length: int, device: str, seed: int
+    source: Source,
+    data: Sequence[str],
+    *,
+    samples: int,
+    sequence_length: int,
+    device: str,
+    seed: int,
+    columns: str | None = None,
 ) -> Calibration:
-    """Return rows of the user's texts; where there are none, rows that the model writes."""
+    """Return rows of the user's texts, of records by their `columns`; without any, rows that the model writes."""
     check_runs(source)
     if data:
-        return read_calibration(source, data, samples=samples, sequence_length=sequence_length)
+        return read_calibration(source, data, samples=samples, sequence_length=sequence_length, columns=columns)
     return sample_calibration(source, samples=samples, sequence_length=sequence_length, device=device, seed=seed)
 
 
-def read_calibration(source: Source, data: Sequence[str], *, samples: int, sequence_length: int) -> Calibration:
+def read_calibration(
+    source: Source, data: Sequence[str], *, samples: int, sequence_length: int, columns: str | None = None
+) -> Calibration:
     """Return the first rows of the user's texts, tokenised by the model's own tokenizer."""
     name, revision = loadable(source)
     tokenizer = load_tokenizer(name, revision)
+    amount: dict[str, Any] = {"samples": samples, "sequence_length": sequence_length}
     with stage("tokenising"):
-        rows = read_rows(data, tokenizer, samples=samples, sequence_length=sequence_length)
+        rows = read_rows(data, tokenizer, **amount, columns=columns)
     _check_length(source, rows.tokens.shape[1])
-    return Calibration(rows.tokens, _origin(rows.digest, rows.tokens, list(rows.source)))
+    origin = _origin(rows.digest, rows.tokens, list(rows.source)) | ({} if columns is None else {"columns": columns})
+    return Calibration(rows.tokens, origin, rows.notes)
 
 
 def sample_calibration(source: Source, *, samples: int, sequence_length: int, device: str, seed: int) -> Calibration:
@@ -86,7 +100,7 @@ def sample_calibration(source: Source, *, samples: int, sequence_length: int, de
             max_new_tokens=sequence_length - 1,
             pad_token_id=0,
         ).cpu()
-    return Calibration(tokens, _origin(digest(tokens), tokens, []))
+    return Calibration(tokens, _origin(digest(tokens), tokens, []), (SELF_SAMPLED,))
 
 
 def _origin(sha256: str, tokens: "Tensor", sources: list[dict[str, str]]) -> dict[str, Any]:

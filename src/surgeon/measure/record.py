@@ -12,6 +12,7 @@ from surgeon.checkpoint.json_files import read_json
 from surgeon.checkpoint.receipt import to_bytes, versions
 from surgeon.checkpoint.source import SCORES, Source, inside
 from surgeon.errors import CheckpointError, MeasureError, PlanError
+from surgeon.mistyped import hint_beside
 from surgeon.showing import Shown
 from surgeon.transforms.scores import METHODS
 
@@ -83,7 +84,9 @@ def read_scores(path: Path) -> Scores:
     try:
         content = read_json(path, most=MOST_BYTES)
     except CheckpointError as error:
-        raise MeasureError(str(error), hint=AGAIN if path.exists() else "surgeon prune writes scores.json.") from error
+        raise MeasureError(
+            str(error), hint=AGAIN if path.exists() else hint_beside(path, "surgeon prune writes scores.json.")
+        ) from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise MeasureError(f"{path} is no file of scores that this surgeon wrote", hint=AGAIN)
     depth, layers, widths = content.get("depth"), content.get("scores"), content.get("widths")

@@ -1,7 +1,7 @@
 """Models, configs and tokenizers of transformers and PEFT: the one place that calls their loaders.
 
-Code of a checkpoint runs only inside `trusting(True)`, which --trust-remote-code means: every loader is told so in each
-call, and none of them can ask, because none has a standard input.
+Code of a checkpoint runs only inside `trusting(True)`, which is --trust-remote-code: loaders are told so in each call.
+None of them can ask, because none has a standard input.
 """
 
 import errno
@@ -19,21 +19,21 @@ from surgeon.anatomy.config import CONFIG_HINT, class_names, size_of, text_confi
 from surgeon.checkpoint.derived import JoinedSource
 from surgeon.checkpoint.header import not_regular
 from surgeon.checkpoint.json_files import read_json
-from surgeon.checkpoint.source import CONFIG, Source, check_links, inside, is_companion
+from surgeon.checkpoint.lora import MergedSource
+from surgeon.checkpoint.source import ADAPTER, CONFIG, Source, check_links, inside, is_companion
 from surgeon.errors import CheckpointError, DataError, MeasureError, PlanError, SurgeonError, failure_of_library
 from surgeon.models.device import available_memory, compute_dtype
+from surgeon.models.merged import directory_of
 from surgeon.plan.plan import chooses_kernel
 from surgeon.progress import stage
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-
 HINT = "The model is run by transformers; for one newer than this transformers: pip install -U transformers"
 SMALLER = "Use another --device, or a smaller model."
 RUN_HINT = "Is a value of config.json not what the weights were made with? --debug shows where it fails."
 TRUST_HINT = "Read its .py files first: they run with all your rights. Then add --trust-remote-code."
-ADAPTER = "adapter_config.json"
 MOST_BYTES = 200_000_000  # of a file beside the weights; the largest tokenizer.json has some 35 MB
 
 # --- code of a checkpoint -----------------------------------------------------------------------------------------
@@ -201,7 +201,7 @@ def load_model(source: Source, *, dtype: Any, hint: str, kind: Any = None, **opt
 
     Raises MeasureError, with `hint`, where transformers cannot load it or would draw weights at random.
     """
-    name, revision = loadable(source)
+    name, revision = loadable(source, weights=True)
     _check_files(name)
     if ADAPTER in source.companions:
         raise MeasureError(
@@ -419,12 +419,14 @@ def _copy_hint(name: str) -> str:
 # --- what is loaded -----------------------------------------------------------------------------------------------
 
 
-def loadable(source: Source) -> tuple[str, str | None]:
+def loadable(source: Source, *, weights: bool = False) -> tuple[str, str | None]:
     """Return the name and the commit that `from_pretrained` loads a source by; of joined sources, those of the base.
 
     Raises CheckpointError where transformers would follow a link out of the checkpoint.
     """
     base = source.base if isinstance(source, JoinedSource) else source
+    if isinstance(base, MergedSource):
+        return str(directory_of(base, weights=weights)), None
     if base.origin is not None:
         check_links(base.origin)
         return str(base.origin), None

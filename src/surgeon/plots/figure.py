@@ -7,9 +7,9 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from surgeon.checkpoint.overlap import check_file_replaced
+from surgeon.checkpoint.overlap import check_named
 from surgeon.errors import OutputError, PlanError
-from surgeon.options import Reads
+from surgeon.options import OptionError, Reads
 from surgeon.text import printable
 
 FORMATS = (".png", ".svg", ".pdf")
@@ -92,13 +92,14 @@ def entitle(figure: Any, title: str) -> None:
     figure.suptitle("\n".join(printable(line).replace("$", r"\$") for line in title.split("\n")), fontsize="medium")
 
 
-def check_picture(path: Path, reads: Reads) -> None:
-    """Raises PlanError or OutputError for a picture that could not be written: known before anything is measured."""
+def check_picture(path: Path, reads: Reads, *, overwrite: bool, option: str = "output") -> None:
+    """Raises OptionError, PlanError or OutputError for a picture that could not be written: at once.
+
+    One that exists is replaced with `overwrite` alone. `option` is the option that names it.
+    """
     if path.suffix.lower() not in FORMATS:
-        raise PlanError(f"cannot draw to {path}", hint=f"Name a file that ends in {', '.join(FORMATS)}.")
-    if not path.parent.is_dir():
-        raise OutputError(f"no such directory: {path.parent}", hint=f"mkdir -p {path.parent}")
-    check_file_replaced(path, reads)
+        raise OptionError(option, f"cannot draw to {path}", hint=f"Name a file that ends in {', '.join(FORMATS)}.")
+    check_named(path, reads, overwrite=overwrite)
     require_matplotlib()
 
 

@@ -7,9 +7,9 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from surgeon.checkpoint.overlap import check_file_replaced
-from surgeon.errors import OutputError, PlanError
-from surgeon.options import Reads
+from surgeon.checkpoint.overlap import check_named
+from surgeon.errors import OutputError
+from surgeon.options import OptionError, Reads
 from surgeon.plots.figure import require_matplotlib
 from surgeon.text import printable
 
@@ -23,13 +23,11 @@ th { border-bottom: 1px solid #7a8aa6; } tr:nth-child(even) td { background: #f4
 """
 
 
-def check_page(path: Path, reads: Reads) -> None:
-    """Raises PlanError or OutputError for a page that could not be written: known before anything is measured."""
+def check_page(path: Path, reads: Reads, *, overwrite: bool) -> None:
+    """Raises OptionError or OutputError for a page that could not be written: known before anything is measured."""
     if path.suffix.lower() not in (".html", ".htm"):
-        raise PlanError(f"{path} is no name of a page", hint="Name a file that ends in .html.")
-    if not path.parent.is_dir():
-        raise OutputError(f"no such directory: {path.parent}", hint=f"mkdir -p {path.parent}")
-    check_file_replaced(path, reads)
+        raise OptionError("html", f"{path} is no name of a page", hint="Name a file that ends in .html.")
+    check_named(path, reads, overwrite=overwrite)
     require_matplotlib()
 
 

@@ -4,16 +4,17 @@ import itertools
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from surgeon.errors import RecipeError
+from surgeon.mistyped import close_to, hint_beside
 from surgeon.recipe.commands import RESERVED, Commands, Key, UsageError
-from surgeon.recipe.reading import Condition, Loop, Place, Recipe, Step, Value, close_to, plain, substituted
-from surgeon.text import sliced
+from surgeon.recipe.reading import Condition, Loop, Place, Recipe, Step, Value, plain, substituted
+from surgeon.text import place_of
 
 # What a missing local file looks like, rather than a model or a dataset on the Hub.
-_LOCAL = re.compile(r"[./~].*|.*\.(txt|jsonl?|parquet|csv|yaml|gguf|bin|safetensors|gz)|.*/.*/.*")
+_LOCAL = re.compile(r"[./~].*|.*\.(txt|jsonl?|parquet|[ct]sv|yaml|gguf|bin|safetensors|gz|zst)|.*/.*/.*")
 MOST_LETTERS = 100  # of the name of a step with its values
 SEED = "seed"  # the setting over whose values the report takes means
 
@@ -132,10 +133,14 @@ def _job(
 ) -> Job:
     keys = commands.keys(step.command)
     for name, value in step.options.items():
-        _check_name(step, name, value, keys)
+        if name in RESERVED:
+            raise value.place.error(
+                f"{name} is not for recipes: surgeon run says where results go and what is resumed",
+                hint="Leave it out.",
+            )
+        _check_name(step.command, name, value, [key for key in keys if key not in RESERVED])
     options = {name: substituted(value, settings) for name, value in step.options.items()}
-    for name, value in options.items():
-        _check_form(step, value, keys[name])
+    options = check_options(step.command, options, keys)
     try:
         commands.check(step.command, words_of(options, keys))
     except UsageError as error:
@@ -162,30 +167,39 @@ def _job(
     )
 
 
-def _check_name(step: Step, name: str, value: Value, keys: Mapping[str, Key]) -> None:
-    if name in RESERVED:
-        raise value.place.error(
-            f"{name} is not for recipes: surgeon run says where results go and what is resumed",
-            hint="Leave it out.",
-        )
-    if name not in keys:
-        close = close_to(name, [key for key in keys if key not in RESERVED])
-        raise value.place.error(
-            f"{step.command} has no option {name}{close}", hint=f"surgeon {step.command} --help lists them."
-        )
+def check_options(command: str, options: Mapping[str, Value], keys: Mapping[str, Key]) -> dict[str, Value]:
+    """Return options with each as its key takes it: `off` is a word where it is one of the option's, and not false.
+
+    Raises RecipeError, with the line, for an option that the command does not have, and for a value of another form.
+    """
+    for name, value in options.items():
+        _check_name(command, name, value, keys)
+    found = {
+        name: replace(value, form="text", items=(value.word,)) if value.word in keys[name].words else value
+        for name, value in options.items()
+    }
+    for name, value in found.items():
+        _check_form(command, value, keys[name])
+    return found
 
 
-def _check_form(step: Step, value: Value, key: Key) -> None:
+def _check_name(command: str, name: str, value: Value, known: Collection[str]) -> None:
+    if name not in known:
+        close, hint = close_to(name, known), f"surgeon {command} --help lists them."
+        raise value.place.error(f"{command} has no option {name}{close}", hint=hint)
+
+
+def _check_form(command: str, value: Value, key: Key) -> None:
     """Raise RecipeError for a switch that is no switch, or a list where one text belongs."""
     if key.kind != "switch" and value.form in ("null", "false"):
         return  # left out
     if (key.kind == "switch") != (value.form in ("true", "false")) and value.form != "null":
         wanted = {"switch": "true or false", "integer": "an integer"}.get(key.kind, f"a {key.kind}")
-        raise value.place.error(f"{key.name} of {step.command} is {value}; it is {wanted}")
+        raise value.place.error(f"{key.name} of {command} is {value}; it is {wanted}")
     if key.kind == "switch" and value.form == "null":
-        raise value.place.error(f"{key.name} of {step.command} is null; it is true or false")
+        raise value.place.error(f"{key.name} of {command} is null; it is true or false")
     if key.reads and value.form == "list" and not key.is_list:
-        raise value.place.error(f"{key.name} of {step.command} is one text, not a list")
+        raise value.place.error(f"{key.name} of {command} is one text, not a list")
 
 
 def _references(
@@ -218,9 +232,10 @@ def _references(
 def _check_there(items: Sequence[str], place: Place) -> None:
     """Raise RecipeError for a local file that is missing."""
     for written in items:
-        item, *_ = sliced(written)
+        item = place_of(written)
         if _LOCAL.fullmatch(item) and not os.path.lexists(os.path.expanduser(item)):  # noqa: PTH111
-            raise place.error(f"no such file or directory: {item}", hint="Paths are relative to where you are.")
+            hint = hint_beside(item, "Paths are relative to where you are.")
+            raise place.error(f"no such file or directory: {item}", hint=hint)
 
 
 # --- loops --------------------------------------------------------------------------------------------------------

@@ -33,7 +33,7 @@ class Key:
 
     `flag` turns it on, `off` turns a switch off where that has a spelling. `reads` marks what names files, models or
     data that are read, `is_model` models; `writes` what names a file to write; `decides` is False for what changes no
-    number.
+    number. `words` are all that the value can be, `aliases` their other spellings; () where any text goes.
     """
 
     name: str
@@ -48,6 +48,8 @@ class Key:
     is_model: bool = False
     writes: bool = False
     decides: bool = True
+    words: tuple[str, ...] = ()
+    aliases: tuple[str, ...] = ()
 
 
 class StepError(RecipeError):

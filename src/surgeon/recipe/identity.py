@@ -10,7 +10,7 @@ from typing import Any
 from surgeon.checkpoint.source import CARD, CONFIG, RECEIPT
 from surgeon.errors import OutputError
 from surgeon.surgery import open_source
-from surgeon.text import sliced
+from surgeon.text import place_of, sliced
 
 _OF_COMMANDS = (CARD, RECEIPT)  # of a checkpoint: they hold the command line, which has the output's place in it
 
@@ -41,6 +41,8 @@ class Identities:
         name, *edges = sliced(item)
         if name != item:
             return [self.of(name), *edges]
+        if (place := place_of(item)) != item:
+            return [self.of(place), item.removeprefix(place)]
         path = Path(os.path.expanduser(item))  # noqa: PTH111  # Path.expanduser raises for ~name of an unknown user
         if os.path.isdir(path):  # noqa: PTH112  # Path.is_dir raises for a name that is too long
             left_out = _OF_COMMANDS if (path / CONFIG).is_file() else ()

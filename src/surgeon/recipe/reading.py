@@ -9,11 +9,11 @@ import math
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from surgeon.errors import RecipeError
+from surgeon.mistyped import close_to, hint_beside
 
 MOST_BYTES = 1_000_000  # of a recipe; PyYAML reads some 100 kB a second
 MOST_ROUNDS = 1000
@@ -43,11 +43,12 @@ class Place(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Value:
-    """A value as written: a text, a list of texts, true, false or null."""
+    """A value as written: a text, a list of texts, true, false or null; `word` is how one of these three is written."""
 
     form: Form
     items: tuple[str, ...]
     place: Place
+    word: str = ""
 
     def __str__(self) -> str:
         return ", ".join(self.items) if self.form in ("text", "list") else self.form
@@ -111,12 +112,6 @@ class Recipe:
     steps: tuple[Step | Loop, ...]
 
 
-def close_to(word: str, known: Collection[str]) -> str:
-    """Return "; did you mean ...?" where something known is close to a word, else nothing."""
-    close = get_close_matches(word, known, n=1, cutoff=0.6)
-    return f"; did you mean {close[0]}?" if close else ""
-
-
 def read_recipe(path: Path, commands: Collection[str], given: Sequence[str] = ()) -> Recipe:
     """Return the recipe in a YAML file, with its settings replaced by those given as "name=value".
 
@@ -135,6 +130,11 @@ def read_recipe(path: Path, commands: Collection[str], given: Sequence[str] = ()
         raise Place(str(path), 1).error("a recipe has steps, and this one has none")
     steps = tuple(_steps(entries["steps"], str(path), commands, settings))
     return Recipe(path, settings, steps)
+
+
+def read_options(path: Path, what: str, *, hint: str) -> dict[str, Value]:
+    """Return the options in a YAML file that is `what`. Raises RecipeError, with the line, where it is none."""
+    return {key: _value(node, str(path)) for key, node in _entries(_root(path, what, hint), str(path), what)}
 
 
 def substituted(value: Value, settings: Mapping[str, Value]) -> Value:
@@ -285,24 +285,23 @@ def _conditions(node: Any, file: str, settings: Settings) -> Iterator[Condition]
 # --- YAML ---------------------------------------------------------------------------------------------------------
 
 
-def _root(path: Path) -> Any:
+def _root(path: Path, what: str = "a recipe", hint: str = FORM_HINT) -> Any:
     try:
         with path.open("rb") as file:
             raw = file.read(MOST_BYTES + 1)
     except OSError as error:
-        raise RecipeError(
-            f"cannot read {path}: {error.strerror}", hint="Name a recipe: a file such as x.yaml"
-        ) from error
+        named = hint_beside(path, f"Name {what}: a file such as x.yaml")
+        raise RecipeError(f"cannot read {path}: {error.strerror}", hint=named) from error
     if len(raw) > MOST_BYTES:
-        raise RecipeError(f"{path} has over {MOST_BYTES // 10**6} MB, more than a recipe has", hint=FORM_HINT)
+        raise RecipeError(f"{path} has over {MOST_BYTES // 10**6} MB, more than {what} has", hint=hint)
     try:
         text = raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise RecipeError(f"{path} is not UTF-8 at byte {error.start}", hint="Is it a recipe?") from error
-    return _composed(text, str(path))
+        raise RecipeError(f"{path} is not UTF-8 at byte {error.start}", hint=f"Is it {what}?") from error
+    return _composed(text, str(path), hint)
 
 
-def _composed(text: str, file: str) -> Any:
+def _composed(text: str, file: str, hint: str = FORM_HINT) -> Any:
     """Return the node at the root of YAML text. Nothing is constructed from it: no tag can run code."""
     import yaml
 
@@ -313,11 +312,11 @@ def _composed(text: str, file: str) -> Any:
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         where = Place(file, mark.line + 1 if mark else 1)
-        raise where.error(f"no YAML: {error.problem or error.context}") from error
+        raise where.error(f"no YAML: {error.problem or error.context}", hint=hint) from error
     except (yaml.YAMLError, RecursionError, ValueError) as error:
-        raise RecipeError(f"{file} is no YAML: {str(error).splitlines()[0]}", hint=FORM_HINT) from error
+        raise RecipeError(f"{file} is no YAML: {str(error).splitlines()[0]}", hint=hint) from error
     if node is None:
-        raise RecipeError(f"{file} is empty", hint=FORM_HINT)
+        raise RecipeError(f"{file} is empty", hint=hint)
     return node
 
 
@@ -365,7 +364,7 @@ def _value(node: Any, file: str) -> Value:
     if node.id != "scalar":
         raise place.error("a value is a text, a number, true, false or a list, not a mapping")
     form = _form(node)
-    return Value(form, (_text(node, file),) if form == "text" else (), place)
+    return Value(form, (_text(node, file),) if form == "text" else (), place, "" if form == "text" else node.value)
 
 
 def _form(node: Any) -> Form:

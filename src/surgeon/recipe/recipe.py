@@ -9,12 +9,13 @@ from typing import Any
 
 from surgeon import text
 from surgeon.errors import RecipeError, SurgeonError
-from surgeon.options import option, output_option
+from surgeon.mistyped import close_to
+from surgeon.options import Checked, option, output_option, overwrite_option
 from surgeon.recipe.checking import Job, Rounds, checked, jobs_of
 from surgeon.recipe.commands import Commands
 from surgeon.recipe.figures import headline, sentence
 from surgeon.recipe.planning import PlannedStep, check_disk, plan
-from surgeon.recipe.reading import close_to, read_recipe
+from surgeon.recipe.reading import read_recipe
 from surgeon.recipe.record import Record, held
 from surgeon.recipe.replay import Replay, is_receipt, replay
 from surgeon.recipe.report import write_report
@@ -23,23 +24,28 @@ from surgeon.showing import Shown
 
 
 @dataclass(frozen=True, kw_only=True)
-class RecipeOptions:
+class RecipeOptions(Checked):
     """The options of `run`."""
 
     settings: Sequence[str] = option(
-        "Replace a setting of the recipe: model=gpt2-large. Repeatable.", (), names=("--set",), metavar="NAME=VALUE"
+        "Replace a setting of the recipe: model=gpt2-large. Repeatable.",
+        (),
+        names=("--set",),
+        metavar="NAME=VALUE",
+        group="steps",
     )
     first: str | None = option(
         "Run this step and those after it again, though they are done; their outputs are replaced.",
         None,
         names=("--from",),
         metavar="STEP",
+        group="steps",
     )
     output: str | os.PathLike[str] | None = output_option(
         "Directory for the outputs of all steps and the report. Default: the recipe's name."
     )
-    overwrite: bool = option("Make anew what an earlier run made with other options or inputs.", False)
-    dry_run: bool = option("Print the whole plan (sizes, tokens, time, disk) and run nothing.", False)
+    overwrite: bool = overwrite_option("Make anew what an earlier run made with other options or inputs.")
+    dry_run: bool = option("Print the whole plan (sizes, tokens, time, disk) and run nothing.", False, group="run")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, repr=False)

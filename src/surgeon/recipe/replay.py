@@ -15,6 +15,7 @@ from surgeon import text
 from surgeon.checkpoint.receipt import read_receipt
 from surgeon.checkpoint.source import CONFIG, INDEX, RECEIPT, SCORES, content_of
 from surgeon.data.documents import documents
+from surgeon.data.records import Columns, chosen_columns
 from surgeon.data.rows import hashed
 from surgeon.errors import DataError, RecipeError, first_line
 from surgeon.measure.record import read_scores
@@ -178,7 +179,7 @@ def _words_of(step: Mapping[str, Any], options: Mapping[str, Any], commands: Com
     """
     for data in step["data"]:
         try:
-            found = _sha256(data["data"], data["documents"])
+            found = _sha256(data["data"], data["documents"], chosen_columns(step["settings"].get("columns")))
         except DataError as error:
             hint = "Paths are relative to where you are."
             raise RecipeError(f"{path}: its data is gone: {error}", hint=hint) from error
@@ -206,10 +207,10 @@ def _value(value: Any, place: Place) -> Value:
     return Value("list" if isinstance(value, list) else "text", tuple(map(str, items)), place)
 
 
-def _sha256(data: str, count: int) -> str:
+def _sha256(data: str, count: int, columns: Columns | None) -> str:
     """Return the hash of the first `count` texts of a data argument, as a run's receipt has it."""
     found = hashlib.sha256()
-    for number, document in enumerate(islice(documents(data), count)):
+    for number, document in enumerate(islice(documents(data, columns), count)):
         found.update(hashed(document, number))
     return found.hexdigest()
 

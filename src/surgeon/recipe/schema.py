@@ -69,6 +69,12 @@ def _command(keys: Mapping[str, Key]) -> dict[str, Any]:
 
 def _key(key: Key) -> dict[str, Any]:
     one: dict[str, Any] = {"anyOf": [KINDS[key.kind], SETTING]}
-    if key.is_list or key.kind == "text":  # 3,7,11 may be a list too
+    if key.words:
+        listed: list[Any] = [*key.words, *key.aliases]
+        listed = [int(word) for word in listed] if key.kind == "integer" else listed
+        one = {"anyOf": [{"enum": listed if key.is_list else [*listed, None]}, SETTING]}
+        if key.is_list:
+            one["anyOf"].append({"type": "array", "items": {"enum": listed}})
+    elif key.is_list or key.kind == "text":  # 3,7,11 may be a list too
         one = {"anyOf": [*one["anyOf"], {"type": "array", "items": {"type": ["string", "number"]}}]}
     return one | {"description": key.help}

@@ -121,7 +121,7 @@ class VllmEngine:
     def _model(self) -> Any:
         from surgeon.models.loading import loadable
 
-        name, revision = loadable(self._source)
+        name, revision = loadable(self._source, weights=True)
         # generation_config: the checkpoint's own may sample, penalise repetition, or keep 50 tokens only.
         return self._vllm.LLM(
             model=name,

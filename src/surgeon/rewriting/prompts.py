@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from surgeon.data.records import ANSWER_HINT, Document, fields_of
+from surgeon.data.records import ANSWER_HINT, Document
 from surgeon.data.rows import begin_of_text, encode, templated
 from surgeon.errors import DataError
 
@@ -44,21 +44,26 @@ PROMPTS = ("auto", *FORMS)
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """A record with an answer: what is asked, after earlier turns of a chat, and the answer. `record` is all of it."""
+    """A record with an answer: what is asked, after earlier turns of a chat, and the answer.
+
+    `record` is all of it, `path` leads to the answer in it, and `tools` are descriptions of functions for the template.
+    """
 
     where: str
     instruction: str
     reference: str
     before: tuple[Mapping[str, Any], ...]
     record: Mapping[str, Any]
-    field: str
+    path: tuple[str | int, ...]
+    tools: tuple[Mapping[str, Any], ...] = ()
 
     def answered(self, answer: str) -> dict[str, Any]:
         """Return the record with another answer; all else in it stays."""
-        if self.field == "messages":
-            *before, last = self.record["messages"]
-            return {**self.record, "messages": [*before, {**last, "content": answer}]}
-        return {**self.record, self.field: answer}
+        column, *inner = self.path
+        if not inner:
+            return {**self.record, str(column): answer}
+        *before, last = self.record[str(column)]
+        return {**self.record, str(column): [*before, {**last, str(inner[-1]): answer}]}
 
 
 def row_of(document: Document) -> Row:
@@ -72,8 +77,7 @@ def row_of(document: Document) -> Row:
     if document.messages:
         return _row_of_chat(document, record)
     *asked, reference = document.parts
-    field = fields_of(record, document.where)[-1]
-    return Row(document.where, "\n".join(asked), reference, (), record, field)
+    return Row(document.where, "\n".join(asked), reference, (), record, document.answer)
 
 
 def _row_of_chat(document: Document, record: Mapping[str, Any]) -> Row:
@@ -84,7 +88,12 @@ def _row_of_chat(document: Document, record: Mapping[str, Any]) -> Row:
         raise DataError(
             f"{document.where} has no question of a user with an answer at its end, but: {found}", hint=ANSWER_HINT
         )
-    return Row(document.where, before[-1]["content"], last["content"], tuple(before[:-1]), record, "messages")
+    if last.get("tool_calls"):
+        raise DataError(f"{document.where}: its last answer calls tools", hint="Texts alone are written anew.")
+    *before, asked = before
+    return Row(
+        document.where, asked["content"], last["content"], tuple(before), record, document.answer, document.tools
+    )
 
 
 def form_of(row: Row, prompt: str) -> str:
@@ -107,7 +116,7 @@ def prompt_tokens(row: Row, name: str, tokenizer: "PreTrainedTokenizerBase") -> 
         text = "\n\n".join(part for part in (form.system, *before, asked) if part)
         text += f"\n\n{form.begun}" if form.begun else ""
         return [*begin_of_text(tokenizer), *encode(text, tokenizer)]
-    written = templated(_chat(form, row.before, asked), tokenizer, row.where, answer=True)
+    written = templated(_chat(form, row.before, asked), tokenizer, row.where, answer=True, tools=row.tools)
     return encode(written + form.begun, tokenizer)
 
 

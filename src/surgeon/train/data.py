@@ -208,7 +208,7 @@ def assemble(
     flatten: bool,
 ) -> RunData:
     """Return the rows of stores under these settings. Reads no token."""
-    store, notes = stores[0], []
+    store, notes = stores[0], list(dict.fromkeys(note for each in stores for of in each.sources for note in of.notes))
     fraction = settings.eval_fraction if len(stores) == 1 else 0.0
     trained_pieces, held = split(store.documents, fraction, seed=settings.seed)
     passes = settings.weights(len(store.sources))

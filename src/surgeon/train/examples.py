@@ -7,13 +7,14 @@ would be one call, but merges "\n" with an answer that begins with one, and need
 
 import re
 from array import array
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from surgeon.data.records import Document
-from surgeon.data.rows import begin_of_text, encode, rendering, templated, written_by_template
+from surgeon.data.rows import as_template_reads, begin_of_text, encode, rendering, templated, written_by_template
 from surgeon.errors import DataError
 
 if TYPE_CHECKING:
@@ -127,7 +128,7 @@ def chat_segments(document: Document, tokenizer: "PreTrainedTokenizerBase") -> l
     """Return a chat as the template writes it, cut at the begin and the end of each assistant's turn.
 
     The turns are found by the template's `{% generation %}` marks, or without them by the texts that it writes for the
-    messages up to each answer, with the answer and without it.
+    messages up to each answer, with the answer and without it. The answers in a given prompt are not trained.
     """
     marks = _MARKS.search(str(tokenizer.chat_template or ""))
     text, spans = _marked(document, tokenizer) if marks else _prefixes(document, tokenizer)
@@ -148,29 +149,34 @@ def _marked(document: Document, tokenizer: "PreTrainedTokenizerBase") -> tuple[s
     from transformers.utils.chat_template_utils import render_jinja_template
 
     render: Any = render_jinja_template  # declared to return a string
+    chats = [document.messages] + ([document.messages[: document.given]] if document.given else [])
+    tools = [dict(tool) for tool in document.tools]
     with rendering(document.where):
         texts, spans = render(
-            conversations=[[dict(message) for message in document.messages]],
-            chat_template=tokenizer.get_chat_template(),
+            conversations=[as_template_reads(chat, tokenizer) for chat in chats],
+            tools=tools or None,
+            chat_template=tokenizer.get_chat_template(tools=tools or None),
             return_assistant_tokens_mask=True,
             **tokenizer.special_tokens_map,
         )
-    return written_by_template(texts[0], document.messages, document.where), sorted(spans[0])
+    text = written_by_template(texts[0], (*document.messages, *document.tools), document.where)
+    return text, sorted(spans[0])[len(spans[1]) if document.given else 0 :]
 
 
 def _prefixes(document: Document, tokenizer: "PreTrainedTokenizerBase") -> tuple[str, list[tuple[int, int]]]:
     """Return the text of a chat, and the spans of its answers, each after the text that asks for it."""
     messages, where = document.messages, document.where
-    text = templated(messages, tokenizer, where)
+    write = partial(templated, tokenizer=tokenizer, where=where, tools=document.tools)
+    text = write(messages)
     spans = []
     for index, message in enumerate(messages):
-        if message["role"] != "assistant":
+        if message["role"] != "assistant" or index < document.given:
             continue
         if not index:
             hint = "Put the message before it that it answers, or give it the role 'system'."
             raise DataError(f"{where}: the first message is the assistant's, an answer to nothing", hint=hint)
-        question = templated(messages[:index], tokenizer, where, answer=True)
-        answered = _up_to(messages, index, text, tokenizer, where)
+        question = write(messages[:index], answer=True)
+        answered = text if index + 1 == len(messages) else write(messages[: index + 1])
         if not (text.startswith(answered) and answered.startswith(question)):
             raise DataError(
                 f"{where}: the chat template writes message {index + 1} differently when others follow it, "
@@ -180,17 +186,6 @@ def _prefixes(document: Document, tokenizer: "PreTrainedTokenizerBase") -> tuple
             )
         spans.append((len(question), len(question) + len(_turn(answered[len(question) :], tokenizer))))
     return text, spans
-
-
-def _up_to(
-    messages: Sequence[Mapping[str, Any]],
-    index: int,
-    text: str,
-    tokenizer: "PreTrainedTokenizerBase",
-    where: str,
-) -> str:
-    """Return the template's text of the messages up to one; for the last one that is `text`."""
-    return text if index + 1 == len(messages) else templated(messages[: index + 1], tokenizer, where)
 
 
 def _turn(text: str, tokenizer: "PreTrainedTokenizerBase") -> str:

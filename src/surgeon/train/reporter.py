@@ -172,6 +172,7 @@ class Reporter:
             mfu=pace.mfu,
             memory=pace.memory,
             seconds_left=pace.seconds_left,
+            epoch=logs.get("epoch"),
         )
         self.steps.append(report.to_record())
         if self._log is not None:

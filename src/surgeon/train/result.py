@@ -13,9 +13,10 @@ from surgeon.checkpoint import output, receipt
 from surgeon.checkpoint.derived import TrainedSource
 from surgeon.checkpoint.receipt import model_card
 from surgeon.checkpoint.source import CARD, RECEIPT, LocalSource, Source, spec_of
+from surgeon.options import size_in_bytes
 from surgeon.plan.plan import FLOAT_DTYPES, STORED_DTYPES, Cast, identity
 from surgeon.showing import Shown
-from surgeon.surgery import Surgery, parse_size
+from surgeon.surgery import Surgery
 from surgeon.text import plus_minus
 from surgeon.train import checkpoints
 from surgeon.train.run_dir import HELD_OUT, TEACHER, TRAINED, WEIGHTS, without_nan, write_done
@@ -188,7 +189,7 @@ def write_adapter(
     max_shard_size: int | str,
 ) -> None:
     """Write a directory with an adapter, as PEFT does, and the tokenizer, card and receipt."""
-    assert parse_size(max_shard_size), "checked by the verb; an adapter is one file"
+    assert size_in_bytes(max_shard_size), "checked by the verb; an adapter is one file"
     companions = {name: source.fetch(name) for name in source.companions if name.startswith(TOKENIZER_FILES)}
     companions |= {path.name: path for path in adapter.glob("adapter_*")}
     depth = read_anatomy(spec_of(source)).depth

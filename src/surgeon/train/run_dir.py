@@ -23,6 +23,7 @@ from surgeon.checkpoint.output import write_whole
 from surgeon.checkpoint.receipt import to_bytes
 from surgeon.checkpoint.source import RECEIPT
 from surgeon.errors import CheckpointError, DataError, OutputError, PlanError
+from surgeon.mistyped import hint_beside
 
 METRICS, STATUS = "metrics.jsonl", "status.json"
 NOT_FINITE = "not_finite"
@@ -51,6 +52,7 @@ class StepReport:
     mfu: float | None = None  # a part of the peak, 0 to 1; None where the peak is not known
     memory: int | None = None  # bytes, the most so far
     seconds_left: float | None = None
+    epoch: float | None = None  # passes over the data so far
 
     def to_record(self) -> dict[str, Any]:
         """Return the record of this step in metrics.jsonl."""
@@ -61,7 +63,7 @@ class StepReport:
 PARTS = ("kl", "hidden")  # of the objective of a run with a teacher, beside the cross-entropy
 _STEP_KEYS = (
     *("step", "tokens", "loss", "objective", *PARTS, "learning_rate", "grad_norm"),
-    *("tokens_per_second", "mfu", "memory"),
+    *("tokens_per_second", "mfu", "memory", "epoch"),
 )
 _NUMBERS = (*_STEP_KEYS, "eval_loss", "eval_loss_error", "probe_loss", "cross_entropy")
 
@@ -146,7 +148,8 @@ def read_metrics(run: Path) -> list[dict[str, Any]]:
     path = run / METRICS if run.is_dir() else run
     if not path.is_file():
         message = f"{run} has no {METRICS}" if run.is_dir() else f"no such run: {run}"
-        raise DataError(message, hint="Name the directory of a run: OUT.run, or the one of --run-dir.")
+        hint = "Name the directory of a run: OUT.run, or the one of --run-dir."
+        raise DataError(message, hint=hint if run.is_dir() else hint_beside(run, hint))
     return _records(path)
 
 

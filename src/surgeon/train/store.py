@@ -19,12 +19,12 @@ from numpy.typing import NDArray
 
 from surgeon.data.rows import begin_of_text
 from surgeon.errors import DataError
-from surgeon.text import sliced
+from surgeon.text import place_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-FORMAT = 1
+FORMAT = 2
 HEADER = "store.json"
 IGNORED = -100  # the label of tokens that are not trained
 # Everything is little-endian. Per token: its id, and whether it is trained. Per piece: the place of its first token
@@ -48,6 +48,7 @@ class StoreRequest:
     train_on: str
     max_tokens: int | None = None
     task: str | None = None  # its fingerprint
+    columns: str | None = None  # that the user has chosen
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,8 @@ class SourceCounts:
     """The counts of one data argument, and the `sha256` of the texts that were read from it.
 
     `files` has the name, size and times of each local file, so that changes are noticed. Of the `num_documents` that
-    were read, `num_cut` were cut at the right, and `num_dropped` had no token to train.
+    were read, `num_cut` were cut at the right, and `num_dropped` had no token to train. `notes` say what of the records
+    was not read.
     """
 
     data: str
@@ -67,6 +69,7 @@ class SourceCounts:
     num_trained: int
     num_cut: int
     num_dropped: int
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -174,7 +177,10 @@ def open_store(directory: Path) -> TokenStore:
         directory,
         StoreRequest(**header["request"] | {"specs": tuple(header["request"]["specs"])}),
         header["digest"],
-        tuple(SourceCounts(**source | {"files": _tuples(source["files"])}) for source in header["sources"]),
+        tuple(
+            SourceCounts(**source | {"files": _tuples(source["files"]), "notes": tuple(source["notes"])})
+            for source in header["sources"]
+        ),
         header["largest_id"],
     )
 
@@ -211,9 +217,10 @@ def fingerprint(tokenizer: "PreTrainedTokenizerBase") -> str:
 
 def stamps(spec: str) -> tuple[tuple[str, int, int, int], ...]:
     """Return the name, size, and change times of each file of a data argument; nothing for a dataset on the Hub."""
-    path = Path(os.path.expanduser(sliced(spec)[0]))  # noqa: PTH111  # Path.expanduser raises without a home
+    path = Path(os.path.expanduser(place_of(spec)))  # noqa: PTH111  # Path.expanduser raises without a home
     try:
-        files = sorted(path.iterdir()) if path.is_dir() else [path]
+        below = path.rglob("*.arrow") if path.is_dir() else ()  # of a saved dataset
+        files = sorted({*path.iterdir(), *below}) if path.is_dir() else [path]
         stats = [(file.name, file.stat()) for file in files if file.is_file()]
     except OSError:
         return ()

@@ -12,7 +12,7 @@ from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
 
-from surgeon.data.documents import documents
+from surgeon.data.documents import Reading
 from surgeon.data.records import Document
 from surgeon.data.rows import check_shape, hashed
 from surgeon.errors import DataError, OutputError
@@ -62,10 +62,19 @@ def prepare(
     """
     assert not isinstance(specs, str)
     check_shape(1, sequence_length)
-    streams = [documents(spec) for spec in specs]  # a wrong name is an error before any file is written
     task = task or Task(Settings())
+    settings = task.settings
+    readings = [Reading(settings.columns) for _ in specs]
+    streams = [reading.documents(spec) for reading, spec in zip(readings, specs, strict=True)]  # a wrong name is an
+    # error before any file is written
     request = StoreRequest(
-        tuple(specs), fingerprint(tokenizer), sequence_length, task.settings.train_on, max_tokens, task.fingerprint
+        specs=tuple(specs),
+        tokenizer=fingerprint(tokenizer),
+        sequence_length=sequence_length,
+        train_on=settings.train_on,
+        max_tokens=max_tokens,
+        task=task.fingerprint,
+        columns=settings.columns,
     )
     if (store := _reusable(directory, request)) is not None:
         return store
@@ -78,7 +87,8 @@ def prepare(
             first = sum(source.num_documents for source in sources)
             reader = _Reader(tokenizer, writer, number, sequence_length, first, task)
             reader.read(stream, limit, progress)
-            sources.append(reader.counts(spec, files))
+            notes = readings[number].notes(tokenizer.chat_template)
+            sources.append(reader.counts(spec, files, notes))
         if not sum(source.num_trained for source in sources):
             raise DataError(
                 f"there is no token to train in {', '.join(specs) or 'no data'}, in rows of {sequence_length} tokens",
@@ -210,9 +220,9 @@ class _Reader:
             if limit is not None and self.num_tokens >= limit:
                 return
 
-    def counts(self, spec: str, files: tuple[tuple[str, int, int, int], ...]) -> SourceCounts:
+    def counts(self, spec: str, files: tuple[tuple[str, int, int, int], ...], notes: tuple[str, ...]) -> SourceCounts:
         counted = {name: value for name, value in vars(self).items() if name.startswith("num_")}
-        return SourceCounts(spec, self.sha256.hexdigest(), files, **counted)
+        return SourceCounts(spec, self.sha256.hexdigest(), files, **counted, notes=notes)
 
     def _add(self, example: Example) -> None:
         """Write an example, cut to a row, if it has tokens to train."""

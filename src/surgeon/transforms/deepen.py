@@ -14,6 +14,7 @@ from surgeon.anatomy.families import written_and_read
 from surgeon.anatomy.stacks import Stack
 from surgeon.checkpoint.header import CheckpointSpec
 from surgeon.errors import PlanError
+from surgeon.options import OptionError
 from surgeon.plan.plan import Add, Affine, Constant, Expr, Plan, Read, changed_keys, substitute
 from surgeon.transforms.layers import keep_layers
 
@@ -43,7 +44,8 @@ def deepen(anatomy: Anatomy, layers: int, *, method: str = "identity", at: Seque
     if layers < depth:
         raise PlanError(f"cannot grow {depth} layers to {layers}", hint="To cut layers: surgeon truncate.")
     if at is not None and method not in ("identity", "interpolate"):
-        raise PlanError(f"the depth method {method} places its layers itself", hint="Leave out --at, or use identity.")
+        hint = "Leave out --at, or use identity."
+        raise OptionError("at", f"--at: the depth method {method} places its layers itself", hint=hint)
     if method in ("identity", "interpolate"):
         return _insert(anatomy, _insertion_points(depth, layers - depth, at), method)
     if method == "stack":

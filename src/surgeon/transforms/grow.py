@@ -5,6 +5,7 @@ from dataclasses import replace
 
 from surgeon.anatomy.anatomy import Anatomy
 from surgeon.errors import PlanError
+from surgeon.options import OptionError, flag_of
 from surgeon.plan.plan import Plan, identity
 from surgeon.transforms.deepen import deepen
 from surgeon.transforms.experts import to_experts
@@ -42,7 +43,8 @@ def grow(
     """
     plan = identity(anatomy.spec, depth=anatomy.depth)
     if layers is None and at is not None:
-        raise PlanError("places for new layers are given, but no number of layers", hint="Add --layers, such as 2x.")
+        hint = "Add --layers, such as 2x."
+        raise OptionError("at", "--at gives places for new layers, and --layers no number of them", hint=hint)
     if layers is not None:
         plan = plan.then(deepen(anatomy, grown_depth(layers, anatomy.depth), method=depth_method, at=at))
     deeper = planned(anatomy, plan)
@@ -57,14 +59,17 @@ def grow(
     if any(size is not None for size in requested.values()):
         plan = plan.then(_wider(deeper, requested, width_method, noise, seed))
     elif layers is None and experts is None:
-        raise PlanError(
-            "nothing to grow", hint="Give --layers, --hidden-size, --intermediate-size, --attention-heads or --experts."
+        raise OptionError(
+            "",
+            "nothing to grow",
+            hint="Give --layers, --hidden-size, --intermediate-size, --attention-heads or --experts.",
         )
     if experts is not None:
         wider = planned(anatomy, plan)
         plan = plan.then(to_experts(wider, experts, per_token=experts_per_token, seed=seed))
     elif experts_per_token != 2:
-        raise PlanError("experts per token are given, but no experts", hint="Add --experts, such as --experts 8.")
+        hint = "Add --experts, such as --experts 8."
+        raise OptionError("experts_per_token", "--experts-per-token has no effect without --experts", hint=hint)
     options = {"layers": layers, "depth_method": depth_method, "at": None if at is None else list(at)} | {
         "hidden_size": hidden_size,
         "intermediate_size": intermediate_size,
@@ -93,21 +98,31 @@ def grown_size(request: int | str, size: int, name: str) -> int:
     return new
 
 
+def check_size(request: int | str, option: str) -> None:
+    """Raises OptionError for what is no size of any axis: neither a number nor a multiple."""
+    try:
+        grown_size(request, 0, flag_of(option))
+    except PlanError as error:
+        raise OptionError(option, str(error), hint=error.hint) from error
+
+
 def grown_depth(layers: int | str, depth: int) -> int:
     """Return a number of layers: `layers` itself, "2x" or "150%" of `depth`, or with "+2" two more than `depth`."""
     text = str(layers).strip()
     if text.startswith("+"):
         added = text.removeprefix("+")
         if not (added.isascii() and added.isdigit() and 0 < len(added) < 10 and int(added)):
-            raise PlanError(f"cannot read {layers!r} as a number of layers", hint="Write 12, 2x, 150% or +2.")
+            hint = "Write 12, 2x, 150% or +2."
+            raise OptionError("layers", f"cannot read {layers!r} as a number of layers", hint=hint)
         return depth + int(added)
     return grown_size(text, depth, "layers") if text.endswith("x") else resolve_depth(text, depth)
 
 
 def _wider(anatomy: Anatomy, requested: dict[str, Size], method: str, noise: float, seed: int) -> Plan:
     if not 0 <= noise <= 1:
-        raise PlanError(
-            f"noise {noise} is not from 0 to 1: above, the rounding that tells copies apart grows from layer to layer",
+        raise OptionError(
+            "noise",
+            f"--noise {noise} is not from 0 to 1: above, the rounding that tells copies apart grows with each layer",
             hint="Write 0.5, or 0 for none.",
         )
     anatomy.require_family(partial=True)

@@ -14,6 +14,8 @@ from surgeon.anatomy.following import follow_layers
 from surgeon.anatomy.stacks import Stack
 from surgeon.checkpoint.header import is_quantized
 from surgeon.errors import CheckpointError, PlanError
+from surgeon.mistyped import close_to
+from surgeon.options import OptionError
 from surgeon.plan.plan import FLOAT_DTYPES, Constant, Expr, Gather, Normal, Plan, Read
 
 
@@ -123,13 +125,20 @@ def keep_layers(anatomy: Anatomy, keep: Sequence[int]) -> Plan:
 def resolve_depth(request: int | str, depth: int) -> int:
     """Return a number of layers: `request` itself, or "75%" of `depth`, rounded half up.
 
-    Raises PlanError when it is neither.
+    Raises OptionError when it is neither.
     """
     text = str(request).strip()
     number = text.removesuffix("%")
     if not re.fullmatch(r"[0-9]{1,9}" if number == text else r"[0-9]{1,9}(\.[0-9]{1,9})?", number):
-        raise PlanError(f"cannot read {request!r} as a number of layers", hint="Write 12, or 75%.")
+        raise OptionError("layers", f"cannot read {request!r} as a number of layers", hint="Write 12, or 75%.")
     return int(float(number) * depth / 100 + 0.5) if number != text else int(text)
+
+
+def check_depth(request: int | str) -> None:
+    """Raises OptionError for what is no depth of any model: no number or percentage, or none at all."""
+    if resolve_depth(request, 10**9) < 1:
+        hint = "It is the depth of the result; ask for 1 or more."
+        raise OptionError("layers", f"--layers is {request}; a model needs at least one layer", hint=hint)
 
 
 def _check_indices(anatomy: Anatomy, keep: Sequence[int]) -> None:
@@ -262,9 +271,15 @@ def _every(anatomy: Anatomy, every: int) -> range:
     return range(0, anatomy.depth, every)
 
 
-def _inherit(plan: Plan, anatomy: Anatomy, parts: Collection[str], seed: int) -> Plan:
+def check_parts(parts: Collection[str]) -> None:
+    """Raises OptionError for a part that no model has."""
     if unknown := sorted(set(parts) - set(PARTS)):
-        raise PlanError(f"unknown part {unknown[0]!r}", hint=f"Parts: {', '.join(PARTS)}; none by itself.")
+        close, hint = close_to(unknown[0], PARTS), f"Parts: {', '.join(PARTS)}; none by itself."
+        raise OptionError("inherit", f"unknown part {unknown[0]!r}{close}", hint=hint)
+
+
+def _inherit(plan: Plan, anatomy: Anatomy, parts: Collection[str], seed: int) -> Plan:
+    check_parts(parts)
     anatomy.require_family()
     tensors = dict(plan.tensors)
     drawn = 0

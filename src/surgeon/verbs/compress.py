@@ -19,11 +19,14 @@ from surgeon.gist.architecture import refusal
 from surgeon.gist.compressor import Compressor
 from surgeon.gist.tokens import GistTokens, read_gist
 from surgeon.options import (
+    Checked,
     Reads,
     adapter_option,
+    check_counts,
     device_option,
     option,
     output_option,
+    overwrite_option,
     progress_option,
     reads_of,
     revision_option,
@@ -89,14 +92,18 @@ class Compression(Shown):
 
 
 @dataclass(frozen=True, kw_only=True)
-class CompressOptions:
+class CompressOptions(Checked):
     """The options of `compress`."""
 
-    tokens: int | None = option("Number of gist tokens. Default: the --tokens of surgeon gist.", None, metavar="K")
-    chat: bool = option("Use the prompt as the system turn of the chat template.", False)
-    keep_text: bool = option("Store the prompt itself in gist.json, not only its SHA-256.", False)
+    tokens: int | None = option(
+        "Number of gist tokens. Default: the --tokens of surgeon gist.", None, metavar="K", group="gists"
+    )
+    chat: bool = option("Use the prompt as the system turn of the chat template.", False, group="prompt")
+    keep_text: bool = option("Store the prompt itself in gist.json, not only its SHA-256.", False, group="output")
     bench: bool = option(
-        "Measure the cost of a call with nothing cached, with the whole prompt cached, and with the gist cached.", False
+        "Measure the cost of a call with nothing cached, with the whole prompt cached, and with the gist cached.",
+        False,
+        group="what is measured",
     )
     adapter: str | os.PathLike[str] | None = adapter_option()
     prompt_file: str | os.PathLike[str] | None = option(
@@ -104,15 +111,20 @@ class CompressOptions:
         None,
         on_command_line=False,
         reads=True,
+        group="prompt",
     )
     output: str | os.PathLike[str] | None = output_option(
         "Where the result goes. Default: MODEL-compress-KT.", parse=Path
     )
-    overwrite: bool = option("Replace an existing compressed prompt once the new one is complete.", False)
+    overwrite: bool = overwrite_option("Replace an existing compressed prompt once the new one is complete.")
     device: str = device_option()
     revision: str | None = revision_option()
     trust_remote_code: bool = trust_option()
     progress: Progress | bool | None = progress_option()
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_counts(self, "tokens")
 
 
 @takes(CompressOptions)

@@ -13,11 +13,22 @@ from surgeon.checkpoint.output import check_space, check_target, staged, write_f
 from surgeon.checkpoint.receipt import to_bytes
 from surgeon.data.question_formation import LEXICONS, Line, Lines, cross_entropy, entropy
 from surgeon.errors import OutputError
-from surgeon.options import OptionError, check_seed, flag_of, option, output_option, seed_option, takes
+from surgeon.options import (
+    Checked,
+    OptionError,
+    Words,
+    check_seed,
+    flag_of,
+    option,
+    output_option,
+    overwrite_option,
+    seed_option,
+    takes,
+)
 from surgeon.showing import Shown
 from surgeon.text import rows
 
-KINDS = ("question-formation",)
+KIND = Words(("question-formation",))
 ABOUT = "grammar.json"
 
 
@@ -82,25 +93,34 @@ class GeneratedData(Shown):
 
 
 @dataclass(frozen=True, kw_only=True)
-class DataOptions:
+class DataOptions(Checked):
     """The options of `data`."""
 
     output: str | os.PathLike[str] | None = output_option("Where the files go. Default: the kind's name.")
-    lines: int = option("Training lines.", 20_000, metavar="N")
-    validation_lines: int = option("Held-out lines of the same distribution.", 1_000, metavar="N")
-    generalization_lines: int = option("Lines that tell the rules apart which fit all others.", 1_000, metavar="N")
-    lexicon: int = option("Words of the grammar: 68 (all), 41 or 30.", 68, metavar="WORDS")
-    repeats: bool = option("Let lines occur more than once: they are drawn from the grammar exactly.", False)
+    lines: int = option("Training lines.", 20_000, metavar="N", group="lines")
+    validation_lines: int = option("Held-out lines of the same distribution.", 1_000, metavar="N", group="lines")
+    generalization_lines: int = option(
+        "Lines that tell the rules apart which fit all others.", 1_000, metavar="N", group="lines"
+    )
+    lexicon: int = option(
+        "Words of the grammar: 68 (all), 41 or 30.",
+        68,
+        metavar="WORDS",
+        choices=tuple(map(str, LEXICONS)),
+        group="lines",
+    )
+    repeats: bool = option(
+        "Let lines occur more than once: they are drawn from the grammar exactly.", False, group="lines"
+    )
     seed: int = seed_option()
-    overwrite: bool = option("Replace what this command wrote there before.", False)
+    overwrite: bool = overwrite_option("Replace what this command wrote there before.")
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_seed(self.seed)
-        if self.lexicon not in LEXICONS:
-            raise OptionError("lexicon", f"--lexicon is {self.lexicon}; it is {', '.join(map(str, LEXICONS))}")
         for name in ("lines", "validation_lines", "generalization_lines"):
             if not 1 <= (count := getattr(self, name)) < 10**8:
-                raise OptionError(name, f"{flag_of(name)} is {count}; it is 1 or more, and below 100 million")
+                raise OptionError(name, f"{flag_of(name)} is {count}", hint="It is 1 or more, and below 100 million.")
 
 
 @takes(DataOptions)
@@ -115,8 +135,7 @@ def generate_data(kind: str, options: DataOptions) -> GeneratedData:
         print(surgeon.generate_data("question-formation", output="questions", lines=2_000))
     """
     began = time.perf_counter()
-    if kind not in KINDS:
-        raise OptionError("kind", f"there is no data {kind!r} to make; one of {', '.join(KINDS)}")
+    kind = KIND.spelled("kind", kind, label="KIND")
     target = Path(options.output or kind)
     _check(target, overwrite=options.overwrite)
     lexicon = LEXICONS[options.lexicon]

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 from surgeon.anatomy.anatomy import read_anatomy
 from surgeon.anatomy.config import positions_of
 from surgeon.checkpoint.source import Source, spec_of
+from surgeon.data.documents import check_there
+from surgeon.data.records import chosen_columns
 from surgeon.evals.compare import short_label
 from surgeon.evals.diagnosis import (
     Diagnosis,
@@ -22,11 +24,14 @@ from surgeon.evals.diagnosis import (
 )
 from surgeon.evals.evaluation import EvalContext, context_of, open_evaluated
 from surgeon.options import (
+    Checked,
     OptionError,
     Reads,
+    check_counts,
+    columns_option,
     device_option,
-    flag_of,
     option,
+    overwrite_option,
     progress_option,
     reads_of,
     revision_option,
@@ -43,39 +48,67 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class DiagnosisOptions:
+class DiagnosisOptions(Checked):
     """The options of the command `diagnose`."""
 
     data: Sequence[str] = option(
-        "Text to look at: .txt, .json, .jsonl, .parquet, Hub dataset. Repeatable.", metavar="DATA", reads=True
+        "Text to look at: .txt, .jsonl, .csv, .parquet, Hub dataset ... Repeatable.",
+        metavar="DATA",
+        reads=True,
+        group="text",
     )
-    samples: int = option("Number of sequences taken from the text.", 20, metavar="N")
-    sequence_length: int = option("Tokens per sequence (T); ranks of different T cannot be compared.", 100, metavar="T")
-    energy: float = option("Share of a map's energy that its rank and its mass hold.", 0.9, metavar="E")
+    columns: str | None = columns_option(group="text")
+    samples: int = option("Number of sequences taken from the text.", 20, metavar="N", group="text")
+    sequence_length: int = option(
+        "Tokens per sequence (T); ranks of different T cannot be compared.", 100, metavar="T", group="text"
+    )
+    energy: float = option(
+        "Share of a map's energy that its rank and its mass hold.", 0.9, metavar="E", group="what is measured"
+    )
     skip_samples: int = option(
-        "Number of sequences on which each layer, and its attention, is left out; 0 leaves none out.", 8, metavar="N"
+        "Number of sequences on which each layer, and its attention, is left out; 0 leaves none out.",
+        8,
+        metavar="N",
+        group="what is measured",
     )
     against: str | os.PathLike[str] | None = option(
-        "Diagnose this model too, and show both side by side.", None, metavar="OTHER", reads=True
+        "Diagnose this model too, and show both side by side.",
+        None,
+        metavar="OTHER",
+        reads=True,
+        group="what is measured",
     )
     plot: str | os.PathLike[str] | None = option(
-        "Draw heat maps of heads and layers to this .png, .svg or .pdf.", None, metavar="FILE", writes=True
+        "Draw heat maps of heads and layers to this .png, .svg or .pdf.",
+        None,
+        metavar="FILE",
+        writes=True,
+        group="output",
     )
     html: str | os.PathLike[str] | None = option(
-        "Write a page with the picture, the tables and the findings to this .html.", None, metavar="FILE", writes=True
+        "Write a page with the picture, the tables and the findings to this .html.",
+        None,
+        metavar="FILE",
+        writes=True,
+        group="output",
     )
+    overwrite: bool = overwrite_option("Replace an existing picture and page.")
     device: str = device_option()
     revision: str | None = revision_option()
     trust_remote_code: bool = trust_option()
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not self.data:
-            raise OptionError("data", "there is no data to look at: give --data FILE")
-        for name, least in (("samples", 1), ("sequence_length", 2), ("skip_samples", 0)):
-            if getattr(self, name) < least:
-                raise OptionError(name, f"{flag_of(name)} is {getattr(self, name)}; the least is {least}")
+            raise OptionError("data", "there is no data to look at", hint="Name a file: --data FILE.")
+        check_counts(self, "samples")
+        check_counts(self, "sequence_length", least=2)
+        check_counts(self, "skip_samples", least=0)
+        chosen_columns(self.columns)
         if not 0 < self.energy < 1:
-            raise OptionError("energy", f"--energy is {self.energy}; it lies between 0 and 1, such as 0.9")
+            raise OptionError(
+                "energy", f"--energy is {self.energy}; it lies between 0 and 1", hint="Such as --energy 0.9."
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,6 +135,7 @@ def diagnose(model: str | os.PathLike[str], options: DiagnoseOptions) -> Diagnos
     from surgeon.models.loading import runs
 
     began = monotonic()
+    check_there(options.data)
     plot, html = _targets(options, reads_of(options) | {"MODEL": (os.fspath(model),)})
     with runs(os.fspath(model), trust_remote_code=options.trust_remote_code):
         diagnosis = _diagnosed(model, options)
@@ -124,11 +158,11 @@ def _targets(options: DiagnoseOptions, reads: Reads) -> tuple[Path | None, Path 
     if plot is not None:
         from surgeon.plots.figure import check_picture
 
-        check_picture(plot, reads)
+        check_picture(plot, reads, overwrite=options.overwrite, option="plot")
     if html is not None:
         from surgeon.plots.page import check_page
 
-        check_page(html, reads)
+        check_page(html, reads, overwrite=options.overwrite)
     return plot, html
 
 
@@ -140,16 +174,16 @@ def _diagnosed(model: str | os.PathLike[str], options: DiagnoseOptions) -> Diagn
     sources = [open_evaluated(model, options.revision)]
     sources += [] if options.against is None else [open_evaluated(options.against, None)]
     context = context_of(sources, options.device)
-    shape = {"samples": options.samples, "sequence_length": options.sequence_length}
+    amount: dict[str, Any] = {"samples": options.samples, "sequence_length": options.sequence_length}
     with stage("tokenising"):
-        rows = [read_rows(options.data, tokenizer, **shape) for tokenizer in context.tokenizers]
+        rows = [read_rows(options.data, each, **amount, columns=options.columns) for each in context.tokenizers]
     tokens, length = rows[0].tokens, rows[0].tokens.shape[1]
     context.check_same([one.tokens.tolist() for one in rows])
     most = min(filter(None, map(positions_of, sources)), default=length)
     context.check_length(length, "rows have", f"Use --sequence-length {most}.")
     known = calibration(length, options.energy)
-    setup = context.setup(options.data, rows[0].digest) | {"dtype": "float32"}
-    setup |= {"asked_length": options.sequence_length}
+    setup = context.setup(options.data, rows[0].digest, options.columns) | {"dtype": "float32"}
+    setup |= {"asked_length": options.sequence_length} | ({"notes": list(rows[0].notes)} if rows[0].notes else {})
     diagnoses = [_one(source, tokens, known, setup, context, options) for source in sources]
     if len(diagnoses) == 1:
         return diagnoses[0]

@@ -3,7 +3,6 @@
 import hashlib
 import json
 import os
-import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -18,42 +17,28 @@ from surgeon.checkpoint.json_files import read_json
 from surgeon.checkpoint.overlap import check_file_replaced
 from surgeon.checkpoint.receipt import public_name, to_bytes, versions
 from surgeon.checkpoint.source import Source, fingerprint
-from surgeon.data.documents import documents
+from surgeon.data.documents import Reading, check_there
 from surgeon.errors import CheckpointError, DataError, OutputError
 from surgeon.evals.compare import estimate
 from surgeon.evals.evaluation import open_evaluated
 from surgeon.options import (
-    OptionError,
-    check_seed,
-    device_option,
-    flag_of,
-    in_python,
-    option,
-    output_option,
-    overwrite_option,
-    progress_option,
     reads_of,
-    revision_option,
-    seed_option,
     takes,
-    trust_option,
 )
-from surgeon.progress import Progress as Bars
 from surgeon.progress import current, stage
-from surgeon.rewriting.checks import AUTO, NONE, NUMBER, REASONS, Checks
-from surgeon.rewriting.engines import Engine, TransformersEngine, VllmEngine, Writing, chosen
+from surgeon.rewriting.checks import REASONS
+from surgeon.rewriting.engines import Engine, TransformersEngine, VllmEngine, chosen
 from surgeon.rewriting.journal import Journal, difference, opened, write_lines
-from surgeon.rewriting.loop import Asked, Progress, Watch, lines, rewrite
+from surgeon.rewriting.loop import Asked, Progress, lines, rewrite
+from surgeon.rewriting.options import DECIDING, DROP, KEEP, DistillOptions
 from surgeon.rewriting.prompts import PROMPTS, form_of, prompt_tokens, row_of
 from surgeon.showing import Shown
-from surgeon.text import plus_minus, sliced
+from surgeon.text import place_of, plus_minus
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 FORMAT = 1
-ENGINES = ("auto", "transformers", "vllm")
-KEEP, DROP = "keep", "drop"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, repr=False)
@@ -123,109 +108,6 @@ class Distillation(Shown):
         return text.rows(rows)
 
 
-@dataclass(frozen=True, kw_only=True)
-class DistillOptions:
-    """The options of `distill`."""
-
-    data: Sequence[str] = option(
-        "Records with an answer (prompt, completion; instruction, output; question, answer; messages): .jsonl, .json, "
-        ".parquet, a directory of them, or a Hub dataset. Repeatable.",
-        metavar="DATA",
-        reads=True,
-    )
-    output: str | os.PathLike[str] | None = output_option(
-        "The .jsonl to write; a name without a suffix gets it. Default: DATA-distill.jsonl.", "FILE"
-    )
-    overwrite: bool = overwrite_option()
-    prompt: str = option(
-        "auto (gsm8k where an answer has a number after ####, else sdft), sdft or gsm8k.", "auto", metavar="PROMPT"
-    )
-    extract: str = option(
-        "What of an answer must be as in the reference: number, none, auto (number where that has one after ####), or "
-        "the last match of a regular expression.",
-        AUTO,
-        metavar="REGEX",
-    )
-    on_fail: str = option("keep the data's own answer where none passes, or drop the row.", KEEP, metavar="WHAT")
-    samples: int = option("Write up to N answers to a row; the first that passes is taken.", 1, metavar="N")
-    temperature: float = option("Sample at this temperature; 0 is greedy.", 0.0, metavar="T")
-    max_new_tokens: int = option("Longest answer, in tokens; one that does not end by then fails.", 512, metavar="N")
-    min_length_ratio: float = option(
-        "Shortest free text that passes, in characters over the reference's.", 0.3, metavar="R"
-    )
-    max_length_ratio: float = option(
-        "Longest free text that passes, in characters over the reference's.", 3.0, metavar="R"
-    )
-    max_copied: float | None = option(
-        "Share of runs of 8 words from the reference above which an answer fails. Default: not looked at.",
-        None,
-        metavar="SHARE",
-    )
-    batch_size: int = option("Most prompts per batch.", 16, metavar="N")
-    batch_tokens: int = option("Most tokens per batch, prompts with padding and new ones.", 16384, metavar="N")
-    engine: str = option("auto (vllm on CUDA where it is installed), transformers or vllm.", "auto", metavar="ENGINE")
-    seed: int = seed_option()
-    device: str = device_option()
-    revision: str | None = revision_option()
-    trust_remote_code: bool = trust_option()
-    progress: Bars | bool | None = progress_option()
-    watch: Watch | None = in_python("Called with the progress after each batch.")
-
-    def __post_init__(self) -> None:
-        check_seed(self.seed)
-        if not self.data:
-            raise OptionError("data", "nothing to rewrite: give --data")
-        words = (("prompt", PROMPTS), ("on_fail", (KEEP, DROP)), ("engine", ENGINES))
-        for name, known in words:
-            if getattr(self, name) not in known:
-                raise OptionError(name, f"{flag_of(name)} {getattr(self, name)!r} is none of {', '.join(known)}")
-        for name in ("samples", "max_new_tokens", "batch_size", "batch_tokens"):
-            if (count := getattr(self, name)) is not None and count < 1:
-                raise OptionError(name, f"{flag_of(name)} is {count}; the least is 1")
-        if not 0 <= self.temperature < float("inf"):
-            raise OptionError("temperature", f"--temperature is {self.temperature}; 0 is greedy, 1 the model's own")
-        if self.samples > 1 and not self.temperature:
-            raise OptionError("samples", "--samples has no effect without --temperature: greedy answers are the same")
-        if not 0 <= self.min_length_ratio < self.max_length_ratio:
-            low, high = self.min_length_ratio, self.max_length_ratio
-            raise OptionError("min_length_ratio", f"--min-length-ratio {low} to --max-length-ratio {high} is no range")
-        if self.max_copied is not None and not 0 <= self.max_copied <= 1:
-            raise OptionError("max_copied", f"--max-copied is {self.max_copied}, not between 0 and 1")
-        if self.output is not None and Path(self.output).suffix not in ("", ".jsonl"):
-            raise OptionError("output", f"--output {os.fspath(self.output)} is no .jsonl")
-        if self.extract not in (AUTO, NUMBER, NONE):
-            try:
-                re.compile(self.extract)
-            except re.error as error:
-                raise OptionError("extract", f"--extract is no regular expression: {error}") from error
-
-    @property
-    def checks(self) -> Checks:
-        """What an answer is checked for."""
-        return Checks(self.extract, (self.min_length_ratio, self.max_length_ratio), self.max_copied)
-
-    @property
-    def writing(self) -> Writing:
-        """How answers are written."""
-        names = ("max_new_tokens", "temperature", "seed", "batch_size", "batch_tokens")
-        return Writing(**{name: getattr(self, name) for name in names})
-
-    @property
-    def target(self) -> Path:
-        """The file to write."""
-        if self.output is not None:
-            return Path(self.output).expanduser().with_suffix(".jsonl")
-        name = Path(sliced(self.data[0])[0].partition(":")[0]).name
-        return Path(f"{name.partition('.')[0] or 'data'}-distill.jsonl")
-
-
-# The options that decide what is written; --on-fail decides only what becomes of it.
-_DECIDING = (
-    *("prompt", "extract", "samples", "temperature", "max_new_tokens", "min_length_ratio", "max_length_ratio"),
-    *("max_copied", "batch_size", "batch_tokens", "seed"),
-)
-
-
 @takes(DistillOptions)
 def distill(model: str | os.PathLike[str], options: DistillOptions) -> Distillation:
     """Let a checkpoint directory or Hub model rewrite the answers of records, and write the records to a .jsonl.
@@ -240,6 +122,7 @@ def distill(model: str | os.PathLike[str], options: DistillOptions) -> Distillat
 
         surgeon.distill("SmolLM2-135M", data=["questions.jsonl"], output="distilled.jsonl", max_new_tokens=64)
     """
+    check_there(options.data)
     source = open_evaluated(model, options.revision)
     _check_target(options, os.fspath(model))
 
@@ -257,12 +140,13 @@ def _distilled(source: Source, options: DistillOptions) -> Distillation:
 
     device = resolve_device(options.device)
     tokenizer = load_tokenizer(*loadable(source))
+    reading = Reading(options.columns)
     with stage("reading the rows"):
-        asked, digest = _asked(source, tokenizer, options)
+        asked, digest = _asked(source, tokenizer, options, reading)
     engine_name = chosen(options.engine, device)
     teacher = {"teacher": public_name(source), "fingerprint": fingerprint(source)}
     request = {"format": FORMAT, "teacher": teacher["fingerprint"], "data": digest}
-    request |= {name: getattr(options, name) for name in _DECIDING} | {"engine": engine_name, "device": device}
+    request |= {name: getattr(options, name) for name in DECIDING} | {"engine": engine_name, "device": device}
     target = options.target
     partial = target.with_name(f"{target.name}.partial")
     if not partial.exists() and target.exists():
@@ -292,15 +176,18 @@ def _distilled(source: Source, options: DistillOptions) -> Distillation:
         source.check_unchanged()
         sha256 = _write(target, asked, journal, teacher, options)
         result = _summary(asked, journal, progress, options, engine=engine_name, resumed=resumed, sha256=sha256)
-        result = replace(result, seconds=round(monotonic() - began, 3))
+        notes = (*result.notes, *reading.notes(tokenizer.chat_template))
+        result = replace(result, notes=notes, seconds=round(monotonic() - began, 3))
         _write_receipt(target, request, result, options)
         journal.remove()
     return result
 
 
-def _asked(source: Source, tokenizer: "PreTrainedTokenizerBase", options: DistillOptions) -> tuple[list[Asked], str]:
+def _asked(
+    source: Source, tokenizer: "PreTrainedTokenizerBase", options: DistillOptions, reading: Reading
+) -> tuple[list[Asked], str]:
     """Return the rows of the data with their prompts, all of them checked, and a SHA-256 over both."""
-    streams = [documents(spec) for spec in options.data]  # a wrong name is an error before anything is read
+    streams = [reading.documents(spec) for spec in options.data]  # a wrong name is an error before anything is read
     checks, most, asked = options.checks, positions_of(source), []
     digest = hashlib.sha256()
     for document in chain(*streams):
@@ -323,7 +210,7 @@ def _check_target(options: DistillOptions, model: str) -> None:
     """Raises OutputError where the output is something that is read, or would be at the next call."""
     check_file_replaced(options.target, reads_of(options) | {"MODEL": (model,)})
     place = os.path.realpath(options.target.parent)
-    for spec in (sliced(written)[0] for written in options.data):
+    for spec in (place_of(written) for written in options.data):
         if os.path.isdir(spec) and os.path.realpath(spec) == place:  # noqa: PTH112  # Path.is_dir may raise
             raise OutputError(f"{options.target} would be among what --data reads: {spec}", hint="Choose another -o.")
 

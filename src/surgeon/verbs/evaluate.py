@@ -7,27 +7,19 @@ from pathlib import Path
 from time import monotonic
 from typing import Any
 
+from surgeon.data.documents import check_there
 from surgeon.errors import DataError
-from surgeon.evals.evaluation import (
-    BATCH_SIZE,
-    MAX_NEW_TOKENS,
-    METRICS,
-    Evaluation,
-    EvaluationOptions,
-    MetricOptions,
-    checked_target,
-    context_of,
-    open_evaluated,
-    write_predictions,
-)
+from surgeon.evals.evaluation import Evaluation, checked_target, context_of, open_evaluated, write_predictions
 from surgeon.evals.gist import GistEvaluation, GistEvaluationOptions, score_gist
 from surgeon.evals.harness import TaskEvaluation, TaskEvaluationOptions, run_tasks
 from surgeon.evals.judge import Case, Judge, JudgementOptions, load_judge
+from surgeon.evals.options import BATCH_SIZE, MAX_NEW_TOKENS, METRICS, EvaluationOptions, MetricOptions
 from surgeon.evals.suite import SuiteEvaluation, SuiteOptions
 from surgeon.evals.verdicts import Judgement
 from surgeon.options import (
     OptionError,
     adapter_option,
+    check_counts,
     device_option,
     flag_of,
     option,
@@ -42,6 +34,7 @@ from surgeon.options import (
 _NOT_WITH = {
     "tasks": (
         "data",
+        "columns",
         "metric",
         "sequence_length",
         "stride",
@@ -64,14 +57,20 @@ class EvaluateOptions(MetricOptions):
 
     data: Sequence[str] = same_option(MetricOptions, "data", default=())
     tasks: Sequence[str] | None = option(
-        "Run these tasks of lm-evaluation-harness instead: arc_easy,boolq", None, metavar="NAMES", parse=words
+        "Run these tasks of lm-evaluation-harness instead: arc_easy,boolq",
+        None,
+        metavar="NAMES",
+        parse=words,
+        group="what is measured",
     )
     task_dir: str | os.PathLike[str] | None = same_option(TaskEvaluationOptions, "task_dir")
     gist: bool = option(
-        "Score records with the whole prompt, its gist, and no prompt: loss, ROUGE-L, exact match.", False
+        "Score records with the whole prompt, its gist, and no prompt: loss, ROUGE-L, exact match.",
+        False,
+        group="gists",
     )
     gist_tokens: int | None = option(
-        "With --gist: number of gist tokens. Default: the model's number.", None, metavar="K"
+        "With --gist: number of gist tokens. Default: the model's number.", None, metavar="K", group="gists"
     )
     adapter: str | os.PathLike[str] | None = adapter_option()
     device: str = device_option()
@@ -79,22 +78,25 @@ class EvaluateOptions(MetricOptions):
     trust_remote_code: bool = trust_option()
 
     def __post_init__(self) -> None:
-        is_suite = "," in self.metric
-        if not is_suite:
-            super().__post_init__()
+        super().__post_init__()
         if self.tasks is None and not self.data:
-            raise OptionError("data", "nothing to evaluate on: give --data or --tasks")
+            raise OptionError("data", "there is nothing to evaluate on", hint="Give --data FILE, or --tasks.")
         if self.tasks is None and self.task_dir is not None:
-            raise OptionError("task_dir", "--task-dir goes with --tasks")
+            raise OptionError("task_dir", "--task-dir has no effect without --tasks", hint="Add --tasks NAMES.")
+        check_counts(self, "samples", "max_new_tokens", "batch_size", "stride", "gist_tokens")
+        check_counts(self, "sequence_length", least=2)
         for name in ("gist_tokens", "adapter"):
             if getattr(self, name) is not None and not self.gist:
-                raise OptionError(name, f"{flag_of(name)} goes with --gist")
+                raise OptionError(name, f"{flag_of(name)} has no effect without --gist", hint="Add --gist.")
         kind = "tasks" if self.tasks is not None else "gist" if self.gist else ""
         for name in _NOT_WITH.get(kind, ()):
             if getattr(self, name) and (name, getattr(self, name)) != ("metric", METRICS[0]):
-                raise OptionError(name, f"{flag_of(name)} does not go with --{kind}")
-        if is_suite:
+                hint = f"Leave out {flag_of(name)}, or --{kind}."
+                raise OptionError(name, f"{flag_of(name)} does not go with --{kind}", hint=hint)
+        if "," in self.metric:
             SuiteOptions(**self.keywords_for(SuiteOptions))
+        elif not kind:
+            EvaluationOptions(**self.keywords_for(EvaluationOptions))
 
     def keywords_for(self, options: type) -> dict[str, Any]:
         """Return the fields that another dataclass of options has too, as keywords."""
@@ -140,6 +142,7 @@ def evaluate(model: str | os.PathLike[str], options: EvaluationOptions) -> Evalu
 def _evaluated(model: str | os.PathLike[str], options: EvaluationOptions) -> Evaluation:
     """Return the scores of a model, and of its baseline, on data."""
     began = monotonic()
+    check_there(options.data)
     target = None if options.predictions is None else checked_target(Path(options.predictions))
     sources = [open_evaluated(model, options.revision)]
     sources += [] if options.baseline is None else [open_evaluated(options.baseline, None)]
@@ -147,9 +150,8 @@ def _evaluated(model: str | os.PathLike[str], options: EvaluationOptions) -> Eva
     judging = None
     if options.judge is not None:
         length = options.max_new_tokens or MAX_NEW_TOKENS
-        judging = load_judge(
-            options.judge, options.data, context.device, samples=options.samples, max_new_tokens=length
-        )
+        amount: dict[str, Any] = {"samples": options.samples, "max_new_tokens": length}
+        judging = load_judge(options.judge, options.data, context.device, columns=options.columns, **amount)
     if options.documents:
         from surgeon.evals.whole import evaluate_documents as score
     elif options.metric == "perplexity":

@@ -15,12 +15,15 @@ from surgeon.anatomy.config import class_names, is_headless
 from surgeon.checkpoint import output as outputs
 from surgeon.checkpoint.header import is_quantized
 from surgeon.checkpoint.source import Source, spec_of
+from surgeon.data.documents import check_there
 from surgeon.errors import MeasureError, OutputError, PlanError
 from surgeon.gist.settings import GistSettings
 from surgeon.options import (
+    Checked,
     OptionError,
     Reads,
     device_option,
+    dtype_option,
     flag_of,
     in_python,
     option,
@@ -30,11 +33,13 @@ from surgeon.options import (
     reads_of,
     revision_option,
     same_option,
+    shard_option,
+    size_in_bytes,
     takes,
     trust_option,
 )
 from surgeon.progress import Progress
-from surgeon.surgery import open_source, parse_size
+from surgeon.surgery import open_source
 from surgeon.train.checkpoints import held
 from surgeon.train.launch import is_first, processes
 from surgeon.train.result import Training, concluded
@@ -50,34 +55,44 @@ Group = TypeVar("Group")
 
 
 @dataclass(frozen=True, kw_only=True)
-class PlaceOptions:
+class PlaceOptions(Checked):
     """Where the data is, and where the run and its result are written."""
 
     data: Sequence[str] = option(
-        "Text, or records (text; prompt, completion; instruction, output; question, answer; messages): .txt, "
-        ".jsonl, .json, .parquet, a directory of them, or a Hub dataset. Repeatable. Only a resumed run needs none.",
+        "Text, or records (text; prompt, completion; instruction, output; question, answer; messages ...): .txt, "
+        ".jsonl, .json, .csv, .parquet, a directory, or a dataset, saved or on the Hub. Repeatable. "
+        "Only a resumed run needs none.",
         (),
         metavar="DATA",
         reads=True,
+        group="data",
     )
     output: str | os.PathLike[str] | None = output_option("Where the result goes. Default: MODEL-finetune.")
     run_dir: str | os.PathLike[str] | None = option(
-        "Directory for checkpoints, metrics and plot. Default: OUTPUT.run.", None, metavar="DIR", writes=True
+        "Directory for checkpoints, metrics and plot. Default: OUTPUT.run.",
+        None,
+        metavar="DIR",
+        writes=True,
+        group="output",
     )
     resume: bool = option(
-        "Continue the run in the run directory with the options that it began with, or begin one there.", False
+        "Continue the run in the run directory with the options that it began with, or begin one there.",
+        False,
+        group="output",
     )
     overwrite: bool = overwrite_option()
 
 
 @dataclass(frozen=True, kw_only=True)
-class StorageOptions:
+class StorageOptions(Checked):
     """How the result is stored."""
 
-    dtype: str = option(
-        "Dtype of the result: keep (the source's), float32, bfloat16 or float16.", "keep", metavar="DTYPE"
-    )
-    max_shard_size: int | str = option("Largest weight file: 5GB, 500MB.", "5GB", metavar="SIZE")
+    dtype: str = dtype_option()
+    max_shard_size: int | str = shard_option()
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        size_in_bytes(self.max_shard_size)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,7 +109,7 @@ class TrainingOptions(ComputeSettings, GistSettings, LearningSettings):
 
 
 @dataclass(frozen=True, kw_only=True)
-class MachineOptions:
+class MachineOptions(Checked):
     """Which model is trained on which device."""
 
     device: str = device_option()
@@ -138,7 +153,10 @@ def finetune(model: str | os.PathLike[str], options: FinetuneOptions) -> Trainin
     if not options.data:
         raise OptionError("data", "--data is missing: there is nothing to train on", hint="Name a file: --data FILE.")
     training = checked(options.of(TrainingOptions))
+    check_there((*options.data, *options.eval_data))
     source = opened(model, options.revision)
+    if training.teacher:
+        open_source(training.teacher)  # a mistyped name is answered now, and not once the student is loaded
     target, place = places_of(model, options)
     done = _finished(place, target) if options.resume else None
     if done is None:
@@ -245,6 +263,7 @@ def estimate_finetune(model: str | os.PathLike[str], options: EstimateOptions) -
     from surgeon.train.inputs import Inputs
 
     training = checked(options.of(TrainingOptions))
+    check_there((*options.data, *options.eval_data))
     source = opened(model, options.revision)
     inputs = Inputs(
         source,
@@ -325,9 +344,6 @@ def _plain_task(source: Source, settings: Settings, recorded: Mapping[str, Any])
 def _check_places(target: Path, run_dir: Path, options: FinetuneOptions, reads: Reads) -> None:
     """Raise OutputError for places that would fail only at the end, or whose files are read."""
     outputs.check_target(target, overwrite=options.overwrite, reads=reads)
-    if options.dtype not in ("keep", "float32", "bfloat16", "float16"):
-        raise PlanError(f"unknown dtype {options.dtype!r}", hint="One of: keep, float32, bfloat16, float16.")
-    parse_size(options.max_shard_size)
     outputs.check_apart(run_dir, reads)
     if run_dir.resolve() in target.resolve().parents:
         raise OutputError(

@@ -12,6 +12,9 @@ from surgeon.checkpoint.source import Source, spec_of
 from surgeon.errors import DataError, PlanError
 from surgeon.gist.tokens import read_gist
 from surgeon.options import (
+    Checked,
+    OptionError,
+    check_counts,
     check_seed,
     device_option,
     option,
@@ -63,34 +66,39 @@ class Generation(Shown):
 
 
 @dataclass(frozen=True, kw_only=True)
-class GenerateOptions:
+class GenerateOptions(Checked):
     """The options of `generate`."""
 
     gist: str | os.PathLike[str] | None = option(
-        "A prompt from surgeon compress, placed before the text.", None, metavar="DIR", reads=True
+        "A prompt from surgeon compress, placed before the text.", None, metavar="DIR", reads=True, group="prompt"
     )
-    max_new_tokens: int = option("Longest continuation, in tokens.", 256, metavar="N")
-    temperature: float = option("Sample at this temperature; 0 is greedy.", 0.0, metavar="T")
-    top_p: float = option("Sample from the likeliest tokens that make up this probability.", 1.0, metavar="P")
-    beams: int = option("Number of beams of a beam search.", 1, metavar="N")
+    max_new_tokens: int = option("Longest continuation, in tokens.", 256, metavar="N", group="sampling")
+    temperature: float = option("Sample at this temperature; 0 is greedy.", 0.0, metavar="T", group="sampling")
+    top_p: float = option(
+        "Sample from the likeliest tokens that make up this probability.", 1.0, metavar="P", group="sampling"
+    )
+    beams: int = option("Number of beams of a beam search.", 1, metavar="N", group="sampling")
     seed: int = seed_option()
-    chat: bool = option("Put the text into the chat template, as a user's turn.", False)
+    chat: bool = option("Put the text into the chat template, as a user's turn.", False, group="prompt")
     device: str = device_option()
     revision: str | None = revision_option()
     trust_remote_code: bool = trust_option()
     progress: Progress | bool | None = progress_option()
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_seed(self.seed)
-        for flag, number in (("--max-new-tokens", self.max_new_tokens), ("--beams", self.beams)):
-            if number < 1:
-                raise PlanError(f"{flag} is {number}; the least is 1", hint=f"Set {flag} to 1 or more.")
+        check_counts(self, "max_new_tokens", "beams")
         if not 0 <= self.temperature < float("inf"):
-            raise PlanError(f"--temperature is {self.temperature}", hint="0 is greedy, 1 samples from the model.")
+            raise OptionError(
+                "temperature", f"--temperature is {self.temperature}", hint="0 is greedy, 1 samples from the model."
+            )
         if not 0 < self.top_p <= 1:
-            raise PlanError(f"--top-p is {self.top_p}, not above 0 and at most 1", hint="1 keeps all tokens.")
+            raise OptionError(
+                "top_p", f"--top-p is {self.top_p}, not above 0 and at most 1", hint="1 keeps all tokens."
+            )
         if self.top_p < 1 and not self.temperature:
-            raise PlanError("--top-p has no effect without --temperature", hint="Add --temperature 1.")
+            raise OptionError("top_p", "--top-p has no effect without --temperature", hint="Add --temperature 1.")
 
 
 @takes(GenerateOptions)

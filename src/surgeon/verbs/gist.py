@@ -8,7 +8,7 @@ from surgeon.errors import PlanError
 from surgeon.gist.architecture import refusal
 from surgeon.gist.tokens import KEY as GIST
 from surgeon.gist.tokens import GistTokens, names, read_gist
-from surgeon.options import Verb, option, revision_option, takes
+from surgeon.options import Checked, OptionError, Verb, option, revision_option, takes
 from surgeon.surgery import Surgery, open_model
 from surgeon.transforms.vocabulary import add_tokens
 
@@ -16,12 +16,17 @@ VERB = Verb(plans="add_gist", then="finetune {output} --gist --data instructions
 
 
 @dataclass(frozen=True, kw_only=True)
-class GistOptions:
+class GistOptions(Checked):
     """The options of `gist`."""
 
-    tokens: int = option("Number of tokens that make up a gist.", 1, metavar="K")
-    distinct: bool = option("Add K different tokens, instead of one that a gist repeats K times.", False)
+    tokens: int = option("Number of tokens that make up a gist.", 1, metavar="K", group="gists")
+    distinct: bool = option("Add K different tokens, instead of one that a gist repeats K times.", False, group="gists")
     revision: str | None = revision_option()
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.tokens < 1:
+            raise OptionError("tokens", f"a gist cannot have {self.tokens} tokens", hint="--tokens is 1 or more.")
 
 
 @takes(GistOptions)
@@ -39,8 +44,6 @@ def add_gist(model: "str | os.PathLike[str] | Surgery", options: GistOptions) ->
     begun = open_model(model, revision=options.revision)
     anatomy, config = begun.anatomy, begun.spec.config
     tokens, distinct = options.tokens, options.distinct
-    if tokens < 1:
-        raise PlanError(f"a gist cannot have {tokens} tokens", hint="--tokens is 1 or more.")
     if (there := read_gist(config)) is not None:
         raise PlanError(
             f"the model has gist tokens already: {', '.join(there.tokens)}",

@@ -8,56 +8,107 @@ from surgeon.anatomy.anatomy import read_anatomy
 from surgeon.checkpoint.derived import DONOR, JoinedSource
 from surgeon.checkpoint.source import spec_of
 from surgeon.errors import PlanError
-from surgeon.options import Verb, layer_numbers, option, reads_of, revision_option, seed_option, takes
+from surgeon.options import (
+    Checked,
+    OptionError,
+    Verb,
+    check_counts,
+    layer_numbers,
+    option,
+    reads_of,
+    revision_option,
+    seed_option,
+    takes,
+)
 from surgeon.plan.plan import Read
 from surgeon.surgery import Surgery, open_model, open_source
-from surgeon.transforms.deepen import donate
+from surgeon.transforms.deepen import DEPTH_METHODS, donate
+from surgeon.transforms.grow import check_size, grown_depth
 from surgeon.transforms.grow import grow as plan_grow
-from surgeon.transforms.grow import grown_depth
+from surgeon.transforms.widths import WIDTH_METHODS
 
 VERB = Verb(keeps_function=True, counts_layers=True, plans="grow", then="finetune {output} --data {data}")
-_SIZE = "a number or 2x"
+_SIZE = "a number or 2x. Default: unchanged"
 
 
 @dataclass(frozen=True, kw_only=True)
-class GrowOptions:
+class GrowOptions(Checked):
     """The options of `grow`."""
 
     layers: int | str | None = option(
-        "Layers of the result: a number, 2x, 150%, or +2: two more than there are.", None, metavar="N"
+        "Layers of the result: a number, 2x, 150%, or +2: two more than there are. Default: unchanged.",
+        None,
+        metavar="N",
+        group="depth",
     )
     depth_method: str = option(
         "New layers: identity (keeps the function), stack, interleave, solar or interpolate (these do not).",
         "identity",
         metavar="METHOD",
+        choices=DEPTH_METHODS,
+        group="depth",
     )
     at: Sequence[int] | None = option(
         "Put a new layer after each of these source layers: 3,7,11-13. Default: spread evenly.",
         None,
         metavar="LAYERS",
         parse=layer_numbers,
+        group="depth",
     )
     donor: str | os.PathLike[str] | None = option(
-        "Append this model's next layers instead of copies (Inheritune).", None, metavar="MODEL", reads=True
+        "Append this model's next layers instead of copies (Inheritune).",
+        None,
+        metavar="MODEL",
+        reads=True,
+        group="depth",
     )
-    hidden_size: int | str | None = option(f"Hidden size: {_SIZE}.", None, metavar="N")
-    intermediate_size: int | str | None = option(f"Size of the MLP: {_SIZE}.", None, metavar="N")
-    expert_intermediate_size: int | str | None = option(f"Size of each expert's MLP: {_SIZE}.", None, metavar="N")
-    attention_heads: int | str | None = option(f"Attention heads: {_SIZE}.", None, metavar="N")
-    key_value_heads: int | str | None = option(f"Key-value heads: {_SIZE}.", None, metavar="N")
-    head_dim: int | str | None = option(f"Size of a head: {_SIZE}.", None, metavar="N")
+    hidden_size: int | str | None = option(f"Hidden size: {_SIZE}.", None, metavar="N", group="width")
+    intermediate_size: int | str | None = option(f"Size of the MLP: {_SIZE}.", None, metavar="N", group="width")
+    expert_intermediate_size: int | str | None = option(
+        f"Size of each expert's MLP: {_SIZE}.", None, metavar="N", group="width"
+    )
+    attention_heads: int | str | None = option(
+        "Attention heads: a number or 2x. Default: unchanged, or as the hidden size asks.",
+        None,
+        metavar="N",
+        group="width",
+    )
+    key_value_heads: int | str | None = option(
+        "Key-value heads: a number or 2x. Default: as many more as there are more heads.",
+        None,
+        metavar="N",
+        group="width",
+    )
+    head_dim: int | str | None = option(f"Size of a head: {_SIZE}.", None, metavar="N", group="width")
     width_method: str = option(
         "New width: auto (clone for multiples, else pad), clone, pad; or zero-pad, uneven, advanced (approximate).",
         "auto",
         metavar="METHOD",
+        choices=WIDTH_METHODS,
+        group="width",
     )
     noise: float = option(
-        "Noise that makes copies differ, relative to the weights; the function is kept. 0: none.", 0.5
+        "Noise that makes copies differ, relative to the weights, from 0 to 1; the function is kept. 0: none.",
+        0.5,
+        metavar="F",
+        group="width",
     )
-    experts: int | None = option("Turn every MLP into N experts that start as copies of it.", None, metavar="N")
-    experts_per_token: int = option("Experts that each token uses.", 2, metavar="K")
+    experts: int | None = option(
+        "Turn every MLP into N experts that start as copies of it.", None, metavar="N", group="experts"
+    )
+    experts_per_token: int = option("Experts that each token uses.", 2, metavar="K", group="experts")
     seed: int = seed_option()
     revision: str | None = revision_option()
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.layers is not None:
+            grown_depth(self.layers, 1)
+        for name, size in self.widths.items():
+            if size is not None:
+                check_size(size, name)
+        check_counts(self, "experts", least=2)
+        check_counts(self, "experts_per_token")
 
     @property
     def widths(self) -> dict[str, int | str | None]:
@@ -100,7 +151,9 @@ def _with_donor(begun: Surgery, options: GrowOptions, donor: str | os.PathLike[s
     """Return the surgery that appends the next layers of another model."""
     layers, others = options.layers, (options.experts, options.at, *options.widths.values())
     if layers is None or options.depth_method != "identity" or any(other is not None for other in others):
-        raise PlanError("a donor gives layers, nothing else", hint="Give --layers with --donor; grow more afterwards.")
+        raise OptionError(
+            "donor", "a donor gives layers, nothing else", hint="Give --layers with --donor; grow more afterwards."
+        )
     if isinstance(begun.source, JoinedSource):
         raise PlanError("this surgery has a donor already", hint="Save it, and grow what was saved.")
     donor_source = open_source(donor)

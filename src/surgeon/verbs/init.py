@@ -5,7 +5,6 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,8 @@ from surgeon.checkpoint.json_files import read_config
 from surgeon.checkpoint.source import Source, content_of, inside, spec_of
 from surgeon.checkpoint.tokenizer_files import tokenizer_files
 from surgeon.errors import CheckpointError, PlanError
-from surgeon.options import OptionError, Verb, check_seed, option, revision_option, seed_option, takes
+from surgeon.mistyped import close_path, close_to, close_word
+from surgeon.options import Checked, OptionError, Verb, check_seed, option, revision_option, seed_option, takes
 from surgeon.surgery import Surgery, open_source
 from surgeon.transforms.initial import initialise
 
@@ -30,22 +30,28 @@ _OF_PYTHON = {"True": "true", "False": "false", "None": "null"}
 
 
 @dataclass(frozen=True, kw_only=True)
-class InitOptions:
+class InitOptions(Checked):
     """The options of `init`."""
 
     set: Sequence[str] = option(
-        "A value of the config in place of its own: n_layer=8 (JSON, or a word). Repeatable.", (), metavar="KEY=VALUE"
+        "A value of the config in place of its own: n_layer=8 (JSON, or a word). Repeatable.",
+        (),
+        metavar="KEY=VALUE",
+        group="config",
     )
     tokenizer: str | os.PathLike[str] | None = option(
-        "A directory with a tokenizer, or bytes: one of 256 bytes and an end of text, made here.",
+        "A directory with a tokenizer, or bytes: one of 256 bytes and an end of text, made here. "
+        "Default: the one of CONFIG.",
         None,
         metavar="DIR",
         reads=True,
+        group="config",
     )
     seed: int = seed_option()
     revision: str | None = revision_option()
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_seed(self.seed)
         _ = self.values
 
@@ -56,9 +62,9 @@ class InitOptions:
         for text in self.set:
             key, equals, value = text.partition("=")
             if not equals or not _KEY.fullmatch(key):
-                raise OptionError("set", f"{text!r} is no key and value, such as n_layer=8")
+                raise OptionError("set", f"{text!r} is no key and value", hint="Such as --set n_layer=8.")
             if key in values:
-                raise OptionError("set", f"{key} is set twice")
+                raise OptionError("set", f"{key} is set twice", hint="Leave one of them out.")
             values[key] = _parsed(key, value)
         return values
 
@@ -69,9 +75,9 @@ def _parsed(key: str, text: str) -> Any:
         return json.loads(text)
     except ValueError:
         if text in _OF_PYTHON:
-            raise OptionError("set", f"{key}={text} is no JSON; write {key}={_OF_PYTHON[text]}") from None
+            raise OptionError("set", f"{key}={text} is no JSON", hint=f"Write {key}={_OF_PYTHON[text]}.") from None
         if not _WORD.fullmatch(text):
-            raise OptionError("set", f"{key}={text} is neither JSON nor one word") from None
+            raise OptionError("set", f"{key}={text} is neither JSON nor one word", hint=f"Such as {key}=8.") from None
         return text
 
 
@@ -128,8 +134,8 @@ def _config_of(name: str, revision: str | None) -> tuple[str, dict[str, Any], So
         if revision is not None:
             raise PlanError(f"{name} is a model type, and has no revision", hint=f"Of a model on the Hub: ORG/{name}.")
         return name, {"model_type": name}, None, None
-    if not path.exists() and "/" not in name and (near := get_close_matches(name, FAMILIES, 1)):
-        raise PlanError(f"{name!r} is no model type with a table, and no file", hint=f"Did you mean {near[0]}?")
+    if not path.exists() and "/" not in name and (near := close_word(name, FAMILIES)):
+        raise PlanError(f"{name!r} is no model type with a table, and no file", hint=f"Did you mean {near}?")
     source = open_source(name, revision=revision)
     return source.label, dict(source.config), source, None
 
@@ -151,9 +157,10 @@ def _renamed(values: Mapping[str, Any], known: set[str], aliases: Mapping[str, s
     """Return values by the type's own names of the keys. Raises OptionError for a key that the config cannot have."""
     for key in values:
         if key not in known or key == "model_type":
-            near = get_close_matches(key, known, 1)
-            said = f"; did you mean {near[0]}?" if near and key != "model_type" else ""
-            raise OptionError("set", f"the config has no {key!r} that can be set{said}")
+            said = close_to(key, known) if key != "model_type" else ""
+            raise OptionError(
+                "set", f"the config has no {key!r} that can be set{said}", hint="Its keys are in config.json."
+            )
     return {aliases.get(key, key): value for key, value in values.items()}
 
 
@@ -170,7 +177,9 @@ def _tokenizer(place: str | os.PathLike[str] | None) -> tuple[dict[str, bytes], 
         return byte_tokenizer(), (257, dict.fromkeys(TOKEN_IDS, 256))
     directory = Path(place).expanduser()
     if not directory.is_dir():
-        raise OptionError("tokenizer", f"no such directory: {place}; bytes is the one tokenizer that is made here")
+        close = close_path(directory, directory=True)
+        hint = f"Did you mean {close}?" if close else "Name a directory, or bytes: the one tokenizer that is made here."
+        raise CheckpointError(f"--tokenizer: no such directory: {place}", hint=hint)
     files = {name: content_of(inside(directory, name)) for name in tokenizer_files(directory)}
 
     from surgeon.models.loading import load_tokenizer
@@ -190,11 +199,19 @@ def _with_tokens(
         beyond = [key for key in TOKEN_IDS if type(text.get(key)) is int and text[key] >= vocabulary]
         wrong = next((key for key in beyond if key in given), None)
         if wrong:
-            raise OptionError("set", f"{wrong}={given[wrong]} is beyond a vocabulary of {vocabulary}")
+            raise OptionError(
+                "set",
+                f"{wrong}={given[wrong]} is beyond a vocabulary of {vocabulary}",
+                hint="Name a token that there is.",
+            )
         notes = [f"{key} is null: {text[key]} is beyond the {vocabulary} tokens" for key in beyond]
         return {**raw, **dict.fromkeys(beyond)}, tuple(notes)
     count, ids = tokens
     size = next((value for key, value in given.items() if key == vocabulary_key(raw)), None)
     if size is not None and (type(size) is not int or size < count):
-        raise OptionError("set", f"a vocabulary of {size} is too small: the tokenizer has {count} tokens")
+        raise OptionError(
+            "set",
+            f"a vocabulary of {size} is too small: the tokenizer has {count} tokens",
+            hint=f"Set {count} or more.",
+        )
     return with_vocabulary(raw, size or count, {**ids, **{key: given[key] for key in ids if key in given}}), ()

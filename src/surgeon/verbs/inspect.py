@@ -16,7 +16,7 @@ from surgeon.anatomy.layer_table import LayerRow, layer_lines, layer_rows
 from surgeon.checkpoint.comparing import are_equal
 from surgeon.checkpoint.receipt import read_receipt
 from surgeon.checkpoint.source import LocalSource, Source, StoredTensor, spec_of
-from surgeon.options import option, revision_option, takes
+from surgeon.options import Checked, option, revision_option, takes
 from surgeon.plan.plan import changed_keys
 from surgeon.showing import Shown
 from surgeon.surgery import open_source
@@ -248,11 +248,11 @@ class Inspection(Shown):
 
 
 @dataclass(frozen=True, kw_only=True)
-class InspectOptions:
+class InspectOptions(Checked):
     """The options of `inspect`."""
 
     against: str | os.PathLike[str] | None = option(
-        "Show the differences from this model.", None, metavar="OTHER", reads=True
+        "Show the differences from this model.", None, metavar="OTHER", reads=True, group="what is shown"
     )
     revision: str | None = revision_option()
 

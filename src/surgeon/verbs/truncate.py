@@ -4,8 +4,9 @@ import os
 from collections.abc import Collection
 from dataclasses import dataclass, replace
 
-from surgeon.options import OptionError, Verb, option, revision_option, seed_option, takes, words
+from surgeon.options import Checked, OptionError, Verb, check_counts, option, revision_option, seed_option, takes, words
 from surgeon.surgery import Surgery, open_model
+from surgeon.transforms.layers import check_depth, check_parts
 from surgeon.transforms.layers import truncate as plan_truncate
 
 NONE = "none"  # the empty list, which the command line could not write
@@ -20,26 +21,37 @@ VERB = Verb(counts_layers=True, plans="truncate", then="finetune {output} --data
 
 
 @dataclass(frozen=True, kw_only=True)
-class TruncateOptions:
+class TruncateOptions(Checked):
     """The options of `truncate`."""
 
-    layers: int | str | None = option("Keep the first N layers: 12, or 50% of the source's.", None, metavar="N")
-    every: int | None = option("Keep every N-th layer from the first on: 2 keeps 0, 2, 4 ...", None, metavar="N")
+    layers: int | str | None = option(
+        "Keep the first N layers: 12, or 50% of the source's.", None, metavar="N", group="what is kept"
+    )
+    every: int | None = option(
+        "Keep every N-th layer from the first on: 2 keeps 0, 2, 4 ...", None, metavar="N", group="what is kept"
+    )
     inherit: Collection[str] | None = option(
-        "Keep only these parts of the source (attention,mlp,norm,embedding; none); initialise the rest at random.",
+        "Keep only these parts of the source (attention,mlp,norm,embedding; none); initialise the rest at random. "
+        "Default: all.",
         None,
         metavar="PARTS",
         parse=_parts,
+        group="what is kept",
     )
     seed: int = seed_option()
     revision: str | None = revision_option()
 
     def __post_init__(self) -> None:
         """Raise OptionError unless one option says which layers stay."""
+        super().__post_init__()
         if (self.layers is None) == (self.every is None):
             missing, double = "is missing: give it, or --every 2", "and --every both say which layers stay"
             fault = missing if self.layers is None else double
             raise OptionError("layers", f"--layers {fault}", hint="Give --layers 12, or --every 2.")
+        if self.layers is not None:
+            check_depth(self.layers)
+        check_counts(self, "every", least=2)
+        check_parts(self.inherit or ())
 
 
 @takes(TruncateOptions)

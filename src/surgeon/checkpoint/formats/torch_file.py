@@ -21,6 +21,7 @@ from surgeon.errors import CheckpointError
 
 MAX_PICKLE_BYTES = 25_000_000  # as for a safetensors header; a real one has 0.2 kB for each tensor
 MAX_DIRECTORY_BYTES = 16_000_000  # of a zip file; a real one has 0.1 kB for each tensor
+MODELS = ("model", "state_dict", "model_state_dict", "module")  # where training scripts put a state dict
 LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 LEGACY_PROTOCOL = 1001
 _LEGACY_START = b"\x80\x02\x8a\x0al\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19."  # the magic number, pickled
@@ -90,7 +91,7 @@ def _read(data: mmap.mmap, where: str) -> TorchFile:
     if not isinstance(state, dict):
         refuse_content(where, f"a {type(state).__name__} in place of a dictionary of tensors")
     tensors: dict[str, StridedTensor] = {}
-    ignored = []
+    state, ignored = _model_in(state, where)
     for name, value in state.items():
         if isinstance(value, PickledTensor) and isinstance(name, str):
             tensors[name] = _strided_tensor(value, name, locate, len(data), where)
@@ -99,6 +100,21 @@ def _read(data: mmap.mmap, where: str) -> TorchFile:
         else:
             refuse_content(where, f"a {type(value).__name__} under {name!r}")
     return TorchFile(tensors, tuple(ignored))
+
+
+def _model_in(state: dict[Any, Any], where: str) -> tuple[dict[Any, Any], list[str]]:
+    """Return the dictionary of tensors in what a training script saved, and the names of all that lies beside it.
+
+    That is the state itself, or a dictionary in it under a name that scripts use. Raises CheckpointError for several.
+    """
+    if any(isinstance(value, PickledTensor) for value in state.values()):
+        return state, []
+    inner = [name for name in MODELS if isinstance(state.get(name), dict) and state[name]]
+    if len(inner) > 1:
+        refuse_content(where, f"models under {' and '.join(map(repr, inner))}")
+    if not inner:
+        return state, []
+    return state[inner[0]], [str(name) for name in state if name != inner[0]]
 
 
 def _read_zip(data: mmap.mmap, where: str) -> tuple[Any, Locate]:

@@ -1,0 +1,294 @@
+"""The options of `prune`: how much goes, by which scores, and where the model is run."""
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from surgeon.data.records import chosen_columns
+from surgeon.options import (
+    Checked,
+    OptionError,
+    check_counts,
+    check_seed,
+    columns_option,
+    device_option,
+    flag_of,
+    in_python,
+    layer_numbers,
+    numbers,
+    option,
+    progress_option,
+    revision_option,
+    seed_option,
+    size_in_bytes,
+    trust_option,
+)
+from surgeon.progress import Progress
+from surgeon.transforms.layers import check_depth
+from surgeon.transforms.scores import METHODS
+
+_UNCHANGED = "Default: unchanged."
+_SCORES = ", ".join(f"{name} ({method.help})" for name, method in METHODS.items())
+_BLOCK = ", ".join(name for name, method in METHODS.items() if method.block)
+_GREEDY = " or ".join(name for name, method in METHODS.items() if method.greedy)
+_TOKENS = " or ".join(name for name, method in METHODS.items() if method.token_choice)
+_PROTECT = ", ".join(
+    f"{first},{last} for {name}" for name, method in METHODS.items() for first, last in [method.protect] if first + last
+)
+
+
+WIDTHS = (
+    "hidden_size",
+    "intermediate_size",
+    "expert_intermediate_size",
+    "attention_heads",
+    "key_value_heads",
+    "experts",
+)
+
+
+def _first_and_last(text: str) -> tuple[int, int]:
+    """Return the two numbers in "1,1". Raises ValueError for anything else."""
+    counts = numbers(text)
+    if len(counts) != 2:
+        raise ValueError(f"{text!r} is not two numbers such as 1,1")
+    return counts[0], counts[1]
+
+
+@dataclass(frozen=True, kw_only=True)
+class CutOptions(Checked):
+    """The options that say how much goes, and by which scores."""
+
+    score: str = option(
+        f"The score that decides what goes: {_SCORES}.",
+        "angular",
+        metavar="SCORE",
+        choices=tuple(METHODS),
+        group="by which scores",
+    )
+    layers: int | str | None = option(
+        "Layers of the result: 24, or 75% of the source's. Default: unchanged, where a width is given.",
+        None,
+        metavar="N",
+        group="how much goes",
+    )
+    target_parameters: float | None = option(
+        "Remove the fewest layers that leave at most so many parameters: 6.7e9.",
+        None,
+        metavar="N",
+        group="how much goes",
+    )
+    target_memory: int | str | None = option(
+        "Remove the fewest layers that leave at most so many bytes of weights: 12GB.",
+        None,
+        metavar="SIZE",
+        group="how much goes",
+    )
+    drop: Sequence[int] | None = option(
+        "Remove these layers, in place of a choice by scores: 3,7,11-13.",
+        None,
+        metavar="LAYERS",
+        parse=layer_numbers,
+        group="how much goes",
+    )
+    keep: Sequence[int] | None = option(
+        "Keep these layers and remove all others: 0-20,25-29.",
+        None,
+        metavar="LAYERS",
+        parse=layer_numbers,
+        group="how much goes",
+    )
+    hidden_size: int | None = option(
+        f"Hidden size of the result. {_UNCHANGED}", None, metavar="N", group="how much goes"
+    )
+    intermediate_size: int | None = option(
+        f"Neurons of each MLP of the result. {_UNCHANGED}", None, metavar="N", group="how much goes"
+    )
+    expert_intermediate_size: int | None = option(
+        f"Neurons of each expert. {_UNCHANGED}", None, metavar="N", group="how much goes"
+    )
+    attention_heads: int | None = option(
+        f"Attention heads of the result. {_UNCHANGED}", None, metavar="N", group="how much goes"
+    )
+    key_value_heads: int | None = option(
+        f"Key-value heads of the result; each is removed with its group of heads. {_UNCHANGED}",
+        None,
+        metavar="N",
+        group="how much goes",
+    )
+    experts: int | None = option(
+        f"Experts per layer of the result. {_UNCHANGED}", None, metavar="N", group="how much goes"
+    )
+    like: str | os.PathLike[str] | None = option(
+        "Take the depth and all sizes from this smaller model; goes with --score uniform.",
+        None,
+        metavar="SMALL",
+        reads=True,
+        group="how much goes",
+    )
+    contiguous: bool | None = option(
+        f"Remove one block of adjacent layers, or any layers. Default: one block for {_BLOCK}; else any.",
+        None,
+        names=("--contiguous/--free",),
+        group="how much goes",
+    )
+    protect: tuple[int, int] | None = option(
+        f"How many first and last layers to keep. Default: {_PROTECT}, 1,1 with --greedy; else 0,0.",
+        None,
+        metavar="FIRST,LAST",
+        parse=_first_and_last,
+        group="how much goes",
+    )
+    keep_pattern: bool = option(
+        "Remove whole periods of a pattern such as 5 sliding layers, 1 full: llama.cpp counts on it.",
+        False,
+        group="how much goes",
+    )
+    greedy: bool = option(
+        f"With --score {_GREEDY}: score the model again after each removed layer (SLEB).",
+        False,
+        group="by which scores",
+    )
+    tokens: str = option(
+        f"With --score {_TOKENS}: measure at the last token of each sequence, or at all tokens.",
+        "last",
+        metavar="WHICH",
+        choices=("last", "all"),
+        group="by which scores",
+    )
+    data: Sequence[str] = option(
+        "Text to measure on: .txt, .jsonl, .csv, .parquet, Hub dataset ... Repeatable. Default: the model writes one.",
+        (),
+        metavar="DATA",
+        reads=True,
+        group="text",
+    )
+    columns: str | None = columns_option(group="text")
+    samples: int = option("Number of sequences taken from the text.", 32, metavar="N", group="text")
+    sequence_length: int = option("Tokens per sequence.", 256, metavar="T", group="text")
+    scores_from: str | os.PathLike[str] | None = option(
+        "Choose by the scores in this scores.json instead of running the model.",
+        None,
+        metavar="FILE",
+        reads=True,
+        group="by which scores",
+    )
+    evaluate: bool = option(
+        "Measure the perplexity on the text before and after.", True, names=("--evaluate/--no-evaluate",), group="text"
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        chosen_columns(self.columns)
+        if self.greedy and METHODS[self.score].greedy is None:
+            raise OptionError(
+                "greedy", f"--greedy: {self.score} has no greedy form", hint=f"--greedy goes with --score {_GREEDY}."
+            )
+        if self.greedy and self.contiguous:
+            hint = "Leave out --contiguous."
+            raise OptionError("greedy", "a greedy removal chooses layers one by one, not as a block", hint=hint)
+        if self.greedy and self.keep_pattern:
+            hint = "Leave out --greedy."
+            raise OptionError("greedy", "a greedy removal chooses layers one by one, not in whole periods", hint=hint)
+        if self.protect is not None and min(self.protect) < 0:
+            raise OptionError("protect", f"cannot protect {min(self.protect)} layers", hint="Write --protect 1,1.")
+        if self.layers is not None:
+            check_depth(self.layers)
+        self._check_sizes()
+
+    def _check_sizes(self) -> None:
+        """Raises OptionError where the size of the result is missing, unreadable, or given more than once."""
+        check_counts(self, *WIDTHS, "samples")
+        check_counts(self, "sequence_length", least=2)
+        narrows = any(size is not None for size in self.sizes.values())
+        if self.like is not None and (self.layers is not None or narrows):
+            raise OptionError("like", "sizes are given beside a model to take them from", hint="Give --like, or sizes.")
+        budgets = [target for target in (self.parameters, self.nbytes) if target is not None]
+        depths = [depth for depth in (self.layers, self.like, self.drop, self.keep) if depth is not None]
+        if len(budgets) + len(depths) > 1:
+            hint = "Give one of --layers, --drop, --keep and the targets."
+            raise OptionError("", "the depth is asked for more than once", hint=hint)
+        self._check_named()
+        if budgets and narrows:
+            raise OptionError("", "a budget decides the depth, not the width", hint="Give --layers beside sizes.")
+        if not (budgets or depths or narrows):
+            raise OptionError(
+                "", "nothing to prune", hint="Give --layers, a size such as --intermediate-size, or a target."
+            )
+
+    def _check_named(self) -> None:
+        """Raises OptionError where layers are named, and something else would choose them too."""
+        if not self.names_layers:
+            return
+        choosing = {"greedy": self.greedy, "contiguous": self.contiguous is not None}
+        choosing |= {"protect": self.protect is not None, "keep_pattern": self.keep_pattern}
+        if also := next((name for name, is_given in choosing.items() if is_given), None):
+            named = "--drop" if self.keep is None else "--keep"
+            raise OptionError(also, f"{flag_of(also)} chooses layers, and {named} names them", hint="Give one of them.")
+        if self.keep is not None and list(self.keep) != sorted(set(self.keep)):
+            raise OptionError(
+                "keep", "--keep must be in order: no layer moves, and none is repeated", hint="Such as --keep 0-5,8."
+            )
+
+    @property
+    def names_layers(self) -> bool:
+        """Whether the layers that go are named, and not chosen by scores."""
+        return self.drop is not None or self.keep is not None
+
+    @property
+    def parameters(self) -> int | None:
+        """The most parameters that the result may have. Raises OptionError for infinity and NaN."""
+        if self.target_parameters is None:
+            return None
+        if not 0 <= self.target_parameters < 1e18:
+            raise OptionError(
+                "target_parameters",
+                f"cannot read {self.target_parameters!r} as a number of parameters",
+                hint="Write 6.7e9.",
+            )
+        return int(self.target_parameters)
+
+    @property
+    def nbytes(self) -> int | None:
+        """The most bytes of weights that the result may have. Raises OptionError for text that is no size."""
+        return None if self.target_memory is None else size_in_bytes(self.target_memory, "target_memory")
+
+    @property
+    def sizes(self) -> dict[str, int | None]:
+        """The sizes that were given, by axis."""
+        return {
+            "hidden": self.hidden_size,
+            "ffn": self.intermediate_size,
+            "expert_ffn": self.expert_intermediate_size,
+            "heads": self.attention_heads,
+            "kv_heads": self.key_value_heads,
+            "experts": self.experts,
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunOptions(Checked):
+    """The options that say where the model is run, from which seed, and which of its revisions."""
+
+    device: str = device_option()
+    seed: int = seed_option()
+    revision: str | None = revision_option()
+    trust_remote_code: bool = trust_option()
+
+
+@dataclass(frozen=True, kw_only=True)
+class PruneOptions(RunOptions, CutOptions):
+    """The options of `prune`."""
+
+    all_tokens: bool = in_python('The same as tokens="all".', False)
+    measure: bool = in_python("False: read headers only; the plan then has exact sizes, and `choice` is None.", True)
+    progress: Progress | bool | None = progress_option()
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_seed(self.seed)
+
+    @property
+    def measures_all_tokens(self) -> bool:
+        """Whether the score is taken at all tokens of a sequence."""
+        return self.all_tokens or self.tokens == "all"
