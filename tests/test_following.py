@@ -120,6 +120,22 @@ def test_the_next_command_is_none_that_refuses_the_model(classes, following, her
     assert next_of(run("truncate", "enc", "--layers", 2, "-o", "out")) == following.split()
 
 
+def test_a_trained_classifier_is_judged_as_one(here, run):
+    import transformers
+
+    sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8}
+    config = transformers.BertConfig(vocab_size=300, **sizes)
+    transformers.BertForSequenceClassification(config).save_pretrained("enc")
+    talkers.tokenizer_of().save_pretrained("enc")
+    data = talkers.jsonl(here / "a.jsonl", *[{"text": word, "label": each} for each, word in enumerate(("cat", "rat"))])
+    words = ("--data", data, "--eval-data", data, "--max-steps", 1, "--batch-size", 1, "--device", "cpu")
+
+    judge = next_of(run("finetune", "enc", *words, "-o", "out"))
+
+    assert judge == ["evaluate", "out", "--metric", "classification", "--data", data]
+    assert run(*judge).code == 0
+
+
 def test_a_kept_adapter_is_compared_with_its_base_and_may_be_replaced(here, run):
     words = ("finetune", "whole", "--data", "my text.txt", *SHORT, "--lora", 2, "--keep-adapter", "-o", "adapter")
     judge = next_of(run(*words))

@@ -9,9 +9,11 @@ from typing import Any
 
 import typer
 
+from surgeon.anatomy.config import is_classifier, is_headless
 from surgeon.checkpoint.receipt import made_of
 from surgeon.cli.command import Debug, Json, Model, Quiet, data_words, emit_next, spread
 from surgeon.options import Checked, check_counts, keywords_of, option, reads_of
+from surgeon.surgery import open_source
 from surgeon.train.result import Training
 from surgeon.verbs import finetune as verb
 
@@ -137,4 +139,10 @@ def _next(model: str, output: str, options: verb.TrainingOptions) -> list[str]:
         return ["evaluate", output, "--gist", *(unseen or ["--data", "held-out.jsonl"])]
     baseline = options.teacher or (model if options.keep_adapter else made_of(model))
     against = [] if baseline is None else ["--baseline", baseline]
+    config = open_source(output).config
+    if is_headless(config) or config.get("is_encoder_decoder"):
+        return ["inspect", output]  # `evaluate` refuses both
+    if is_classifier(config):
+        unseen = unseen or ["--data", "held-out.jsonl"]
+        return ["evaluate", output, "--metric", "classification", *unseen, *against]
     return ["evaluate", output, *(unseen or ["--data", "held-out.txt"]), *against]
