@@ -257,6 +257,13 @@ def test_an_adapted_embedding_that_is_the_head_too_is_refused(tmp_path):
         _ = open_source(adapter).tensors
 
 
+def test_an_embedding_that_peft_trained_apart_from_its_tied_head_is_refused(tmp_path):
+    _, adapter = adapted(tmp_path, "llama-tied", modules_to_save=["embed_tokens"])
+
+    with pytest.raises(PlanError, match=r"'model.embed_tokens', which is the head too"):
+        surgeon.convert(adapter).save(tmp_path / "out")
+
+
 def test_an_adapter_that_is_a_pickle_is_named(tmp_path):
     _, adapter = adapted(tmp_path, r=4)
     (adapter / "adapter_model.safetensors").rename(adapter / "adapter_model.bin")

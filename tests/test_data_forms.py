@@ -18,7 +18,7 @@ from surgeon.errors import DataError
 from surgeon.options import OptionError
 
 if LATER:
-    from surgeon.data.rows import text_of
+    from surgeon.data.rows import by_template, text_of
     from surgeon.evals.answers import prompts_of, read_records
     from surgeon.evals.choices import read_questions
     from surgeon.evals.classes import read_labelled
@@ -158,7 +158,7 @@ def test_evaluate_asks_with_the_tokens_before_the_answer_that_finetune_trains(to
 
 def notes(reading: Reading, spec: str, template: str = TEMPLATE) -> tuple[str, ...]:
     list(reading.documents(spec))
-    return reading.notes(template)
+    return reading.notes(by_template(tokenizer_of(chat_template=template)))
 
 
 def test_every_column_is_read_or_named_in_a_note(tmp_path):
@@ -181,6 +181,16 @@ def test_keys_that_the_chat_template_does_not_write_are_named(tmp_path):
     plain = "{% for m in messages %}{{ m.role }}{{ m.content }}{% endfor %}"
     said = notes(Reading(), spec, plain)
     assert said == (f"{spec}: the chat template does not write 'name', 'tool_calls', 'tools'",)
+
+
+def test_what_a_template_mentions_and_does_not_write_is_named(tmp_path):
+    system = {"role": "system", "content": "Be brief."}
+    spec = jsonl(tmp_path / "a.jsonl", {"messages": [system, USER | {"name": "Ann"}, BOT], "tools": [TOOL]})
+    deaf = "{# no tools, no name #}{% for m in messages if m.role != 'system' %}{{ m.role }}{{ m.content }}{% endfor %}"
+
+    said = notes(Reading(), spec, deaf)
+
+    assert said == (f"{spec}: the chat template does not write the system turn, 'name', 'tools'",)
 
 
 def test_columns_that_are_not_there_are_refused_with_the_nearest_name(tmp_path):

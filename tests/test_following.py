@@ -69,7 +69,8 @@ def test_an_evaluation_alone_of_a_cut_model_offers_the_comparison(here, run):
 
     words = ("evaluate", "cut", "--data", "my text.txt")
 
-    assert next_of(run(*words, "--sequence-length", 8)) == [*words, "--baseline", "whole"]
+    asked = (*words, "--sequence-length", "8")
+    assert next_of(run(*asked)) == [*asked, "--baseline", "whole"]  # measured in the same way
     assert next_of(run("evaluate", "whole", "--data", "my text.txt", "--sequence-length", 8)) == []
 
 
@@ -78,6 +79,81 @@ def test_a_diagnosis_ends_with_the_cut_that_it_prepares(here, run):
 
     wanted = ["prune", "whole", "--score", "block-influence", "--layers", "80%", "--data", "my text.txt"]
     assert next_of(outcome) == wanted
+
+
+COLUMNS = ("--columns", "prompt=q,completion=a")
+
+
+@pytest.fixture
+def odd(here):
+    """Return the words that name records whose columns must be chosen."""
+    talkers.jsonl(here / "odd.jsonl", *[{"q": f"{word}?", "a": f"{word} is the cat"} for word in "abcdefgh"])
+    return ("--data", "odd.jsonl", *COLUMNS)
+
+
+def test_the_columns_of_data_go_along_into_the_next_command(odd, run):
+    heal = next_of(run("prune", "whole", "--layers", 4, *odd, "--sequence-length", 8, "-o", "cut"))
+    judge = next_of(run(*heal, "--eval-data", "odd.jsonl", *SHORT, "-o", "healed"))
+    cut = next_of(run("diagnose", "whole", *odd, "--sequence-length", 8, "--samples", 4))
+
+    assert heal == ["finetune", "cut", *odd, "--teacher", "whole"]
+    assert judge == ["evaluate", "healed", *odd, "--baseline", "whole"]
+    assert cut[-4:] == [*odd]
+
+
+@pytest.mark.parametrize(
+    ("classes", "following"),
+    [
+        ("BertForMaskedLM", "inspect out"),
+        ("BertForSequenceClassification", "finetune out --data text.txt"),
+        ("BertModel", "finetune out --data text.txt --teacher enc"),
+    ],
+)
+def test_the_next_command_is_none_that_refuses_the_model(classes, following, here, run):
+    import transformers
+
+    config = transformers.BertConfig(
+        vocab_size=300, hidden_size=8, num_hidden_layers=3, num_attention_heads=2, intermediate_size=8
+    )
+    getattr(transformers, classes)(config).save_pretrained("enc")
+
+    assert next_of(run("truncate", "enc", "--layers", 2, "-o", "out")) == following.split()
+
+
+def test_a_trained_classifier_is_judged_as_one(here, run):
+    import transformers
+
+    sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8}
+    config = transformers.BertConfig(vocab_size=300, **sizes)
+    transformers.BertForSequenceClassification(config).save_pretrained("enc")
+    talkers.tokenizer_of().save_pretrained("enc")
+    data = talkers.jsonl(here / "a.jsonl", *[{"text": word, "label": each} for each, word in enumerate(("cat", "rat"))])
+    words = ("--data", data, "--eval-data", data, "--max-steps", 1, "--batch-size", 1, "--device", "cpu")
+
+    judge = next_of(run("finetune", "enc", *words, "-o", "out"))
+
+    assert judge == ["evaluate", "out", "--metric", "classification", "--data", data]
+    assert run(*judge).code == 0
+
+
+def test_a_kept_adapter_is_compared_with_its_base_and_may_be_replaced(here, run):
+    words = ("finetune", "whole", "--data", "my text.txt", *SHORT, "--lora", 2, "--keep-adapter", "-o", "adapter")
+    judge = next_of(run(*words))
+    again = run(*words, "--overwrite", "--run-dir", "another")
+
+    assert judge == ["evaluate", "adapter", "--data", "held-out.txt", "--baseline", "whole"]
+    assert again.code == 0
+
+
+def test_an_adapter_of_an_adapter_is_refused_before_it_is_trained(here, run):
+    words = ("--data", "my text.txt", *SHORT, "--lora", 2, "--keep-adapter")
+    run("finetune", "whole", *words, "-o", "first")
+
+    outcome = run("finetune", "first", *words, "-o", "second")
+
+    assert outcome.code != 0
+    assert "first is an adapter, so one that is trained on it would have no base that is stored" in outcome.err
+    assert "surgeon convert first -o merged" in outcome.err
 
 
 def test_seconds_are_those_of_the_whole_command_and_its_parts_add_up(here, run):

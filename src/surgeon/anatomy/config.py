@@ -18,7 +18,7 @@ from surgeon.anatomy.layer_rules import (
     Rule,
 )
 from surgeon.anatomy.spellings import SPELLINGS, Quantity
-from surgeon.checkpoint.header import QUANTIZATION_KEYS
+from surgeon.checkpoint.header import QUANTIZATION_KEYS, is_quantized
 from surgeon.checkpoint.source import Source
 from surgeon.errors import CheckpointError
 from surgeon.text import layers as ranges
@@ -89,6 +89,29 @@ def is_headless(config: Mapping[str, Any]) -> bool:
     """Return whether the classes that a config names put out their last states, and no logits: GPT2Model."""
     names = class_names(config)
     return bool(names) and all(name.endswith("Model") and "Head" not in name for name in names)
+
+
+UNTRAINED = (  # ends of classes that would run as language models, or fail in the middle of it
+    "ForMaskedLM",
+    "ForPreTraining",
+    "ForNextSentencePrediction",
+    "ForTokenClassification",
+    "ForQuestionAnswering",
+    "ForMultipleChoice",
+)
+
+
+def is_classifier(config: Mapping[str, Any]) -> bool:
+    """Return whether a config names a classifier of whole texts."""
+    return any(name.endswith("ForSequenceClassification") for name in class_names(config))
+
+
+def trains(config: Mapping[str, Any], *, teacher: bool) -> bool:
+    """Return whether `finetune` has a loss for a model of this config: from a teacher, or without one."""
+    if any(name.endswith(UNTRAINED) for name in class_names(config)) or is_quantized(config):
+        return False
+    encodes = bool(config.get("is_encoder_decoder"))
+    return not encodes and not is_classifier(config) if teacher else encodes or not is_headless(config)
 
 
 def spelled(config: Mapping[str, Any], quantity: Quantity) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from surgeon.checkpoint.derived import DerivedSource
 from surgeon.checkpoint.header import read_header
@@ -32,6 +32,8 @@ MERGED = "merged:"  # no file of a model has a colon in its name
 WRAPPED = "base_model.model."  # before the names of all tensors that PEFT saves
 _BASE_LAYER = re.compile(r"(?P<module>.+)\.base_layer\.(?P<end>weight|bias)")  # PEFT saves that of an embedding too
 _PAIR = re.compile(r"(?P<module>.+)\.lora_(?P<embedding>embedding_)?(?P<part>[AB])(?:\.weight)?")
+# How the modules are called that look up the rows of tokens.
+_EMBEDDINGS = ("embed_tokens", "wte", "word_embeddings", "embed_in", "shared", "tok_embeddings")
 _PATTERN = re.compile(r"\^?(?:[\w.]|\\[.d])(?:[\w.]|\\[.d]|[*+](?![*+]))*")
 _DTYPES = {"F64": "float64", "F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 # What an adapter_config.json may say without changing what its tensors are; anything else that is set is refused.
@@ -231,6 +233,8 @@ def _updates(source: MergedSource) -> Mapping[str, Update]:
                     f"{list(base.shape)}",
                     hint="Is it the base that the adapter was trained on? --base of surgeon convert names another.",
                 )
+            if own is None and _is_own_copy(source, name) and not _head_is_apart(source):
+                _refuse_shared(source, name.removesuffix(".weight"))
             updates[target] = Update(whole=tensor)
     for module, parts in pairs.items():
         target, update = _pair(source, module, parts)
@@ -254,10 +258,7 @@ def _pair(source: MergedSource, module: str, parts: Mapping[str, StoredTensor]) 
         raise CheckpointError(f"{source.name} holds one half of the adapter of {module!r}", hint="Save it again.")
     target = _target(source, f"{module}.weight")
     if is_embedding and not _head_is_apart(source):
-        raise PlanError(
-            f"{source.name} adapts {module!r}, which is the head too: to merge it would change both",
-            hint="Train with modules_to_save, or merge it with PEFT and look at the result.",
-        )
+        _refuse_shared(source, module)
     config, base = source.config_of_adapter, source.base.tensors[target].spec
     if any(len(each.shape) != 2 for each in (down.spec, up.spec, base)) or up.spec.shape[1] != down.spec.shape[0]:
         shapes = " and ".join(str(list(each.spec.shape)) for each in (down, up))
@@ -308,6 +309,21 @@ def _target(source: MergedSource, name: str) -> str:
             hint="Is it the base that it was trained on, with the same head? --base of surgeon convert names another.",
         )
     return near[0]
+
+
+def _is_own_copy(source: MergedSource, name: str) -> bool:
+    """Return whether a saved tensor is an embedding that PEFT trained as a copy, which the head did not follow."""
+    module = name.removesuffix(".weight")
+    copied = source.config_of_adapter.get("modules_to_save")
+    is_copied = any(module == each or module.endswith(f".{each}") for each in copied or ())
+    return is_copied and module.endswith(_EMBEDDINGS)
+
+
+def _refuse_shared(source: MergedSource, module: str) -> NoReturn:
+    raise PlanError(
+        f"{source.name} changes {module!r}, which is the head too: to merge it would change both",
+        hint="PEFT trained the two apart: give the base a head of its own, or train it again without its embedding.",
+    )
 
 
 def _head_is_apart(source: MergedSource) -> bool:

@@ -19,7 +19,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from surgeon.checkpoint.header import CHANGED_HINT, FilePart, FileRange
-from surgeon.checkpoint.source import CONFIG
+from surgeon.checkpoint.source import CONFIG, is_adapter
 from surgeon.errors import CheckpointError, OutputError
 from surgeon.options import Reads
 from surgeon.text import size
@@ -47,7 +47,7 @@ def check_target(target: Path, *, overwrite: bool, reads: Reads) -> None:
         return
     if not overwrite:
         raise OutputError(f"{target} exists and is not empty", hint="Replace it with --overwrite, or choose -o.")
-    if not (target / CONFIG).is_file():
+    if not (target / CONFIG).is_file() and not is_adapter(target):
         raise OutputError(
             f"{target} is not a checkpoint, so it is not replaced", hint="Remove it yourself, or choose -o."
         )

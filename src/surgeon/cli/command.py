@@ -4,7 +4,7 @@ import inspect
 import os
 import shlex
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import MISSING, dataclass, fields, is_dataclass, replace
 from pathlib import Path
 from types import ModuleType, UnionType
@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Protocol, Union, get_args, get
 
 import typer
 
+from surgeon.anatomy.config import trains
 from surgeon.cli import clock
 from surgeon.cli.help import SETTINGS, Command
 from surgeon.cli.terminal import emit, emit_json, log
@@ -230,10 +231,18 @@ def check(surgery: Surgery, writing: Writing) -> None:
     _check(draft_of(surgery, writing), writing)
 
 
-def run(surgery: Surgery, writing: Writing, *, verify: bool | None = False, report: Report | None = None) -> None:
+def run(
+    surgery: Surgery,
+    writing: Writing,
+    *,
+    verify: bool | None = False,
+    report: Report | None = None,
+    columns: str | None = None,
+) -> None:
     """Carry a surgery out and print its summary.
 
     With `verify` the result is loaded and compared with its source before it takes its place; None: where it is small.
+    `columns` are those that the surgery's data was read by.
     """
     summary, rows, entries = carried_out(surgery, writing, verify=verify, report=report)
     if writing.json:
@@ -241,19 +250,25 @@ def run(surgery: Surgery, writing: Writing, *, verify: bool | None = False, repo
         return
     emit(replace(summary, seconds=clock.seconds()).to_text(done=not writing.dry_run, rows=rows))
     if not writing.dry_run:
-        emit_next(*_following(surgery, str(summary.output)))
+        emit_next(*_following(surgery, str(summary.output), columns))
 
 
-def _following(surgery: Surgery, output: str) -> list[str]:
+def _following(surgery: Surgery, output: str, columns: str | None) -> list[str]:
     """Return the words of the command that a result is made for, filled in from what is known."""
-    known = {"{output}": [output], "{source}": [surgery.source.label], "{data}": list(surgery.reads.get("--data", ()))}
-    known["{data}"] = known["{data}"] or [SOME_TEXT]
-    words: list[str] = []
-    for word in verb_named(next(iter(surgery.plan.steps[-1]))).then.split():
-        flag = words.pop() if word == "{data}" else None  # repeated before each of them
-        for value in known.get(word, [word]):
-            words += [value] if flag is None else [flag, value]
-    return words
+    data = surgery.reads.get("--data", ())
+    words = {"{output}": [output], "{source}": [surgery.source.label]}
+    words["{data}"] = data_words(data, columns) if data else data_words([SOME_TEXT])
+    then, config = verb_named(next(iter(surgery.plan.steps[-1]))).then, surgery.spec.config
+    if then.startswith("finetune") and not trains(config, teacher="--teacher" in then):
+        then = then.replace(" --teacher {source}", "")
+    if then.startswith("finetune") and not trains(config, teacher="--teacher" in then):
+        then = "inspect {output}"
+    return [item for word in then.split() for item in words.get(word, [word])]
+
+
+def data_words(data: Iterable[str], columns: str | None = None) -> list[str]:
+    """Return the words that name data to another command, which is to read the same of it."""
+    return [word for name in data for word in ("--data", name)] + ([] if columns is None else ["--columns", columns])
 
 
 SOME_TEXT = "text.txt"  # where a command cannot know which

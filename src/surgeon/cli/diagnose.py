@@ -1,6 +1,6 @@
 """`surgeon diagnose`."""
 
-from surgeon.cli.command import Debug, Json, Model, Quiet, emit_next, spread
+from surgeon.cli.command import Debug, Json, Model, Quiet, data_words, emit_next, spread
 from surgeon.cli.terminal import emit, emit_json
 from surgeon.options import keywords_of
 from surgeon.verbs import diagnose as verb
@@ -23,5 +23,5 @@ def diagnose(
         emit_json(diagnosis.to_dict())
         return
     emit(diagnosis.to_text())
-    data = (word for data in options.data for word in ("--data", data))
+    data = data_words(options.data, options.columns)
     emit_next("prune", model, "--score", "block-influence", "--layers", "80%", *data)

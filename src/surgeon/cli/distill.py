@@ -3,7 +3,7 @@
 import sys
 import time
 
-from surgeon.cli.command import Debug, Json, Model, Quiet, emit_next, spread
+from surgeon.cli.command import Debug, Json, Model, Quiet, data_words, emit_next, spread
 from surgeon.cli.terminal import emit, emit_json, log, results_alone
 from surgeon.options import keywords_of
 from surgeon.rewriting.loop import Progress
@@ -38,7 +38,7 @@ def distill(
         emit_json(done.to_dict())
         return
     emit(done.to_text())
-    emit_next("finetune", "CUT-MODEL", "--data", str(done.output))
+    emit_next("finetune", "CUT-MODEL", *data_words([str(done.output)], options.columns))
 
 
 class ProgressLine:

@@ -1,5 +1,6 @@
 """`surgeon evaluate`."""
 
+import sys
 from typing import Annotated
 
 import typer
@@ -34,5 +35,4 @@ def evaluate(
     emit(evaluation.to_markdown() if markdown else evaluation.to_text())
     is_alone = options.baseline is None and not options.gist and not markdown
     if is_alone and (source := made_of(model)) is not None:
-        data = (word for data in options.data for word in ("--data", data))
-        emit_next("evaluate", model, *data, "--baseline", source)
+        emit_next(*sys.argv[1:], "--baseline", source)  # measured in the same way

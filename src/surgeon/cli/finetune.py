@@ -9,9 +9,11 @@ from typing import Any
 
 import typer
 
+from surgeon.anatomy.config import is_classifier, is_headless
 from surgeon.checkpoint.receipt import made_of
-from surgeon.cli.command import Debug, Json, Model, Quiet, emit_next, spread
+from surgeon.cli.command import Debug, Json, Model, Quiet, data_words, emit_next, spread
 from surgeon.options import Checked, check_counts, keywords_of, option, reads_of
+from surgeon.surgery import open_source
 from surgeon.train.result import Training
 from surgeon.verbs import finetune as verb
 
@@ -126,17 +128,21 @@ def _going_on(run_dir: Path) -> str:
 
 
 def _next(model: str, output: str, options: verb.TrainingOptions) -> list[str]:
-    """Return the words of the command that a user may want next, none for adapters that only PEFT loads.
+    """Return the words of the command that a user may want next.
 
     What is judged is judged on held-out data, against the teacher, or else what the model was made of.
     """
     if options.gist_reader == "frozen":
         return ["compress", model, "--adapter", output, "--prompt-file", "prompt.txt"]
-    if options.keep_adapter:
-        return []
-    unseen = [word for data in options.eval_data for word in ("--data", data)]
+    unseen = data_words(options.eval_data, options.columns) if options.eval_data else []
     if options.gist:
         return ["evaluate", output, "--gist", *(unseen or ["--data", "held-out.jsonl"])]
-    baseline = options.teacher or made_of(model)
+    baseline = options.teacher or (model if options.keep_adapter else made_of(model))
     against = [] if baseline is None else ["--baseline", baseline]
+    config = open_source(output).config
+    if is_headless(config) or config.get("is_encoder_decoder"):
+        return ["inspect", output]  # `evaluate` refuses both
+    if is_classifier(config):
+        unseen = unseen or ["--data", "held-out.jsonl"]
+        return ["evaluate", output, "--metric", "classification", *unseen, *against]
     return ["evaluate", output, *(unseen or ["--data", "held-out.txt"]), *against]

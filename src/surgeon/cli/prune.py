@@ -73,7 +73,7 @@ def prune(
                 report = replace(report, before=surgery.perplexity())
             if curve:
                 report = replace(report, without=surgery.curve())
-    command.run(surgery, writing, report=report)
+    command.run(surgery, writing, report=report, columns=options.columns)
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from surgeon.data.records import (
     Document,
     Forms,
     Unread,
+    Write,
     check_columns,
     chosen_columns,
     form_of,
@@ -65,9 +66,12 @@ class Reading:
             self._unread.look(spec, document)
             yield document
 
-    def notes(self, chat_template: object = None) -> tuple[str, ...]:
-        """Return sentences about the columns, and the keys of chats, that were not read of the documents until now."""
-        return tuple(self._unread.notes(chat_template))
+    def notes(self, write: Write | None = None) -> tuple[str, ...]:
+        """Return sentences about what was not read of the documents until now.
+
+        That is columns, and with `write` also what of their chats the template does not write.
+        """
+        return tuple(self._unread.notes(write))
 
 
 # --- what a name means ------------------------------------------------------------------------------------------------

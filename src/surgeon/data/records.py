@@ -1,6 +1,6 @@
 """Records: the one place that decides the form of a record, the columns that it is read from, and its document."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from typing import Any
@@ -33,6 +33,7 @@ ANSWER_HINT = (
     "A record has prompt and completion; or instruction and output; or question and answer; "
     "or messages that end with the assistant's."
 )
+SYSTEM = "the system turn"
 MOST_NAMED = 8  # columns in one note
 
 
@@ -213,6 +214,9 @@ def check_columns(columns: Iterable[str], names: Iterable[str], where: str) -> N
             raise DataError(f"{where} has no column {column!r}, which --columns names", hint=hint)
 
 
+Write = Callable[[Sequence[Mapping[str, Any]], Sequence[Mapping[str, Any]]], str]  # of messages and tools
+
+
 class Forms:
     """The forms of records that come one after another, each decided once for the same columns.
 
@@ -247,33 +251,58 @@ class Forms:
 
 
 class Unread:
-    """What of some documents is not read: columns, and keys of chats that the chat template does not write."""
+    """What of some documents is not read: columns, and what of chats the chat template does not write."""
 
     def __init__(self) -> None:
         self._columns: dict[tuple[str, str], dict[str, None]] = {}  # by the data and the form, in order
-        self._keys: dict[str, dict[str, None]] = {}
+        self._chats: dict[str, dict[str, Document]] = {}  # by the data, the first chat with each key
 
     def look(self, data: str, document: Document) -> None:
         """Remember a document of a data argument."""
         if document.form is not None and document.form.unread:
             self._columns.setdefault((data, str(document.form)), {}).update(dict.fromkeys(document.form.unread))
         if document.messages:
-            keys = self._keys.setdefault(data, {})
+            first = self._chats.setdefault(data, {})
             for message in document.messages:
+                if message["role"] == "system":
+                    first.setdefault(SYSTEM, document)
                 if len(message) > 2:
-                    keys.update(dict.fromkeys(message))
+                    for key in [key for key in message if key not in ("role", "content") and message[key] != ""]:
+                        first.setdefault(key, document)
             if document.tools:
-                keys["tools"] = None
+                first.setdefault("tools", document)
 
-    def notes(self, chat_template: object) -> list[str]:
-        """Return sentences for the user: of each data argument what is read, and what is not."""
+    def notes(self, write: Write | None) -> list[str]:
+        """Return sentences for the user: of each data argument what is read, and what is not.
+
+        `write` returns a chat as the template writes it, and raises DataError where that refuses it. What makes no
+        difference to the text is not written.
+        """
         notes = []
         for (data, form), unread in self._columns.items():
             names = ", ".join(map(repr, list(unread)[:MOST_NAMED]))
             more = f" and {len(unread) - MOST_NAMED} more" if len(unread) > MOST_NAMED else ""
             notes.append(f"{data}: read as {form}; not read: {names}{more} (--columns chooses)")
-        for data, keys in self._keys.items():
-            template = str(chat_template or "")
-            if lost := [key for key in keys if key not in ("role", "content") and key not in template]:
-                notes.append(f"{data}: the chat template does not write {', '.join(map(repr, lost))}")
+        if write is None:
+            return notes
+        for data, first in self._chats.items():
+            if lost := [key for key, document in first.items() if not _is_written(document, key, write)]:
+                names = ", ".join(key if key == SYSTEM else repr(key) for key in lost)
+                notes.append(f"{data}: the chat template does not write {names}")
         return notes
+
+
+def _is_written(document: Document, key: str, write: Write) -> bool:
+    """Return whether a template's text of a chat is another one without this key, or without its system turn."""
+    if key == SYSTEM:
+        without: list[Mapping[str, Any]] = [
+            {**each, "content": f"{each['content']}{SYSTEM}"} if each["role"] == "system" else each
+            for each in document.messages
+        ]
+    else:
+        without = [{name: value for name, value in each.items() if name != key} for each in document.messages]
+    try:
+        whole = write(document.messages, document.tools)
+        return whole != write(without, () if key == "tools" else document.tools)
+    except DataError:  # it looks at what is missing
+        return True

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from surgeon.data.chats import checked_text
 from surgeon.data.documents import Reading
-from surgeon.data.records import Document
+from surgeon.data.records import Document, Write
 from surgeon.errors import DataError, failure_of_library
 
 if TYPE_CHECKING:
@@ -78,7 +78,7 @@ def read_rows(
     length = min(sequence_length, len(ids))
     num_rows = min(samples, len(ids) // length)
     tokens = torch.frombuffer(ids, dtype=torch.int64)[: num_rows * length].reshape(num_rows, length).clone()
-    return TokenRows(tokens, digest(tokens), source, texts, reading.notes(tokenizer.chat_template))
+    return TokenRows(tokens, digest(tokens), source, texts, reading.notes(by_template(tokenizer)))
 
 
 def check_shape(samples: int, sequence_length: int) -> None:
@@ -132,6 +132,11 @@ def templated(
             chat, tools=[dict(tool) for tool in tools] or None, tokenize=False, add_generation_prompt=answer
         )
     return written_by_template(text, (*messages, *tools), where)
+
+
+def by_template(tokenizer: "PreTrainedTokenizerBase") -> Write:
+    """Return the function that writes a chat by the tokenizer's template: its messages and its tools."""
+    return lambda messages, tools: templated(messages, tokenizer, "a chat", tools=tools)
 
 
 _PROBE = "surgeon asks"

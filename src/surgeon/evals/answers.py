@@ -10,7 +10,7 @@ from surgeon.anatomy.anatomy import read_anatomy
 from surgeon.checkpoint.source import spec_of
 from surgeon.data.documents import Reading
 from surgeon.data.records import ANSWER_HINT, Document
-from surgeon.data.rows import begin_of_text, encode, templated
+from surgeon.data.rows import begin_of_text, by_template, encode, templated
 from surgeon.errors import DataError
 from surgeon.evals.compare import Scored, estimate
 from surgeon.evals.evaluation import EvalContext, Evaluation, sha256_of
@@ -49,7 +49,7 @@ def evaluate_answers(context: EvalContext, options: EvaluationOptions) -> Evalua
     _check_prompts(prompts, context, length)
     references = [_reference(prompt, options) for prompt in prompts]
     scored: list[Scored] = []
-    notes: list[str] = [*reading.notes(context.tokenizers[0].chat_template)]
+    notes: list[str] = [*reading.notes(by_template(context.tokenizers[0]))]
     predictions: list[dict[str, Any]] = [{"prompt": prompt.text, "reference": prompt.reference} for prompt in prompts]
     for source, tokenizer, prefix in zip(context.sources, context.tokenizers, ("", "baseline_"), strict=False):
         depth = read_anatomy(spec_of(source)).depth

@@ -13,6 +13,7 @@ from surgeon.anatomy.anatomy import read_anatomy
 from surgeon.checkpoint.source import spec_of
 from surgeon.data.documents import Reading
 from surgeon.data.records import chosen_columns
+from surgeon.data.rows import by_template
 from surgeon.errors import PlanError
 from surgeon.evals.compare import (
     Estimate,
@@ -265,7 +266,7 @@ def score_gist(model: str | os.PathLike[str], options: GistEvaluationOptions) ->
         gist_tokens=count,
         prompt_tokens=sum(len(record.begin) + len(record.prompt) for record in records) / len(records),
         setup=context.setup(options.data, sha256_of([(r.asked("gist"), r.answer) for r in records]), options.columns)
-        | ({"notes": list(notes)} if (notes := reading.notes(context.tokenizers[0].chat_template)) else {})
+        | ({"notes": list(notes)} if (notes := reading.notes(by_template(context.tokenizers[0]))) else {})
         | {"max_new_tokens": length, "batch_size": batch_size},
         predictions=tuple(predictions),
         seconds=monotonic() - began,

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from surgeon.anatomy.config import positions_of
 from surgeon.data.documents import Reading
+from surgeon.data.rows import by_template
 from surgeon.errors import DataError
 from surgeon.evals.compare import Scored, estimate, exponential
 from surgeon.evals.evaluation import EvalContext, Evaluation, sha256_of
@@ -49,7 +50,7 @@ def evaluate_documents(context: EvalContext, options: EvaluationOptions) -> Eval
         scored.append(Scored(model.label, figures, counts, {"loss": tuple(sums)}, sizes))
     notes = [f"{cut} of {len(spans)} documents were cut at {most} tokens"] if cut else []
     notes += [ONE_ROW] if len(spans) < 2 else []
-    notes += reading.notes(context.tokenizers[0].chat_template)
+    notes += reading.notes(by_template(context.tokenizers[0]))
     digest = sha256_of([list(ids) for ids, _, _ in spans])
     setup = context.setup(options.data, digest, options.columns) | {
         "sequence_length": most,

@@ -14,7 +14,7 @@ import numpy as np
 
 from surgeon.data.documents import Reading
 from surgeon.data.records import Document
-from surgeon.data.rows import check_shape, hashed
+from surgeon.data.rows import by_template, check_shape, hashed
 from surgeon.errors import DataError, OutputError
 from surgeon.train.examples import Example
 from surgeon.train.settings import Settings
@@ -87,7 +87,7 @@ def prepare(
             first = sum(source.num_documents for source in sources)
             reader = _Reader(tokenizer, writer, number, sequence_length, first, task)
             reader.read(stream, limit, progress)
-            notes = readings[number].notes(tokenizer.chat_template)
+            notes = readings[number].notes(by_template(tokenizer))
             sources.append(reader.counts(spec, files, notes))
         if not sum(source.num_trained for source in sources):
             raise DataError(

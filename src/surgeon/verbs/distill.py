@@ -18,6 +18,7 @@ from surgeon.checkpoint.overlap import check_file_replaced
 from surgeon.checkpoint.receipt import public_name, to_bytes, versions
 from surgeon.checkpoint.source import Source, fingerprint
 from surgeon.data.documents import Reading, check_there
+from surgeon.data.rows import by_template
 from surgeon.errors import CheckpointError, DataError, OutputError
 from surgeon.evals.compare import estimate
 from surgeon.evals.evaluation import open_evaluated
@@ -176,7 +177,7 @@ def _distilled(source: Source, options: DistillOptions) -> Distillation:
         source.check_unchanged()
         sha256 = _write(target, asked, journal, teacher, options)
         result = _summary(asked, journal, progress, options, engine=engine_name, resumed=resumed, sha256=sha256)
-        notes = (*result.notes, *reading.notes(tokenizer.chat_template))
+        notes = (*result.notes, *reading.notes(by_template(tokenizer)))
         result = replace(result, notes=notes, seconds=round(monotonic() - began, 3))
         _write_receipt(target, request, result, options)
         journal.remove()

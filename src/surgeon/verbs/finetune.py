@@ -1,6 +1,7 @@
 """The verb `finetune`: train a checkpoint on data, in a run directory that outlives the process."""
 
 import os
+import shlex
 import tempfile
 import time
 from collections.abc import Collection, Mapping, Sequence
@@ -11,9 +12,10 @@ from types import UnionType
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from surgeon.anatomy.anatomy import read_anatomy
-from surgeon.anatomy.config import class_names, is_headless
+from surgeon.anatomy.config import UNTRAINED, class_names, is_classifier, is_headless
 from surgeon.checkpoint import output as outputs
 from surgeon.checkpoint.header import is_quantized
+from surgeon.checkpoint.lora import MergedSource
 from surgeon.checkpoint.source import Source, spec_of
 from surgeon.data.documents import check_there
 from surgeon.errors import MeasureError, OutputError, PlanError
@@ -155,6 +157,11 @@ def finetune(model: str | os.PathLike[str], options: FinetuneOptions) -> Trainin
     training = checked(options.of(TrainingOptions))
     check_there((*options.data, *options.eval_data))
     source = opened(model, options.revision)
+    if training.keep_adapter and isinstance(source, MergedSource):
+        raise PlanError(
+            f"{source.label} is an adapter, so one that is trained on it would have no base that is stored",
+            hint=f"Store it first: surgeon convert {shlex.quote(source.label)} -o merged",
+        )
     if training.teacher:
         open_source(training.teacher)  # a mistyped name is answered now, and not once the student is loaded
     target, place = places_of(model, options)
@@ -297,16 +304,6 @@ def task_of(source: Source, options: TrainingOptions) -> "Task":
     return GistTask(settings=settings, recorded=recorded, source=source, gist=options.of(GistSettings))
 
 
-UNTRAINED = (  # ends of classes that would run as language models, or fail in the middle of it
-    "ForMaskedLM",
-    "ForPreTraining",
-    "ForNextSentencePrediction",
-    "ForTokenClassification",
-    "ForQuestionAnswering",
-    "ForMultipleChoice",
-)
-
-
 def _plain_task(source: Source, settings: Settings, recorded: Mapping[str, Any]) -> "Task":
     """Return the task that the model's own class chooses. Raises PlanError for options that it does not have."""
     from surgeon.train.task import Task
@@ -318,7 +315,7 @@ def _plain_task(source: Source, settings: Settings, recorded: Mapping[str, Any])
             hint="Language models, encoder-decoders and sequence classifiers are trained; an encoder with --teacher.",
         )
     encodes = bool(source.config.get("is_encoder_decoder"))
-    classifies = any(name.endswith("ForSequenceClassification") for name in names)
+    classifies = is_classifier(source.config)
     embeds = not encodes and is_headless(source.config)
     if not encodes and not classifies and not (embeds and settings.teacher):
         return Task(settings, recorded)

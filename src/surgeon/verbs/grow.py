@@ -27,7 +27,7 @@ from surgeon.transforms.grow import check_size, grown_depth
 from surgeon.transforms.grow import grow as plan_grow
 from surgeon.transforms.widths import WIDTH_METHODS
 
-VERB = Verb(keeps_function=True, counts_layers=True, plans="grow", then="finetune {output} --data {data}")
+VERB = Verb(keeps_function=True, counts_layers=True, plans="grow", then="finetune {output} {data}")
 _SIZE = "a number or 2x. Default: unchanged"
 
 

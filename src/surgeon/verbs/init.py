@@ -22,7 +22,7 @@ from surgeon.options import Checked, OptionError, Verb, check_seed, option, revi
 from surgeon.surgery import Surgery, open_source
 from surgeon.transforms.initial import initialise
 
-VERB = Verb(plans="init", begins=True, then="finetune {output} --data {data}")
+VERB = Verb(plans="init", begins=True, then="finetune {output} {data}")
 BYTES = "bytes"  # the tokenizer that surgeon makes
 _KEY = re.compile(r"[A-Za-z_]\w*")
 _WORD = re.compile(r"[A-Za-z_][\w./-]*")

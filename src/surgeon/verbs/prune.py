@@ -31,7 +31,7 @@ from surgeon.verbs.pruning import Pruning
 if TYPE_CHECKING:
     from surgeon.measure.calibration import Calibration
 
-VERB = Verb(counts_layers=True, plans="prune", begins=True, then="finetune {output} --data {data} --teacher {source}")
+VERB = Verb(counts_layers=True, plans="prune", begins=True, then="finetune {output} {data} --teacher {source}")
 UNSCORED = "No scores yet: counts and sizes are exact, what goes is not decided."
 HEAVY = "more than a quarter of the layers goes: expect a broken model until it is healed (finetuned)"
 

@@ -17,7 +17,7 @@ def _parts(text: str) -> list[str]:
     return [] if text.strip() == NONE else words(text)
 
 
-VERB = Verb(counts_layers=True, plans="truncate", then="finetune {output} --data {data} --teacher {source}")
+VERB = Verb(counts_layers=True, plans="truncate", then="finetune {output} {data} --teacher {source}")
 
 
 @dataclass(frozen=True, kw_only=True)
