@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from surgeon.data.records import document
+from surgeon.data import records
 from surgeon.errors import DataError
 from surgeon.evals.metrics import final_number
 from surgeon.rewriting.checks import Checks, copied
@@ -18,7 +18,7 @@ TOLD = {"instruction": "Name a sea.", "input": "", "output": "The Baltic Sea is 
 
 
 def row(record: dict[str, Any]) -> Row:
-    return row_of(document(record, "a.jsonl:1"))
+    return row_of(records.form_of(record, "a.jsonl:1").document(record, "a.jsonl:1"))
 
 
 def fault(answer: str, record: dict[str, Any] = TOLD, *, is_finished: bool = True, **checks: Any) -> str | None:

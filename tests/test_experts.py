@@ -243,15 +243,15 @@ def test_code_of_a_checkpoints_own_is_not_guessed_at(dense, tmp_path):
 @pytest.mark.parametrize(
     ("options", "reason"),
     [
-        ({"experts": 1}, "1 is no number of experts"),
-        ({"experts": 0}, "0 is no number of experts"),
-        ({"experts": -4}, "-4 is no number of experts"),
-        ({"experts": True}, "True is no number of experts"),
+        ({"experts": 1}, "--experts is 1; the least is 2"),
+        ({"experts": 0}, "--experts is 0; the least is 2"),
+        ({"experts": -4}, "--experts is -4; the least is 2"),
+        ({"experts": True}, "--experts is True; the least is 2"),
         ({"experts": 10**9}, "1000000000 is no number of experts"),
-        ({"experts": "2x"}, "'2x' is no number of experts"),
+        ({"experts": "2x"}, "--experts is '2x', no whole number"),
         ({"experts": 4, "experts_per_token": 5}, "a token cannot take 5 of 4 experts"),
-        ({"experts": 4, "experts_per_token": 0}, "a token cannot take 0 of 4 experts"),
-        ({"experts_per_token": 3, "layers": 8}, "no experts"),
+        ({"experts": 4, "experts_per_token": 0}, "--experts-per-token is 0; the least is 1"),
+        ({"experts_per_token": 3, "layers": 8}, "--experts-per-token has no effect without --experts"),
         ({"experts": 4, "layers": 8, "donor": "self"}, "a donor gives layers, nothing else"),
     ],
 )

@@ -12,7 +12,7 @@ import toys
 from later import LATER
 
 import surgeon
-from surgeon.data.records import document
+from surgeon.data.records import form_of
 from surgeon.errors import PlanError
 from surgeon.gist.layout import TEXT, prompt_tokens, text_tokens
 from surgeon.gist.tokens import read_gist
@@ -215,7 +215,9 @@ def gisted(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_record_has_the_tokens_that_compressing_and_writing_have(gisted):
     tokenizer, gist = load_tokenizer(str(gisted)), read_gist(json.loads((gisted / "config.json").read_text()))
     record = {"instruction": "The cat", "input": "a rat", "output": "sat"}
-    example = gist_examples([document(record, "here")], tokenizer, Gists(gist, (2,), encoder=True))[0]
+    example = gist_examples(
+        [form_of(record, "here").document(record, "here")], tokenizer, Gists(gist, (2,), encoder=True)
+    )[0]
     asked = [
         *prompt_tokens("The cat", gist, tokenizer, num_tokens=2, layout=TEXT, encoder=True),
         *text_tokens("\na rat\n", gist, tokenizer, layout=TEXT, encoder=True),

@@ -14,7 +14,7 @@ import toys
 from later import LATER
 
 import surgeon
-from surgeon.data.records import document
+from surgeon.data.records import form_of
 from surgeon.data.rows import begin_of_text
 from surgeon.errors import DataError, PlanError
 from surgeon.gist.layout import CHAT, TEXT, prompt_tokens, text_tokens
@@ -273,7 +273,7 @@ def gist(gisted: Path) -> GistTokens:
 
 
 def made(record: dict[str, Any], tokenizer: Any, gists: Gists, **options: Any) -> Any:
-    return gist_examples([document(record, "here")], tokenizer, gists, **options)[0]
+    return gist_examples([form_of(record, "here").document(record, "here")], tokenizer, gists, **options)[0]
 
 
 FORMS = [

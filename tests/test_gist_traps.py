@@ -25,7 +25,7 @@ import toys
 from later import LATER
 
 import surgeon
-from surgeon.data.records import document
+from surgeon.data.records import form_of
 from surgeon.errors import DataError, PlanError
 from surgeon.gist.settings import GistSettings
 from surgeon.gist.tokens import GistTokens
@@ -134,7 +134,7 @@ def test_what_the_last_gist_token_says_still_comes_from_the_prompt_and_is_not_tr
 
     tokenizer, gist = gisted_tokenizer(tmp_path)
     for record in ({"instruction": "The cat", "output": "sat"}, {"prompt": "The cat", "completion": "sat"}):
-        example = gist_examples([document(record, "here")], tokenizer, Gists(gist, (2,)))[0]
+        example = gist_examples([form_of(record, "here").document(record, "here")], tokenizer, Gists(gist, (2,)))[0]
         first_behind = list(example.ids).index(gist.ids[0]) + 2
         assert not any(example.trained[: first_behind + 1])
         assert any(example.trained)
@@ -267,7 +267,8 @@ def test_gist_tokens_that_are_joined_with_spaces_are_apart_and_refused(tmp_path)
 
 def test_a_record_that_is_cut_from_the_right_loses_its_gist_and_sees_everything(model_of, tmp_path):
     tokenizer, gist = gisted_tokenizer(tmp_path)
-    record = document({"instruction": "The rat sat on the mat, and the cat sat", "output": "that"}, "here")
+    fields = {"instruction": "The rat sat on the mat, and the cat sat", "output": "that"}
+    record = form_of(fields, "here").document(fields, "here")
     whole = gist_examples([record], tokenizer, Gists(gist, (2,)))[0].ids
     length = list(whole).index(gist.ids[0])
     config = model_of("llama").config

@@ -171,7 +171,7 @@ def test_plot_draws_a_column_for_each_layer(run, toy, tmp_path):
     assert json.loads(few.out)["pictures"] == [str(tmp_path / "a.png")]
     assert matplotlib.image.imread(tmp_path / "a.png").shape[1] == 1050
     assert (tmp_path / "b.svg").read_text().count("decoder.block.") == 2
-    assert wrong.err.startswith(f"error: cannot draw to {tmp_path / 'a.jpg'}")
+    assert wrong.err.startswith(f"error: --plot: cannot draw to {tmp_path / 'a.jpg'}")
 
 
 @pytest.mark.parametrize(

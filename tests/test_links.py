@@ -258,7 +258,9 @@ def test_finetune_refuses_a_companion_that_leads_out_before_it_trains(run, tmp_p
     model = checkpoint(tmp_path / "model")
     lead_out(model, "notes.txt")
 
-    outcome = run("finetune", model, "--data", tmp_path / "none.txt", "-o", tmp_path / "out")
+    (tmp_path / "text.txt").write_text("The cat sat on the mat.")
+
+    outcome = run("finetune", model, "--data", tmp_path / "text.txt", "-o", tmp_path / "out")
     assert f"notes.txt {LEADS_OUT}" in outcome.err
     assert not (tmp_path / "out.run").exists()
 

@@ -123,8 +123,8 @@ error: --max-shard-size: cannot read 'big' as a size
 hint: Write 5GB, 500MB or a number of bytes.
 
 2 surgeon truncate loc
-error: surgeon truncate needs --layers
-hint: Such as: surgeon truncate gpt2-large --layers 6 -o gpt2-large-6
+error: --layers is missing: give it, or --every 2
+hint: Give --layers 12, or --every 2.
 
 2 surgeon truncate --layers 2
 error: surgeon truncate needs MODEL

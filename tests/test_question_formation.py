@@ -217,8 +217,8 @@ def test_the_loss_of_training_is_counted_on_the_tokens_of_the_entropy(tmp_path):
 @pytest.mark.parametrize(
     ("kind", "options", "error", "said"),
     [
-        ("questions", {}, OptionError, "there is no data 'questions' to make; one of question-formation"),
-        ("question-formation", {"lexicon": 50}, OptionError, "--lexicon is 50; it is 68, 41, 30"),
+        ("questions", {}, OptionError, "unknown KIND 'questions'"),
+        ("question-formation", {"lexicon": 50}, OptionError, "unknown --lexicon '50'"),
         ("question-formation", {"lines": 0}, OptionError, "--lines is 0"),
         ("question-formation", {"seed": -1}, OptionError, "--seed is -1"),
     ],

@@ -56,7 +56,7 @@ def test_every_second_layer_is_kept_from_the_first_on_or_the_type_says_why_not(n
     [
         ((), "--layers.* is missing: give it, or --every 2"),
         (("--layers", "3", "--every", "2"), "both say which layers stay"),
-        (("--every", "1"), "cannot keep every 1-th layer of 6"),
+        (("--every", "1"), "--every is 1; the least is 2"),
         (("--every", "6"), "cannot keep every 6-th layer of 6"),
     ],
 )

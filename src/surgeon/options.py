@@ -228,9 +228,11 @@ def check_seed(seed: int) -> None:
 
 
 def check_counts(options: Any, *names: str, least: int = 1) -> None:
-    """Raises OptionError for an option that is below `least`; None is a default."""
+    """Raises OptionError for an option that is no number, or below `least`; None is a default."""
     for name in names:
         count, flag = getattr(options, name), flag_of(name)
+        if isinstance(count, str):
+            raise OptionError(name, f"{flag} is {count!r}, no whole number", hint=f"Such as {flag} {least + 1}.")
         if count is not None and count < least:
             raise OptionError(name, f"{flag} is {count}; the least is {least}", hint=f"Set {flag} to {least} or more.")
 

@@ -128,15 +128,19 @@ def drawn(page: Page) -> str:
     with console.capture() as captured:
         console.print(Text.assemble(("Usage: ", "bold"), page.usage), Text(), Text(page.about), sep="\n")
         for heading, rows in page.sections.items():
-            table = Table.grid(padding=(0, 0, 0, 2), expand=True, pad_edge=True)
-            table.add_column(width=column, overflow="fold")
-            table.add_column(ratio=1)
+            console.print(Text(), Text(_heading(heading), style="bold"), sep="\n")
             for row in rows:
                 name, _, place = row.name.partition(" ") if row.name.startswith("--") else (row.name, "", "")
                 default = Text(f"  [{row.default}]", style="dim") if row.default else Text()
-                table.add_row(Text.assemble((name, "cyan"), (f" {place}", "dim")), Text(row.help).append(default))
-            console.print(Text(), Text(_heading(heading), style="bold"), sep="\n")
-            console.print(table)
+                named = Text.assemble((name, "cyan"), (f" {place}", "dim"))
+                if len(row.name) > column:  # it has a line of its own
+                    console.print(Text("  ").append(named))
+                    named = Text()
+                line = Table.grid(padding=(0, 0, 0, 2), expand=True, pad_edge=True)
+                line.add_column(width=column, overflow="fold")
+                line.add_column(ratio=1)
+                line.add_row(named, Text(row.help).append(default))
+                console.print(line)
         ends = (("Example: ", page.example), ("More: ", page.more))
         console.print(Text(), *(Text.assemble((label, "bold"), said) for label, said in ends), sep="\n", soft_wrap=True)
     return captured.get().rstrip("\n")

@@ -1,13 +1,11 @@
 """`surgeon inspect`."""
 
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
-
-import typer
 
 from surgeon.cli.command import Debug, Json, Model, spread
 from surgeon.cli.terminal import emit, emit_json
-from surgeon.options import keywords_of, reads_of
+from surgeon.options import Checked, keywords_of, option, overwrite_option, reads_of
 from surgeon.verbs import inspect as verb
 
 GROUP = "inspection"
@@ -15,41 +13,36 @@ EXAMPLE = "surgeon inspect gpt2-large"
 SHOWN = "what is shown"
 
 
+@dataclass(frozen=True, kw_only=True)
+class ShownOptions(Checked):
+    """The options for what is shown, and where."""
+
+    tensors: bool = option("List every tensor.", False, group=SHOWN)
+    filter: str | None = option("Of the tensors those so named: '*.mlp.*'.", None, metavar="PATTERN", group=SHOWN)
+    plot: Path | None = option(
+        "Draw the layers to this .png, .svg or .pdf.", None, metavar="FILE", writes=True, group=SHOWN
+    )
+    overwrite: bool = overwrite_option("Replace an existing picture.")
+
+
 @spread
 def inspect(
     model: Model,
     options: verb.InspectOptions,
-    tensors: Annotated[bool, typer.Option("--tensors", help="List every tensor.", rich_help_panel=SHOWN)] = False,
-    filter: Annotated[  # noqa: A002  (it is the option's name)
-        str | None,
-        typer.Option(
-            "--filter",
-            metavar="PATTERN",
-            help="Of the tensors those so named: '*.mlp.*'.",
-            rich_help_panel=SHOWN,
-        ),
-    ] = None,
-    plot: Annotated[
-        Path | None,
-        typer.Option(
-            "--plot", metavar="FILE", help="Draw the layers to this .png, .svg or .pdf.", rich_help_panel=SHOWN
-        ),
-    ] = None,
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace an existing picture.", rich_help_panel=SHOWN)
-    ] = False,
+    showing: ShownOptions,
     json: Json = False,
     debug: Debug = False,
 ) -> None:
     """Show what a checkpoint is: family, sizes, each layer's attention, MLP and parameters."""
+    plot = showing.plot
     if plot is not None:
         from surgeon.plots.figure import check_picture, save
 
-        check_picture(plot, reads_of(options) | {"MODEL": (model,)}, overwrite=overwrite, option="plot")
+        check_picture(plot, reads_of(options) | {"MODEL": (model,)}, overwrite=showing.overwrite, option="plot")
     inspection = verb.inspect(model, **keywords_of(options))
     if plot is not None:
         save(inspection.draw(), plot)
-    lists, names = tensors or filter is not None, filter or "*"
+    lists, names = showing.tensors or showing.filter is not None, showing.filter or "*"
     if json:
         pictures = {} if plot is None else {"pictures": [str(plot)]}
         emit_json(inspection.to_dict(tensors=lists, names=names) | pictures)

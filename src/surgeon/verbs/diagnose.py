@@ -135,8 +135,8 @@ def diagnose(model: str | os.PathLike[str], options: DiagnoseOptions) -> Diagnos
     from surgeon.models.loading import runs
 
     began = monotonic()
-    check_there(options.data)
     plot, html = _targets(options, reads_of(options) | {"MODEL": (os.fspath(model),)})
+    check_there(options.data)
     with runs(os.fspath(model), trust_remote_code=options.trust_remote_code):
         diagnosis = _diagnosed(model, options)
     if plot is not None:
