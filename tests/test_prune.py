@@ -508,7 +508,6 @@ def test_named_layers_go_and_scores_decide_the_width_alone(speaking, text, tmp_p
         (("--drop", "1", "--keep-pattern"), "chooses layers, and --drop names them"),
         (("--drop", "1", "--score", "perplexity", "--greedy"), "chooses layers, and --drop names them"),
         (("--drop", "1", "--curve"), "they are named"),
-        (("--drop", "1", "--plot", "scores.png"), "has nothing to draw"),
     ],
 )
 def test_a_list_of_layers_that_makes_no_sense_is_refused(words, message, toy, run, tmp_path, monkeypatch):

@@ -19,6 +19,7 @@ from surgeon.data.records import Columns, chosen_columns
 from surgeon.data.rows import hashed
 from surgeon.errors import DataError, RecipeError, first_line
 from surgeon.measure.record import read_scores
+from surgeon.options import OptionError
 from surgeon.recipe.checking import words_of
 from surgeon.recipe.commands import Commands
 from surgeon.recipe.reading import Place, Value, plain
@@ -90,7 +91,7 @@ def replay(path: Path, output: Path | None, commands: Commands, say: Say, *, ove
         say(f"replay: {', then '.join(names)}")
     try:
         _made(steps, record, path, target, commands, overwrite=overwrite, dry_run=dry_run)
-    except (KeyError, TypeError, AttributeError, ValueError) as error:  # of entries that a receipt never has
+    except (KeyError, TypeError, AttributeError, ValueError, OptionError) as error:  # of what a receipt never has
         raise RecipeError(f"{path} is damaged: {first_line(error)}", hint="Type its command again.") from error
     differing = None if dry_run else tuple(_differing(original, target))
     return Replay(output=target, original=original, steps=names, differing=differing)

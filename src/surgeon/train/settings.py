@@ -2,6 +2,7 @@
 
 import math
 import re
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from importlib.util import find_spec
@@ -18,8 +19,17 @@ PRECISIONS = Words(
     aliases={"bfloat16": "bf16", "fp32": "float32", "f32": "float32", "pure-bfloat16": "pure-bf16"},
     refused=dict.fromkeys(("float16", "fp16", "half"), _HALF),
 )
+
+
+def _attentions() -> list[str]:
+    """Return the kernels of transformers that are usual, and those that this process has registered with it."""
+    loaded = sys.modules.get("transformers.modeling_utils")
+    registered = () if loaded is None else loaded.ALL_ATTENTION_FUNCTIONS.valid_keys()
+    return list(dict.fromkeys(("sdpa", "varlen", "eager", "flash_attention_2", "flex_attention", *registered)))
+
+
 ATTENTIONS = Words(
-    ("sdpa", "varlen", "eager", "flash_attention_2", "flex_attention"),
+    _attentions,
     others=r"flash_attention_\d+|\w+_paged|paged\|\w+|[\w.-]+/[\w.@:-]+",  # of transformers, and kernels on the Hub
 )
 TRAINED = ("all", "new", "cut")

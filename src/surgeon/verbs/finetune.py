@@ -162,14 +162,14 @@ def finetune(model: str | os.PathLike[str], options: FinetuneOptions) -> Trainin
             f"{source.label} is an adapter, so one that is trained on it would have no base that is stored",
             hint=f"Store it first: surgeon convert {shlex.quote(source.label)} -o merged",
         )
-    if training.teacher:
-        open_source(training.teacher)  # a mistyped name is answered now, and not once the student is loaded
     target, place = places_of(model, options)
     done = _finished(place, target) if options.resume else None
     if done is None:
         _check_places(target, place, options, reads_of(options) | {"MODEL": (os.fspath(model),)})
         _ = source.companions  # one that is no file of the checkpoint is refused now, and not after hours
     task = task_of(source, training)
+    if training.teacher:
+        open_source(training.teacher)  # a mistyped name is answered now, and not once the student is loaded
     settings = task.record() | {"num_processes": processes(), "dtype": options.dtype}  # a step has the rows of all
     others = {name: getattr(options, name) for name in OTHERS} | {"output": str(target.absolute())}
     request = Request(model=source.provenance(), data=options.data, settings=settings, others=others)
@@ -219,7 +219,12 @@ def continued(model: str | os.PathLike[str], options: FinetuneOptions) -> Finetu
                 f"{run_dir / REQUEST} is damaged: {flag_of(name)} cannot be {value!r:.60}", hint=DAMAGED_HINT
             )
         taken[name] = value
-    return replace(options, **taken)
+    try:
+        return replace(options, **taken)
+    except OptionError as error:
+        if error.option in options.given:
+            raise
+        raise OutputError(f"{run_dir / REQUEST} is damaged: {error}", hint=DAMAGED_HINT) from error
 
 
 def num_processes_of(model: str | os.PathLike[str], options: FinetuneOptions) -> int | None:
