@@ -55,6 +55,7 @@ def flags() -> dict[tuple[str, str], Flag]:
     """Return how each field of all dataclasses of options appears on the command line, by its name and its help."""
     homes = [f"surgeon.verbs.{name}" for name in commands() if name not in ("plot", "run")]
     homes += [
+        "surgeon.cli.inspect",
         "surgeon.recipe.recipe",
         "surgeon.cli.prune",
         "surgeon.cli.plot",

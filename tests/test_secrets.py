@@ -43,6 +43,7 @@ def test_what_is_a_secret_by_its_form_is_taken_out(text, expected):
     [
         "surgeon gist m --tokens 4 --experts-per-token 2 --max-new-tokens 9 --gist-random-tokens 1,2",
         "surgeon prune m --key-value-heads 4 --tokens last",
+        "error: --experts-per-token is 0; the least is 1",
         "https://huggingface.co/me/hf_model?x=1 and git@github.com:me/x and a:b@c",
         "a Basic information model of Basic Q8",
     ],

@@ -27,7 +27,7 @@ _SECRETS = re.compile(
     |(?<=Basic\s)(?=[A-Za-z0-9+/]*[0-9+/=])(?=\S*[A-Z])[A-Za-z0-9+/]{8,}=*
     |(?i:(?<=bearer\s)[\w.~+/=-]+)
     |(?P<query>(?i:(?<=[?&])[\w-]*(?:token|key|signature|secret|password|credential|policy)[\w-]*=))[^&\s'"]+
-    |(?P<option>(?i:--(?:[\w-]+-)?(?:token|api-key|password|secret)[=\s]))(?!\d{1,6}\b)\S+""",
+    |(?P<option>(?i:--(?!experts-per-)(?:[\w-]+-)?(?:token|api-key|password|secret)[=\s]))(?!\d{1,6}\b)\S+""",
     re.VERBOSE,
 )
 _SECRET_NAMES = re.compile(r".*(TOKEN|API_KEY|SECRET|SECRET_KEY|ACCESS_KEY|PASSWORD|PASSWD)")
