@@ -12,7 +12,6 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from pydoc_data.topics import topics
 
@@ -79,8 +78,8 @@ def surgeon(*arguments: object) -> None:
 
 def outcome() -> str:
     """Return what came of it, read from the steps of the run."""
-    steps: Sequence[dict] = json.loads((RUN / "recipe.json").read_text(encoding="utf-8"))["steps"]
-    results = {step["name"]: step["result"] for step in steps}
+    steps = json.loads((RUN / "recipe.json").read_text(encoding="utf-8"))["steps"]
+    results = {name: step["result"] for name, step in steps.items()}
     whole, cut, healed = (
         results["judged"]["baseline"]["perplexity"],
         results["cut-judged"]["perplexity"],

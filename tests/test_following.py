@@ -166,6 +166,14 @@ def test_seconds_are_those_of_the_whole_command_and_its_parts_add_up(here, run):
     assert 0 < told["timings"]["scoring"] < told["seconds"]
 
 
+def test_seconds_of_a_training_that_is_only_planned_are_those_that_it_would_take(here, run):
+    words = ("finetune", "whole", "--data", "my text.txt", "--sequence-length", 64, "--dry-run", "--json")
+    few, many = (json.loads(run(*words, "--max-steps", steps).out) for steps in (1, 10**9))
+
+    assert many["seconds"] > 10**6 * few["seconds"] > 0  # no command takes so long
+    assert "timings" not in many
+
+
 def test_a_part_inside_another_counts_once():
     clock.restart()
     with clock.part("outer"):

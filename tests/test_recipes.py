@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import demo
 import pytest
 import talkers
 from recipe_runs import InProcess, run
@@ -88,6 +89,16 @@ def test_a_recipe_runs_on_a_toy_and_ends_with_its_figures(name: str, here: Path,
     again = InProcess()
     run(ROOT / f"recipes/{name}.yaml", here / "out", again, settings=given)
     assert again.ran == []
+
+
+def test_the_demo_reads_its_outcome_from_the_run(here: Path, one_thread: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings, _ = TOY["prune-and-heal"]
+    given = [f"{key}={value}" for key, value in (settings | {"kd-weight": "1"}).items()]
+    run(ROOT / "recipes/prune-and-heal.yaml", here / "out", settings=given)
+
+    monkeypatch.setattr(demo, "RUN", here / "out")
+    assert demo.SETTINGS.keys() <= read_recipe(demo.RECIPE, InProcess().names()).settings.keys()
+    assert re.search(r"6 layers became 5\. .*\n[\d.]+ before, [\d.]+ cut, [\d.]+ healed", demo.outcome())
 
 
 def test_each_recipe_says_how_it_is_run_and_names_the_schema() -> None:

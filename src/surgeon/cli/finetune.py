@@ -65,7 +65,7 @@ def finetune(
         many = num_processes if num_processes > 1 else None
         with results_alone():
             estimate = verb.estimate_finetune(model, data=places.data, num_processes=many, **options)
-        emit_json(estimate.to_dict()) if json else emit(estimate.to_text())
+        emit_json(estimate.to_dict(), estimated=True) if json else emit(estimate.to_text())
         return
     given = [name for name in context.params if str(context.get_parameter_source(name)).endswith("COMMANDLINE")]
     asked = verb.FinetuneOptions(**keywords_of(places), **keywords_of(storage), **options, given=given)

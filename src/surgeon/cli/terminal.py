@@ -48,9 +48,9 @@ def results_alone() -> Iterator[None]:
         os.close(stdout)
 
 
-def emit_json(content: Mapping[str, Any]) -> None:
-    """Print one JSON object. Its `seconds` become those of the whole process, with the parts as `timings`."""
-    timed = clock.timings() if "seconds" in content else {}
+def emit_json(content: Mapping[str, Any], *, estimated: bool = False) -> None:
+    """Print one JSON object. Its `seconds`, if not `estimated`, become the whole process's, with parts as `timings`."""
+    timed = clock.timings() if "seconds" in content and not estimated else {}
     sys.stdout.write(json.dumps({**content, **timed}, indent=2) + "\n")
 
 
