@@ -85,7 +85,7 @@ def test_what_to_run_next_is_what_the_result_can_do(run, talker, tmp_path):
     frozen = ("--gist", "--gist-reader", "frozen", "--lora", 1, "--keep-adapter")
     wanted = {
         ("--gist",): "surgeon evaluate {} --gist --data held-out.jsonl",
-        ("--lora", 1, "--keep-adapter"): None,
+        ("--lora", 1, "--keep-adapter"): f"surgeon evaluate {{}} --data held-out.txt --baseline {tmp_path / 'gist'}",
         frozen: f"surgeon compress {tmp_path / 'gist'} --adapter {{}} --prompt-file prompt.txt",
     }
     for number, (options, expected) in enumerate(wanted.items()):
@@ -94,7 +94,7 @@ def test_what_to_run_next_is_what_the_result_can_do(run, talker, tmp_path):
         assert outcome.code == 0, outcome.err
         assert outcome.err == ""
         _, _, following = outcome.out.partition("next: ")
-        assert following.strip() == ("" if expected is None else expected.format(output))
+        assert following.strip() == expected.format(output)
 
 
 def test_the_summary_says_losses_the_place_and_what_to_run_next(run, talker, text, tmp_path):
