@@ -248,10 +248,10 @@ def test_the_adapter_is_what_peft_itself_would_write(toy, model_of, tmp_path):
     adapted.save_pretrained(tmp_path / "peft")
     ours = save(model_of("llama"), tmp_path / "bot", toy("llama"))
 
-    theirs = load_file(tmp_path / "peft" / saved.ADAPTER)
-    assert theirs.keys() == load_file(ours / saved.ADAPTER).keys()
-    assert torch.equal(theirs[saved.EMBEDDINGS], load_file(ours / saved.ADAPTER)[saved.EMBEDDINGS])
-    said, known = (json.loads((place / saved.ADAPTER_CONFIG).read_text()) for place in (ours, tmp_path / "peft"))
+    theirs = load_file(tmp_path / "peft" / saved.ADAPTER_WEIGHTS)
+    assert theirs.keys() == load_file(ours / saved.ADAPTER_WEIGHTS).keys()
+    assert torch.equal(theirs[saved.EMBEDDINGS], load_file(ours / saved.ADAPTER_WEIGHTS)[saved.EMBEDDINGS])
+    said, known = (json.loads((place / saved.ADAPTER).read_text()) for place in (ours, tmp_path / "peft"))
     same = said.keys() - {"base_model_name_or_path"}
     assert {key: said[key] for key in same} == {key: known[key] for key in same}
 
@@ -301,8 +301,8 @@ def edited(directory, **changes):
         (lambda place: edited(place, tensors={}), "lacks 'file'"),
         (lambda place: edited(place, position_offset=-1), "makes no sense"),
         (lambda place: edited(place, model={}), "does not say which model"),
-        (lambda place: (place / saved.ADAPTER).unlink(), "cannot read .*adapter_model"),
-        (lambda place: (place / saved.ADAPTER).write_bytes(b"x" * 99), "is damaged: its SHA-256"),
+        (lambda place: (place / saved.ADAPTER_WEIGHTS).unlink(), "cannot read .*adapter_model"),
+        (lambda place: (place / saved.ADAPTER_WEIGHTS).write_bytes(b"x" * 99), "is damaged: its SHA-256"),
     ],
 )
 def test_a_damaged_prompt_is_one_clear_error(damage, said, toy, model_of, tmp_path):

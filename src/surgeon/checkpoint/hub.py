@@ -32,6 +32,7 @@ from surgeon.checkpoint.json_files import read_config, read_index
 from surgeon.checkpoint.overlap import check_uploaded
 from surgeon.checkpoint.receipt import public_record, to_bytes
 from surgeon.checkpoint.source import (
+    ADAPTER,
     CONFIG,
     INDEX,
     RECEIPT,
@@ -234,7 +235,7 @@ class HubSource:
             directory = self.repo_id.rpartition("/")[2]
             converted = f"{directory}/{ggufs[0]}" if ggufs else directory
             hint = f"hf download {self.repo_id} --local-dir {directory} && surgeon convert {converted}"
-        elif "adapter_config.json" in self.files:
+        elif ADAPTER in self.files:
             directory = self.repo_id.rpartition("/")[2]
             hint = f"This is an adapter: hf download {self.repo_id} --local-dir {directory}, and name {directory}."
         elif constants.HF_HUB_OFFLINE:
@@ -310,7 +311,7 @@ def push(directory: Path, repo_id: str, *, private: bool, reads: Reads) -> str:
 
 
 # Files that surgeon or a library of training writes, and the entries of others that name the place of a model.
-_RECORDS = (RECEIPT, SCORES, "gist.json", "adapter_config.json")
+_RECORDS = (RECEIPT, SCORES, "gist.json", ADAPTER)
 _NAMING = (CONFIG, "tokenizer_config.json", "generation_config.json")
 _NAMES = ("_name_or_path", "name_or_path", "base_model_name_or_path")
 

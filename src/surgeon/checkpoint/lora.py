@@ -20,14 +20,23 @@ from surgeon.checkpoint.derived import DerivedSource
 from surgeon.checkpoint.header import read_header
 from surgeon.checkpoint.json_files import read_config
 from surgeon.checkpoint.output import check_space
-from surgeon.checkpoint.source import ADAPTER, WEIGHTS, LocalSource, Source, StoredTensor, inside, is_adapter, stored
+from surgeon.checkpoint.source import (
+    ADAPTER,
+    ADAPTER_WEIGHTS,
+    WEIGHTS,
+    LocalSource,
+    Source,
+    StoredTensor,
+    inside,
+    is_adapter,
+    stored,
+)
 from surgeon.checkpoint.tokenizer_files import TOKENIZER, TOKENIZER_CONFIG, tokenizer_files
 from surgeon.errors import CheckpointError, OutputError, PlanError, SurgeonError
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-ADAPTER_WEIGHTS = "adapter_model.safetensors"
 MERGED = "merged:"  # no file of a model has a colon in its name
 WRAPPED = "base_model.model."  # before the names of all tensors that PEFT saves
 _BASE_LAYER = re.compile(r"(?P<module>.+)\.base_layer\.(?P<end>weight|bias)")  # PEFT saves that of an embedding too

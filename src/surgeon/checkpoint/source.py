@@ -23,7 +23,7 @@ from surgeon.mistyped import hint_beside
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 CONFIG = "config.json"
-ADAPTER = "adapter_config.json"
+ADAPTER, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 FINGERPRINT_BYTES = 512
 
 # Files that hold weights of this model in some form. A surgery makes them stale, so it never copies them.

@@ -120,7 +120,6 @@ _INDENT: dict[str, Any] = {"subsequent_indent": "  ", **_WHOLE}
 def drawn(page: Page) -> str:
     """Return a page as rich draws it, in the colours and the width of the terminal."""
     from rich.console import Console
-    from rich.table import Table
     from rich.text import Text
 
     console = Console(width=shutil.get_terminal_size().columns)
@@ -129,21 +128,31 @@ def drawn(page: Page) -> str:
         console.print(Text.assemble(("Usage: ", "bold"), page.usage), Text(), Text(page.about), sep="\n")
         for heading, rows in page.sections.items():
             console.print(Text(), Text(_heading(heading), style="bold"), sep="\n")
+            table = _grid(column)
             for row in rows:
                 name, _, place = row.name.partition(" ") if row.name.startswith("--") else (row.name, "", "")
                 default = Text(f"  [{row.default}]", style="dim") if row.default else Text()
                 named = Text.assemble((name, "cyan"), (f" {place}", "dim"))
                 if len(row.name) > column:  # it has a line of its own
+                    if table.row_count:
+                        console.print(table)
                     console.print(Text("  ").append(named))
-                    named = Text()
-                line = Table.grid(padding=(0, 0, 0, 2), expand=True, pad_edge=True)
-                line.add_column(width=column, overflow="fold")
-                line.add_column(ratio=1)
-                line.add_row(named, Text(row.help).append(default))
-                console.print(line)
+                    table, named = _grid(column), Text()
+                table.add_row(named, Text(row.help).append(default))
+            console.print(table)
         ends = (("Example: ", page.example), ("More: ", page.more))
         console.print(Text(), *(Text.assemble((label, "bold"), said) for label, said in ends), sep="\n", soft_wrap=True)
     return captured.get().rstrip("\n")
+
+
+def _grid(column: int) -> Any:
+    """Return an empty table of rich: names in so many columns, and what they do in the rest."""
+    from rich.table import Table
+
+    table = Table.grid(padding=(0, 0, 0, 2), expand=True, pad_edge=True)
+    table.add_column(width=column, overflow="fold")
+    table.add_column(ratio=1)
+    return table
 
 
 def _column(page: Page) -> int:

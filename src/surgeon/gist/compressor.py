@@ -9,11 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from surgeon.checkpoint.receipt import read_receipt
-from surgeon.checkpoint.source import Source, inside
+from surgeon.checkpoint.source import ADAPTER, ADAPTER_WEIGHTS, Source, inside
 from surgeon.errors import CheckpointError, PlanError
 from surgeon.mistyped import hint_beside
 
-WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 HOW = "surgeon finetune MODEL --gist --gist-reader frozen --lora 16 --keep-adapter writes one."
 
 
@@ -25,11 +24,13 @@ class Compressor:
 
     def check(self, source: Source) -> None:
         """Raise CheckpointError where there are no adapters, PlanError where they are for another model or reader."""
-        if missing := next((name for name in (CONFIG, WEIGHTS) if not (self.directory / name).is_file()), None):
+        if missing := next(
+            (name for name in (ADAPTER, ADAPTER_WEIGHTS) if not (self.directory / name).is_file()), None
+        ):
             raise CheckpointError(
                 f"there is no adapter in {self.directory}: no {missing}", hint=hint_beside(self.directory, HOW)
             )
-        for name in (CONFIG, WEIGHTS):
+        for name in (ADAPTER, ADAPTER_WEIGHTS):
             inside(self.directory, name)
         record = read_receipt(self.directory) or {}
         if _settings(record).get("gist_reader") != "frozen":
@@ -59,7 +60,7 @@ class Compressor:
 
     def told(self) -> dict[str, Any]:
         """Return the adapters' entry in gist.json of a compressed prompt."""
-        with (self.directory / WEIGHTS).open("rb") as file:
+        with (self.directory / ADAPTER_WEIGHTS).open("rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
         return {"path": os.fspath(self.directory.resolve()), "sha256": digest}
 

@@ -18,14 +18,13 @@ from torch import Tensor
 from surgeon.checkpoint.header import opened
 from surgeon.checkpoint.json_files import read_json
 from surgeon.checkpoint.receipt import to_bytes
-from surgeon.checkpoint.source import inside
+from surgeon.checkpoint.source import ADAPTER, ADAPTER_WEIGHTS, inside
 from surgeon.errors import CheckpointError
 from surgeon.gist.states import GistStates
 from surgeon.mistyped import hint_beside
 
 FORMAT = 1
 ABOUT = "gist.json"
-ADAPTER, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 TENSORS = "gist.safetensors"
 EMBEDDINGS = "prompt_embeddings"  # PEFT's name of the tensor: (K, layers * 2 * kv_heads * head_dim)
 AGAIN = "Compress the prompt again: surgeon compress MODEL --prompt ..."
@@ -41,14 +40,14 @@ class Saved:
 
 def storage_of(states: GistStates) -> str:
     """Return the name of the file for the states: the adapter where PEFT can load them, else our own."""
-    return ADAPTER if states.offset == 0 and states.encoded is None and states.is_uniform else TENSORS
+    return ADAPTER_WEIGHTS if states.offset == 0 and states.encoded is None and states.is_uniform else TENSORS
 
 
 def files_of(states: GistStates, about: Mapping[str, Any], *, base: str) -> dict[str, bytes]:
     """Return the files of a compressed prompt by name, gist.json last. `base` names the model to PEFT."""
     file = storage_of(states)
-    if file == ADAPTER:
-        files = {ADAPTER_CONFIG: to_bytes(_adapter_config(states, base)), ADAPTER: save({EMBEDDINGS: _packed(states)})}
+    if file == ADAPTER_WEIGHTS:
+        files = {ADAPTER: to_bytes(_adapter_config(states, base)), ADAPTER_WEIGHTS: save({EMBEDDINGS: _packed(states)})}
     else:
         files = {TENSORS: save(_named(states))}
     digest = hashlib.sha256(files[file]).hexdigest()
@@ -69,7 +68,9 @@ def read(directory: Path) -> Saved:
     except (KeyError, TypeError) as error:
         raise CheckpointError(f"{directory / ABOUT} lacks {error}", hint=AGAIN) from error
     numbers = [count, offset, *(ids if isinstance(ids, list) else [None])]
-    if file not in (ADAPTER, TENSORS) or not all(type(number) is int and 0 <= number < 2**31 for number in numbers):
+    if file not in (ADAPTER_WEIGHTS, TENSORS) or not all(
+        type(number) is int and 0 <= number < 2**31 for number in numbers
+    ):
         raise CheckpointError(f"{directory / ABOUT} makes no sense", hint=AGAIN)
     path = inside(directory, file)
     with opened(path) as opened_file:
@@ -78,7 +79,9 @@ def read(directory: Path) -> Saved:
         raise CheckpointError(f"{path} is damaged: its SHA-256 is not what {ABOUT} says", hint=AGAIN)
     try:
         tensors = load(content)
-        states = _unpacked(directory, tensors, depth) if file == ADAPTER else _read_named(tensors, depth, offset)
+        states = (
+            _unpacked(directory, tensors, depth) if file == ADAPTER_WEIGHTS else _read_named(tensors, depth, offset)
+        )
     except (SafetensorError, LookupError, TypeError, ValueError, ArithmeticError, RuntimeError) as error:
         raise CheckpointError(f"{path} does not hold the states of a gist: {error}", hint=AGAIN) from error
     if not states.layers or {layer[0].shape[2] for layer in states.layers} != {count} or len(ids) != count:
@@ -124,7 +127,7 @@ def _packed(states: GistStates) -> Tensor:
 
 
 def _unpacked(directory: Path, tensors: Mapping[str, Tensor], depth: int) -> GistStates:
-    config = read_json(inside(directory, ADAPTER_CONFIG))
+    config = read_json(inside(directory, ADAPTER))
     heads, width = config["num_attention_heads"], config["token_dim"]
     packed = tensors[EMBEDDINGS]
     pairs = packed.view(packed.shape[0], depth, 2, heads, width // heads).permute(1, 2, 3, 0, 4).contiguous()
