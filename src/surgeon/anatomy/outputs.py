@@ -6,9 +6,8 @@ from dataclasses import dataclass
 from surgeon.anatomy.anatomy import EXPERT_NUMBER, Anatomy
 from surgeon.anatomy.axes import Axis, axes_of
 from surgeon.anatomy.families import Row, written_and_read
+from surgeon.anatomy.halves import HALVES, MLP, Half
 from surgeon.errors import PlanError
-
-HALVES = ("attention", "mlp")
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,26 +18,26 @@ class OutputMap:
     """
 
     layer: int
-    half: str
+    half: Half
     module: str
     weight: str
     bias: str | None
     reads: int
 
 
-def output_maps(anatomy: Anatomy) -> dict[tuple[int, str], OutputMap]:
+def output_maps(anatomy: Anatomy) -> dict[tuple[int, Half], OutputMap]:
     """Return the output map of each half of a layer that has one, by layer and half ("attention" or "mlp").
 
     Of experts it is that of the expert that every token takes; one that a gate weighs is none.
     """
-    found: dict[tuple[int, str], OutputMap] = {}
+    found: dict[tuple[int, Half], OutputMap] = {}
     gated = {place[0] for name in anatomy.rows if (place := anatomy.locate(name)) and _is_gate(anatomy, name)}
     for name, (row, part) in anatomy.rows.items():
         place = anatomy.locate(name)
         if place is None or part not in HALVES or not _is_output(row, name):
             continue
         layer, inside = place
-        if part == "mlp" and layer in gated:
+        if part == MLP and layer in gated:
             continue
         bias = name.removesuffix("weight") + "bias"
         reads = written_and_read(row)[1]
@@ -76,7 +75,7 @@ def check_adds(anatomy: Anatomy) -> None:
         )
 
 
-def halves_of(anatomy: Anatomy) -> Iterator[tuple[str, int, str]]:
+def halves_of(anatomy: Anatomy) -> Iterator[tuple[str, int, Half]]:
     """Yield the name of each tensor that belongs to a half of a layer, with the layer and the half."""
     for name, (_, part) in anatomy.rows.items():
         if part in HALVES and (place := anatomy.locate(name)):

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 
 from surgeon import text
 from surgeon.anatomy.anatomy import Anatomy, read_anatomy
-from surgeon.anatomy.outputs import HALVES, OutputMap, check_adds, halves_of, output_maps
+from surgeon.anatomy.halves import HALVES, MLP, Half, place
+from surgeon.anatomy.outputs import OutputMap, check_adds, halves_of, output_maps
 from surgeon.errors import PlanError
 from surgeon.plan.plan import FLOAT_DTYPES, Plan
 from surgeon.transforms.kept import gathered
@@ -60,7 +61,7 @@ def find_sites(anatomy: Anatomy, plan: Plan) -> Sites:
     halves = _sources(anatomy, result, plan)
     maps = output_maps(result)
     lost = {key: _lost(anatomy, plan, known) for key, known in maps.items()}
-    order = sorted(halves, key=lambda half: (half[0], HALVES.index(half[1])))
+    order = sorted(halves, key=place)
     ends = [halves[key] for key in order[1:]] + [2 * anatomy.depth]
     hidden = plan.axes.get("hidden")
     is_narrower = hidden is not None and len(hidden) < anatomy.sizes["hidden"]
@@ -70,9 +71,9 @@ def find_sites(anatomy: Anatomy, plan: Plan) -> Sites:
         if not (missing or lost.get(key) or (is_narrower and key in maps)):
             continue
         if key not in maps:
-            layer = plan.layer_map[key[0]]
             raise PlanError(
-                f"layer {layer} stands in front of {_halves(missing)}, and its {_WORDS[key[1]]} has no one output map",
+                f"the {_word(key[1])} of layer {halves[key] // 2} stands in front of {_halves(missing)}, and has no "
+                "one output map",
                 hint="Leave out --compensate, or keep a layer with a dense MLP in front of what goes.",
             )
         _check_dtype(result, maps[key])
@@ -81,18 +82,15 @@ def find_sites(anatomy: Anatomy, plan: Plan) -> Sites:
     return Sites(tuple(sites), tuple(hidden) if hidden is not None and is_narrower else None, notes)
 
 
-_WORDS = {"attention": "attention", "mlp": "MLP"}
-
-
-def _sources(anatomy: Anatomy, result: Anatomy, plan: Plan) -> dict[tuple[int, str], int]:
+def _sources(anatomy: Anatomy, result: Anatomy, plan: Plan) -> dict[tuple[int, Half], int]:
     """Return the number of the source's half that each half of the result is, by the result's layer and half."""
-    halves: dict[tuple[int, str], int] = {}
+    halves: dict[tuple[int, Half], int] = {}
     for name, layer, half in halves_of(result):
         read, _ = gathered(plan.tensors[name])
-        place = anatomy.locate(read) if read is not None else None
-        if place is None:
+        located = anatomy.locate(read) if read is not None else None
+        if located is None:
             raise PlanError(f"{name!r} is not from one layer of the source", hint="Leave out --compensate.")
-        halves[layer, half] = 2 * place[0] + HALVES.index(half)
+        halves[layer, half] = place((located[0], half))
     return halves
 
 
@@ -120,6 +118,10 @@ def _halves(numbers: Sequence[int]) -> str:
     }
     words = [f"layers {text.layers(whole)}"] if whole else []
     words += [
-        f"the {_WORDS[HALVES[parity]]} of layer {text.layers(layers)}" for parity, layers in halves.items() if layers
+        f"the {_word(HALVES[parity])} of layer {text.layers(layers)}" for parity, layers in halves.items() if layers
     ]
     return " and ".join(words)
+
+
+def _word(half: Half) -> str:
+    return "MLP" if half == MLP else half
