@@ -12,6 +12,7 @@ from surgeon.errors import PlanError
 from surgeon.options import Checked, OptionError, option, reads_of
 from surgeon.plots.figure import check_picture, save
 from surgeon.plots.pruning import NOTHING, NOTHING_HINT
+from surgeon.processes import speaks, together
 from surgeon.surgery import open_model
 from surgeon.verbs import prune as verb
 from surgeon.verbs.cut_options import CutOptions, PruneOptions, RunOptions
@@ -59,6 +60,12 @@ def prune(
         raise OptionError(
             "curve", "no score says which layers would go next: they are named", hint="Leave out --curve."
         )
+    with together(options.device):
+        _prune(model, options, writing, curve=curve, plot=plot)
+
+
+def _prune(model: str, options: PruneOptions, writing: Writing, *, curve: bool, plot: Path | None) -> None:
+    """Measure, write and report. Processes that a launcher started do this together."""
     begun = open_model(model, revision=options.revision)
     surgery = verb.plan_pruning(begun, replace(options, measure=False))
     if not writing.dry_run:
@@ -136,7 +143,7 @@ class PruneReport:
         if curve is not None:
             rows += [(f"without {count}", _number(value)) for count, value in enumerate(curve)]
             entries["curve"] = curve
-        if self.plot is not None:
+        if self.plot is not None and speaks():
             assert surgery.score is not None, "check has refused to draw layers that were named"
             save(surgery.draw(curve=curve), self.plot)
             rows.append(("picture", str(self.plot)))

@@ -25,6 +25,7 @@ from surgeon.models.device import head_tokens
 from surgeon.models.halves import HalfLayers
 from surgeon.models.passage import Batch
 from surgeon.models.streaming import Progress, StreamedModel
+from surgeon.processes import least, own_rows, summed
 
 REPAIRS_BYTES = 1_000_000_000  # of solved maps that are kept for candidates of later calls
 
@@ -113,8 +114,14 @@ class Reference:
         model.check_predicts()
         self.model, self.tokens, self.effort = model, tokens, Effort()
         self._halves = HalfLayers(model) if halves else None
+        self.own = own_rows(len(tokens))
+        if self.own.start == self.own.stop:
+            raise MeasureError(
+                f"{len(tokens)} rows of text cannot be shared by more processes than that",
+                hint="Start fewer processes, or measure on more: --samples.",
+            )
         with torch.no_grad():
-            self.batches = model.embed(tokens, real)
+            self.batches = model.embed(tokens[self.own], None if real is None else real[self.own])
             self._kept = Kept(2 * model.depth + 1, self.batches)
             self._keep(progress)
 
@@ -145,13 +152,19 @@ class Reference:
                 raise MeasureError("a half layer was left out of a model whose layers are not known by halves")
         order = sorted(range(len(candidates)), key=lambda i: _signature(candidates[i], self.model.depth))
         outcomes: dict[int, Outcome] = {}
-        size = max(1, self.model.states_bytes // (self.nbytes + (repair.text.nbytes if repair else 0)))
+        held = self.nbytes + (repair.text.nbytes if repair else 0)
+        size = least(max(1, self.model.states_bytes // held))  # all processes walk together
         with torch.no_grad():
             for start in range(0, len(order), size):
                 chunk = order[start : start + size]
                 found = _Walk(self, [candidates[i] for i in chunk], progress, repair).run()
                 outcomes |= dict(zip(chunk, found, strict=True))
         return [outcomes[i] for i in range(len(candidates))]
+
+    @property
+    def first_row(self) -> int:
+        """The first of the rows that this process measures."""
+        return int(self.own.start)
 
     def steps(self, index: int) -> tuple[tuple[tuple[Half, ...], float], ...]:
         """Return what runs together in a layer, each with its share of the layer's work."""
@@ -238,7 +251,13 @@ class Fitting:
             if (known := self._known.get(key)) is None:
                 wanted = self.text.states(end)
                 known = repair(
-                    self.text.model, self._maps[half], apply, self.text.batches, states, wanted, self.held
+                    self.text.model,
+                    self._maps[half],
+                    apply,
+                    self.text.batches,
+                    states,
+                    wanted,
+                    self.held[self.text.own],
                 ).tensors
                 self._nbytes += sum(tensor.nbytes for tensor in known.values())
                 if self._nbytes < REPAIRS_BYTES:
@@ -356,7 +375,7 @@ class _Walk:
         outcomes = [_Sums(len(of.tokens)) for _ in paths]
         whole = of.states(last)
         with of.model.head() as head:
-            at = 0
+            at = of.first_row
             for number, batch in enumerate(of.batches):
                 for sums, path in zip(outcomes, paths, strict=True):
                     sums.begin(at, None if path.states is None else path.states[number])
@@ -365,6 +384,7 @@ class _Walk:
         of.effort.heads += 1 + sum(path.states is not None for path in paths)
         found: dict[int, Outcome] = {}
         for path, sums in zip(paths, outcomes, strict=True):
+            sums.values = summed(sums.values)
             found |= dict.fromkeys(path.members, sums.outcome())
         return [found[i] for i in range(self._count)]
 

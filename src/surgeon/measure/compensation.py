@@ -13,10 +13,12 @@ import torch
 from torch import Tensor
 
 from surgeon.anatomy.halves import ATTENTION, MLP
+from surgeon.errors import MeasureError
 from surgeon.measure.repair import Apply, Repair, repair
 from surgeon.models.halves import HalfLayers
 from surgeon.models.passage import Batch, silenced
 from surgeon.models.streaming import Progress, StreamedModel
+from surgeon.processes import own_rows
 from surgeon.transforms.seams import Site, Sites
 
 
@@ -40,6 +42,7 @@ def compensate(
     for site in sites.sites:
         by_layer.setdefault(site.map.layer, []).append(site)
     with torch.no_grad():
+        rows = _own(rows)
         wanted = _Source(source, rows, progress)
         batches = result.embed(rows.tokens, rows.real)
         states = _begun(batches)
@@ -50,6 +53,17 @@ def compensate(
                     with _until(result, layer, is_inside=site.map.half == ATTENTION):
                         yield site, repair(result, site.map, apply, batches, states, at, rows.held)
                 _apply(apply, batches, states, progress)
+
+
+def _own(rows: Rows) -> Rows:
+    """Return the rows of this process, of several that measure together."""
+    own = own_rows(len(rows.tokens))
+    if own.start == own.stop:
+        raise MeasureError(
+            f"{len(rows.tokens)} rows of text cannot be shared by more processes than that",
+            hint="Start fewer processes, or fit on more: --samples.",
+        )
+    return Rows(rows.tokens[own], rows.held[own], None if rows.real is None else rows.real[own])
 
 
 def num_passes(sites: Sites) -> int:

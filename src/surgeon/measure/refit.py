@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from surgeon.models.device import wide
+from surgeon.processes import summed
 
 RIDGES = (0.01, 0.03, 0.1, 0.3, 1.0)
 # Where nearly no ridge leaves at most this share of the held-out error, what was removed is linear in what is kept.
@@ -25,13 +26,18 @@ FIRST = 10.0  # times the weight of the first token
 
 
 class Sums:
-    """The sums of a fit over rows: products in float32, sums in float64. With `constant`, the last input is one."""
+    """The sums of a fit over rows: products in float32, sums in float64. With `constant`, the last input is one.
 
-    def __init__(self, *, constant: bool) -> None:
+    `shape` is that of the map: its inputs and its outputs.
+    """
+
+    def __init__(self, shape: tuple[int, int], *, constant: bool, device: torch.device | None = None) -> None:
+        inputs, outputs = shape
+        where = None if device is None or device.type == "mps" else device
         self.constant = constant
         self.num_rows = 0
-        self._gram: Tensor | None = None
-        self._cross: Tensor | None = None
+        self.gram = torch.zeros(inputs, inputs, dtype=torch.float64, device=where)  # G
+        self.cross = torch.zeros(inputs, outputs, dtype=torch.float64, device=where)  # B
         self._missing = 0.0  # sum w^2 |t - h|^2
         self._wanted = 0.0  # sum w^2 |t|^2
 
@@ -44,24 +50,18 @@ class Sums:
         norms = wanted.norm(dim=-1, keepdim=True)
         weights = torch.where(norms > 0, (1 + (FIRST - 1) * first[:, None]) / norms, torch.zeros_like(norms))
         features, missing = weights * inputs.float(), weights * (wanted - states.float())
-        gram, cross = wide(features.T @ features), wide(features.T @ missing)
-        self._gram = gram if self._gram is None else self._gram.add_(gram)
-        self._cross = cross if self._cross is None else self._cross.add_(cross)
+        self.gram += wide(features.T @ features)
+        self.cross += wide(features.T @ missing)
         self._missing += float(wide(missing).square().sum())
         self._wanted += float(wide(weights * wanted).square().sum())
         self.num_rows += len(inputs)
 
-    @property
-    def gram(self) -> Tensor:
-        """G, shape (P, P)."""
-        assert self._gram is not None, "rows were added"
-        return self._gram
-
-    @property
-    def cross(self) -> Tensor:
-        """B, shape (P, D)."""
-        assert self._cross is not None, "rows were added"
-        return self._cross
+    def add_up(self) -> None:
+        """Make the sums those of all processes that measure together."""
+        self.gram, self.cross = summed(self.gram), summed(self.cross)
+        numbers = summed(torch.tensor([self._missing, self._wanted, self.num_rows], dtype=torch.float64))
+        self._missing, self._wanted, rows = numbers.tolist()
+        self.num_rows = round(rows)
 
     def error(self, change: Tensor | None = None) -> float:
         """Return the relative error of the states, weighted, after a change of the map: the root of a mean of squares.

@@ -14,6 +14,7 @@ from surgeon.measure.refit import Sums, solve
 from surgeon.models.passage import Batch
 from surgeon.models.streaming import SAME, StreamedModel
 from surgeon.plan.arithmetic import TORCH_DTYPES
+from surgeon.processes import of_the_first
 
 Apply = Callable[[Batch, Tensor], Tensor]
 HELD_OUT_EVERY = 8  # of these rows the last is held out
@@ -68,28 +69,30 @@ def repair(
     """
     output = Output(model, known)
     scale = output.scale(apply, batches[0], states[0])
-    sums = {is_held: Sums(constant=known.bias is not None) for is_held in (False, True)}
+    inputs, outputs = output.columns.shape
+    fit, judge = (Sums((inputs, outputs), constant=known.bias is not None, device=model.device) for _ in range(2))
     at = 0
     for batch, before, aim in zip(batches, states, wanted, strict=True):
         with output.seen() as last:
             after = apply(batch, before)
         rows = held[at : at + len(batch.tokens), None].expand(batch.tokens.shape).to(after.device)
         at += len(batch.tokens)
-        inputs = scale * output.inputs(batch.chosen(last[0].view(*after.shape[:-1], -1)))
-        parts = (inputs, batch.chosen(after), batch.chosen(aim), first_tokens(batch))
+        features = scale * output.inputs(batch.chosen(last[0].view(*after.shape[:-1], -1)))
+        parts = (features, batch.chosen(after), batch.chosen(aim), first_tokens(batch))
         is_held = batch.chosen(rows)
-        for which, each in sums.items():
-            if bool((chosen := is_held == which).any()):
-                each.add(*(part[chosen] for part in parts))
-    dtype = TORCH_DTYPES[model.anatomy.spec.tensors[known.weight].dtype]
-    return _solved(output, sums[False], sums[True], dtype)
+        for sums, chosen in ((fit, ~is_held), (judge, is_held)):
+            if bool(chosen.any()):
+                sums.add(*(part[chosen] for part in parts))
+    fit.add_up()
+    judge.add_up()
+    return _solved(output, fit, judge, TORCH_DTYPES[model.anatomy.spec.tensors[known.weight].dtype])
 
 
 def _solved(output: "Output", fit: Sums, held: Sums, dtype: torch.dtype) -> Repair:
     """Return the repair that the sums ask for, rounded to a dtype before it is judged."""
     solution = solve(fit, held)
     old = output.columns.double()
-    tensors = output.rounded(old + solution.change.to(old.device), dtype)
+    tensors = output.rounded(old + of_the_first(solution.change).to(old.device), dtype)
     change = (output.columns_of(tensors).to(old) - old).to(solution.change)
     errors = (fit.error(), fit.error(change)), (held.error(), held.error(change))
     is_taken = errors[1][1] < errors[1][0]
@@ -168,7 +171,7 @@ class Output:
         last: list[Tensor] = []
 
         def hook(_: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-            last[:] = [args[0], output]
+            last[:] = [args[0], output.clone()]  # a parallel block adds to it in place
 
         handle = self.module.register_forward_hook(hook)
         try:
@@ -211,7 +214,7 @@ UNCOMPENSATED = "Leave out --compensate."
 @contextmanager
 def _answering(module: nn.Module, output: Tensor) -> Iterator[None]:
     """Return a context in which a module puts out this."""
-    handle = module.register_forward_hook(lambda *_: output)
+    handle = module.register_forward_hook(lambda *_: output.clone())
     try:
         yield
     finally:
