@@ -117,10 +117,11 @@ def _said(drafting: dict[str, Any]) -> list[str]:
     """Return the sentences for people."""
     share, times = drafting["time_share"], drafting["expected_speed"]
     best = f"{times:.2f} x with {drafting['draft_tokens']} tokens drafted" if times > 1 else "drafting is no faster"
-    said = [
+    by_weights = (
         f"by its weights a token of the draft takes {share:.0%} of the target's time, and drafting pays where the "
         f"acceptance is above that; expected here: {best}"
-    ]
+    )
+    said = [by_weights]
     if (found := drafting.get("measured")) is not None:
         said.append(
             f"sampled {found['tokens']:,} tokens with {found['draft_tokens']} drafted at once: "
