@@ -19,7 +19,7 @@ CUTS = [[0, 1, 2, 3], [1, 2, 5, 7], [0, 2, 4, 6], [7, 6, 5], [3], [0, 1, 2, 3, 4
 
 
 def follow(config, keep, depth=8, *, tabled=True):
-    return follow_layers(config, keep, depth, tabled=tabled).config
+    return follow_layers(config, Pairing.of_layers(keep), depth, tabled=tabled).config
 
 
 # Configs as they were written before transformers saved explicit lists; each is read back by transformers itself.

@@ -5,6 +5,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
 
 from surgeon.anatomy.families import FAMILIES, Family
+from surgeon.anatomy.half_keys import half_of_keys
+from surgeon.anatomy.halves import Half
 from surgeon.anatomy.layer_rules import (
     COUNT_KEYS,
     FULL_ATTENTION,
@@ -256,21 +258,38 @@ def kinds_by(rule: Rule, text: Mapping[str, Any], depth: int) -> list[object]:
     return kinds
 
 
-def declared_kinds(text: Mapping[str, Any], depth: int) -> list[tuple[object, ...]]:
-    """Return everything that the config says of each layer, comparable: two layers with equal kinds are built alike."""
+def declared_kinds(text: Mapping[str, Any], depth: int, half: Half | None = None) -> list[tuple[object, ...]]:
+    """Return everything that the config says of each layer, comparable: two layers with equal kinds are built alike.
+
+    With `half` what it says of the other half alone is left out.
+    """
+
+    def is_of_other(*keys: str) -> bool:
+        return half is not None and half_of_keys(keys) not in (half, None)
+
     own = text.get("per_layer_config")
     own = own if isinstance(own, Mapping) else {}
-    by_number = {int(number): repr(value) for number, value in own.items()}
+    by_number = {
+        int(number): repr({key: inner for key, inner in value.items() if not is_of_other(key)})
+        if isinstance(value, Mapping)
+        else repr(value)
+        for number, value in own.items()
+    }
     by_key: list[Sequence[object]] = [[by_number.get(i) for i in range(depth)]]
     for key, value in text.items():
+        if is_of_other(key):
+            continue
         if key in LAYER_LISTS and isinstance(value, list) and len(value) == depth:
             by_key.append([repr(item) for item in value])
         elif key in INDEX_LISTS and isinstance(value, list):
             by_key.append([i in value for i in range(depth)])
         elif key in LAYER_REFERENCES and isinstance(value, list) and len(value) == depth:
             by_key.append([value[i] == i for i in range(depth)])
-    rules = RULES.get(str(text.get("model_type")), ())
-    by_key += [kinds_by(rule, text, depth) for rule in rules if rule.explicit is None or not text.get(rule.explicit)]
+    for rule in RULES.get(str(text.get("model_type")), ()):
+        if not is_of_other(*(rule.keys if rule.explicit is None else (rule.explicit,))) and (
+            rule.explicit is None or not text.get(rule.explicit)
+        ):
+            by_key.append(kinds_by(rule, text, depth))
     return [tuple(kinds[i] for kinds in by_key) for i in range(depth)]
 
 
