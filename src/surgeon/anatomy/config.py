@@ -2,6 +2,8 @@
 
 import math
 from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any, NoReturn
 
 from surgeon.anatomy.families import FAMILIES, Family
@@ -220,11 +222,39 @@ def check_layer_keys(text: Mapping[str, Any], depth: int) -> None:
     if not isinstance(text.get("tie_word_embeddings"), bool | None):
         refuse("tie_word_embeddings")
     per_layer = text.get("per_layer_config")
-    if isinstance(per_layer, Mapping) and not all(key.isascii() and key.isdigit() for key in per_layer):
-        refuse("per_layer_config")
+    if isinstance(per_layer, Mapping):
+        if not all(key.isascii() and key.isdigit() for key in per_layer):
+            refuse("per_layer_config")
+        _check_skipped(per_layer)
     for rule in RULES.get(str(text.get("model_type")), ()):
         if rule.explicit is None or not text.get(rule.explicit):
             kinds_by(rule, text, depth)
+
+
+def _check_skipped(per_layer: Mapping[str, Any]) -> None:
+    """Raises CheckpointError where a layer is to lack a half, and the installed transformers builds it all the same.
+
+    It would fill the half with random numbers, and say so in a table of missing keys.
+    """
+    entries = ((layer, entry.get("skip")) for layer, entry in per_layer.items() if isinstance(entry, Mapping))
+    skipped = next((pair for pair in entries if pair[1]), None)
+    if skipped is not None and not _builds_without_halves():
+        raise CheckpointError(
+            f"config.json says that layer {skipped[0]} skips {skipped[1]!r} (per_layer_config), and no transformers is "
+            "here that builds a layer without it",
+            hint=f"Install a transformers that has {_MODELING_SPECS} in transformers.integrations.heterogeneity.",
+        )
+
+
+_MODELING_SPECS = "get_heterogeneous_modeling_spec"
+
+
+def _builds_without_halves() -> bool:
+    """Return whether the installed transformers has specs of layers without a half. It is not imported."""
+    found = find_spec("transformers")
+    places = [] if found is None else [Path(place) for place in found.submodule_search_locations or ()]
+    files = (place / "integrations/heterogeneity" / "__init__.py" for place in places)
+    return any(_MODELING_SPECS in file.read_text(encoding="utf-8") for file in files if file.is_file())
 
 
 def layer_kinds(config: Mapping[str, Any], depth: int) -> list[str] | None:
@@ -285,11 +315,8 @@ def declared_kinds(text: Mapping[str, Any], depth: int, half: Half | None = None
             by_key.append([i in value for i in range(depth)])
         elif key in LAYER_REFERENCES and isinstance(value, list) and len(value) == depth:
             by_key.append([value[i] == i for i in range(depth)])
-    for rule in RULES.get(str(text.get("model_type")), ()):
-        if not is_of_other(*(rule.keys if rule.explicit is None else (rule.explicit,))) and (
-            rule.explicit is None or not text.get(rule.explicit)
-        ):
-            by_key.append(kinds_by(rule, text, depth))
+    rules = (rule for rule in RULES.get(str(text.get("model_type")), ()) if not text.get(rule.explicit or ""))
+    by_key += [kinds_by(rule, text, depth) for rule in rules if not is_of_other(*rule.speaks_by)]
     return [tuple(kinds[i] for kinds in by_key) for i in range(depth)]
 
 

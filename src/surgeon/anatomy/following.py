@@ -270,14 +270,12 @@ def _lacks(layer: int, other: int, key: str) -> NoReturn:
     )
 
 
-def _apply_rule(
-    edit: ConfigEdit, rule: Rule, text: Mapping[str, Any], pairing: Pairing, depth: int, name: str
-) -> None:
+def _apply_rule(edit: ConfigEdit, rule: Rule, text: Mapping[str, Any], pairing: Pairing, depth: int, name: str) -> None:
     """Make the code derive for each layer of the result what it derived for the layer that its half was of."""
     if rule.explicit is not None and text.get(rule.explicit):
         return  # the list itself was cut
-    keys = rule.keys if rule.explicit is None else (rule.explicit,)
-    kinds = _taken(kinds_by(rule, text, depth), pairing, half_of_keys(keys), " and ".join(keys) or "a layer's place")
+    half, keys = half_of_keys(rule.speaks_by), " and ".join(rule.speaks_by) or "a layer's place"
+    kinds = _taken(kinds_by(rule, text, depth), pairing, half, keys)
     if _fits(rule, edit.config, kinds):
         return
     if rule.express is not None:
