@@ -1,12 +1,13 @@
-"""Pairings: which attention half and which MLP half each layer of a result is made of.
+"""The halves of a layer, its attention and its MLP, and pairings: which halves a shallower model is made of.
 
-A sequential decoder is a string of halves, attention 0, MLP 0, attention 1, MLP 1 ... Every part of it that still
-alternates so is an ordinary model with fewer layers.
+A sequential decoder is the row A0 M0 A1 M1 ... of halves, each of which adds to the states. Every part of it that still
+alternates A M A M ... is a model of fewer layers, of which layer j has the attention of one source layer and the MLP of
+the same or a later one.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
-from itertools import chain, pairwise
+from itertools import pairwise
 from typing import Literal
 
 from surgeon.errors import PlanError
@@ -14,40 +15,62 @@ from surgeon.errors import PlanError
 Half = Literal["attention", "mlp"]
 ATTENTION: Half = "attention"
 MLP: Half = "mlp"
+HALVES: tuple[Half, Half] = (ATTENTION, MLP)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True, order=True)
 class Pairing:
-    """Layer j of a result is the attention half of source layer attention[j] and the MLP half of source layer mlp[j].
-
-    Both lists ascend and interleave: attention[0] <= mlp[0] < attention[1] <= mlp[1] and so on.
-    """
+    """The halves that are kept: layer j has the attention of source layer `attention[j]`, the MLP of layer `mlp[j]`."""
 
     attention: tuple[int, ...]
     mlp: tuple[int, ...]
 
     @classmethod
-    def of_layers(cls, kept: Sequence[int]) -> "Pairing":
-        """Return the pairing of whole layers."""
-        return cls(tuple(kept), tuple(kept))
+    def of_layers(cls, kept: Iterable[int]) -> "Pairing":
+        """Return the pairing that keeps whole layers."""
+        layers = tuple(kept)
+        return cls(layers, layers)
+
+    @classmethod
+    def of_halves(cls, kept: Iterable[tuple[int, Half]]) -> "Pairing":
+        """Return the pairing that keeps these halves, in their order."""
+        halves = sorted(kept, key=place)
+        lists = {half: tuple(layer for layer, own in halves if own == half) for half in HALVES}
+        return cls(lists[ATTENTION], lists[MLP])
 
     @property
     def halves(self) -> tuple[tuple[int, Half], ...]:
-        """The halves in the order in which they run, each as (source layer, half)."""
-        pairs = zip(self.attention, self.mlp, strict=True)
-        return tuple(chain.from_iterable(((a, ATTENTION), (m, MLP)) for a, m in pairs))
+        """The halves that are kept, in the order in which they run."""
+        kept = [*((layer, ATTENTION) for layer in self.attention), *((layer, MLP) for layer in self.mlp)]
+        return tuple(sorted(kept, key=place))
+
+    @property
+    def is_of_layers(self) -> bool:
+        """Whether whole layers are kept."""
+        return self.attention == self.mlp
 
     def check(self, depth: int) -> None:
-        """Raises PlanError where this is no model made of the halves of `depth` layers, in their order."""
-        if len(self.attention) != len(self.mlp) or not self.attention:
+        """Raises PlanError for halves that do not exist, and for those that do not come in turns."""
+        if missing := sorted({layer for layer in (*self.attention, *self.mlp) if not 0 <= layer < depth}):
+            raise PlanError(f"layers {missing} do not exist", hint=f"This model has layers 0 to {depth - 1}.")
+        if len(self.attention) != len(self.mlp):
             raise PlanError(
-                f"{len(self.attention)} attentions and {len(self.mlp)} MLPs do not make whole layers",
-                hint="A layer is one of each.",
+                f"{len(self.attention)} attentions and {len(self.mlp)} MLPs make no layers of one attention and one MLP"
+                " each",
+                hint="Remove as many of the one as of the other.",
             )
-        places = [2 * layer + (half == MLP) for layer, half in self.halves]
-        if not all(one < other for one, other in pairwise(places)) or not 0 <= places[0] <= places[-1] < 2 * depth:
-            raise PlanError(
-                f"attentions {list(self.attention)} and MLPs {list(self.mlp)} do not alternate in the order of {depth} "
-                "layers",
-                hint="The MLP of a layer comes no earlier than its attention, and before the next one.",
-            )
+        kept = self.halves
+        for (layer, half), (following, other) in pairwise(kept):
+            if half == other:
+                name = {ATTENTION: "attentions", MLP: "MLPs"}[half]
+                raise PlanError(
+                    f"the {name} of layers {layer} and {following} would follow each other",
+                    hint="An attention and an MLP have to come in turns.",
+                )
+        if kept and kept[0][1] != ATTENTION:
+            raise PlanError(f"the MLP of layer {kept[0][0]} would come before any attention", hint="Remove it too.")
+
+
+def place(half: tuple[int, Half]) -> int:
+    """Return the place of a half in the row A0 M0 A1 M1 ... of its model."""
+    return 2 * half[0] + (half[1] == MLP)

@@ -249,10 +249,10 @@ class Plan(Shown):
 
     `layer_map[i]` is the source layer of result layer i, None for a new one; where the MLP halves are of other layers
     than the attentions, it tells of the attentions and `mlp_map` of the MLPs. `steps` holds the requested surgeries,
-    one {verb: options} each; `notes` holds sentences for the user, and `approximate` the reasons why the result may compute
-    something else than its source. `axes` holds, for each axis that was widened or cut, the source position of each
-    position of the result, -1 for a new one. An axis is left out if its layers keep different positions; a later step
-    on such an axis counts from that step.
+    one {verb: options} each; `notes` holds sentences for the user, and `approximate` the reasons why the result may
+    compute something else than its source. `axes` holds, for each axis that was widened or cut, the source position of
+    each position of the result, -1 for a new one. An axis is left out if its layers keep different positions; a later
+    step on such an axis counts from that step.
     """
 
     config: Mapping[str, Any]

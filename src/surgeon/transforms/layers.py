@@ -106,11 +106,15 @@ def keep_halves(anatomy: Anatomy, pairing: Pairing) -> Plan:
 
     Raises PlanError as `keep_layers`, and where a layer of the model has no two halves that can part.
     """
-    is_whole = pairing.attention == pairing.mlp
     _check_indices(anatomy, pairing.attention)
-    if not is_whole:
+    halves: dict[str, Half] = {}
+    if not pairing.is_of_layers:
         pairing.check(anatomy.depth)
-    halves = {} if is_whole else split_layers(anatomy)
+        if pairing != Pairing.of_halves(pairing.halves):
+            raise PlanError(
+                "halves that change partners stay in their order", hint="Write both lists in ascending order."
+            )
+        halves = split_layers(anatomy)
     edit = follow_layers(anatomy.spec.config, pairing, anatomy.depth, tabled=anatomy.whole_family is not None)
     for stack in anatomy.stacks:
         _check_places(anatomy, stack, pairing, halves)
@@ -120,7 +124,7 @@ def keep_halves(anatomy: Anatomy, pairing: Pairing) -> Plan:
         edit.config = follow_quantization(edit.config, anatomy, pairing.attention)
     tensors = _placed(anatomy, pairing, halves)
     step = {"keep_halves": {"attention": list(pairing.attention), "mlp": list(pairing.mlp)}}
-    mlp_map = None if is_whole else pairing.mlp
+    mlp_map = None if pairing.is_of_layers else pairing.mlp
     return Plan(edit.config, tensors, pairing.attention, (step,), tuple(edit.notes), mlp_map=mlp_map)
 
 
