@@ -17,7 +17,6 @@ from surgeon.transforms.narrow import Kept, layers_with
 from surgeon.transforms.scores import METHODS
 from surgeon.transforms.uniform import uniform, uniform_head_dim
 
-
 _NAMES: dict[Half, str] = {ATTENTION: "attention", MLP: "MLP"}
 
 

@@ -122,8 +122,8 @@ def named_layers(
 
 
 UNEQUAL = (
-    "A layer without its attention or its MLP loads elsewhere: as layers of Nemotron-H, in a transformers with specs for "
-    "per_layer_config, as GGUF of the architecture deci. surgeon writes none of these."
+    "A layer without its attention or its MLP loads elsewhere: as layers of Nemotron-H, in a transformers with specs "
+    "for per_layer_config, as GGUF of the architecture deci. surgeon writes none of these."
 )
 
 

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from surgeon import text
 from surgeon.anatomy.anatomy import read_anatomy
 from surgeon.anatomy.halves import ATTENTION, MLP, Half
 from surgeon.checkpoint.source import spec_of
