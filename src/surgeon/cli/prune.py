@@ -139,7 +139,6 @@ class PruneReport:
             rows += [(f"without {count}", _number(value)) for count, value in enumerate(curve)]
             entries["curve"] = curve
         if self.plot is not None:
-            assert surgery.score is not None, "check has refused to draw layers that were named"
             save(surgery.draw(curve=curve), self.plot)
             rows.append(("picture", str(self.plot)))
             entries["pictures"] = [str(self.plot)]

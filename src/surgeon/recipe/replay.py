@@ -165,7 +165,7 @@ def _pruned(surgery: Surgery, step: Mapping[str, Any], original: Path) -> Surger
     plan = prune(
         surgery.anatomy,
         dropped=step["dropped"],
-        pairing=None if halves is None else Pairing(tuple(halves["attention"]), tuple(halves["mlp"])),
+        pairing=None if halves is None else Pairing(**{half: tuple(kept) for half, kept in halves.items()}),
         sizes=step["sizes"],
         criterion=criterion,
         values=None if scores is None else scores.widths.get(criterion),

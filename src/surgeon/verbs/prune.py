@@ -118,11 +118,7 @@ def _step(cut: Cut, options: PruneOptions, choice: Choice, scores: Scores | None
         "score": None if is_unasked else options.score,
         "greedy": options.greedy,
         "dropped": list(choice.dropped),
-        **(
-            {}
-            if choice.pairing is None
-            else {"pairing": {"attention": [*choice.pairing.attention], "mlp": [*choice.pairing.mlp]}}
-        ),
+        **({} if choice.pairing is None else {"pairing": choice.pairing.to_dict()}),
         "value": choice.score,
         "protect": list(cut.protect),
         "sizes": None if cut.sizes is None else dict(cut.sizes),
