@@ -58,13 +58,13 @@ SERIAL = (
 
 
 @contextmanager
-def silenced(model: Any, gone: dict[str, Sequence[int]]) -> Iterator[None]:
+def silenced(model: Any, gone: dict[str, Sequence[int]], layers: Any = None) -> Iterator[None]:
     """Return a context in which these attentions and MLPs add nothing: what they put out is replaced with zeros."""
 
     def zeros(_: Any, args: Any, output: Any) -> Any:
         return (torch.zeros_like(output[0]), *output[1:]) if isinstance(output, tuple) else torch.zeros_like(output)
 
-    layers = max(toys.stacks(model), key=len)
+    layers = layers or max(toys.stacks(model), key=len)
     hooks = []
     for half, names in ((ATTENTION, ATTENTIONS), (MLP, MLPS)):
         for layer in gone[half]:
@@ -115,6 +115,16 @@ def test_what_a_layer_has_in_place_of_attention_goes_with_the_attention(name, tm
     assert not any(report.values()), report
     with silenced(reference, {ATTENTION: (2,), MLP: (1,)}):
         assert torch.equal(toys.logits(model), toys.logits(reference))
+
+
+def test_the_language_model_inside_a_multimodal_one_is_re_paired(tmp_path):
+    source = every_type.build("gemma3", tmp_path / "model")
+    paired(source).save(tmp_path / "cut")
+
+    model, reference = (every_type.load(tmp_path / name)[0] for name in ("cut", "model"))
+    layers = reference.get_decoder().layers
+    with silenced(reference, SILENT, layers):
+        assert torch.equal(every_type.logits(model), every_type.logits(reference))
 
 
 def test_queries_follow_their_place_where_gpt2_divides_by_it(toy, tmp_path):
