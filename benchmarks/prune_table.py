@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-DROPPED = (4, 8, 12)  # layers: a tenth, a fifth and three tenths of SmolLM2-135M
+DROPPED = (12, 8, 4)  # layers: a tenth, a fifth and three tenths of SmolLM2-135M
 CALIBRATION = ("--samples", "32", "--sequence-length", "256")
 SEARCH = ("--evaluations", "40")
 HEALING = (
