@@ -194,7 +194,7 @@ class CutOptions(Checked):
     )
     eval_data: Sequence[str] = option(
         "Text that neither scores nor a compensation are fitted to: it judges both. Repeatable. Default: --data, of "
-        "which a compensation leaves every eighth row.",
+        "which a compensation leaves one row in eight.",
         (),
         metavar="DATA",
         reads=True,
