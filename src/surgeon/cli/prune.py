@@ -129,6 +129,9 @@ class PruneReport:
                 rows.append(("next best", f"layers {text.layers(choice.next_best)}{_value(choice.next_score)}"))
         if surgery.text is not None:
             rows.append(("text", str(surgery.text)))
+        if surgery.compensation is not None:
+            rows += surgery.compensation.rows()
+            entries["compensation"] = surgery.compensation.to_dict()
         return rows, entries
 
     def after(self, output: Path) -> tuple[list[tuple[str, str]], dict[str, Any]]:
@@ -139,7 +142,9 @@ class PruneReport:
         perplexity = surgery.evaluate(output, before=self.before) if self.evaluate else None
         if perplexity is not None:
             before, after = perplexity
-            rows.append(("perplexity", f"{_number(before)} → {_number(after)}  (on this text)"))
+            same = surgery.judged is surgery.text
+            where = "on this text" if same else f"on {surgery.judged}, which no fit saw"
+            rows.append(("perplexity", f"{_number(before)} → {_number(after)}  ({where})"))
             entries["perplexity"] = {"before": before, "after": after}
         curve = None if self.without is None else list(self.without)
         if curve is not None:

@@ -5,82 +5,26 @@ on, and candidates that agree so far share their states: a tree of choices, walk
 A candidate is compared with the whole model token by token, on the full vocabulary.
 """
 
-import math
-import tempfile
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
-from functools import cached_property
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass
+from functools import cached_property, partial
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from surgeon.anatomy.halves import HALVES, Half, Pairing, place
-from surgeon.errors import MeasureError
-from surgeon.measure.scoring import targets_of
-from surgeon.models.device import head_tokens
+from surgeon.anatomy.halves import ATTENTION, HALVES, Half, Pairing, place
+from surgeon.anatomy.outputs import check_adds, output_maps
+from surgeon.errors import MeasureError, PlanError
+from surgeon.measure.kept import Kept
+from surgeon.measure.outcomes import Outcome, OutcomeSums, compare
+from surgeon.measure.repair import Apply, Output, held_out, repair
 from surgeon.models.halves import HalfLayers
 from surgeon.models.passage import Batch
 from surgeon.models.streaming import Progress, StreamedModel
 from surgeon.processes import least, own_rows, summed
 
-IN_MEMORY = 4_000_000_000  # bytes of kept states; more go to a file without a name
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What a candidate is worth on R rows of text: sums over the tokens of each row, shape (R,), in float64.
-
-    `loss` is the next-token loss in nats, `kl` the divergence KL(whole model || candidate), `overlap` the probability
-    that both share, Σ_v min(p_v, q_v), `agreeing` how often both think the same token the most likely. The last two
-    count where the loss does: at every token with a token after it. `tokens` is how many these are, shape (R,).
-    """
-
-    loss: Tensor
-    kl: Tensor
-    overlap: Tensor
-    agreeing: Tensor
-    tokens: Tensor
-
-    @property
-    def mean_loss(self) -> float:
-        """The mean next-token loss, in nats."""
-        return self._mean(self.loss)
-
-    @property
-    def mean_kl(self) -> float:
-        """The mean divergence from the whole model, in nats per token."""
-        return self._mean(self.kl)
-
-    @property
-    def perplexity(self) -> float:
-        """The exponential of the mean loss, infinite where that overflows."""
-        return math.exp(self.mean_loss) if self.mean_loss < 700 else math.inf
-
-    @property
-    def acceptance(self) -> float:
-        """The share of a draft's tokens that exact speculative sampling accepts: 1 - total variation."""
-        return self._mean(self.overlap)
-
-    @property
-    def agreement(self) -> float:
-        """How often the candidate's most likely token is the whole model's: greedy decoding accepts it."""
-        return self._mean(self.agreeing)
-
-    def over(self, other: "Outcome", of: str = "loss") -> tuple[float, float]:
-        """Return by how much the mean of "loss" or "kl" is above another outcome's on these rows, and its error.
-
-        The error is that of a mean of paired differences: rows weigh as many tokens as they have.
-        """
-        differences, weights = getattr(self, of) - getattr(other, of), self.tokens
-        mean = float(differences.sum() / weights.sum())
-        rows = len(differences)
-        if rows < 2:
-            return mean, math.inf
-        spread = (differences - mean * weights).square().sum() * rows / (rows - 1)
-        return mean, float(spread.sqrt() / weights.sum())
-
-    def _mean(self, sums: Tensor) -> float:
-        return float(sums.sum() / self.tokens.sum())
+REPAIRS_BYTES = 1_000_000_000  # of solved maps that are kept for candidates of later calls
 
 
 @dataclass
@@ -110,21 +54,26 @@ class Reference:
         model.check_predicts()
         self.model, self.tokens, self.effort = model, tokens, Effort()
         self._halves = HalfLayers(model) if halves else None
-        self._own = own_rows(len(tokens))
-        if self._own.start == self._own.stop:
+        self.own = own_rows(len(tokens))
+        if self.own.start == self.own.stop:
             raise MeasureError(
                 f"{len(tokens)} rows of text cannot be shared by more processes than that",
                 hint="Start fewer processes, or measure on more: --samples.",
             )
         with torch.no_grad():
-            self.batches = model.embed(tokens[self._own], None if real is None else real[self._own])
-            self._kept = _Kept(2 * model.depth + 1, self.batches)
+            self.batches = model.embed(tokens[self.own], None if real is None else real[self.own])
+            self._kept = Kept(2 * model.depth + 1, self.batches)
             self._keep(progress)
 
     @cached_property
     def whole(self) -> Outcome:
         """What the whole model is worth: its KL to itself is 0."""
         return self.measure([Pairing.of_layers(range(self.model.depth))])[0]
+
+    @property
+    def nbytes(self) -> int:
+        """The bytes of the states of all rows."""
+        return self._kept.nbytes
 
     def states(self, boundary: int) -> list[Tensor]:
         """Return the whole model's states before half `boundary`, a batch each: 2 i before layer i, 2 i + 1 inside it.
@@ -133,26 +82,29 @@ class Reference:
         """
         return self._kept.get(boundary)
 
-    def measure(self, candidates: Sequence[Pairing], *, progress: Progress | None = None) -> list[Outcome]:
-        """Return what each candidate is worth on the rows, in their order."""
+    def measure(
+        self, candidates: Sequence[Pairing], *, repair: "Fitting | None" = None, progress: Progress | None = None
+    ) -> list[Outcome]:
+        """Return what each candidate is worth on the rows, in their order; with a `repair` each after its own."""
         for candidate in candidates:
             candidate.check(self.model.depth)
             if self._halves is None and not candidate.is_of_layers:
                 raise MeasureError("a half layer was left out of a model whose layers are not known by halves")
         order = sorted(range(len(candidates)), key=lambda i: _signature(candidates[i], self.model.depth))
         outcomes: dict[int, Outcome] = {}
-        size = least(max(1, self.model.states_bytes // self._kept.nbytes))  # all processes walk together
+        held = self.nbytes + (repair.text.nbytes if repair else 0)
+        size = least(max(1, self.model.states_bytes // held))  # all processes walk together
         with torch.no_grad():
             for start in range(0, len(order), size):
                 chunk = order[start : start + size]
-                found = _Walk(self, [candidates[i] for i in chunk], progress).run()
+                found = _Walk(self, [candidates[i] for i in chunk], progress, repair).run()
                 outcomes |= dict(zip(chunk, found, strict=True))
         return [outcomes[i] for i in range(len(candidates))]
 
     @property
     def first_row(self) -> int:
         """The first of the rows that this process measures."""
-        return int(self._own.start)
+        return int(self.own.start)
 
     def steps(self, index: int) -> tuple[tuple[tuple[Half, ...], float], ...]:
         """Return what runs together in a layer, each with its share of the layer's work."""
@@ -203,30 +155,122 @@ class _Layer:
         self._context.__exit__(*error)  # type: ignore[arg-type]
 
 
+class Fitting:
+    """How candidates are repaired before they are measured: by output maps that are solved on a text of its own.
+
+    `text` is the same model on rows of that text; rows that are `held`, shape (R,), choose the ridge and decide whether
+    a repair is taken. Without `held` every eighth row is. The map in front of what is missing is solved, of the half
+    that runs last there (`surgeon.measure.repair`), and where that is an attention the MLP in front of it as well.
+    Candidates that agree so far share their repairs.
+
+    Raises PlanError for a model whose layers do not add what their output maps put out.
+    """
+
+    def __init__(self, text: Reference, held: Tensor | None = None) -> None:
+        check_adds(text.model.anatomy)
+        self.text = text
+        self.held = held_out(len(text.tokens)) if held is None else held
+        self._maps = output_maps(text.model.anatomy)
+        self._known: dict[tuple[object, ...], Mapping[str, Tensor]] = {}
+        self._nbytes = 0
+
+    def seams(self, candidate: Pairing) -> "dict[int, _Seam]":
+        """Return the halves of a candidate that are repaired, by their numbers.
+
+        Raises PlanError where there is none that could make up for what is missing.
+        """
+        halves = candidate.halves
+        kept = [*map(place, halves), 2 * self.text.model.depth]
+        seams: dict[int, _Seam] = {}
+        for at, half in enumerate(halves):
+            if kept[at + 1] == kept[at] + 1:
+                continue
+            before = halves[at - 1] if at else None
+            is_ahead = half[1] == ATTENTION and before in self._maps and kept[at - 1] == kept[at] - 1
+            if is_ahead:
+                seams[kept[at - 1]] = _Seam(kept[at + 1], is_ahead=True)
+            if half in self._maps:
+                seams[kept[at]] = _Seam(kept[at + 1])
+            elif not is_ahead:
+                raise PlanError(
+                    f"the {half[1]} of layer {half[0]} has no one output map that could make up for what is missing",
+                    hint="Leave out --compensate.",
+                )
+        return seams
+
+    @contextmanager
+    def repaired(
+        self, key: tuple[object, ...], half: tuple[int, Half], apply: Apply, states: Sequence[Tensor], seam: "_Seam"
+    ) -> Iterator[None]:
+        """Return a context in which a half has the output map that a seam asks for.
+
+        `states` are those of the text in front of what `apply` runs; `key` tells all that decides the repair.
+        """
+        known = self._maps[half]
+        output = Output(self.text.model, known)
+        with output.kept():
+            if (tensors := self._known.get(key)) is None:
+                wanted, held = self.text.states(seam.end), self.held[self.text.own]
+                text = (self.text.batches, states, wanted, held)
+                with self._following(half[0] + 1) if seam.is_ahead else nullcontext() as then:
+                    tensors = repair(self.text.model, known, apply, *text, then=then).tensors
+                self._nbytes += sum(tensor.nbytes for tensor in tensors.values())
+                if self._nbytes < REPAIRS_BYTES:
+                    self._known[key] = tensors
+            elif tensors:
+                output.put(tensors)
+            yield
+
+    @contextmanager
+    def _following(self, index: int) -> Iterator[Apply]:
+        """Return a context with the attention of the next layer in memory."""
+        with self.text.layer(index) as run:
+            yield partial(run, (ATTENTION,))
+
+
+@dataclass(frozen=True, slots=True)
+class _Seam:
+    """The number of the half in front of which a repair wants the whole model's states.
+
+    `is_ahead`: the next attention runs before what is missing.
+    """
+
+    end: int
+    is_ahead: bool = False
+
+
 @dataclass
 class _Path:
     """Candidates that agree so far, by their numbers, and their states, a batch each.
 
-    `states` is None as long as they are the whole model's.
+    `states` is None as long as they are the whole model's; `fitted` are those of the text of a fitting.
     """
 
     members: list[int]
     states: list[Tensor] | None = None
+    fitted: list[Tensor] | None = None
 
 
 class _Walk:
     """One walk through the tree of the choices that candidates make, from the first half to the last."""
 
-    def __init__(self, reference: Reference, candidates: Sequence[Pairing], progress: Progress | None) -> None:
-        self._of, self._progress = reference, progress
+    def __init__(
+        self,
+        reference: Reference,
+        candidates: Sequence[Pairing],
+        progress: Progress | None,
+        fitting: Fitting | None,
+    ) -> None:
+        self._of, self._progress, self._fitting = reference, progress, fitting
         self._kept = [frozenset(candidate.halves) for candidate in candidates]
+        self._seams = [fitting.seams(candidate) if fitting else {} for candidate in candidates]
         self._count = len(candidates)
 
     def run(self) -> list[Outcome]:
         model = self._of.model
         paths = [_Path(list(range(self._count)))]
         for index in range(model.depth):
-            if any(path.states is not None and self._goes_on(path, index) for path in paths):
+            if any(self._runs(path, index) for path in paths):
                 with self._of.layer(index) as run:
                     for step, share in self._of.steps(index):
                         paths = list(self._after(paths, index, step, share, run))
@@ -235,9 +279,12 @@ class _Walk:
                     paths = list(self._after(paths, index, step, 0.0, None))
         return self._judged(paths)
 
-    def _goes_on(self, path: _Path, index: int) -> bool:
-        """Return whether some candidate of a path keeps a half of a layer."""
-        return any((index, half) in self._kept[member] for member in path.members for half in HALVES)
+    def _runs(self, path: _Path, index: int) -> bool:
+        """Return whether some candidate of a path goes through a half of a layer, or is repaired in it."""
+        halves = [(index, half) for half in HALVES]
+        if path.states is None:
+            return any(place(half) in self._seams[member] for member in path.members for half in halves)
+        return any(half in self._kept[member] for member in path.members for half in halves)
 
     def _after(
         self, paths: Sequence[_Path], index: int, step: tuple[Half, ...], share: float, run: Run | None
@@ -245,33 +292,66 @@ class _Walk:
         """Yield the paths after a step: candidates that keep it go through, the others pass it by."""
         boundary = place((index, step[0]))
         for path in paths:
-            keeping = [member for member in path.members if (index, step[0]) in self._kept[member]]
-            skipping = [member for member in path.members if member not in set(keeping)]
-            states = path.states
+            keeping: dict[_Seam | None, list[int]] = {}  # by what they are repaired for behind the step
+            skipping = []
+            for member in path.members:
+                if (index, step[0]) in self._kept[member]:
+                    keeping.setdefault(self._seams[member].get(place((index, step[-1]))), []).append(member)
+                else:
+                    skipping.append(member)
             if skipping:
-                yield _Path(skipping, self._of.states(boundary) if states is None else states)
-            if keeping and states is None:
-                yield _Path(keeping)
-            elif keeping:
+                yield _Path(skipping, *self._before(path, boundary))
+            for seam, members in keeping.items():
+                if seam is None and path.states is None:
+                    yield _Path(members)
+                    continue
                 assert run is not None, "a layer that a path goes through is in memory"
-                assert states is not None
-                moved = [run(step, batch, state) for batch, state in zip(self._of.batches, states, strict=True)]
-                self._of.effort.passes += share / self._of.model.depth
-                if self._progress:
-                    self._progress(round(share * self._of.tokens.numel()))
-                yield _Path(keeping, moved)
+                yield self._through(_Path(members, *self._before(path, boundary)), (index, step), share, run, seam)
+
+    def _before(self, path: _Path, boundary: int) -> tuple[list[Tensor], list[Tensor] | None]:
+        """Return the states of a path in front of a half, also where they are the whole model's: judged and fitted."""
+        if path.states is not None:
+            return path.states, path.fitted
+        return self._of.states(boundary), self._fitting.text.states(boundary) if self._fitting else None
+
+    def _through(
+        self, path: _Path, step: tuple[int, tuple[Half, ...]], share: float, run: Run, seam: _Seam | None
+    ) -> _Path:
+        """Return a path behind a step, which is repaired first where there is a seam."""
+        index, halves = step
+        fitting, apply = self._fitting, partial(run, halves)
+        assert path.states is not None, "what goes through a step has states"
+        with ExitStack() as stack:
+            if fitting is not None and seam is not None:
+                assert path.fitted is not None, "there are states to fit"
+                so_far = sorted(place(half) for half in self._kept[path.members[0]])
+                key = (tuple(half for half in so_far if half <= place((index, halves[-1]))), seam)
+                stack.enter_context(fitting.repaired(key, (index, halves[-1]), apply, path.fitted, seam))
+                fitting.text.effort.passes += share / self._of.model.depth
+            moved = self._moved(self._of, apply, path.states, share)
+            fitted = (
+                None if fitting is None or path.fitted is None else self._moved(fitting.text, apply, path.fitted, share)
+            )
+        return _Path(path.members, moved, fitted)
+
+    def _moved(self, of: Reference, apply: Apply, states: Sequence[Tensor], share: float) -> list[Tensor]:
+        """Return the states behind a step on the rows of a reference, and count the work."""
+        of.effort.passes += share / of.model.depth
+        if self._progress:
+            self._progress(round(share * of.tokens.numel()))
+        return [apply(batch, state) for batch, state in zip(of.batches, states, strict=True)]
 
     def _judged(self, paths: Sequence[_Path]) -> list[Outcome]:
         of = self._of
         last = 2 * of.model.depth
-        outcomes = [_Sums(len(of.tokens)) for _ in paths]
+        outcomes = [OutcomeSums(len(of.tokens)) for _ in paths]
         whole = of.states(last)
         with of.model.head() as head:
             at = of.first_row
             for number, batch in enumerate(of.batches):
                 for sums, path in zip(outcomes, paths, strict=True):
                     sums.begin(at, None if path.states is None else path.states[number])
-                _compare(head, batch, whole[number], outcomes)
+                compare(head, batch, whole[number], outcomes)
                 at += len(batch.tokens)
         of.effort.heads += 1 + sum(path.states is not None for path in paths)
         found: dict[int, Outcome] = {}
@@ -279,79 +359,6 @@ class _Walk:
             sums.values = summed(sums.values)
             found |= dict.fromkeys(path.members, sums.outcome())
         return [found[i] for i in range(self._count)]
-
-
-@dataclass
-class _Sums:
-    """The sums of a candidate, by rows, and its states of the batch at hand: None where they are the whole model's."""
-
-    rows: int
-    first: int = 0
-    states: Tensor | None = None
-    values: Tensor = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.values = torch.zeros(5, self.rows, dtype=torch.float64)
-
-    def begin(self, first: int, states: Tensor | None) -> None:
-        self.first, self.states = first, states
-
-    def add(self, rows: Tensor, *values: Tensor) -> None:
-        """Add values of tokens, shape (N,) each, to the sums of their rows, and count them."""
-        for sums, value in zip(self.values, (*values, torch.ones_like(values[0])), strict=True):
-            sums.index_add_(0, self.first + rows, value.cpu().double())
-
-    def outcome(self) -> Outcome:
-        return Outcome(*self.values)
-
-
-def _compare(head: Callable[[Tensor], Tensor], batch: Batch, whole: Tensor, candidates: Sequence[_Sums]) -> None:
-    """Add to each candidate's sums what it gives for the tokens of a batch, beside the whole model's `whole` states."""
-    following, counted = targets_of(batch)
-    chosen = counted.to(whole.device)
-    rows, targets = counted.cpu().nonzero()[:, 0], following[chosen]
-    states = [None if each.states is None else each.states[:, :-1][chosen] for each in candidates]
-    reference = whole[:, :-1][chosen]
-    size = min(head_tokens(whole.device), batch.tokens.shape[1])  # no more than the model has positions for
-    for at in range(0, len(reference), size):
-        few = slice(at, at + size)
-        truth = nn.functional.log_softmax(head(reference[few]).float(), -1)
-        p, best = truth.exp(), truth.argmax(-1)
-        for each, own in zip(candidates, states, strict=True):
-            guess = truth if own is None else nn.functional.log_softmax(head(own[few]).float(), -1)
-            loss = -guess.gather(-1, targets[few, None])[:, 0]
-            if own is None:
-                one = torch.ones_like(loss)
-                each.add(rows[few], loss, torch.zeros_like(loss), one, one)
-                continue
-            kl = (p * (truth - guess)).sum(-1)
-            overlap = torch.minimum(p, guess.exp()).sum(-1)
-            each.add(rows[few], loss, kl, overlap, (guess.argmax(-1) == best).float())
-
-
-class _Kept:
-    """States at boundaries, a batch each: in memory, or in a file without a name where they are many."""
-
-    def __init__(self, boundaries: int, batches: Sequence[Batch]) -> None:
-        self._shapes = [batch.hidden.shape for batch in batches]
-        self._device, dtype = batches[0].hidden.device, batches[0].hidden.dtype
-        numbers = sum(shape.numel() for shape in self._shapes)
-        self.nbytes = numbers * dtype.itemsize  # of the states at one boundary
-        self._file = None
-        if boundaries * self.nbytes > IN_MEMORY:
-            self._file = tempfile.NamedTemporaryFile(prefix="surgeon-states-")  # noqa: SIM115  # kept as long as self
-            self._all = torch.from_file(self._file.name, shared=True, size=boundaries * numbers, dtype=dtype).view(
-                boundaries, numbers
-            )
-        else:
-            self._all = torch.empty(boundaries, numbers, dtype=dtype)
-
-    def put(self, boundary: int, states: Sequence[Tensor]) -> None:
-        torch.cat([state.reshape(-1).cpu() for state in states], out=self._all[boundary])
-
-    def get(self, boundary: int) -> list[Tensor]:
-        parts = torch.split(self._all[boundary], [shape.numel() for shape in self._shapes])
-        return [part.view(shape).to(self._device) for part, shape in zip(parts, self._shapes, strict=True)]
 
 
 def _signature(candidate: Pairing, depth: int) -> tuple[bool, ...]:
