@@ -7,12 +7,12 @@ map in front of it.
 """
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from surgeon import text
 from surgeon.anatomy.anatomy import Anatomy, read_anatomy
-from surgeon.anatomy.halves import ATTENTION, HALVES, MLP, Half, place
+from surgeon.anatomy.halves import ATTENTION, MLP, Half, place
 from surgeon.anatomy.outputs import OutputMap, check_adds, halves_of, output_maps
 from surgeon.errors import PlanError
 from surgeon.plan.plan import FLOAT_DTYPES, Plan
@@ -138,18 +138,16 @@ def _check_dtype(result: Anatomy, known: OutputMap) -> None:
 
 
 def _halves(numbers: Sequence[int]) -> str:
-    """Return the names of halves of the source for people: whole layers where both are there."""
-    there = set(numbers)
-    whole = sorted({number // 2 for number in there if {number, number ^ 1} <= there})
-    halves: Mapping[int, list[int]] = {
-        parity: sorted(number // 2 for number in there if number % 2 == parity and number // 2 not in whole)
-        for parity in (0, 1)
-    }
-    words = [f"layers {text.layers(whole)}"] if whole else []
-    words += [
-        f"the {_word(HALVES[parity])} of layer {text.layers(layers)}" for parity, layers in halves.items() if layers
-    ]
-    return " and ".join(words)
+    """Return the names of adjacent halves of the source for people, in order: whole layers where both are there."""
+    inner = list(numbers)
+    words, after = [], []
+    if inner[0] % 2:
+        words.append(f"the MLP of layer {inner.pop(0) // 2}")
+    if inner and inner[-1] % 2 == 0:
+        after.append(f"the attention of layer {inner.pop() // 2}")
+    if whole := [number // 2 for number in inner if number % 2 == 0]:
+        words.append(f"layer{'s' if len(whole) > 1 else ''} {text.layers(whole)}")
+    return ", ".join([*words, *after])
 
 
 def _word(half: Half) -> str:
