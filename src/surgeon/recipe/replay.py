@@ -175,7 +175,7 @@ def _pruned(surgery: Surgery, step: Mapping[str, Any], original: Path) -> Surger
     attachments = {**surgery.attachments, **({SCORES: content_of(file)} if scores is not None else {})}
     plan = replace(plan, steps=({"prune": dict(step)},))
     made = replace(surgery, plan=surgery.plan.then(plan), attachments=attachments)
-    solved = (step.get("compensation") or {}).get("sha256")
+    solved = (step.get("compensation") or step.get("merging") or {}).get("sha256")
     if solved is None:
         return made
     repairs = open_repairs(original)

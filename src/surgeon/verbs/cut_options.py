@@ -135,6 +135,11 @@ class CutOptions(Checked):
     experts: int | None = option(
         f"Experts per layer of the result. {_UNCHANGED}", None, metavar="N", group="how much goes"
     )
+    merge_experts: bool = option(
+        "Merge the experts that go into those that stay: their output maps are solved anew on the text.",
+        False,
+        group="how much goes",
+    )
     like: str | os.PathLike[str] | None = option(
         "Take the depth and all sizes from this smaller model; goes with --score uniform.",
         None,
@@ -250,6 +255,12 @@ class CutOptions(Checked):
             hint = "Give one of --layers, --drop (or halves), --keep and the targets."
             raise OptionError("", "the depth is asked for more than once", hint=hint)
         self._check_named()
+        if self.merge_experts and self.experts is None:
+            hint = "Give --experts N beside it."
+            raise OptionError("merge_experts", "--merge-experts merges experts that go, and none do", hint=hint)
+        if self.merge_experts and self.compensates:
+            hint = "Merge experts, and compensate the saved result."
+            raise OptionError("merge_experts", "one cut is merged or compensated, not both", hint=hint)
         if budgets and narrows:
             raise OptionError("", "a budget decides the depth, not the width", hint="Give --layers beside sizes.")
         if not (budgets or depths or narrows):
@@ -275,6 +286,11 @@ class CutOptions(Checked):
     def compensates(self) -> bool:
         """Whether output maps are solved anew, or taken from a file."""
         return bool(self.compensate) or self.repairs_from is not None
+
+    @property
+    def solves(self) -> bool:
+        """Whether output maps are solved on the text."""
+        return (self.compensates and self.repairs_from is None) or self.merge_experts
 
     @property
     def names_layers(self) -> bool:
