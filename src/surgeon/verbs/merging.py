@@ -13,8 +13,9 @@ from surgeon.transforms.merging import expert_outputs
 from surgeon.verbs.compensating import Texts, bytes_of
 
 BOUND = (
-    "one expert in the place of two has one gate where they had two: what the router chose between them, token by token, "
-    "is lost; so judge it by its loss and by texts that it writes, never by multiple choice alone (arXiv:2510.13999)"
+    "one expert in the place of two has one gate where they had two: what the router chose between them, token by "
+    "token, is lost; so judge it by its loss and by texts that it writes, never by multiple choice alone "
+    "(arXiv:2510.13999)"
 )
 
 
@@ -39,8 +40,8 @@ class Merging:
         taken = sum(len(each["experts"]) for each in maps)
         old, new = self.experts
         return (
-            f"merged: {old} experts of each of {self.layers} layers into {new}; {taken} output maps were solved anew; the "
-            f"states' relative error on held-out rows is {after:.3f} on average, {before:.3f} without"
+            f"merged: {old} experts of each of {self.layers} layers into {new}; {taken} output maps were solved anew; "
+            f"the states' relative error on held-out rows is {after:.3f} on average, {before:.3f} without"
         )
 
     def rows(self) -> list[tuple[str, str]]:

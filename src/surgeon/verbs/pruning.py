@@ -28,8 +28,8 @@ class Pruning(Surgery):
 
     `score` is None where the layers were named and no score was asked. `choice` is None where no scores are there yet,
     `text` where none was read. `judged` is the text that perplexities are measured on, `compensation` what was solved
-    anew, and `merging` which experts were merged, None where that was not asked for. removable(n) returns the layers that go when n do; it works for n up to
-    `most_removable`, with `keep_pattern` for whole periods.
+    anew and `merging` which experts were merged, None where that was not asked for. removable(n) returns the layers
+    that go when n do; it works for n up to `most_removable`, with `keep_pattern` for whole periods.
 
         pruning = surgeon.prune("gpt2-large", score="block-influence", layers=30, data=["text.txt"], samples=4)
         print(pruning.choice.dropped, pruning.perplexity())
