@@ -1,6 +1,9 @@
 """Experts that go are merged into those that stay: solved for what the layer put out, one layer in memory."""
 
+import json
+
 import pytest
+import talkers
 import toys
 from later import LATER
 
@@ -147,3 +150,66 @@ def test_a_norm_between_the_experts_and_the_state_is_refused(tmp_path):
 
     with pytest.raises(PlanError, match="a norm stands between the experts of flex_olmo"):
         check_merges(anatomy, pruned_sizes(anatomy, {"experts": 4}))
+
+
+# --- the command ----------------------------------------------------------------------------------------------------
+
+ROWS = ("--samples", 12, "--sequence-length", 16, "--experts", 4, "--merge-experts")
+
+
+@pytest.fixture(scope="module")
+def mixture(tmp_path_factory):
+    """Return a mixture of experts with a tokenizer. Read-only."""
+    return talkers.talker(tmp_path_factory.mktemp("talkers") / "mixture", "qwen3_moe")
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    return talkers.written(tmp_path_factory.mktemp("texts") / "text.txt", talkers.TEXT * 4)
+
+
+def test_experts_are_merged_by_a_command_and_the_result_is_made_again_from_its_receipt(mixture, text, tmp_path, run):
+    told = json.loads(run("prune", mixture, "--data", text, *ROWS, "-o", tmp_path / "merged", "--json").out)
+    run("prune", mixture, "--scores-from", tmp_path / "merged", "--experts", 4, "-o", tmp_path / "dropped")
+
+    model, report = toys.load(tmp_path / "merged")
+    assert not any(report.values()), report
+    assert model.config.num_experts == 4
+    merged, dropped = (load_file(tmp_path / name / "model.safetensors") for name in ("merged", "dropped"))
+    changed = {name for name in dropped if not torch.equal(merged[name], dropped[name])}
+    assert changed
+    assert all(".experts." in name and name.endswith("down_proj.weight") for name in changed)
+    assert changed == set(load_file(tmp_path / "merged/repairs.safetensors"))
+    maps = told["merging"]["maps"]
+    assert sum(len(each["experts"]) for each in maps) == len(changed)
+    assert all(each["held_out"][1] <= each["held_out"][0] for each in maps)
+    receipt = json.loads((tmp_path / "merged/surgeon.json").read_text())
+    assert receipt["steps"][0]["prune"]["merging"]["maps"] == maps
+    card = (tmp_path / "merged/README.md").read_text()
+    assert "never by multiple choice alone (arXiv:2510.13999)" in card
+    assert "merged: 7 experts of each of 6 layers into 4" in card
+    again = json.loads(run("run", tmp_path / "merged/surgeon.json", "--json").out)
+    assert again["steps"][0]["result"]["same"] is True
+
+
+def test_a_dry_run_solves_nothing_and_says_what_would_be(mixture, text, tmp_path, run):
+    told = run("prune", mixture, "--data", text, *ROWS, "-o", tmp_path / "merged", "--dry-run")
+
+    assert "the output maps of 4 experts in 6 layers would be solved" in told.out
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--layers", 4, "--merge-experts"), "merges experts that go, and none do"),
+        (("--experts", 4, "--merge-experts", "--compensate"), "merged or compensated, not both"),
+        (("--experts", 7, "--merge-experts"), "no expert goes"),
+    ],
+)
+def test_merging_without_experts_that_go_is_refused_before_anything_is_read(words, message, mixture, tmp_path, run):
+    done = run("prune", mixture, *words, "-o", tmp_path / "merged")
+
+    assert done.code in (1, 2)
+    assert message in done.err
+    assert list(tmp_path.iterdir()) == []

@@ -34,21 +34,28 @@ class Merging:
 
     @property
     def _told(self) -> str:
-        assert self.record is not None, "it was measured"
-        maps: Sequence[Mapping[str, Any]] = self.record["maps"]
-        before, after = (sum(each["held_out"][i] for each in maps) / len(maps) for i in (0, 1))
-        taken = sum(len(each["experts"]) for each in maps)
-        old, new = self.experts
+        (old, new), (taken, before, after) = self.experts, self._found
         return (
             f"merged: {old} experts of each of {self.layers} layers into {new}; {taken} output maps were solved anew; "
             f"the states' relative error on held-out rows is {after:.3f} on average, {before:.3f} without"
         )
 
+    @property
+    def _found(self) -> tuple[int, float, float]:
+        """How many output maps were solved, and the mean error of the states before and after, on held-out rows."""
+        assert self.record is not None, "it was measured"
+        maps: Sequence[Mapping[str, Any]] = self.record["maps"]
+        before, after = (sum(each["held_out"][i] for each in maps) / len(maps) for i in (0, 1))
+        return sum(len(each["experts"]) for each in maps), before, after
+
     def rows(self) -> list[tuple[str, str]]:
         """Return what was merged, or would be, as rows for people."""
-        old, new = self.experts
-        would = f"the output maps of {new} experts in {self.layers} layers would be solved for all {old}"
-        return [("merging", would if self.record is None else self._told)]
+        many = f"of {self.experts[1]} experts in {self.layers} layers"
+        if self.record is None:
+            return [("merging", f"the output maps {many} would be solved")]
+        taken, before, after = self._found
+        errors = f"error of the states {before:.3f} → {after:.3f} on held-out rows"
+        return [("merging", f"{taken} output maps {many} solved: {errors}")]
 
     def to_dict(self) -> dict[str, Any]:
         """Return what was solved as `--json` prints it."""
