@@ -6,12 +6,12 @@ can be; the output map is then solved anew for what the experts put out (`surgeo
 token takes joins with a gate of 1.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from surgeon.anatomy.anatomy import Anatomy
 from surgeon.anatomy.axes import axes_of
-from surgeon.anatomy.config import kinds_by, setting, with_text
+from surgeon.anatomy.config import kinds_by, setting, size_of, with_text
 from surgeon.anatomy.families import Row, Rows, written_and_read
 from surgeon.anatomy.following import with_kinds
 from surgeon.anatomy.layer_rules import RULES
@@ -161,3 +161,50 @@ def _dense_config(anatomy: Anatomy, width: int) -> dict[str, object]:
                 changes = {key: value for key, value in after.items() if text.get(key) != value}
                 return with_text(wider, changes)
     raise PlanError(f"no key of the config says that all layers of a {anatomy.model_type} are dense", hint=HINT)
+
+
+def neurons_there(anatomy: Anatomy, width: int | None) -> tuple[tuple[int, int], ...]:
+    """Return the first `width` neurons of a layer's experts; by default as many as a token takes.
+
+    Raises PlanError where there are not so many.
+    """
+    count, size = anatomy.sizes["experts"], anatomy.sizes.get("expert_ffn") or anatomy.sizes["ffn"]
+    has_shared = any(form.shared for form in dense_forms(anatomy).values())
+    shared = anatomy.sizes.get("shared", 0) * size if has_shared else 0
+    every = [(expert, neuron) for expert in range(count) for neuron in range(size)]
+    every += [(count, neuron) for neuron in range(shared)]
+    if width is None:
+        width = (size_of(anatomy.config, "experts_per_token") or 1) * size + shared
+    if not 0 < width <= len(every):
+        raise PlanError(
+            f"cannot keep {width} of the {len(every)} neurons of a layer's experts",
+            hint=f"Ask for 1 to {len(every)}: --intermediate-size N.",
+        )
+    return tuple(every[:width])
+
+
+def to_widths(anatomy: Anatomy, mixtures: Mapping[int, Mixture]) -> dict[str, list[list[float]]]:
+    """Return mixtures as scores.json holds them: neurons numbered through all experts, and gates, for each layer.
+
+    A layer without experts has zeros.
+    """
+    size = anatomy.sizes.get("expert_ffn") or anatomy.sizes["ffn"]
+    some = next(iter(mixtures.values()))
+    none = Mixture(((0, 0),) * len(some.neurons), (0.0,) * len(some.gates))
+    every = [mixtures.get(layer, none) for layer in range(anatomy.depth)]
+    neurons: list[list[float]] = [[expert * size + number for expert, number in mixture.neurons] for mixture in every]
+    return {"neurons": neurons, "gates": [list(mixture.gates) for mixture in every]}
+
+
+def mixtures_of(anatomy: Anatomy, widths: Mapping[str, Sequence[Sequence[float]]]) -> dict[int, Mixture]:
+    """Return the mixtures that `to_widths` wrote down."""
+    count, size = anatomy.sizes["experts"], anatomy.sizes.get("expert_ffn") or anatomy.sizes["ffn"]
+
+    def place(number: float) -> tuple[int, int]:
+        expert = min(int(number) // size, count)  # all that every token takes has one number
+        return expert, int(number) - expert * size
+
+    return {
+        layer: Mixture(tuple(map(place, widths["neurons"][layer])), tuple(widths["gates"][layer]))
+        for layer in sorted(anatomy.layers_by_axis["experts"])
+    }

@@ -21,22 +21,26 @@ BOUND = (
 
 @dataclass(frozen=True)
 class Merging:
-    """The layers of a cut whose experts are merged. `record` is what was solved, None where nothing is measured yet."""
+    """The layers of a result whose experts are merged. `record` is what was solved, None where nothing is measured."""
 
     experts: tuple[int, int]  # of each layer, before and after
     layers: int
     record: Mapping[str, Any] | None = None
+    width: int | None = None  # of the one MLP that they become, None where experts are left
 
     @property
     def notes(self) -> tuple[str, ...]:
         """What was merged and what it changed, in sentences for the card."""
-        return () if self.record is None else (self._told, BOUND)
+        if self.record is None:
+            return ()
+        return (self._told, BOUND) if self.width is None else (self._told,)
 
     @property
     def _told(self) -> str:
         (old, new), (taken, before, after) = self.experts, self._found
+        one = "" if self.width is None else f"one MLP of {self.width} neurons"
         return (
-            f"merged: {old} experts of each of {self.layers} layers into {new}; {taken} output maps were solved anew; "
+            f"merged: {old} experts of each of {self.layers} layers into {one or new}; {taken} output maps are solved; "
             f"the states' relative error on held-out rows is {after:.3f} on average, {before:.3f} without"
         )
 
@@ -46,11 +50,13 @@ class Merging:
         assert self.record is not None, "it was measured"
         maps: Sequence[Mapping[str, Any]] = self.record["maps"]
         before, after = (sum(each["held_out"][i] for each in maps) / len(maps) for i in (0, 1))
-        return sum(len(each["experts"]) for each in maps), before, after
+        taken = sum(len(each["experts"]) if "experts" in each else each["taken"] for each in maps)
+        return taken, before, after
 
     def rows(self) -> list[tuple[str, str]]:
         """Return what was merged, or would be, as rows for people."""
         many = f"of {self.experts[1]} experts in {self.layers} layers"
+        many = many if self.width is None else f"of {self.layers} MLPs of {self.width} neurons"
         if self.record is None:
             return [("merging", f"the output maps {many} would be solved")]
         taken, before, after = self._found

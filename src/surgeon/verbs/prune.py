@@ -34,6 +34,7 @@ from surgeon.transforms.scores import METHODS
 from surgeon.transforms.seams import find_sites
 from surgeon.verbs.compensating import Compensation, Texts, check_possible, compensated
 from surgeon.verbs.cut_options import PruneOptions
+from surgeon.verbs.dense import measured_plan, placeholder, planned_dense, refitted
 from surgeon.verbs.merging import Merging, merged, planned_merging
 from surgeon.verbs.pruning import Pruning
 
@@ -69,6 +70,7 @@ def plan_pruning(begun: Surgery, options: PruneOptions) -> Pruning:
         check_possible(begun.anatomy, in_depth=cut.count != 0)
     if options.merge_experts:
         check_merges(begun.anatomy, cut.sizes or {})
+    dense = placeholder(begun.anatomy, options.intermediate_size) if options.dense else None
     with runs(begun.source.label, trust_remote_code=options.trust_remote_code):
         measured = _measure(begun, cut, options)
     scores = measured.scores
@@ -82,17 +84,22 @@ def plan_pruning(begun: Surgery, options: PruneOptions) -> Pruning:
     choice = pick(count)
     notes += () if measured.text is None else measured.text.notes
     notes += (UNSCORED,) if not is_scored else (HEAVY,) if 4 * count > cut.anatomy.depth else ()
-    measures = bool(options.data) and (options.evaluate or options.compensates or options.merge_experts)
+    measures = bool(options.data) and (options.evaluate or options.solves)
     is_measured = is_scored and (options.measure or not measures)
     criterion = cut.criterion if is_scored else "uniform"
     plan = cut.plan(choice, criterion, values=None if scores is None else scores.widths.get(criterion))
+    if dense is not None:
+        plan, scores = _dense(begun, dense, options, measured)
     step = _step(cut, options, choice, scores) if is_scored else {"score": options.score}
+    step |= {} if dense is None else {"score": None, "dense": True}
     plan = replace(plan, steps=({"prune": step},), notes=(*plan.notes, *notes))
     with runs(begun.source.label, trust_remote_code=options.trust_remote_code):
         merging = None
         source, whole, compensation = _compensated(begun, plan, cut, options, measured, is_decided=is_scored)
         if options.merge_experts:
             source, whole, merging = _merged(begun, plan, cut, measured, is_decided=is_scored)
+        elif dense is not None:
+            source, whole, merging = _refitted(begun, plan, measured)
     return Pruning(
         source=source,
         plan=whole,
@@ -180,13 +187,35 @@ def _merged(
     return source, replace(whole, steps=(*begun.plan.steps, {"prune": step}), notes=(*whole.notes, *done.notes)), done
 
 
+def _dense(begun: Surgery, planned: Plan, options: PruneOptions, measured: "_Measured") -> tuple[Plan, Scores | None]:
+    """Return the plan of a dense model, and the record of what was measured for it; without a text its placeholder."""
+    if measured.text is None:
+        return replace(planned, notes=(*planned.notes, UNSCORED)), measured.scores
+    width = planned_dense(begun.anatomy, planned).width
+    assert width is not None, "a dense model has one"
+    how: dict[str, Any] = {"known": measured.scores, "device": measured.device, "seed": options.seed}
+    with runs(begun.source.label, trust_remote_code=options.trust_remote_code):
+        return measured_plan(begun.source, begun.anatomy, width, measured.text, **how)
+
+
+def _refitted(begun: Surgery, plan: Plan, measured: "_Measured") -> tuple[Source, Plan, Merging]:
+    """Return the source and the plan of a dense model with its output maps solved, and what was solved."""
+    if measured.texts is None:
+        return begun.source, begun.plan.then(plan), planned_dense(begun.anatomy, plan)
+    source, whole, done = refitted(
+        begun.source, begun.plan, plan, begun.anatomy, measured.texts, device=measured.device
+    )
+    step = {**plan.steps[-1]["prune"], "merging": done.record}
+    return source, replace(whole, steps=(*begun.plan.steps, {"prune": step}), notes=(*whole.notes, *done.notes)), done
+
+
 # --- the cut --------------------------------------------------------------------------------------------------
 
 
 def _cut(anatomy: Anatomy, options: PruneOptions) -> tuple[Cut, tuple[str, ...]]:
     """Return the cut that the options ask for, and notes. Raises PlanError for an impossible one: nothing is scored."""
     notes: tuple[str, ...] = ()
-    layers, given = options.layers, options.sizes
+    layers, given = options.layers, {} if options.dense else options.sizes
     named, pairing = _named(anatomy, options)
     if options.like is not None:
         small = read_anatomy(spec_of(open_source(options.like)))
