@@ -1,4 +1,4 @@
-"""A dense model of one with experts: exact where gates are constant, by formula elsewhere, refused where no code has it."""
+"""A dense model of one with experts: exact where gates are constant, by formula elsewhere, refused without its code."""
 
 import json
 
@@ -134,7 +134,7 @@ def test_padding_is_not_counted(side, toy):
 
 def test_mixtures_are_written_down_and_read_again(tmp_path):
     anatomy = open_model(toys.build("deepseek_v3", tmp_path / "model")).anatomy
-    kept = tuple(neurons_there(anatomy, 52)[:50]) + ((9, 0), (9, 83))
+    kept = (*neurons_there(anatomy, 50), (9, 0), (9, 83))
     mixture = Mixture(kept, tuple(number / 10 for number in range(9)))
 
     widths = json.loads(json.dumps(to_widths(anatomy, dict.fromkeys(range(2, 6), mixture))))

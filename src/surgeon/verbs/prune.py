@@ -90,7 +90,7 @@ def plan_pruning(begun: Surgery, options: PruneOptions) -> Pruning:
     plan = cut.plan(choice, criterion, values=None if scores is None else scores.widths.get(criterion))
     if dense is not None:
         plan, scores = _dense(begun, dense, options, measured)
-    step = _step(cut, options, choice, scores) if is_scored else {"score": options.score}
+    step: dict[str, Any] = _step(cut, options, choice, scores) if is_scored else {"score": options.score}
     step |= {} if dense is None else {"score": None, "dense": True}
     plan = replace(plan, steps=({"prune": step},), notes=(*plan.notes, *notes))
     with runs(begun.source.label, trust_remote_code=options.trust_remote_code):
