@@ -132,6 +132,9 @@ class PruneReport:
         if surgery.compensation is not None:
             rows += surgery.compensation.rows()
             entries["compensation"] = surgery.compensation.to_dict()
+        if surgery.merging is not None:
+            rows += surgery.merging.rows()
+            entries["merging"] = surgery.merging.to_dict()
         return rows, entries
 
     def after(self, output: Path) -> tuple[list[tuple[str, str]], dict[str, Any]]:

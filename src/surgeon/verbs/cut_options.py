@@ -135,6 +135,16 @@ class CutOptions(Checked):
     experts: int | None = option(
         f"Experts per layer of the result. {_UNCHANGED}", None, metavar="N", group="how much goes"
     )
+    merge_experts: bool = option(
+        "Merge the experts that go into those that stay: their output maps are solved anew on the text.",
+        False,
+        group="how much goes",
+    )
+    dense: bool = option(
+        "Make one MLP of --intermediate-size neurons of each layer's experts. Default size: what a token takes.",
+        False,
+        group="how much goes",
+    )
     like: str | os.PathLike[str] | None = option(
         "Take the depth and all sizes from this smaller model; goes with --score uniform.",
         None,
@@ -250,12 +260,27 @@ class CutOptions(Checked):
             hint = "Give one of --layers, --drop (or halves), --keep and the targets."
             raise OptionError("", "the depth is asked for more than once", hint=hint)
         self._check_named()
+        if self.merge_experts and self.experts is None:
+            hint = "Give --experts N beside it."
+            raise OptionError("merge_experts", "--merge-experts merges experts that go, and none do", hint=hint)
+        if self.merge_experts and self.compensates:
+            hint = "Merge experts, and compensate the saved result."
+            raise OptionError("merge_experts", "one cut is merged or compensated, not both", hint=hint)
+        if self.dense:
+            self._check_dense(budgets or depths)
         if budgets and narrows:
             raise OptionError("", "a budget decides the depth, not the width", hint="Give --layers beside sizes.")
-        if not (budgets or depths or narrows):
+        if not (budgets or depths or narrows or self.dense):
             raise OptionError(
                 "", "nothing to prune", hint="Give --layers, a size such as --intermediate-size, or a target."
             )
+
+    def _check_dense(self, depth: object) -> None:
+        """Raises OptionError for what a dense model is not made with in one step."""
+        others = [axis for axis, size in self.sizes.items() if size is not None and axis != "ffn"]
+        if depth or others or self.compensates or self.merge_experts:
+            hint = "Give --intermediate-size alone beside it, and cut the saved result."
+            raise OptionError("dense", "--dense makes experts dense, and cuts nothing else", hint=hint)
 
     def _check_named(self) -> None:
         """Raises OptionError where layers are named, and something else would choose them too."""
@@ -275,6 +300,11 @@ class CutOptions(Checked):
     def compensates(self) -> bool:
         """Whether output maps are solved anew, or taken from a file."""
         return bool(self.compensate) or self.repairs_from is not None
+
+    @property
+    def solves(self) -> bool:
+        """Whether output maps are solved on the text."""
+        return (self.compensates and self.repairs_from is None) or self.merge_experts or self.dense
 
     @property
     def names_layers(self) -> bool:
