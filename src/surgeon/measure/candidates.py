@@ -1,0 +1,348 @@
+"""Shallower candidates of one model, measured against it: many in one streamed pass, without writing any.
+
+The whole model runs once. Its states before each half layer are kept, so a candidate runs from its first missing half
+on, and candidates that agree so far share their states: a tree of choices, walked once from the first half to the last.
+A candidate is compared with the whole model token by token, on the full vocabulary.
+"""
+
+import math
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import torch
+from torch import Tensor, nn
+
+from surgeon.anatomy.halves import HALVES, Half, Pairing, place
+from surgeon.errors import MeasureError
+from surgeon.measure.scoring import targets_of
+from surgeon.models.device import head_tokens
+from surgeon.models.halves import HalfLayers
+from surgeon.models.passage import Batch
+from surgeon.models.streaming import Progress, StreamedModel
+
+IN_MEMORY = 4_000_000_000  # bytes of kept states; more go to a file without a name
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a candidate is worth on R rows of text: sums over the tokens of each row, shape (R,), in float64.
+
+    `loss` is the next-token loss in nats, `kl` the divergence KL(whole model || candidate), `overlap` the probability
+    that both share, Σ_v min(p_v, q_v), `agreeing` how often both think the same token the most likely. The last two
+    count where the loss does: at every token with a token after it. `tokens` is how many these are, shape (R,).
+    """
+
+    loss: Tensor
+    kl: Tensor
+    overlap: Tensor
+    agreeing: Tensor
+    tokens: Tensor
+
+    @property
+    def mean_loss(self) -> float:
+        """The mean next-token loss, in nats."""
+        return self._mean(self.loss)
+
+    @property
+    def mean_kl(self) -> float:
+        """The mean divergence from the whole model, in nats per token."""
+        return self._mean(self.kl)
+
+    @property
+    def perplexity(self) -> float:
+        """The exponential of the mean loss, infinite where that overflows."""
+        return math.exp(self.mean_loss) if self.mean_loss < 700 else math.inf
+
+    @property
+    def acceptance(self) -> float:
+        """The share of a draft's tokens that exact speculative sampling accepts: 1 - total variation."""
+        return self._mean(self.overlap)
+
+    @property
+    def agreement(self) -> float:
+        """How often the candidate's most likely token is the whole model's: greedy decoding accepts it."""
+        return self._mean(self.agreeing)
+
+    def over(self, other: "Outcome", of: str = "loss") -> tuple[float, float]:
+        """Return by how much the mean of "loss" or "kl" is above another outcome's on these rows, and its error.
+
+        The error is that of a mean of paired differences: rows weigh as many tokens as they have.
+        """
+        differences = (getattr(self, of) - getattr(other, of)).double()
+        weights = self.tokens.double()
+        mean = float(differences.sum() / weights.sum())
+        rows = len(differences)
+        if rows < 2:
+            return mean, math.inf
+        spread = (differences - mean * weights).square().sum() * rows / (rows - 1)
+        return mean, float(spread.sqrt() / weights.sum())
+
+    def _mean(self, sums: Tensor) -> float:
+        return float(sums.sum() / self.tokens.sum())
+
+
+@dataclass
+class Effort:
+    """The work that was done: passes of all layers over the rows, and applications of the head to the rows."""
+
+    passes: float = 0.0
+    heads: int = 0
+
+
+class Reference:
+    """A whole model on rows of text, shape (R, T): its states before each half layer, and after the last.
+
+    `real` is False for padding. Without `halves` only whole layers can be left out, of any model whose layers run
+    alone. Raises MeasureError for a model that does not predict the next token, or whose layers are no halves.
+    """
+
+    def __init__(
+        self,
+        model: StreamedModel,
+        tokens: Tensor,
+        *,
+        real: Tensor | None = None,
+        halves: bool = True,
+        progress: Progress | None = None,
+    ) -> None:
+        model.check_predicts()
+        self.model, self.tokens, self.effort = model, tokens, Effort()
+        self._halves = HalfLayers(model) if halves else None
+        with torch.no_grad():
+            self.batches = model.embed(tokens, real)
+            self._kept = _Kept(2 * model.depth + 1, self.batches)
+            self._keep(progress)
+
+    @cached_property
+    def whole(self) -> Outcome:
+        """What the whole model is worth: its KL to itself is 0."""
+        return self.measure([Pairing.of_layers(range(self.model.depth))])[0]
+
+    def states(self, boundary: int) -> list[Tensor]:
+        """Return the whole model's states before half `boundary`, a batch each: 2 i before layer i, 2 i + 1 inside it.
+
+        The last, 2 L, are those after the last layer.
+        """
+        return self._kept.get(boundary)
+
+    def measure(self, candidates: Sequence[Pairing], *, progress: Progress | None = None) -> list[Outcome]:
+        """Return what each candidate is worth on the rows, in their order."""
+        for candidate in candidates:
+            candidate.check(self.model.depth)
+            if self._halves is None and not candidate.is_of_layers:
+                raise MeasureError("a half layer was left out of a model whose layers are not known by halves")
+        order = sorted(range(len(candidates)), key=lambda i: _signature(candidates[i], self.model.depth))
+        outcomes: dict[int, Outcome] = {}
+        size = max(1, self.model.states_bytes // self._kept.nbytes)
+        with torch.no_grad():
+            for start in range(0, len(order), size):
+                chunk = order[start : start + size]
+                found = _Walk(self, [candidates[i] for i in chunk], progress).run()
+                outcomes |= dict(zip(chunk, found, strict=True))
+        return [outcomes[i] for i in range(len(candidates))]
+
+    def steps(self, index: int) -> tuple[tuple[tuple[Half, ...], float], ...]:
+        """Return what runs together in a layer, each with its share of the layer's work."""
+        if self._halves is None:
+            return ((HALVES, 1.0),)
+        shares = self._halves.shares[index]
+        return tuple(((half,), shares[half]) for half in HALVES)
+
+    def layer(self, index: int) -> "_Layer":
+        """Return a context with a layer's weights in memory: a function from a step, a batch and states to the next."""
+        return _Layer(self.model, self._halves, index)
+
+    def _keep(self, progress: Progress | None) -> None:
+        states = [batch.hidden for batch in self.batches]
+        self._kept.put(0, states)
+        for index in range(self.model.depth):
+            with self.layer(index) as run:
+                for step, share in self.steps(index):
+                    states = [run(step, batch, state) for batch, state in zip(self.batches, states, strict=True)]
+                    self._kept.put(place((index, step[-1])) + 1, states)
+                    self.effort.passes += share / self.model.depth
+            if progress:
+                progress(self.tokens.numel())
+
+
+Run = Callable[[tuple[Half, ...], Batch, Tensor], Tensor]
+
+
+class _Layer:
+    """A context with a layer's weights in memory, by halves where they are known."""
+
+    def __init__(self, model: StreamedModel, halves: HalfLayers | None, index: int) -> None:
+        self._context = (model if halves is None else halves).layer(index)
+        self._is_whole = halves is None
+
+    def __enter__(self) -> Run:
+        apply = self._context.__enter__()
+
+        def run(step: tuple[Half, ...], batch: Batch, states: Tensor) -> Tensor:
+            if self._is_whole:
+                return apply(batch, states)  # type: ignore[call-arg, arg-type]
+            (half,) = step
+            return apply(half, batch, states)  # type: ignore[call-arg, arg-type]
+
+        return run
+
+    def __exit__(self, *error: object) -> None:
+        self._context.__exit__(*error)  # type: ignore[arg-type]
+
+
+@dataclass
+class _Path:
+    """Candidates that agree so far, by their numbers, and their states, a batch each.
+
+    `states` is None as long as they are the whole model's.
+    """
+
+    members: list[int]
+    states: list[Tensor] | None = None
+
+
+class _Walk:
+    """One walk through the tree of the choices that candidates make, from the first half to the last."""
+
+    def __init__(self, reference: Reference, candidates: Sequence[Pairing], progress: Progress | None) -> None:
+        self._of, self._progress = reference, progress
+        self._kept = [frozenset(candidate.halves) for candidate in candidates]
+        self._count = len(candidates)
+
+    def run(self) -> list[Outcome]:
+        model = self._of.model
+        paths = [_Path(list(range(self._count)))]
+        for index in range(model.depth):
+            if any(path.states is not None and self._goes_on(path, index) for path in paths):
+                with self._of.layer(index) as run:
+                    for step, share in self._of.steps(index):
+                        paths = list(self._after(paths, index, step, share, run))
+            else:
+                for step, _ in self._of.steps(index):
+                    paths = list(self._after(paths, index, step, 0.0, None))
+        return self._judged(paths)
+
+    def _goes_on(self, path: _Path, index: int) -> bool:
+        """Return whether some candidate of a path keeps a half of a layer."""
+        return any((index, half) in self._kept[member] for member in path.members for half in HALVES)
+
+    def _after(
+        self, paths: Sequence[_Path], index: int, step: tuple[Half, ...], share: float, run: Run | None
+    ) -> Iterator[_Path]:
+        """Yield the paths after a step: candidates that keep it go through, the others pass it by."""
+        boundary = place((index, step[0]))
+        for path in paths:
+            keeping = [member for member in path.members if (index, step[0]) in self._kept[member]]
+            skipping = [member for member in path.members if member not in set(keeping)]
+            states = path.states
+            if skipping:
+                yield _Path(skipping, self._of.states(boundary) if states is None else states)
+            if keeping and states is None:
+                yield _Path(keeping)
+            elif keeping:
+                assert run is not None, "a layer that a path goes through is in memory"
+                assert states is not None
+                moved = [run(step, batch, state) for batch, state in zip(self._of.batches, states, strict=True)]
+                self._of.effort.passes += share / self._of.model.depth
+                if self._progress:
+                    self._progress(round(share * self._of.tokens.numel()))
+                yield _Path(keeping, moved)
+
+    def _judged(self, paths: Sequence[_Path]) -> list[Outcome]:
+        of = self._of
+        last = 2 * of.model.depth
+        outcomes = [_Sums(len(of.tokens)) for _ in paths]
+        whole = of.states(last)
+        with of.model.head() as head:
+            at = 0
+            for number, batch in enumerate(of.batches):
+                for sums, path in zip(outcomes, paths, strict=True):
+                    sums.begin(at, None if path.states is None else path.states[number])
+                _compare(head, batch, whole[number], outcomes)
+                at += len(batch.tokens)
+        of.effort.heads += 1 + sum(path.states is not None for path in paths)
+        found: dict[int, Outcome] = {}
+        for path, sums in zip(paths, outcomes, strict=True):
+            found |= dict.fromkeys(path.members, sums.outcome())
+        return [found[i] for i in range(self._count)]
+
+
+@dataclass
+class _Sums:
+    """The sums of a candidate, by rows, and its states of the batch at hand: None where they are the whole model's."""
+
+    rows: int
+    first: int = 0
+    states: Tensor | None = None
+    values: Tensor = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.values = torch.zeros(5, self.rows, dtype=torch.float64)
+
+    def begin(self, first: int, states: Tensor | None) -> None:
+        self.first, self.states = first, states
+
+    def add(self, rows: Tensor, *values: Tensor) -> None:
+        """Add values of tokens, shape (N,) each, to the sums of their rows, and count them."""
+        for sums, value in zip(self.values, (*values, torch.ones_like(values[0])), strict=True):
+            sums.index_add_(0, self.first + rows, value.cpu().double())
+
+    def outcome(self) -> Outcome:
+        return Outcome(*self.values)
+
+
+def _compare(head: Callable[[Tensor], Tensor], batch: Batch, whole: Tensor, candidates: Sequence[_Sums]) -> None:
+    """Add to each candidate's sums what it gives for the tokens of a batch, beside the whole model's `whole` states."""
+    following, counted = targets_of(batch)
+    chosen = counted.to(whole.device)
+    rows, targets = counted.cpu().nonzero()[:, 0], following[chosen]
+    states = [None if each.states is None else each.states[:, :-1][chosen] for each in candidates]
+    reference = whole[:, :-1][chosen]
+    size = min(head_tokens(whole.device), batch.tokens.shape[1])  # no more than the model has positions for
+    for at in range(0, len(reference), size):
+        few = slice(at, at + size)
+        truth = nn.functional.log_softmax(head(reference[few]).float(), -1)
+        p, best = truth.exp(), truth.argmax(-1)
+        for each, own in zip(candidates, states, strict=True):
+            guess = truth if own is None else nn.functional.log_softmax(head(own[few]).float(), -1)
+            loss = -guess.gather(-1, targets[few, None])[:, 0]
+            if own is None:
+                one = torch.ones_like(loss)
+                each.add(rows[few], loss, torch.zeros_like(loss), one, one)
+                continue
+            kl = (p * (truth - guess)).sum(-1)
+            overlap = torch.minimum(p, guess.exp()).sum(-1)
+            each.add(rows[few], loss, kl, overlap, (guess.argmax(-1) == best).float())
+
+
+class _Kept:
+    """States at boundaries, a batch each: in memory, or in a file without a name where they are many."""
+
+    def __init__(self, boundaries: int, batches: Sequence[Batch]) -> None:
+        self._shapes = [batch.hidden.shape for batch in batches]
+        self._device, dtype = batches[0].hidden.device, batches[0].hidden.dtype
+        numbers = sum(shape.numel() for shape in self._shapes)
+        self.nbytes = numbers * dtype.itemsize  # of the states at one boundary
+        self._file = None
+        if boundaries * self.nbytes > IN_MEMORY:
+            self._file = tempfile.NamedTemporaryFile(prefix="surgeon-states-")  # noqa: SIM115  # kept as long as self
+            self._all = torch.from_file(self._file.name, shared=True, size=boundaries * numbers, dtype=dtype).view(
+                boundaries, numbers
+            )
+        else:
+            self._all = torch.empty(boundaries, numbers, dtype=dtype)
+
+    def put(self, boundary: int, states: Sequence[Tensor]) -> None:
+        torch.cat([state.reshape(-1).cpu() for state in states], out=self._all[boundary])
+
+    def get(self, boundary: int) -> list[Tensor]:
+        parts = torch.split(self._all[boundary], [shape.numel() for shape in self._shapes])
+        return [part.view(shape).to(self._device) for part, shape in zip(parts, self._shapes, strict=True)]
+
+
+def _signature(candidate: Pairing, depth: int) -> tuple[bool, ...]:
+    """Return which halves are kept, so that sorted candidates stand beside those that they share most with."""
+    kept = set(candidate.halves)
+    return tuple((layer, half) in kept for layer in range(depth) for half in HALVES)
