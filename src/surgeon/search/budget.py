@@ -126,11 +126,15 @@ class Pricing:
 
     def can_be(self, candidate: Candidate) -> bool:
         """Return whether the family's code can express a cut, and the budget allows it."""
+        return self.can_express(candidate) and self.budget.allows(self.cost(candidate))
+
+    def can_express(self, candidate: Candidate) -> bool:
+        """Return whether the family's code can express a cut."""
         try:
-            cost = self.cost(candidate)
+            self.cost(candidate)
         except PlanError:
             return False
-        return self.budget.allows(cost)
+        return True
 
     def fewest(self, widths: Widths, space: Space) -> int | None:
         """Return the fewest pieces whose removal meets the budget with these widths; None where none does."""

@@ -1,0 +1,98 @@
+"""What a cut is worth on rows of text, and what it would do as a draft of the whole model. Pure numbers."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+MOST_DRAFTED = 16  # tokens ahead that are tried
+SUMS = ("loss", "kl", "overlap", "agreeing", "tokens")
+
+
+@dataclass(frozen=True)
+class Figures:
+    """Sums over the tokens of each row: next-token loss and KL(whole || cut) in nats, Σ min(p, q), equal most likely.
+
+    `tokens` is how many of each row count.
+    """
+
+    loss: tuple[float, ...]
+    kl: tuple[float, ...]
+    overlap: tuple[float, ...]
+    agreeing: tuple[float, ...]
+    tokens: tuple[float, ...]
+
+    @classmethod
+    def of(cls, outcome: Any) -> "Figures":
+        """Return the figures of what the engine measured: tensors of shape (R,)."""
+        return cls(*(tuple(getattr(outcome, name).tolist()) for name in SUMS))
+
+    @classmethod
+    def read(cls, entry: Mapping[str, Sequence[float]]) -> "Figures":
+        """Return the figures in search.json."""
+        return cls(*(tuple(float(value) for value in entry[name]) for name in SUMS))
+
+    def to_dict(self) -> dict[str, list[float]]:
+        """Return this as search.json holds it."""
+        return {item.name: list(getattr(self, item.name)) for item in fields(self)}
+
+    def mean(self, of: str) -> float:
+        """Return the mean per token of "loss", "kl", "overlap" or "agreeing"."""
+        return math.fsum(getattr(self, of)) / max(1.0, math.fsum(self.tokens))
+
+    @property
+    def acceptance(self) -> float:
+        """The share of a draft's tokens that exact speculative sampling accepts: 1 - total variation, over the text."""
+        return self.mean("overlap")
+
+    @property
+    def perplexity(self) -> float:
+        """exp of the mean loss."""
+        return math.exp(self.mean("loss")) if self.mean("loss") < 700 else math.inf
+
+    def over(self, other: "Figures", of: str) -> tuple[float, float]:
+        """Return by how much a mean is above another cut's on the same rows, and the error of this paired difference.
+
+        A row is one observation; it weighs as many tokens as it has. Of a single row there is no error: infinity.
+        """
+        total = math.fsum(self.tokens)
+        differences = [one - two for one, two in zip(getattr(self, of), getattr(other, of), strict=True)]
+        mean = math.fsum(differences) / total
+        count = len(differences)
+        if count < 2:
+            return mean, math.inf
+        spread = math.fsum((d - mean * t) ** 2 for d, t in zip(differences, self.tokens, strict=True))
+        return mean, math.sqrt(spread * count / (count - 1)) / total
+
+
+@dataclass(frozen=True)
+class DraftSpeed:
+    """How many times as fast a model writes with a cut as its draft, with the best number of `tokens` drafted at once.
+
+    `times` of 1 or less: drafting with it cannot pay.
+    """
+
+    times: float
+    tokens: int
+
+    @property
+    def told(self) -> str:
+        """The factor, or that it cannot pay."""
+        if self.times <= 1.0:
+            return f"cannot pay ({self.times:.2f} x at best)"
+        return f"{self.times:.2f} x with {self.tokens} tokens drafted"
+
+
+def draft_speed(acceptance: float, share: float) -> DraftSpeed:
+    """Return the speed of exact speculative sampling with a draft that takes `share` of the time of a token.
+
+    (1 - a^(g+1)) / (1 - a) tokens come out of a round of g drafted ones, which takes g x share + 1 steps of the model
+    (Leviathan et al. 2023, arXiv:2211.17192, theorem 3.8).
+    """
+    best = DraftSpeed(0.0, 1)
+    for drafted in range(1, MOST_DRAFTED + 1):
+        out = sum(acceptance**power for power in range(drafted + 1))
+        times = out / (drafted * share + 1.0)
+        if times > best.times:
+            best = DraftSpeed(times, drafted)
+    return best
