@@ -70,8 +70,7 @@ class Outcome:
 
         The error is that of a mean of paired differences: rows weigh as many tokens as they have.
         """
-        differences = (getattr(self, of) - getattr(other, of)).double()
-        weights = self.tokens.double()
+        differences, weights = getattr(self, of) - getattr(other, of), self.tokens
         mean = float(differences.sum() / weights.sum())
         rows = len(differences)
         if rows < 2:
