@@ -17,7 +17,7 @@ PAGE, PICTURE = ROOT / "docs/design.md", ROOT / "docs/images/architecture.svg"
 # The floors of the house, from the ground up. A package imports its own files and lower floors only.
 FLOORS = (
     *("text", "showing", "errors", "mistyped", "progress", "options", "starter"),
-    *("checkpoint", "anatomy", "plan", "transforms"),
+    *("checkpoint", "anatomy", "plan", "transforms", "search"),
     *("data", "models", "draft", "surgery", "checkpoint.formats", "cost", "measure", "plots"),
     *("train", "gist", "evals", "rewriting", "verbs", "recipe", "cli"),
 )

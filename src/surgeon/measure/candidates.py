@@ -8,6 +8,7 @@ A candidate is compared with the whole model token by token, on the full vocabul
 import math
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -94,7 +95,10 @@ class Reference:
     """A whole model on rows of text, shape (R, T): its states before each half layer, and after the last.
 
     `real` is False for padding. Without `halves` only whole layers can be left out, of any model whose layers run
-    alone. Raises MeasureError for a model that does not predict the next token, or whose layers are no halves.
+    alone. `against` is another model on the same rows that candidates are compared with, in place of this one: that of
+    which this one is a narrower form.
+
+    Raises MeasureError for a model that does not predict the next token, or whose layers are no halves.
     """
 
     def __init__(
@@ -104,10 +108,12 @@ class Reference:
         *,
         real: Tensor | None = None,
         halves: bool = True,
+        against: "Reference | None" = None,
         progress: Progress | None = None,
     ) -> None:
         model.check_predicts()
         self.model, self.tokens, self.effort = model, tokens, Effort()
+        self.against = self if against is None else against
         self._halves = HalfLayers(model) if halves else None
         with torch.no_grad():
             self.batches = model.embed(tokens, real)
@@ -250,16 +256,18 @@ class _Walk:
                 yield _Path(keeping, moved)
 
     def _judged(self, paths: Sequence[_Path]) -> list[Outcome]:
-        of = self._of
-        last = 2 * of.model.depth
+        of, against = self._of, self._of.against
         outcomes = [_Sums(len(of.tokens)) for _ in paths]
-        whole = of.states(last)
-        with of.model.head() as head:
+        whole = against.states(2 * against.model.depth)
+        if against is not of:  # a candidate with all halves is not the model that it is compared with
+            last = of.states(2 * of.model.depth)
+            paths = [path if path.states is not None else _Path(path.members, last) for path in paths]
+        with against.model.head() as true_head, nullcontext(true_head) if against is of else of.model.head() as head:
             at = 0
             for number, batch in enumerate(of.batches):
                 for sums, path in zip(outcomes, paths, strict=True):
                     sums.begin(at, None if path.states is None else path.states[number])
-                _compare(head, batch, whole[number], outcomes)
+                _compare(head, batch, whole[number], outcomes, true_head=true_head)
                 at += len(batch.tokens)
         of.effort.heads += 1 + sum(path.states is not None for path in paths)
         found: dict[int, Outcome] = {}
@@ -292,7 +300,14 @@ class _Sums:
         return Outcome(*self.values)
 
 
-def _compare(head: Callable[[Tensor], Tensor], batch: Batch, whole: Tensor, candidates: Sequence[_Sums]) -> None:
+def _compare(
+    head: Callable[[Tensor], Tensor],
+    batch: Batch,
+    whole: Tensor,
+    candidates: Sequence[_Sums],
+    *,
+    true_head: Callable[[Tensor], Tensor],
+) -> None:
     """Add to each candidate's sums what it gives for the tokens of a batch, beside the whole model's `whole` states."""
     following, counted = targets_of(batch)
     chosen = counted.to(whole.device)
@@ -302,7 +317,7 @@ def _compare(head: Callable[[Tensor], Tensor], batch: Batch, whole: Tensor, cand
     size = min(head_tokens(whole.device), batch.tokens.shape[1])  # no more than the model has positions for
     for at in range(0, len(reference), size):
         few = slice(at, at + size)
-        truth = nn.functional.log_softmax(head(reference[few]).float(), -1)
+        truth = nn.functional.log_softmax(true_head(reference[few]).float(), -1)
         p, best = truth.exp(), truth.argmax(-1)
         for each, own in zip(candidates, states, strict=True):
             guess = truth if own is None else nn.functional.log_softmax(head(own[few]).float(), -1)

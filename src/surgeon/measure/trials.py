@@ -1,0 +1,102 @@
+"""Cuts of a search, measured on the rows of its stages: halves by the streamed tree, widths as plans not written."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from surgeon.anatomy.anatomy import Anatomy
+from surgeon.checkpoint.source import Source
+from surgeon.measure.candidates import Effort, Outcome, Reference
+from surgeon.measure.scoring import streamed_model
+from surgeon.models.device import available_memory
+from surgeon.models.streaming import StreamedModel
+from surgeon.plan.planned import PlannedSource
+from surgeon.progress import stage as announced
+from surgeon.search.budget import full_sizes
+from surgeon.search.cuts import Candidate, Widths, kept_halves
+from surgeon.search.figures import Figures
+from surgeon.anatomy.halves import Pairing
+from surgeon.transforms.prune import prune
+
+MOST_REFERENCES = 2  # stages whose whole model's states are kept
+
+
+class Trials:
+    """Measures cuts of a source. `rows` are tokens, shape (R, T), by stage; `bare` are the stages without a repair.
+
+    `values` are the importances of positions that decide what a narrower cut keeps. `repair`, if given, is what the
+    engine takes to mend a cut before it is measured.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        anatomy: Anatomy,
+        rows: Mapping[str, Tensor],
+        *,
+        device: str,
+        halves: bool,
+        values: Mapping[str, Any] | None = None,
+        repair: Any = None,
+        bare: Sequence[str] = (),
+    ) -> None:
+        self._source, self._anatomy, self._rows = source, anatomy, rows
+        self._device, self._halves, self._values = device, halves, values
+        self._repair, self._bare = repair, frozenset(bare)
+        self._model: StreamedModel | None = None
+        self._references: dict[str, Reference] = {}
+        self._spent = Effort()
+
+    @property
+    def effort(self) -> Effort:
+        """The work so far, in passes of the whole model over the rows of each stage."""
+        spent = Effort(self._spent.passes, self._spent.heads)
+        for reference in self._references.values():
+            spent.passes += reference.effort.passes
+            spent.heads += reference.effort.heads
+        return spent
+
+    def measure(self, stage: str, candidates: Sequence[Candidate]) -> list[Figures]:
+        """Return the figures of cuts on the rows of a stage, in their order: cuts of one width share what they can."""
+        by_widths: dict[Widths, list[Candidate]] = {}
+        for each in candidates:
+            by_widths.setdefault(each.widths, []).append(each)
+        found: dict[Candidate, Figures] = {}
+        with announced(f"measuring {len(candidates)} cuts" if len(candidates) > 1 else "measuring a cut"):
+            for widths, cuts in by_widths.items():
+                outcomes = self._outcomes(stage, widths, [self._pairing(each) for each in cuts])
+                found |= {each: Figures.of(outcome) for each, outcome in zip(cuts, outcomes, strict=True)}
+        return [found[each] for each in candidates]
+
+    def _outcomes(self, stage: str, widths: Widths, pairings: Sequence[Pairing]) -> list[Outcome]:
+        whole = self._reference(stage)
+        if not widths:
+            return self._run(whole, stage, pairings)
+        plan = prune(self._anatomy, sizes=full_sizes(self._anatomy, widths), values=self._values)
+        narrow = streamed_model(PlannedSource(self._source, plan), self._device, resident=len(pairings) > 1)
+        reference = Reference(narrow, self._rows[stage], halves=self._halves, against=whole)
+        outcomes = self._run(reference, stage, pairings)
+        self._spent.passes += reference.effort.passes
+        self._spent.heads += reference.effort.heads
+        return outcomes
+
+    def _run(self, reference: Reference, stage: str, pairings: Sequence[Pairing]) -> list[Outcome]:
+        if self._repair is None or stage in self._bare:
+            return reference.measure(pairings)
+        return reference.measure(pairings, repair=self._repair)
+
+    def _reference(self, stage: str) -> Reference:
+        """Return the whole model on the rows of a stage; of a few stages it is kept."""
+        if stage not in self._references:
+            if self._model is None:
+                self._model = streamed_model(self._source, self._device, resident=True)
+            if len(self._references) >= MOST_REFERENCES:
+                gone = self._references.pop(next(iter(self._references)))
+                self._spent.passes += gone.effort.passes
+                self._spent.heads += gone.effort.heads
+            self._references[stage] = Reference(self._model, self._rows[stage], halves=self._halves)
+        return self._references[stage]
+
+    def _pairing(self, candidate: Candidate) -> Pairing:
+        return Pairing(*kept_halves(candidate.pieces, self._anatomy.depth))
