@@ -7,6 +7,7 @@ from later import LATER
 
 from surgeon.anatomy.config import layer_kinds
 from surgeon.anatomy.following import follow_layers
+from surgeon.anatomy.halves import Pairing
 from surgeon.anatomy.layer_rules import PLACE_BOUND, RULES, UNCUTTABLE
 from surgeon.errors import CheckpointError, PlanError
 
@@ -19,7 +20,7 @@ CUTS = [[0, 1, 2, 3], [1, 2, 5, 7], [0, 2, 4, 6], [7, 6, 5], [3], [0, 1, 2, 3, 4
 
 
 def follow(config, keep, depth=8, *, tabled=True):
-    return follow_layers(config, keep, depth, tabled=tabled).config
+    return follow_layers(config, Pairing.of_layers(keep), depth, tabled=tabled).config
 
 
 # Configs as they were written before transformers saved explicit lists; each is read back by transformers itself.
@@ -168,7 +169,7 @@ def test_every_count_and_nested_text_configs_follow():
 def test_a_list_as_long_as_an_unknown_model_is_deep_is_cut_and_said_so():
     config = {"model_type": "zorg", "num_hidden_layers": 3, "gates": [1, 2, 3], "eos_token_id": [1, 2, 3], "mix": [1]}
 
-    edit = follow_layers(config, [2, 0], 3, tabled=False)
+    edit = follow_layers(config, Pairing.of_layers([2, 0]), 3, tabled=False)
 
     assert edit.config["gates"] == [3, 1]
     assert edit.config["eos_token_id"] == [1, 2, 3]
@@ -187,7 +188,7 @@ def test_an_unknown_stride_lets_layers_be_cut_from_the_end_but_not_moved():
 def test_a_residual_scale_that_depends_on_the_depth_is_kept():
     config = {"model_type": "minicpm3", "num_hidden_layers": 64, "scale_depth": 1.4}
 
-    edit = follow_layers(config, list(range(16)), 64, tabled=False)
+    edit = follow_layers(config, Pairing.of_layers(list(range(16))), 64, tabled=False)
 
     assert edit.config["scale_depth"] / 16**0.5 == pytest.approx(1.4 / 64**0.5, rel=1e-12)
     assert "scale_depth 1.4 became 0.7" in edit.notes[0]

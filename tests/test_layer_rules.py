@@ -8,6 +8,7 @@ from later import LATER
 
 import surgeon
 from surgeon.anatomy.following import WITHOUT_CACHE, follow_layers
+from surgeon.anatomy.halves import Pairing
 from surgeon.anatomy.layer_rules import INDEX_LISTS, RULES
 from surgeon.errors import PlanError
 from surgeon.surgery import open_model
@@ -119,15 +120,15 @@ def test_a_hybrid_without_a_layer_that_attends_is_told_that_it_generates_nothing
     """transformers: `get_seq_length` can only be called on Attention layers. Its forward pass works."""
     config = json.loads(every_type.small_config(model_type).to_json_string(use_diff=False))
 
-    assert WITHOUT_CACHE in follow_layers(config, keep, 6, tabled=False).notes
-    assert WITHOUT_CACHE not in follow_layers(config, range(6), 6, tabled=False).notes
+    assert WITHOUT_CACHE in follow_layers(config, Pairing.of_layers(keep), 6, tabled=False).notes
+    assert WITHOUT_CACHE not in follow_layers(config, Pairing.of_layers(range(6)), 6, tabled=False).notes
 
 
 def test_a_list_of_layers_that_nobody_knows_holds_its_layers_in_place():
     config = {"model_type": "not_known_yet", "num_hidden_layers": 6, "special_block_ids": [2, 5]}
 
     def follow(keep):
-        return follow_layers(config, keep, 6, tabled=False).config
+        return follow_layers(config, Pairing.of_layers(keep), 6, tabled=False).config
 
     assert follow([0, 1, 2, 3, 4, 5])["special_block_ids"] == [2, 5]
     assert follow([0, 1, 2, 3, 4, 5, 0])["num_hidden_layers"] == 7
@@ -150,7 +151,7 @@ def test_layers_that_attend_to_the_whole_picture_still_do_when_they_move(tmp_pat
 )
 def test_a_backbone_hands_on_the_stages_that_it_handed_on(given, keep, expected):
     config = json.loads(every_type.small_config("dinov2", out_indices=given).to_json_string(use_diff=False))
-    edit = follow_layers(config, keep, 6, tabled=False).config
+    edit = follow_layers(config, Pairing.of_layers(keep), 6, tabled=False).config
     result = CONFIG_MAPPING["dinov2"](**edit)  # it checks the stages against their names
     assert result.out_indices == edit["out_indices"] == expected
     assert result.out_features == edit["out_features"] == [result.stage_names[stage] for stage in expected]
@@ -159,4 +160,4 @@ def test_a_backbone_hands_on_the_stages_that_it_handed_on(given, keep, expected)
 def test_a_stage_that_a_backbone_hands_on_is_not_removed():
     config = json.loads(every_type.small_config("dinov2", out_indices=[3, 6]).to_json_string(use_diff=False))
     with pytest.raises(PlanError, match=r"hands on stage 3 .* its layer would be removed"):
-        follow_layers(config, [0, 1, 5], 6, tabled=False)
+        follow_layers(config, Pairing.of_layers([0, 1, 5]), 6, tabled=False)

@@ -46,6 +46,7 @@ class Summary(Shown):
     notes: tuple[str, ...]
     peak_memory: int
     seconds: float
+    mlp_map: tuple[int | None, ...] | None = None  # where the MLPs are of other layers than the attentions
 
     def downloaded_from(self, source: Source) -> "Summary":
         """Return the summary with the bytes that were downloaded from `source` until now."""
@@ -62,6 +63,7 @@ class Summary(Shown):
             "bytes_written": self.bytes_written,
             "bytes_shared": self.bytes_shared,
             "layer_map": list(self.layer_map),
+            **({} if self.mlp_map is None else {"mlp_map": list(self.mlp_map)}),
             "files": list(self.files),
             "config": {key: {"before": old, "after": new} for key, (old, new) in self.config_changes.items()},
             "notes": list(self.notes),
@@ -84,7 +86,7 @@ class Summary(Shown):
         done = self.seconds > 0 if done is None else done
         before, after = self.parameters
         lines = [
-            ("layers", f"{self.layers[0]} → {self.layers[1]}  (source layers {text.layers(self.layer_map)})"),
+            ("layers", f"{self.layers[0]} → {self.layers[1]}  ({text.sources(self.layer_map, self.mlp_map)})"),
             ("parameters", f"{before:,} → {after:,}  ({100 * after / before:.1f} %)"),
             ("reads", text.size(self.bytes_read)),
             *([] if self.bytes_downloaded is None else [("downloads", text.size(self.bytes_downloaded))]),
@@ -155,6 +157,7 @@ class Draft:
                 source=self.source.provenance(),
                 steps=plan.steps,
                 layer_map=plan.layer_map,
+                mlp_map=plan.mlp_map,
                 axis_maps=plan.axis_runs(),
                 options=self.options,
                 command=command,
@@ -188,8 +191,11 @@ class Draft:
         facts = {
             "layers": f"{layers[0]} → {layers[1]}",
             "parameters": f"{parameters[0]:,} → {parameters[1]:,}",
-            "source layer of each layer": " ".join("new" if i is None else str(i) for i in self.plan.layer_map),
         }
+        maps = {"attention": self.plan.layer_map, "MLP": self.plan.mlp_layers}
+        maps = {"layer": self.plan.layer_map} if self.plan.mlp_map is None else maps
+        for of, layer_map in maps.items():
+            facts[f"source layer of each {of}"] = " ".join("new" if i is None else str(i) for i in layer_map)
         return receipt.model_card(
             title=self.summary.output.name,
             base_model=receipt.base_model(self.source),

@@ -134,6 +134,7 @@ class Surgery(Shown):
             bytes_written=result.nbytes,
             bytes_shared=shared,
             layer_map=plan.layer_map,
+            mlp_map=plan.mlp_map,
             files=tuple(shard.file for shard in shards),
             config_changes=changed_keys(before.config, result.config),
             notes=plan.all_notes,
@@ -164,6 +165,11 @@ class Surgery(Shown):
         names = [name for name in QUANTIZATION_FILES if name in self.source.companions]
         if not names:
             return {}
+        if plan.mlp_map is not None:
+            raise PlanError(
+                f"{names[0]} may name whole layers, and this would put halves of two into one",
+                hint="Keep whole layers of a quantized checkpoint.",
+            )
         from surgeon.anatomy.quantized import follow_quantization_file
 
         return {

@@ -131,6 +131,13 @@ def layers(layer_map: Sequence[int | None]) -> str:
     return ", ".join(words)
 
 
+def sources(layer_map: Sequence[int | None], mlp_map: Sequence[int | None] | None = None) -> str:
+    """Return where the layers come from: "source layers 0-5, 8", or where they were re-paired, of each half."""
+    if mlp_map is None:
+        return f"source layers {layers(layer_map)}"
+    return f"attentions of source layers {layers(layer_map)}; MLPs of {layers(mlp_map)}"
+
+
 def few(files: Sequence[str]) -> str:
     """Return the names of one or two files, or the number of files."""
     return ", ".join(map(shortened, files)) if len(files) <= 2 else f"{len(files)} files"

@@ -2,9 +2,13 @@
 
 import math
 from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any, NoReturn
 
 from surgeon.anatomy.families import FAMILIES, Family
+from surgeon.anatomy.half_keys import half_of_keys
+from surgeon.anatomy.halves import Half
 from surgeon.anatomy.layer_rules import (
     COUNT_KEYS,
     FULL_ATTENTION,
@@ -218,11 +222,39 @@ def check_layer_keys(text: Mapping[str, Any], depth: int) -> None:
     if not isinstance(text.get("tie_word_embeddings"), bool | None):
         refuse("tie_word_embeddings")
     per_layer = text.get("per_layer_config")
-    if isinstance(per_layer, Mapping) and not all(key.isascii() and key.isdigit() for key in per_layer):
-        refuse("per_layer_config")
+    if isinstance(per_layer, Mapping):
+        if not all(key.isascii() and key.isdigit() for key in per_layer):
+            refuse("per_layer_config")
+        _check_skipped(per_layer)
     for rule in RULES.get(str(text.get("model_type")), ()):
         if rule.explicit is None or not text.get(rule.explicit):
             kinds_by(rule, text, depth)
+
+
+def _check_skipped(per_layer: Mapping[str, Any]) -> None:
+    """Raises CheckpointError where a layer is to lack a half, and the installed transformers builds it all the same.
+
+    It would fill the half with random numbers, and say so in a table of missing keys.
+    """
+    entries = ((layer, entry.get("skip")) for layer, entry in per_layer.items() if isinstance(entry, Mapping))
+    skipped = next((pair for pair in entries if pair[1]), None)
+    if skipped is not None and not _builds_without_halves():
+        raise CheckpointError(
+            f"config.json says that layer {skipped[0]} skips {skipped[1]!r} (per_layer_config), and no transformers is "
+            "here that builds a layer without it",
+            hint=f"Install a transformers that has {_MODELING_SPECS} in transformers.integrations.heterogeneity.",
+        )
+
+
+_MODELING_SPECS = "get_heterogeneous_modeling_spec"
+
+
+def _builds_without_halves() -> bool:
+    """Return whether the installed transformers has specs of layers without a half. It is not imported."""
+    found = find_spec("transformers")
+    places = [] if found is None else [Path(place) for place in found.submodule_search_locations or ()]
+    files = (place / "integrations/heterogeneity" / "__init__.py" for place in places)
+    return any(_MODELING_SPECS in file.read_text(encoding="utf-8") for file in files if file.is_file())
 
 
 def layer_kinds(config: Mapping[str, Any], depth: int) -> list[str] | None:
@@ -256,21 +288,35 @@ def kinds_by(rule: Rule, text: Mapping[str, Any], depth: int) -> list[object]:
     return kinds
 
 
-def declared_kinds(text: Mapping[str, Any], depth: int) -> list[tuple[object, ...]]:
-    """Return everything that the config says of each layer, comparable: two layers with equal kinds are built alike."""
+def declared_kinds(text: Mapping[str, Any], depth: int, half: Half | None = None) -> list[tuple[object, ...]]:
+    """Return everything that the config says of each layer, comparable: two layers with equal kinds are built alike.
+
+    With `half` what it says of the other half alone is left out.
+    """
+
+    def is_of_other(*keys: str) -> bool:
+        return half is not None and half_of_keys(keys) not in (half, None)
+
     own = text.get("per_layer_config")
     own = own if isinstance(own, Mapping) else {}
-    by_number = {int(number): repr(value) for number, value in own.items()}
+    by_number = {
+        int(number): repr({key: inner for key, inner in value.items() if not is_of_other(key)})
+        if isinstance(value, Mapping)
+        else repr(value)
+        for number, value in own.items()
+    }
     by_key: list[Sequence[object]] = [[by_number.get(i) for i in range(depth)]]
     for key, value in text.items():
+        if is_of_other(key):
+            continue
         if key in LAYER_LISTS and isinstance(value, list) and len(value) == depth:
             by_key.append([repr(item) for item in value])
         elif key in INDEX_LISTS and isinstance(value, list):
             by_key.append([i in value for i in range(depth)])
         elif key in LAYER_REFERENCES and isinstance(value, list) and len(value) == depth:
             by_key.append([value[i] == i for i in range(depth)])
-    rules = RULES.get(str(text.get("model_type")), ())
-    by_key += [kinds_by(rule, text, depth) for rule in rules if rule.explicit is None or not text.get(rule.explicit)]
+    rules = (rule for rule in RULES.get(str(text.get("model_type")), ()) if not text.get(rule.explicit or ""))
+    by_key += [kinds_by(rule, text, depth) for rule in rules if not is_of_other(*rule.speaks_by)]
     return [tuple(kinds[i] for kinds in by_key) for i in range(depth)]
 
 

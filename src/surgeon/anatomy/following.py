@@ -1,13 +1,13 @@
-"""The config follows the layers: what config.json must say when result layer i is source layer keep[i].
+"""The config follows the layers: what config.json must say when the layers of a result are those of a pairing.
 
 Tools that change the layer count and leave the rest write checkpoints that fail to load or, worse, load with layers
-of the wrong kind. Here a surviving layer keeps its kind (sliding or full, dense or sparse, rope or none); what the
-config cannot express is refused with the reason.
+of the wrong kind. Here a surviving half of a layer keeps its kind (sliding or full, rope or none; dense or sparse);
+what the config cannot express is refused with the reason.
 """
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import product
 from typing import Any, NoReturn
@@ -20,6 +20,8 @@ from surgeon.anatomy.config import (
     nested_stacks,
     text_config,
 )
+from surgeon.anatomy.half_keys import HALF_OF_KEY, half_of_keys
+from surgeon.anatomy.halves import MLP, Half, Pairing
 from surgeon.anatomy.layer_rules import (
     COUNT_KEYS,
     DECODER_COUNT_KEYS,
@@ -70,32 +72,35 @@ def _attending(text: Mapping[str, Any], depth: int) -> list[bool]:
     return [] if all(attends) else [attends[i % len(attends)] for i in range(depth)]
 
 
-def follow_layers(config: Mapping[str, Any], keep: Sequence[int], depth: int, *, tabled: bool) -> ConfigEdit:
-    """Return the config of a model whose layer i is layer keep[i] of this one, which has `depth` layers.
+def follow_layers(config: Mapping[str, Any], pairing: Pairing, depth: int, *, tabled: bool) -> ConfigEdit:
+    """Return the config of the model that a pairing makes of this one, which has `depth` layers.
 
-    `tabled` says that the family has a table: its per-layer lists are known, others that are as long are no such lists.
+    What speaks of a layer's attention follows the attentions, what speaks of its MLP the MLPs. `tabled` says that the
+    family has a table: its per-layer lists are known, others that are as long are no such lists.
 
     Raises PlanError, naming the key, when the model's code cannot give the surviving layers the kinds they have.
     """
     name = model_type(config)
     if parts := nested_stacks(config):
-        edits = {part: follow_layers(config[part], keep, depth, tabled=tabled) for part in parts}
+        edits = {part: follow_layers(config[part], pairing, depth, tabled=tabled) for part in parts}
         nested = {part: edit.config for part, edit in edits.items()}
         return ConfigEdit({**config, **nested}, [note for edit in edits.values() for note in edit.notes])
     text = text_config(config)
     text_name = str(text.get("model_type", name))
-    _refuse_what_cannot_move(config, {name, text_name}, keep, depth)
+    keep = pairing.attention
+    _refuse_what_cannot_move(config, {name, text_name}, pairing, depth)
 
     edit = ConfigEdit(dict(text))
-    _slice_lists(edit, keep, depth, tabled=tabled)
-    _remap_indices(edit, keep)
-    _follow_stages(edit, keep, depth)
+    _slice_lists(edit, pairing, depth, tabled=tabled)
+    _split_entries(edit, pairing)
+    _remap_indices(edit, pairing)
+    _follow_stages(edit, pairing.mlp, depth)
     _follow_references(edit, text, keep)
     for key in COUNT_KEYS + ENCODER_COUNT_KEYS + DECODER_COUNT_KEYS:
         if edit.config.get(key) == depth:
             edit.config[key] = len(keep)
     for rule in RULES.get(text_name, ()):
-        _apply_rule(edit, rule, text, keep, depth, text_name)
+        _apply_rule(edit, rule, text, pairing, depth, text_name)
     if text_name in LAST_IS_FULL and attention_kinds(edit.config, len(keep))[-1] not in FULL_ATTENTION:
         raise PlanError(
             f"{text_name} makes its last layer attend to everything, and layer {keep[-1]} does not",
@@ -113,14 +118,35 @@ def follow_layers(config: Mapping[str, Any], keep: Sequence[int], depth: int, *,
     return edit
 
 
-def _refuse_what_cannot_move(config: Mapping[str, Any], names: set[str], keep: Sequence[int], depth: int) -> None:
-    if not keep:
+def _taken(values: Sequence[Any] | Mapping[int, Any], pairing: Pairing, half: Half | None, key: str) -> list[Any]:
+    """Return what each layer of the result takes of values that speak of this half, None where of both or of either.
+
+    Raises PlanError, naming the key, where the two halves of a layer would take different ones of the latter.
+    """
+    if half == MLP:
+        return [values[i] for i in pairing.mlp]
+    taken = [values[i] for i in pairing.attention]
+    if half is None and (pair := next((p for p in _pairs(pairing) if values[p[0]] != values[p[1]]), None)):
+        raise PlanError(
+            f"the attention of layer {pair[0]} and the MLP of layer {pair[1]} differ in {key} of config.json, which "
+            "speaks of whole layers",
+            hint="Pair halves of which it says the same, or keep whole layers.",
+        )
+    return taken
+
+
+def _pairs(pairing: Pairing) -> Iterable[tuple[int, int]]:
+    return zip(pairing.attention, pairing.mlp, strict=True)
+
+
+def _refuse_what_cannot_move(config: Mapping[str, Any], names: set[str], pairing: Pairing, depth: int) -> None:
+    if not pairing.attention:
         raise PlanError(
             "a model needs at least one layer", hint="--layers is the depth of the result; ask for 1 or more."
         )
-    unmoved = list(keep) == list(range(len(keep)))
-    if list(keep) == list(range(depth)):
+    if pairing == Pairing.of_layers(range(depth)):
         return
+    unmoved = pairing == Pairing.of_layers(range(len(pairing.attention)))
     for name in sorted(names):
         if name in UNCUTTABLE:
             raise PlanError(
@@ -134,32 +160,50 @@ def _refuse_what_cannot_move(config: Mapping[str, Any], names: set[str], keep: S
             )
 
 
-def _slice_lists(edit: ConfigEdit, keep: Sequence[int], depth: int, *, tabled: bool) -> None:
+def _slice_lists(edit: ConfigEdit, pairing: Pairing, depth: int, *, tabled: bool) -> None:
     for key, value in list(edit.config.items()):
         if key in LAYER_TEXTS and isinstance(value, str) and len(value) == depth:
-            edit.config[key] = "".join(value[i] for i in keep)
+            edit.config[key] = "".join(_taken(value, pairing, HALF_OF_KEY.get(key), key))
         if not isinstance(value, list) or key in LAYER_REFERENCES:
             continue
         if key in LAYER_LISTS and value:
             if len(value) == depth:
-                edit.config[key] = [value[i] for i in keep]
+                edit.config[key] = _taken(value, pairing, HALF_OF_KEY.get(key), key)
             elif key == "block_types":  # cycled over the layers
-                edit.config[key] = [value[i % len(value)] for i in keep]
+                cycled = [value[i % len(value)] for i in range(depth)]
+                edit.config[key] = _taken(cycled, pairing, HALF_OF_KEY.get(key), key)
             else:
                 raise CheckpointError(f"config.json lists {len(value)} {key} for {depth} layers", hint=CONFIG_HINT)
         elif len(value) == depth and not tabled and key not in INDEX_LISTS | OTHER_LISTS:
-            edit.config[key] = [value[i] for i in keep]
+            edit.config[key] = _taken(value, pairing, HALF_OF_KEY.get(key), key)
             edit.notes.append(f"{key} has one entry for each layer and was cut with them")
-    per_layer = edit.config.get("per_layer_config")
-    if isinstance(per_layer, Mapping):
-        by_number = {int(number): value for number, value in per_layer.items()}
-        edit.config["per_layer_config"] = {str(j): by_number[i] for j, i in enumerate(keep) if i in by_number}
 
 
-def _remap_indices(edit: ConfigEdit, keep: Sequence[int]) -> None:
+def _split_entries(edit: ConfigEdit, pairing: Pairing) -> None:
+    """Renumber the entries of per_layer_config. That of a layer made of two has from each what speaks of its half."""
+    if not isinstance(per_layer := edit.config.get("per_layer_config"), Mapping):
+        return
+    entries = {int(number): value for number, value in per_layer.items()}
+    made: dict[str, Any] = {}
+    for j, (a, m) in enumerate(_pairs(pairing)):
+        if a == m:
+            made |= {str(j): entries[a]} if a in entries else {}
+            continue
+        said = {i: entries[i] if isinstance(entries.get(i), Mapping) else {} for i in (a, m)}
+        entry: dict[str, Any] = {}
+        for key in {**said[a], **said[m]}:
+            own = {i: {key: said[i][key]} if key in said[i] else {} for i in (a, m)}
+            entry |= _taken(own, Pairing((a,), (m,)), HALF_OF_KEY.get(key), f"per_layer_config.*.{key}")[0]
+        made |= {str(j): entry} if entry else {}
+    edit.config["per_layer_config"] = made
+
+
+def _remap_indices(edit: ConfigEdit, pairing: Pairing) -> None:
+    last = max(*pairing.attention, *pairing.mlp)
     for key in INDEX_LISTS & edit.config.keys():
         if isinstance(value := edit.config[key], list):
-            edit.config[key] = _new_numbers(value, keep)
+            named = _taken([i in value for i in range(last + 1)], pairing, HALF_OF_KEY.get(key), key)
+            edit.config[key] = [j for j, is_named in enumerate(named) if is_named]
 
 
 def _new_numbers(layers: Sequence[int], keep: Sequence[int]) -> list[int]:
@@ -226,20 +270,18 @@ def _lacks(layer: int, other: int, key: str) -> NoReturn:
     )
 
 
-def _apply_rule(
-    edit: ConfigEdit, rule: Rule, text: Mapping[str, Any], keep: Sequence[int], depth: int, name: str
-) -> None:
-    """Make the code derive for layer i of the result what it derived for layer keep[i] of the source."""
+def _apply_rule(edit: ConfigEdit, rule: Rule, text: Mapping[str, Any], pairing: Pairing, depth: int, name: str) -> None:
+    """Make the code derive for each layer of the result what it derived for the layer that its half was of."""
     if rule.explicit is not None and text.get(rule.explicit):
         return  # the list itself was cut
-    before = kinds_by(rule, text, depth)
-    kinds = [before[i] for i in keep]
+    half, keys = half_of_keys(rule.speaks_by), " and ".join(rule.speaks_by) or "a layer's place"
+    kinds = _taken(kinds_by(rule, text, depth), pairing, half, keys)
     if _fits(rule, edit.config, kinds):
         return
     if rule.express is not None:
         edit.config.update(rule.express(kinds))
         return
-    for values in product(range(len(keep) + 2), repeat=len(rule.keys)):
+    for values in product(range(len(kinds) + 2), repeat=len(rule.keys)):
         attempt = edit.config | dict(zip(rule.keys, values, strict=True))
         if _fits(rule, attempt, kinds):
             edit.config = attempt

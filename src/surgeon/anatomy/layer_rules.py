@@ -81,6 +81,11 @@ class Rule:
     explicit: str | None = None
     express: Callable[[Kinds], Config] | None = None
 
+    @property
+    def speaks_by(self) -> tuple[str, ...]:
+        """The keys that name what is derived: the list, else those that it is derived from."""
+        return self.keys if self.explicit is None else (self.explicit,)
+
 
 def _listed(explicit: str, kinds: Callable[[Config, int], object], *keys: str) -> Rule:
     """Return the rule of a family that derives the list `explicit` layer by layer, where a config has none."""

@@ -20,7 +20,7 @@ from surgeon.text import scrubbed
 
 FORMAT = 1
 MOST_POSITIONS = 2**24  # of an axis; the largest vocabulary has some 2**18
-_ENTRIES: Mapping[str, Callable[[], Any]] = {"layer_map": list, "axis_maps": dict, "steps": list}
+_ENTRIES: Mapping[str, Callable[[], Any]] = {"layer_map": list, "mlp_map": list, "axis_maps": dict, "steps": list}
 _PACKAGES = ("surgeon", "torch", "transformers", "safetensors", "huggingface-hub")
 
 
@@ -36,9 +36,11 @@ def receipt(
     approximate: Sequence[str] = (),
     transfer: Transfer | None = None,
     bytes_shared: int = 0,
+    mlp_map: Sequence[int | None] | None = None,
 ) -> dict[str, Any]:
     """Return the receipt of a surgery; `options` are those that change bytes (dtype, shard size, seed, block).
 
+    `mlp_map` is there only where the MLPs are of other layers than the attentions, of which `layer_map` tells then.
     `approximate` lists why the result may compute something else than its source, `bytes_shared` counts the bytes whose
     blocks on the disk were the source's when this was written; if empty, there is no entry. Where `transfer` says that
     only ranges of files were downloaded, "fetched" is "ranges" and "sha256_unchecked" names them.
@@ -49,6 +51,7 @@ def receipt(
         "steps": list(steps),
         "options": dict(options),
         "layer_map": list(layer_map),
+        **({} if mlp_map is None else {"mlp_map": list(mlp_map)}),
         "axis_maps": dict(axis_maps),
         "command": None if command is None else scrubbed(command),
         "notes": list(notes),
@@ -95,15 +98,21 @@ def made_of(model: str | os.PathLike[str]) -> str | None:
 
 def _is_sound(content: Mapping[str, Any]) -> bool:
     """Return whether the entries of a receipt that surgeon reads again have the form that it writes."""
-    layers, axes, steps = (content.get(key, kind()) for key, kind in _ENTRIES.items())
+    layers, mlps, axes, steps = (content.get(key, kind()) for key, kind in _ENTRIES.items())
     return (
-        isinstance(layers, list)
-        and all(layer is None or (type(layer) is int and layer >= 0) for layer in layers)
+        _are_layers(layers)
+        and _are_layers(mlps)
+        and len(mlps) in (0, len(layers))
         and isinstance(axes, dict)
         and all(map(_are_runs, axes.values()))
         and isinstance(steps, list)
         and all(isinstance(step, dict) and all(isinstance(told, dict) for told in step.values()) for step in steps)
     )
+
+
+def _are_layers(layers: object) -> bool:
+    """Return whether this is a list of layers' numbers, with None for new ones."""
+    return isinstance(layers, list) and all(layer is None or (type(layer) is int and layer >= 0) for layer in layers)
 
 
 def _are_runs(runs: object) -> bool:

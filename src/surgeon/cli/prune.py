@@ -13,6 +13,7 @@ from surgeon.options import Checked, OptionError, option, reads_of
 from surgeon.plots.figure import check_picture, save
 from surgeon.plots.pruning import NOTHING, NOTHING_HINT
 from surgeon.surgery import open_model
+from surgeon.transforms.choose import Choice
 from surgeon.verbs import prune as verb
 from surgeon.verbs.cut_options import CutOptions, PruneOptions, RunOptions
 from surgeon.verbs.pruning import Pruning
@@ -108,14 +109,15 @@ class PruneReport:
             "score": surgery.score,
             "scores": {} if surgery.scores is None else dict(surgery.scores.layers),
             "dropped": None if choice is None else list(choice.dropped),
+            **({} if choice is None or choice.pairing is None else _halves(choice)),
             "value": None if choice is None else choice.score,
             "next_best": None if choice is None or choice.next_best is None else list(choice.next_best),
             "next_value": None if choice is None else choice.next_score,
         }
         rows: list[tuple[str, str]] = []
-        if choice is not None and choice.dropped:
+        if choice is not None and choice.words:
             by = f"by {surgery.score}{_value(choice.score)}" if not surgery.is_named else "as named"
-            rows.append(("dropped", f"layers {text.layers(choice.dropped)}  ({by})"))
+            rows.append(("dropped", f"{choice.words}  ({by})"))
             if choice.next_best is not None:
                 rows.append(("next best", f"layers {text.layers(choice.next_best)}{_value(choice.next_score)}"))
         if surgery.text is not None:
@@ -142,6 +144,11 @@ class PruneReport:
             rows.append(("picture", str(self.plot)))
             entries["pictures"] = [str(self.plot)]
         return rows, entries
+
+
+def _halves(choice: Choice) -> dict[str, list[int]]:
+    """Return the entries for JSON of layers of which one half goes and the other stays."""
+    return {f"dropped_{half}": list(layers) for half, layers in choice.dropped_halves.items()}
 
 
 def _value(score: float | None) -> str:

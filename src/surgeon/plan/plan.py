@@ -247,11 +247,12 @@ STORED_DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 class Plan(Shown):
     """A result as a function of its source.
 
-    `layer_map[i]` is the source layer of result layer i, None for a new one. `steps` holds the requested surgeries, one
-    {verb: options} each; `notes` holds sentences for the user, and `approximate` the reasons why the result may compute
-    something else than its source. `axes` holds, for each axis that was widened or cut, the source position of each
-    position of the result, -1 for a new one. An axis is left out if its layers keep different positions; a later step
-    on such an axis counts from that step.
+    `layer_map[i]` is the source layer of result layer i, None for a new one; where the MLP halves are of other layers
+    than the attentions, it tells of the attentions and `mlp_map` of the MLPs. `steps` holds the requested surgeries,
+    one {verb: options} each; `notes` holds sentences for the user, and `approximate` the reasons why the result may
+    compute something else than its source. `axes` holds, for each axis that was widened or cut, the source position of
+    each position of the result, -1 for a new one. An axis is left out if its layers keep different positions; a later
+    step on such an axis counts from that step.
     """
 
     config: Mapping[str, Any]
@@ -261,10 +262,12 @@ class Plan(Shown):
     notes: tuple[str, ...] = ()
     approximate: tuple[str, ...] = ()
     axes: Mapping[str, Index] = field(default_factory=dict)
+    mlp_map: tuple[int | None, ...] | None = None  # None: the same as layer_map
 
     def then(self, later: "Plan") -> "Plan":
         """Return one plan that does this one, then `later`: each Read of `later` becomes this plan's expression."""
         layers = tuple(None if i is None else self.layer_map[i] for i in later.layer_map)
+        mlps = tuple(None if i is None else self.mlp_layers[i] for i in later.mlp_layers)
         tensors = {name: substitute(expr, self._expression) for name, expr in later.tensors.items()}
         axes = dict(self.axes)
         for axis, index in later.axes.items():
@@ -278,7 +281,13 @@ class Plan(Shown):
             notes=self.notes + later.notes,
             approximate=self.approximate + later.approximate,
             axes=axes,
+            mlp_map=None if mlps == layers else mlps,
         )
+
+    @property
+    def mlp_layers(self) -> tuple[int | None, ...]:
+        """The source layer of each layer's MLP."""
+        return self.layer_map if self.mlp_map is None else self.mlp_map
 
     @property
     def moves_only(self) -> bool:
@@ -327,6 +336,7 @@ class Plan(Shown):
         return {
             "steps": list(self.steps),
             "layer_map": list(self.layer_map),
+            **({} if self.mlp_map is None else {"mlp_map": list(self.mlp_map)}),
             "axis_maps": self.axis_runs(),
             "notes": list(self.all_notes),
             "config": dict(self.config),

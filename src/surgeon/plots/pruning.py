@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from surgeon.anatomy.halves import ATTENTION, MLP, Half
 from surgeon.errors import PlanError
 from surgeon.measure.record import Scores, perplexities
 from surgeon.plots.figure import BLUE, GREY, MAP, RED, clean, entitle, new_figure, scale, whole_numbers
@@ -15,19 +16,24 @@ NOTHING = "there is nothing to draw: nothing goes, and no layer has a score"
 NOTHING_HINT = "Leave out --plot, or add --curve with --data."
 STAYS, GOES = "0.88", "0.2"  # greys of the map
 GONE = "//"  # the hatch of what goes
+HALVES: Mapping[Half, str] = {ATTENTION: "attention", MLP: "MLP"}
 AXES = {"heads": "heads", "ffn": "MLP neurons", "expert_ffn": "expert neurons", "experts": "experts"}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Removed:
-    """What a pruning removes: layers of `depth`, and of each narrowed axis all but what `axes` say. None: not known."""
+    """What a pruning removes: layers of `depth`, and of each narrowed axis all but what `axes` say. None: not known.
+
+    `halves` are the layers of which the attention goes and the MLP stays, and the reverse, where layers were re-paired.
+    """
 
     depth: int
     layers: Sequence[int] = ()
+    halves: Mapping[Half, Sequence[int]] = field(default_factory=dict)
     axes: Mapping[str, Remains] = field(default_factory=dict)
 
     def __bool__(self) -> bool:
-        return bool(self.layers or self.axes)
+        return bool(self.layers or self.halves or self.axes)
 
 
 def draw_pruning(
@@ -43,7 +49,7 @@ def draw_pruning(
     if scores is not None and score is not None and values is None and curve is None:
         curve = _greedy_curve(score, scores)
     widths = [6.4] * (values is not None)
-    widths += [1.7 + 1.9 * len(removed.axes)] if removed else []
+    widths += [1.7 + 1.9 * len(removed.axes) + 0.6 * len(removed.halves)] if removed else []
     widths += [5.2] * (curve is not None)
     if not widths:
         raise PlanError(NOTHING, hint=NOTHING_HINT)
@@ -122,8 +128,10 @@ def _map(figure: Any, removed: Removed) -> None:
 
     gone = set(removed.layers)
     columns: dict[str, tuple[int, list[list[float]]]] = {}
-    if gone:
-        columns["layer"] = (1, [[float(layer in gone)] for layer in range(removed.depth)])
+    halves = {name: gone | set(removed.halves[half]) for half, name in HALVES.items() if half in removed.halves}
+    for name, going in (halves or {"layer": gone}).items():
+        if going:
+            columns[name] = (1, [[float(layer in going)] for layer in range(removed.depth)])
     for axis, left in removed.axes.items():
         rows = []
         for layer in range(removed.depth):

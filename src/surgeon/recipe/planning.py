@@ -167,6 +167,7 @@ def stand_in(draft: Draft, directory: Path) -> None:
         source=draft.source.provenance(),
         steps=draft.plan.steps,
         layer_map=draft.plan.layer_map,
+        mlp_map=draft.plan.mlp_map,
         axis_maps=draft.plan.axis_runs(),
         options=draft.options,
         command=None,

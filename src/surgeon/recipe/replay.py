@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from surgeon import text
+from surgeon.anatomy.halves import Pairing
 from surgeon.checkpoint.receipt import read_receipt
 from surgeon.checkpoint.source import CONFIG, INDEX, RECEIPT, SCORES, content_of
 from surgeon.data.documents import documents
@@ -160,9 +161,11 @@ def _pruned(surgery: Surgery, step: Mapping[str, Any], original: Path) -> Surger
     file = original / SCORES
     scores = read_scores(file) if file.is_file() else None
     criterion = step.get("width_criterion") or "uniform"
+    halves = step.get("pairing")
     plan = prune(
         surgery.anatomy,
         dropped=step["dropped"],
+        pairing=None if halves is None else Pairing(tuple(halves["attention"]), tuple(halves["mlp"])),
         sizes=step["sizes"],
         criterion=criterion,
         values=None if scores is None else scores.widths.get(criterion),

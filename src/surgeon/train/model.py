@@ -72,7 +72,8 @@ def trained_model(model: Any, source: Source, task: Task, teacher: "Teacher | No
     """
     settings, anatomy = task.settings, read_anatomy(spec_of(source))
     set_seed(settings.seed)  # adapters are drawn
-    layer_map = (receipt_of(source) or {}).get("layer_map") if settings.hidden_weight else None
+    made = (receipt_of(source) or {}) if settings.hidden_weight else {}
+    layer_map = made.get("mlp_map") or made.get("layer_map")  # states are compared after a layer's MLP
     objective = Objective.of(settings, kd_weight=task.kd_weight, layer_map=layer_map)
     task.attach(model, objective, teacher)
     if settings.activation_checkpointing:
@@ -142,7 +143,8 @@ def trained_layers(which: str, receipt: Mapping[str, Any] | None, depth: int) ->
     """Return the layers that "new" or "cut" means, by the layer map in the receipt of the surgery.
 
     "new" are layers without a source layer; layers that a growth copied are not new. "cut" are the two layers next to
-    each place where layers were removed, and the last layer where layers after it were removed.
+    each place where layers were removed, or the one inside of which it lies, and the last layer where layers after it
+    were removed.
     Raises PlanError where the receipt is missing or names no such layer.
     """
     layer_map = (receipt or {}).get("layer_map")
@@ -154,10 +156,12 @@ def trained_layers(which: str, receipt: Mapping[str, Any] | None, depth: int) ->
     if which == "new":
         layers = {index for index, source in enumerate(layer_map) if source is None}
     else:
+        mlp_map = (receipt or {}).get("mlp_map") or layer_map
         pairs = [(index, index + 1) for index in range(depth - 1)]
-        apart = [pair for pair in pairs if _is_gap(layer_map[pair[0]], layer_map[pair[1]])]
+        apart = [pair for pair in pairs if _is_gap(mlp_map[pair[0]], layer_map[pair[1]])]
         layers = {index for pair in apart for index in pair}
-        if _cuts_the_end(receipt or {}, layer_map):
+        layers |= {index for index in range(depth) if layer_map[index] != mlp_map[index]}
+        if _cuts_the_end(receipt or {}, mlp_map):
             layers.add(depth - 1)
     if not layers and not (which == "new" and new_token_ids(receipt)):
         reason = "made no new layer" if which == "new" else "took out no layer"

@@ -7,26 +7,47 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+from surgeon import text
 from surgeon.anatomy.anatomy import EXPERT_NUMBER, Anatomy
 from surgeon.anatomy.axes import Index, axes_of
 from surgeon.anatomy.families import Row
+from surgeon.anatomy.halves import ATTENTION, MLP, Half, Pairing
 from surgeon.errors import PlanError
 from surgeon.transforms.narrow import Kept, layers_with
 from surgeon.transforms.scores import METHODS
 from surgeon.transforms.uniform import uniform, uniform_head_dim
+
+_NAMES: dict[Half, str] = {ATTENTION: "attention", MLP: "MLP"}
 
 
 @dataclass(frozen=True)
 class Choice:
     """The layers that go with the score of that choice, and the next best choice with its score.
 
-    Scores are None where the method measures nothing. The lower, the less a choice is thought to change.
+    Scores are None where the method measures nothing. The lower, the less a choice is thought to change. `pairing` is
+    None where whole layers go; else it has the halves that stay, and `dropped` are the layers of which neither does.
     """
 
     dropped: tuple[int, ...]
     score: float | None = None
     next_best: tuple[int, ...] | None = None
     next_score: float | None = None
+    pairing: Pairing | None = None
+
+    @property
+    def dropped_halves(self) -> dict[Half, tuple[int, ...]]:
+        """The layers of which only the attention goes, and those of which only the MLP goes; {} where whole ones go."""
+        if self.pairing is None:
+            return {}
+        attention, mlp = set(self.pairing.attention), set(self.pairing.mlp)
+        return {ATTENTION: tuple(sorted(mlp - attention)), MLP: tuple(sorted(attention - mlp))}
+
+    @property
+    def words(self) -> str:
+        """What goes: "layers 3-5, attention of 8, MLP of 7"."""
+        parts = [("layers", self.dropped)]
+        parts += [(f"{_NAMES[half]} of", layers) for half, layers in self.dropped_halves.items()]
+        return ", ".join(f"{name} {text.layers(layers)}" for name, layers in parts if layers)
 
 
 def choose_layers(
@@ -189,19 +210,22 @@ def choose_widths(
     *,
     values: Mapping[str, Any] | None = None,
     layers: Sequence[int] | None = None,
+    mlps: Sequence[int] | None = None,
     seed: int = 0,
 ) -> Kept:
     """Return the positions to keep of each axis when `anatomy` shrinks to `sizes`; an axis of unchanged size is whole.
 
     `criterion` is a name of the table WIDTHS. `values` holds the importance of positions, by axis: "hidden" (D,), and
     for each layer of the scored model "ffn", "heads" (kv_heads, group), "kv_heads" and "experts". `layers` are the
-    layers of the scored model that this one has, numbered through all stacks.
+    layers of the scored model that this one has, numbered through all stacks, and `mlps` those of its MLPs where they
+    are others.
 
     Raises PlanError when an axis has no scores, or cannot have that size.
     """
     check_criterion(anatomy, sizes, criterion)
     picker = _Picker(criterion, values or {}, seed)
     numbers = range(anatomy.num_layers) if layers is None else layers
+    mlp_numbers = numbers if mlps is None else mlps
     old = anatomy.sizes
     options: dict[str, Any] = {}
     if sizes["hidden"] != old["hidden"]:
@@ -211,7 +235,7 @@ def choose_widths(
             having = layers_with(anatomy, axis)
             pick = partial(picker.pick_in_groups, anatomy.expert_groups) if axis == "experts" else picker.pick
             options[axis] = {
-                new: pick(axis, layer, old[axis], sizes[axis]) for new, layer in enumerate(numbers) if new in having
+                new: pick(axis, layer, old[axis], sizes[axis]) for new, layer in enumerate(mlp_numbers) if new in having
             }
     kv_heads, group = sizes["kv_heads"], sizes["heads"] // sizes["kv_heads"]
     of_heads = _Picker(criterion, _pooled(anatomy, numbers, values), seed) if anatomy.shares_heads else picker

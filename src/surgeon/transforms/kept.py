@@ -55,8 +55,12 @@ def remains(anatomy: Anatomy, plan: Plan) -> dict[str, Remains]:
         found["experts"] = {layer: frozenset(left) for layer, left in experts.items()}
         sizes["experts"], narrowed = anatomy.sizes["experts"], narrowed | {"experts"}
     gone = set(range(anatomy.num_layers)) - layers_left
+    lost = dict.fromkeys(found, gone)
+    if plan.mlp_map is not None:  # a layer may have lost its MLP, with its neurons, or its attention, with its heads
+        having = {axis: anatomy.layers_by_axis["kv_heads" if axis == "heads" else axis] for axis in found}
+        lost = {axis: gone | (having[axis] - found[axis].keys()) for axis in found}
     return {
-        axis: Remains(sizes[axis], {**found[axis], **dict.fromkeys(gone, frozenset())})
+        axis: Remains(sizes[axis], {**found[axis], **dict.fromkeys(lost[axis], frozenset())})
         for axis in AXES
         if axis in narrowed
     }

@@ -1,9 +1,9 @@
-"""Choose, drop, repeat or reorder layers: every surgery in depth is one list of source layers."""
+"""Choose, drop, repeat, reorder or re-pair layers: every surgery in depth is a list of attentions and one of MLPs."""
 
 import math
 import re
 from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 
 from surgeon.anatomy.anatomy import Anatomy, read_anatomy
@@ -11,6 +11,8 @@ from surgeon.anatomy.axes import Index, Places, Scale, axes_of, places
 from surgeon.anatomy.config import CONFIG_HINT, declared_kinds, text_config
 from surgeon.anatomy.families import FIRST, Row, written_and_read
 from surgeon.anatomy.following import follow_layers
+from surgeon.anatomy.halves import ATTENTION, MLP, Half, Pairing
+from surgeon.anatomy.split_layers import split_layers
 from surgeon.anatomy.stacks import Stack
 from surgeon.checkpoint.header import is_quantized
 from surgeon.errors import CheckpointError, PlanError
@@ -92,34 +94,56 @@ def keep_layers(anatomy: Anatomy, keep: Sequence[int]) -> Plan:
     Of an encoder-decoder both stacks are cut alike. Raises PlanError when a layer does not exist, when the model's
     code ties a layer to its place, or when the config cannot follow.
     """
-    _check_indices(anatomy, keep)
-    spec = anatomy.spec
-    edit = follow_layers(spec.config, keep, anatomy.depth, tabled=anatomy.whole_family is not None)
+    plan = keep_halves(anatomy, Pairing.of_layers(keep))
+    return replace(plan, steps=({"keep_layers": {"layers": list(keep)}},))
+
+
+def keep_halves(anatomy: Anatomy, pairing: Pairing) -> Plan:
+    """Return the plan for a model whose layers are made of these attention and MLP halves.
+
+    Of whole layers, in both lists the same, any order will do and every model that can be cut at all. Halves that
+    change partners interleave as `Pairing.check` says, and need a table that tells which tensors are whose.
+
+    Raises PlanError as `keep_layers`, and where a layer of the model has no two halves that can part.
+    """
+    _check_indices(anatomy, pairing.attention)
+    halves: dict[str, Half] = {}
+    if not pairing.is_of_layers:
+        pairing.check(anatomy.depth)
+        if pairing != Pairing.of_halves(pairing.halves):
+            raise PlanError(
+                "halves that change partners stay in their order", hint="Write both lists in ascending order."
+            )
+        halves = split_layers(anatomy)
+    edit = follow_layers(anatomy.spec.config, pairing, anatomy.depth, tabled=anatomy.whole_family is not None)
     for stack in anatomy.stacks:
-        _check_places(anatomy, stack, keep)
+        _check_places(anatomy, stack, pairing, halves)
     if is_quantized(edit.config):
         from surgeon.anatomy.quantized import follow_quantization
 
-        edit.config = follow_quantization(edit.config, anatomy, keep)
+        edit.config = follow_quantization(edit.config, anatomy, pairing.attention)
+    tensors = _placed(anatomy, pairing, halves)
+    step = {"keep_halves": {"attention": list(pairing.attention), "mlp": list(pairing.mlp)}}
+    mlp_map = None if pairing.is_of_layers else pairing.mlp
+    return Plan(edit.config, tensors, pairing.attention, (step,), tuple(edit.notes), mlp_map=mlp_map)
 
-    targets: dict[int, list[int]] = {}
-    for new, old in enumerate(keep):
-        targets.setdefault(old, []).append(new)
+
+def _placed(anatomy: Anatomy, pairing: Pairing, halves: Mapping[str, Half]) -> dict[str, Expr]:
+    """Return the tensors of the result; `halves` tells whose a tensor of a layer is, and is empty for whole layers."""
+    targets: dict[Half, dict[int, list[int]]] = {}
+    for half, kept in ((ATTENTION, pairing.attention), (MLP, pairing.mlp)):
+        for new, old in enumerate(kept):
+            targets.setdefault(half, {}).setdefault(old, []).append(new)
     tensors: dict[str, Expr] = {}
-    for name in spec.tensors:
-        for stack in anatomy.stacks:
-            if place := stack.locate(name):
-                old, rest = place
-                if _serves_all(anatomy, name):
-                    tensors[name] = Read(name)
-                    break
-                for new in targets.get(old, ()):
-                    tensors[stack.name(new, rest)] = _moved(anatomy, name, old, new)
-                break
-        else:
+    for name in anatomy.spec.tensors:
+        located = next(((stack, place) for stack in anatomy.stacks if (place := stack.locate(name))), None)
+        if located is None or _serves_all(anatomy, name):
             tensors[name] = Read(name)
-    step = {"keep_layers": {"layers": list(keep)}}
-    return Plan(edit.config, tensors, tuple(keep), (step,), tuple(edit.notes))
+            continue
+        stack, (old, rest) = located
+        for new in targets[halves.get(name, ATTENTION)].get(old, ()):
+            tensors[stack.name(new, rest)] = _moved(anatomy, name, old, new)
+    return tensors
 
 
 def resolve_depth(request: int | str, depth: int) -> int:
@@ -157,18 +181,29 @@ def _check_indices(anatomy: Anatomy, keep: Sequence[int]) -> None:
         raise PlanError(f"layers {missing} do not exist", hint=f"This model has layers 0 to {anatomy.depth - 1}.")
 
 
-def _check_places(anatomy: Anatomy, stack: Stack, keep: Sequence[int]) -> None:
+def _check_places(anatomy: Anatomy, stack: Stack, pairing: Pairing, halves: Mapping[str, Half]) -> None:
+    """Refuse a layer, or a half of one, that comes to a place where the code builds other tensors."""
+    if not halves:
+        _check_side(anatomy, stack, pairing.attention, None, halves)
+        return
+    _check_side(anatomy, stack, pairing.attention, ATTENTION, halves)
+    _check_side(anatomy, stack, pairing.mlp, MLP, halves)
+
+
+def _check_side(
+    anatomy: Anatomy, stack: Stack, keep: Sequence[int], half: Half | None, halves: Mapping[str, Half]
+) -> None:
     """Refuse a layer that comes to a place where the code builds other tensors: it decides by place, and not by kind.
 
-    Layers of one declared kind are built alike. Where they are not, or those of the kind that was at the place, place i
-    is built as in the source. The last place is too, where the source's last layer is the odd one. No place is known
-    beyond the source's depth.
+    With `half` only that half of each layer is looked at. Layers of one declared kind are built alike. Where they are
+    not, or those of the kind that was at the place, place i is built as in the source. The last place is too, where the
+    source's last layer is the odd one. No place is known beyond the source's depth.
     """
     inside: list[dict[str, tuple[int, ...]]] = [{} for _ in range(stack.depth)]
     for name, tensor in anatomy.spec.tensors.items():
-        if (located := stack.locate(name)) and not _serves_all(anatomy, name):
+        if (located := stack.locate(name)) and halves.get(name) == half and not _serves_all(anatomy, name):
             inside[located[0]][located[1]] = tensor.shape
-    kinds = declared_kinds(text_config(anatomy.spec.config), stack.depth)
+    kinds = declared_kinds(text_config(anatomy.spec.config), stack.depth, half)
     built = [frozenset(tensors.items()) for tensors in inside]
     groups: dict[object, set[frozenset[tuple[str, tuple[int, ...]]]]] = {}
     for kind, tensors in zip(kinds, built, strict=True):

@@ -1,4 +1,4 @@
-"""Prune a model: leave out layers, then narrow what is left. One plan."""
+"""Prune a model: leave out layers, or halves of them, then narrow what is left. One plan."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -7,6 +7,7 @@ from typing import Any
 
 from surgeon.anatomy.anatomy import Anatomy
 from surgeon.anatomy.config import period_of
+from surgeon.anatomy.halves import Pairing
 from surgeon.errors import PlanError
 from surgeon.plan.plan import Plan, identity
 from surgeon.transforms.choose import (
@@ -17,7 +18,7 @@ from surgeon.transforms.choose import (
     choose_widths,
     free_layers,
 )
-from surgeon.transforms.layers import keep_layers, planned, resolve_depth
+from surgeon.transforms.layers import keep_halves, planned, resolve_depth
 from surgeon.transforms.narrow import narrow
 from surgeon.transforms.scores import METHODS, WIDTHS, Method
 from surgeon.transforms.widths import check_experts_size, derived_ffn
@@ -29,6 +30,7 @@ def prune(
     anatomy: Anatomy,
     *,
     dropped: Sequence[int] = (),
+    pairing: Pairing | None = None,
     sizes: Mapping[str, int] | None = None,
     criterion: str = "activation",
     values: Mapping[str, Any] | None = None,
@@ -36,14 +38,17 @@ def prune(
 ) -> Plan:
     """Return the plan of the model without the layers `dropped`, narrowed to `sizes` (None: as wide as it is).
 
-    Raises PlanError when the model's code cannot express the result.
+    A `pairing` says in their place which halves of layers stay. Raises PlanError when the model's code cannot express
+    the result.
     """
-    kept = [layer for layer in range(anatomy.depth) if layer not in set(dropped)]
-    plan = keep_layers(anatomy, kept) if dropped else identity(anatomy.spec, depth=anatomy.depth)
+    whole = Pairing.of_layers(range(anatomy.depth))
+    stays = pairing or Pairing.of_layers(layer for layer in range(anatomy.depth) if layer not in set(dropped))
+    plan = identity(anatomy.spec, depth=anatomy.depth) if stays == whole else keep_halves(anatomy, stays)
     if sizes is None:
         return plan
     shorter = planned(anatomy, plan)
-    positions = choose_widths(shorter, sizes, criterion, values=values, layers=anatomy.in_all_stacks(kept), seed=seed)
+    layers, mlps = (anatomy.in_all_stacks(kept) for kept in (stays.attention, stays.mlp))
+    positions = choose_widths(shorter, sizes, criterion, values=values, layers=layers, mlps=mlps, seed=seed)
     return plan.then(narrow(shorter, positions))
 
 
@@ -116,6 +121,48 @@ def named_layers(
     return tuple(sorted(dropped))
 
 
+UNEQUAL = (
+    "A layer without its attention or its MLP loads elsewhere: as layers of Nemotron-H, in a transformers with specs "
+    "for per_layer_config, as GGUF of the architecture deci. surgeon writes none of these."
+)
+
+
+def halves_without(
+    anatomy: Anatomy, *, drop: Sequence[int] = (), attention: Sequence[int] = (), mlp: Sequence[int] = ()
+) -> Pairing:
+    """Return the halves that stay without the layers `drop`, these attentions and these MLPs.
+
+    Raises PlanError for a layer that does not exist.
+    """
+    layers = range(anatomy.depth)
+    if missing := sorted({layer for layer in (*drop, *attention, *mlp) if layer not in layers}):
+        raise PlanError(f"layers {missing} do not exist", hint=f"This model has layers 0 to {anatomy.depth - 1}.")
+    gone = ({*drop, *attention}, {*drop, *mlp})
+    return Pairing(*(tuple(layer for layer in layers if layer not in going) for going in gone))
+
+
+def without_halves(anatomy: Anatomy, pairing: Pairing) -> tuple[int, ...]:
+    """Return the layers of which neither half stays in a pairing that is smaller than the model.
+
+    Raises PlanError where none or all would go, and where what stays is no row of layers with one attention and one MLP
+    each, with what would load.
+    """
+    attentions, mlps = len(pairing.attention), len(pairing.mlp)
+    if attentions != mlps:
+        raise PlanError(
+            f"{attentions} attentions and {mlps} MLPs would stay, and a layer of {anatomy.model_type} has one of each",
+            hint=f"Remove as many of the one as of the other. {UNEQUAL}",
+        )
+    if not 0 < attentions < anatomy.depth:
+        how_many = "no layer" if attentions else "every layer"
+        raise PlanError(f"{how_many} would go", hint="Such as --drop-mlp 3 --drop-attention 4.")
+    try:
+        pairing.check(anatomy.depth)
+    except PlanError as error:
+        raise PlanError(str(error), hint=f"{error.hint} {UNEQUAL}") from error
+    return tuple(sorted(set(range(anatomy.depth)) - set(pairing.attention) - set(pairing.mlp)))
+
+
 def resolve_count(
     anatomy: Anatomy, removable: Sequence[Sequence[int]], *, parameters: int | None, nbytes: int | None
 ) -> int:
@@ -170,8 +217,8 @@ def sizes_like(anatomy: Anatomy, small: Anatomy, name: str) -> tuple[dict[str, i
 class Cut:
     """How much goes, and by which score: `count` layers (None: a budget decides), and widths down to `sizes`.
 
-    `protect` is how many first and last layers stay; layers that are `named` go, whatever the score. `sizes` is None
-    where no width changes. Of a model whose kinds of layers repeat after `period` layers, whole periods go; with 1, any
+    `protect` is how many first and last layers stay; layers that are `named` go, whatever the score, and halves of
+    others where a `pairing` says which stay. `sizes` is None where no width changes. Of a model whose kinds of layers repeat after `period` layers, whole periods go; with 1, any
     layers.
     """
 
@@ -184,6 +231,7 @@ class Cut:
     seed: int
     period: int = 1
     named: tuple[int, ...] | None = None
+    pairing: Pairing | None = None
 
     def check(self) -> None:
         """Raises PlanError for a result that no scores could make possible."""
@@ -230,14 +278,14 @@ class Cut:
     def most_removable(self) -> int:
         """How many layers can go."""
         if self.named is not None:
-            return len(self.named)
+            return self.count or 0
         return max(0, min(self.anatomy.depth - sum(self.protect), self.anatomy.depth - 1))
 
     def choose(self, count: int, *, values: Sequence[Any] | None, order: Sequence[int] | None) -> Choice:
         """Return which `count` layers go by the values of the score, or by the order of a greedy removal."""
         depth = self.anatomy.depth
         if self.named is not None:
-            return Choice(self.named)
+            return Choice(self.named, pairing=self.pairing)
         if order is not None:
             return choose_in_order(order, count, depth, protect=self.protect)
         return choose_layers(
@@ -253,13 +301,16 @@ class Cut:
 
     def placeholder(self, count: int) -> Choice:
         """Return some `count` layers: they give the sizes of the result while there are no scores."""
-        return Choice(self.named or tuple(range(self.anatomy.depth - count, self.anatomy.depth)))
+        if self.named is not None:
+            return Choice(self.named, pairing=self.pairing)
+        return Choice(tuple(range(self.anatomy.depth - count, self.anatomy.depth)))
 
     def plan(self, choice: Choice, criterion: str, *, values: Mapping[str, Any] | None) -> Plan:
         """Return the plan that drops the chosen layers and keeps the positions that `criterion` ranks highest."""
         return prune(
             self.anatomy,
             dropped=choice.dropped,
+            pairing=choice.pairing,
             sizes=self.sizes,
             criterion=criterion,
             values=values,

@@ -4,6 +4,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from surgeon.anatomy.halves import Pairing
 from surgeon.data.records import chosen_columns
 from surgeon.options import (
     Checked,
@@ -98,6 +99,21 @@ class CutOptions(Checked):
         parse=layer_numbers,
         group="how much goes",
     )
+    drop_attention: Sequence[int] | None = option(
+        "Remove the attentions of these layers and keep their MLPs; as many go of each: --drop-mlp.",
+        None,
+        metavar="LAYERS",
+        parse=layer_numbers,
+        group="how much goes",
+    )
+    drop_mlp: Sequence[int] | None = option(
+        "Remove the MLPs of these layers and keep their attentions; with --drop-attention, and --drop if you like.",
+        None,
+        metavar="LAYERS",
+        parse=layer_numbers,
+        group="how much goes",
+    )
+    pairing: Pairing | None = in_python("The halves of layers that stay, in place of a choice of layers.")
     hidden_size: int | None = option(
         f"Hidden size of the result. {_UNCHANGED}", None, metavar="N", group="how much goes"
     )
@@ -204,9 +220,10 @@ class CutOptions(Checked):
         if self.like is not None and (self.layers is not None or narrows):
             raise OptionError("like", "sizes are given beside a model to take them from", hint="Give --like, or sizes.")
         budgets = [target for target in (self.parameters, self.nbytes) if target is not None]
-        depths = [depth for depth in (self.layers, self.like, self.drop, self.keep) if depth is not None]
+        depths: list[object] = [given for given in (self.layers, self.like, self.keep) if given is not None]
+        depths += [True] * (self.dropped_by is not None)
         if len(budgets) + len(depths) > 1:
-            hint = "Give one of --layers, --drop, --keep and the targets."
+            hint = "Give one of --layers, --drop (or halves), --keep and the targets."
             raise OptionError("", "the depth is asked for more than once", hint=hint)
         self._check_named()
         if budgets and narrows:
@@ -223,7 +240,7 @@ class CutOptions(Checked):
         choosing = {"greedy": self.greedy, "contiguous": self.contiguous is not None}
         choosing |= {"protect": self.protect is not None, "keep_pattern": self.keep_pattern}
         if also := next((name for name, is_given in choosing.items() if is_given), None):
-            named = "--drop" if self.keep is None else "--keep"
+            named = flag_of(self.dropped_by or "keep")
             raise OptionError(also, f"{flag_of(also)} chooses layers, and {named} names them", hint="Give one of them.")
         if self.keep is not None and list(self.keep) != sorted(set(self.keep)):
             raise OptionError(
@@ -233,7 +250,18 @@ class CutOptions(Checked):
     @property
     def names_layers(self) -> bool:
         """Whether the layers that go are named, and not chosen by scores."""
-        return self.drop is not None or self.keep is not None
+        return self.dropped_by is not None or self.keep is not None
+
+    @property
+    def names_halves(self) -> bool:
+        """Whether halves of layers are named that go."""
+        return self.drop_attention is not None or self.drop_mlp is not None
+
+    @property
+    def dropped_by(self) -> str | None:
+        """The first option that names layers, or halves of them, that go; None where there is none."""
+        naming = ("drop", "drop_attention", "drop_mlp", "pairing")
+        return next((name for name in naming if getattr(self, name) is not None), None)
 
     @property
     def parameters(self) -> int | None:

@@ -12,7 +12,9 @@ from typing import Any
 from surgeon import text
 from surgeon.anatomy.anatomy import Anatomy, read_anatomy
 from surgeon.anatomy.config import layer_kinds
+from surgeon.anatomy.halves import MLP
 from surgeon.anatomy.layer_table import LayerRow, layer_lines, layer_rows
+from surgeon.anatomy.split_layers import split_layers
 from surgeon.checkpoint.comparing import are_equal
 from surgeon.checkpoint.receipt import read_receipt
 from surgeon.checkpoint.source import LocalSource, Source, StoredTensor, spec_of
@@ -34,7 +36,8 @@ MADE_BY = 300  # characters of a step in a receipt; --json has them all
 class ModelDifference(Shown):
     """The differences of a checkpoint from `other`. Tensors are named as in the checkpoint itself.
 
-    `layer_map` gives the layer of `other` that each layer was compared with. Where the checkpoint was made from the
+    `layer_map` gives the layer of `other` that each layer was compared with, and `mlp_map` that of its MLP where halves
+    of two layers were made one; then `layer_map` is of its attention. Where the checkpoint was made from the
     other, `axis_maps` gives the source of each wider axis, in runs of (first position there or -1, how many). `same`
     and `changed` compare values; both are empty (and `compared` is false) unless both checkpoints lie on this machine.
     """
@@ -49,6 +52,7 @@ class ModelDifference(Shown):
     compared: bool
     same: tuple[str, ...]
     changed: tuple[str, ...]
+    mlp_map: tuple[int | None, ...] | None = None
 
     @property
     def headline(self) -> str:
@@ -61,6 +65,7 @@ class ModelDifference(Shown):
         return {
             "other": self.other,
             "layer_map": list(self.layer_map),
+            **({} if self.mlp_map is None else {"mlp_map": list(self.mlp_map)}),
             "axis_maps": dict(self.axis_maps),
             "config": {key: {"there": there, "here": here} for key, (there, here) in self.config.items()},
             "added": list(self.added),
@@ -75,7 +80,7 @@ class ModelDifference(Shown):
         """Return the difference for people."""
         lines = [
             ("against", self.other),
-            ("layers held against", text.layers(self.layer_map)),
+            ("layers held against", text.sources(self.layer_map, self.mlp_map).removeprefix("source layers ")),
             *((f"axis {axis}", _axis(runs)) for axis, runs in self.axis_maps.items()),
             *((f"config {key}", f"{text.brief(old)} → {text.brief(new)}") for key, (old, new) in self.config.items()),
         ]
@@ -277,8 +282,12 @@ def inspect(model: str | os.PathLike[str], options: InspectOptions) -> Inspectio
 
 def _difference(source: Source, anatomy: Anatomy, other: Source, other_anatomy: Anatomy) -> ModelDifference:
     made_by = _made_from(source, other)
-    layer_map = _layer_map(made_by, anatomy, other_anatomy)
-    there = {name: _name_in_other(name, anatomy, other_anatomy, layer_map) for name in source.tensors}
+    layer_map, mlp_map = _layer_map(made_by, anatomy, other_anatomy), _mlp_map(made_by, anatomy)
+    of_mlp = frozenset() if mlp_map is None else _of_mlps(anatomy)
+    there = {
+        name: _name_in_other(name, anatomy, other_anatomy, mlp_map if mlp_map and name in of_mlp else layer_map)
+        for name in source.tensors
+    }
     common = [name for name in source.tensors if there[name] in other.tensors]
     specs = {name: (other.tensors[there[name] or ""].spec, source.tensors[name].spec) for name in common}
     reshaped = {
@@ -300,18 +309,26 @@ def _difference(source: Source, anatomy: Anatomy, other: Source, other_anatomy: 
         compared=local,
         same=tuple(same),
         changed=tuple(name for name in alike if name not in set(same)) if local else (),
+        mlp_map=mlp_map,
     )
 
 
 def layers_in(source: Source, anatomy: Anatomy, other: Source, other_anatomy: Anatomy) -> tuple[int | None, ...]:
-    """Return the other's layer for each layer here, None where it has none.
+    """Return the other's layer for each layer here, None where it has none, or was made of halves of two.
 
     By the receipt of the one that was made from the other, whichever it is; else by number.
     """
     if not _made_from(source, other) and (made := _made_from(other, source)):
-        back = {layer: place for place, layer in enumerate(_layer_map(made, other_anatomy, anatomy))}
+        back = {layer: place for place, layer in enumerate(_whole_layers(made, other_anatomy, anatomy))}
         return tuple(back.get(layer) for layer in range(anatomy.depth))
-    return _layer_map(_made_from(source, other), anatomy, other_anatomy)
+    return _whole_layers(_made_from(source, other), anatomy, other_anatomy)
+
+
+def _whole_layers(made_by: Mapping[str, Any], anatomy: Anatomy, other_anatomy: Anatomy) -> tuple[int | None, ...]:
+    """Return the other's layer for each layer here; None for a new one, and for one made of halves of two."""
+    layer_map, mlp_map = _layer_map(made_by, anatomy, other_anatomy), _mlp_map(made_by, anatomy)
+    pairs = zip(layer_map, mlp_map or layer_map, strict=True)
+    return tuple(layer if layer == mlp else None for layer, mlp in pairs)
 
 
 def _made_from(source: Source, other: Source) -> dict[str, Any]:
@@ -332,6 +349,17 @@ def _layer_map(made_by: Mapping[str, Any], anatomy: Anatomy, other_anatomy: Anat
     if isinstance(recorded, list) and len(recorded) == anatomy.depth:
         return tuple(i if isinstance(i, int) else None for i in recorded)
     return tuple(i if i < other_anatomy.depth else None for i in range(anatomy.depth))
+
+
+def _mlp_map(made_by: Mapping[str, Any], anatomy: Anatomy) -> tuple[int | None, ...] | None:
+    """Return the other's layer for each MLP here, by the receipt; None where those are the layers of the attentions."""
+    recorded = made_by.get("mlp_map")
+    return tuple(recorded) if isinstance(recorded, list) and len(recorded) == anatomy.depth else None
+
+
+def _of_mlps(anatomy: Anatomy) -> frozenset[str]:
+    """Return the tensors of the MLP halves. Raises PlanError where no table says which they are."""
+    return frozenset(name for name, half in split_layers(anatomy).items() if half == MLP)
 
 
 def _name_in_other(name: str, anatomy: Anatomy, other: Anatomy, layer_map: tuple[int | None, ...]) -> str | None:

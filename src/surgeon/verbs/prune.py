@@ -7,6 +7,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from surgeon.anatomy.anatomy import Anatomy, read_anatomy
+from surgeon.anatomy.halves import Pairing
 from surgeon.checkpoint.source import SCORES, Source, spec_of
 from surgeon.data.documents import check_there
 from surgeon.measure.record import Scores, check_ranking, read_scores_of
@@ -17,12 +18,14 @@ from surgeon.surgery import Surgery, open_model, open_source
 from surgeon.transforms.choose import Choice
 from surgeon.transforms.prune import (
     Cut,
+    halves_without,
     named_layers,
     pruned_sizes,
     removed_count,
     repeating_period,
     resolve_count,
     sizes_like,
+    without_halves,
 )
 from surgeon.transforms.scores import METHODS
 from surgeon.verbs.cut_options import PruneOptions
@@ -115,6 +118,11 @@ def _step(cut: Cut, options: PruneOptions, choice: Choice, scores: Scores | None
         "score": None if is_unasked else options.score,
         "greedy": options.greedy,
         "dropped": list(choice.dropped),
+        **(
+            {}
+            if choice.pairing is None
+            else {"pairing": {"attention": [*choice.pairing.attention], "mlp": [*choice.pairing.mlp]}}
+        ),
         "value": choice.score,
         "protect": list(cut.protect),
         "sizes": None if cut.sizes is None else dict(cut.sizes),
@@ -132,7 +140,7 @@ def _cut(anatomy: Anatomy, options: PruneOptions) -> tuple[Cut, tuple[str, ...]]
     """Return the cut that the options ask for, and notes. Raises PlanError for an impossible one: nothing is scored."""
     notes: tuple[str, ...] = ()
     layers, given = options.layers, options.sizes
-    named = named_layers(anatomy, drop=options.drop, keep=options.keep)
+    named, pairing = _named(anatomy, options)
     if options.like is not None:
         small = read_anatomy(spec_of(open_source(options.like)))
         layers = small.depth
@@ -140,7 +148,8 @@ def _cut(anatomy: Anatomy, options: PruneOptions) -> tuple[Cut, tuple[str, ...]]
     sizes = pruned_sizes(anatomy, given)
     has_budget = options.target_parameters is not None or options.target_memory is not None
     count = None if has_budget else 0 if layers is None else removed_count(anatomy, layers)
-    count = count if named is None else len(named)
+    if named is not None:
+        count = len(named) if pairing is None else anatomy.depth - len(pairing.attention)
     method = METHODS[options.score]
     greedy = method.greedy if options.greedy else None
     default = (0, 0) if named is not None else method.protect if greedy is None else greedy.protect
@@ -154,9 +163,19 @@ def _cut(anatomy: Anatomy, options: PruneOptions) -> tuple[Cut, tuple[str, ...]]
         seed=options.seed,
         period=repeating_period(anatomy) if options.keep_pattern else 1,
         named=named,
+        pairing=pairing,
     )
     cut.check()
     return cut, notes
+
+
+def _named(anatomy: Anatomy, options: PruneOptions) -> tuple[tuple[int, ...] | None, Pairing | None]:
+    """Return the layers that are named to go, None where none are, and the halves that stay where layers lose one."""
+    if options.pairing is None and not options.names_halves:
+        return named_layers(anatomy, drop=options.drop, keep=options.keep), None
+    going = {"drop": options.drop or (), "attention": options.drop_attention or (), "mlp": options.drop_mlp or ()}
+    pairing = options.pairing or halves_without(anatomy, **going)
+    return without_halves(anatomy, pairing), None if pairing.is_of_layers else pairing
 
 
 # --- the scores -----------------------------------------------------------------------------------------------

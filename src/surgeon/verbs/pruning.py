@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from surgeon import text
 from surgeon.anatomy.anatomy import read_anatomy
+from surgeon.anatomy.halves import ATTENTION, MLP, Half
 from surgeon.checkpoint.source import spec_of
 from surgeon.measure.record import Scores, perplexities
 from surgeon.models.loading import runs
@@ -45,7 +45,7 @@ class Pruning(Surgery):
     @property
     def headline(self) -> str:
         """The source, the score, and what goes."""
-        gone = "not chosen yet" if self.choice is None else f"without layers {text.layers(self.choice.dropped)}"
+        gone = "not chosen yet" if self.choice is None else f"without {self.choice.words}"
         return f"{super().headline}, {'as named' if self.score is None else f'by {self.score}'}, {gone}"
 
     def evaluate(self, result: str | os.PathLike[str], *, before: float | None = None) -> tuple[float, float] | None:
@@ -103,9 +103,17 @@ class Pruning(Surgery):
         from surgeon.plots.pruning import Removed
         from surgeon.transforms.kept import remains
 
-        before, stays = self.before, set(self.plan.layer_map)
-        gone = [layer for layer in range(before.depth) if layer not in stays]
-        return Removed(depth=before.num_layers, layers=before.in_all_stacks(gone), axes=remains(before, self.plan))
+        before, layers = self.before, range(self.before.depth)
+        stay: dict[Half, set[int | None]] = {ATTENTION: set(self.plan.layer_map), MLP: set(self.plan.mlp_layers)}
+        gone = {half: {layer for layer in layers if layer not in left} for half, left in stay.items()}
+        whole = gone[ATTENTION] & gone[MLP]
+        halves = {half: tuple(sorted(layers - whole)) for half, layers in gone.items()}
+        return Removed(
+            depth=before.num_layers,
+            layers=before.in_all_stacks(sorted(whole)),
+            halves={} if self.plan.mlp_map is None else halves,
+            axes=remains(before, self.plan),
+        )
 
     def _title(self) -> str:
         """Return what was pruned, how much goes, and by which scores on which text."""

@@ -76,6 +76,7 @@ GPT_NEOX = Family(
     norm_kind="layer",
     hidden_divisible=True,
     rotary_share=0.25,
+    parallel_flags={"use_parallel_residual": True},
 )
 
 OPT = Family(
@@ -181,6 +182,7 @@ BLOOM = replace(
     post_norm_flag="apply_residual_connection_post_layernorm",
     rotary=None,
     hidden_divisible=False,
+    parallel_flags={},
 )
 FALCON = replace(
     BLOOM,
@@ -207,6 +209,7 @@ FALCON = replace(
     rotary="halves",
     rotary_off_flag="alibi",
     rotary_share=1.0,
+    parallel_flags={"parallel_attn": True, "new_decoder_architecture": False},
 )
 MPT = replace(
     BLOOM,
@@ -243,6 +246,7 @@ PERSIMMON = replace(
     | norm("self_attn.k_layernorm", "k_dim", shift=True, when="qk_layernorm"),
     hidden_divisible=False,
     rotary_share=0.5,
+    parallel_flags={},
 )
 PHI = replace(
     PERSIMMON,
@@ -283,6 +287,7 @@ STABLELM = replace(
     sizes=SQUARE_SIZES,
     frozen_by={"qk_layernorm": {"heads": "each head has a norm of its own under the head's number"}},
     rotary_share=0.25,
+    parallel_flags={"use_parallel_residual": False},
 )
 
 CLASSICS: Mapping[str, Family] = {

@@ -132,6 +132,8 @@ class Family:
     multi_query_flag: str | None = None  # else: the config key that is true, or absent, where one serves all heads
     square_heads: bool | str = False  # whether heads x head_dim must be hidden where head_dim is given too, or the key
     post_norm_flag: str | None = None  # the config key that is true where what a norm puts out is what is added to
+    # The config keys that are true where attention and MLP read one state, each with its value where it is absent.
+    parallel_flags: Mapping[str, bool] = field(default_factory=dict)
     rotary_off_flag: str | None = None  # the config key that is true where no dims rotate
     rotary_share: float = 1.0  # the share of a head's dims that rotate, where the config does not say
 
