@@ -134,7 +134,7 @@ DTYPES = Words(
 DEVICES = Words(("auto", "cpu", "cuda", "mps"), others=r"(cuda|cpu|mps):\d+")
 # The groups of options in --help and in the docs, in their order. Each option names one of them.
 GROUPS = (
-    *("source", "what is kept", "how much goes", "by which scores", "depth", "width", "experts", "config"),
+    *("source", "what is kept", "how much goes", "by which scores", "search", "depth", "width", "experts", "config"),
     *("text", "prompt"),
     *("data", "lines", "what is measured", "answers", "sampling", "length and rate", "what is trained"),
     *("distillation", "gists", "numbers", "steps", "what is shown", "picture", "output", "run"),
@@ -277,6 +277,19 @@ def size_in_bytes(size: int | str, option: str = "max_shard_size") -> int:
         hint = "Write 5GB, 500MB or a number of bytes."
         raise OptionError(option, f"cannot read {size!r} as a size", hint=hint)
     return result
+
+
+_COUNT = re.compile(r"\s*([0-9][0-9_,]*\.?[0-9]*(?:[eE]\+?[0-9]{1,2})?)\s*([KMBT]?)\s*", re.IGNORECASE)
+_THOUSANDS = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
+
+
+def count_in(value: float | str) -> int | None:
+    """Return the number in 6.7e9, "100M" or "6.7B", rounded down; None for what is no number from 0 on."""
+    match = _COUNT.fullmatch(value) if isinstance(value, str) else None
+    if isinstance(value, str) and match is None:
+        return None
+    number = float(value) if match is None else float(re.sub("[_,]", "", match[1])) * _THOUSANDS[match[2].upper()]
+    return int(number) if 0 <= number < 1e18 else None
 
 
 def trust_option() -> Any:

@@ -15,8 +15,10 @@ from surgeon.plots.pruning import NOTHING, NOTHING_HINT
 from surgeon.surgery import open_model
 from surgeon.transforms.choose import Choice
 from surgeon.verbs import prune as verb
-from surgeon.verbs.cut_options import CutOptions, PruneOptions, RunOptions
+from surgeon.verbs.cut_options import SEARCH, CutOptions, PruneOptions, RunOptions
 from surgeon.verbs.pruning import Pruning
+from surgeon.verbs.search_options import SearchOptions
+from surgeon.verbs.searching import Searched
 
 GROUP = "surgery"
 EXAMPLE = "surgeon prune gpt2-large --score angular --layers 27 --data text.txt -o gpt2-27"
@@ -43,12 +45,13 @@ def prune(
     model: Model,
     *,
     cut: CutOptions,
+    search: SearchOptions,
     running: RunOptions,
     writing: Writing,
     pictures: PictureOptions,
 ) -> None:
     """Remove the layers, neurons, heads and experts that matter least."""
-    options = PruneOptions(**vars(cut), **vars(running))
+    options = PruneOptions(**vars(cut), **vars(search), **vars(running))
     curve, plot = pictures.curve, pictures.plot
     if plot is not None:
         check_picture(plot, reads_of(options) | {"MODEL": (model,)}, overwrite=writing.overwrite, option="plot")
@@ -60,11 +63,18 @@ def prune(
         raise OptionError(
             "curve", "no score says which layers would go next: they are named", hint="Leave out --curve."
         )
+    if curve and options.score == SEARCH:
+        raise OptionError(
+            "curve", "a search measures what it needs, and a curve removes layers by a score", hint="Leave out --curve."
+        )
     begun = open_model(model, revision=options.revision)
     surgery = verb.plan_pruning(begun, replace(options, measure=False))
     if not writing.dry_run:
         command.check(surgery, writing)  # before scoring, which may take an hour
-        with clock.part("scoring"):
+        if options.score == SEARCH and options.search_dir is None:
+            output = surgery.summary(writing.output).output
+            options = replace(options, search_dir=output.with_name(f"{output.name}.search"))
+        with clock.part("searching" if options.score == SEARCH else "scoring"):
             surgery = verb.plan_pruning(begun, options)
     report = PruneReport(surgery, evaluate=options.evaluate, curve=curve, plot=plot)
     if not writing.dry_run:
@@ -122,6 +132,10 @@ class PruneReport:
                 rows.append(("next best", f"layers {text.layers(choice.next_best)}{_value(choice.next_score)}"))
         if surgery.text is not None:
             rows.append(("text", str(surgery.text)))
+        if isinstance(surgery, Searched):
+            record = surgery.record
+            rows += [("search", record.effort_told), *record.rows(chosen=surgery.point.number)]
+            entries["search"] = record.told(chosen=surgery.point.number)
         return rows, entries
 
     def after(self, output: Path) -> tuple[list[tuple[str, str]], dict[str, Any]]:
@@ -140,7 +154,7 @@ class PruneReport:
             entries["curve"] = curve
         if self.plot is not None:
             assert surgery.score is not None, "check has refused to draw layers that were named"
-            save(surgery.draw(curve=curve), self.plot)
+            save(surgery.draw_search() if isinstance(surgery, Searched) else surgery.draw(curve=curve), self.plot)
             rows.append(("picture", str(self.plot)))
             entries["pictures"] = [str(self.plot)]
         return rows, entries

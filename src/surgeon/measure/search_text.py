@@ -1,5 +1,6 @@
 """The texts of a search: rows to search on, rows to fit a repair on, and rows that only judge. No row serves twice."""
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -85,7 +86,9 @@ def search_text(
     watch: list[Tensor] = []
     for name in dict.fromkeys(eval_data):
         if name in parts.confirm:
-            raise DataError(f"{name} is searched on, so it cannot watch the search", hint="Give --eval-data another text.")
+            raise DataError(
+                f"{name} is searched on, so it cannot watch the search", hint="Give --eval-data another text."
+            )
         amount = searched, samples
         text = _read(source, name, sum(amount), sequence_length, device=device, seed=seed, columns=columns)
         seen, parts.confirm[name] = _split(text.tokens, amount, name)
@@ -130,7 +133,7 @@ def _split(tokens: "Tensor", amounts: Sequence[int], name: str) -> "list[Tensor]
         largest = sizes.index(max(sizes))
         sizes[largest], sizes[-1] = sizes[largest] - 1, sizes[-1] + 1
     edges = [sum(sizes[:i]) for i in range(len(sizes) + 1)]
-    return [tokens[start:stop] for start, stop in zip(edges, edges[1:], strict=False)]
+    return [tokens[start:stop] for start, stop in itertools.pairwise(edges)]
 
 
 def _in_turns(parts: "Sequence[Tensor]") -> "Tensor":

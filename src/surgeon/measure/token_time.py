@@ -179,7 +179,7 @@ def _alike(anatomy: Anatomy) -> tuple[list[int], list[int]]:
     shapes: list[tuple[dict[str, object], dict[str, object]]] = [({}, {}) for _ in range(anatomy.depth)]
     for name, tensor in anatomy.spec.tensors.items():
         if (place := anatomy.stacks[0].locate(name)) is not None:
-            half = anatomy.rows.get(name, (None, ""))[1] == MLP
+            half = int(anatomy.rows.get(name, (None, ""))[1] == MLP)
             shapes[place[0]][half][place[1]] = tensor.shape
     found: tuple[list[int], list[int]] = ([], [])
     for half in (0, 1):

@@ -1,22 +1,21 @@
 """Cuts of a search, measured on the rows of its stages: halves by the streamed tree, widths as plans not written."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
 
 from surgeon.anatomy.anatomy import Anatomy
+from surgeon.anatomy.halves import Pairing
 from surgeon.checkpoint.source import Source
 from surgeon.measure.candidates import Effort, Outcome, Reference
 from surgeon.measure.scoring import streamed_model
-from surgeon.models.device import available_memory
 from surgeon.models.streaming import StreamedModel
 from surgeon.plan.planned import PlannedSource
 from surgeon.progress import stage as announced
 from surgeon.search.budget import full_sizes
 from surgeon.search.cuts import Candidate, Widths, kept_halves
 from surgeon.search.figures import Figures
-from surgeon.anatomy.halves import Pairing
 from surgeon.transforms.prune import prune
 
 MOST_REFERENCES = 2  # stages whose whole model's states are kept

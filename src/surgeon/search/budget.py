@@ -1,9 +1,8 @@
 """Budgets, what a cut costs of them, and the widths that can meet one. All from headers, but for measured times."""
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from itertools import product
 from typing import Any, Protocol
 
@@ -200,8 +199,7 @@ class _Bulk:
 
     def __init__(self, anatomy: Anatomy, sizes: Mapping[str, int] | None) -> None:
         old, new = anatomy.sizes, None if sizes is None else _with_derived(anatomy, sizes)
-        self.layers = [(0, 0)] * anatomy.depth
-        self.whole = (0, 0)
+        layers, whole = [(0.0, 0.0)] * anatomy.depth, (0.0, 0.0)
         known: dict[tuple[int, tuple[int, ...]], float] = {}
         for name, tensor in anatomy.spec.tensors.items():
             factor = 1.0
@@ -213,12 +211,12 @@ class _Bulk:
                         known[key] *= new["experts"] / old["experts"]
                 factor = known[key]
             cost = (tensor.num_parameters * factor, tensor.nbytes * factor)
-            self.whole = (self.whole[0] + cost[0], self.whole[1] + cost[1])
+            whole = (whole[0] + cost[0], whole[1] + cost[1])
             if (place := anatomy.locate(name)) is not None:
                 layer = place[0] % anatomy.depth
-                self.layers[layer] = (self.layers[layer][0] + cost[0], self.layers[layer][1] + cost[1])
-        self.whole = (round(self.whole[0]), round(self.whole[1]))
-        self.layers = [(round(one), round(other)) for one, other in self.layers]
+                layers[layer] = (layers[layer][0] + cost[0], layers[layer][1] + cost[1])
+        self.whole = (round(whole[0]), round(whole[1]))
+        self.layers = [(round(parameters), round(nbytes)) for parameters, nbytes in layers]
 
 
 def _with_derived(anatomy: Anatomy, sizes: Mapping[str, int]) -> dict[str, int]:
@@ -242,10 +240,7 @@ def planned_cut(
     seed: int = 0,
 ) -> Any:
     """Return the plan of a cut: the halves that stay, narrowed. Raises PlanError where it cannot be expressed."""
-    pairing.check(anatomy.depth)
-    assert pairing.is_of_layers
-    gone = sorted(set(range(anatomy.depth)) - set(pairing.attention))
-    return prune(anatomy, dropped=gone, sizes=sizes, criterion=criterion, values=values, seed=seed)
+    return prune(anatomy, pairing=pairing, sizes=sizes, criterion=criterion, values=values, seed=seed)
 
 
 # --- widths -----------------------------------------------------------------------------------------------------
@@ -302,7 +297,9 @@ def _multiples(anatomy: Anatomy, axis: str) -> list[int]:
     old = anatomy.sizes[axis]
     least = max(1, math.ceil(LEAST * old))
     if axis == "experts":
-        per_token = [value for value in spelled(anatomy.spec.config, "experts_per_token").values() if type(value) is int]
+        per_token = [
+            value for value in spelled(anatomy.spec.config, "experts_per_token").values() if type(value) is int
+        ]
         least = max(least, *per_token, 1)
     if axis in ("heads", "kv_heads", "experts"):
         step = anatomy.expert_groups if axis == "experts" else 1

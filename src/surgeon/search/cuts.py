@@ -5,6 +5,7 @@ piece 2i is layer i, piece 2i + 1 the MLP of layer i with the attention of layer
 no two removed pieces overlap, and every such rest is the rest of one set of pieces only.
 """
 
+import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -110,7 +111,7 @@ class Space:
             for count in range(1, len(chain) + 1):
                 for shift, part in ((1, range(stop - count, stop)), (-1, range(start, start + count))):
                     moved = tuple(piece + shift if at in part else piece for at, piece in enumerate(pieces))
-                    apart = all(later - earlier >= 2 for earlier, later in zip(moved, moved[1:], strict=False))
+                    apart = all(later - earlier >= 2 for earlier, later in itertools.pairwise(moved))
                     if apart and all(moved[at] in self._free for at in part):
                         yield moved
 

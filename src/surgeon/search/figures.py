@@ -47,7 +47,7 @@ class Figures:
 
     @property
     def perplexity(self) -> float:
-        """exp of the mean loss."""
+        """Exp of the mean loss."""
         return math.exp(self.mean("loss")) if self.mean("loss") < 700 else math.inf
 
     def over(self, other: "Figures", of: str) -> tuple[float, float]:

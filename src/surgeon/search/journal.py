@@ -92,7 +92,7 @@ class Journal:
 
 def entry_of(candidate: Candidate) -> dict[str, Any]:
     """Return a cut as search.json holds it."""
-    return {"pieces": list(candidate.pieces), "widths": {axis: size for axis, size in candidate.widths}}
+    return {"pieces": list(candidate.pieces), "widths": dict(candidate.widths)}
 
 
 def candidate_of(entry: Mapping[str, Any]) -> Candidate:

@@ -1,7 +1,7 @@
 """The search: singles, telling pairs, the surrogate's best cuts measured, then moves that improve the best one.
 
 Measured cuts decide, the surrogate says which to measure next. A second text is watched: a move that is better on the
-rows of the search and worse there is refused, because some dozens of measurements fit a few thousand tokens of one text.
+rows of the search and worse there is refused, because some dozens of measurements fit a few thousand tokens of a text.
 """
 
 import math
@@ -48,6 +48,7 @@ class Search:
     settings: Settings
     refused: list[Candidate] = field(default_factory=list)  # by the second text
     stopped: str = ""  # why it ended
+    fitted: Surrogate = field(default_factory=lambda: Surrogate({}))  # to all that was measured
     _fewest: dict[Widths, int] = field(default_factory=dict)
 
     # --- costs ------------------------------------------------------------------------------------------------
@@ -77,6 +78,7 @@ class Search:
         surrogate = self._screened()
         best = self._proposed(surrogate)
         best = self._improved(surrogate, best)
+        self.fitted = surrogate.fitted(self.measured())
         return self._confirmed(best)
 
     def _screened(self) -> Surrogate:

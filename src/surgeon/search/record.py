@@ -3,7 +3,6 @@
 Pure data: no torch, no weights.
 """
 
-import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -18,7 +17,6 @@ from surgeon.checkpoint.source import Source, inside
 from surgeon.errors import CheckpointError, MeasureError, PlanError
 from surgeon.mistyped import hint_beside
 from surgeon.search.budget import Cost
-from surgeon.search.cuts import Candidate
 from surgeon.search.figures import DraftSpeed, Figures, draft_speed
 from surgeon.search.journal import FILE, FORMAT, MOST_BYTES
 from surgeon.showing import Shown
@@ -74,10 +72,15 @@ class Point:
     refused: bool = False  # by the second text
 
     @property
-    def draft(self) -> DraftSpeed:
-        """How fast the source would write with this cut as its draft, by the acceptance on an unseen text if known."""
+    def acceptance(self) -> float:
+        """The share of its tokens that the source would accept: on texts that the search did not see, where known."""
         known = [worth.acceptance for worth in self.confirmed.values()] or [self.worth.acceptance]
-        return draft_speed(sum(known) / len(known), self.share)
+        return sum(known) / len(known)
+
+    @property
+    def draft(self) -> DraftSpeed:
+        """How fast the source would write with this cut as its draft."""
+        return draft_speed(self.acceptance, self.share)
 
     def to_dict(self) -> dict[str, Any]:
         """Return this as search.json and --json hold it."""
@@ -165,8 +168,6 @@ class SearchRecord(Shown):
 
     def _line(self, point: Point, *, timed: bool, unseen: Sequence[str]) -> list[str]:
         worths = [point.confirmed.get(name) for name in unseen]
-        known = [worth for worth in worths if worth is not None] or [point.worth]
-        acceptance = sum(worth.acceptance for worth in known) / len(known)
         return [
             str(point.number),
             point.gone(self.depth),
@@ -175,9 +176,44 @@ class SearchRecord(Shown):
             _with_error(point.worth, "kl", self.objective),
             _with_error(point.worth, "loss", self.objective),
             *(("-" if worth is None else _with_error(worth, self.objective, self.objective)) for worth in worths),
-            f"{acceptance:.3f}",
+            f"{point.acceptance:.3f}",
             point.draft.told,
         ]
+
+    @property
+    def effort_told(self) -> str:
+        """How much was measured, and why the search ended."""
+        passes, seconds = self.effort["passes"], self.effort["seconds"]
+        told = f"{len(self.points)} cuts measured in {text.duration(seconds)}, {passes:.0f} passes of the whole model"
+        return f"{told}; it ended because {self.stopped}" if self.stopped else told
+
+    def rows(self, *, chosen: int = 1, most: int = 3) -> list[tuple[str, str]]:
+        """Return the cut that is made and the next best ones, a row each, for people."""
+        numbers = [chosen, *(point.number for point in self.points if point.number != chosen)][:most]
+        return [(f"point {number}", self._told(self.point(number))) for number in numbers]
+
+    def _told(self, point: Point) -> str:
+        parts = [f"without {point.gone(self.depth)}", f"{point.cost.parameters:,} parameters"]
+        parts += [f"{point.cost.milliseconds:.3g} ms a token"] if point.cost.milliseconds is not None else []
+        parts += [f"KL {_with_error(point.worth, 'kl', self.objective)}"]
+        parts += [f"loss {_with_error(point.worth, 'loss', self.objective)}"]
+        for name, worth in point.confirmed.items():
+            shown = f"{self.objective if self.objective == 'loss' else 'KL'} on {Path(name).name}"
+            parts += [f"{shown} {_with_error(worth, self.objective, self.objective)}"]
+        parts += [f"acceptance {point.acceptance:.3f}", f"as a draft {point.draft.told}"]
+        return "; ".join(parts)
+
+    def told(self, *, chosen: int = 1, most: int = SHOWN) -> dict[str, Any]:
+        """Return the record as --json prints it: the cut that is made, and the best few."""
+        return {
+            "objective": self.objective,
+            "chosen": self.point(chosen).to_dict(),
+            "best": [point.to_dict() for point in self.points[:most]],
+            "points": len(self.points),
+            "whole": dict(self.whole),
+            "effort": dict(self.effort),
+            "stopped": self.stopped,
+        }
 
     def to_dict(self) -> dict[str, Any]:
         """Return the record as search.json holds it."""

@@ -93,7 +93,7 @@ def _factors(rows: Sequence[tuple[float, float]], costs: Sequence[float]) -> tup
 def _corrections(cuts: Sequence[Candidate], residuals: Sequence[float]) -> dict[object, float]:
     """Return the correction of each piece and width: the ridge's answer to what the quadratic misses.
 
-    It is solved for the cuts, of which there are few: c = Z^T (Z Z^T + ridge I)^-1 r, Z being 1 where a cut has a piece.
+    It is solved for the cuts, which are few: c = Z^T (Z Z^T + ridge I)^-1 r, where Z is 1 if a cut has a piece.
     """
     sets = [set(cut.features) for cut in cuts]
     matrix = [[float(len(one & other)) + RIDGE * (one is other) for other in sets] for one in sets]
@@ -224,11 +224,7 @@ def telling_pairs(
     most = bound * math.fsum(max(alone[piece], 0.0) for piece in layers[: max(count, 2)])
     layers = [piece for piece in layers if alone[piece] <= most]
     costly = set(layers[len(layers) - len(layers) // 3 :])
-    pairs = [
-        pair
-        for pair in combinations(sorted(layers), 2)
-        if costly.intersection(pair) or pair[1] - pair[0] == 2
-    ]
+    pairs = [pair for pair in combinations(sorted(layers), 2) if costly.intersection(pair) or pair[1] - pair[0] == 2]
     if limit is not None and len(pairs) > limit:
         pairs = sorted(sorted(pairs, key=lambda pair: (alone[pair[0]] + alone[pair[1]], pair))[:limit])
     return pairs

@@ -3,15 +3,18 @@
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from surgeon.anatomy.halves import Pairing
 from surgeon.data.records import chosen_columns
 from surgeon.options import (
     Checked,
     OptionError,
+    Words,
     check_counts,
     check_seed,
     columns_option,
+    count_in,
     device_option,
     flag_of,
     in_python,
@@ -25,9 +28,13 @@ from surgeon.options import (
     trust_option,
 )
 from surgeon.progress import Progress
+from surgeon.search.budget import OVER
+from surgeon.search.journal import FILE as SEARCH_FILE
 from surgeon.transforms.layers import check_depth
 from surgeon.transforms.scores import METHODS
+from surgeon.verbs.search_options import SearchOptions
 
+SEARCH = "search"  # in place of a score: cuts are measured, and the best is taken
 _UNCHANGED = "Default: unchanged."
 _SCORES = ", ".join(f"{name} ({method.help})" for name, method in METHODS.items())
 _BLOCK = ", ".join(name for name, method in METHODS.items() if method.block)
@@ -61,10 +68,11 @@ class CutOptions(Checked):
     """The options that say how much goes, and by which scores."""
 
     score: str = option(
-        f"The score that decides what goes: {_SCORES}.",
-        "angular",
+        f"What decides what goes: {SEARCH} (cuts are measured; with a target the default), or a score: {_SCORES}. "
+        "Default: angular.",
+        None,
         metavar="SCORE",
-        choices=tuple(METHODS),
+        choices=(SEARCH, *METHODS),
         group="by which scores",
     )
     layers: int | str | None = option(
@@ -73,16 +81,35 @@ class CutOptions(Checked):
         metavar="N",
         group="how much goes",
     )
-    target_parameters: float | None = option(
-        "Remove the fewest layers that leave at most so many parameters: 6.7e9.",
+    target_parameters: float | str | None = option(
+        "The result has at most so many parameters: 100M, 6.7B. With a --score the fewest layers go that it takes.",
         None,
         metavar="N",
         group="how much goes",
     )
     target_memory: int | str | None = option(
-        "Remove the fewest layers that leave at most so many bytes of weights: 12GB.",
+        "The result has at most so many bytes of weights, with --context and of its cache: 12GB.",
         None,
         metavar="SIZE",
+        group="how much goes",
+    )
+    target_latency: float | None = option(
+        "A token of the result takes at most so many milliseconds on this device, as measured layer by layer.",
+        None,
+        metavar="MS",
+        group="how much goes",
+    )
+    context: int | None = option(
+        "Tokens of the cache that --target-memory counts, and that --target-latency is measured after.",
+        None,
+        metavar="N",
+        group="how much goes",
+    )
+    over: str | None = option(
+        f"What a search may change, with commas between: {', '.join(OVER)}. Default: all that the family can.",
+        None,
+        metavar="PARTS",
+        choices=Words(tuple(OVER), many=True),
         group="how much goes",
     )
     drop: Sequence[int] | None = option(
@@ -189,6 +216,12 @@ class CutOptions(Checked):
         reads=True,
         group="by which scores",
     )
+    point: int | None = option(
+        "Make this cut of the search in the file of --scores-from; 1 is the one that it chose.",
+        None,
+        metavar="N",
+        group="by which scores",
+    )
     evaluate: bool = option(
         "Measure the perplexity on the text before and after.", True, names=("--evaluate/--no-evaluate",), group="text"
     )
@@ -196,6 +229,9 @@ class CutOptions(Checked):
     def __post_init__(self) -> None:
         super().__post_init__()
         chosen_columns(self.columns)
+        if self.score is None:
+            object.__setattr__(self, "score", SEARCH if self._asks_for_search else "angular")
+        self._check_search()
         if self.greedy and METHODS[self.score].greedy is None:
             raise OptionError(
                 "greedy", f"--greedy: {self.score} has no greedy form", hint=f"--greedy goes with --score {_GREEDY}."
@@ -219,19 +255,57 @@ class CutOptions(Checked):
         narrows = any(size is not None for size in self.sizes.values())
         if self.like is not None and (self.layers is not None or narrows):
             raise OptionError("like", "sizes are given beside a model to take them from", hint="Give --like, or sizes.")
-        budgets = [target for target in (self.parameters, self.nbytes) if target is not None]
+        targets = (self.parameters, self.nbytes, self.target_latency)
+        budgets = [target for target in targets if target is not None]
         depths: list[object] = [given for given in (self.layers, self.like, self.keep) if given is not None]
         depths += [True] * (self.dropped_by is not None)
-        if len(budgets) + len(depths) > 1:
+        if (len(budgets) > 1 and self.score != SEARCH) or len(depths) + bool(budgets) > 1:
             hint = "Give one of --layers, --drop (or halves), --keep and the targets."
             raise OptionError("", "the depth is asked for more than once", hint=hint)
         self._check_named()
         if budgets and narrows:
             raise OptionError("", "a budget decides the depth, not the width", hint="Give --layers beside sizes.")
-        if not (budgets or depths or narrows):
+        if not (budgets or depths or narrows or self.point is not None):
             raise OptionError(
                 "", "nothing to prune", hint="Give --layers, a size such as --intermediate-size, or a target."
             )
+
+    @property
+    def _asks_for_search(self) -> bool:
+        """Whether a search decides where no score is named: for a target, unless scores were taken already."""
+        if self.scores_from is not None:
+            return self.point is not None or Path(self.scores_from).name == SEARCH_FILE
+        return self._targets
+
+    def _check_search(self) -> None:
+        """Raises OptionError for what only a search can do where there is none, and for what none can do."""
+        if self.score != SEARCH:
+            names = ("target_latency", "context", "over", "point")
+            if (only := next((name for name in names if getattr(self, name) is not None), None)) is not None:
+                hint = f"Leave out --score {self.score}."
+                raise OptionError(
+                    only, f"{flag_of(only)} is for a search, and --score {self.score} makes none", hint=hint
+                )
+            return
+        ruled = {"greedy": self.greedy, "contiguous": self.contiguous is not None, "keep_pattern": self.keep_pattern}
+        ruled |= {"like": self.like is not None, "keep": self.keep is not None}
+        ruled |= {name: True for name in (self.dropped_by,) if name is not None}
+        if (rule := next((name for name, is_given in ruled.items() if is_given), None)) is not None:
+            raise OptionError(
+                rule, f"a search chooses what goes, and {flag_of(rule)} does too", hint="Give one of them."
+            )
+        check_counts(self, "context", "point")
+        if self.context is not None and self.target_memory is None and self.target_latency is None:
+            hint = "Give --target-memory or --target-latency."
+            raise OptionError("context", "--context counts towards no target here", hint=hint)
+        if self.target_latency is not None and not 0 < self.target_latency < 1e9:
+            hint = "Write milliseconds, such as 12.5."
+            raise OptionError("target_latency", f"cannot read {self.target_latency!r} as a time", hint=hint)
+        if self.point is not None and self.scores_from is None:
+            raise OptionError("point", "--point is of a search that was made", hint="Give --scores-from search.json.")
+        if self.scores_from is None and self.layers is None and not self._targets:
+            hint = "Give --layers, --target-parameters, --target-memory or --target-latency."
+            raise OptionError("score", "a search needs to know how small the result is to be", hint=hint)
 
     def _check_named(self) -> None:
         """Raises OptionError where layers are named, and something else would choose them too."""
@@ -246,6 +320,10 @@ class CutOptions(Checked):
             raise OptionError(
                 "keep", "--keep must be in order: no layer moves, and none is repeated", hint="Such as --keep 0-5,8."
             )
+
+    @property
+    def _targets(self) -> bool:
+        return any(target is not None for target in (self.target_parameters, self.target_memory, self.target_latency))
 
     @property
     def names_layers(self) -> bool:
@@ -268,13 +346,14 @@ class CutOptions(Checked):
         """The most parameters that the result may have. Raises OptionError for infinity and NaN."""
         if self.target_parameters is None:
             return None
-        if not 0 <= self.target_parameters < 1e18:
+        count = count_in(self.target_parameters)
+        if count is None:
             raise OptionError(
                 "target_parameters",
                 f"cannot read {self.target_parameters!r} as a number of parameters",
-                hint="Write 6.7e9.",
+                hint="Write 100M, 6.7B or 6.7e9.",
             )
-        return int(self.target_parameters)
+        return count
 
     @property
     def nbytes(self) -> int | None:
@@ -305,7 +384,7 @@ class RunOptions(Checked):
 
 
 @dataclass(frozen=True, kw_only=True)
-class PruneOptions(RunOptions, CutOptions):
+class PruneOptions(RunOptions, SearchOptions, CutOptions):
     """The options of `prune`."""
 
     all_tokens: bool = in_python('The same as tokens="all".', False)

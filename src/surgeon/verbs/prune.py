@@ -28,11 +28,12 @@ from surgeon.transforms.prune import (
     without_halves,
 )
 from surgeon.transforms.scores import METHODS
-from surgeon.verbs.cut_options import PruneOptions
+from surgeon.verbs.cut_options import SEARCH, PruneOptions
 from surgeon.verbs.pruning import Pruning
 
 if TYPE_CHECKING:
     from surgeon.measure.calibration import Calibration
+    from surgeon.verbs.searching import Found
 
 VERB = Verb(counts_layers=True, plans="prune", begins=True, then="finetune {output} {data} --teacher {source}")
 UNSCORED = "No scores yet: counts and sizes are exact, what goes is not decided."
@@ -43,9 +44,11 @@ HEAVY = "more than a quarter of the layers goes: expect a broken model until it 
 def prune(model: "str | os.PathLike[str] | Surgery", options: PruneOptions) -> Pruning:
     """Return the surgery that removes the layers, neurons, heads, channels and experts that matter least.
 
-    The depth of the result is `layers`, or follows from a budget: `target_parameters` or `target_memory`. `score` ranks
-    layers and, where sizes are given, positions in width: by magnitude, evenly or at random with the scores of that
-    name, else by activation (Minitron) and, for experts, by REAP.
+    The depth of the result is `layers`, or a budget decides it: `target_parameters`, `target_memory`, `target_latency`.
+    A budget without a `score`, or score="search", searches: cuts of layers, of halves of layers and in width are
+    measured, and the best is made. Any other `score` ranks layers and, where sizes are given, positions in width: by
+    magnitude, evenly or at random with the scores of that name, else by activation (Minitron) and, for experts, by
+    REAP.
 
     Scores are taken in one streamed pass over the first `samples` sequences of `data`. `scores_from` replaces the pass.
 
@@ -58,9 +61,18 @@ def prune(model: "str | os.PathLike[str] | Surgery", options: PruneOptions) -> P
 
 def plan_pruning(begun: Surgery, options: PruneOptions) -> Pruning:
     """Return the surgery that `prune` returns, of a model that is open: measure, choose, plan."""
+    if options.score != SEARCH:
+        return _planned(begun, options)
+    from surgeon.verbs.searching import plan_search
+
+    return plan_search(begun, options, _planned)
+
+
+def _planned(begun: Surgery, options: PruneOptions, found: "Found | None" = None) -> Pruning:
+    """Return the surgery of a cut by scores, or of one that was `found` by a search."""
     cut, notes = _cut(begun.anatomy, options)
     with runs(begun.source.label, trust_remote_code=options.trust_remote_code):
-        measured = _measure(begun, cut, options)
+        measured = _measure(begun, cut, options) if found is None else _Measured(found.scores, found.text, found.device)
     scores = measured.scores
     is_scored = scores is not None or not cut.needs_scores
     removable, most_removable = _ranking(cut, options, scores)
@@ -76,6 +88,8 @@ def plan_pruning(begun: Surgery, options: PruneOptions) -> Pruning:
     criterion = cut.criterion if is_scored else "uniform"
     plan = cut.plan(choice, criterion, values=None if scores is None else scores.widths.get(criterion))
     step = _step(cut, options, choice, scores) if is_scored else {"score": options.score}
+    if found is not None:
+        step = {**step, **found.step}
     plan = replace(plan, steps=({"prune": step},), notes=(*plan.notes, *notes))
     return Pruning(
         source=begun.source,
