@@ -1,7 +1,8 @@
 """What a search has measured, in search.json: written after every batch, so that a killed search goes on where it was.
 
-The search is a function of what it measures. So it is run again from its beginning, and every batch that the file holds
-is taken from there: it comes to the same answer.
+The search is a function of what it measures. So it is run again from its beginning, and takes from the file what that
+holds: it comes to the same answer. What a cut is worth does not depend on a target, so a search for another one of the
+same model on the same texts takes from the file too.
 """
 
 import json
@@ -27,67 +28,65 @@ Measure = Callable[[str, Sequence[Candidate]], list[Figures]]
 
 @dataclass
 class Journal:
-    """The batches of a search in their order. `place` is the file, None for a search that is not to be resumed.
+    """The cuts that were measured. `place` is the file, None for a search that is not to be resumed.
 
-    `request` is what the search was begun with; `tables` are times and sizes that were measured beside the text.
-    `seconds` is how long the batches took that the search has come to so far.
+    `request` is what decides the figures; `tables` are times and sizes that were measured beside the text. `seconds`
+    is how long the measuring took of all that this search has come to so far, be it by an earlier process.
     """
 
     request: Mapping[str, Any]
     measure_new: Measure
     place: Path | None = None
-    batches: list[dict[str, Any]] = field(default_factory=list)
+    entries: list[dict[str, Any]] = field(default_factory=list)
     tables: dict[str, float] = field(default_factory=dict)
     seconds: float = 0.0
-    _next: int = 0
-    _known: dict[tuple[str, Candidate], Figures] = field(default_factory=dict)
+    _stored: dict[tuple[str, Candidate], tuple[Figures, float]] = field(init=False)
+    _come_to: dict[tuple[str, Candidate], Figures] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self._stored = {
+            (entry["stage"], candidate_of(entry)): (Figures.read(entry["figures"]), float(entry["seconds"]))
+            for entry in self.entries
+        }
 
     def measure(self, stage: str, candidates: Sequence[Candidate]) -> list[Figures]:
-        """Return the figures of cuts on the rows of a stage; those of this stage that are known are not measured."""
-        new = [each for each in dict.fromkeys(candidates) if (stage, each) not in self._known]
+        """Return the figures of cuts on the rows of a stage; those that the file holds are not measured again."""
+        new = [each for each in dict.fromkeys(candidates) if (stage, each) not in self._stored]
         if new:
-            for candidate, figures in zip(new, self._batch(stage, new), strict=True):
-                self._known[stage, candidate] = figures
-        return [self._known[stage, candidate] for candidate in candidates]
+            self._add(stage, new)
+        for each in candidates:
+            if (stage, each) not in self._come_to:
+                self._come_to[stage, each], seconds = self._stored[stage, each]
+                self.seconds += seconds
+        return [self._come_to[stage, each] for each in candidates]
 
     def measured(self, stage: str) -> dict[Candidate, Figures]:
-        """Return all cuts that were measured in a stage, in their order."""
-        return {candidate: figures for (at, candidate), figures in self._known.items() if at == stage}
+        """Return all cuts that this search has come to in a stage, in their order."""
+        return {candidate: figures for (at, candidate), figures in self._come_to.items() if at == stage}
 
-    def _batch(self, stage: str, candidates: Sequence[Candidate]) -> list[Figures]:
-        names = [entry_of(candidate) for candidate in candidates]
-        if self._next < len(self.batches):
-            batch = self.batches[self._next]
-            if batch["stage"] == stage and batch["cuts"] == names:
-                self._next += 1
-                self.seconds += batch["seconds"]
-                return [Figures.read(entry) for entry in batch["figures"]]
-            del self.batches[self._next :]  # another version chose otherwise from here on
+    def _add(self, stage: str, candidates: Sequence[Candidate]) -> None:
         began = time.monotonic()
-        figures = self.measure_new(stage, candidates)
-        took = time.monotonic() - began
-        entries = [each.to_dict() for each in figures]
-        self.batches.append({"stage": stage, "cuts": names, "figures": entries, "seconds": took})
-        self._next += 1
-        self.seconds += took
+        found = self.measure_new(stage, candidates)
+        each_took = (time.monotonic() - began) / len(candidates)
+        for candidate, figures in zip(candidates, found, strict=True):
+            self._stored[stage, candidate] = (figures, each_took)
+            entry = {"stage": stage, **entry_of(candidate), "figures": figures.to_dict(), "seconds": each_took}
+            self.entries.append(entry)
         self.write()
-        return figures
 
-    def to_dict(self) -> dict[str, Any]:
-        """Return this as search.json holds it while a search goes on."""
-        return {
+    def write(self) -> None:
+        """Write the file, all of it or nothing. Raises OutputError where the disk refuses."""
+        if self.place is None:
+            return
+        content = {
             "format": FORMAT,
             "request": dict(self.request),
             "tables": dict(self.tables),
-            "batches": self.batches,
+            "measured": self.entries,
         }
-
-    def write(self, **more: Any) -> None:
-        """Write the file, all of it or nothing. Raises OutputError where the disk refuses."""
-        if self.place is not None:
-            with _guarded(self.place):
-                self.place.parent.mkdir(parents=True, exist_ok=True)
-                write_whole(self.place, [json.dumps({**self.to_dict(), **more}, allow_nan=False).encode()])
+        with _guarded(self.place):
+            self.place.parent.mkdir(parents=True, exist_ok=True)
+            write_whole(self.place, [json.dumps(content).encode()])
 
 
 def entry_of(candidate: Candidate) -> dict[str, Any]:
@@ -133,7 +132,11 @@ def _begun(place: Path, request: Mapping[str, Any], measure: Measure) -> Journal
         content = read_json(place, most=MOST_BYTES)
     except CheckpointError as error:
         raise OutputError(f"{place} is damaged", hint=again) from error
-    if not isinstance(content, dict) or content.get("format") != FORMAT or not isinstance(content.get("batches"), list):
+    if (
+        not isinstance(content, dict)
+        or content.get("format") != FORMAT
+        or not isinstance(content.get("measured"), list)
+    ):
         raise OutputError(f"{place} is damaged, or of another version of surgeon", hint=again)
     begun = content.get("request") or {}
     for name, value in request.items():
@@ -143,7 +146,10 @@ def _begun(place: Path, request: Mapping[str, Any], measure: Measure) -> Journal
                 f"{place.parent} holds a search that was begun with {told}",
                 hint=f"Give what it was begun with, choose another -o, or begin again: rm -r {place.parent}",
             )
-    return Journal(request, measure, place, list(content["batches"]), dict(content.get("tables") or {}))
+    try:
+        return Journal(request, measure, place, list(content["measured"]), dict(content.get("tables") or {}))
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise OutputError(f"{place} is damaged", hint=again) from error
 
 
 @contextmanager

@@ -255,7 +255,7 @@ class _Task:
             search = Search(journal, pricing, self.space, self.widths, settings)
             ranked = search.run()
             journal.write()
-            record = _record(search, ranked, begun, text, trials)
+            record = _record(search, ranked, self, text, trials)
         return record, _Kept(scores, text, device)
 
     def _meter(self, device: str) -> "DeviceMeter | None":
@@ -283,10 +283,19 @@ class _Task:
         return score(self.begun.source, text.fit, request, data={**origin, "part": "rows that fit", **_shape(text.fit)})
 
     def _request(self, text: "SearchText") -> dict[str, Any]:
-        """Return what decides the search: a state that was begun with another request is not gone on with."""
-        options = self.options
+        """Return what decides the figures: a state that was begun with another request is not gone on with."""
         return {
             "model": self.begun.source.provenance(),
+            "texts": {name: origin["sha256"] for name, origin in text.origins.items()},
+            "rows": {name: list(rows.shape) for name, rows in text.rows.items()} | {"fit": list(text.fit.shape)},
+            "seed": self.options.seed,
+        }
+
+    @property
+    def goal(self) -> dict[str, Any]:
+        """What was searched for, as the record holds it."""
+        options = self.options
+        return {
             "objective": options.objective,
             "target_parameters": self.budget.parameters,
             "target_memory": self.budget.memory,
@@ -295,10 +304,8 @@ class _Task:
             "context": options.context,
             "over": list(self.over),
             "protect": list(options.protect or (0, 0)),
-            "texts": {name: origin["sha256"] for name, origin in text.origins.items()},
-            "watched": list(options.eval_data),
-            "samples": options.samples,
-            "sequence_length": options.sequence_length,
+            "evaluations": options.evaluations,
+            "seconds": options.seconds,
             "seed": options.seed,
         }
 
@@ -361,9 +368,10 @@ def halves_refused(anatomy: Anatomy) -> PlanError | None:
 
 
 def _record(
-    search: Search, ranked: Sequence[Candidate], begun: Surgery, text: "SearchText", trials: "Trials"
+    search: Search, ranked: Sequence[Candidate], task: _Task, text: "SearchText", trials: "Trials"
 ) -> SearchRecord:
     """Return the record of a search that is over: the confirmed cuts first, then all others by their objective."""
+    begun = task.begun
     journal, pricing, objective = search.journal, search.pricing, search.settings.objective
     costs = search.measured()
     order = [*ranked, *sorted((each for each in costs if each not in ranked), key=lambda each: (costs[each], each))]
@@ -399,7 +407,7 @@ def _record(
     return SearchRecord(
         model=begun.source.provenance(),
         depth=begun.anatomy.depth,
-        request=dict(journal.request),
+        request=task.goal,
         texts={"used": text.origins, **{name: list(rows.shape) for name, rows in text.rows.items()}},
         whole=whole.to_dict(),
         points=tuple(points),
