@@ -60,11 +60,13 @@ def _pareto(axes: Any, record: SearchRecord, made: Point) -> None:
     mark = {"color": RED, "markeredgecolor": "black", "linestyle": "none"}
     axes.plot([size(made)], [getattr(made.worth, record.objective)], "X", markersize=11, label="made", **mark)
     scale(axes, costs)
+    low, high = axes.get_ylim()
+    axes.set_ylim(low, high * (high / low) ** 0.2 if axes.get_yscale() == "log" else high + 0.2 * (high - low))
     axes.set(
         xlabel=label, ylabel=NAMES[record.objective], title=f"{len(record.points)} cuts, on the rows of the search"
     )
     axes.grid(alpha=0.25, color=GREY)
-    axes.legend(frameon=False, loc="upper right")
+    axes.legend(frameon=False, ncols=4, loc="upper right", fontsize="small")
     clean(axes)
 
 
@@ -89,7 +91,7 @@ def _map(axes: Any, record: SearchRecord, made: Point) -> None:
         vmax=1,
         extent=(-0.5, record.depth - 0.5, 1.5, -0.5),
     )
-    few = [point for point in record.points if not point.refused][:10]
+    few = [point for point in record.points if point.within and not point.refused][:10]
     for at, half in enumerate(("attention", "mlp")):
         for layer in range(record.depth):
             share = sum(layer not in getattr(point.pairing, half) for point in few) / len(few)
@@ -136,7 +138,7 @@ def _singles(axes: Any, record: SearchRecord) -> None:
     scale(axes, [*layers.values(), *shifted.values()])
     if axes.get_yscale() != "log" and layers:
         axes.set_ylim(bottom=min(0.0, *layers.values(), *(shifted.values() or [0.0])))
-    axes.set(xlabel="layer", ylabel=f"{record.objective} alone, nats", title="what goes alone costs")
+    axes.set(xlabel="layer", ylabel=NAMES[record.objective], title="what goes alone costs")
     axes.legend(frameon=False, ncols=3, loc="upper right", fontsize="small")
     whole_numbers(axes.xaxis)
     clean(axes)
@@ -158,6 +160,6 @@ def _pairs(figure: Any, axes: Any, record: SearchRecord) -> None:
     most = values[int(0.98 * (len(values) - 1))] or 1.0
     shown = axes.imshow(grid, origin="lower", cmap="PuOr_r", vmin=-most, vmax=most)
     figure.colorbar(shown, ax=axes, label="nats beyond the sum", extend="both")
-    axes.set(xlabel="layer", ylabel="layer", title="pairs: above 0 they need each other gone least")
+    axes.set(xlabel="layer", ylabel="layer", title="what two layers cost beyond both alone")
     whole_numbers(axes.xaxis)
     whole_numbers(axes.yaxis)

@@ -78,6 +78,20 @@ class Budget:
         )
         return max((value / limit for value, limit in limits if limit is not None and value is not None), default=0.0)
 
+    def eased(self, whole: Cost, depth: int, share: float) -> "Budget":
+        """Return the budget that asks for only this share of what the whole model has to lose."""
+
+        def between(value: float | None, limit: float | None) -> float | None:
+            return limit if value is None or limit is None or value <= limit else value - share * (value - limit)
+
+        parameters, memory = between(whole.parameters, self.parameters), between(whole.memory, self.memory)
+        return Budget(
+            parameters=None if parameters is None else round(parameters),
+            memory=None if memory is None else round(memory),
+            milliseconds=between(whole.milliseconds, self.milliseconds),
+            layers=None if self.layers is None else depth - round(share * (depth - self.layers)),
+        )
+
     def told(self, cost: Cost) -> str:
         """Return in words what a cost is of the quantities that the budget limits."""
         parts = [f"{cost.parameters:,} parameters"] if self.parameters is not None else []
@@ -104,6 +118,19 @@ class Pricing:
         self._known: dict[Candidate, Cost] = {}
         self._bulks: dict[Widths, _Bulk] = {}
 
+    def eased(self, share: float) -> "Pricing":
+        """Return the same prices for a budget that asks for only a share of what the model has to lose."""
+        eased = Pricing(self.anatomy, self.budget, self._meter)
+        eased._known, eased._bulks = self._known, self._bulks
+        eased.budget = self.budget.eased(self.cost(Candidate(())), self.anatomy.depth, share)
+        return eased
+
+    def meets(self, candidate: Candidate) -> bool:
+        """Return whether a cut that can be expressed is within the budget, and of the depth that it asks for."""
+        layers = self.budget.layers
+        is_deep = layers is None or self.anatomy.depth - len(candidate.pieces) == layers
+        return is_deep and self.budget.allows(self.cost(candidate))
+
     def sizes(self, widths: Widths) -> dict[str, int] | None:
         """Return the size of every axis of a result; None where no width changes."""
         return full_sizes(self.anatomy, widths)
@@ -124,8 +151,8 @@ class Pricing:
         return self._known[candidate]
 
     def can_be(self, candidate: Candidate) -> bool:
-        """Return whether the family's code can express a cut, and the budget allows it."""
-        return self.can_express(candidate) and self.budget.allows(self.cost(candidate))
+        """Return whether the family's code can express a cut, and it is within the budget."""
+        return self.can_express(candidate) and self.meets(candidate)
 
     def can_express(self, candidate: Candidate) -> bool:
         """Return whether the family's code can express a cut."""

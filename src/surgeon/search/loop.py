@@ -6,7 +6,7 @@ rows of the search and worse there is refused, because some dozens of measuremen
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from surgeon.errors import MeasureError
 from surgeon.search.budget import Pricing
@@ -20,6 +20,7 @@ FIRST = 16  # of the surrogate's best cuts are measured before any move
 APART = 2  # pieces in which the first ones differ: near ones are what moves are for
 BATCH = 4  # moves that are measured together, in the surrogate's order
 REFUSED = 3  # improvements in a row that the second text refuses: the search then fits its own rows
+ON_THE_WAY = (0.25, 0.5, 0.75)  # shares of what has to go, at each of which one cut is measured
 FINAL = 3  # cuts that are confirmed
 LOOKED_AT = 12  # sets of widths whose cuts in depth are looked into, of all in the order of their prediction
 PAIRS = 300  # at most
@@ -66,10 +67,14 @@ class Search:
         figures = self.journal.measure(stage, [*whole, *candidates])[len(whole) :]
         return {each: self.cost(stage, each, own) for each, own in zip(candidates, figures, strict=True)}
 
-    def measured(self) -> dict[Candidate, float]:
-        """Return the cost of every cut that was measured on the rows of the search and meets the budget."""
-        known = self.journal.measured(SEARCH)
-        return {each: self.cost(SEARCH, each, own) for each, own in known.items() if each.features}
+    def measured(self, *, all_sizes: bool = False) -> dict[Candidate, float]:
+        """Return the cost of every cut that was measured on the rows of the search and is within the budget.
+
+        With `all_sizes` of those too that are larger: cuts on the way to the budget.
+        """
+        known = {each: own for each, own in self.journal.measured(SEARCH).items() if each.features}
+        fitting = {each: own for each, own in known.items() if all_sizes or self.pricing.meets(each)}
+        return {each: self.cost(SEARCH, each, own) for each, own in fitting.items()}
 
     # --- the order of work ------------------------------------------------------------------------------------
 
@@ -77,8 +82,9 @@ class Search:
         """Return the cuts that were confirmed, the best first. Raises MeasureError where none can be measured."""
         surrogate = self._screened()
         best = self._proposed(surrogate)
+        self._on_the_way(surrogate)
         best = self._improved(surrogate, best)
-        self.fitted = surrogate.fitted(self.measured())
+        self.fitted = surrogate.fitted(self.measured(all_sizes=True))
         return self._confirmed(best)
 
     def _screened(self) -> Surrogate:
@@ -115,13 +121,26 @@ class Search:
         costs = self._measure(SEARCH, chosen)
         return min(costs, key=lambda each: (costs[each], each))
 
+    def _on_the_way(self, surrogate: Surrogate) -> None:
+        """Measure a cut at each of a few sizes between the whole model and the budget: they show the trade."""
+        fitted = surrogate.fitted(self.measured())
+        found: list[Candidate] = []
+        for share in ON_THE_WAY:
+            eased = replace(self, pricing=self.pricing.eased(share), _fewest={})
+            found += list(eased._proposals(fitted, most=1))
+        left = self.settings.evaluations - len(self.measured())
+        few = [each for each in dict.fromkeys(found) if not self.pricing.meets(each)][: max(0, left)]
+        if few:
+            self._measure(SEARCH, few)
+
     def _improved(self, surrogate: Surrogate, best: Candidate) -> Candidate:
         """Return the best cut after moves, a few at a time, in the order of the surrogate as fitted so far."""
         in_a_row = 0
         watched = self._watched(best)
         while not self._is_over():
-            fitted = surrogate.fitted(self.measured())
-            left = self.settings.evaluations - len(self.measured())
+            known = self.measured(all_sizes=True)
+            fitted = surrogate.fitted(known)
+            left = self.settings.evaluations - len(known)
             batch = self._next_moves(fitted, best, min(BATCH, left))
             if not batch:
                 self.stopped = "every move was measured"
@@ -148,7 +167,7 @@ class Search:
         return self.journal.measure(WATCH, [candidate])[0] if self.settings.watches else None
 
     def _is_over(self) -> bool:
-        if len(self.measured()) >= self.settings.evaluations:
+        if len(self.measured(all_sizes=True)) >= self.settings.evaluations:
             self.stopped = f"{self.settings.evaluations} evaluations were made"
         elif self.settings.seconds is not None and self.journal.seconds >= self.settings.seconds:
             self.stopped = "its time was over"
@@ -212,7 +231,7 @@ class Search:
 
         Other widths come with the surrogate's best cuts in depth. One in a batch is the surrogate's best of all.
         """
-        known = self.measured()
+        known = self.measured(all_sizes=True)
         moves = [Candidate(pieces, best.widths) for pieces in self.space.moves(best.pieces)]
         ranked = sorted((surrogate(each), each) for each in moves if each not in known)
         others = [each for each in self._proposals(surrogate, most=2 * most + len(known)) if each not in known]
@@ -227,11 +246,7 @@ class Search:
         return list(dict.fromkeys([*chosen, *others]))[:most]
 
     def _can_be(self, candidate: Candidate) -> bool:
-        if not candidate.features:
-            return False
-        if self.pricing.budget.layers is not None and len(candidate.pieces) != self._counts()[candidate.widths]:
-            return False
-        return self.pricing.can_be(candidate)
+        return bool(candidate.features) and self.pricing.can_be(candidate)
 
     def _can_be_alone(self, candidate: Candidate) -> bool:
         return self.pricing.can_express(candidate)

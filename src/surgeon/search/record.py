@@ -70,6 +70,7 @@ class Point:
     confirmed: Mapping[str, Worth] = field(default_factory=dict)
     share: float = 1.0
     refused: bool = False  # by the second text
+    within: bool = True  # the budget; the others are on the way to it
 
     @property
     def acceptance(self) -> float:
@@ -96,6 +97,7 @@ class Point:
             "time_share": self.share,
             "draft": {"speed": draft.times, "tokens": draft.tokens, "pays": draft.times > 1.0},
             "refused": self.refused,
+            "within": self.within,
         }
 
     def gone(self, depth: int) -> str:
@@ -112,6 +114,8 @@ class Point:
 @dataclass(frozen=True, repr=False, kw_only=True)
 class SearchRecord(Shown):
     """A finished search. `points` are all cuts that were measured, the chosen one first; their numbers begin at 1.
+
+    The last ones are larger than the budget: the surrogate's best at a few sizes on the way to it.
 
     `whole` is the source's cost and its loss on the rows of the search. `singles` are what each half pair and each
     width costs alone on a few rows, by its name, `pairs` what two layers cost together, in nats of the objective.
@@ -333,6 +337,7 @@ def _point(entry: Mapping[str, Any], number: int, depth: int) -> Point:
         confirmed={str(name): _worth(worth) for name, worth in entry["confirmed"].items()},
         share=float(entry["time_share"]),
         refused=bool(entry["refused"]),
+        within=bool(entry["within"]),
     )
 
 

@@ -373,8 +373,9 @@ def _record(
     """Return the record of a search that is over: the confirmed cuts first, then all others by their objective."""
     begun = task.begun
     journal, pricing, objective = search.journal, search.pricing, search.settings.objective
-    costs = search.measured()
+    costs, all_costs = search.measured(), search.measured(all_sizes=True)
     order = [*ranked, *sorted((each for each in costs if each not in ranked), key=lambda each: (costs[each], each))]
+    order += sorted((each for each in all_costs if each not in costs), key=lambda each: pricing.cost(each).parameters)
     whole = pricing.cost(Candidate(()))
     figures = journal.measured(SEARCH)
     confirmed = {name: journal.measured(name) for name in search.settings.texts}
@@ -399,6 +400,7 @@ def _record(
                 },
                 share=share,
                 refused=each in search.refused,
+                within=each in costs,
             )
         )
     screened = journal.measured(SCREEN)
