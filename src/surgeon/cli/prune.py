@@ -12,6 +12,7 @@ from surgeon.errors import PlanError
 from surgeon.options import Checked, OptionError, option, reads_of
 from surgeon.plots.figure import check_picture, save
 from surgeon.plots.pruning import NOTHING, NOTHING_HINT
+from surgeon.search.journal import remove
 from surgeon.surgery import open_model
 from surgeon.transforms.choose import Choice
 from surgeon.verbs import prune as verb
@@ -52,6 +53,7 @@ def prune(
 ) -> None:
     """Remove the layers, neurons, heads and experts that matter least."""
     options = PruneOptions(**vars(cut), **vars(search), **vars(running))
+    own: Path | None = None  # the state of a search, which ends with its result
     curve, plot = pictures.curve, pictures.plot
     if plot is not None:
         check_picture(plot, reads_of(options) | {"MODEL": (model,)}, overwrite=writing.overwrite, option="plot")
@@ -73,7 +75,8 @@ def prune(
         command.check(surgery, writing)  # before scoring, which may take an hour
         if options.score == SEARCH and options.search_dir is None:
             output = surgery.summary(writing.output).output
-            options = replace(options, search_dir=output.with_name(f"{output.name}.search"))
+            own = output.with_name(f"{output.name}.search")
+            options = replace(options, search_dir=own)
         with clock.part("searching" if options.score == SEARCH else "scoring"):
             surgery = verb.plan_pruning(begun, options)
     report = PruneReport(surgery, evaluate=options.evaluate, curve=curve, plot=plot)
@@ -85,6 +88,8 @@ def prune(
             if curve:
                 report = replace(report, without=surgery.curve())
     command.run(surgery, writing, report=report, columns=options.columns)
+    if own is not None:
+        remove(own)
 
 
 @dataclass(frozen=True)

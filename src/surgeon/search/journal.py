@@ -8,7 +8,7 @@ same model on the same texts takes from the file too.
 import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from surgeon.errors import CheckpointError, OutputError
 from surgeon.search.cuts import Candidate
 from surgeon.search.figures import Figures
 
-FILE = "search.json"
+FILE, LOCK = "search.json", "lock"
 FORMAT = 1
 MOST_BYTES = 200_000_000
 # Measures cuts on the rows of a stage ("screen", "search", "watch" or the name of a text), a batch at a time.
@@ -89,6 +89,14 @@ class Journal:
             write_whole(self.place, [json.dumps(content).encode()])
 
 
+def remove(directory: Path) -> None:
+    """Remove the state of a search; a directory that holds anything else stays with that."""
+    for name in (FILE, LOCK):
+        (directory / name).unlink(missing_ok=True)
+    with suppress(OSError):
+        directory.rmdir()
+
+
 def entry_of(candidate: Candidate) -> dict[str, Any]:
     """Return a cut as search.json holds it."""
     return {"pieces": list(candidate.pieces), "widths": dict(candidate.widths)}
@@ -112,7 +120,7 @@ def opened(place: Path | None, request: Mapping[str, Any], measure: Measure) -> 
 
     with _guarded(place):
         place.parent.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(place.parent / "lock", timeout=0)
+        lock = FileLock(place.parent / LOCK, timeout=0)
         try:
             lock.acquire()
         except Timeout as error:
