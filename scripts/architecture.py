@@ -16,7 +16,7 @@ SOURCE = ROOT / "src"
 PAGE, PICTURE = ROOT / "docs/design.md", ROOT / "docs/images/architecture.svg"
 # The floors of the house, from the ground up. A package imports its own files and lower floors only.
 FLOORS = (
-    *("text", "showing", "errors", "mistyped", "progress", "options", "starter"),
+    *("text", "showing", "errors", "mistyped", "progress", "options", "starter", "processes"),
     *("checkpoint", "anatomy", "plan", "transforms", "search"),
     *("data", "models", "draft", "surgery", "checkpoint.formats", "cost", "measure", "plots"),
     *("train", "gist", "evals", "rewriting", "verbs", "recipe", "cli"),

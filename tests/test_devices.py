@@ -16,7 +16,7 @@ from later import LATER
 
 from surgeon.checkpoint.source import open_directory
 from surgeon.errors import PlanError
-from surgeon.train.launch import check_meeting
+from surgeon.processes import check_meeting
 
 if LATER:
     import torch
@@ -116,7 +116,7 @@ def test_a_gpu_has_its_batches_made_beside_it_where_they_can_be_handed_on(monkey
 WAIT = """
 import os, sys, time, torch.distributed as dist
 from datetime import timedelta
-from surgeon.train.launch import is_first, wait_for_all
+from surgeon.processes import is_first, wait_for_all
 rank = int(os.environ["RANK"])
 dist.init_process_group("gloo", sys.argv[1], timeout=timedelta(seconds=0.5), rank=rank, world_size=2)
 wait_for_all()

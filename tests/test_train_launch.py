@@ -10,9 +10,11 @@ from pathlib import Path
 import pytest
 
 import surgeon
+from surgeon import processes as of_one_command
 from surgeon import starter
+from surgeon.processes import is_first, is_launched, is_loss, processes, second_to_the_first
 from surgeon.train import launch
-from surgeon.train.launch import is_first, is_launched, is_loss, processes, relaunch, second_to_the_first
+from surgeon.train.launch import relaunch
 
 # What stands in for surgeon: a package of that name which does in each process what its argument says of the rank.
 STAND_IN = """
@@ -39,7 +41,7 @@ def surgeon_that_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def second(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setattr(launch, "GRACE", 0.3)
+    monkeypatch.setattr(of_one_command, "GRACE", 0.3)
 
 
 def test_a_process_alone_is_the_first_of_one(monkeypatch: pytest.MonkeyPatch) -> None:

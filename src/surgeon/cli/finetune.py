@@ -13,6 +13,7 @@ from surgeon.anatomy.config import is_classifier, is_headless
 from surgeon.checkpoint.receipt import made_of
 from surgeon.cli.command import Debug, Json, Model, Quiet, data_words, emit_next, spread
 from surgeon.options import Checked, check_counts, keywords_of, option, reads_of
+from surgeon.processes import is_first, is_launched, second_to_the_first
 from surgeon.surgery import open_source
 from surgeon.train.result import Training
 from surgeon.verbs import finetune as verb
@@ -57,7 +58,7 @@ def finetune(
 ) -> None:
     """Train a model on data: heal a cut model (until its loss recovers), train new layers, distil from a teacher."""
     from surgeon.cli.terminal import emit, emit_json, log, results_alone
-    from surgeon.train.launch import is_first, is_launched, relaunch, second_to_the_first
+    from surgeon.train.launch import relaunch
 
     num_processes, push_to_hub, private = start.num_processes, start.push_to_hub, start.private
     options = keywords_of(training) | keywords_of(machine)

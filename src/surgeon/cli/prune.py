@@ -12,6 +12,7 @@ from surgeon.errors import PlanError
 from surgeon.options import Checked, OptionError, option, reads_of
 from surgeon.plots.figure import check_picture, save
 from surgeon.plots.pruning import NOTHING, NOTHING_HINT
+from surgeon.processes import speaks, together
 from surgeon.search.journal import remove
 from surgeon.surgery import open_model
 from surgeon.transforms.choose import Choice
@@ -53,7 +54,6 @@ def prune(
 ) -> None:
     """Remove the layers, neurons, heads and experts that matter least."""
     options = PruneOptions(**vars(cut), **vars(search), **vars(running))
-    own: Path | None = None  # the state of a search, which ends with its result
     curve, plot = pictures.curve, pictures.plot
     if plot is not None:
         check_picture(plot, reads_of(options) | {"MODEL": (model,)}, overwrite=writing.overwrite, option="plot")
@@ -69,6 +69,13 @@ def prune(
         raise OptionError(
             "curve", "a search measures what it needs, and a curve removes layers by a score", hint="Leave out --curve."
         )
+    with together(options.device):
+        _prune(model, options, writing, curve=curve, plot=plot)
+
+
+def _prune(model: str, options: PruneOptions, writing: Writing, *, curve: bool, plot: Path | None) -> None:
+    """Measure, write and report. Processes that a launcher started do this together."""
+    own: Path | None = None  # the state of a search, which ends with its result
     begun = open_model(model, revision=options.revision)
     surgery = verb.plan_pruning(begun, replace(options, measure=False))
     if not writing.dry_run:
@@ -157,7 +164,7 @@ class PruneReport:
         if curve is not None:
             rows += [(f"without {count}", _number(value)) for count, value in enumerate(curve)]
             entries["curve"] = curve
-        if self.plot is not None:
+        if self.plot is not None and speaks():
             assert surgery.score is not None, "check has refused to draw layers that were named"
             save(surgery.draw_search() if isinstance(surgery, Searched) else surgery.draw(curve=curve), self.plot)
             rows.append(("picture", str(self.plot)))

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from surgeon.cli import clock
 from surgeon.errors import LONGEST, DataError
 from surgeon.mistyped import hint_beside
+from surgeon.processes import speaks
 from surgeon.text import printable
 
 if TYPE_CHECKING:
@@ -19,12 +20,16 @@ if TYPE_CHECKING:
 
 
 def emit(text: str) -> None:
-    """Print a result."""
+    """Print a result. Of processes that measure together only the first prints."""
+    if not speaks():
+        return
     sys.stdout.write(text + "\n")
 
 
 def log(text: str) -> None:
     """Print a line of progress, a note and the like, without what a hostile checkpoint could put into it."""
+    if not speaks():
+        return
     sys.stderr.write(printable(text[:LONGEST]) + "\n")
 
 
@@ -50,6 +55,8 @@ def results_alone() -> Iterator[None]:
 
 def emit_json(content: Mapping[str, Any], *, estimated: bool = False) -> None:
     """Print one JSON object. Its `seconds`, if not `estimated`, become the whole process's, with parts as `timings`."""
+    if not speaks():
+        return
     timed = clock.timings() if "seconds" in content and not estimated else {}
     sys.stdout.write(json.dumps({**content, **timed}, indent=2) + "\n")
 

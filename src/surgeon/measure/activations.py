@@ -5,7 +5,7 @@ tokens, then the L2 norm over samples. A neuron is seen where the down projectio
 projection does, a channel of the residual stream after the norms before attention and MLP.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
@@ -25,6 +25,9 @@ class Watcher:
     def watch(self, layer: int, module: nn.Module) -> AbstractContextManager[None]:
         """Return a context in which the inside of a layer is seen."""
         return nullcontext()
+
+    def add_up(self, of_all: Callable[[Tensor], Tensor]) -> None:
+        """Make the sums those of all processes: `of_all` returns the sum of a tensor over them."""
 
     def result(self) -> dict[str, Tensor]:
         """Return the importance of positions, by axis."""
@@ -62,6 +65,10 @@ class Activations(Watcher):
         finally:
             for handle in handles:
                 handle.remove()
+
+    def add_up(self, of_all: Callable[[Tensor], Tensor]) -> None:
+        """Make the sums those of all processes."""
+        self._ffn, self._heads, self._hidden = of_all(self._ffn), of_all(self._heads), of_all(self._hidden)
 
     def result(self) -> dict[str, Tensor]:
         """Return "hidden" (D,), "ffn" (L, F), "heads" (L, kv_heads, group), "kv_heads" (L, kv_heads).

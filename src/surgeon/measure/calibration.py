@@ -12,6 +12,7 @@ from surgeon.models.device import available_memory
 from surgeon.models.loading import load_model, load_tokenizer, loadable, quiet_transformers
 from surgeon.models.skeleton import predicts_next
 from surgeon.models.streaming import check_runs
+from surgeon.processes import of_the_first
 from surgeon.progress import stage
 
 if TYPE_CHECKING:
@@ -100,6 +101,7 @@ def sample_calibration(source: Source, *, samples: int, sequence_length: int, de
             max_new_tokens=sequence_length - 1,
             pad_token_id=0,
         ).cpu()
+        tokens = of_the_first(tokens)
     return Calibration(tokens, _origin(digest(tokens), tokens, []), (SELF_SAMPLED,))
 
 

@@ -22,6 +22,7 @@ from surgeon.models.device import head_tokens
 from surgeon.models.halves import HalfLayers
 from surgeon.models.passage import Batch
 from surgeon.models.streaming import Progress, StreamedModel
+from surgeon.processes import least, own_rows, summed
 
 IN_MEMORY = 4_000_000_000  # bytes of kept states; more go to a file without a name
 
@@ -115,8 +116,14 @@ class Reference:
         self.model, self.tokens, self.effort = model, tokens, Effort()
         self.against = self if against is None else against
         self._halves = HalfLayers(model) if halves else None
+        self._own = own_rows(len(tokens))
+        if self._own.start == self._own.stop:
+            raise MeasureError(
+                f"{len(tokens)} rows of text cannot be shared by more processes than that",
+                hint="Start fewer processes, or measure on more: --samples.",
+            )
         with torch.no_grad():
-            self.batches = model.embed(tokens, real)
+            self.batches = model.embed(tokens[self._own], None if real is None else real[self._own])
             self._kept = _Kept(2 * model.depth + 1, self.batches)
             self._keep(progress)
 
@@ -140,13 +147,18 @@ class Reference:
                 raise MeasureError("a half layer was left out of a model whose layers are not known by halves")
         order = sorted(range(len(candidates)), key=lambda i: _signature(candidates[i], self.model.depth))
         outcomes: dict[int, Outcome] = {}
-        size = max(1, self.model.states_bytes // self._kept.nbytes)
+        size = least(max(1, self.model.states_bytes // self._kept.nbytes))  # all processes walk together
         with torch.no_grad():
             for start in range(0, len(order), size):
                 chunk = order[start : start + size]
                 found = _Walk(self, [candidates[i] for i in chunk], progress).run()
                 outcomes |= dict(zip(chunk, found, strict=True))
         return [outcomes[i] for i in range(len(candidates))]
+
+    @property
+    def first_row(self) -> int:
+        """The first of the rows that this process measures."""
+        return int(self._own.start)
 
     def steps(self, index: int) -> tuple[tuple[tuple[Half, ...], float], ...]:
         """Return what runs together in a layer, each with its share of the layer's work."""
@@ -263,7 +275,7 @@ class _Walk:
             last = of.states(2 * of.model.depth)
             paths = [path if path.states is not None else _Path(path.members, last) for path in paths]
         with against.model.head() as true_head, nullcontext(true_head) if against is of else of.model.head() as head:
-            at = 0
+            at = of.first_row
             for number, batch in enumerate(of.batches):
                 for sums, path in zip(outcomes, paths, strict=True):
                     sums.begin(at, None if path.states is None else path.states[number])
@@ -272,6 +284,7 @@ class _Walk:
         of.effort.heads += 1 + sum(path.states is not None for path in paths)
         found: dict[int, Outcome] = {}
         for path, sums in zip(paths, outcomes, strict=True):
+            sums.values = summed(sums.values)
             found |= dict.fromkeys(path.members, sums.outcome())
         return [found[i] for i in range(self._count)]
 

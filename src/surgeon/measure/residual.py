@@ -7,6 +7,7 @@ relative magnitude: arXiv:2312.09299; both are means over all tokens.
 """
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -31,6 +32,9 @@ class Observer:
 
     def end_group(self) -> None:
         """See the end of a group of rows: the hidden states of its batches are the final ones now."""
+
+    def add_up(self, of_all: Callable[[Tensor], Tensor]) -> None:
+        """Make the sums those of all processes: `of_all` returns the sum of a tensor over them."""
 
 
 class Angular(Observer):
@@ -59,6 +63,10 @@ class Angular(Observer):
             self._sum += distances(torch.stack([state[at : at + step] for state in states], 1)).sum(0)
         self._count += len(states[0])
         self._states = [[] for _ in self._states]
+
+    def add_up(self, of_all: Callable[[Tensor], Tensor]) -> None:
+        """Make the sums those of all processes."""
+        self._sum, self._count = of_all(self._sum), int(of_all(torch.tensor(self._count)))
 
     def result(self) -> list[list[float | None]]:
         """Return the matrix, entry [s][e] in units of π: s from 0 to depth - 1, e to depth, None where e <= s."""
@@ -107,6 +115,11 @@ class Influence(Observer):
         product = torch.linalg.vector_norm(x, dim=-1) * size
         self._cosine[layer] += wide((x * y).sum(-1) / product).sum().cpu()
         self._magnitude[layer] += wide(torch.linalg.vector_norm(y - x, dim=-1) / size).sum().cpu()
+
+    def add_up(self, of_all: Callable[[Tensor], Tensor]) -> None:
+        """Make the sums those of all processes."""
+        self._cosine, self._magnitude = of_all(self._cosine), of_all(self._magnitude)
+        self._count = int(of_all(torch.tensor(self._count)))
 
     def block_influence(self) -> list[float]:
         """Return 1 minus the mean cosine of each layer's input and output."""

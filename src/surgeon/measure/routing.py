@@ -6,7 +6,7 @@ gives each expert's part of the sum.
 """
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -55,6 +55,10 @@ class Routing(Watcher):
             yield
         finally:
             del experts.forward
+
+    def add_up(self, of_all: Callable[[Tensor], Tensor]) -> None:
+        """Make the sums those of all processes."""
+        self._sum, self._count = of_all(self._sum), of_all(self._count)
 
     def result(self) -> dict[str, Tensor]:
         """Return "experts", shape (L, E): 0 for an expert that no token reached."""

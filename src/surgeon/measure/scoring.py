@@ -23,6 +23,7 @@ from surgeon.models.device import available_memory, compute_dtype, groups, head_
 from surgeon.models.passage import Batch, silenced
 from surgeon.models.skeleton import predicts_next
 from surgeon.models.streaming import Progress, StreamedModel, row_sums
+from surgeon.processes import own_rows, summed
 from surgeon.progress import meter as announced
 from surgeon.transforms.scores import METHODS, WIDTHS
 
@@ -60,8 +61,10 @@ def observe(
 ) -> None:
     """Run the rows, shape (R, T), through all layers; `observers` see the states between them, `watchers` the inside.
 
-    `real` is False for padding.
+    `real` is False for padding. Of processes that measure together each runs rows of its own, and all see all sums.
     """
+    own = own_rows(len(tokens))
+    tokens, real = tokens[own], None if real is None else real[own]
     held = 2 + sum(observer.kept_states for observer in observers)  # states of each token in memory at once
     with torch.no_grad():
         for start, stop in groups(
@@ -85,6 +88,10 @@ def observe(
                             progress(batch.tokens.numel())
             for observer in observers:
                 observer.end_group()
+    for observer in observers:
+        observer.add_up(summed)
+    for watcher in watchers:
+        watcher.add_up(summed)
 
 
 @contextmanager
@@ -166,6 +173,11 @@ class FinalLoss(Observer):
                 self._sum += total
                 self._count += count
         self._batches = []
+
+    def add_up(self, of_all: Callable[[Tensor], Tensor]) -> None:
+        """Make the sums those of all processes."""
+        self._sum, count = of_all(torch.tensor([self._sum, self._count], dtype=torch.float64)).tolist()
+        self._count = int(count)
 
     def result(self) -> float:
         """Return the mean loss of a next token, in nats."""
@@ -316,8 +328,10 @@ def row_losses_without(
     sums = torch.zeros(len(removed), len(tokens), dtype=torch.float64)
     sizes = torch.zeros(len(tokens), dtype=torch.long)
     of_paths = tokens.shape[1] * model.hidden_size * 4 * (len(set(removed)) + 1)  # bytes of a row
+    own = own_rows(len(tokens))
     with torch.no_grad():
-        for start, stop in groups(len(tokens), of_paths, model.states_bytes):
+        for first, last in groups(own.stop - own.start, of_paths, model.states_bytes):
+            start, stop = own.start + first, own.start + last
             batches = model.embed(tokens[start:stop], None if real is None else real[start:stop])
             counted = [targets_of(batch)[1] for batch in batches]
             paths = _through(model, batches, removed, progress)
@@ -326,7 +340,7 @@ def row_losses_without(
                 for variants, states in paths:
                     rows = [row_sums(head, *each) for each in zip(batches, states, counted, strict=True)]
                     sums[variants, start:stop] = torch.cat(rows)
-    return sums, sizes
+    return summed(sums), summed(sizes)
 
 
 def _through(

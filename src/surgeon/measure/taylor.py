@@ -11,6 +11,7 @@ from surgeon.measure.scoring import Meter, losses_of, targets_of
 from surgeon.models.device import wide
 from surgeon.models.passage import Batch
 from surgeon.models.streaming import StreamedModel
+from surgeon.processes import own_rows, summed
 from surgeon.progress import meter as announced
 
 
@@ -22,6 +23,7 @@ def taylor(model: StreamedModel, tokens: Tensor, *, meter: Meter = announced) ->
     """
     progress = meter("gradients", tokens.numel(), 3 * model.depth)
     model.check_predicts()
+    tokens = tokens[own_rows(len(tokens))]
     batches = model.embed(tokens)
     inputs: list[list[Tensor]] = [[batch.hidden for batch in batches]]
     with torch.no_grad():
@@ -44,7 +46,7 @@ def taylor(model: StreamedModel, tokens: Tensor, *, meter: Meter = announced) ->
                 assert state.grad is not None, "every layer passes its input on"
                 gradients[number] = state.grad
             scores[index] = sum(
-                float(wide((p.detach() * p.grad).abs()).sum()) for p in parameters if p.grad is not None
+                float(wide((p.detach() * summed(p.grad)).abs()).sum()) for p in parameters if p.grad is not None
             )
             for parameter in parameters:
                 parameter.grad = None
@@ -56,7 +58,7 @@ def taylor(model: StreamedModel, tokens: Tensor, *, meter: Meter = announced) ->
 
 def _gradients_of_loss(model: StreamedModel, batches: list[Batch], states: list[Tensor]) -> list[Tensor]:
     """Return the gradient of the mean loss with respect to the final states of each batch."""
-    count = sum(int(targets_of(batch)[1].sum()) for batch in batches)
+    count = int(summed(sum(targets_of(batch)[1].sum().cpu() for batch in batches)))  # type: ignore[arg-type]
     gradients = []
     with model.head() as head:
         for batch, state in zip(batches, states, strict=True):

@@ -21,6 +21,7 @@ from surgeon.checkpoint.header import CheckpointSpec
 from surgeon.errors import MeasureError, PlanError
 from surgeon.models.loading import from_config, libraries_fail, parsed_config, quiet_transformers
 from surgeon.models.skeleton import auto_class
+from surgeon.processes import of_the_first
 from surgeon.progress import stage
 from surgeon.transforms.layers import keep_layers, planned
 from surgeon.transforms.prune import prune
@@ -72,12 +73,10 @@ class DeviceMeter:
         key = f"{what} {attention} {mlp} {shown}".strip()
         if key not in self.known:
             with stage(f"timing layers on {self.device}" if what != "cache" else "sizing the cache"):
-                if what == "cache":
-                    self.known[key] = self._cache_bytes(attention, sizes)
-                elif what == "around":
-                    self.known[key] = self._around(sizes)
-                else:
-                    self.known[key] = self._layer(attention, mlp, sizes)
+                value = {"cache": self._cache_bytes, "around": self._around}.get(what, self._layer)(
+                    attention, mlp, sizes
+                )
+            self.known[key] = float(of_the_first(torch.tensor(value, dtype=torch.float64)))
         return self.known[key]
 
     @property
@@ -98,7 +97,7 @@ class DeviceMeter:
         one, other = (self._entry("layer", layer, layer, sizes) for layer in (attention, mlp))
         return one * shares[0] + other * (1.0 - shares[1])
 
-    def _around(self, sizes: Mapping[str, int] | None) -> float:
+    def _around(self, _: int, __: int, sizes: Mapping[str, int] | None) -> float:
         """Return the milliseconds of embedding, final norm and head."""
         one, more = self._timed([0], sizes), self._timed([0] * (1 + COPIES), sizes)
         return max(0.0, one - (more - one) / COPIES)
@@ -119,9 +118,9 @@ class DeviceMeter:
                 times.append(1e3 * (time.perf_counter() - began))
         return median(times[WARM_UP:])
 
-    def _cache_bytes(self, layer: int, sizes: Mapping[str, int] | None) -> float:
+    def _cache_bytes(self, attention: int, _: int, sizes: Mapping[str, int] | None) -> float:
         """Return the bytes that one layer keeps of the context."""
-        model = self._built([layer], sizes, "meta")
+        model = self._built([attention], sizes, "meta")
         tokens = torch.zeros(1, self.context or 1, dtype=torch.long, device="meta")
         with torch.no_grad(), self._running():
             cache = model(input_ids=tokens, use_cache=True, logits_to_keep=1).past_key_values

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from surgeon.checkpoint.source import Source
 from surgeon.errors import MeasureError
+from surgeon.processes import own_device
 
 if TYPE_CHECKING:
     import torch
@@ -26,20 +27,21 @@ PASS_BYTES = 4096  # for each token: no more passes are paused at once than some
 def resolve_device(device: str) -> str:
     """Return the device that `device` names; "auto" is CUDA, then MPS, then the CPU.
 
-    Raises MeasureError for one that this machine does not have.
+    Of processes that measure together each has the GPU of its own number. Raises MeasureError for a device that this
+    machine does not have.
     """
     import torch
 
     cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
     if device == "auto":
-        return "cuda" if cuda else "mps" if mps else "cpu"
+        return own_device("cuda" if cuda else "mps" if mps else "cpu")
     kind, _, number = device.partition(":")
     if kind not in DEVICES or (number and not number.isdigit()):
         raise MeasureError(f"unknown device {device!r}", hint=f"One of: {', '.join(DEVICES)}, cuda:1.")
     available = {"cpu": True, "cuda": cuda and int(number or 0) < torch.cuda.device_count(), "mps": mps}
     if not available[kind]:
         raise MeasureError(f"there is no device {device!r} here", hint="Use --device auto, or cpu.")
-    return device
+    return own_device(device)
 
 
 def computes_bfloat16(device: str) -> bool:

@@ -16,6 +16,7 @@ from typing import Any
 from surgeon.checkpoint.json_files import read_json
 from surgeon.checkpoint.output import write_whole
 from surgeon.errors import CheckpointError, OutputError
+from surgeon.processes import speaks, told_by_the_first
 from surgeon.search.cuts import Candidate
 from surgeon.search.figures import Figures
 
@@ -67,7 +68,7 @@ class Journal:
     def _add(self, stage: str, candidates: Sequence[Candidate]) -> None:
         began = time.monotonic()
         found = self.measure_new(stage, candidates)
-        each_took = (time.monotonic() - began) / len(candidates)
+        each_took = _agreed((time.monotonic() - began) / len(candidates))
         for candidate, figures in zip(candidates, found, strict=True):
             self._stored[stage, candidate] = (figures, each_took)
             entry = {"stage": stage, **entry_of(candidate), "figures": figures.to_dict(), "seconds": each_took}
@@ -76,7 +77,7 @@ class Journal:
 
     def write(self) -> None:
         """Write the file, all of it or nothing. Raises OutputError where the disk refuses."""
-        if self.place is None:
+        if self.place is None or not speaks():
             return
         content = {
             "format": FORMAT,
@@ -89,8 +90,17 @@ class Journal:
             write_whole(self.place, [json.dumps(content).encode()])
 
 
+def _agreed(seconds: float) -> float:
+    """Return the first process's number of seconds: all have to stop at one place."""
+    told = told_by_the_first(json.dumps(seconds).encode())
+    assert told is not None
+    return float(json.loads(told))
+
+
 def remove(directory: Path) -> None:
     """Remove the state of a search; a directory that holds anything else stays with that."""
+    if not speaks():
+        return
     for name in (FILE, LOCK):
         (directory / name).unlink(missing_ok=True)
     with suppress(OSError):
@@ -118,6 +128,9 @@ def opened(place: Path | None, request: Mapping[str, Any], measure: Measure) -> 
         return
     from filelock import FileLock, Timeout
 
+    if not speaks():
+        yield _begun(place, request, measure)
+        return
     with _guarded(place):
         place.parent.mkdir(parents=True, exist_ok=True)
         lock = FileLock(place.parent / LOCK, timeout=0)
@@ -133,13 +146,15 @@ def opened(place: Path | None, request: Mapping[str, Any], measure: Measure) -> 
 
 
 def _begun(place: Path, request: Mapping[str, Any], measure: Measure) -> Journal:
-    if not place.exists():
-        return Journal(request, measure, place)
     again = f"Begin again: rm -r {place.parent}"
     try:
-        content = read_json(place, most=MOST_BYTES)
+        own = read_json(place, most=MOST_BYTES) if speaks() and place.exists() else None
     except CheckpointError as error:
         raise OutputError(f"{place} is damaged", hint=again) from error
+    told = told_by_the_first(None if own is None else json.dumps(own).encode())
+    if told is None:
+        return Journal(request, measure, place)
+    content = json.loads(told)
     if (
         not isinstance(content, dict)
         or content.get("format") != FORMAT

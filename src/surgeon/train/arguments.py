@@ -16,8 +16,8 @@ from transformers import Trainer, TrainingArguments
 from transformers.training_args import OptimizerNames
 
 from surgeon.errors import PlanError
+from surgeon.processes import processes
 from surgeon.train.data import RunData
-from surgeon.train.launch import processes
 from surgeon.train.model import precision_of
 from surgeon.train.settings import SCHEDULES, Settings
 

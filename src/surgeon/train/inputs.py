@@ -21,10 +21,10 @@ from surgeon.models.device import available_memory, computes_bfloat16, logits_by
 from surgeon.models.documents import breaks_graph, keeps_documents_apart, without_lengths
 from surgeon.models.loading import load_model, load_tokenizer, loadable
 from surgeon.models.varlen import VARLEN, reads_lengths
+from surgeon.processes import is_first, processes
 from surgeon.progress import TOKENS, stage
 from surgeon.train.arguments import is_launched_by_plugin
 from surgeon.train.data import RunData, read_data
-from surgeon.train.launch import is_first, processes
 from surgeon.train.model import LOAD_HINT, attention_options, num_trained, precision_of
 from surgeon.train.run_dir import TEACHER
 from surgeon.train.settings import AUTO, Settings

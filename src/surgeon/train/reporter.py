@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from surgeon.errors import SurgeonError
+from surgeon.processes import is_first
 from surgeon.progress import Stage, current
 from surgeon.text import scrubbed
-from surgeon.train.launch import is_first
 from surgeon.train.pace import PaceMeter
 from surgeon.train.run_dir import (
     EvalReport,

@@ -20,12 +20,12 @@ from surgeon.models import adapters
 from surgeon.models.device import computes_bfloat16, resolve_device
 from surgeon.models.loading import code_is_trusted, load_model, quiet_transformers
 from surgeon.plots.training import plot_losses
+from surgeon.processes import check_meeting, is_first, is_launched, is_loss, least, processes, wait_for_all
 from surgeon.progress import stage
 from surgeon.train import checkpoints
 from surgeon.train.arguments import check_names, is_launched_by_plugin, set_environment
 from surgeon.train.data import RunData
 from surgeon.train.inputs import Inputs
-from surgeon.train.launch import check_meeting, is_first, is_launched, is_loss, least, processes, wait_for_all
 from surgeon.train.model import LOAD_HINT, load_trainable, trained_model
 from surgeon.train.pace import PaceMeter, most_memory_used
 from surgeon.train.reporter import Reporter

@@ -29,10 +29,10 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback, Tra
 from surgeon.errors import CheckpointError, SurgeonError, TrainingError
 from surgeon.models.loading import libraries_fail
 from surgeon.models.split import Plans
+from surgeon.processes import totals, wait_for_all
 from surgeon.progress import Stage, stage
 from surgeon.train import checkpoints
 from surgeon.train.data import RunData
-from surgeon.train.launch import totals, wait_for_all
 
 OLDER = "Remove that checkpoint: the run then continues from the one before it."
 ECHO = 5.0  # seconds in which a second SIGTERM is the first one again, passed on by a launcher

@@ -40,10 +40,10 @@ from surgeon.options import (
     takes,
     trust_option,
 )
+from surgeon.processes import is_first, processes
 from surgeon.progress import Progress
 from surgeon.surgery import open_source
 from surgeon.train.checkpoints import held
-from surgeon.train.launch import is_first, processes
 from surgeon.train.result import Training, concluded
 from surgeon.train.run_dir import DAMAGED_HINT, REQUEST, Request, begun, check_same, summary_of, written_by
 from surgeon.train.settings import ComputeSettings, LearningSettings, Settings, deciding
