@@ -14,7 +14,7 @@ if LATER:
     from streamed import mean_loss, padded, plain, stream, tokens
     from torch.nn import functional
 
-    from surgeon.measure import candidates
+    from surgeon.measure import kept
     from surgeon.measure.candidates import Reference
     from surgeon.measure.scoring import losses_without
     from surgeon.models.streaming import StreamedModel
@@ -136,7 +136,7 @@ def test_padding_does_not_count(left, tmp_path):
 def test_states_that_are_many_are_kept_in_a_file(tmp_path, monkeypatch):
     directory = toys.build("llama", tmp_path / "model")
     in_memory = Reference(stream(directory), tokens()).measure([without((2, MLP), (3, ATTENTION))])[0]
-    monkeypatch.setattr(candidates, "IN_MEMORY", 0)
+    monkeypatch.setattr(kept, "IN_MEMORY", 0)
     in_file = Reference(stream(directory), tokens()).measure([without((2, MLP), (3, ATTENTION))])[0]
     assert torch.equal(in_memory.loss, in_file.loss)
 

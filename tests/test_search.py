@@ -17,7 +17,7 @@ from surgeon.search.budget import OVER, Budget, Cost, Pricing, width_options
 from surgeon.search.cuts import Candidate, Space, kept_halves, pieces_of
 from surgeon.search.figures import Figures, draft_speed
 from surgeon.search.journal import Journal, opened
-from surgeon.search.loop import SEARCH, WATCH, Search, Settings
+from surgeon.search.loop import SCREEN, SEARCH, WATCH, Search, Settings
 from surgeon.search.surrogate import Surrogate, best_cuts, solve, telling_pairs
 from surgeon.surgery import open_source
 
@@ -209,15 +209,16 @@ def anatomy(tmp_path_factory):
 class World:
     """Measures cuts by a planted quadratic with a few more interactions, and counts what it is asked for."""
 
-    def __init__(self, space, quadratic, *, fail_at=None, against=None):
-        self.space, self.quadratic, self.fail_at, self.against = space, quadratic, fail_at, against
+    def __init__(self, space, quadratic, *, truth=None, fail_at=None):
+        self.space, self.quadratic, self.truth = space, quadratic, truth or quadratic
+        self.fail_at, self.against = fail_at, None
         self.asked = []
 
     def cost(self, stage, candidate):
         if stage == WATCH and self.against is not None:
             return self.against(candidate)
         three = sum(math.sin(a * b + c) for a, b, c in combinations(candidate.pieces, 3))
-        return 0.5 + self.quadratic(candidate) + 0.05 * three
+        return 0.5 + (self.quadratic if stage == SCREEN else self.truth)(candidate) + 0.05 * three
 
     def __call__(self, stage, candidates):
         if self.fail_at is not None and len(self.asked) >= self.fail_at:
@@ -296,9 +297,11 @@ def test_a_state_of_another_model_is_refused_by_name(tmp_path):
     with opened(tmp_path / "search.json", {"model": "a"}, lambda stage, cuts: []) as journal:
         journal.write()
 
-    with pytest.raises(OutputError, match="begun with model 'a', not 'b'"):
-        with opened(tmp_path / "search.json", {"model": "b"}, lambda stage, cuts: []):
-            pass
+    with (
+        pytest.raises(OutputError, match="begun with model 'a', not 'b'"),
+        opened(tmp_path / "search.json", {"model": "b"}, lambda stage, cuts: []),
+    ):
+        pass
 
 
 @pytest.mark.parametrize("content", ["", "[]", '{"format": 1, "request": {}, "measured": [{"stage": "search"}]}'])
@@ -310,8 +313,8 @@ def test_a_damaged_state_is_refused(content, tmp_path):
 
 
 def test_moves_that_are_worse_on_the_second_text_are_refused_and_end_the_search(anatomy):
-    space, quadratic = planted(10, 2)
-    world = World(space, quadratic)
+    space, misleading = planted(10, 2, halves=True)
+    world = World(space, misleading, truth=planted(10, 9, halves=True)[1])  # what is alone says little of what is best
     world.against = lambda candidate: -world.cost(SEARCH, candidate)  # whatever is better here is worse there
 
     found = searched(anatomy, world, Journal({}, world), watches=True)

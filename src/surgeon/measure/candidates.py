@@ -6,17 +6,20 @@ A candidate is compared with the whole model token by token, on the full vocabul
 """
 
 import math
-import tempfile
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
 
 from surgeon.anatomy.halves import HALVES, Half, Pairing, place
-from surgeon.errors import MeasureError
+from surgeon.anatomy.outputs import check_adds, output_maps
+from surgeon.errors import MeasureError, PlanError
+from surgeon.measure.kept import Kept
+from surgeon.measure.repair import Apply, Output, held_out, repair
 from surgeon.measure.scoring import targets_of
 from surgeon.models.device import head_tokens
 from surgeon.models.halves import HalfLayers
@@ -24,7 +27,7 @@ from surgeon.models.passage import Batch
 from surgeon.models.streaming import Progress, StreamedModel
 from surgeon.processes import least, own_rows, summed
 
-IN_MEMORY = 4_000_000_000  # bytes of kept states; more go to a file without a name
+REPAIRS_BYTES = 1_000_000_000  # of solved maps that are kept for candidates of later calls
 
 
 @dataclass(frozen=True)
@@ -116,21 +119,26 @@ class Reference:
         self.model, self.tokens, self.effort = model, tokens, Effort()
         self.against = self if against is None else against
         self._halves = HalfLayers(model) if halves else None
-        self._own = own_rows(len(tokens))
-        if self._own.start == self._own.stop:
+        self.own = own_rows(len(tokens))
+        if self.own.start == self.own.stop:
             raise MeasureError(
                 f"{len(tokens)} rows of text cannot be shared by more processes than that",
                 hint="Start fewer processes, or measure on more: --samples.",
             )
         with torch.no_grad():
-            self.batches = model.embed(tokens[self._own], None if real is None else real[self._own])
-            self._kept = _Kept(2 * model.depth + 1, self.batches)
+            self.batches = model.embed(tokens[self.own], None if real is None else real[self.own])
+            self._kept = Kept(2 * model.depth + 1, self.batches)
             self._keep(progress)
 
     @cached_property
     def whole(self) -> Outcome:
         """What the whole model is worth: its KL to itself is 0."""
         return self.measure([Pairing.of_layers(range(self.model.depth))])[0]
+
+    @property
+    def nbytes(self) -> int:
+        """The bytes of the states of all rows."""
+        return self._kept.nbytes
 
     def states(self, boundary: int) -> list[Tensor]:
         """Return the whole model's states before half `boundary`, a batch each: 2 i before layer i, 2 i + 1 inside it.
@@ -139,26 +147,29 @@ class Reference:
         """
         return self._kept.get(boundary)
 
-    def measure(self, candidates: Sequence[Pairing], *, progress: Progress | None = None) -> list[Outcome]:
-        """Return what each candidate is worth on the rows, in their order."""
+    def measure(
+        self, candidates: Sequence[Pairing], *, repair: "Fitting | None" = None, progress: Progress | None = None
+    ) -> list[Outcome]:
+        """Return what each candidate is worth on the rows, in their order; with a `repair` each after its own."""
         for candidate in candidates:
             candidate.check(self.model.depth)
             if self._halves is None and not candidate.is_of_layers:
                 raise MeasureError("a half layer was left out of a model whose layers are not known by halves")
         order = sorted(range(len(candidates)), key=lambda i: _signature(candidates[i], self.model.depth))
         outcomes: dict[int, Outcome] = {}
-        size = least(max(1, self.model.states_bytes // self._kept.nbytes))  # all processes walk together
+        held = self.nbytes + (repair.text.nbytes if repair else 0)
+        size = least(max(1, self.model.states_bytes // held))  # all processes walk together
         with torch.no_grad():
             for start in range(0, len(order), size):
                 chunk = order[start : start + size]
-                found = _Walk(self, [candidates[i] for i in chunk], progress).run()
+                found = _Walk(self, [candidates[i] for i in chunk], progress, repair).run()
                 outcomes |= dict(zip(chunk, found, strict=True))
         return [outcomes[i] for i in range(len(candidates))]
 
     @property
     def first_row(self) -> int:
         """The first of the rows that this process measures."""
-        return int(self._own.start)
+        return int(self.own.start)
 
     def steps(self, index: int) -> tuple[tuple[tuple[Half, ...], float], ...]:
         """Return what runs together in a layer, each with its share of the layer's work."""
@@ -209,30 +220,90 @@ class _Layer:
         self._context.__exit__(*error)  # type: ignore[arg-type]
 
 
+class Fitting:
+    """How candidates are repaired before they are measured: by output maps that are solved on a text of its own.
+
+    `text` is the same model on rows of that text; rows that are `held`, shape (R,), choose the ridge and decide whether
+    a repair is taken. Without `held` every eighth row is. The map in front of what is missing is solved, of the half
+    that runs last there (`surgeon.measure.repair`); candidates that agree so far share their repairs.
+
+    Raises PlanError for a model whose layers do not add what their output maps put out.
+    """
+
+    def __init__(self, text: Reference, held: Tensor | None = None) -> None:
+        check_adds(text.model.anatomy)
+        self.text = text
+        self.held = held_out(len(text.tokens)) if held is None else held
+        self._maps = output_maps(text.model.anatomy)
+        self._known: dict[tuple[object, ...], Mapping[str, Tensor]] = {}
+        self._nbytes = 0
+
+    @contextmanager
+    def repaired(
+        self, key: tuple[object, ...], half: tuple[int, Half], apply: Apply, states: Sequence[Tensor], end: int
+    ) -> Iterator[None]:
+        """Return a context in which a half has the output map that brings `states` to those in front of half `end`.
+
+        `states` are those of the text in front of what `apply` runs; `key` tells all that decides the repair.
+        """
+        if half not in self._maps:
+            raise PlanError(
+                f"the {half[1]} of layer {half[0]} has no one output map that could make up for what is missing",
+                hint="Leave out --compensate.",
+            )
+        output = Output(self.text.model, self._maps[half])
+        with output.kept():
+            if (known := self._known.get(key)) is None:
+                wanted = self.text.states(end)
+                known = repair(
+                    self.text.model,
+                    self._maps[half],
+                    apply,
+                    self.text.batches,
+                    states,
+                    wanted,
+                    self.held[self.text.own],
+                ).tensors
+                self._nbytes += sum(tensor.nbytes for tensor in known.values())
+                if self._nbytes < REPAIRS_BYTES:
+                    self._known[key] = known
+            elif known:
+                output.put(known)
+            yield
+
+
 @dataclass
 class _Path:
     """Candidates that agree so far, by their numbers, and their states, a batch each.
 
-    `states` is None as long as they are the whole model's.
+    `states` is None as long as they are the whole model's; `fitted` are those of the text of a fitting.
     """
 
     members: list[int]
     states: list[Tensor] | None = None
+    fitted: list[Tensor] | None = None
 
 
 class _Walk:
     """One walk through the tree of the choices that candidates make, from the first half to the last."""
 
-    def __init__(self, reference: Reference, candidates: Sequence[Pairing], progress: Progress | None) -> None:
-        self._of, self._progress = reference, progress
+    def __init__(
+        self,
+        reference: Reference,
+        candidates: Sequence[Pairing],
+        progress: Progress | None,
+        fitting: Fitting | None,
+    ) -> None:
+        self._of, self._progress, self._fitting = reference, progress, fitting
         self._kept = [frozenset(candidate.halves) for candidate in candidates]
+        self._ends = [_ends(candidate, reference.model.depth) if fitting else {} for candidate in candidates]
         self._count = len(candidates)
 
     def run(self) -> list[Outcome]:
         model = self._of.model
         paths = [_Path(list(range(self._count)))]
         for index in range(model.depth):
-            if any(path.states is not None and self._goes_on(path, index) for path in paths):
+            if any(self._runs(path, index) for path in paths):
                 with self._of.layer(index) as run:
                     for step, share in self._of.steps(index):
                         paths = list(self._after(paths, index, step, share, run))
@@ -241,9 +312,12 @@ class _Walk:
                     paths = list(self._after(paths, index, step, 0.0, None))
         return self._judged(paths)
 
-    def _goes_on(self, path: _Path, index: int) -> bool:
-        """Return whether some candidate of a path keeps a half of a layer."""
-        return any((index, half) in self._kept[member] for member in path.members for half in HALVES)
+    def _runs(self, path: _Path, index: int) -> bool:
+        """Return whether some candidate of a path goes through a half of a layer, or is repaired in it."""
+        halves = [(index, half) for half in HALVES]
+        if path.states is None:
+            return any(place(half) in self._ends[member] for member in path.members for half in halves)
+        return any(half in self._kept[member] for member in path.members for half in halves)
 
     def _after(
         self, paths: Sequence[_Path], index: int, step: tuple[Half, ...], share: float, run: Run | None
@@ -251,21 +325,54 @@ class _Walk:
         """Yield the paths after a step: candidates that keep it go through, the others pass it by."""
         boundary = place((index, step[0]))
         for path in paths:
-            keeping = [member for member in path.members if (index, step[0]) in self._kept[member]]
-            skipping = [member for member in path.members if member not in set(keeping)]
-            states = path.states
+            keeping: dict[int | None, list[int]] = {}  # by where what is missing behind the step ends
+            skipping = []
+            for member in path.members:
+                if (index, step[0]) in self._kept[member]:
+                    keeping.setdefault(self._ends[member].get(place((index, step[-1]))), []).append(member)
+                else:
+                    skipping.append(member)
             if skipping:
-                yield _Path(skipping, self._of.states(boundary) if states is None else states)
-            if keeping and states is None:
-                yield _Path(keeping)
-            elif keeping:
+                yield _Path(skipping, *self._before(path, boundary))
+            for end, members in keeping.items():
+                if end is None and path.states is None:
+                    yield _Path(members)
+                    continue
                 assert run is not None, "a layer that a path goes through is in memory"
-                assert states is not None
-                moved = [run(step, batch, state) for batch, state in zip(self._of.batches, states, strict=True)]
-                self._of.effort.passes += share / self._of.model.depth
-                if self._progress:
-                    self._progress(round(share * self._of.tokens.numel()))
-                yield _Path(keeping, moved)
+                yield self._through(_Path(members, *self._before(path, boundary)), (index, step), share, run, end)
+
+    def _before(self, path: _Path, boundary: int) -> tuple[list[Tensor], list[Tensor] | None]:
+        """Return the states of a path in front of a half, also where they are the whole model's: judged and fitted."""
+        if path.states is not None:
+            return path.states, path.fitted
+        return self._of.states(boundary), self._fitting.text.states(boundary) if self._fitting else None
+
+    def _through(
+        self, path: _Path, step: tuple[int, tuple[Half, ...]], share: float, run: Run, end: int | None
+    ) -> _Path:
+        """Return a path behind a step, which is repaired first where what is missing behind it ends at `end`."""
+        index, halves = step
+        fitting, apply = self._fitting, partial(run, halves)
+        assert path.states is not None, "what goes through a step has states"
+        with ExitStack() as stack:
+            if fitting is not None and end is not None:
+                assert path.fitted is not None, "there are states to fit"
+                so_far = sorted(place(half) for half in self._kept[path.members[0]])
+                key = (tuple(half for half in so_far if half <= place((index, halves[-1]))), end)
+                stack.enter_context(fitting.repaired(key, (index, halves[-1]), apply, path.fitted, end))
+                fitting.text.effort.passes += share / self._of.model.depth
+            moved = self._moved(self._of, apply, path.states, share)
+            fitted = (
+                None if fitting is None or path.fitted is None else self._moved(fitting.text, apply, path.fitted, share)
+            )
+        return _Path(path.members, moved, fitted)
+
+    def _moved(self, of: Reference, apply: Apply, states: Sequence[Tensor], share: float) -> list[Tensor]:
+        """Return the states behind a step on the rows of a reference, and count the work."""
+        of.effort.passes += share / of.model.depth
+        if self._progress:
+            self._progress(round(share * of.tokens.numel()))
+        return [apply(batch, state) for batch, state in zip(of.batches, states, strict=True)]
 
     def _judged(self, paths: Sequence[_Path]) -> list[Outcome]:
         of, against = self._of, self._of.against
@@ -344,32 +451,13 @@ def _compare(
             each.add(rows[few], loss, kl, overlap, (guess.argmax(-1) == best).float())
 
 
-class _Kept:
-    """States at boundaries, a batch each: in memory, or in a file without a name where they are many."""
-
-    def __init__(self, boundaries: int, batches: Sequence[Batch]) -> None:
-        self._shapes = [batch.hidden.shape for batch in batches]
-        self._device, dtype = batches[0].hidden.device, batches[0].hidden.dtype
-        numbers = sum(shape.numel() for shape in self._shapes)
-        self.nbytes = numbers * dtype.itemsize  # of the states at one boundary
-        self._file = None
-        if boundaries * self.nbytes > IN_MEMORY:
-            self._file = tempfile.NamedTemporaryFile(prefix="surgeon-states-")  # noqa: SIM115  # kept as long as self
-            self._all = torch.from_file(self._file.name, shared=True, size=boundaries * numbers, dtype=dtype).view(
-                boundaries, numbers
-            )
-        else:
-            self._all = torch.empty(boundaries, numbers, dtype=dtype)
-
-    def put(self, boundary: int, states: Sequence[Tensor]) -> None:
-        torch.cat([state.reshape(-1).cpu() for state in states], out=self._all[boundary])
-
-    def get(self, boundary: int) -> list[Tensor]:
-        parts = torch.split(self._all[boundary], [shape.numel() for shape in self._shapes])
-        return [part.view(shape).to(self._device) for part, shape in zip(parts, self._shapes, strict=True)]
-
-
 def _signature(candidate: Pairing, depth: int) -> tuple[bool, ...]:
     """Return which halves are kept, so that sorted candidates stand beside those that they share most with."""
     kept = set(candidate.halves)
     return tuple((layer, half) in kept for layer in range(depth) for half in HALVES)
+
+
+def _ends(candidate: Pairing, depth: int) -> dict[int, int]:
+    """Return, of each half behind which others are missing, by its number, the number of the half behind those."""
+    kept = [*map(place, candidate.halves), 2 * depth]
+    return {half: following for half, following in pairwise(kept) if following > half + 1}

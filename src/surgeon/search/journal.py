@@ -93,7 +93,7 @@ class Journal:
 def _agreed(seconds: float) -> float:
     """Return the first process's number of seconds: all have to stop at one place."""
     told = told_by_the_first(json.dumps(seconds).encode())
-    assert told is not None
+    assert told is not None, "the first has a clock"
     return float(json.loads(told))
 
 
@@ -164,9 +164,9 @@ def _begun(place: Path, request: Mapping[str, Any], measure: Measure) -> Journal
     begun = content.get("request") or {}
     for name, value in request.items():
         if begun.get(name) != (value := json.loads(json.dumps(value))):
-            told = f"{name.replace('_', ' ')} {begun.get(name)!r:.60}, not {value!r:.60}"
+            odd = f"{name.replace('_', ' ')} {begun.get(name)!r:.60}, not {value!r:.60}"
             raise OutputError(
-                f"{place.parent} holds a search that was begun with {told}",
+                f"{place.parent} holds a search that was begun with {odd}",
                 hint=f"Give what it was begun with, choose another -o, or begin again: rm -r {place.parent}",
             )
     try:

@@ -33,7 +33,7 @@ def remains(anatomy: Anatomy, plan: Plan) -> dict[str, Remains]:
     layers_left: set[int] = set()
     experts: dict[int, set[int]] = {}
     for expr in plan.tensors.values():
-        name, positions = _gathered(expr)
+        name, positions = gathered(expr)
         place = anatomy.locate(name) if name is not None else None
         if name is None or place is None:
             continue
@@ -66,14 +66,14 @@ def remains(anatomy: Anatomy, plan: Plan) -> dict[str, Remains]:
     }
 
 
-def _gathered(expr: Expr) -> tuple[str | None, dict[int, tuple[int, ...]]]:
+def gathered(expr: Expr) -> tuple[str | None, dict[int, tuple[int, ...]]]:
     """Return the one tensor that an expression reads, and the positions that it keeps of each dimension it cuts."""
     if isinstance(expr, Read):
         return expr.name, {}
     parts = children(expr)
     if len(parts) != 1:
         return None, {}
-    name, positions = _gathered(parts[0])
+    name, positions = gathered(parts[0])
     if isinstance(expr, Gather):
         before = positions.get(expr.dim)
         taken = tuple(expr.index)
