@@ -152,7 +152,7 @@ def search(options: argparse.Namespace, texts: dict[str, torch.Tensor]) -> dict:
         losses = judged(str(Path(work) / "cut"), texts)
     if options.plot:
         cut.draw_search().savefig(options.plot, dpi=110)
-    result = {"seconds": seconds, "found": cut.record.told(), "gone": cut.point.gone(depth)}
+    result = {"seconds": seconds, "found": cut.record.told(), "gone": cut.point.told(depth)}
     for name, own in losses.items():
         above = own - whole[name]
         result[name] = {

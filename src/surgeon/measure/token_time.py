@@ -169,7 +169,7 @@ def _tensors(cache: Any) -> list[torch.Tensor]:
             queue += item.values()
         elif type(item).__module__.startswith("transformers.cache_utils"):
             queue += vars(item).values()
-    return list(found.values())
+    return [tensor for tensor in found.values() if tensor.is_floating_point()]  # and no counters
 
 
 def _alike(anatomy: Anatomy) -> tuple[list[int], list[int]]:

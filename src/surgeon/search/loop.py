@@ -110,7 +110,7 @@ class Search:
     def _proposed(self, surrogate: Surrogate) -> Candidate:
         """Return the best of the surrogate's first proposals, by measurement."""
         proposals = list(self._proposals(surrogate, most=8 * FIRST))
-        first = min(FIRST, self.settings.evaluations)
+        first = min(FIRST, max(1, self.settings.evaluations // 2))
         apart: list[Candidate] = []
         for each in proposals:
             if len(apart) < first // 2 and all(_distance(each, other) >= APART for other in apart):

@@ -100,15 +100,17 @@ class Point:
             "within": self.within,
         }
 
-    def gone(self, depth: int) -> str:
-        """Return in words what goes: layers, half layers, and widths."""
+    def told(self, depth: int) -> str:
+        """Return in words what goes, and what becomes narrower: "without layers 3-5, with ffn 1024"."""
         attention, mlp = set(range(depth)) - set(self.pairing.attention), set(range(depth)) - set(self.pairing.mlp)
         both = attention & mlp
         parts = [f"layers {text.layers(sorted(both))}"] if both else []
         parts += [f"attention {text.layers(sorted(attention - both))}"] if attention - both else []
         parts += [f"MLP {text.layers(sorted(mlp - both))}"] if mlp - both else []
-        parts += [f"{axis} {size}" for axis, size in self.widths.items()]
-        return ", ".join(parts) or "nothing"
+        widths = [f"{axis} {size}" for axis, size in self.widths.items()]
+        told = [f"without {', '.join(parts)}"] if parts else []
+        told += [f"with {', '.join(widths)}"] if widths else []
+        return ", ".join(told) or "unchanged"
 
 
 @dataclass(frozen=True, repr=False, kw_only=True)
@@ -147,7 +149,7 @@ class SearchRecord(Shown):
     @property
     def headline(self) -> str:
         """How many cuts were measured, and what goes in the best."""
-        return f"{len(self.points)} cuts measured; the best goes without {self.chosen.gone(self.depth)}"
+        return f"{len(self.points)} cuts measured; the best is {self.chosen.told(self.depth)}"
 
     def point(self, number: int) -> Point:
         """Return a cut by its number. Raises PlanError where there is none."""
@@ -165,7 +167,7 @@ class SearchRecord(Shown):
         """Return the best points as a table: size, time, KL, loss, acceptance, speed as a draft."""
         timed = any(point.cost.milliseconds is not None for point in self.points)
         unseen = list(self.points[0].confirmed)
-        header = ["point", "goes", "parameters", *(["ms a token"] if timed else []), "KL", "loss"]
+        header = ["point", "cut", "parameters", *(["ms a token"] if timed else []), "KL", "loss"]
         header += [f"{self.objective} on {Path(name).name}" for name in unseen] + ["acceptance", "as a draft"]
         lines = [self._line(point, timed=timed, unseen=unseen) for point in self.points[:most]]
         return text.table(header, lines)
@@ -174,7 +176,7 @@ class SearchRecord(Shown):
         worths = [point.confirmed.get(name) for name in unseen]
         return [
             str(point.number),
-            point.gone(self.depth),
+            point.told(self.depth),
             f"{point.cost.parameters:,}",
             *([f"{point.cost.milliseconds:.3g}" if point.cost.milliseconds is not None else "-"] if timed else []),
             _with_error(point.worth, "kl", self.objective),
@@ -197,7 +199,7 @@ class SearchRecord(Shown):
         return [(f"point {number}", self._told(self.point(number))) for number in numbers]
 
     def _told(self, point: Point) -> str:
-        parts = [f"without {point.gone(self.depth)}", f"{point.cost.parameters:,} parameters"]
+        parts = [point.told(self.depth), f"{point.cost.parameters:,} parameters"]
         parts += [f"{point.cost.milliseconds:.3g} ms a token"] if point.cost.milliseconds is not None else []
         parts += [f"KL {_with_error(point.worth, 'kl', self.objective)}"]
         parts += [f"loss {_with_error(point.worth, 'loss', self.objective)}"]

@@ -265,7 +265,7 @@ class CutOptions(Checked):
         self._check_named()
         if budgets and narrows:
             raise OptionError("", "a budget decides the depth, not the width", hint="Give --layers beside sizes.")
-        if not (budgets or depths or narrows or self.point is not None):
+        if not (budgets or depths or narrows or self.score == SEARCH):
             raise OptionError(
                 "", "nothing to prune", hint="Give --layers, a size such as --intermediate-size, or a target."
             )

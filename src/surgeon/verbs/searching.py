@@ -61,7 +61,7 @@ class Searched(Pruning):
     @property
     def headline(self) -> str:
         """The source, and what goes."""
-        return f"{self.source.label}, by search, without {self.point.gone(self.record.depth)}"
+        return f"{self.source.label}, by search, {self.point.told(self.record.depth)}"
 
     def draw_search(self) -> Any:
         """Return a figure of matplotlib: sizes against the objective, a map of what went, singles and pairs."""
@@ -93,8 +93,10 @@ def plan_search(begun: Surgery, options: PruneOptions, planned: Planned) -> Prun
     begun.check_saved()
     check_there([*options.data, *options.eval_data])
     with runs(begun.source.label, trust_remote_code=options.trust_remote_code):
-        record, kept = task.run()
-    return _made(begun, options, planned, record, kept)
+        found = task.run()
+    if found is None:
+        return planned(begun, replace(options, **_plainly(begun, layers=begun.anatomy.depth)), None)
+    return _made(begun, options, planned, *found)
 
 
 @dataclass(frozen=True)
@@ -209,8 +211,8 @@ class _Task:
         plain = pricing.fewest((), self.space)
         return self.begun.anatomy.depth - (plain if plain is not None else min(fewest, default=0))
 
-    def run(self) -> tuple[SearchRecord, _Kept]:
-        """Return the record of the search, and what it leaves beside it."""
+    def run(self) -> tuple[SearchRecord, _Kept] | None:
+        """Return the record of the search, and what it leaves beside it; None where the model meets the target."""
         from surgeon.measure.search_text import search_text
         from surgeon.measure.trials import Trials
         from surgeon.models.device import resolve_device
@@ -244,6 +246,8 @@ class _Task:
             if meter is not None:
                 meter.known = journal.tables
                 pricing.check(self.space, self.widths)
+                if pricing.meets(Candidate(())):
+                    return None
             settings = Settings(
                 objective=options.objective,
                 evaluations=options.evaluations,
