@@ -92,7 +92,7 @@ def test_what_was_measured_is_what_the_written_result_computes(place, found):
     assert point.worth.acceptance == pytest.approx(
         float(torch.minimum(whole.exp(), cut.exp()).sum(-1).mean()), abs=CLOSE
     )
-    assert point.worth.loss == pytest.approx(mean_loss(plain(out)(rows).logits, rows), abs=CLOSE)
+    assert point.worth.loss == pytest.approx(float(mean_loss(plain(out)(rows).logits, rows)), abs=CLOSE)
 
 
 def test_any_point_of_a_search_can_be_cut_without_running_the_model(place, found, tmp_path, run):

@@ -13,11 +13,12 @@ from surgeon.search.budget import Pricing
 from surgeon.search.cuts import Candidate, Pieces, Space, Widths
 from surgeon.search.figures import Figures
 from surgeon.search.journal import Journal
-from surgeon.search.surrogate import Surrogate, best_cuts, telling_pairs
+from surgeon.search.surrogate import STARTS, Surrogate, best_cuts, telling_pairs
 
 SCREEN, SEARCH, WATCH = "screen", "search", "watch"
 FIRST = 16  # of the surrogate's best cuts are measured before any move
 APART = 2  # pieces in which the first ones differ: near ones are what moves are for
+AGAIN = 6  # descents that propose beside the moves
 BATCH = 4  # moves that are measured together, in the surrogate's order
 REFUSED = 3  # improvements in a row that the second text refuses: the search then fits its own rows
 ON_THE_WAY = (0.25, 0.5, 0.75)  # shares of what has to go, at each of which one cut is measured
@@ -207,7 +208,7 @@ class Search:
                     return True
         return False
 
-    def _proposals(self, surrogate: Surrogate, *, most: int) -> Iterator[Candidate]:
+    def _proposals(self, surrogate: Surrogate, *, most: int, starts: int = STARTS) -> Iterator[Candidate]:
         """Yield the cuts that the surrogate ranks first, of all sets of widths, the best first."""
         found: list[tuple[float, Candidate]] = []
         counts = self._counts()
@@ -215,7 +216,9 @@ class Search:
         order: list[tuple[float, Widths, int]] = []
         for widths, count in counts.items():
             if count not in depths:
-                depths[count] = best_cuts(surrogate, self.space, count, most=most, seed=self.settings.seed)
+                depths[count] = best_cuts(
+                    surrogate, self.space, count, most=most, seed=self.settings.seed, starts=starts
+                )
             if depths[count]:
                 order.append((surrogate(Candidate(depths[count][0], widths)), widths, count))
         for _, widths, count in sorted(order)[:LOOKED_AT]:
@@ -234,7 +237,7 @@ class Search:
         known = self.measured(all_sizes=True)
         moves = [Candidate(pieces, best.widths) for pieces in self.space.moves(best.pieces)]
         ranked = sorted((surrogate(each), each) for each in moves if each not in known)
-        others = [each for each in self._proposals(surrogate, most=2 * most + len(known)) if each not in known]
+        others = [each for each in self._proposals(surrogate, most=2 * most + len(known), starts=AGAIN) if each not in known]
         chosen: list[Candidate] = others[:1]
         if len(self._counts()) > 1:
             chosen += [each for each in others if each.widths != best.widths][:1]

@@ -126,7 +126,9 @@ def solve(matrix: Sequence[Sequence[float]], right: Sequence[float]) -> list[flo
 STARTS = 24
 
 
-def best_cuts(surrogate: Surrogate, space: Space, count: int, *, most: int, seed: int = 0) -> list[Pieces]:
+def best_cuts(
+    surrogate: Surrogate, space: Space, count: int, *, most: int, seed: int = 0, starts: int = STARTS
+) -> list[Pieces]:
     """Return up to `most` distinct cuts of `count` pieces in the order of their prediction, the best first.
 
     Descents by the best move begin at the cheapest pieces and at random ones; `seed` decides the random ones. All cuts
@@ -137,7 +139,7 @@ def best_cuts(surrogate: Surrogate, space: Space, count: int, *, most: int, seed
     table = _Table(surrogate, space)
     drawn = random.Random(seed)  # noqa: S311  (no secret)
     seen: dict[Pieces, float] = {}
-    for start in range(STARTS):
+    for start in range(starts):
         order = sorted(space.free, key=lambda piece: (surrogate.alone.get(piece, 0.0), piece))
         if start:
             order.sort(key=lambda piece: surrogate.alone.get(piece, 0.0) * drawn.expovariate(1.0))
