@@ -496,7 +496,7 @@ def test_a_part_outlives_the_removal_of_its_file(hub, deep, tmp_path, monkeypatc
 
 def test_of_a_donor_on_the_hub_only_the_ranges_are_downloaded(hub, deep):
     publish(hub, deep)
-    joined = JoinedSource(open_directory(deep), open_hub("org/deep"))
+    joined = JoinedSource(open_directory(deep), open_hub("org/deep"), "donor")
     here, there = (joined.tensors[f"{prefix}model.norm.weight"] for prefix in ("", "donor:"))
     wanted = {item.file: [(item.start, item.end)] for item in (here, there)}
 

@@ -25,6 +25,10 @@ SHORT = {"batch-size": "2", "sequence-length": "32"}
 # What each recipe is given on a toy: settings beside the model and the data, and the steps whose figures must be there.
 TOY = {
     "prune-and-heal": (SHORT | {"model": "toy", "data": "text.txt", "steps": "2", "lr": "1e-3"}, "judged"),
+    "draft-model": (
+        SHORT | {"model": "toy", "data": "text.txt", "layers": "3", "steps": "2", "lr": "1e-3", "sampled": "8"},
+        "judged",
+    ),
     "inheritune": (
         SHORT | {"reference": "toy", "data": "text.txt", "steps": "2", "more": "+1", "until": "<= -1e9"},
         "judged-4",
@@ -84,7 +88,7 @@ def test_a_recipe_runs_on_a_toy_and_ends_with_its_figures(name: str, here: Path,
     done = run(ROOT / f"recipes/{name}.yaml", here / "out", settings=given)
 
     figures = {step.name: step.result for step in done.outcomes}
-    assert {"loss", "mean"} & set(figures[last])
+    assert {"loss", "mean", "acceptance"} & set(figures[last])
     assert last in (here / "out/report.md").read_text()
     again = InProcess()
     run(ROOT / f"recipes/{name}.yaml", here / "out", again, settings=given)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from surgeon.anatomy.anatomy import Anatomy, read_anatomy
 from surgeon.anatomy.config import runtime_notes
-from surgeon.checkpoint.derived import DerivedSource, JoinedSource
+from surgeon.checkpoint.derived import DerivedSource, alone
 from surgeon.checkpoint.header import QUANTIZATION_FILES, CheckpointSpec, is_quantized
 from surgeon.checkpoint.source import Source, content_of, is_adapter, open_directory, spec_of
 from surgeon.draft import Asks, Draft, Summary
@@ -59,8 +59,7 @@ class Surgery(Shown):
     @cached_property
     def before(self) -> Anatomy:
         """The anatomy of the model that the surgery began with; of two joined, of the base."""
-        source = self.source.base if isinstance(self.source, JoinedSource) else self.source
-        return self.begun_with or read_anatomy(spec_of(source))
+        return self.begun_with or read_anatomy(spec_of(alone(self.source)))
 
     @cached_property
     def spec(self) -> CheckpointSpec:

@@ -49,6 +49,10 @@ class Pairing:
         """Whether whole layers are kept."""
         return self.attention == self.mlp
 
+    def to_dict(self) -> dict[str, list[int]]:
+        """Return both lists for JSON."""
+        return {ATTENTION: list(self.attention), MLP: list(self.mlp)}
+
     def check(self, depth: int) -> None:
         """Raises PlanError for halves that do not exist, and for those that do not come in turns."""
         if missing := sorted({layer for layer in (*self.attention, *self.mlp) if not 0 <= layer < depth}):

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 from surgeon.checkpoint.header import FilePart
 from surgeon.checkpoint.source import LocalSource, Ranges, Source, StoredTensor, Transfer
@@ -20,7 +20,10 @@ class DerivedSource(ABC):
 
     base: Source
 
-    prefix: ClassVar[str]
+    @property
+    @abstractmethod
+    def prefix(self) -> str:
+        """What the files of the other source begin with; no file of a model does."""
 
     @property
     @abstractmethod
@@ -85,28 +88,41 @@ class DerivedSource(ABC):
         return {file.removeprefix(self.prefix): spans for file, spans in theirs.items()}, own
 
 
-DONOR = "donor:"  # no tensor of a model has a colon in its name
+DONOR = "donor"  # the word of a model that gives layers
 
 
 @dataclass(frozen=True)
 class JoinedSource(DerivedSource):
-    """`base` with the tensors of `donor` added; their names and files begin with "donor:"."""
+    """`base` with the tensors of `joined` added; their names and files begin with `word` and a colon."""
 
-    donor: Source
+    joined: Source
+    word: str
 
-    prefix = DONOR
+    @property
+    def prefix(self) -> str:
+        return f"{self.word}:"  # no tensor of a model has a colon in its name
 
     @property
     def other(self) -> Source:
-        return self.donor
+        return self.joined
 
     @cached_property
     def tensors(self) -> Mapping[str, StoredTensor]:
-        donated = {DONOR + name: replace(item, file=DONOR + item.file) for name, item in self.donor.tensors.items()}
-        return {**self.base.tensors, **donated}
+        joined = {
+            self.prefix + name: replace(item, file=self.prefix + item.file)
+            for name, item in self.joined.tensors.items()
+        }
+        return {**self.base.tensors, **joined}
 
     def provenance(self) -> dict[str, Any]:
-        return super().provenance() | {"donor": self.donor.provenance()}
+        return super().provenance() | {self.word: self.joined.provenance()}
+
+
+def alone(source: Source, word: str | None = None) -> Source:
+    """Return the model of a source without what is joined to it; with a `word` only down to what is joined by it."""
+    while isinstance(source, JoinedSource) and source.word != word:
+        source = source.base
+    return source
 
 
 TRAINED = "trained:"  # no file of a model has a colon in its name

@@ -133,12 +133,25 @@ def read_header(path: Path) -> dict[str, Entry]:
 
     Raises CheckpointError when the file is damaged; memory and time are bounded by the header's real size.
     """
+    raw, file_size = _raw_header(path)
+    return parse_header(raw, file_size=file_size, where=path.name)
+
+
+def read_metadata(path: Path) -> dict[str, str]:
+    """Return what a safetensors file says beside its tensors. Raises CheckpointError when the file is damaged."""
+    raw, file_size = _raw_header(path)
+    parse_header(raw, file_size=file_size, where=path.name)
+    metadata: dict[str, str] = json.loads(raw).get("__metadata__") or {}
+    return metadata
+
+
+def _raw_header(path: Path) -> tuple[bytes, int]:
+    """Return the bytes of a file's header, and the size of the file."""
     with opened(path) as file:
         file_size = file.seek(0, 2)
         file.seek(0)
         length = header_length(file.read(8), file_size=file_size, where=path.name)
-        raw = file.read(length)
-    return parse_header(raw, file_size=file_size, where=path.name)
+        return file.read(length), file_size
 
 
 @contextmanager
@@ -290,13 +303,15 @@ def _refuse(where: str, fault: str) -> NoReturn:
     raise CheckpointError(f"{where} {fault}", hint=DOWNLOAD_HINT)
 
 
-def format_header(tensors: Mapping[str, TensorSpec], *, align: int = 0, block: int = 4096) -> bytes:
+def format_header(
+    tensors: Mapping[str, TensorSpec], *, align: int = 0, block: int = 4096, metadata: Mapping[str, str] | None = None
+) -> bytes:
     """Return the length prefix and header for `tensors`, whose data follows in the mapping's order.
 
     The header is padded with spaces so that the data begins at `align` modulo `block` (rounded up to a multiple of 8).
     A kernel copies whole pages, and shares whole blocks, only between offsets that agree modulo their size.
     """
-    fields: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    fields: dict[str, Any] = {"__metadata__": {"format": "pt", **(metadata or {})}}
     offset = 0
     for name, spec in tensors.items():
         fields[name] = {

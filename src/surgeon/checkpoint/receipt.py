@@ -191,7 +191,9 @@ def _is_local(word: str) -> bool:
 
 def public_name(source: Source) -> str:
     """Return the name of a source for a card: its id on the Hub, or the last name of its directory."""
-    base = getattr(source, "base", source)  # of a source that is derived from another
+    base = source
+    while (inner := getattr(base, "base", None)) is not None:  # of a source that is derived from another
+        base = inner
     return str(base.directory.resolve().name) if isinstance(base, LocalSource) else base.label
 
 

@@ -148,6 +148,9 @@ class PruneReport:
             record = surgery.record
             rows += [("search", record.effort_told), *record.rows(chosen=surgery.point.number)]
             entries["search"] = record.told(chosen=surgery.point.number)
+        if surgery.compensation is not None:
+            rows += surgery.compensation.rows()
+            entries["compensation"] = surgery.compensation.to_dict()
         return rows, entries
 
     def after(self, output: Path) -> tuple[list[tuple[str, str]], dict[str, Any]]:
@@ -158,14 +161,15 @@ class PruneReport:
         perplexity = surgery.evaluate(output, before=self.before) if self.evaluate else None
         if perplexity is not None:
             before, after = perplexity
-            rows.append(("perplexity", f"{_number(before)} → {_number(after)}  (on this text)"))
+            same = surgery.judged is surgery.text
+            where = "on this text" if same else f"on {surgery.judged}, which no fit saw"
+            rows.append(("perplexity", f"{_number(before)} → {_number(after)}  ({where})"))
             entries["perplexity"] = {"before": before, "after": after}
         curve = None if self.without is None else list(self.without)
         if curve is not None:
             rows += [(f"without {count}", _number(value)) for count, value in enumerate(curve)]
             entries["curve"] = curve
         if self.plot is not None and speaks():
-            assert surgery.score is not None, "check has refused to draw layers that were named"
             save(surgery.draw_search() if isinstance(surgery, Searched) else surgery.draw(curve=curve), self.plot)
             rows.append(("picture", str(self.plot)))
             entries["pictures"] = [str(self.plot)]

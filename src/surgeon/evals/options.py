@@ -22,17 +22,19 @@ from surgeon.options import (
 )
 from surgeon.progress import Progress
 
-METRICS = ("perplexity", "exact-match", "rouge-l", "choice", "pseudo-perplexity", "classification")
-OF_TEXT = ("perplexity", "pseudo-perplexity")  # the metrics of a text, of which less is better
+METRICS = ("perplexity", "exact-match", "rouge-l", "choice", "pseudo-perplexity", "classification", "acceptance")
+OF_TEXT = ("perplexity", "pseudo-perplexity", "acceptance")  # the metrics of a text; of the first two less is better
 SAMPLES, SEQUENCE_LENGTH = 64, 512  # defaults of a perplexity; of records all are used
 NUMBER = "number"  # the --extract that is no regular expression
 MAX_NEW_TOKENS, BATCH_SIZE = 256, 8  # defaults of generated answers
+DRAFTED = 4  # tokens that a draft proposes at once where nothing is said
 # The metrics on which an option has an effect.
 METRICS_OF = {
-    "sequence_length": ("perplexity", "pseudo-perplexity"),
+    "sequence_length": ("perplexity", "pseudo-perplexity", "acceptance"),
     "stride": ("perplexity",),
     "documents": ("perplexity",),
-    "max_new_tokens": ("exact-match", "rouge-l"),
+    "max_new_tokens": ("exact-match", "rouge-l", "acceptance"),
+    "draft_tokens": ("acceptance",),
     "batch_size": ("exact-match", "rouge-l", "classification"),
     "chat": ("exact-match", "rouge-l"),
     "extract": ("exact-match",),
@@ -54,7 +56,8 @@ class MetricOptions(Checked):
     )
     columns: str | None = columns_option()
     metric: str = option(
-        "perplexity, exact-match, rouge-l, choice, pseudo-perplexity or classification. Several, such as "
+        "perplexity, exact-match, rouge-l, choice, pseudo-perplexity, classification, or acceptance (of the model's "
+        "tokens by --baseline, whose draft it would be). Several, such as "
         "exact-match,rouge-l, are of one --data each, in one table with their mean.",
         "perplexity",
         metavar="METRIC",
@@ -87,7 +90,16 @@ class MetricOptions(Checked):
         "Score each document by itself, on the tokens that finetune would train of it.", False, group="data"
     )
     max_new_tokens: int | None = option(
-        "Longest generated answer, in tokens. Default: 256.", None, metavar="N", group="sampling"
+        "Longest generated answer, in tokens. Default: 256. With acceptance: sample so many tokens with the draft too.",
+        None,
+        metavar="N",
+        group="sampling",
+    )
+    draft_tokens: int | None = option(
+        "With acceptance and --max-new-tokens: tokens that the draft proposes at once. Default: 4.",
+        None,
+        metavar="G",
+        group="sampling",
     )
     batch_size: int | None = option("Prompts or texts per batch. Default: 8.", None, metavar="N", group="run")
     extract: str | None = option(
@@ -138,11 +150,17 @@ class EvaluationOptions(MetricOptions):
             value = getattr(self, name)
             if value is not None and value is not False and self.metric not in metrics:
                 self._refuse(name, metrics)
+        if self.metric == "acceptance" and self.baseline is None:
+            message = "acceptance is by the model that the draft writes for"
+            raise OptionError("baseline", message, hint="Name it: --baseline TARGET.")
+        if self.draft_tokens is not None and self.max_new_tokens is None:
+            message = "--draft-tokens has no effect where nothing is sampled"
+            raise OptionError("draft_tokens", message, hint="Add --max-new-tokens 64.")
         if self.judge is not None and self.baseline is None:
             raise OptionError(
                 "judge", "--judge compares with --baseline ORIGINAL, or with --gist", hint="Add one of them."
             )
-        check_counts(self, "samples", "max_new_tokens", "batch_size", "stride")
+        check_counts(self, "samples", "max_new_tokens", "draft_tokens", "batch_size", "stride")
         check_counts(self, "sequence_length", least=2)
         length = self.sequence_length or SEQUENCE_LENGTH
         if self.stride is not None and self.stride >= length:

@@ -69,6 +69,8 @@ class SuiteOptions(MetricOptions):
         return {name: self._of(spec, metric) for name, spec, metric in zip(names, self.data, metrics, strict=True)}
 
     def _of(self, data: str, metric: str) -> EvaluationOptions:
+        if metric == "acceptance":
+            raise OptionError("metric", "acceptance stands in no table of tasks", hint="Measure it by itself.")
         own = ("data", "metric", "predictions")
         given = {item.name: getattr(self, item.name) for item in fields(EvaluationOptions) if item.name not in own}
         without = {name for name, metrics in METRICS_OF.items() if metric not in metrics}

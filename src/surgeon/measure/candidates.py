@@ -5,86 +5,26 @@ on, and candidates that agree so far share their states: a tree of choices, walk
 A candidate is compared with the whole model token by token, on the full vocabulary.
 """
 
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property, partial
-from itertools import pairwise
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from surgeon.anatomy.halves import HALVES, Half, Pairing, place
+from surgeon.anatomy.halves import ATTENTION, HALVES, Half, Pairing, place
 from surgeon.anatomy.outputs import check_adds, output_maps
 from surgeon.errors import MeasureError, PlanError
 from surgeon.measure.kept import Kept
+from surgeon.measure.outcomes import Outcome, OutcomeSums, compare
 from surgeon.measure.repair import Apply, Output, held_out, repair
-from surgeon.measure.scoring import targets_of
-from surgeon.models.device import head_tokens
 from surgeon.models.halves import HalfLayers
 from surgeon.models.passage import Batch
 from surgeon.models.streaming import Progress, StreamedModel
 from surgeon.processes import least, own_rows, summed
 
 REPAIRS_BYTES = 1_000_000_000  # of solved maps that are kept for candidates of later calls
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What a candidate is worth on R rows of text: sums over the tokens of each row, shape (R,), in float64.
-
-    `loss` is the next-token loss in nats, `kl` the divergence KL(whole model || candidate), `overlap` the probability
-    that both share, Σ_v min(p_v, q_v), `agreeing` how often both think the same token the most likely. The last two
-    count where the loss does: at every token with a token after it. `tokens` is how many these are, shape (R,).
-    """
-
-    loss: Tensor
-    kl: Tensor
-    overlap: Tensor
-    agreeing: Tensor
-    tokens: Tensor
-
-    @property
-    def mean_loss(self) -> float:
-        """The mean next-token loss, in nats."""
-        return self._mean(self.loss)
-
-    @property
-    def mean_kl(self) -> float:
-        """The mean divergence from the whole model, in nats per token."""
-        return self._mean(self.kl)
-
-    @property
-    def perplexity(self) -> float:
-        """The exponential of the mean loss, infinite where that overflows."""
-        return math.exp(self.mean_loss) if self.mean_loss < 700 else math.inf
-
-    @property
-    def acceptance(self) -> float:
-        """The share of a draft's tokens that exact speculative sampling accepts: 1 - total variation."""
-        return self._mean(self.overlap)
-
-    @property
-    def agreement(self) -> float:
-        """How often the candidate's most likely token is the whole model's: greedy decoding accepts it."""
-        return self._mean(self.agreeing)
-
-    def over(self, other: "Outcome", of: str = "loss") -> tuple[float, float]:
-        """Return by how much the mean of "loss" or "kl" is above another outcome's on these rows, and its error.
-
-        The error is that of a mean of paired differences: rows weigh as many tokens as they have.
-        """
-        differences, weights = getattr(self, of) - getattr(other, of), self.tokens
-        mean = float(differences.sum() / weights.sum())
-        rows = len(differences)
-        if rows < 2:
-            return mean, math.inf
-        spread = (differences - mean * weights).square().sum() * rows / (rows - 1)
-        return mean, float(spread.sqrt() / weights.sum())
-
-    def _mean(self, sums: Tensor) -> float:
-        return float(sums.sum() / self.tokens.sum())
 
 
 @dataclass
@@ -225,7 +165,8 @@ class Fitting:
 
     `text` is the same model on rows of that text; rows that are `held`, shape (R,), choose the ridge and decide whether
     a repair is taken. Without `held` every eighth row is. The map in front of what is missing is solved, of the half
-    that runs last there (`surgeon.measure.repair`); candidates that agree so far share their repairs.
+    that runs last there (`surgeon.measure.repair`), and where that is an attention the MLP in front of it as well.
+    Candidates that agree so far share their repairs.
 
     Raises PlanError for a model whose layers do not add what their output maps put out.
     """
@@ -238,38 +179,69 @@ class Fitting:
         self._known: dict[tuple[object, ...], Mapping[str, Tensor]] = {}
         self._nbytes = 0
 
+    def seams(self, candidate: Pairing) -> "dict[int, _Seam]":
+        """Return the halves of a candidate that are repaired, by their numbers.
+
+        Raises PlanError where there is none that could make up for what is missing.
+        """
+        halves = candidate.halves
+        kept = [*map(place, halves), 2 * self.text.model.depth]
+        seams: dict[int, _Seam] = {}
+        for at, half in enumerate(halves):
+            if kept[at + 1] == kept[at] + 1:
+                continue
+            before = halves[at - 1] if at else None
+            is_ahead = half[1] == ATTENTION and before in self._maps and kept[at - 1] == kept[at] - 1
+            if is_ahead:
+                seams[kept[at - 1]] = _Seam(kept[at + 1], is_ahead=True)
+            if half in self._maps:
+                seams[kept[at]] = _Seam(kept[at + 1])
+            elif not is_ahead:
+                raise PlanError(
+                    f"the {half[1]} of layer {half[0]} has no one output map that could make up for what is missing",
+                    hint="Leave out --compensate.",
+                )
+        return seams
+
     @contextmanager
     def repaired(
-        self, key: tuple[object, ...], half: tuple[int, Half], apply: Apply, states: Sequence[Tensor], end: int
+        self, key: tuple[object, ...], half: tuple[int, Half], apply: Apply, states: Sequence[Tensor], seam: "_Seam"
     ) -> Iterator[None]:
-        """Return a context in which a half has the output map that brings `states` to those in front of half `end`.
+        """Return a context in which a half has the output map that a seam asks for.
 
         `states` are those of the text in front of what `apply` runs; `key` tells all that decides the repair.
         """
-        if half not in self._maps:
-            raise PlanError(
-                f"the {half[1]} of layer {half[0]} has no one output map that could make up for what is missing",
-                hint="Leave out --compensate.",
-            )
-        output = Output(self.text.model, self._maps[half])
+        known = self._maps[half]
+        output = Output(self.text.model, known)
         with output.kept():
-            if (known := self._known.get(key)) is None:
-                wanted = self.text.states(end)
-                known = repair(
-                    self.text.model,
-                    self._maps[half],
-                    apply,
-                    self.text.batches,
-                    states,
-                    wanted,
-                    self.held[self.text.own],
-                ).tensors
-                self._nbytes += sum(tensor.nbytes for tensor in known.values())
+            if (tensors := self._known.get(key)) is None:
+                wanted, held = self.text.states(seam.end), self.held[self.text.own]
+                text = (self.text.batches, states, wanted, held)
+                with self._following(half[0] + 1) if seam.is_ahead else nullcontext() as then:
+                    tensors = repair(self.text.model, known, apply, *text, then=then).tensors
+                self._nbytes += sum(tensor.nbytes for tensor in tensors.values())
                 if self._nbytes < REPAIRS_BYTES:
-                    self._known[key] = known
-            elif known:
-                output.put(known)
+                    self._known[key] = tensors
+            elif tensors:
+                output.put(tensors)
             yield
+
+    @contextmanager
+    def _following(self, index: int) -> Iterator[Apply]:
+        """Return a context with the attention of the next layer in memory."""
+        with self.text.layer(index) as run:
+            yield partial(run, (ATTENTION,))
+
+
+@dataclass(frozen=True, slots=True)
+class _Seam:
+    """The number of the half in front of which a repair wants the whole model's states.
+
+    `is_ahead`: the next attention runs before what is missing.
+    """
+
+    end: int
+    is_ahead: bool = False
 
 
 @dataclass
@@ -296,7 +268,7 @@ class _Walk:
     ) -> None:
         self._of, self._progress, self._fitting = reference, progress, fitting
         self._kept = [frozenset(candidate.halves) for candidate in candidates]
-        self._ends = [_ends(candidate, reference.model.depth) if fitting else {} for candidate in candidates]
+        self._seams = [fitting.seams(candidate) if fitting else {} for candidate in candidates]
         self._count = len(candidates)
 
     def run(self) -> list[Outcome]:
@@ -316,7 +288,7 @@ class _Walk:
         """Return whether some candidate of a path goes through a half of a layer, or is repaired in it."""
         halves = [(index, half) for half in HALVES]
         if path.states is None:
-            return any(place(half) in self._ends[member] for member in path.members for half in halves)
+            return any(place(half) in self._seams[member] for member in path.members for half in halves)
         return any(half in self._kept[member] for member in path.members for half in halves)
 
     def _after(
@@ -325,21 +297,21 @@ class _Walk:
         """Yield the paths after a step: candidates that keep it go through, the others pass it by."""
         boundary = place((index, step[0]))
         for path in paths:
-            keeping: dict[int | None, list[int]] = {}  # by where what is missing behind the step ends
+            keeping: dict[_Seam | None, list[int]] = {}  # by what they are repaired for behind the step
             skipping = []
             for member in path.members:
                 if (index, step[0]) in self._kept[member]:
-                    keeping.setdefault(self._ends[member].get(place((index, step[-1]))), []).append(member)
+                    keeping.setdefault(self._seams[member].get(place((index, step[-1]))), []).append(member)
                 else:
                     skipping.append(member)
             if skipping:
                 yield _Path(skipping, *self._before(path, boundary))
-            for end, members in keeping.items():
-                if end is None and path.states is None:
+            for seam, members in keeping.items():
+                if seam is None and path.states is None:
                     yield _Path(members)
                     continue
                 assert run is not None, "a layer that a path goes through is in memory"
-                yield self._through(_Path(members, *self._before(path, boundary)), (index, step), share, run, end)
+                yield self._through(_Path(members, *self._before(path, boundary)), (index, step), share, run, seam)
 
     def _before(self, path: _Path, boundary: int) -> tuple[list[Tensor], list[Tensor] | None]:
         """Return the states of a path in front of a half, also where they are the whole model's: judged and fitted."""
@@ -348,18 +320,18 @@ class _Walk:
         return self._of.states(boundary), self._fitting.text.states(boundary) if self._fitting else None
 
     def _through(
-        self, path: _Path, step: tuple[int, tuple[Half, ...]], share: float, run: Run, end: int | None
+        self, path: _Path, step: tuple[int, tuple[Half, ...]], share: float, run: Run, seam: _Seam | None
     ) -> _Path:
-        """Return a path behind a step, which is repaired first where what is missing behind it ends at `end`."""
+        """Return a path behind a step, which is repaired first where there is a seam."""
         index, halves = step
         fitting, apply = self._fitting, partial(run, halves)
         assert path.states is not None, "what goes through a step has states"
         with ExitStack() as stack:
-            if fitting is not None and end is not None:
+            if fitting is not None and seam is not None:
                 assert path.fitted is not None, "there are states to fit"
                 so_far = sorted(place(half) for half in self._kept[path.members[0]])
-                key = (tuple(half for half in so_far if half <= place((index, halves[-1]))), end)
-                stack.enter_context(fitting.repaired(key, (index, halves[-1]), apply, path.fitted, end))
+                key = (tuple(half for half in so_far if half <= place((index, halves[-1]))), seam)
+                stack.enter_context(fitting.repaired(key, (index, halves[-1]), apply, path.fitted, seam))
                 fitting.text.effort.passes += share / self._of.model.depth
             moved = self._moved(self._of, apply, path.states, share)
             fitted = (
@@ -376,7 +348,7 @@ class _Walk:
 
     def _judged(self, paths: Sequence[_Path]) -> list[Outcome]:
         of, against = self._of, self._of.against
-        outcomes = [_Sums(len(of.tokens)) for _ in paths]
+        outcomes = [OutcomeSums(len(of.tokens)) for _ in paths]
         whole = against.states(2 * against.model.depth)
         if against is not of:  # a candidate with all halves is not the model that it is compared with
             last = of.states(2 * of.model.depth)
@@ -386,7 +358,7 @@ class _Walk:
             for number, batch in enumerate(of.batches):
                 for sums, path in zip(outcomes, paths, strict=True):
                     sums.begin(at, None if path.states is None else path.states[number])
-                _compare(head, batch, whole[number], outcomes, true_head=true_head)
+                compare(head, batch, whole[number], outcomes, true_head=true_head)
                 at += len(batch.tokens)
         of.effort.heads += 1 + sum(path.states is not None for path in paths)
         found: dict[int, Outcome] = {}
@@ -396,68 +368,7 @@ class _Walk:
         return [found[i] for i in range(self._count)]
 
 
-@dataclass
-class _Sums:
-    """The sums of a candidate, by rows, and its states of the batch at hand: None where they are the whole model's."""
-
-    rows: int
-    first: int = 0
-    states: Tensor | None = None
-    values: Tensor = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.values = torch.zeros(5, self.rows, dtype=torch.float64)
-
-    def begin(self, first: int, states: Tensor | None) -> None:
-        self.first, self.states = first, states
-
-    def add(self, rows: Tensor, *values: Tensor) -> None:
-        """Add values of tokens, shape (N,) each, to the sums of their rows, and count them."""
-        for sums, value in zip(self.values, (*values, torch.ones_like(values[0])), strict=True):
-            sums.index_add_(0, self.first + rows, value.cpu().double())
-
-    def outcome(self) -> Outcome:
-        return Outcome(*self.values)
-
-
-def _compare(
-    head: Callable[[Tensor], Tensor],
-    batch: Batch,
-    whole: Tensor,
-    candidates: Sequence[_Sums],
-    *,
-    true_head: Callable[[Tensor], Tensor],
-) -> None:
-    """Add to each candidate's sums what it gives for the tokens of a batch, beside the whole model's `whole` states."""
-    following, counted = targets_of(batch)
-    chosen = counted.to(whole.device)
-    rows, targets = counted.cpu().nonzero()[:, 0], following[chosen]
-    states = [None if each.states is None else each.states[:, :-1][chosen] for each in candidates]
-    reference = whole[:, :-1][chosen]
-    size = min(head_tokens(whole.device), batch.tokens.shape[1])  # no more than the model has positions for
-    for at in range(0, len(reference), size):
-        few = slice(at, at + size)
-        truth = nn.functional.log_softmax(true_head(reference[few]).float(), -1)
-        p, best = truth.exp(), truth.argmax(-1)
-        for each, own in zip(candidates, states, strict=True):
-            guess = truth if own is None else nn.functional.log_softmax(head(own[few]).float(), -1)
-            loss = -guess.gather(-1, targets[few, None])[:, 0]
-            if own is None:
-                one = torch.ones_like(loss)
-                each.add(rows[few], loss, torch.zeros_like(loss), one, one)
-                continue
-            kl = (p * (truth - guess)).sum(-1)
-            overlap = torch.minimum(p, guess.exp()).sum(-1)
-            each.add(rows[few], loss, kl, overlap, (guess.argmax(-1) == best).float())
-
-
 def _signature(candidate: Pairing, depth: int) -> tuple[bool, ...]:
     """Return which halves are kept, so that sorted candidates stand beside those that they share most with."""
     kept = set(candidate.halves)
     return tuple((layer, half) in kept for layer in range(depth) for half in HALVES)
-
-
-def _ends(candidate: Pairing, depth: int) -> dict[int, int]:
-    """Return, of each half behind which others are missing, by its number, the number of the half behind those."""
-    kept = [*map(place, candidate.halves), 2 * depth]
-    return {half: following for half, following in pairwise(kept) if following > half + 1}

@@ -47,12 +47,30 @@ def compensate(
         batches = result.embed(rows.tokens, rows.real)
         states = _begun(batches)
         for layer in range(max(by_layer, default=-1) + 1):
+            # The source goes on before the layer is read, so that one of its layers and this one are never both there.
+            aims = [_hidden(wanted.before(site.end), sites.hidden) for site in by_layer.get(layer, ())]
             with result.layer(layer) as apply:
-                for site in by_layer.get(layer, ()):
-                    at = _hidden(wanted.before(site.end), sites.hidden)
-                    with _until(result, layer, is_inside=site.map.half == ATTENTION):
-                        yield site, repair(result, site.map, apply, batches, states, at, rows.held)
+                for site, aim in zip(by_layer.get(layer, ()), aims, strict=True):
+                    yield site, _repaired(result, apply, site, batches, states, aim, rows.held)
                 _apply(apply, batches, states, progress)
+
+
+def _repaired(
+    result: StreamedModel,
+    apply: Apply,
+    site: Site,
+    batches: Sequence[Batch],
+    states: Sequence[Tensor],
+    wanted: Sequence[Tensor],
+    held: Tensor,
+) -> Repair:
+    """Return the repair of a map whose layer is in memory, from the states in front of that layer."""
+    layer = site.map.layer
+    if site.is_ahead:
+        with result.layer(layer + 1) as following, _until(result, layer + 1, is_inside=True):
+            return repair(result, site.map, apply, batches, states, wanted, held, then=following)
+    with _until(result, layer, is_inside=site.map.half == ATTENTION):
+        return repair(result, site.map, apply, batches, states, wanted, held)
 
 
 def _own(rows: Rows) -> Rows:
@@ -110,7 +128,7 @@ class _Source:
                 _apply(apply, self._batches, self._states, self._progress)
             self._layer += 1
         if half % 2 == 0:
-            return self._states
+            return list(self._states)
         if self._inside is None:
             with self._model.layer(self._layer) as apply, _until(self._model, self._layer, is_inside=True):
                 self._inside = [apply(*each) for each in zip(self._batches, self._states, strict=True)]

@@ -25,55 +25,79 @@ LINEAR_RIDGE, LINEAR = 1e-7, 1e-2
 FIRST = 10.0  # times the weight of the first token
 
 
+def row_weights(targets: Tensor, first: Tensor) -> Tensor:
+    """Return the weights of rows, shape (N, 1), from the states that are wanted and which are first tokens.
+
+    A row that is wanted to be zero has no relative error, and no weight.
+    """
+    norms = targets.norm(dim=-1, keepdim=True)
+    return torch.where(norms > 0, (1 + (FIRST - 1) * first[:, None]) / norms, torch.zeros_like(norms))
+
+
+class Error:
+    """The relative error of states, weighted: the root of a mean of squares over the rows that were added."""
+
+    def __init__(self) -> None:
+        self.missing = self.wanted = 0.0  # sums of w^2 |t - h|^2 and w^2 |t|^2
+        self.num_rows = 0
+
+    def add(self, states: Tensor, targets: Tensor, first: Tensor) -> None:
+        """Add rows: the states as they are and as they are wanted, and which are first tokens."""
+        weights = row_weights(targets.float(), first)
+        self.missing += float(wide(weights * (targets.float() - states.float())).square().sum())
+        self.wanted += float(wide(weights * targets.float()).square().sum())
+        self.num_rows += len(states)
+
+    def add_up(self) -> None:
+        """Make the sums those of all processes that measure together."""
+        numbers = summed(torch.tensor([self.missing, self.wanted, self.num_rows], dtype=torch.float64))
+        self.missing, self.wanted, rows = numbers.tolist()
+        self.num_rows = round(rows)
+
+    def value(self, change: float = 0.0) -> float:
+        """Return the error, after a change of what is missing."""
+        left = self.missing + change
+        if math.isnan(left):
+            return math.inf
+        return (max(0.0, left) / self.wanted) ** 0.5 if self.wanted else 0.0
+
+
 class Sums:
     """The sums of a fit over rows: products in float32, sums in float64. With `constant`, the last input is one.
 
     `shape` is that of the map: its inputs and its outputs.
     """
 
-    def __init__(self, shape: tuple[int, int], *, constant: bool, device: torch.device | None = None) -> None:
+    def __init__(self, shape: Sequence[int], *, constant: bool) -> None:
         inputs, outputs = shape
-        where = None if device is None or device.type == "mps" else device
         self.constant = constant
-        self.num_rows = 0
-        self.gram = torch.zeros(inputs, inputs, dtype=torch.float64, device=where)  # G
-        self.cross = torch.zeros(inputs, outputs, dtype=torch.float64, device=where)  # B
-        self._missing = 0.0  # sum w^2 |t - h|^2
-        self._wanted = 0.0  # sum w^2 |t|^2
+        self.gram = torch.zeros(inputs, inputs, dtype=torch.float64)  # G, on the device of what is added
+        self.cross = torch.zeros(inputs, outputs, dtype=torch.float64)  # B
+        self._error = Error()
+
+    @property
+    def num_rows(self) -> int:
+        """How many rows were added."""
+        return self._error.num_rows
 
     def add(self, inputs: Tensor, states: Tensor, targets: Tensor, first: Tensor) -> None:
-        """Add rows: the inputs of the map, the states as they are and as they are wanted, and which are first tokens.
-
-        A row that is wanted to be zero has no relative error, and does not enter.
-        """
-        wanted = targets.float()
-        norms = wanted.norm(dim=-1, keepdim=True)
-        weights = torch.where(norms > 0, (1 + (FIRST - 1) * first[:, None]) / norms, torch.zeros_like(norms))
-        features, missing = weights * inputs.float(), weights * (wanted - states.float())
-        self.gram += wide(features.T @ features)
-        self.cross += wide(features.T @ missing)
-        self._missing += float(wide(missing).square().sum())
-        self._wanted += float(wide(weights * wanted).square().sum())
-        self.num_rows += len(inputs)
+        """Add rows: inputs of the map, the states as they are and as they are wanted, and which are first tokens."""
+        weights = row_weights(targets.float(), first)
+        features, missing = weights * inputs.float(), weights * (targets.float() - states.float())
+        gram, cross = wide(features.T @ features), wide(features.T @ missing)
+        self.gram, self.cross = self.gram.to(gram.device).add_(gram), self.cross.to(cross.device).add_(cross)
+        self._error.add(states, targets, first)
 
     def add_up(self) -> None:
         """Make the sums those of all processes that measure together."""
         self.gram, self.cross = summed(self.gram), summed(self.cross)
-        numbers = summed(torch.tensor([self._missing, self._wanted, self.num_rows], dtype=torch.float64))
-        self._missing, self._wanted, rows = numbers.tolist()
-        self.num_rows = round(rows)
+        self._error.add_up()
 
     def error(self, change: Tensor | None = None) -> float:
-        """Return the relative error of the states, weighted, after a change of the map: the root of a mean of squares.
-
-        It is computed from the sums, without another pass.
-        """
-        left = self._missing
-        if change is not None:
-            left += float((change * (self.gram @ change - 2 * self.cross)).sum())
-        if math.isnan(left):
-            return math.inf
-        return (max(0.0, left) / self._wanted) ** 0.5 if self._wanted else 0.0
+        """Return the relative error of the states after a change of the map, from the sums, without another pass."""
+        if change is None:
+            return self._error.value()
+        return self._error.value(float((change * (self.gram @ change - 2 * self.cross)).sum()))
 
     def solve(self, ridge: float) -> Tensor:
         """Return the change of the map, shape (P, D), in float64; NaN where rounding leaves nothing to solve with."""

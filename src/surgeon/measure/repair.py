@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from surgeon.anatomy.outputs import OutputMap
 from surgeon.errors import MeasureError
-from surgeon.measure.refit import Sums, solve
+from surgeon.measure.refit import Error, Sums, solve
 from surgeon.models.passage import Batch
 from surgeon.models.streaming import SAME, StreamedModel
 from surgeon.plan.arithmetic import TORCH_DTYPES
@@ -59,46 +59,74 @@ def repair(
     states: Sequence[Tensor],
     wanted: Sequence[Tensor],
     held: Tensor,
+    *,
+    then: Apply | None = None,
 ) -> Repair:
     """Return the repair of an output map: with it `apply` brings the states as close to those `wanted` as it can.
 
     All are a batch each. `held`, shape (R,), says which rows only judge. Where the repair is taken, the module has the
-    new weights as long as its layer is in memory.
+    new weights as long as its layer is in memory. With `then`, the states are wanted behind that, which runs next: the
+    fit takes it to add what it adds now, and the repair is judged by what it truly adds.
 
     Raises MeasureError where the layer does not add just what the map puts out, times a constant.
     """
     output = Output(model, known)
+    text = _Text(batches, states, wanted, held)
     scale = output.scale(apply, batches[0], states[0])
-    inputs, outputs = output.columns.shape
-    fit, judge = (Sums((inputs, outputs), constant=known.bias is not None, device=model.device) for _ in range(2))
-    at = 0
-    for batch, before, aim in zip(batches, states, wanted, strict=True):
+    fit, judge = (Sums(output.columns.shape, constant=known.bias is not None) for _ in range(2))
+    for batch, before, aim, is_held in text.rows():
         with output.seen() as last:
             after = apply(batch, before)
-        rows = held[at : at + len(batch.tokens), None].expand(batch.tokens.shape).to(after.device)
-        at += len(batch.tokens)
         features = scale * output.inputs(batch.chosen(last[0].view(*after.shape[:-1], -1)))
-        parts = (features, batch.chosen(after), batch.chosen(aim), first_tokens(batch))
-        is_held = batch.chosen(rows)
+        reached = batch.chosen(after if then is None else then(batch, after))
         for sums, chosen in ((fit, ~is_held), (judge, is_held)):
-            if bool(chosen.any()):
-                sums.add(*(part[chosen] for part in parts))
+            sums.add(features[chosen], reached[chosen], batch.chosen(aim)[chosen], first_tokens(batch)[chosen])
     fit.add_up()
     judge.add_up()
-    return _solved(output, fit, judge, TORCH_DTYPES[model.anatomy.spec.tensors[known.weight].dtype])
-
-
-def _solved(output: "Output", fit: Sums, held: Sums, dtype: torch.dtype) -> Repair:
-    """Return the repair that the sums ask for, rounded to a dtype before it is judged."""
-    solution = solve(fit, held)
+    solution = solve(fit, judge)
     old = output.columns.double()
+    dtype = TORCH_DTYPES[model.anatomy.spec.tensors[known.weight].dtype]
     tensors = output.rounded(old + of_the_first(solution.change).to(old.device), dtype)
-    change = (output.columns_of(tensors).to(old) - old).to(solution.change)
-    errors = (fit.error(), fit.error(change)), (held.error(), held.error(change))
-    is_taken = errors[1][1] < errors[1][0]
-    if is_taken:
+    if then is None:
+        change = (output.columns_of(tensors).to(old) - old).to(solution.change)
+        errors = fit.error(change), judge.error(change)
+    else:
+        with output.kept():
+            output.put(tensors)
+            errors = text.errors(lambda batch, before: then(batch, apply(batch, before)))
+    if is_taken := errors[1] < judge.error():
         output.put(tensors)
-    return Repair(tensors if is_taken else {}, solution.ridge, *errors, (fit.num_rows, held.num_rows))
+    pairs = (fit.error(), errors[0]), (judge.error(), errors[1])
+    return Repair(tensors if is_taken else {}, solution.ridge, *pairs, (fit.num_rows, judge.num_rows))
+
+
+@dataclass(frozen=True, eq=False)
+class _Text:
+    """Batches, their states in front of what is repaired, those that are wanted, and which rows are held out."""
+
+    batches: Sequence[Batch]
+    states: Sequence[Tensor]
+    wanted: Sequence[Tensor]
+    held: Tensor
+
+    def rows(self) -> Iterator[tuple[Batch, Tensor, Tensor, Tensor]]:
+        """Yield each batch, its states, those that are wanted, and which of its tokens are held out, (N,)."""
+        at = 0
+        for batch, before, aim in zip(self.batches, self.states, self.wanted, strict=True):
+            rows = self.held[at : at + len(batch.tokens), None].expand(batch.tokens.shape).to(before.device)
+            at += len(batch.tokens)
+            yield batch, before, aim, batch.chosen(rows)
+
+    def errors(self, apply: Apply) -> tuple[float, float]:
+        """Return the errors of the states behind `apply`: on the rows of the fit, and on those held out."""
+        fit, judge = Error(), Error()
+        for batch, before, aim, is_held in self.rows():
+            parts = (batch.chosen(apply(batch, before)), batch.chosen(aim), first_tokens(batch))
+            for error, chosen in ((fit, ~is_held), (judge, is_held)):
+                error.add(*(part[chosen] for part in parts))
+        fit.add_up()
+        judge.add_up()
+        return fit.value(), judge.value()
 
 
 def first_tokens(batch: Batch) -> Tensor:

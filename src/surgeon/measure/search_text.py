@@ -14,20 +14,23 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 SEARCHED = 4  # one of so many rows is searched on, and one of so many of these screens
+HELD = 8  # one of so many rows chooses a repair
 ITSELF = "text by the model itself"
 
 
 @dataclass(frozen=True, eq=False)
 class SearchText:
-    """Rows of tokens by what they are for, each of shape (R, T); `watch` is None without a second text.
+    """Rows of tokens by what they are for, each of shape (R, T); `watch` and `held` are None without a second text.
 
-    `confirm` has the judging rows of each text by its name; `origins` say where rows are from, and their hashes.
+    `held` are rows of that text that a repair is chosen by and not fitted to. `confirm` has the judging rows of each
+    text by its name; `origins` say where rows are from, and their hashes.
     """
 
     screen: "Tensor"
     search: "Tensor"
     fit: "Tensor"
     watch: "Tensor | None"
+    held: "Tensor | None"
     confirm: Mapping[str, "Tensor"]
     origins: Mapping[str, Any]
     notes: tuple[str, ...] = ()
@@ -69,8 +72,6 @@ def search_text(
     `samples` rows fit, a quarter as many are searched on, and as many confirm on each text. The rows of `eval_data`
     watch and confirm, and are not searched on. Raises DataError for a text with too few rows.
     """
-    import torch
-
     check_runs(source)
     searched = max(2, samples // SEARCHED)
     parts = _Parts()
@@ -83,23 +84,25 @@ def search_text(
         parts.fit.append(fit)
         parts.confirm[name] = confirm
         _note(parts, name, text)
-    watch: list[Tensor] = []
+    watch, held = [], []
     for name in dict.fromkeys(eval_data):
         if name in parts.confirm:
             raise DataError(
                 f"{name} is searched on, so it cannot watch the search", hint="Give --eval-data another text."
             )
-        amount = searched, samples
+        amount = searched, max(2, samples // HELD), samples
         text = _read(source, name, sum(amount), sequence_length, device=device, seed=seed, columns=columns)
-        seen, parts.confirm[name] = _split(text.tokens, amount, name)
+        seen, apart, parts.confirm[name] = _split(text.tokens, amount, name)
         watch.append(seen)
+        held.append(apart)
         _note(parts, name, text)
     search = _in_turns(parts.search)[: max(searched, len(names))]
     return SearchText(
         screen=search[: max(1, len(search) // SEARCHED)],
         search=search,
         fit=_in_turns(parts.fit),
-        watch=torch.cat(watch) if watch else None,
+        watch=_in_turns(watch) if watch else None,
+        held=_in_turns(held) if held else None,
         confirm=parts.confirm,
         origins=parts.origins,
         notes=tuple(dict.fromkeys(parts.notes)),

@@ -8,7 +8,9 @@ from torch import Tensor
 from surgeon.anatomy.anatomy import Anatomy
 from surgeon.anatomy.halves import Pairing
 from surgeon.checkpoint.source import Source
-from surgeon.measure.candidates import Effort, Outcome, Reference
+from surgeon.measure.candidates import Effort, Fitting, Reference
+from surgeon.measure.compensation import Rows
+from surgeon.measure.outcomes import Outcome
 from surgeon.measure.scoring import streamed_model
 from surgeon.models.streaming import StreamedModel
 from surgeon.plan.planned import PlannedSource
@@ -22,10 +24,11 @@ MOST_REFERENCES = 2  # stages whose whole model's states are kept
 
 
 class Trials:
-    """Measures cuts of a source. `rows` are tokens, shape (R, T), by stage; `bare` are the stages without a repair.
+    """Measures cuts of a source. `rows` are tokens, shape (R, T), by stage.
 
-    `values` are the importances of positions that decide what a narrower cut keeps. `repair`, if given, is what the
-    engine takes to mend a cut before it is measured.
+    `values` are the importances of positions that decide what a narrower cut keeps. With `fit`, rows of a text of their
+    own, every cut is repaired before it is measured, but in the stages that are `bare`: the output map in front of each
+    of its seams is solved. Of narrower cuts that is all that is solved; their result is solved in every layer.
     """
 
     def __init__(
@@ -37,12 +40,13 @@ class Trials:
         device: str,
         halves: bool,
         values: Mapping[str, Any] | None = None,
-        repair: Any = None,
+        fit: Rows | None = None,
         bare: Sequence[str] = (),
     ) -> None:
         self._source, self._anatomy, self._rows = source, anatomy, rows
         self._device, self._halves, self._values = device, halves, values
-        self._repair, self._bare = repair, frozenset(bare)
+        self._fit, self._bare = fit, frozenset(bare)
+        self._fitting: Fitting | None = None
         self._model: StreamedModel | None = None
         self._references: dict[str, Reference] = {}
         self._spent = Effort()
@@ -71,19 +75,27 @@ class Trials:
     def _outcomes(self, stage: str, widths: Widths, pairings: Sequence[Pairing]) -> list[Outcome]:
         whole = self._reference(stage)
         if not widths:
-            return self._run(whole, stage, pairings)
+            return whole.measure(pairings, repair=self._repair(stage, None))
         plan = prune(self._anatomy, sizes=full_sizes(self._anatomy, widths), values=self._values)
         narrow = streamed_model(PlannedSource(self._source, plan), self._device, resident=len(pairings) > 1)
         reference = Reference(narrow, self._rows[stage], halves=self._halves, against=whole)
-        outcomes = self._run(reference, stage, pairings)
+        outcomes = reference.measure(pairings, repair=self._repair(stage, narrow))
         self._spent.passes += reference.effort.passes
         self._spent.heads += reference.effort.heads
         return outcomes
 
-    def _run(self, reference: Reference, stage: str, pairings: Sequence[Pairing]) -> list[Outcome]:
-        if self._repair is None or stage in self._bare:
-            return reference.measure(pairings)
-        return reference.measure(pairings, repair=self._repair)
+    def _repair(self, stage: str, narrow: StreamedModel | None) -> Fitting | None:
+        """Return how cuts are repaired in a stage: those of the whole width, or of a narrower model."""
+        if self._fit is None or stage in self._bare:
+            return None
+        if narrow is not None:
+            text = Reference(narrow, self._fit.tokens, real=self._fit.real, halves=self._halves)
+            return Fitting(text, self._fit.held)
+        if self._fitting is None:
+            assert self._model is not None, "a cut is measured on it"
+            text = Reference(self._model, self._fit.tokens, real=self._fit.real, halves=self._halves)
+            self._fitting = Fitting(text, self._fit.held)
+        return self._fitting
 
     def _reference(self, stage: str) -> Reference:
         """Return the whole model on the rows of a stage; of a few stages it is kept."""

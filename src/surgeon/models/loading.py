@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from surgeon.anatomy.config import CONFIG_HINT, class_names, size_of, text_config, unquantized, with_floats
-from surgeon.checkpoint.derived import JoinedSource
+from surgeon.checkpoint.derived import alone
 from surgeon.checkpoint.header import not_regular
 from surgeon.checkpoint.json_files import read_json
 from surgeon.checkpoint.lora import MergedSource
@@ -424,7 +424,7 @@ def loadable(source: Source, *, weights: bool = False) -> tuple[str, str | None]
 
     Raises CheckpointError where transformers would follow a link out of the checkpoint.
     """
-    base = source.base if isinstance(source, JoinedSource) else source
+    base = alone(source)
     if isinstance(base, MergedSource):
         return str(directory_of(base, weights=weights)), None
     if base.origin is not None:

@@ -269,6 +269,7 @@ def write_safetensors(
     progress: CountBytes | None = None,
     block: int = PAGE,
     threads: int | None = None,
+    metadata: Mapping[str, str] | None = None,
 ) -> Written:
     """Return what was written to the new file `path`: `writes`, in their order, and synced.
 
@@ -276,7 +277,8 @@ def write_safetensors(
     """
     count_bytes = progress or (lambda count: None)
     runs = copy_runs(writes)
-    header = format_header({write.name: write.spec for write in writes}, align=best_alignment(runs, block), block=block)
+    specs, align = {write.name: write.spec for write in writes}, best_alignment(runs, block)
+    header = format_header(specs, align=align, block=block, metadata=metadata)
     size = len(header) + sum(write.spec.nbytes for write in writes)
     shared = 0
     target = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)

@@ -14,6 +14,7 @@ from surgeon.transforms.scores import METHODS
 
 NOTHING = "there is nothing to draw: nothing goes, and no layer has a score"
 NOTHING_HINT = "Leave out --plot, or add --curve with --data."
+NARROWEST = 6.4  # inches: the title has to fit
 STAYS, GOES = "0.88", "0.2"  # greys of the map
 GONE = "//"  # the hatch of what goes
 HALVES: Mapping[Half, str] = {ATTENTION: "attention", MLP: "MLP"}
@@ -53,7 +54,7 @@ def draw_pruning(
     widths += [5.2] * (curve is not None)
     if not widths:
         raise PlanError(NOTHING, hint=NOTHING_HINT)
-    figure = new_figure(sum(widths), max(4.6, 1.5 + 0.11 * removed.depth))
+    figure = new_figure(max(sum(widths), NARROWEST), max(4.6, 1.5 + 0.11 * removed.depth))
     parts = list(figure.subfigures(1, len(widths), width_ratios=widths, squeeze=False)[0])
     if values is not None:
         part = parts.pop(0)

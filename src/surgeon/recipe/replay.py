@@ -21,6 +21,7 @@ from surgeon.data.rows import hashed
 from surgeon.errors import DataError, RecipeError, first_line
 from surgeon.measure.record import read_scores
 from surgeon.options import OptionError
+from surgeon.plan.repairs import open_repairs, with_repairs
 from surgeon.recipe.checking import words_of
 from surgeon.recipe.commands import Commands
 from surgeon.recipe.reading import Place, Value, plain
@@ -165,7 +166,7 @@ def _pruned(surgery: Surgery, step: Mapping[str, Any], original: Path) -> Surger
     plan = prune(
         surgery.anatomy,
         dropped=step["dropped"],
-        pairing=None if halves is None else Pairing(tuple(halves["attention"]), tuple(halves["mlp"])),
+        pairing=None if halves is None else Pairing(**{half: tuple(kept) for half, kept in halves.items()}),
         sizes=step["sizes"],
         criterion=criterion,
         values=None if scores is None else scores.widths.get(criterion),
@@ -173,7 +174,15 @@ def _pruned(surgery: Surgery, step: Mapping[str, Any], original: Path) -> Surger
     )
     attachments = {**surgery.attachments, **({SCORES: content_of(file)} if scores is not None else {})}
     plan = replace(plan, steps=({"prune": dict(step)},))
-    return replace(surgery, plan=surgery.plan.then(plan), attachments=attachments)
+    made = replace(surgery, plan=surgery.plan.then(plan), attachments=attachments)
+    solved = (step.get("compensation") or {}).get("sha256")
+    if solved is None:
+        return made
+    repairs = open_repairs(original)
+    if repairs.sha256 != solved:
+        raise RecipeError(f"{repairs.path} has changed since", hint="Put the one back that it was made of.")
+    source, whole = with_repairs(made.source, made.plan, repairs)
+    return replace(made, source=source, plan=whole)
 
 
 def _words_of(step: Mapping[str, Any], options: Mapping[str, Any], commands: Commands, path: Path) -> list[str]:

@@ -237,7 +237,9 @@ class Search:
         known = self.measured(all_sizes=True)
         moves = [Candidate(pieces, best.widths) for pieces in self.space.moves(best.pieces)]
         ranked = sorted((surrogate(each), each) for each in moves if each not in known)
-        others = [each for each in self._proposals(surrogate, most=2 * most + len(known), starts=AGAIN) if each not in known]
+        others = [
+            each for each in self._proposals(surrogate, most=2 * most + len(known), starts=AGAIN) if each not in known
+        ]
         chosen: list[Candidate] = others[:1]
         if len(self._counts()) > 1:
             chosen += [each for each in others if each.widths != best.widths][:1]

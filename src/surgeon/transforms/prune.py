@@ -218,8 +218,8 @@ class Cut:
     """How much goes, and by which score: `count` layers (None: a budget decides), and widths down to `sizes`.
 
     `protect` is how many first and last layers stay; layers that are `named` go, whatever the score, and halves of
-    others where a `pairing` says which stay. `sizes` is None where no width changes. Of a model whose kinds of layers repeat after `period` layers, whole periods go; with 1, any
-    layers.
+    others where a `pairing` says which stay. `sizes` is None where no width changes. Of a model whose kinds of layers
+    repeat after `period` layers, whole periods go; with 1, any layers.
     """
 
     anatomy: Anatomy

@@ -225,6 +225,27 @@ class CutOptions(Checked):
     evaluate: bool = option(
         "Measure the perplexity on the text before and after.", True, names=("--evaluate/--no-evaluate",), group="text"
     )
+    eval_data: Sequence[str] = option(
+        "Text that neither scores, a search nor a compensation are fitted to: it judges all. Repeatable. Default: "
+        "--data, of which a compensation leaves every eighth row.",
+        (),
+        metavar="DATA",
+        reads=True,
+        group="text",
+    )
+    compensate: bool | None = option(
+        "Solve the output maps in front of what goes anew, by least squares on the text: no training. Default: off.",
+        None,
+        names=("--compensate/--no-compensate",),
+        group="compensation",
+    )
+    repairs_from: str | os.PathLike[str] | None = option(
+        "Take the solved maps from this repairs.safetensors, or from that of a compensated result.",
+        None,
+        metavar="FILE",
+        reads=True,
+        group="compensation",
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -242,6 +263,9 @@ class CutOptions(Checked):
         if self.greedy and self.keep_pattern:
             hint = "Leave out --greedy."
             raise OptionError("greedy", "a greedy removal chooses layers one by one, not in whole periods", hint=hint)
+        if self.repairs_from is not None and self.compensate is False:
+            hint = "Leave out one of them."
+            raise OptionError("repairs_from", "repairs are given, and none is to be made", hint=hint)
         if self.protect is not None and min(self.protect) < 0:
             raise OptionError("protect", f"cannot protect {min(self.protect)} layers", hint="Write --protect 1,1.")
         if self.layers is not None:
@@ -324,6 +348,11 @@ class CutOptions(Checked):
     @property
     def _targets(self) -> bool:
         return any(target is not None for target in (self.target_parameters, self.target_memory, self.target_latency))
+
+    @property
+    def compensates(self) -> bool:
+        """Whether output maps are solved anew, or taken from a file."""
+        return bool(self.compensate) or self.repairs_from is not None
 
     @property
     def names_layers(self) -> bool:

@@ -40,6 +40,7 @@ _NOT_WITH = {
         "stride",
         "documents",
         "max_new_tokens",
+        "draft_tokens",
         "extract",
         "predictions",
         "judge",
@@ -83,7 +84,7 @@ class EvaluateOptions(MetricOptions):
             raise OptionError("data", "there is nothing to evaluate on", hint="Give --data FILE, or --tasks.")
         if self.tasks is None and self.task_dir is not None:
             raise OptionError("task_dir", "--task-dir has no effect without --tasks", hint="Add --tasks NAMES.")
-        check_counts(self, "samples", "max_new_tokens", "batch_size", "stride", "gist_tokens")
+        check_counts(self, "samples", "max_new_tokens", "draft_tokens", "batch_size", "stride", "gist_tokens")
         check_counts(self, "sequence_length", least=2)
         for name in ("gist_tokens", "adapter"):
             if getattr(self, name) is not None and not self.gist:
@@ -123,7 +124,8 @@ def evaluate(model: str | os.PathLike[str], options: EvaluationOptions) -> Evalu
 
     `metric` is "perplexity" of the first `samples` (64) rows of `sequence_length` (512) tokens, or with a `stride` of
     windows over as many tokens; "exact-match" or "rouge-l" of greedy answers of up to `max_new_tokens` (256); "choice";
-    "pseudo-perplexity" of a masked language model; or "classification". Of records all are used, or `samples`.
+    "pseudo-perplexity" of a masked language model; "classification"; or "acceptance" of its tokens by the `baseline`,
+    for which it would be the draft. Of records all are used, or `samples`.
     `extract` is a regular expression whose last match is compared, `chat` puts prompts into the tokenizer's chat
     template, `predictions` is a .jsonl to write. `judge` is a model that compares each answer with the baseline's:
     `surgeon.judge_answers`.
@@ -158,6 +160,8 @@ def _evaluated(model: str | os.PathLike[str], options: EvaluationOptions) -> Eva
         from surgeon.evals.perplexity import evaluate_perplexity as score
     elif options.metric == "pseudo-perplexity":
         from surgeon.evals.masked import evaluate_pseudo_perplexity as score
+    elif options.metric == "acceptance":
+        from surgeon.evals.drafts import evaluate_acceptance as score
     elif options.metric == "classification":
         from surgeon.evals.classes import evaluate_classes as score
     elif options.metric == "choice":

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from surgeon.anatomy.anatomy import read_anatomy
-from surgeon.checkpoint.derived import DONOR, JoinedSource
+from surgeon.checkpoint.derived import DONOR, JoinedSource, alone
 from surgeon.checkpoint.source import spec_of
 from surgeon.errors import PlanError
 from surgeon.options import (
@@ -154,13 +154,13 @@ def _with_donor(begun: Surgery, options: GrowOptions, donor: str | os.PathLike[s
         raise OptionError(
             "donor", "a donor gives layers, nothing else", hint="Give --layers with --donor; grow more afterwards."
         )
-    if isinstance(begun.source, JoinedSource):
+    if isinstance(alone(begun.source, DONOR), JoinedSource):
         raise PlanError("this surgery has a donor already", hint="Save it, and grow what was saved.")
     donor_source = open_source(donor)
     anatomy = begun.anatomy
-    plan = donate(anatomy, read_anatomy(spec_of(donor_source)), grown_depth(layers, anatomy.depth), DONOR)
-    offered = {DONOR + name: Read(DONOR + name) for name in donor_source.tensors}
+    joined = JoinedSource(begun.source, donor_source, DONOR)
+    plan = donate(anatomy, read_anatomy(spec_of(donor_source)), grown_depth(layers, anatomy.depth), joined.prefix)
+    offered = {name: Read(name) for name in joined.tensors if name.startswith(joined.prefix)}
     passed = replace(begun.plan, tensors={**begun.plan.tensors, **offered})
     step = {"grow": {"layers": layers, "donor": os.fspath(donor)}}
-    joined = JoinedSource(begun.source, donor_source)
     return replace(begun, source=joined, plan=passed.then(replace(plan, steps=(step,))))

@@ -1,9 +1,10 @@
 """The verb `prune`: measure, choose, plan. Scores are kept, so that another cut takes the time of a copy."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from surgeon.anatomy.anatomy import Anatomy, read_anatomy
@@ -13,7 +14,8 @@ from surgeon.data.documents import check_there
 from surgeon.measure.record import Scores, check_ranking, read_scores_of
 from surgeon.models.loading import runs
 from surgeon.options import OptionError, Verb, reads_of, takes
-from surgeon.plan.plan import FLOAT_DTYPES
+from surgeon.plan.plan import FLOAT_DTYPES, Plan
+from surgeon.plan.repairs import RepairsFile, open_repairs
 from surgeon.surgery import Surgery, open_model, open_source
 from surgeon.transforms.choose import Choice
 from surgeon.transforms.prune import (
@@ -28,6 +30,8 @@ from surgeon.transforms.prune import (
     without_halves,
 )
 from surgeon.transforms.scores import METHODS
+from surgeon.transforms.seams import find_sites
+from surgeon.verbs.compensating import Compensation, Texts, check_possible, compensated
 from surgeon.verbs.cut_options import SEARCH, PruneOptions
 from surgeon.verbs.pruning import Pruning
 
@@ -71,8 +75,10 @@ def plan_pruning(begun: Surgery, options: PruneOptions) -> Pruning:
 def _planned(begun: Surgery, options: PruneOptions, found: "Found | None" = None) -> Pruning:
     """Return the surgery of a cut by scores, or of one that was `found` by a search."""
     cut, notes = _cut(begun.anatomy, options)
+    if options.compensates:
+        check_possible(begun.anatomy, in_depth=cut.count != 0)
     with runs(begun.source.label, trust_remote_code=options.trust_remote_code):
-        measured = _measure(begun, cut, options) if found is None else _Measured(found.scores, found.text, found.device)
+        measured = _measure(begun, cut, options) if found is None else _taken(found)
     scores = measured.scores
     is_scored = scores is not None or not cut.needs_scores
     removable, most_removable = _ranking(cut, options, scores)
@@ -84,22 +90,27 @@ def _planned(begun: Surgery, options: PruneOptions, found: "Found | None" = None
     choice = pick(count)
     notes += () if measured.text is None else measured.text.notes
     notes += (UNSCORED,) if not is_scored else (HEAVY,) if 4 * count > cut.anatomy.depth else ()
-    is_measured = is_scored and (options.measure or not (options.data and options.evaluate))
+    measures = bool(options.data) and (options.evaluate or options.compensates)
+    is_measured = is_scored and (options.measure or not measures)
     criterion = cut.criterion if is_scored else "uniform"
     plan = cut.plan(choice, criterion, values=None if scores is None else scores.widths.get(criterion))
     step = _step(cut, options, choice, scores) if is_scored else {"score": options.score}
     if found is not None:
         step = {**step, **found.step}
     plan = replace(plan, steps=({"prune": step},), notes=(*plan.notes, *notes))
+    with runs(begun.source.label, trust_remote_code=options.trust_remote_code):
+        source, whole, compensation = _compensated(begun, plan, cut, options, measured, is_decided=is_scored)
     return Pruning(
-        source=begun.source,
-        plan=begun.plan.then(plan),
+        source=source,
+        plan=whole,
         reads={**begun.reads, **reads_of(options)},
         attachments={**begun.attachments, **({} if scores is None else {SCORES: scores.to_bytes()})},
         score=step["score"],
         scores=scores,
         choice=choice if is_scored or not count or cut.named else None,
         text=measured.text,
+        judged=measured.judged,
+        compensation=compensation,
         removable=removable,
         most_removable=most_removable,
         device=measured.device,
@@ -132,11 +143,7 @@ def _step(cut: Cut, options: PruneOptions, choice: Choice, scores: Scores | None
         "score": None if is_unasked else options.score,
         "greedy": options.greedy,
         "dropped": list(choice.dropped),
-        **(
-            {}
-            if choice.pairing is None
-            else {"pairing": {"attention": [*choice.pairing.attention], "mlp": [*choice.pairing.mlp]}}
-        ),
+        **({} if choice.pairing is None else {"pairing": choice.pairing.to_dict()}),
         "value": choice.score,
         "protect": list(cut.protect),
         "sizes": None if cut.sizes is None else dict(cut.sizes),
@@ -145,6 +152,25 @@ def _step(cut: Cut, options: PruneOptions, choice: Choice, scores: Scores | None
         "data": None if scores is None or scores.data is None else dict(scores.data),
         **({"trust_remote_code": True} if options.trust_remote_code else {}),
     }
+
+
+def _compensated(
+    begun: Surgery, plan: Plan, cut: Cut, options: PruneOptions, measured: "_Measured", *, is_decided: bool
+) -> tuple[Source, Plan, Compensation | None]:
+    """Return the source and the plan of the cut, compensated where that is asked for, and what was solved."""
+    whole = begun.plan.then(plan)
+    if not options.compensates or not is_decided:
+        return begun.source, whole, None
+    if options.repairs_from is not None:
+        begun.check_saved()
+        texts: Texts | RepairsFile | None = open_repairs(Path(options.repairs_from))
+    else:
+        texts = measured.texts
+    if texts is None:  # nothing is measured yet
+        return begun.source, whole, Compensation(find_sites(cut.anatomy, plan))
+    source, whole, done = compensated(begun.source, begun.plan, plan, cut.anatomy, texts, device=measured.device)
+    step = {**plan.steps[-1]["prune"], "compensation": done.record}
+    return source, replace(whole, steps=(*begun.plan.steps, {"prune": step}), notes=(*whole.notes, *done.notes)), done
 
 
 # --- the cut --------------------------------------------------------------------------------------------------
@@ -197,11 +223,18 @@ def _named(anatomy: Anatomy, options: PruneOptions) -> tuple[tuple[int, ...] | N
 
 @dataclass(frozen=True)
 class _Measured:
-    """The scores and the text, None where there are none, and the device that computed."""
+    """The scores and the text, None where there are none, the text that judges, and the device that computed."""
 
     scores: Scores | None
     text: "Calibration | None"
     device: str
+    judged: "Calibration | None" = None
+    texts: "Texts | None" = None
+
+
+def _taken(found: "Found") -> _Measured:
+    """Return what a search has measured. Its rows that judge are the text: those that it fitted to judge nothing."""
+    return _Measured(found.scores, found.text, found.device, found.text, found.texts)
 
 
 def _measure(begun: Surgery, cut: Cut, options: PruneOptions) -> _Measured:
@@ -212,27 +245,34 @@ def _measure(begun: Surgery, cut: Cut, options: PruneOptions) -> _Measured:
         begun.check_saved()
         scores = read_scores_of(options.scores_from, source)
     takes_scores = scores is None and cut.needs_scores
-    if not options.measure or not (options.data or takes_scores):
+    solves = options.compensates and options.repairs_from is None
+    if not options.measure or not (options.data or options.eval_data or takes_scores or solves):
         return _Measured(scores, None, options.device)
     begun.check_saved()
-    check_there(options.data)
+    check_there([*options.data, *options.eval_data])
     from surgeon.models.device import resolve_device
 
     device = resolve_device(options.device)
-    text = _text(source, cut, options, device)
+    text = _text(source, cut, options, device, solves=solves)
+    judged = _calibrated(source, options, options.eval_data, device) if options.eval_data else None
+    texts = Texts(text, judged) if text is not None and solves else None
     if scores is None:
         scores = _score(source, cut, options, text, device)
-    return _Measured(scores, text, device)
+    return _Measured(scores, text, device, texts.held if texts is not None else judged or text, texts)
 
 
-def _text(source: Source, cut: Cut, options: PruneOptions, device: str) -> "Calibration | None":
-    """Return the text to measure on: the user's, else one that the model writes where scores need it."""
-    if not options.data and not cut.reads_text:
+def _text(source: Source, cut: Cut, options: PruneOptions, device: str, *, solves: bool) -> "Calibration | None":
+    """Return the text to measure on: the user's, else one that the model writes where a measurement needs it."""
+    if not options.data and not cut.reads_text and not solves:
         return None
+    return _calibrated(source, options, options.data, device)
+
+
+def _calibrated(source: Source, options: PruneOptions, data: Sequence[str], device: str) -> "Calibration":
     from surgeon.measure.calibration import calibrate
 
     names = ("samples", "sequence_length", "seed", "columns")
-    return calibrate(source, options.data, device=device, **{name: getattr(options, name) for name in names})
+    return calibrate(source, data, device=device, **{name: getattr(options, name) for name in names})
 
 
 def _score(source: Source, cut: Cut, options: PruneOptions, text: "Calibration | None", device: str) -> Scores:

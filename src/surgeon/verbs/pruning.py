@@ -8,11 +8,13 @@ from typing import TYPE_CHECKING, Any
 
 from surgeon.anatomy.anatomy import read_anatomy
 from surgeon.anatomy.halves import ATTENTION, MLP, Half
+from surgeon.checkpoint.derived import alone
 from surgeon.checkpoint.source import spec_of
 from surgeon.measure.record import Scores, perplexities
 from surgeon.models.loading import runs
 from surgeon.surgery import Surgery, open_source
 from surgeon.transforms.choose import Choice
+from surgeon.verbs.compensating import Compensation
 
 if TYPE_CHECKING:
     from surgeon.measure.calibration import Calibration
@@ -24,7 +26,8 @@ class Pruning(Surgery):
     """A surgery that scores decided, or the names of layers.
 
     `score` is None where the layers were named and no score was asked. `choice` is None where no scores are there yet,
-    `text` where none was read. removable(n) returns the layers that go when n do; it works for n up to
+    `text` where none was read. `judged` is the text that perplexities are measured on, `compensation` what was solved
+    anew, None where that was not asked for. removable(n) returns the layers that go when n do; it works for n up to
     `most_removable`, with `keep_pattern` for whole periods.
 
         pruning = surgeon.prune("gpt2-large", score="block-influence", layers=30, data=["text.txt"], samples=4)
@@ -41,6 +44,8 @@ class Pruning(Surgery):
     device: str
     trust_remote_code: bool = False
     is_named: bool = False
+    judged: "Calibration | None" = None
+    compensation: Compensation | None = None
 
     @property
     def headline(self) -> str:
@@ -50,27 +55,28 @@ class Pruning(Surgery):
 
     def evaluate(self, result: str | os.PathLike[str], *, before: float | None = None) -> tuple[float, float] | None:
         """Return the perplexity of the source (`before` if known) and of the written result; None without one."""
-        if (known := self.perplexity() if before is None else before) is None or self.text is None:
+        if (known := self.perplexity() if before is None else before) is None or self.judged is None:
             return None
         from surgeon.measure.scoring import perplexity
 
         with runs(self.source.label, trust_remote_code=self.trust_remote_code):
-            return known, perplexity(open_source(result), self.text.tokens, device=self.device)
+            return known, perplexity(open_source(result), self.judged.tokens, device=self.device)
 
     def perplexity(self) -> float | None:
-        """Return the perplexity of the source on the text; None without a text, and for an encoder."""
-        if self.text is None:
+        """Return the perplexity of the source on the text that judges; None without one, and for an encoder."""
+        if self.judged is None:
             return None
         from surgeon.measure.scoring import perplexity
         from surgeon.models.skeleton import predicts_next
 
-        if not predicts_next(self.source):
+        source = alone(self.source)
+        if not predicts_next(source):
             return None
         scored_on = None if self.scores is None or self.scores.data is None else self.scores.data.get("sha256")
-        if self.scores is not None and self.scores.loss is not None and scored_on == self.text.origin["sha256"]:
+        if self.scores is not None and self.scores.loss is not None and scored_on == self.judged.origin["sha256"]:
             return perplexities([self.scores.loss])[0]
-        with runs(self.source.label, trust_remote_code=self.trust_remote_code):
-            return perplexity(self.source, self.text.tokens, device=self.device)
+        with runs(source.label, trust_remote_code=self.trust_remote_code):
+            return perplexity(source, self.judged.tokens, device=self.device)
 
     def curve(self, most: int | None = None) -> list[float] | None:
         """Return the perplexity with 0, 1, 2 ... `most` layers removed by the scores, None without a text.
@@ -82,11 +88,12 @@ class Pruning(Surgery):
             return None
         from surgeon.measure.scoring import removal_curve
 
-        half = read_anatomy(spec_of(self.source)).depth // 2
+        source = alone(self.source)
+        half = read_anatomy(spec_of(source)).depth // 2
         last = min(half if most is None else most, self.most_removable)
         choices = [self.removable(count).dropped for count in range(last + 1)]
         with runs(self.source.label, trust_remote_code=self.trust_remote_code):
-            return removal_curve(self.source, self.text.tokens, choices, device=self.device)
+            return removal_curve(source, self.text.tokens, choices, device=self.device)
 
     def draw(self, *, curve: Sequence[float] | None = None) -> Any:
         """Return a figure of matplotlib: the scores, a map of what goes, and the perplexities of `curve`, if given.

@@ -1,7 +1,6 @@
 """The options of a search for the best cut: what it minimises, on which texts, and how long it goes on."""
 
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,13 +19,6 @@ class SearchOptions(Checked):
         "kl",
         metavar="WHAT",
         choices=OBJECTIVES,
-        group="search",
-    )
-    eval_data: Sequence[str] = option(
-        "A second text, on which no cut is searched: it stops the search where it fits the first, and confirms.",
-        (),
-        metavar="DATA",
-        reads=True,
         group="search",
     )
     evaluations: int = option(

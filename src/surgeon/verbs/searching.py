@@ -23,10 +23,15 @@ from surgeon.verbs.cut_options import PruneOptions
 from surgeon.verbs.pruning import Pruning
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
+    from surgeon.measure.calibration import Calibration
     from surgeon.measure.search_text import SearchText
     from surgeon.measure.token_time import DeviceMeter
     from surgeon.measure.trials import Trials
+    from surgeon.verbs.compensating import Texts
 
+FIT = "rows that fit"
 UNSEARCHED = "No search yet: the sizes are those of the fewest layers that meet the target, what goes is not decided."
 ALONE = "only one text: give --eval-data, another kind of text, to see where the search fits its own rows"
 AXIS_OPTIONS = {"hidden": "hidden_size", "ffn": "intermediate_size", "expert_ffn": "expert_intermediate_size"}
@@ -35,10 +40,14 @@ AXIS_OPTIONS |= {"heads": "attention_heads", "kv_heads": "key_value_heads", "exp
 
 @dataclass(frozen=True)
 class Found:
-    """What a search decided: the scores of widths, the text that judges, the device, and entries of the receipt."""
+    """What a search decided: the scores of widths, the rows that fit and those that judge, and entries of the receipt.
+
+    `texts` are those that a compensation is fitted to and chosen by. All are None for a search of earlier.
+    """
 
     scores: Scores | None
-    text: Any
+    text: "Calibration | None"
+    texts: "Texts | None"
     device: str
     step: Mapping[str, Any]
 
@@ -123,8 +132,8 @@ def _made(begun: Surgery, options: PruneOptions, planned: Planned, record: Searc
     step = {"score": "search", "objective": record.objective, "point": point.number, "value": point.worth.kl}
     if record.objective == "loss":
         step["value"] = point.worth.loss
-    text = None if kept.text is None else _judging(kept.text)
-    found = Found(kept.scores, text, kept.device, step)
+    text, texts = (None, None) if kept.text is None else (_judging(kept.text), _fitting(kept.text))
+    found = Found(kept.scores, text, texts if options.compensates else None, kept.device, step)
     cut = planned(begun, replace(options, **changes, **sizes), found)
     attachments = {**cut.attachments, FILE: record.to_bytes()}
     notes = () if kept.text is None or len(kept.text.confirm) > 1 else (ALONE,)
@@ -134,18 +143,30 @@ def _made(begun: Surgery, options: PruneOptions, planned: Planned, record: Searc
     return Searched(**values, record=record, point=point)
 
 
-def _judging(text: "SearchText") -> Any:
+def _judging(text: "SearchText") -> "Calibration":
     """Return the rows that no step of the search saw, of all its texts, as the text of the perplexities."""
     import torch
 
+    length = min(rows.shape[1] for rows in text.confirm.values())
+    tokens = torch.cat([rows[:, :length] for rows in text.confirm.values()])
+    return _part(text, tokens, "rows that the search did not see")
+
+
+def _fitting(text: "SearchText") -> "Texts":
+    """Return the rows that a repair is fitted to, and those that it is chosen by."""
+    from surgeon.verbs.compensating import Texts
+
+    return Texts(_part(text, text.fit, FIT), None if text.held is None else _part(text, text.held, "rows held out"))
+
+
+def _part(text: "SearchText", tokens: "Tensor", part: str) -> "Calibration":
+    """Return some rows of the texts of a search."""
     from surgeon.data.rows import digest
     from surgeon.measure.calibration import Calibration
 
-    length = min(rows.shape[1] for rows in text.confirm.values())
-    tokens = torch.cat([rows[:, :length] for rows in text.confirm.values()])
     sources = [item for origin in text.origins.values() for item in origin["sources"]]
-    origin = {"sources": sources, "sha256": digest(tokens), "rows": tokens.shape[0], "sequence_length": tokens.shape[1]}
-    return Calibration(tokens, origin | {"part": "rows that the search did not see"}, text.notes)
+    shape = {"sha256": digest(tokens), "rows": tokens.shape[0], "sequence_length": tokens.shape[1]}
+    return Calibration(tokens, {"sources": sources, **shape, "part": part}, text.notes)
 
 
 # --- the task ---------------------------------------------------------------------------------------------------
@@ -238,7 +259,8 @@ class _Task:
             device=device,
             halves="halves" in self.over,
             values=None if scores is None else scores.widths.get("activation"),
-            bare=("screen",),
+            fit=_fitting(text).rows() if options.compensates else None,
+            bare=(SCREEN,),
         )
         place = None if options.search_dir is None else options.search_dir / FILE
         with opened(place, self._request(text), trials.measure) as journal:
@@ -283,8 +305,7 @@ class _Task:
         from surgeon.measure.scoring import ScoreRequest, score
 
         request = ScoreRequest(widths=["activation"], device=device, seed=self.options.seed)
-        origin = {"sources": [item for each in text.origins.values() for item in each["sources"]]}
-        return score(self.begun.source, text.fit, request, data={**origin, "part": "rows that fit", **_shape(text.fit)})
+        return score(self.begun.source, text.fit, request, data=_part(text, text.fit, FIT).origin)
 
     def _request(self, text: "SearchText") -> dict[str, Any]:
         """Return what decides the figures: a state that was begun with another request is not gone on with."""
@@ -293,6 +314,7 @@ class _Task:
             "texts": {name: origin["sha256"] for name, origin in text.origins.items()},
             "rows": {name: list(rows.shape) for name, rows in text.rows.items()} | {"fit": list(text.fit.shape)},
             "seed": self.options.seed,
+            "compensate": self.options.compensates,
         }
 
     @property
@@ -307,17 +329,12 @@ class _Task:
             "layers": self.budget.layers,
             "context": options.context,
             "over": list(self.over),
+            "compensate": options.compensates,
             "protect": list(options.protect or (0, 0)),
             "evaluations": options.evaluations,
             "seconds": options.seconds,
             "seed": options.seed,
         }
-
-
-def _shape(tokens: Any) -> dict[str, Any]:
-    from surgeon.data.rows import digest
-
-    return {"sha256": digest(tokens), "rows": tokens.shape[0], "sequence_length": tokens.shape[1]}
 
 
 def _over(anatomy: Anatomy, options: PruneOptions, *, has_depth: bool) -> tuple[tuple[str, ...], tuple[Widths, ...]]:
