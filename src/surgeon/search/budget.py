@@ -11,9 +11,11 @@ from surgeon.anatomy.anatomy import EXPERT_NUMBER, Anatomy
 from surgeon.anatomy.config import spelled
 from surgeon.anatomy.halves import Pairing
 from surgeon.errors import PlanError
-from surgeon.search.cuts import Candidate, Pieces, Space, Widths, kept_halves
+from surgeon.plan.plan import Plan
+from surgeon.search.cuts import Candidate, Space, Widths, kept_halves
 from surgeon.transforms.choose import check_criterion
 from surgeon.transforms.prune import prune, pruned_sizes
+from surgeon.transforms.seams import find_sites
 
 # What --over names, and the axes of each.
 OVER: Mapping[str, tuple[str, ...]] = {
@@ -111,16 +113,19 @@ class Meter(Protocol):
 
 
 class Pricing:
-    """The exact cost of cuts of one model, by their plans; and in bulk, for the search's own sums, half by half."""
+    """The exact cost of cuts of one model, by their plans; and in bulk, to tell which widths and depths to plan.
 
-    def __init__(self, anatomy: Anatomy, budget: Budget, meter: Meter | None = None) -> None:
-        self.anatomy, self.budget, self._meter = anatomy, budget, meter
+    Where it `repairs`, a cut without an output map in front of what is missing cannot be.
+    """
+
+    def __init__(self, anatomy: Anatomy, budget: Budget, meter: Meter | None = None, *, repairs: bool = False) -> None:
+        self.anatomy, self.budget, self._meter, self._repairs = anatomy, budget, meter, repairs
         self._known: dict[Candidate, Cost] = {}
         self._bulks: dict[Widths, _Bulk] = {}
 
     def eased(self, share: float) -> "Pricing":
         """Return the same prices for a budget that asks for only a share of what the model has to lose."""
-        eased = Pricing(self.anatomy, self.budget, self._meter)
+        eased = Pricing(self.anatomy, self.budget, self._meter, repairs=self._repairs)
         eased._known, eased._bulks = self._known, self._bulks
         eased.budget = self.budget.eased(self.cost(Candidate(())), self.anatomy.depth, share)
         return eased
@@ -135,15 +140,14 @@ class Pricing:
         """Return the size of every axis of a result; None where no width changes."""
         return full_sizes(self.anatomy, widths)
 
-    def pairing(self, pieces: Pieces) -> Pairing:
-        """Return the halves that stay."""
-        return Pairing(*kept_halves(pieces, self.anatomy.depth))
-
     def cost(self, candidate: Candidate) -> Cost:
         """Return the cost of a cut: its plan's result, to the byte. Raises PlanError for one that cannot be."""
         if candidate not in self._known:
-            pairing, sizes = self.pairing(candidate.pieces), self.sizes(candidate.widths)
-            spec = planned_cut(self.anatomy, pairing, sizes).result(self.anatomy.spec)
+            pairing, sizes = pairing_of(self.anatomy, candidate), self.sizes(candidate.widths)
+            plan = planned_cut(self.anatomy, pairing, sizes)
+            spec = plan.result(self.anatomy.spec)
+            if self._repairs and candidate.features:
+                find_sites(self.anatomy, plan)
             cache = milliseconds = None
             if self._meter is not None:
                 cache, milliseconds = self._meter.cache(sizes, pairing), self._meter.milliseconds(sizes, pairing)
@@ -189,7 +193,7 @@ class Pricing:
         parameters, nbytes = (bulk.whole[i] - sum(layer[i] for layer in gone) for i in (0, 1))
         cache = milliseconds = None
         if self._meter is not None:
-            pairing, sizes = self.pairing(tuple(sorted(chosen))), self.sizes(widths)
+            pairing, sizes = pairing_of(self.anatomy, Candidate(tuple(sorted(chosen)))), self.sizes(widths)
             cache, milliseconds = self._meter.cache(sizes, pairing), self._meter.milliseconds(sizes, pairing)
         return Cost(parameters, nbytes, cache, milliseconds)
 
@@ -257,6 +261,11 @@ def _with_derived(anatomy: Anatomy, sizes: Mapping[str, int]) -> dict[str, int]:
     return new
 
 
+def pairing_of(anatomy: Anatomy, candidate: Candidate) -> Pairing:
+    """Return the halves that stay in a cut."""
+    return Pairing(*kept_halves(candidate.pieces, anatomy.depth))
+
+
 def planned_cut(
     anatomy: Anatomy,
     pairing: Pairing,
@@ -265,7 +274,7 @@ def planned_cut(
     criterion: str = "uniform",
     values: Mapping[str, Any] | None = None,
     seed: int = 0,
-) -> Any:
+) -> Plan:
     """Return the plan of a cut: the halves that stay, narrowed. Raises PlanError where it cannot be expressed."""
     return prune(anatomy, pairing=pairing, sizes=sizes, criterion=criterion, values=values, seed=seed)
 

@@ -32,7 +32,8 @@ class Journal:
     """The cuts that were measured. `place` is the file, None for a search that is not to be resumed.
 
     `request` is what decides the figures; `tables` are times and sizes that were measured beside the text. `seconds`
-    is how long the measuring took of all that this search has come to so far, be it by an earlier process.
+    is how long the measuring took of all that this search has come to so far, be it by an earlier process. Where cuts
+    are repaired, but in the stages that are `bare`, they have entries of their own.
     """
 
     request: Mapping[str, Any]
@@ -41,6 +42,8 @@ class Journal:
     entries: list[dict[str, Any]] = field(default_factory=list)
     tables: dict[str, float] = field(default_factory=dict)
     seconds: float = 0.0
+    repaired: bool = False
+    bare: tuple[str, ...] = ()
     _stored: dict[tuple[str, Candidate], tuple[Figures, float]] = field(init=False)
     _come_to: dict[tuple[str, Candidate], Figures] = field(default_factory=dict)
 
@@ -52,26 +55,35 @@ class Journal:
 
     def measure(self, stage: str, candidates: Sequence[Candidate]) -> list[Figures]:
         """Return the figures of cuts on the rows of a stage; those that the file holds are not measured again."""
-        new = [each for each in dict.fromkeys(candidates) if (stage, each) not in self._stored]
+        name = self._name(stage)
+        new = [each for each in dict.fromkeys(candidates) if (name, each) not in self._stored]
         if new:
-            self._add(stage, new)
+            self._add(stage, name, new)
         for each in candidates:
             if (stage, each) not in self._come_to:
-                self._come_to[stage, each], seconds = self._stored[stage, each]
+                self._come_to[stage, each], seconds = self._stored[name, each]
                 self.seconds += seconds
         return [self._come_to[stage, each] for each in candidates]
+
+    def _name(self, stage: str) -> str:
+        return f"{stage}, repaired" if self.repaired and stage not in self.bare else stage
 
     def measured(self, stage: str) -> dict[Candidate, Figures]:
         """Return all cuts that this search has come to in a stage, in their order."""
         return {candidate: figures for (at, candidate), figures in self._come_to.items() if at == stage}
 
-    def _add(self, stage: str, candidates: Sequence[Candidate]) -> None:
+    def _add(self, stage: str, name: str, candidates: Sequence[Candidate]) -> None:
         began = time.monotonic()
         found = self.measure_new(stage, candidates)
         each_took = _agreed((time.monotonic() - began) / len(candidates))
         for candidate, figures in zip(candidates, found, strict=True):
-            self._stored[stage, candidate] = (figures, each_took)
-            entry = {"stage": stage, **entry_of(candidate), "figures": figures.to_dict(), "seconds": each_took}
+            self._stored[self._name(stage), candidate] = (figures, each_took)
+            entry = {
+                "stage": self._name(stage),
+                **entry_of(candidate),
+                "figures": figures.to_dict(),
+                "seconds": each_took,
+            }
             self.entries.append(entry)
         self.write()
 

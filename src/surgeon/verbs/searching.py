@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING, Any
 from surgeon.anatomy.anatomy import Anatomy
 from surgeon.anatomy.config import positions_of
 from surgeon.anatomy.halves import Pairing
+from surgeon.checkpoint.source import Source
 from surgeon.data.documents import check_there
 from surgeon.errors import PlanError
 from surgeon.measure.record import Scores, read_scores_of
 from surgeon.models.loading import runs
-from surgeon.search.budget import OVER, Budget, Pricing, width_options
+from surgeon.search.budget import OVER, Budget, Pricing, full_sizes, pairing_of, planned_cut, width_options
 from surgeon.search.cuts import Candidate, Space, Widths
 from surgeon.search.journal import FILE, opened
 from surgeon.search.loop import SCREEN, SEARCH, Search, Settings
@@ -237,6 +238,8 @@ class _Task:
         from surgeon.measure.search_text import search_text
         from surgeon.measure.trials import Trials
         from surgeon.models.device import resolve_device
+        from surgeon.plan.planned import PlannedSource
+        from surgeon.verbs.compensating import compensated
 
         begun, options, anatomy = self.begun, self.options, self.begun.anatomy
         device = resolve_device(options.device)
@@ -252,19 +255,30 @@ class _Task:
             columns=options.columns,
         )
         scores = self._scores(text, device) if any(self.widths) else None
+        values = None if scores is None else scores.widths.get("activation")
+        texts = _fitting(text)
+
+        def finish(candidate: Candidate) -> Source:
+            sizes, pairing = full_sizes(anatomy, candidate.widths), pairing_of(anatomy, candidate)
+            plan = planned_cut(anatomy, pairing, sizes, criterion="activation", values=values, seed=options.seed)
+            source, whole, _ = compensated(begun.source, begun.plan, plan, anatomy, texts, device=device)
+            return PlannedSource(source, whole)
+
         trials = Trials(
             begun.source,
             anatomy,
             text.rows,
             device=device,
             halves="halves" in self.over,
-            values=None if scores is None else scores.widths.get("activation"),
-            fit=_fitting(text).rows() if options.compensates else None,
+            values=values,
+            fit=texts.rows() if options.compensates else None,
+            finish=finish,
             bare=(SCREEN,),
         )
         place = None if options.search_dir is None else options.search_dir / FILE
         with opened(place, self._request(text), trials.measure) as journal:
-            pricing = Pricing(anatomy, self.budget, meter)
+            journal.repaired, journal.bare = options.compensates, (SCREEN,)
+            pricing = Pricing(anatomy, self.budget, meter, repairs=options.compensates)
             if meter is not None:
                 meter.known = journal.tables
                 pricing.check(self.space, self.widths)
@@ -314,7 +328,6 @@ class _Task:
             "texts": {name: origin["sha256"] for name, origin in text.origins.items()},
             "rows": {name: list(rows.shape) for name, rows in text.rows.items()} | {"fit": list(text.fit.shape)},
             "seed": self.options.seed,
-            "compensate": self.options.compensates,
         }
 
     @property
@@ -370,8 +383,6 @@ def _over(anatomy: Anatomy, options: PruneOptions, *, has_depth: bool) -> tuple[
 
 def halves_refused(anatomy: Anatomy) -> PlanError | None:
     """Return why no half layer of this model can go alone; None where it can."""
-    from surgeon.search.budget import planned_cut
-
     refusal: PlanError | None = None
     for first in range(anatomy.depth - 1):  # an MLP and the next attention; families may refuse some layers only
         attention = tuple(layer for layer in range(anatomy.depth) if layer != first + 1)
@@ -410,7 +421,7 @@ def _record(
         points.append(
             Point(
                 number=number,
-                pairing=pricing.pairing(each.pieces),
+                pairing=pairing_of(begun.anatomy, each),
                 widths=dict(each.widths),
                 cost=cost,
                 worth=Worth.of(figures[each], None if each == best else figures[best], objective),
