@@ -17,8 +17,8 @@ PAGE, PICTURE = ROOT / "docs/design.md", ROOT / "docs/images/architecture.svg"
 # The floors of the house, from the ground up. A package imports its own files and lower floors only.
 FLOORS = (
     *("text", "showing", "errors", "mistyped", "progress", "options", "starter", "processes"),
-    *("checkpoint", "anatomy", "plan", "transforms", "search"),
-    *("data", "models", "draft", "surgery", "checkpoint.formats", "cost", "measure", "plots"),
+    *("checkpoint", "anatomy", "plan", "transforms"),
+    *("data", "models", "draft", "surgery", "checkpoint.formats", "cost", "search", "measure", "plots"),
     *("train", "gist", "evals", "rewriting", "verbs", "recipe", "cli"),
 )
 # Every package may use these; the picture draws no arrows to them.

@@ -15,7 +15,7 @@ from surgeon.errors import OutputError, PlanError
 from surgeon.options import count_in
 from surgeon.search.budget import OVER, Budget, Cost, Pricing, width_options
 from surgeon.search.cuts import Candidate, Space, kept_halves, pieces_of
-from surgeon.search.figures import Figures, draft_speed
+from surgeon.search.figures import Figures
 from surgeon.search.journal import Journal, opened
 from surgeon.search.loop import SCREEN, SEARCH, WATCH, Search, Settings
 from surgeon.search.surrogate import Surrogate, best_cuts, solve, telling_pairs
@@ -173,15 +173,6 @@ def test_the_error_of_a_difference_is_that_of_paired_rows():
 
     assert mean == pytest.approx(0.4)  # 2 and 6 of 10 tokens each
     assert error == pytest.approx(0.2)  # their standard deviation 0.283, over the root of 2
-
-
-def test_a_draft_of_most_of_the_time_cannot_pay_and_a_small_one_can():
-    long, short = draft_speed(0.8, 0.8), draft_speed(0.8, 0.1)
-
-    assert long.times == pytest.approx(1.0)
-    assert "cannot pay" in long.told
-    assert short.times == pytest.approx(max((1 - 0.8 ** (g + 1)) / 0.2 / (0.1 * g + 1) for g in range(1, 17)))
-    assert short.times > 2
 
 
 # --- the order of work ------------------------------------------------------------------------------------------

@@ -85,14 +85,15 @@ def test_what_was_measured_is_what_the_written_result_computes(place, found):
     rows = search_text(open_source(str(place / "llama")), texts[:1], texts[1:], **amount).search
 
     with torch.no_grad():
-        whole, cut = (torch.log_softmax(plain(at)(rows).logits[:, :-1], -1) for at in (place / "llama", out))
+        logits, cut_logits = (plain(at)(rows).logits for at in (place / "llama", out))
+    whole, cut = (torch.log_softmax(each[:, :-1], -1) for each in (logits, cut_logits))
 
     point = searched.record.chosen
     assert point.worth.kl == pytest.approx(float((whole.exp() * (whole - cut)).sum(-1).mean()), abs=CLOSE)
     assert point.worth.acceptance == pytest.approx(
         float(torch.minimum(whole.exp(), cut.exp()).sum(-1).mean()), abs=CLOSE
     )
-    assert point.worth.loss == pytest.approx(float(mean_loss(plain(out)(rows).logits, rows)), abs=CLOSE)
+    assert point.worth.loss == pytest.approx(float(mean_loss(cut_logits, rows)), abs=CLOSE)
 
 
 def test_any_point_of_a_search_can_be_cut_without_running_the_model(place, found, tmp_path, run):

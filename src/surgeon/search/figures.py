@@ -1,11 +1,10 @@
-"""What a cut is worth on rows of text, and what it would do as a draft of the whole model. Pure numbers."""
+"""What a cut is worth on rows of text. Pure numbers."""
 
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
-MOST_DRAFTED = 16  # tokens ahead that are tried
 SUMS = ("loss", "kl", "overlap", "agreeing", "tokens")
 
 
@@ -63,36 +62,3 @@ class Figures:
             return mean, math.inf
         spread = math.fsum((d - mean * t) ** 2 for d, t in zip(differences, self.tokens, strict=True))
         return mean, math.sqrt(spread * count / (count - 1)) / total
-
-
-@dataclass(frozen=True)
-class DraftSpeed:
-    """How many times as fast a model writes with a cut as its draft, with the best number of `tokens` drafted at once.
-
-    `times` of 1 or less: drafting with it cannot pay.
-    """
-
-    times: float
-    tokens: int
-
-    @property
-    def told(self) -> str:
-        """The factor, or that it cannot pay."""
-        if self.times <= 1.0:
-            return f"cannot pay ({self.times:.2f} x at best)"
-        return f"{self.times:.2f} x with {self.tokens} tokens drafted"
-
-
-def draft_speed(acceptance: float, share: float) -> DraftSpeed:
-    """Return the speed of exact speculative sampling with a draft that takes `share` of the time of a token.
-
-    (1 - a^(g+1)) / (1 - a) tokens come out of a round of g drafted ones, which takes g x share + 1 steps of the model
-    (Leviathan et al. 2023, arXiv:2211.17192, theorem 3.8).
-    """
-    best = DraftSpeed(0.0, 1)
-    for drafted in range(1, MOST_DRAFTED + 1):
-        out = sum(acceptance**power for power in range(drafted + 1))
-        times = out / (drafted * share + 1.0)
-        if times > best.times:
-            best = DraftSpeed(times, drafted)
-    return best

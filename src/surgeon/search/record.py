@@ -14,10 +14,11 @@ from surgeon.anatomy.halves import Pairing
 from surgeon.checkpoint.json_files import read_json
 from surgeon.checkpoint.receipt import to_bytes, versions
 from surgeon.checkpoint.source import Source, inside
+from surgeon.cost.drafting import DraftSpeed, draft_speed
 from surgeon.errors import CheckpointError, MeasureError, PlanError
 from surgeon.mistyped import hint_beside
 from surgeon.search.budget import Cost
-from surgeon.search.figures import DraftSpeed, Figures, draft_speed
+from surgeon.search.figures import Figures
 from surgeon.search.journal import FILE, FORMAT, MOST_BYTES
 from surgeon.showing import Shown
 
