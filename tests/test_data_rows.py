@@ -157,10 +157,26 @@ def test_no_more_documents_are_read_than_rows_need(tokenizer, tmp_path):
     spec = write(tmp_path / "a.jsonl", json.dumps(enough) + "\nno json\n")
     unread = write(tmp_path / "b.jsonl", "no json either\n")
 
-    rows = read_rows([spec, unread], tokenizer, samples=2, sequence_length=3)
+    rows = read_rows([spec, unread], tokenizer, samples=1, sequence_length=3)
 
     assert [item["data"] for item in rows.source] == [spec]
-    assert refusal([spec, unread], tokenizer, samples=1000)[0] == f"{spec}:2:1: Expecting value"
+    assert refusal([spec], tokenizer, samples=1000)[0] == f"{spec}:2:1: Expecting value"
+    assert refusal([spec, unread], tokenizer, samples=2)[0] == f"{unread}:1:1: Expecting value"
+
+
+def test_rows_of_several_texts_come_in_turns_and_what_is_left_comes_last(tokenizer, tmp_path):
+    short, long = "The cat sat", TEXT
+    specs = [write(tmp_path / "a.txt", short), write(tmp_path / "b.txt", long)]
+    first, second = ids_of(tokenizer, short), ids_of(tokenizer, long)
+    length = len(first) - 1
+    number = len(second) // length
+
+    rows = read_rows(specs, tokenizer, samples=1000, sequence_length=length).tokens.tolist()
+
+    whole = [second[i * length : (i + 1) * length] for i in range(number)]
+    rest = [first[-1], tokenizer.eos_token_id, *second[number * length :]]
+    assert rows == [first[:-1], *whole, *[rest[:length] for _ in range(len(rest) // length)]]
+    assert read_rows(specs, tokenizer, samples=2, sequence_length=length).tokens.tolist() == rows[:2]
 
 
 def test_a_name_that_is_wrong_is_refused_though_it_would_not_be_reached(tokenizer, tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -245,6 +246,31 @@ def test_a_loop_with_seeds_reports_the_mean_over_them(here: Path) -> None:
     losses = [step.result["loss"] for step in done.outcomes if step.command == "evaluate"]
     error = abs(losses[0] - losses[1]) / 2
     assert f"| judged-mlp | loss | {plus_minus(sum(losses) / 2, error)} | 2 |" in page
+
+
+def test_a_loop_over_a_setting_ranks_its_values_at_each_measurement(here: Path) -> None:
+    text = """
+        steps:
+          - name: depths
+            repeat:
+              with: {layers: [1, 3, 2]}
+              steps:
+                - {name: cut, truncate: {model: toy, layers: $layers}}
+                - {name: before, evaluate: {model: cut, data: text.txt, sequence-length: 32, samples: 2}}
+                - {name: after, evaluate: {model: cut, data: text.txt, sequence-length: 16, samples: 4}}
+        """
+
+    done = run(write(here / "r.yaml", text), here / "out")
+
+    page = (here / "out/report.md").read_text()
+    found = {step.name: step.result["perplexity"] for step in done.outcomes if step.command == "evaluate"}
+    for layers in "132":
+        places = []
+        for stem in ("before", "after"):
+            best = sorted(value for name, value in found.items() if name.startswith(stem))
+            places.append(best.index(found[f"{stem}-{layers}"]) + 1)
+        assert re.search(rf"\| {layers} \| {places[0]} \([^|]*\) \| {places[1]} \([^|]*\) \|", page)
+    assert "| before, perplexity | after, perplexity |" in page
 
 
 def test_the_report_holds_the_figures_the_pictures_and_what_was_lost(here: Path) -> None:

@@ -29,6 +29,10 @@ TOY = {
         SHORT | {"model": "toy", "data": "text.txt", "layers": "3", "steps": "2", "lr": "1e-3", "sampled": "8"},
         "judged",
     ),
+    "prune-and-heal-iterated": (
+        SHORT | {"model": "toy", "data": "text.txt", "layers": "80%", "ends": "< 1e9", "steps": "2", "lr": "1e-3"},
+        "judged",
+    ),
     "inheritune": (
         SHORT | {"reference": "toy", "data": "text.txt", "steps": "2", "more": "+1", "until": "<= -1e9"},
         "judged-4",

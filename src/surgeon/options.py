@@ -134,7 +134,17 @@ DTYPES = Words(
 DEVICES = Words(("auto", "cpu", "cuda", "mps"), others=r"(cuda|cpu|mps):\d+")
 # The groups of options in --help and in the docs, in their order. Each option names one of them.
 GROUPS = (
-    *("source", "what is kept", "how much goes", "by which scores", "search", "depth", "width", "experts", "config"),
+    *(
+        "source",
+        "what is kept",
+        "how much goes",
+        "by which scores",
+        "compensation",
+        "depth",
+        "width",
+        "experts",
+        "config",
+    ),
     *("text", "prompt"),
     *("data", "lines", "what is measured", "answers", "sampling", "length and rate", "what is trained"),
     *("distillation", "gists", "numbers", "steps", "what is shown", "picture", "output", "run"),

@@ -60,8 +60,9 @@ def read_rows(
     """Return the first `samples` rows of `sequence_length` tokens, or as many as there are.
 
     Each text is tokenised whole and without special tokens, documents are joined by the end-of-text token, and a rest
-    shorter than a row is dropped; text that does not fill one row is one shorter row. `columns` are those of records
-    that the user has chosen.
+    shorter than a row is dropped; text that does not fill one row is one shorter row. Of several `specs` the rows come
+    in turns, one of each, so that few rows are of all of them; where one has no more, the others go on, and after them
+    what is left of all. `columns` are those of records that the user has chosen.
     Raises DataError when there is nothing to read, or fewer than 2 tokens, or documents and no token to join them.
     """
     import torch
@@ -69,15 +70,18 @@ def read_rows(
     assert not isinstance(specs, str)
     check_shape(samples, sequence_length)
     reading = Reading(columns)
-    ids, source, texts = _read_tokens(specs, tokenizer, samples * sequence_length, reading)
+    streams = [_Stream(spec, reading.documents(spec), tokenizer) for spec in specs]  # a wrong name is an error now
+    ids = _in_turns(streams, tokenizer, samples, sequence_length)
     if len(ids) < 2:
         count = f"{len(ids)} token" + ("" if len(ids) == 1 else "s")
         raise DataError(
             f"{count} in {', '.join(specs) or 'no data'}; a row has 2 at least", hint="Give more text with --data."
         )
     length = min(sequence_length, len(ids))
-    num_rows = min(samples, len(ids) // length)
-    tokens = torch.frombuffer(ids, dtype=torch.int64)[: num_rows * length].reshape(num_rows, length).clone()
+    tokens = torch.frombuffer(ids, dtype=torch.int64)[: len(ids) // length * length].reshape(-1, length).clone()
+    read = [stream for stream in streams if stream.texts or not stream.is_unread]
+    source = tuple({"data": stream.spec, "sha256": stream.sha256.hexdigest()} for stream in read)
+    texts = tuple(text for stream in read for text in stream.texts)
     return TokenRows(tokens, digest(tokens), source, texts, reading.notes(by_template(tokenizer)))
 
 
@@ -267,40 +271,70 @@ def hashed(document: Document, number: int) -> bytes:
     return (BETWEEN_TEXTS if number else b"") + text.encode()
 
 
-def _read_tokens(
-    specs: Sequence[str], tokenizer: "PreTrainedTokenizerBase", num_tokens: int, reading: Reading
-) -> "tuple[array[int], tuple[dict[str, str], ...], tuple[str, ...]]":
-    """Return at least `num_tokens` tokens, if there are as many, the origin of their texts, and these."""
-    streams = [reading.documents(spec) for spec in specs]  # a wrong name is an error, even where it is not needed
-    ids = array("q")
-    source: list[dict[str, str]] = []
-    texts: list[str] = []
-    for spec, stream in zip(specs, streams, strict=True):
-        if len(ids) >= num_tokens:
-            break
-        sha256 = hashlib.sha256()
-        for index, document in enumerate(_while_needed(stream, ids, num_tokens)):
-            if texts:
-                ids.append(_end_of_text(tokenizer, document))
-            texts.append(text_of(document, tokenizer))
-            sha256.update(hashed(document, index))
-            ids.extend(encode(texts[-1], tokenizer))
-        source.append({"data": spec, "sha256": sha256.hexdigest()})
-    return ids, tuple(source), tuple(texts)
+class _Stream:
+    """The tokens of one data argument, of which only the documents that are needed are read."""
+
+    def __init__(self, spec: str, documents: Iterator[Document], tokenizer: "PreTrainedTokenizerBase") -> None:
+        self.spec, self.sha256 = spec, hashlib.sha256()
+        self.texts: list[str] = []
+        self.is_unread = True
+        self._documents, self._tokenizer = documents, tokenizer
+        self._ids = array("q")
+        self._taken = 0
+
+    def row(self, length: int) -> "array[int] | None":
+        """Return the next tokens, as many as asked for; None where there are not as many."""
+        self.is_unread = False
+        while len(self._ids) - self._taken < length:
+            if (document := next(self._documents, None)) is None:
+                return None
+            if self.texts:
+                self._ids.append(_end_of_text(self._tokenizer, document.where))
+            text = text_of(document, self._tokenizer)
+            self.sha256.update(hashed(document, len(self.texts)))
+            self.texts.append(text)
+            self._ids.extend(encode(text, self._tokenizer))
+        self._taken += length
+        return self._ids[self._taken - length : self._taken]
+
+    def rest(self) -> "array[int]":
+        """Return the tokens that no row has taken, of the documents that were read."""
+        return self._ids[self._taken :]
 
 
-def _while_needed(stream: Iterator[Document], ids: "array[int]", num_tokens: int) -> Iterator[Document]:
-    """Yield documents as long as there are fewer than `num_tokens` ids."""
-    while len(ids) < num_tokens and (document := next(stream, None)) is not None:
-        yield document
+def _in_turns(
+    streams: Sequence[_Stream], tokenizer: "PreTrainedTokenizerBase", samples: int, length: int
+) -> "array[int]":
+    """Return the tokens of so many rows, one of each stream in turn, and then of what is left of all of them.
+
+    Where that is less than one row, it is all that there is.
+    """
+    ids, left = array("q"), list(streams)
+    while left and len(ids) < samples * length:
+        for stream in list(left):
+            if len(ids) >= samples * length:
+                break
+            if (row := stream.row(length)) is None:
+                left.remove(stream)
+            else:
+                ids.extend(row)
+    rests = array("q")
+    for stream in streams if len(ids) < samples * length else ():
+        if rests and stream.texts:
+            rests.append(_end_of_text(tokenizer, stream.spec))
+        rests.extend(stream.rest())
+    if ids:
+        rests = rests[: len(rests) // length * length]
+    ids.extend(rests)
+    return ids[: samples * length]
 
 
-def _end_of_text(tokenizer: "PreTrainedTokenizerBase", document: Document) -> int:
+def _end_of_text(tokenizer: "PreTrainedTokenizerBase", where: str) -> int:
     between = tokenizer.eos_token_id
     between = tokenizer.sep_token_id if between is None else between  # BERT has a separator
     if between is None:
         raise DataError(
-            f"{document.where} is a second document, and the tokenizer has no end-of-text token to put before it",
+            f"{where} is a second document, and the tokenizer has no end-of-text token to put before it",
             hint="Put all text into one .txt, or set eos_token in tokenizer_config.json.",
         )
     return int(between)

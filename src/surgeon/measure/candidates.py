@@ -90,7 +90,11 @@ class Reference:
     def measure(
         self, candidates: Sequence[Pairing], *, repair: "Fitting | None" = None, progress: Progress | None = None
     ) -> list[Outcome]:
-        """Return what each candidate is worth on the rows, in their order; with a `repair` each after its own."""
+        """Return what each candidate is worth on the rows, in their order; with a `repair` each after its own.
+
+        The text of the repair is that of a reference of the same model.
+        """
+        assert repair is None or repair.text.model is self.model, "both run in the same layers"
         for candidate in candidates:
             candidate.check(self.model.depth)
             if self._halves is None and not candidate.is_of_layers:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from surgeon.anatomy.halves import ATTENTION, MLP
 from surgeon.errors import MeasureError
+from surgeon.measure.refit import RIDGES
 from surgeon.measure.repair import Apply, Repair, repair
 from surgeon.models.halves import HalfLayers
 from surgeon.models.passage import Batch, silenced
@@ -32,7 +33,13 @@ class Rows:
 
 
 def compensate(
-    source: StreamedModel, result: StreamedModel, rows: Rows, sites: Sites, *, progress: Progress | None = None
+    source: StreamedModel,
+    result: StreamedModel,
+    rows: Rows,
+    sites: Sites,
+    *,
+    ridges: Sequence[float] = RIDGES,
+    progress: Progress | None = None,
 ) -> Iterator[tuple[Site, Repair]]:
     """Yield each of the sites of `result`, a cut of `source`, with its repair, from the first layer to the last.
 
@@ -51,7 +58,7 @@ def compensate(
             aims = [_hidden(wanted.before(site.end), sites.hidden) for site in by_layer.get(layer, ())]
             with result.layer(layer) as apply:
                 for site, aim in zip(by_layer.get(layer, ()), aims, strict=True):
-                    yield site, _repaired(result, apply, site, batches, states, aim, rows.held)
+                    yield site, _repaired(result, apply, site, (batches, states, aim, rows.held), ridges)
                 _apply(apply, batches, states, progress)
 
 
@@ -59,18 +66,16 @@ def _repaired(
     result: StreamedModel,
     apply: Apply,
     site: Site,
-    batches: Sequence[Batch],
-    states: Sequence[Tensor],
-    wanted: Sequence[Tensor],
-    held: Tensor,
+    text: tuple[Sequence[Batch], Sequence[Tensor], Sequence[Tensor], Tensor],
+    ridges: Sequence[float],
 ) -> Repair:
     """Return the repair of a map whose layer is in memory, from the states in front of that layer."""
     layer = site.map.layer
     if site.is_ahead:
         with result.layer(layer + 1) as following, _until(result, layer + 1, is_inside=True):
-            return repair(result, site.map, apply, batches, states, wanted, held, then=following)
+            return repair(result, site.map, apply, *text, then=following, ridges=ridges)
     with _until(result, layer, is_inside=site.map.half == ATTENTION):
-        return repair(result, site.map, apply, batches, states, wanted, held)
+        return repair(result, site.map, apply, *text, ridges=ridges)
 
 
 def _own(rows: Rows) -> Rows:

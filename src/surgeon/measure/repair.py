@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from surgeon.anatomy.outputs import OutputMap
 from surgeon.errors import MeasureError
-from surgeon.measure.refit import Error, Sums, solve
+from surgeon.measure.refit import LINEAR_RIDGE, RIDGES, Error, Sums, solve
 from surgeon.models.passage import Batch
 from surgeon.models.streaming import SAME, StreamedModel
 from surgeon.plan.arithmetic import TORCH_DTYPES
@@ -61,39 +61,36 @@ def repair(
     held: Tensor,
     *,
     then: Apply | None = None,
+    ridges: Sequence[float] = RIDGES,
 ) -> Repair:
     """Return the repair of an output map: with it `apply` brings the states as close to those `wanted` as it can.
 
     All are a batch each. `held`, shape (R,), says which rows only judge. Where the repair is taken, the module has the
     new weights as long as its layer is in memory. With `then`, the states are wanted behind that, which runs next: the
-    fit takes it to add what it adds now, and the repair is judged by what it truly adds.
+    fit takes it to add what it adds now, and the repair is judged by what it truly adds. `ridges` are those to try.
 
     Raises MeasureError where the layer does not add just what the map puts out, times a constant.
     """
     output = Output(model, known)
     text = _Text(batches, states, wanted, held)
     scale = output.scale(apply, batches[0], states[0])
-    fit, judge = (Sums(output.columns.shape, constant=known.bias is not None) for _ in range(2))
-    for batch, before, aim, is_held in text.rows():
-        with output.seen() as last:
-            after = apply(batch, before)
-        features = scale * output.inputs(batch.chosen(last[0].view(*after.shape[:-1], -1)))
-        reached = batch.chosen(after if then is None else then(batch, after))
-        for sums, chosen in ((fit, ~is_held), (judge, is_held)):
-            sums.add(features[chosen], reached[chosen], batch.chosen(aim)[chosen], first_tokens(batch)[chosen])
-    fit.add_up()
-    judge.add_up()
-    solution = solve(fit, judge)
-    old = output.columns.double()
+    fit, judge = text.sums(output, scale, apply, then)
+    solution = solve(fit, judge, ridges)
+    old, change = output.columns.double(), of_the_first(solution.change)
+    is_linear = solution.ridge == LINEAR_RIDGE
+    if is_linear:  # what float32 and the ridge have left of it is solved once more
+        with output.kept():
+            output.put(output.rounded(old + change.to(old.device), torch.float32))
+            change = change + of_the_first(text.sums(output, scale, apply, then)[0].solve(LINEAR_RIDGE))
     dtype = TORCH_DTYPES[model.anatomy.spec.tensors[known.weight].dtype]
-    tensors = output.rounded(old + of_the_first(solution.change).to(old.device), dtype)
-    if then is None:
-        change = (output.columns_of(tensors).to(old) - old).to(solution.change)
+    tensors = output.rounded(old + change.to(old.device), dtype)
+    if then is None and not is_linear:
+        change = (output.columns_of(tensors).to(old) - old).to(change)
         errors = fit.error(change), judge.error(change)
-    else:
+    else:  # the sums do not say it, or not to enough digits
         with output.kept():
             output.put(tensors)
-            errors = text.errors(lambda batch, before: then(batch, apply(batch, before)))
+            errors = text.errors(apply, then)
     if is_taken := errors[1] < judge.error():
         output.put(tensors)
     pairs = (fit.error(), errors[0]), (judge.error(), errors[1])
@@ -117,13 +114,28 @@ class _Text:
             at += len(batch.tokens)
             yield batch, before, aim, batch.chosen(rows)
 
-    def errors(self, apply: Apply) -> tuple[float, float]:
-        """Return the errors of the states behind `apply`: on the rows of the fit, and on those held out."""
+    def sums(self, output: "Output", scale: float, apply: Apply, then: Apply | None) -> tuple[Sums, Sums]:
+        """Return the sums for an output map that `apply` runs: over the rows of the fit, and over those held out."""
+        fit, judge = (Sums(output.columns.shape, constant=output.has_bias) for _ in range(2))
+        for batch, before, aim, is_held in self.rows():
+            with output.seen() as last:
+                after = apply(batch, before)
+            features = scale * output.inputs(batch.chosen(last[0].view(*after.shape[:-1], -1)))
+            reached = batch.chosen(after if then is None else then(batch, after))
+            for sums, chosen in ((fit, ~is_held), (judge, is_held)):
+                sums.add(features[chosen], reached[chosen], batch.chosen(aim)[chosen], first_tokens(batch)[chosen])
+        fit.add_up()
+        judge.add_up()
+        return fit, judge
+
+    def errors(self, apply: Apply, then: Apply | None) -> tuple[float, float]:
+        """Return the errors of the states behind both: on the rows of the fit, and on those held out."""
         fit, judge = Error(), Error()
         for batch, before, aim, is_held in self.rows():
-            parts = (batch.chosen(apply(batch, before)), batch.chosen(aim), first_tokens(batch))
+            after = apply(batch, before)
+            reached = batch.chosen(after if then is None else then(batch, after))
             for error, chosen in ((fit, ~is_held), (judge, is_held)):
-                error.add(*(part[chosen] for part in parts))
+                error.add(reached[chosen], batch.chosen(aim)[chosen], first_tokens(batch)[chosen])
         fit.add_up()
         judge.add_up()
         return fit.value(), judge.value()
@@ -150,6 +162,11 @@ class Output:
             )
         self.module = module
         assert (getattr(module, "bias", None) is None) == (known.bias is None)
+
+    @property
+    def has_bias(self) -> bool:
+        """Whether the map has a bias."""
+        return self._known.bias is not None
 
     @property
     def columns(self) -> Tensor:

@@ -17,6 +17,7 @@ from typing import Any
 
 from surgeon.checkpoint.derived import JoinedSource
 from surgeon.checkpoint.header import FilePart, TensorSpec, read_header, read_metadata
+from surgeon.checkpoint.receipt import public_record
 from surgeon.checkpoint.source import LocalSource, Source, StoredTensor, inside, spec_of, stored
 from surgeon.errors import CheckpointError, OutputError, PlanError
 from surgeon.mistyped import hint_beside
@@ -145,7 +146,7 @@ class RepairsWriter:
             for name, (spec, start) in self._places.items()
         ]
         try:
-            metadata = {_KEY: json.dumps({"format": FORMAT, **record})}
+            metadata = {_KEY: json.dumps(public_record({"format": FORMAT, **record}))}  # it may be published
             write_safetensors(self._directory / REPAIRS, writes, metadata=metadata)
             self._spool.unlink()
         except OSError as error:

@@ -85,6 +85,34 @@ def repeated(outcomes: Sequence[Outcome]) -> Table:
     return ["step", "figure", "mean ± standard error over seeds", "seeds"], lines
 
 
+def ranks(outcomes: Sequence[Outcome]) -> Table:
+    """Return the rank of each value of a loop's settings, a column for each step that measures: 1 is the best.
+
+    So a report shows where a ranking before healing is another after it. A step is ranked by its first figure; of
+    perplexities and losses less is better.
+    """
+    columns: dict[str, dict[str, tuple[float, float | None]]] = {}
+    for outcome in outcomes:
+        first = next(measures(outcome.result), None)
+        if first is not None and outcome.stem and outcome.output is None:  # what was made has figures of its own kind
+            name, value, error = first
+            sign = 1 if name in ("perplexity", "pseudo_perplexity", "loss") else -1
+            column = columns.setdefault(f"{outcome.stem}, {name.replace('_', ' ')}", {})
+            column[outcome.name.removeprefix(outcome.stem).removeprefix("-")] = (sign * value, error)
+    columns = {name: column for name, column in columns.items() if len(column) > 1}
+    values = dict.fromkeys(value for column in columns.values() for value in column)
+    return ["", *columns], [[value, *(_rank(column, value) for column in columns.values())] for value in values]
+
+
+def _rank(column: Mapping[str, tuple[float, float | None]], value: str) -> str:
+    """Return the place of a value in a column of figures, of which less is better, with its figure; "" for none."""
+    if value not in column:
+        return ""
+    figure, error = column[value]
+    place = sorted(other for other, _ in column.values()).index(figure) + 1
+    return f"{place} ({plus_minus(abs(figure), error)})"
+
+
 def sentence(outcomes: Sequence[Outcome]) -> str | None:
     """Return what was lost, by the last comparison with a baseline; None where there is none."""
     judged = next((outcome for outcome in reversed(outcomes) if "baseline" in outcome.result), None)

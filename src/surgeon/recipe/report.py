@@ -9,7 +9,7 @@ from surgeon.checkpoint.receipt import public_text, versions
 from surgeon.errors import SurgeonError
 from surgeon.evals.compare import markdown_table
 from surgeon.plots.page import heading, page_of, png_picture, sentences, table
-from surgeon.recipe.figures import Table, evaluations, headline, measures, repeated, sentence
+from surgeon.recipe.figures import Table, evaluations, headline, measures, ranks, repeated, sentence
 from surgeon.recipe.record import Record, replace_file
 from surgeon.recipe.running import Outcome
 from surgeon.text import duration, few
@@ -43,7 +43,11 @@ def _steps(outcomes: Sequence[Outcome], record: Record) -> Table:
 
 
 def _measured(outcomes: Sequence[Outcome]) -> list[tuple[str, Table]]:
-    return [("Measured (value ± standard error)", evaluations(outcomes)), ("Over seeds", repeated(outcomes))]
+    return [
+        ("Measured (value ± standard error)", evaluations(outcomes)),
+        ("Over seeds", repeated(outcomes)),
+        ("Ranks (1 is the best)", ranks(outcomes)),
+    ]
 
 
 # --- pictures -----------------------------------------------------------------------------------------------------

@@ -27,7 +27,8 @@ SUFFIXES = ("", ".run", ".jsonl", ".jsonl.partial", ".jsonl.receipt")
 class Outcome:
     """What came of a step: `status` is "done", "skipped" (done by an earlier run) or "failed".
 
-    `group` is the name without its seed of a step that runs once for each seed; "" for others.
+    `group` is the name without its seed of a step that runs once for each seed; "" for others. `stem` is the recipe's
+    name of a step that runs once for each value of another setting; "" for others.
     """
 
     name: str
@@ -37,6 +38,7 @@ class Outcome:
     result: Mapping[str, Any]
     seconds: float
     group: str = ""
+    stem: str = ""
 
     def to_dict(self) -> dict[str, Any]:
         """Return the outcome as `--json` prints it."""
@@ -130,7 +132,7 @@ class Runner:
             status = "done"
         for job, name in zip(chain, names, strict=True):
             self._latest[job.name] = name
-            self.outcomes.append(self._outcome(name, status, job.group))
+            self.outcomes.append(self._outcome(name, status, job))
         self._check(chain[-1], names[-1])
 
     def _redo(self, name: str, command: str, entry: Entry | None, key: str, inputs: Mapping[str, Any]) -> str | None:
@@ -245,10 +247,11 @@ class Runner:
             entry.identity = self.record.identities.of(written)
         self.record.save()
 
-    def _outcome(self, name: str, status: str, group: str) -> Outcome:
+    def _outcome(self, name: str, status: str, job: Job) -> Outcome:
         entry = self.record.entries[name]
         output = None if entry.output is None else str(self.record.directory / entry.output)
-        return Outcome(name, entry.command, status, output, entry.result, entry.seconds, group)
+        stem = job.stem if job.name != job.stem and not job.group else ""
+        return Outcome(name, entry.command, status, output, entry.result, entry.seconds, job.group, stem)
 
     def _check(self, job: Job, name: str) -> None:
         """Raise RecipeError where a figure of a step is not what the recipe requires of it."""

@@ -167,7 +167,8 @@ def _compensated(
     else:
         texts = measured.texts
     if texts is None:  # nothing is measured yet
-        return begun.source, whole, Compensation(find_sites(cut.anatomy, plan))
+        planned = Compensation(find_sites(cut.anatomy, plan))
+        return begun.source, replace(whole, notes=(*whole.notes, *planned.notes)), planned
     source, whole, done = compensated(begun.source, begun.plan, plan, cut.anatomy, texts, device=measured.device)
     step = {**plan.steps[-1]["prune"], "compensation": done.record}
     return source, replace(whole, steps=(*begun.plan.steps, {"prune": step}), notes=(*whole.notes, *done.notes)), done
