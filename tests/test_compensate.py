@@ -25,7 +25,7 @@ if LATER:
     from streamed import padded, plain, plain_states, real_parameters, stream, tokens
 
     from surgeon.anatomy.outputs import output_maps
-    from surgeon.measure import refit
+    from surgeon.measure import kept, refit
     from surgeon.measure.calibration import Calibration
     from surgeon.measure.candidates import Fitting, Reference
     from surgeon.measure.compensation import Rows, compensate
@@ -255,6 +255,15 @@ def test_one_layer_of_each_model_is_in_memory(tmp_path):
     assert all(count <= 1 for counts in seen for count in counts)
 
 
+def test_states_that_are_many_go_through_a_file(tmp_path, monkeypatch):
+    directory, ids = toys.build("llama", tmp_path / "model"), tokens(rows=24, length=20)
+    plan = prune(open_model(directory).anatomy, pairing=without((1, MLP), (2, ATTENTION), (4, ATTENTION), (4, MLP)))
+    _, in_memory = repaired(directory, plan, ids, tmp_path / "one")
+    monkeypatch.setattr(kept, "IN_MEMORY", 0)
+    _, in_file = repaired(directory, plan, ids, tmp_path / "two")
+    assert in_memory == in_file
+
+
 # --- width --------------------------------------------------------------------------------------------------------
 
 
@@ -314,9 +323,9 @@ def test_depth_and_all_widths_are_repaired_from_left_to_right(tmp_path):
     order = [f"model.layers.{i}.{half}.weight" for i in range(5) for half in ("self_attn.o_proj", "mlp.down_proj")]
     assert [each["tensors"][0] for each in maps] == order
     assert maps[5]["reason"] == "in front of layer 3, 8 inputs fewer"
-    kept = list(plan.axes["hidden"])
+    channels = list(plan.axes["hidden"])
     held = ids[held_out(24)]
-    wanted = plain_states(plain(directory), held)[6][..., kept]
+    wanted = plain_states(plain(directory), held)[6][..., channels]
     last = error_of(plain_states(plain(out), held)[5], wanted)
     assert last == pytest.approx(maps[-1]["held_out"][1 if maps[-1]["taken"] else 0], rel=1e-4)
 

@@ -40,7 +40,7 @@ NO_PLACES = {
         "STEP",
         "PATTERN",
     ),
-    *("PROMPT", "CHECK", "WHAT", "WHICH", "ENGINE"),
+    *("PROMPT", "CHECK", "WHAT", "WHICH", "ENGINE", "MS", "TIME"),
 }
 WORDS = {"revision", "device", "config_file"}  # options of all commands; tests/test_config_file.py has the last one
 # Arguments that are no fields of options: what they name is read, or written.
@@ -110,6 +110,8 @@ CASES: dict[tuple[str, str], list[str]] = {
     ("prune", "like"): ["{model}", "--score", "uniform", "--like", "{out}"],
     ("prune", "data"): ["{model}", "--layers", "2", "--data", "{out}/text.txt"],
     ("prune", "scores_from"): ["{model}", "--layers", "2", "--score", "last", "--scores-from", "{out}/scores.json"],
+    ("prune", "eval_data"): ["{model}", "--layers", "2", "--data", "{text}", "--eval-data", "{out}/text.txt"],
+    ("prune", "repairs_from"): ["{model}", "--drop", "2", "--repairs-from", "{out}/repairs.safetensors"],
     ("init", "config"): ["{out}/config.json"],
     ("init", "tokenizer"): ["gpt2", "--tokenizer", "{out}"],
     ("convert", "source"): ["{out}/pytorch_model.bin"],

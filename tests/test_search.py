@@ -12,7 +12,6 @@ from surgeon.anatomy.anatomy import read_anatomy
 from surgeon.anatomy.halves import Pairing
 from surgeon.checkpoint.source import spec_of
 from surgeon.errors import OutputError, PlanError
-from surgeon.options import count_in
 from surgeon.search.budget import OVER, Budget, Cost, Pricing, width_options
 from surgeon.search.cuts import Candidate, Space, kept_halves, pieces_of
 from surgeon.search.figures import Figures
@@ -20,6 +19,7 @@ from surgeon.search.journal import Journal, opened
 from surgeon.search.loop import SCREEN, SEARCH, WATCH, Search, Settings
 from surgeon.search.surrogate import Surrogate, best_cuts, solve, telling_pairs
 from surgeon.surgery import open_source
+from surgeon.text import parse_count
 
 # --- cuts -------------------------------------------------------------------------------------------------------
 
@@ -414,7 +414,7 @@ def test_a_budget_on_the_way_asks_for_a_share_of_what_has_to_go():
     ],
 )
 def test_numbers_of_parameters_are_read_as_they_are_written(written, count):
-    assert count_in(written) == count
+    assert parse_count(written) == count
 
 
 def test_figures_come_back_from_a_file_as_they_were():

@@ -17,9 +17,9 @@ from surgeon.search.journal import remove
 from surgeon.surgery import open_model
 from surgeon.transforms.choose import Choice
 from surgeon.verbs import prune as verb
-from surgeon.verbs.cut_options import SEARCH, CutOptions, PruneOptions, RunOptions
+from surgeon.verbs.cut_options import CutOptions, PruneOptions, RunOptions
 from surgeon.verbs.pruning import Pruning
-from surgeon.verbs.search_options import SearchOptions
+from surgeon.verbs.search_options import SEARCH, SearchOptions
 from surgeon.verbs.searching import Searched
 
 GROUP = "surgery"
@@ -151,6 +151,9 @@ class PruneReport:
         if surgery.compensation is not None:
             rows += surgery.compensation.rows()
             entries["compensation"] = surgery.compensation.to_dict()
+        if surgery.merging is not None:
+            rows += surgery.merging.rows()
+            entries["merging"] = surgery.merging.to_dict()
         return rows, entries
 
     def after(self, output: Path) -> tuple[list[tuple[str, str]], dict[str, Any]]:

@@ -8,12 +8,14 @@ sees choose the ridge, and decide whether the new map is taken.
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from typing import overload
 
 import torch
 from torch import Tensor
 
 from surgeon.anatomy.halves import ATTENTION, MLP
 from surgeon.errors import MeasureError
+from surgeon.measure.kept import Kept
 from surgeon.measure.refit import RIDGES
 from surgeon.measure.repair import Apply, Repair, repair
 from surgeon.models.halves import HalfLayers
@@ -52,14 +54,15 @@ def compensate(
         rows = _own(rows)
         wanted = _Source(source, rows, progress)
         batches = result.embed(rows.tokens, rows.real)
-        states = _begun(batches)
+        states = _States.of(batches)
         for layer in range(max(by_layer, default=-1) + 1):
             # The source goes on before the layer is read, so that one of its layers and this one are never both there.
-            aims = [_hidden(wanted.before(site.end), sites.hidden) for site in by_layer.get(layer, ())]
+            here = by_layer.get(layer, [])
+            aims = [wanted.before(site.end, keep=site is not here[-1]).at(sites.hidden) for site in here]
             with result.layer(layer) as apply:
-                for site, aim in zip(by_layer.get(layer, ()), aims, strict=True):
+                for site, aim in zip(here, aims, strict=True):
                     yield site, _repaired(result, apply, site, (batches, states, aim, rows.held), ridges)
-                _apply(apply, batches, states, progress)
+                states.move(apply, batches, progress)
 
 
 def _repaired(
@@ -95,24 +98,48 @@ def num_passes(sites: Sites) -> int:
     return last + 1 + max((site.end // 2 for site in sites.sites), default=0)
 
 
-def _begun(batches: Sequence[Batch]) -> list[Tensor]:
-    """Return the first states of batches, which do not keep them."""
-    states = [batch.hidden for batch in batches]
-    for batch in batches:
-        batch.hidden = batch.hidden[:0]
-    return states
+class _States(Sequence[Tensor]):
+    """The states of rows at one place of a model, a batch each, of all channels or of some."""
 
+    def __init__(self, kept: Kept, channels: Sequence[int] | None = None) -> None:
+        self._kept, self._channels = kept, None if channels is None else list(channels)
 
-def _apply(apply: Apply, batches: Sequence[Batch], states: list[Tensor], progress: Progress | None) -> None:
-    """Replace states by those behind a layer, a batch each: no two of all are in memory at once."""
-    for number, batch in enumerate(batches):
-        states[number] = apply(batch, states[number])
-        if progress:
-            progress(batch.tokens.numel())
+    @classmethod
+    def of(cls, batches: Sequence[Batch]) -> "_States":
+        """Return the first states of batches, which do not keep them."""
+        kept = Kept(1, batches)
+        for number, batch in enumerate(batches):
+            kept.put_one(0, number, batch.hidden)
+            batch.hidden = batch.hidden[:0].clone()
+        return cls(kept)
 
+    def at(self, channels: Sequence[int] | None) -> "_States":
+        """Return the same states at some channels; None: at all."""
+        return _States(self._kept, channels)
 
-def _hidden(states: Sequence[Tensor], positions: Sequence[int] | None) -> Sequence[Tensor]:
-    return states if positions is None else [state[..., list(positions)] for state in states]
+    def move(self, apply: Apply, batches: Sequence[Batch], progress: Progress | None) -> None:
+        """Replace the states by those behind a layer."""
+        for number, batch in enumerate(batches):
+            self._kept.put_one(0, number, apply(batch, self[number]))
+            if progress:
+                progress(batch.tokens.numel())
+
+    def copy(self) -> "_States":
+        """Return states of their own."""
+        return _States(self._kept.copy())
+
+    def __len__(self) -> int:
+        return self._kept.num_batches
+
+    @overload
+    def __getitem__(self, number: int) -> Tensor: ...
+    @overload
+    def __getitem__(self, number: slice) -> list[Tensor]: ...
+    def __getitem__(self, number: int | slice) -> Tensor | list[Tensor]:
+        if isinstance(number, slice):
+            return [self[each] for each in range(len(self))[number]]
+        states = self._kept.get_one(0, range(len(self))[number])
+        return states if self._channels is None else states[..., self._channels]
 
 
 class _Source:
@@ -122,21 +149,22 @@ class _Source:
         self._model, self._progress = model, progress
         self._batches = model.embed(rows.tokens, rows.real)
         self._layer = 0  # in front of which the states stand
-        self._states = _begun(self._batches)
-        self._inside: list[Tensor] | None = None  # the states between its halves, where they were asked for
+        self._states = _States.of(self._batches)
+        self._inside: _States | None = None  # the states between its halves, where they were asked for
 
-    def before(self, half: int) -> list[Tensor]:
-        """Return the states in front of a half of this number; the numbers never fall."""
+    def before(self, half: int, *, keep: bool) -> _States:
+        """Return the states in front of a half of this number, which never falls; to `keep` when the next are asked."""
         while self._layer < half // 2:
             self._inside = None
             with self._model.layer(self._layer) as apply:
-                _apply(apply, self._batches, self._states, self._progress)
+                self._states.move(apply, self._batches, self._progress)
             self._layer += 1
         if half % 2 == 0:
-            return list(self._states)
+            return self._states.copy() if keep else self._states
         if self._inside is None:
+            self._inside = self._states.copy()
             with self._model.layer(self._layer) as apply, _until(self._model, self._layer, is_inside=True):
-                self._inside = [apply(*each) for each in zip(self._batches, self._states, strict=True)]
+                self._inside.move(apply, self._batches, None)
         return self._inside
 
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from surgeon.anatomy.outputs import OutputMap
 from surgeon.errors import MeasureError
 from surgeon.measure.refit import LINEAR_RIDGE, RIDGES, Error, Sums, solve
+from surgeon.models.device import wide
 from surgeon.models.passage import Batch
 from surgeon.models.streaming import SAME, StreamedModel
 from surgeon.plan.arithmetic import TORCH_DTYPES
@@ -76,7 +77,7 @@ def repair(
     scale = output.scale(apply, batches[0], states[0])
     fit, judge = text.sums(output, scale, apply, then)
     solution = solve(fit, judge, ridges)
-    old, change = output.columns.double(), of_the_first(solution.change)
+    old, change = wide(output.columns), of_the_first(solution.change)
     is_linear = solution.ridge == LINEAR_RIDGE
     if is_linear:  # what float32 and the ridge have left of it is solved once more
         with output.kept():

@@ -3,18 +3,15 @@
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from surgeon.anatomy.halves import Pairing
 from surgeon.data.records import chosen_columns
 from surgeon.options import (
     Checked,
     OptionError,
-    Words,
     check_counts,
     check_seed,
     columns_option,
-    count_in,
     device_option,
     flag_of,
     in_python,
@@ -24,17 +21,13 @@ from surgeon.options import (
     progress_option,
     revision_option,
     seed_option,
-    size_in_bytes,
     trust_option,
 )
 from surgeon.progress import Progress
-from surgeon.search.budget import OVER
-from surgeon.search.journal import FILE as SEARCH_FILE
 from surgeon.transforms.layers import check_depth
 from surgeon.transforms.scores import METHODS
-from surgeon.verbs.search_options import SearchOptions
+from surgeon.verbs.search_options import SEARCH, SearchOptions, TargetOptions
 
-SEARCH = "search"  # in place of a score: cuts are measured, and the best is taken
 _UNCHANGED = "Default: unchanged."
 _SCORES = ", ".join(f"{name} ({method.help})" for name, method in METHODS.items())
 _BLOCK = ", ".join(name for name, method in METHODS.items() if method.block)
@@ -64,7 +57,7 @@ def _first_and_last(text: str) -> tuple[int, int]:
 
 
 @dataclass(frozen=True, kw_only=True)
-class CutOptions(Checked):
+class CutOptions(TargetOptions):
     """The options that say how much goes, and by which scores."""
 
     score: str = option(
@@ -79,37 +72,6 @@ class CutOptions(Checked):
         "Layers of the result: 24, or 75% of the source's. Default: unchanged, where a width is given.",
         None,
         metavar="N",
-        group="how much goes",
-    )
-    target_parameters: float | str | None = option(
-        "The result has at most so many parameters: 100M, 6.7B. With a --score the fewest layers go that it takes.",
-        None,
-        metavar="N",
-        group="how much goes",
-    )
-    target_memory: int | str | None = option(
-        "The result has at most so many bytes of weights, with --context and of its cache: 12GB.",
-        None,
-        metavar="SIZE",
-        group="how much goes",
-    )
-    target_latency: float | None = option(
-        "A token of the result takes at most so many milliseconds on this device, as measured layer by layer.",
-        None,
-        metavar="MS",
-        group="how much goes",
-    )
-    context: int | None = option(
-        "Tokens of the cache that --target-memory counts, and that --target-latency is measured after.",
-        None,
-        metavar="N",
-        group="how much goes",
-    )
-    over: str | None = option(
-        f"What a search may change, with commas between: {', '.join(OVER)}. Default: all that the family can.",
-        None,
-        metavar="PARTS",
-        choices=Words(tuple(OVER), many=True),
         group="how much goes",
     )
     drop: Sequence[int] | None = option(
@@ -161,6 +123,16 @@ class CutOptions(Checked):
     )
     experts: int | None = option(
         f"Experts per layer of the result. {_UNCHANGED}", None, metavar="N", group="how much goes"
+    )
+    merge_experts: bool = option(
+        "Merge the experts that go into those that stay: their output maps are solved anew on the text.",
+        False,
+        group="how much goes",
+    )
+    dense: bool = option(
+        "Make one MLP of --intermediate-size neurons of each layer's experts. Default size: what a token takes.",
+        False,
+        group="how much goes",
     )
     like: str | os.PathLike[str] | None = option(
         "Take the depth and all sizes from this smaller model; goes with --score uniform.",
@@ -216,12 +188,6 @@ class CutOptions(Checked):
         reads=True,
         group="by which scores",
     )
-    point: int | None = option(
-        "Make this cut of the search in the file of --scores-from; 1 is the one that it chose.",
-        None,
-        metavar="N",
-        group="by which scores",
-    )
     evaluate: bool = option(
         "Measure the perplexity on the text before and after.", True, names=("--evaluate/--no-evaluate",), group="text"
     )
@@ -251,8 +217,12 @@ class CutOptions(Checked):
         super().__post_init__()
         chosen_columns(self.columns)
         if self.score is None:
-            object.__setattr__(self, "score", SEARCH if self._asks_for_search else "angular")
-        self._check_search()
+            object.__setattr__(self, "score", SEARCH if self.asks_for_search(self.scores_from) else "angular")
+        others = {"greedy": self.greedy, "contiguous": self.contiguous is not None, "like": self.like is not None}
+        others |= {"keep_pattern": self.keep_pattern, "keep": self.keep is not None, "dense": self.dense}
+        rule = next((name for name, is_given in others.items() if is_given), self.dropped_by)
+        has_depth, has_record = self.layers is not None, self.scores_from is not None
+        self.check_search(self.score, rule=rule, has_depth=has_depth, has_record=has_record)
         if self.greedy and METHODS[self.score].greedy is None:
             raise OptionError(
                 "greedy", f"--greedy: {self.score} has no greedy form", hint=f"--greedy goes with --score {_GREEDY}."
@@ -287,49 +257,27 @@ class CutOptions(Checked):
             hint = "Give one of --layers, --drop (or halves), --keep and the targets."
             raise OptionError("", "the depth is asked for more than once", hint=hint)
         self._check_named()
+        if self.merge_experts and self.experts is None:
+            hint = "Give --experts N beside it."
+            raise OptionError("merge_experts", "--merge-experts merges experts that go, and none do", hint=hint)
+        if self.merge_experts and self.compensates:
+            hint = "Merge experts, and compensate the saved result."
+            raise OptionError("merge_experts", "one cut is merged or compensated, not both", hint=hint)
+        if self.dense:
+            self._check_dense(budgets or depths)
         if budgets and narrows:
             raise OptionError("", "a budget decides the depth, not the width", hint="Give --layers beside sizes.")
-        if not (budgets or depths or narrows or self.score == SEARCH):
+        if not (budgets or depths or narrows or self.dense or self.score == SEARCH):
             raise OptionError(
                 "", "nothing to prune", hint="Give --layers, a size such as --intermediate-size, or a target."
             )
 
-    @property
-    def _asks_for_search(self) -> bool:
-        """Whether a search decides where no score is named: for a target, unless scores were taken already."""
-        if self.scores_from is not None:
-            return self.point is not None or Path(self.scores_from).name == SEARCH_FILE
-        return self._targets
-
-    def _check_search(self) -> None:
-        """Raises OptionError for what only a search can do where there is none, and for what none can do."""
-        if self.score != SEARCH:
-            names = ("target_latency", "context", "over", "point")
-            if (only := next((name for name in names if getattr(self, name) is not None), None)) is not None:
-                hint = f"Leave out --score {self.score}."
-                raise OptionError(
-                    only, f"{flag_of(only)} is for a search, and --score {self.score} makes none", hint=hint
-                )
-            return
-        ruled = {"greedy": self.greedy, "contiguous": self.contiguous is not None, "keep_pattern": self.keep_pattern}
-        ruled |= {"like": self.like is not None, "keep": self.keep is not None}
-        ruled |= {name: True for name in (self.dropped_by,) if name is not None}
-        if (rule := next((name for name, is_given in ruled.items() if is_given), None)) is not None:
-            raise OptionError(
-                rule, f"a search chooses what goes, and {flag_of(rule)} does too", hint="Give one of them."
-            )
-        check_counts(self, "context", "point")
-        if self.context is not None and self.target_memory is None and self.target_latency is None:
-            hint = "Give --target-memory or --target-latency."
-            raise OptionError("context", "--context counts towards no target here", hint=hint)
-        if self.target_latency is not None and not 0 < self.target_latency < 1e9:
-            hint = "Write milliseconds, such as 12.5."
-            raise OptionError("target_latency", f"cannot read {self.target_latency!r} as a time", hint=hint)
-        if self.point is not None and self.scores_from is None:
-            raise OptionError("point", "--point is of a search that was made", hint="Give --scores-from search.json.")
-        if self.scores_from is None and self.layers is None and not self._targets:
-            hint = "Give --layers, --target-parameters, --target-memory or --target-latency."
-            raise OptionError("score", "a search needs to know how small the result is to be", hint=hint)
+    def _check_dense(self, depth: object) -> None:
+        """Raises OptionError for what a dense model is not made with in one step."""
+        others = [axis for axis, size in self.sizes.items() if size is not None and axis != "ffn"]
+        if depth or others or self.compensates or self.merge_experts:
+            hint = "Give --intermediate-size alone beside it, and cut the saved result."
+            raise OptionError("dense", "--dense makes experts dense, and cuts nothing else", hint=hint)
 
     def _check_named(self) -> None:
         """Raises OptionError where layers are named, and something else would choose them too."""
@@ -346,13 +294,14 @@ class CutOptions(Checked):
             )
 
     @property
-    def _targets(self) -> bool:
-        return any(target is not None for target in (self.target_parameters, self.target_memory, self.target_latency))
-
-    @property
     def compensates(self) -> bool:
         """Whether output maps are solved anew, or taken from a file."""
         return bool(self.compensate) or self.repairs_from is not None
+
+    @property
+    def solves(self) -> bool:
+        """Whether output maps are solved on the text."""
+        return (self.compensates and self.repairs_from is None) or self.merge_experts or self.dense
 
     @property
     def names_layers(self) -> bool:
@@ -369,25 +318,6 @@ class CutOptions(Checked):
         """The first option that names layers, or halves of them, that go; None where there is none."""
         naming = ("drop", "drop_attention", "drop_mlp", "pairing")
         return next((name for name in naming if getattr(self, name) is not None), None)
-
-    @property
-    def parameters(self) -> int | None:
-        """The most parameters that the result may have. Raises OptionError for infinity and NaN."""
-        if self.target_parameters is None:
-            return None
-        count = count_in(self.target_parameters)
-        if count is None:
-            raise OptionError(
-                "target_parameters",
-                f"cannot read {self.target_parameters!r} as a number of parameters",
-                hint="Write 100M, 6.7B or 6.7e9.",
-            )
-        return count
-
-    @property
-    def nbytes(self) -> int | None:
-        """The most bytes of weights that the result may have. Raises OptionError for text that is no size."""
-        return None if self.target_memory is None else size_in_bytes(self.target_memory, "target_memory")
 
     @property
     def sizes(self) -> dict[str, int | None]:
