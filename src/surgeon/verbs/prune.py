@@ -37,9 +37,11 @@ from surgeon.verbs.cut_options import PruneOptions
 from surgeon.verbs.dense import measured_plan, placeholder, planned_dense, refitted
 from surgeon.verbs.merging import Merging, merged, planned_merging
 from surgeon.verbs.pruning import Pruning
+from surgeon.verbs.search_options import SEARCH
 
 if TYPE_CHECKING:
     from surgeon.measure.calibration import Calibration
+    from surgeon.verbs.searching import Found
 
 VERB = Verb(counts_layers=True, plans="prune", begins=True, then="finetune {output} {data} --teacher {source}")
 UNSCORED = "No scores yet: counts and sizes are exact, what goes is not decided."
@@ -50,9 +52,11 @@ HEAVY = "more than a quarter of the layers goes: expect a broken model until it 
 def prune(model: "str | os.PathLike[str] | Surgery", options: PruneOptions) -> Pruning:
     """Return the surgery that removes the layers, neurons, heads, channels and experts that matter least.
 
-    The depth of the result is `layers`, or follows from a budget: `target_parameters` or `target_memory`. `score` ranks
-    layers and, where sizes are given, positions in width: by magnitude, evenly or at random with the scores of that
-    name, else by activation (Minitron) and, for experts, by REAP.
+    The depth of the result is `layers`, or a budget decides it: `target_parameters`, `target_memory`, `target_latency`.
+    A budget without a `score`, or score="search", searches: cuts of layers, of halves of layers and in width are
+    measured, and the best is made. Any other `score` ranks layers and, where sizes are given, positions in width: by
+    magnitude, evenly or at random with the scores of that name, else by activation (Minitron) and, for experts, by
+    REAP.
 
     Scores are taken in one streamed pass over the first `samples` sequences of `data`. `scores_from` replaces the pass.
 
@@ -65,6 +69,15 @@ def prune(model: "str | os.PathLike[str] | Surgery", options: PruneOptions) -> P
 
 def plan_pruning(begun: Surgery, options: PruneOptions) -> Pruning:
     """Return the surgery that `prune` returns, of a model that is open: measure, choose, plan."""
+    if options.score != SEARCH:
+        return _planned(begun, options)
+    from surgeon.verbs.searching import plan_search
+
+    return plan_search(begun, options, _planned)
+
+
+def _planned(begun: Surgery, options: PruneOptions, found: "Found | None" = None) -> Pruning:
+    """Return the surgery of a cut by scores, or of one that was `found` by a search."""
     cut, notes = _cut(begun.anatomy, options)
     if options.compensates:
         check_possible(begun.anatomy, in_depth=cut.count != 0)
@@ -72,7 +85,7 @@ def plan_pruning(begun: Surgery, options: PruneOptions) -> Pruning:
         check_merges(begun.anatomy, cut.sizes or {})
     dense = placeholder(begun.anatomy, options.intermediate_size) if options.dense else None
     with runs(begun.source.label, trust_remote_code=options.trust_remote_code):
-        measured = _measure(begun, cut, options)
+        measured = _measure(begun, cut, options) if found is None else _taken(found)
     scores = measured.scores
     is_scored = scores is not None or not cut.needs_scores
     removable, most_removable = _ranking(cut, options, scores)
@@ -92,6 +105,8 @@ def plan_pruning(begun: Surgery, options: PruneOptions) -> Pruning:
         plan, scores = _dense(begun, dense, options, measured)
     step: dict[str, Any] = _step(cut, options, choice, scores) if is_scored else {"score": options.score}
     step |= {} if dense is None else {"score": None, "dense": True}
+    if found is not None:
+        step |= found.step
     plan = replace(plan, steps=({"prune": step},), notes=(*plan.notes, *notes))
     with runs(begun.source.label, trust_remote_code=options.trust_remote_code):
         merging = None
@@ -267,6 +282,11 @@ class _Measured:
     device: str
     judged: "Calibration | None" = None
     texts: "Texts | None" = None
+
+
+def _taken(found: "Found") -> _Measured:
+    """Return what a search has measured. Its rows that judge are the text: those that it fitted to judge nothing."""
+    return _Measured(found.scores, found.text, found.device, found.text, found.texts)
 
 
 def _measure(begun: Surgery, cut: Cut, options: PruneOptions) -> _Measured:
