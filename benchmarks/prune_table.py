@@ -42,7 +42,7 @@ def main() -> None:
     parser.add_argument("--dropped", type=int, nargs="*", default=DROPPED)
     parser.add_argument("--methods", nargs="*", default=None)
     parser.add_argument("--heal", nargs="*", default=(), help="the methods whose cuts are healed: angular search ...")
-    parser.add_argument("--rows", type=int, default=16, help="of 256 tokens, of each text")
+    parser.add_argument("--rows", type=int, default=16, help="of 256 tokens, of each text; half of them for the KL")
     given = parser.parse_args()
     given.work.mkdir(parents=True, exist_ok=True)
     for dropped in given.dropped:
@@ -127,12 +127,13 @@ def judged(given: argparse.Namespace, name: str, directory: Path) -> dict[str, A
         for text, spec in (("seen", f"{given.data[0]}[60%:]"), ("unseen", given.unseen)):
             shape: dict[str, Any] = {"data": [spec], "samples": given.rows, "sequence_length": 256}
             loss = surgeon.evaluate(directory, **shape)
+            shape["samples"] //= 2  # both models run
             kl = surgeon.evaluate(directory, metric="acceptance", baseline=given.model, **shape)
             found[text] = {
                 "loss": loss.scored.outcomes["loss"],
                 "kl": kl.scored.outcomes["kl"],
                 "acceptance": kl.scored.figures["acceptance"].value,
-                "sizes": loss.scored.sizes,
+                "sizes": {"loss": loss.scored.sizes, "kl": kl.scored.sizes},
             }
         file.write_text(json.dumps(found))
     content: dict[str, Any] = json.loads(file.read_text())
@@ -155,10 +156,10 @@ def table(given: argparse.Namespace) -> str:
             for text in ("seen", "unseen"):
                 own = figures[text]
                 for of in ("loss", "kl"):
-                    mean = estimate(own[of], own["sizes"])
+                    mean = estimate(own[of], own["sizes"][of])
                     cells.append(f"{mean.value:.3f}")
                     if best is not None and figures is not best:
-                        difference = paired(own[of], best[text][of], own["sizes"])
+                        difference = paired(own[of], best[text][of], own["sizes"][of])
                         cells[-1] += f" ({difference.value:+.3f} ± {difference.error or 0:.3f})"
             lines.append(cells)
     head = ["layers' worth", "method", "loss", "KL", "unseen loss", "unseen KL"]

@@ -72,7 +72,8 @@ def test_on_a_terminal_the_help_has_colours_and_the_terminals_width(columns):
     options = [line for line in lines if not line.startswith("Example: ")]
     assert columns - 25 < max(map(len, options)) <= columns
     headings = [line.lower() for line in lines if line and not line.startswith(" ")]
-    assert headings[2:-2] == ["arguments", "how much goes", "by which scores", "compensation", "text", "output", "run"]
+    groups = ["arguments", "how much goes", "by which scores", "search", "compensation", "text", "output", "run"]
+    assert headings[2:-2] == groups
 
 
 def test_on_a_terminal_nothing_of_the_page_is_lost():

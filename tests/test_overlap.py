@@ -44,7 +44,7 @@ NO_PLACES = {
         "STEP",
         "PATTERN",
     ),
-    *("PROMPT", "CHECK", "WHAT", "WHICH", "ENGINE"),
+    *("PROMPT", "CHECK", "WHAT", "WHICH", "ENGINE", "MS", "TIME"),
 }
 WORDS = {"revision", "device", "config_file"}  # options of all commands; tests/test_config_file.py has the last one
 # Arguments that are no fields of options: what they name is read, or written.

@@ -71,8 +71,8 @@ def test_a_picture_has_a_panel_for_the_scores_one_for_what_goes_and_one_for_the_
     curve = draw(pruning("angular", MATRIX, (1, 2)), tmp_path / "curve.png", curve=[2.0, 3.0, 9.0])
     named = draw(pruning(None, None, (1, 2)), tmp_path / "named.png")
 
-    # Inches at 150 dots: 6.4 for scores, 1.7 for a map, 5.2 for a curve.
-    assert [image.shape[1] for image in (scores, cut, curve, named)] == [960, 1215, 1995, 255]
+    # Inches at 150 dots: 6.4 for scores, 1.7 for a map, 5.2 for a curve; 6.4 at least, for the title.
+    assert [image.shape[1] for image in (scores, cut, curve, named)] == [960, 1215, 1995, 960]
     assert {image.shape[0] for image in (scores, cut, curve, named)} == {690}
     assert len(np.unique(scores.reshape(-1, 3), axis=0)) > 50
 

@@ -343,7 +343,7 @@ def test_a_cut_without_scores_has_a_map_and_one_of_nothing_no_picture(model, tmp
     refused(run(*command, "--layers", 6), "nothing to draw")
     assert list(tmp_path.iterdir()) == []
     assert run(*command, "--layers", 4).code == 0
-    assert matplotlib.image.imread(tmp_path / "a.png").shape[:2] == (690, 255)
+    assert matplotlib.image.imread(tmp_path / "a.png").shape[:2] == (690, 960)
 
 
 def test_a_curve_without_a_text_is_refused_before_anything_is_written(model, scored, tmp_path, run):

@@ -139,6 +139,7 @@ GROUPS = (
         "what is kept",
         "how much goes",
         "by which scores",
+        "search",
         "compensation",
         "depth",
         "width",

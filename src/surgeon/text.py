@@ -66,6 +66,19 @@ def parse_size(written: str) -> int | None:
     return result if result >= 1 else None
 
 
+_COUNT = re.compile(r"\s*([0-9][0-9_,]*\.?[0-9]*(?:[eE]\+?[0-9]{1,2})?)\s*([KMBT]?)\s*", re.IGNORECASE)
+_THOUSANDS = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
+
+
+def parse_count(value: float | str) -> int | None:
+    """Return the number in 6.7e9, "100M" or "6.7B", rounded down; None for what is no number from 0 on."""
+    match = _COUNT.fullmatch(value) if isinstance(value, str) else None
+    if isinstance(value, str) and match is None:
+        return None
+    number = float(value) if match is None else float(re.sub("[_,]", "", match[1])) * _THOUSANDS[match[2].upper()]
+    return int(number) if 0 <= number < 1e18 else None
+
+
 _SLICED = re.compile(r"(.+)\[(\d{0,12}%?):(\d{0,12}%?)\]")
 
 

@@ -276,21 +276,27 @@ def _apply_rule(edit: ConfigEdit, rule: Rule, text: Mapping[str, Any], pairing: 
         return  # the list itself was cut
     half, keys = half_of_keys(rule.speaks_by), " and ".join(rule.speaks_by) or "a layer's place"
     kinds = _taken(kinds_by(rule, text, depth), pairing, half, keys)
-    if _fits(rule, edit.config, kinds):
+    if (after := with_kinds(edit.config, rule, kinds)) is not None:
+        edit.config = after
         return
-    if rule.express is not None:
-        edit.config.update(rule.express(kinds))
-        return
-    for values in product(range(len(kinds) + 2), repeat=len(rule.keys)):
-        attempt = edit.config | dict(zip(rule.keys, values, strict=True))
-        if _fits(rule, attempt, kinds):
-            edit.config = attempt
-            return
     source = " and ".join(rule.keys) or f"a layer's place, where config.json has no {rule.explicit}"
     raise PlanError(
         f"{name} derives its layer kinds from {source}; removing layers would change them",
         hint="Ask for another number of layers, such as whole periods of that rule.",
     )
+
+
+def with_kinds(config: Mapping[str, Any], rule: Rule, kinds: Sequence[object]) -> dict[str, Any] | None:
+    """Return a config by which a rule gives the layers these kinds, None where none does."""
+    if _fits(rule, config, kinds):
+        return dict(config)
+    if rule.express is not None:
+        return {**config, **rule.express(kinds)}
+    for values in product(range(len(kinds) + 2), repeat=len(rule.keys)):
+        attempt = {**config, **dict(zip(rule.keys, values, strict=True))}
+        if _fits(rule, attempt, kinds):
+            return attempt
+    return None
 
 
 def _fits(rule: Rule, config: Mapping[str, Any], kinds: Sequence[object]) -> bool:

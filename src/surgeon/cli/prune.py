@@ -13,11 +13,14 @@ from surgeon.options import Checked, OptionError, option, reads_of
 from surgeon.plots.figure import check_picture, save
 from surgeon.plots.pruning import NOTHING, NOTHING_HINT
 from surgeon.processes import speaks, together
+from surgeon.search.journal import remove
 from surgeon.surgery import open_model
 from surgeon.transforms.choose import Choice
 from surgeon.verbs import prune as verb
 from surgeon.verbs.cut_options import CutOptions, PruneOptions, RunOptions
 from surgeon.verbs.pruning import Pruning
+from surgeon.verbs.search_options import SEARCH, SearchOptions
+from surgeon.verbs.searching import Searched
 
 GROUP = "surgery"
 EXAMPLE = "surgeon prune gpt2-large --score angular --layers 27 --data text.txt -o gpt2-27"
@@ -44,12 +47,13 @@ def prune(
     model: Model,
     *,
     cut: CutOptions,
+    search: SearchOptions,
     running: RunOptions,
     writing: Writing,
     pictures: PictureOptions,
 ) -> None:
     """Remove the layers, neurons, heads and experts that matter least."""
-    options = PruneOptions(**vars(cut), **vars(running))
+    options = PruneOptions(**vars(cut), **vars(search), **vars(running))
     curve, plot = pictures.curve, pictures.plot
     if plot is not None:
         check_picture(plot, reads_of(options) | {"MODEL": (model,)}, overwrite=writing.overwrite, option="plot")
@@ -61,17 +65,26 @@ def prune(
         raise OptionError(
             "curve", "no score says which layers would go next: they are named", hint="Leave out --curve."
         )
+    if curve and options.score == SEARCH:
+        raise OptionError(
+            "curve", "a search measures what it needs, and a curve removes layers by a score", hint="Leave out --curve."
+        )
     with together(options.device):
         _prune(model, options, writing, curve=curve, plot=plot)
 
 
 def _prune(model: str, options: PruneOptions, writing: Writing, *, curve: bool, plot: Path | None) -> None:
     """Measure, write and report. Processes that a launcher started do this together."""
+    own: Path | None = None  # the state of a search, which ends with its result
     begun = open_model(model, revision=options.revision)
     surgery = verb.plan_pruning(begun, replace(options, measure=False))
     if not writing.dry_run:
         command.check(surgery, writing)  # before scoring, which may take an hour
-        with clock.part("scoring"):
+        if options.score == SEARCH and options.search_dir is None:
+            output = surgery.summary(writing.output).output
+            own = output.with_name(f"{output.name}.search")
+            options = replace(options, search_dir=own)
+        with clock.part("searching" if options.score == SEARCH else "scoring"):
             surgery = verb.plan_pruning(begun, options)
     report = PruneReport(surgery, evaluate=options.evaluate, curve=curve, plot=plot)
     if not writing.dry_run:
@@ -82,6 +95,8 @@ def _prune(model: str, options: PruneOptions, writing: Writing, *, curve: bool, 
             if curve:
                 report = replace(report, without=surgery.curve())
     command.run(surgery, writing, report=report, columns=options.columns)
+    if own is not None:
+        remove(own)
 
 
 @dataclass(frozen=True)
@@ -129,9 +144,16 @@ class PruneReport:
                 rows.append(("next best", f"layers {text.layers(choice.next_best)}{_value(choice.next_score)}"))
         if surgery.text is not None:
             rows.append(("text", str(surgery.text)))
+        if isinstance(surgery, Searched):
+            record = surgery.record
+            rows += [("search", record.effort_told), *record.rows(chosen=surgery.point.number)]
+            entries["search"] = record.told(chosen=surgery.point.number)
         if surgery.compensation is not None:
             rows += surgery.compensation.rows()
             entries["compensation"] = surgery.compensation.to_dict()
+        if surgery.merging is not None:
+            rows += surgery.merging.rows()
+            entries["merging"] = surgery.merging.to_dict()
         return rows, entries
 
     def after(self, output: Path) -> tuple[list[tuple[str, str]], dict[str, Any]]:
@@ -151,7 +173,7 @@ class PruneReport:
             rows += [(f"without {count}", _number(value)) for count, value in enumerate(curve)]
             entries["curve"] = curve
         if self.plot is not None and speaks():
-            save(surgery.draw(curve=curve), self.plot)
+            save(surgery.draw_search() if isinstance(surgery, Searched) else surgery.draw(curve=curve), self.plot)
             rows.append(("picture", str(self.plot)))
             entries["pictures"] = [str(self.plot)]
         return rows, entries

@@ -39,7 +39,10 @@ class Reference:
     """A whole model on rows of text, shape (R, T): its states before each half layer, and after the last.
 
     `real` is False for padding. Without `halves` only whole layers can be left out, of any model whose layers run
-    alone. Raises MeasureError for a model that does not predict the next token, or whose layers are no halves.
+    alone. `against` is another model on the same rows that candidates are compared with, in place of this one: that of
+    which this one is a narrower form.
+
+    Raises MeasureError for a model that does not predict the next token, or whose layers are no halves.
     """
 
     def __init__(
@@ -49,10 +52,12 @@ class Reference:
         *,
         real: Tensor | None = None,
         halves: bool = True,
+        against: "Reference | None" = None,
         progress: Progress | None = None,
     ) -> None:
         model.check_predicts()
         self.model, self.tokens, self.effort = model, tokens, Effort()
+        self.against = self if against is None else against
         self._halves = HalfLayers(model) if halves else None
         self.own = own_rows(len(tokens))
         if self.own.start == self.own.stop:
@@ -346,16 +351,18 @@ class _Walk:
         return [apply(batch, state) for batch, state in zip(of.batches, states, strict=True)]
 
     def _judged(self, paths: Sequence[_Path]) -> list[Outcome]:
-        of = self._of
-        last = 2 * of.model.depth
+        of, against = self._of, self._of.against
         outcomes = [OutcomeSums(len(of.tokens)) for _ in paths]
-        whole = of.states(last)
-        with of.model.head() as head:
+        whole = against.states(2 * against.model.depth)
+        if against is not of:  # a candidate with all halves is not the model that it is compared with
+            last = of.states(2 * of.model.depth)
+            paths = [path if path.states is not None else _Path(path.members, last) for path in paths]
+        with against.model.head() as true_head, nullcontext(true_head) if against is of else of.model.head() as head:
             at = of.first_row
             for number, batch in enumerate(of.batches):
                 for sums, path in zip(outcomes, paths, strict=True):
                     sums.begin(at, None if path.states is None else path.states[number])
-                compare(head, batch, whole[number], outcomes)
+                compare(head, batch, whole[number], outcomes, true_head=true_head)
                 at += len(batch.tokens)
         of.effort.heads += 1 + sum(path.states is not None for path in paths)
         found: dict[int, Outcome] = {}

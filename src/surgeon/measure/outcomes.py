@@ -93,8 +93,18 @@ class OutcomeSums:
         return Outcome(*self.values)
 
 
-def compare(head: Callable[[Tensor], Tensor], batch: Batch, whole: Tensor, candidates: Sequence[OutcomeSums]) -> None:
-    """Add to each candidate's sums what it gives for the tokens of a batch, beside the whole model's `whole` states."""
+def compare(
+    head: Callable[[Tensor], Tensor],
+    batch: Batch,
+    whole: Tensor,
+    candidates: Sequence[OutcomeSums],
+    *,
+    true_head: Callable[[Tensor], Tensor] | None = None,
+) -> None:
+    """Add to each candidate's sums what it gives for the tokens of a batch, beside the whole model's `whole` states.
+
+    `true_head` is the head of that whole model, where it is another one than the candidates'.
+    """
     following, counted = targets_of(batch)
     chosen = counted.to(whole.device)
     rows, targets = counted.cpu().nonzero()[:, 0], following[chosen]
@@ -103,7 +113,7 @@ def compare(head: Callable[[Tensor], Tensor], batch: Batch, whole: Tensor, candi
     size = min(head_tokens(whole.device), batch.tokens.shape[1])  # no more than the model has positions for
     for at in range(0, len(reference), size):
         few = slice(at, at + size)
-        truth = nn.functional.log_softmax(head(reference[few]).float(), -1)
+        truth = nn.functional.log_softmax((true_head or head)(reference[few]).float(), -1)
         p, best = truth.exp(), truth.argmax(-1)
         for each, own in zip(candidates, states, strict=True):
             guess = truth if own is None else nn.functional.log_softmax(head(own[few]).float(), -1)

@@ -19,8 +19,9 @@ from surgeon.data.documents import documents
 from surgeon.data.records import Columns, chosen_columns
 from surgeon.data.rows import hashed
 from surgeon.errors import DataError, RecipeError, first_line
-from surgeon.measure.record import read_scores
+from surgeon.measure.record import Scores, read_scores
 from surgeon.options import OptionError
+from surgeon.plan.plan import Plan
 from surgeon.plan.repairs import open_repairs, with_repairs
 from surgeon.recipe.checking import words_of
 from surgeon.recipe.commands import Commands
@@ -28,7 +29,9 @@ from surgeon.recipe.reading import Place, Value, plain
 from surgeon.recipe.running import Say
 from surgeon.showing import Shown
 from surgeon.surgery import Surgery, open_model, open_source
+from surgeon.transforms.dense import mixtures_of, to_dense
 from surgeon.transforms.prune import prune
+from surgeon.verbs.dense import CRITERION
 from surgeon.verbs.finetune import TrainingOptions
 
 TRAINED = "finetune"  # the step of a receipt that is trained again
@@ -163,19 +166,23 @@ def _pruned(surgery: Surgery, step: Mapping[str, Any], original: Path) -> Surger
     scores = read_scores(file) if file.is_file() else None
     criterion = step.get("width_criterion") or "uniform"
     halves = step.get("pairing")
-    plan = prune(
-        surgery.anatomy,
-        dropped=step["dropped"],
-        pairing=None if halves is None else Pairing(**{half: tuple(kept) for half, kept in halves.items()}),
-        sizes=step["sizes"],
-        criterion=criterion,
-        values=None if scores is None else scores.widths.get(criterion),
-        seed=step["seed"],
+    plan = (
+        _dense(surgery, scores)
+        if step.get("dense")
+        else prune(
+            surgery.anatomy,
+            dropped=step["dropped"],
+            pairing=None if halves is None else Pairing(**{half: tuple(kept) for half, kept in halves.items()}),
+            sizes=step["sizes"],
+            criterion=criterion,
+            values=None if scores is None else scores.widths.get(criterion),
+            seed=step["seed"],
+        )
     )
     attachments = {**surgery.attachments, **({SCORES: content_of(file)} if scores is not None else {})}
     plan = replace(plan, steps=({"prune": dict(step)},))
     made = replace(surgery, plan=surgery.plan.then(plan), attachments=attachments)
-    solved = (step.get("compensation") or {}).get("sha256")
+    solved = (step.get("compensation") or step.get("merging") or {}).get("sha256")
     if solved is None:
         return made
     repairs = open_repairs(original)
@@ -183,6 +190,14 @@ def _pruned(surgery: Surgery, step: Mapping[str, Any], original: Path) -> Surger
         raise RecipeError(f"{repairs.path} has changed since", hint="Put the one back that it was made of.")
     source, whole = with_repairs(made.source, made.plan, repairs)
     return replace(made, source=source, plan=whole)
+
+
+def _dense(surgery: Surgery, scores: Scores | None) -> Plan:
+    """Return the plan of a dense model that was made of experts: which neurons stayed is in the scores beside it."""
+    if scores is None or CRITERION not in scores.widths:
+        hint = "Put the scores.json back that it was made with."
+        raise RecipeError("the scores of a dense model are gone", hint=hint)
+    return to_dense(surgery.anatomy, mixtures_of(surgery.anatomy, scores.widths[CRITERION]))
 
 
 def _words_of(step: Mapping[str, Any], options: Mapping[str, Any], commands: Commands, path: Path) -> list[str]:

@@ -175,7 +175,7 @@ def _solved(
     for site, repair in compensate(whole, cut, rows, sites, progress=progress):
         maps.append(_entry(site, repair))
         for name, tensor in repair.tensors.items():
-            writer.add(name, cut.anatomy.spec.tensors[name], _bytes(tensor))
+            writer.add(name, cut.anatomy.spec.tensors[name], bytes_of(tensor))
     record = {
         "cut": sites.digest,
         "model": source.provenance(),
@@ -196,7 +196,8 @@ def _check_same(repairs: RepairsFile, source: Source, sites: Sites) -> None:
         raise PlanError(f"the repairs in {repairs.label} are of another cut than this one", hint=AGAIN)
 
 
-def _bytes(tensor: "Tensor") -> memoryview:
+def bytes_of(tensor: "Tensor") -> memoryview:
+    """Return the bytes of a tensor as a file holds them."""
     import torch
 
     return tensor.contiguous().view(torch.uint8).numpy().data

@@ -21,12 +21,12 @@ from surgeon.options import (
     progress_option,
     revision_option,
     seed_option,
-    size_in_bytes,
     trust_option,
 )
 from surgeon.progress import Progress
 from surgeon.transforms.layers import check_depth
 from surgeon.transforms.scores import METHODS
+from surgeon.verbs.search_options import SEARCH, SearchOptions, TargetOptions
 
 _UNCHANGED = "Default: unchanged."
 _SCORES = ", ".join(f"{name} ({method.help})" for name, method in METHODS.items())
@@ -57,32 +57,21 @@ def _first_and_last(text: str) -> tuple[int, int]:
 
 
 @dataclass(frozen=True, kw_only=True)
-class CutOptions(Checked):
+class CutOptions(TargetOptions):
     """The options that say how much goes, and by which scores."""
 
     score: str = option(
-        f"The score that decides what goes: {_SCORES}.",
-        "angular",
+        f"What decides what goes: {SEARCH} (cuts are measured; with a target the default), or a score: {_SCORES}. "
+        "Default: angular.",
+        None,
         metavar="SCORE",
-        choices=tuple(METHODS),
+        choices=(SEARCH, *METHODS),
         group="by which scores",
     )
     layers: int | str | None = option(
         "Layers of the result: 24, or 75% of the source's. Default: unchanged, where a width is given.",
         None,
         metavar="N",
-        group="how much goes",
-    )
-    target_parameters: float | None = option(
-        "Remove the fewest layers that leave at most so many parameters: 6.7e9.",
-        None,
-        metavar="N",
-        group="how much goes",
-    )
-    target_memory: int | str | None = option(
-        "Remove the fewest layers that leave at most so many bytes of weights: 12GB.",
-        None,
-        metavar="SIZE",
         group="how much goes",
     )
     drop: Sequence[int] | None = option(
@@ -134,6 +123,16 @@ class CutOptions(Checked):
     )
     experts: int | None = option(
         f"Experts per layer of the result. {_UNCHANGED}", None, metavar="N", group="how much goes"
+    )
+    merge_experts: bool = option(
+        "Merge the experts that go into those that stay: their output maps are solved anew on the text.",
+        False,
+        group="how much goes",
+    )
+    dense: bool = option(
+        "Make one MLP of --intermediate-size neurons of each layer's experts. Default size: what a token takes.",
+        False,
+        group="how much goes",
     )
     like: str | os.PathLike[str] | None = option(
         "Take the depth and all sizes from this smaller model; goes with --score uniform.",
@@ -193,8 +192,8 @@ class CutOptions(Checked):
         "Measure the perplexity on the text before and after.", True, names=("--evaluate/--no-evaluate",), group="text"
     )
     eval_data: Sequence[str] = option(
-        "Text that neither scores nor a compensation are fitted to: it judges both. Repeatable. Default: --data, of "
-        "which a compensation leaves one row in eight.",
+        "Text that neither scores, a search nor a compensation are fitted to: it judges all. Repeatable. Default: "
+        "--data, of which a compensation leaves one row in eight.",
         (),
         metavar="DATA",
         reads=True,
@@ -217,6 +216,13 @@ class CutOptions(Checked):
     def __post_init__(self) -> None:
         super().__post_init__()
         chosen_columns(self.columns)
+        if self.score is None:
+            object.__setattr__(self, "score", SEARCH if self.asks_for_search(self.scores_from) else "angular")
+        others = {"greedy": self.greedy, "contiguous": self.contiguous is not None, "like": self.like is not None}
+        others |= {"keep_pattern": self.keep_pattern, "keep": self.keep is not None, "dense": self.dense}
+        rule = next((name for name, is_given in others.items() if is_given), self.dropped_by)
+        has_depth, has_record = self.layers is not None, self.scores_from is not None
+        self.check_search(self.score, rule=rule, has_depth=has_depth, has_record=has_record)
         if self.greedy and METHODS[self.score].greedy is None:
             raise OptionError(
                 "greedy", f"--greedy: {self.score} has no greedy form", hint=f"--greedy goes with --score {_GREEDY}."
@@ -243,19 +249,35 @@ class CutOptions(Checked):
         narrows = any(size is not None for size in self.sizes.values())
         if self.like is not None and (self.layers is not None or narrows):
             raise OptionError("like", "sizes are given beside a model to take them from", hint="Give --like, or sizes.")
-        budgets = [target for target in (self.parameters, self.nbytes) if target is not None]
+        targets = (self.parameters, self.nbytes, self.target_latency)
+        budgets = [target for target in targets if target is not None]
         depths: list[object] = [given for given in (self.layers, self.like, self.keep) if given is not None]
         depths += [True] * (self.dropped_by is not None)
-        if len(budgets) + len(depths) > 1:
+        if (len(budgets) > 1 and self.score != SEARCH) or len(depths) + bool(budgets) > 1:
             hint = "Give one of --layers, --drop (or halves), --keep and the targets."
             raise OptionError("", "the depth is asked for more than once", hint=hint)
         self._check_named()
+        if self.merge_experts and self.experts is None:
+            hint = "Give --experts N beside it."
+            raise OptionError("merge_experts", "--merge-experts merges experts that go, and none do", hint=hint)
+        if self.merge_experts and self.compensates:
+            hint = "Merge experts, and compensate the saved result."
+            raise OptionError("merge_experts", "one cut is merged or compensated, not both", hint=hint)
+        if self.dense:
+            self._check_dense(budgets or depths)
         if budgets and narrows:
             raise OptionError("", "a budget decides the depth, not the width", hint="Give --layers beside sizes.")
-        if not (budgets or depths or narrows):
+        if not (budgets or depths or narrows or self.dense or self.score == SEARCH):
             raise OptionError(
                 "", "nothing to prune", hint="Give --layers, a size such as --intermediate-size, or a target."
             )
+
+    def _check_dense(self, depth: object) -> None:
+        """Raises OptionError for what a dense model is not made with in one step."""
+        others = [axis for axis, size in self.sizes.items() if size is not None and axis != "ffn"]
+        if depth or others or self.compensates or self.merge_experts:
+            hint = "Give --intermediate-size alone beside it, and cut the saved result."
+            raise OptionError("dense", "--dense makes experts dense, and cuts nothing else", hint=hint)
 
     def _check_named(self) -> None:
         """Raises OptionError where layers are named, and something else would choose them too."""
@@ -277,6 +299,11 @@ class CutOptions(Checked):
         return bool(self.compensate) or self.repairs_from is not None
 
     @property
+    def solves(self) -> bool:
+        """Whether output maps are solved on the text."""
+        return (self.compensates and self.repairs_from is None) or self.merge_experts or self.dense
+
+    @property
     def names_layers(self) -> bool:
         """Whether the layers that go are named, and not chosen by scores."""
         return self.dropped_by is not None or self.keep is not None
@@ -291,24 +318,6 @@ class CutOptions(Checked):
         """The first option that names layers, or halves of them, that go; None where there is none."""
         naming = ("drop", "drop_attention", "drop_mlp", "pairing")
         return next((name for name in naming if getattr(self, name) is not None), None)
-
-    @property
-    def parameters(self) -> int | None:
-        """The most parameters that the result may have. Raises OptionError for infinity and NaN."""
-        if self.target_parameters is None:
-            return None
-        if not 0 <= self.target_parameters < 1e18:
-            raise OptionError(
-                "target_parameters",
-                f"cannot read {self.target_parameters!r} as a number of parameters",
-                hint="Write 6.7e9.",
-            )
-        return int(self.target_parameters)
-
-    @property
-    def nbytes(self) -> int | None:
-        """The most bytes of weights that the result may have. Raises OptionError for text that is no size."""
-        return None if self.target_memory is None else size_in_bytes(self.target_memory, "target_memory")
 
     @property
     def sizes(self) -> dict[str, int | None]:
@@ -334,7 +343,7 @@ class RunOptions(Checked):
 
 
 @dataclass(frozen=True, kw_only=True)
-class PruneOptions(RunOptions, CutOptions):
+class PruneOptions(RunOptions, SearchOptions, CutOptions):
     """The options of `prune`."""
 
     all_tokens: bool = in_python('The same as tokens="all".', False)

@@ -18,6 +18,7 @@ from surgeon.plan.plan import FLOAT_DTYPES, Plan
 from surgeon.plan.repairs import RepairsFile, open_repairs
 from surgeon.surgery import Surgery, open_model, open_source
 from surgeon.transforms.choose import Choice
+from surgeon.transforms.merging import check_merges
 from surgeon.transforms.prune import (
     Cut,
     halves_without,
@@ -33,10 +34,14 @@ from surgeon.transforms.scores import METHODS
 from surgeon.transforms.seams import find_sites
 from surgeon.verbs.compensating import Compensation, Texts, check_possible, compensated
 from surgeon.verbs.cut_options import PruneOptions
+from surgeon.verbs.dense import measured_plan, placeholder, planned_dense, refitted
+from surgeon.verbs.merging import Merging, merged, planned_merging
 from surgeon.verbs.pruning import Pruning
+from surgeon.verbs.search_options import SEARCH
 
 if TYPE_CHECKING:
     from surgeon.measure.calibration import Calibration
+    from surgeon.verbs.searching import Found
 
 VERB = Verb(counts_layers=True, plans="prune", begins=True, then="finetune {output} {data} --teacher {source}")
 UNSCORED = "No scores yet: counts and sizes are exact, what goes is not decided."
@@ -47,9 +52,11 @@ HEAVY = "more than a quarter of the layers goes: expect a broken model until it 
 def prune(model: "str | os.PathLike[str] | Surgery", options: PruneOptions) -> Pruning:
     """Return the surgery that removes the layers, neurons, heads, channels and experts that matter least.
 
-    The depth of the result is `layers`, or follows from a budget: `target_parameters` or `target_memory`. `score` ranks
-    layers and, where sizes are given, positions in width: by magnitude, evenly or at random with the scores of that
-    name, else by activation (Minitron) and, for experts, by REAP.
+    The depth of the result is `layers`, or a budget decides it: `target_parameters`, `target_memory`, `target_latency`.
+    A budget without a `score`, or score="search", searches: cuts of layers, of halves of layers and in width are
+    measured, and the best is made. Any other `score` ranks layers and, where sizes are given, positions in width: by
+    magnitude, evenly or at random with the scores of that name, else by activation (Minitron) and, for experts, by
+    REAP.
 
     Scores are taken in one streamed pass over the first `samples` sequences of `data`. `scores_from` replaces the pass.
 
@@ -62,11 +69,23 @@ def prune(model: "str | os.PathLike[str] | Surgery", options: PruneOptions) -> P
 
 def plan_pruning(begun: Surgery, options: PruneOptions) -> Pruning:
     """Return the surgery that `prune` returns, of a model that is open: measure, choose, plan."""
+    if options.score != SEARCH:
+        return _planned(begun, options)
+    from surgeon.verbs.searching import plan_search
+
+    return plan_search(begun, options, _planned)
+
+
+def _planned(begun: Surgery, options: PruneOptions, found: "Found | None" = None) -> Pruning:
+    """Return the surgery of a cut by scores, or of one that was `found` by a search."""
     cut, notes = _cut(begun.anatomy, options)
     if options.compensates:
         check_possible(begun.anatomy, in_depth=cut.count != 0)
+    if options.merge_experts:
+        check_merges(begun.anatomy, cut.sizes or {})
+    dense = placeholder(begun.anatomy, options.intermediate_size) if options.dense else None
     with runs(begun.source.label, trust_remote_code=options.trust_remote_code):
-        measured = _measure(begun, cut, options)
+        measured = _measure(begun, cut, options) if found is None else _taken(found)
     scores = measured.scores
     is_scored = scores is not None or not cut.needs_scores
     removable, most_removable = _ranking(cut, options, scores)
@@ -78,14 +97,24 @@ def plan_pruning(begun: Surgery, options: PruneOptions) -> Pruning:
     choice = pick(count)
     notes += () if measured.text is None else measured.text.notes
     notes += (UNSCORED,) if not is_scored else (HEAVY,) if 4 * count > cut.anatomy.depth else ()
-    measures = bool(options.data) and (options.evaluate or options.compensates)
+    measures = bool(options.data) and (options.evaluate or options.solves)
     is_measured = is_scored and (options.measure or not measures)
     criterion = cut.criterion if is_scored else "uniform"
     plan = cut.plan(choice, criterion, values=None if scores is None else scores.widths.get(criterion))
-    step = _step(cut, options, choice, scores) if is_scored else {"score": options.score}
+    if dense is not None:
+        plan, scores = _dense(begun, dense, options, measured)
+    step: dict[str, Any] = _step(cut, options, choice, scores) if is_scored else {"score": options.score}
+    step |= {} if dense is None else {"score": None, "dense": True}
+    if found is not None:
+        step |= found.step
     plan = replace(plan, steps=({"prune": step},), notes=(*plan.notes, *notes))
     with runs(begun.source.label, trust_remote_code=options.trust_remote_code):
+        merging = None
         source, whole, compensation = _compensated(begun, plan, cut, options, measured, is_decided=is_scored)
+        if options.merge_experts:
+            source, whole, merging = _merged(begun, plan, cut, measured, is_decided=is_scored)
+        elif dense is not None:
+            source, whole, merging = _refitted(begun, plan, measured)
     return Pruning(
         source=source,
         plan=whole,
@@ -97,6 +126,7 @@ def plan_pruning(begun: Surgery, options: PruneOptions) -> Pruning:
         text=measured.text,
         judged=measured.judged,
         compensation=compensation,
+        merging=merging,
         removable=removable,
         most_removable=most_removable,
         device=measured.device,
@@ -160,13 +190,48 @@ def _compensated(
     return source, replace(whole, steps=(*begun.plan.steps, {"prune": step}), notes=(*whole.notes, *done.notes)), done
 
 
+def _merged(
+    begun: Surgery, plan: Plan, cut: Cut, measured: "_Measured", *, is_decided: bool
+) -> tuple[Source, Plan, Merging]:
+    """Return the source and the plan of the cut with its experts merged, and what was solved."""
+    assert cut.sizes is not None, "experts go"
+    merging = planned_merging(cut.anatomy, cut.sizes["experts"])
+    if measured.texts is None or not is_decided:
+        return begun.source, begun.plan.then(plan), merging
+    source, whole, done = merged(begun.source, begun.plan, plan, merging, measured.texts, device=measured.device)
+    step = {**plan.steps[-1]["prune"], "merging": done.record}
+    return source, replace(whole, steps=(*begun.plan.steps, {"prune": step}), notes=(*whole.notes, *done.notes)), done
+
+
+def _dense(begun: Surgery, planned: Plan, options: PruneOptions, measured: "_Measured") -> tuple[Plan, Scores | None]:
+    """Return the plan of a dense model, and the record of what was measured for it; without a text its placeholder."""
+    if measured.text is None:
+        return replace(planned, notes=(*planned.notes, UNSCORED)), measured.scores
+    width = planned_dense(begun.anatomy, planned).width
+    assert width is not None, "a dense model has one"
+    how: dict[str, Any] = {"known": measured.scores, "device": measured.device, "seed": options.seed}
+    with runs(begun.source.label, trust_remote_code=options.trust_remote_code):
+        return measured_plan(begun.source, begun.anatomy, width, measured.text, **how)
+
+
+def _refitted(begun: Surgery, plan: Plan, measured: "_Measured") -> tuple[Source, Plan, Merging]:
+    """Return the source and the plan of a dense model with its output maps solved, and what was solved."""
+    if measured.texts is None:
+        return begun.source, begun.plan.then(plan), planned_dense(begun.anatomy, plan)
+    source, whole, done = refitted(
+        begun.source, begun.plan, plan, begun.anatomy, measured.texts, device=measured.device
+    )
+    step = {**plan.steps[-1]["prune"], "merging": done.record}
+    return source, replace(whole, steps=(*begun.plan.steps, {"prune": step}), notes=(*whole.notes, *done.notes)), done
+
+
 # --- the cut --------------------------------------------------------------------------------------------------
 
 
 def _cut(anatomy: Anatomy, options: PruneOptions) -> tuple[Cut, tuple[str, ...]]:
     """Return the cut that the options ask for, and notes. Raises PlanError for an impossible one: nothing is scored."""
     notes: tuple[str, ...] = ()
-    layers, given = options.layers, options.sizes
+    layers, given = options.layers, {} if options.dense else options.sizes
     named, pairing = _named(anatomy, options)
     if options.like is not None:
         small = read_anatomy(spec_of(open_source(options.like)))
@@ -219,6 +284,11 @@ class _Measured:
     texts: "Texts | None" = None
 
 
+def _taken(found: "Found") -> _Measured:
+    """Return what a search has measured. Its rows that judge are the text: those that it fitted to judge nothing."""
+    return _Measured(found.scores, found.text, found.device, found.text, found.texts)
+
+
 def _measure(begun: Surgery, cut: Cut, options: PruneOptions) -> _Measured:
     """Return the scores, read or taken, and the text, as far as the options ask for them."""
     source = begun.source
@@ -227,25 +297,24 @@ def _measure(begun: Surgery, cut: Cut, options: PruneOptions) -> _Measured:
         begun.check_saved()
         scores = read_scores_of(options.scores_from, source)
     takes_scores = scores is None and cut.needs_scores
-    solves = options.compensates and options.repairs_from is None
-    if not options.measure or not (options.data or options.eval_data or takes_scores or solves):
+    if not options.measure or not (options.data or options.eval_data or takes_scores or options.solves):
         return _Measured(scores, None, options.device)
     begun.check_saved()
     check_there([*options.data, *options.eval_data])
     from surgeon.models.device import resolve_device
 
     device = resolve_device(options.device)
-    text = _text(source, cut, options, device, solves=solves)
+    text = _text(source, cut, options, device)
     judged = _calibrated(source, options, options.eval_data, device) if options.eval_data else None
-    texts = Texts(text, judged) if text is not None and solves else None
+    texts = Texts(text, judged) if text is not None and options.solves else None
     if scores is None:
         scores = _score(source, cut, options, text, device)
     return _Measured(scores, text, device, texts.held if texts is not None else judged or text, texts)
 
 
-def _text(source: Source, cut: Cut, options: PruneOptions, device: str, *, solves: bool) -> "Calibration | None":
+def _text(source: Source, cut: Cut, options: PruneOptions, device: str) -> "Calibration | None":
     """Return the text to measure on: the user's, else one that the model writes where a measurement needs it."""
-    if not options.data and not cut.reads_text and not solves:
+    if not options.data and not cut.reads_text and not options.solves:
         return None
     return _calibrated(source, options, options.data, device)
 

@@ -15,6 +15,7 @@ from surgeon.models.loading import runs
 from surgeon.surgery import Surgery, open_source
 from surgeon.transforms.choose import Choice
 from surgeon.verbs.compensating import Compensation
+from surgeon.verbs.merging import Merging
 
 if TYPE_CHECKING:
     from surgeon.measure.calibration import Calibration
@@ -27,8 +28,8 @@ class Pruning(Surgery):
 
     `score` is None where the layers were named and no score was asked. `choice` is None where no scores are there yet,
     `text` where none was read. `judged` is the text that perplexities are measured on, `compensation` what was solved
-    anew, None where that was not asked for. removable(n) returns the layers that go when n do; it works for n up to
-    `most_removable`, with `keep_pattern` for whole periods.
+    anew and `merging` which experts were merged, None where that was not asked for. removable(n) returns the layers
+    that go when n do; it works for n up to `most_removable`, with `keep_pattern` for whole periods.
 
         pruning = surgeon.prune("gpt2-large", score="block-influence", layers=30, data=["text.txt"], samples=4)
         print(pruning.choice.dropped, pruning.perplexity())
@@ -46,6 +47,7 @@ class Pruning(Surgery):
     is_named: bool = False
     judged: "Calibration | None" = None
     compensation: Compensation | None = None
+    merging: Merging | None = None
 
     @property
     def headline(self) -> str:
