@@ -132,6 +132,16 @@ def check_possible(anatomy: Anatomy, *, in_depth: bool) -> None:
         )
 
 
+def can_always_be(anatomy: Anatomy) -> bool:
+    """Return whether every cut of a model can be compensated, wherever it begins."""
+    try:
+        check_adds(anatomy)
+        maps = output_maps(anatomy)
+    except PlanError:
+        return False
+    return len(anatomy.stacks) == 1 and all((layer, MLP) in maps for layer in range(anatomy.depth))
+
+
 def compensated(
     source: Source,
     begun: Plan,

@@ -200,7 +200,8 @@ class CutOptions(TargetOptions):
         group="text",
     )
     compensate: bool | None = option(
-        "Solve the output maps in front of what goes anew, by least squares on the text: no training. Default: off.",
+        "Solve the output maps in front of what goes anew, by least squares on the text: no training. "
+        "Default: in a search, where the family can.",
         None,
         names=("--compensate/--no-compensate",),
         group="compensation",

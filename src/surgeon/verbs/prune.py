@@ -32,7 +32,7 @@ from surgeon.transforms.prune import (
 )
 from surgeon.transforms.scores import METHODS
 from surgeon.transforms.seams import find_sites
-from surgeon.verbs.compensating import Compensation, Texts, check_possible, compensated
+from surgeon.verbs.compensating import Compensation, Texts, can_always_be, check_possible, compensated
 from surgeon.verbs.cut_options import PruneOptions
 from surgeon.verbs.dense import measured_plan, placeholder, planned_dense, refitted
 from surgeon.verbs.merging import Merging, merged, planned_merging
@@ -72,6 +72,10 @@ def plan_pruning(begun: Surgery, options: PruneOptions) -> Pruning:
     if options.score != SEARCH:
         return _planned(begun, options)
     from surgeon.verbs.searching import plan_search
+
+    if options.compensate is None:  # a search judges cuts by what they are worth when they are repaired
+        is_new = options.scores_from is None or bool(options.data)
+        options = replace(options, compensate=is_new and can_always_be(begun.anatomy))
 
     return plan_search(begun, options, _planned)
 
