@@ -514,6 +514,18 @@ def test_a_dry_run_says_what_would_be_solved_and_a_cut_at_the_start_that_nothing
     assert "nothing stands in front of what is missing at the start" in at_start.out
 
 
+def test_a_cut_at_the_start_alone_is_written_as_it_is(model, text, tmp_path, run):
+    options = ("--drop", "0", "--data", text, *ROWS, "--no-evaluate")
+    bare = run("prune", model, *options, "-o", tmp_path / "bare")
+    made = run("prune", model, *options, "--compensate", "-o", tmp_path / "cut")
+
+    assert bare.code == made.code == 0, made.err
+    assert "nothing stands in front of what is missing at the start" in made.out
+    weights = [(tmp_path / each / "model.safetensors").read_bytes() for each in ("bare", "cut")]
+    assert weights[0] == weights[1]
+    assert not (tmp_path / "cut" / REPAIRS).exists()
+
+
 def test_later_surgeries_leave_the_file_of_repairs_behind(model, text, tmp_path, run):
     run("prune", model, "--drop", "2,3", "--compensate", "--data", text, *ROWS, "-o", tmp_path / "cut")
     run("truncate", tmp_path / "cut", "--layers", 2, "-o", tmp_path / "short")

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 from collections.abc import Iterator
 from dataclasses import fields, is_dataclass
@@ -19,7 +20,10 @@ from surgeon.cli.command import command_of
 from surgeon.cli.commands import commands
 from surgeon.errors import HubError, OutputError
 from surgeon.options import Flag
-from surgeon.surgery import open_source
+from surgeon.plan.repairs import REPAIRS, RepairsWriter
+from surgeon.surgery import open_model, open_source
+from surgeon.transforms.prune import prune
+from surgeon.transforms.seams import find_sites
 
 # --- every option -----------------------------------------------------------------------------------------------
 
@@ -177,6 +181,14 @@ def made_for(command: str, option: str, model: Path, out: Path) -> None:
             (out / name).write_bytes(content)
     if option == "like":
         checkpoint(model, tensors=llama(layers=6), num_hidden_layers=6)
+    if option == "repairs_from":
+        begun = open_model(model)
+        sites = find_sites(begun.anatomy, prune(begun.anatomy, dropped=(2,)))
+        writer, name = RepairsWriter(), sites.sites[0].map.weight
+        spec = begun.anatomy.spec.tensors[name]
+        writer.add(name, spec, memoryview(bytes(spec.nbytes)))
+        made = writer.finish({"cut": sites.digest, "model": begun.source.provenance(), "maps": []})
+        shutil.copy(made.path, out / REPAIRS)
     if option == "scores_from":
         record = {"format": 1, "model": open_source(model).provenance(), "depth": 3, "data": None, "tokens": 0}
         record |= {"seed": 0, "options": {}, "scores": {}, "widths": {}, "greedy": None, "loss": None}

@@ -12,6 +12,7 @@ from surgeon import processes
 
 if LATER:
     import torch
+    from safetensors.torch import load_file
     from streamed import stream, tokens
 
     from surgeon.anatomy.halves import Pairing
@@ -56,6 +57,26 @@ def test_two_processes_score_and_cut_as_one(name, options, toy, run, one_thread,
         assert numbers(two.get(key)) == pytest.approx(numbers(one.get(key)), rel=CLOSE)
     scores = [json.loads((tmp_path / each / "scores.json").read_text()) for each in ("one", "two")]
     assert numbers(scores[1]["widths"]) == pytest.approx(numbers(scores[0]["widths"]), rel=CLOSE)
+
+
+def test_two_processes_solve_what_one_does(toy, run, one_thread, tmp_path):
+    directory = tmp_path / "model"
+    shutil.copytree(toy("llama"), directory)
+    give_tokenizer(directory)
+    (tmp_path / "text.txt").write_text(words(2000))
+    rows = ("--data", tmp_path / "text.txt", "--samples", 81, "--sequence-length", 14)
+    command = ("prune", directory, "--drop", "2,3", "--compensate", *rows, "--json")
+
+    launched = Started(TORCHRUN, *command, "-o", tmp_path / "two").ended()
+    alone = run(*command, "-o", tmp_path / "one")
+
+    assert launched.code == 0, launched.err
+    one, two = (json.loads(each.out)["compensation"]["maps"][0] for each in (alone, launched))
+    assert one["taken"]
+    for key in ("tokens", "ridge", "fit", "held_out"):
+        assert two[key] == pytest.approx(one[key], rel=1e-5)
+    weights = [load_file(tmp_path / each / "model.safetensors") for each in ("one", "two")]
+    assert all(torch.allclose(*pair, atol=1e-5) for pair in zip(*(each.values() for each in weights), strict=True))
 
 
 def test_an_error_is_said_once_and_nobody_is_left_waiting(toy, one_thread, tmp_path):

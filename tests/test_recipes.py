@@ -33,6 +33,12 @@ TOY = {
         SHORT | {"model": "toy", "data": "text.txt", "layers": "80%", "ends": "< 1e9", "steps": "2", "lr": "1e-3"},
         "judged",
     ),
+    "search-and-heal": (
+        SHORT
+        | {"model": "toy", "data": "text.txt", "unseen": "other.txt", "target": "100k", "evaluations": "6"}
+        | {"samples": "4", "points": "[1, 2]", "steps": "2", "lr": "1e-3"},
+        "judged-2",
+    ),
     "inheritune": (
         SHORT | {"reference": "toy", "data": "text.txt", "steps": "2", "more": "+1", "until": "<= -1e9"},
         "judged-4",
@@ -75,6 +81,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     talkers.talker(tmp_path / "toy", max_position_embeddings=256)
     talkers.written(tmp_path / "text.txt", talkers.TEXT * 8)
+    talkers.written(tmp_path / "other.txt", talkers.TEXT[::-1] * 8)
     rows = [{"prompt": f"the cat {number}", "completion": "sat on the mat"} for number in range(6)]
     talkers.jsonl(tmp_path / "rows.jsonl", *rows)
     return tmp_path

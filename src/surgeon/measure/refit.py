@@ -105,9 +105,10 @@ class Sums:
         strength = torch.full_like(diagonal, float(diagonal[: len(diagonal) - self.constant].mean()))
         if self.constant:  # its scale is none of the inputs'
             strength[-1] = diagonal[-1]
+        matrix = self.gram.clone()
         # A feature that is always zero stays as it is, also where all are.
-        strength = (ridge * strength).clamp_(min=torch.finfo(torch.float64).tiny)
-        factor, failed = torch.linalg.cholesky_ex(self.gram + strength.diag())
+        matrix.diagonal().add_((ridge * strength).clamp_(min=torch.finfo(torch.float64).tiny))
+        factor, failed = torch.linalg.cholesky_ex(matrix)
         if bool(failed):
             return torch.full_like(self.cross, math.nan)
         return torch.cholesky_solve(self.cross, factor)
@@ -129,5 +130,9 @@ def solve(fit: Sums, held: Sums, ridges: Sequence[float] = RIDGES) -> Solution:
     exact = Solution(fit.solve(LINEAR_RIDGE), LINEAR_RIDGE)
     if held.error(exact.change) < LINEAR * held.error():
         return exact
-    solutions = [Solution(fit.solve(ridge), ridge) for ridge in ridges]
-    return min(solutions, key=lambda solution: held.error(solution.change))
+    best, least = exact, math.inf
+    for ridge in ridges:
+        change = fit.solve(ridge)
+        if (error := held.error(change)) < least:
+            best, least = Solution(change, ridge), error
+    return best

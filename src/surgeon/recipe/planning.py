@@ -89,7 +89,7 @@ class _Planner:
     def step(self, job: Job, *, is_kept: bool) -> PlannedStep:
         """Return what a job will do, and remember where its output, or a stand-in of it, is."""
         keys = self.commands.keys(job.command)
-        unknown = sorted(set(job.reads) - self.places.keys())
+        unknown = sorted(set(job.reads) - self.places.keys() or self._without_file(job))
         if unknown:
             return self._unknown(job, f"known when {', '.join(unknown)} is made")
         words = self._words(job)
@@ -100,6 +100,11 @@ class _Planner:
         if not trains or model is None:
             return self._unknown(job, "not estimated")
         return self._training(job, words, self._place_of(job, model))
+
+    def _without_file(self, job: Job) -> set[str]:
+        """Return the steps of which a job reads a file that only their run writes, such as scores.json."""
+        named = (item.partition("/") for items in job.references.values() for item in items)
+        return {step for step, slash, rest in named if slash and not (Path(self.places[step]) / rest).exists()}
 
     def _place_of(self, job: Job, option: str) -> str:
         item = job.options[option].items[0]

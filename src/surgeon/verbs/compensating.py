@@ -83,8 +83,8 @@ class Compensation:
             return self.sites.notes
         maps: Sequence[Mapping[str, Any]] = self.record["maps"]
         taken = [each for each in maps if each["taken"]]
-        told = [_told(each) for each in maps] if len(maps) <= MOST_NAMED else []
-        if not told:
+        told = [_told(each) for each in maps]
+        if len(told) > MOST_NAMED:
             before, after = (sum(each["held_out"][i] for each in maps) / len(maps) for i in (0, 1))
             errors = f"the states' relative error on held-out rows is {after:.3f} on average, {before:.3f} before"
             told = [f"compensated: {len(taken)} of {len(maps)} output maps were solved anew; {errors}"]
