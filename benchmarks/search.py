@@ -4,8 +4,8 @@
 
 Three parts, each of which can be left out by naming others: --parts effort,surrogate,search.
 
-effort: layer applications, in passes of the whole model, of 50 candidates on 8,192 tokens: every layer alone with pairs,
-moves from a cut of --removed layers, and random cuts, which share the least.
+effort: layer applications, in passes of the whole model, of 50 candidates on 8,192 tokens: every layer alone with
+pairs, moves from a cut of --removed layers, and random cuts, which share the least.
 surrogate: singles and telling pairs of layers on 512 tokens, then 30 random subsets of 3 to 6 layers between the third
 and the last but one; Pearson's correlation of the true joint loss with the quadratic, and with the sum of singles.
 search: cuts are searched on the first 2,048 tokens of --data (8 rows of 256) and of nothing else, unless --second names
