@@ -3,7 +3,7 @@
     python benchmarks/compensate.py MODEL --data wikitext2-valid.txt --mix alpaca.json gsm8k.jsonl --other plays.txt
 
 All texts are tokenised whole, as they stand in their files. Fit: 32 rows of 256 tokens of --data from token 8,192 on;
-mixed, 16 of these, and 8 of each of the --mix. Every eighth row is held out of the fit: it chooses the ridge, and
+mixed, 16 of these, and 8 of each of the --mix. One row in eight is held out of the fit: it chooses the ridge, and
 decides what is taken. Judged by tokens 100,000 to 104,096 of --data as 8 rows of 512, and by the first 1,024 tokens of
 --other as 2 rows, in float32, with the solved weights rounded to the dtype of the checkpoint.
 """
@@ -11,6 +11,7 @@ decides what is taken. Judged by tokens 100,000 to 104,096 of --data as 8 rows o
 import argparse
 import math
 import time
+from dataclasses import fields
 from pathlib import Path
 
 import torch
@@ -20,6 +21,7 @@ from transformers import AutoTokenizer
 from surgeon.anatomy.halves import ATTENTION, HALVES, MLP, Pairing
 from surgeon.measure.calibration import Calibration
 from surgeon.measure.candidates import Fitting, Reference
+from surgeon.measure.outcomes import Outcome
 from surgeon.measure.scoring import ScoreRequest, losses_without, score, streamed_model
 from surgeon.plan.planned import PlannedSource
 from surgeon.surgery import open_model
@@ -69,6 +71,12 @@ def show(name: str, how: str, values: tuple[float, ...]) -> None:
     print(f"| {name} | {how} | {perplexity:.2f} | {nats:+.3f} | {other:+.3f} {shown} |", flush=True)
 
 
+def split(outcome: Outcome, num: int) -> tuple[Outcome, Outcome]:
+    """Return the outcome on the first rows, and on the others."""
+    values = [getattr(outcome, item.name) for item in fields(outcome)]
+    return Outcome(*(value[:num] for value in values)), Outcome(*(value[num:] for value in values))
+
+
 def main() -> None:
     """Measure and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -82,8 +90,9 @@ def main() -> None:
     fits, judged, other = texts(options)
     begun = open_model(options.model)
     model = streamed_model(begun.source, "cpu", resident=True)
-    references = [Reference(model, judged), Reference(model, other)]
-    whole = [reference.whole for reference in references]
+    reference = Reference(model, torch.cat([judged, other]))  # rows of one length
+    num = len(judged)
+    whole = split(reference.whole, num)
     print(f"whole model: {whole[0].perplexity:.2f}\n")
     print("| cut | fitted on | perplexity | nats | other text, nats | acceptance |")
     print("| --- | --- | --- | --- | --- | --- |")
@@ -91,9 +100,9 @@ def main() -> None:
     for how, fitting in {"bare": None, **fits}.items():
         began = time.perf_counter()
         repair = None if fitting is None else Fitting(Reference(model, fitting))
-        found = [reference.measure(list(candidates.values()), repair=repair) for reference in references]
-        for number, name in enumerate(candidates):
-            first, second = (outcomes[number] for outcomes in found)
+        found = reference.measure(list(candidates.values()), repair=repair)
+        for name, outcome in zip(candidates, found, strict=True):
+            first, second = split(outcome, num)
             nats = (first.mean_loss - whole[0].mean_loss, second.mean_loss - whole[1].mean_loss)
             show(name, how, (first.perplexity, *nats, first.acceptance))
         print(f"<!-- {how}: {time.perf_counter() - began:.0f} s -->", flush=True)

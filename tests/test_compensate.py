@@ -228,6 +228,15 @@ def test_held_out_rows_choose_the_ridge():
     assert (exact.change - truth).abs().max() < 1e-5
 
 
+def test_of_texts_in_turns_all_are_held_out_alike():
+    for texts in range(1, 9):
+        turns = torch.arange(8 * 8 * texts)[held_out(8 * 8 * texts)] % texts
+        assert len(turns) == 8 * texts
+        assert min(turns.tolist().count(text) for text in range(texts)) >= 2
+    assert held_out(8).tolist() == [False] * 7 + [True]
+    assert held_out(3).tolist() == [False, False, True]
+
+
 def test_one_row_is_too_few(tmp_path):
     directory = toys.build("llama", tmp_path / "model")
     with pytest.raises(MeasureError, match="1 row of text"):

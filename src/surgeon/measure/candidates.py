@@ -168,7 +168,7 @@ class Fitting:
     """How candidates are repaired before they are measured: by output maps that are solved on a text of its own.
 
     `text` is the same model on rows of that text; rows that are `held`, shape (R,), choose the ridge and decide whether
-    a repair is taken. Without `held` every eighth row is. The map in front of what is missing is solved, of the half
+    a repair is taken. Without `held` one of every eight is. The map in front of what is missing is solved, of the half
     that runs last there (`surgeon.measure.repair`), and where that is an attention the MLP in front of it as well.
     Candidates that agree so far share their repairs.
 

@@ -1,5 +1,6 @@
 """Solve one output map of a model anew while its layer is in memory, and take the solution where it helps."""
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,18 +19,23 @@ from surgeon.plan.arithmetic import TORCH_DTYPES
 from surgeon.processes import of_the_first
 
 Apply = Callable[[Batch, Tensor], Tensor]
-HELD_OUT_EVERY = 8  # of these rows the last is held out
+IN_EACH = 8  # rows, of which one is held out
 
 
 def held_out(num_rows: int) -> Tensor:
-    """Return which rows no fit sees, shape (R,): every eighth one, the last of fewer. Raises MeasureError for one."""
+    """Return which rows no fit sees, shape (R,): one of every eight, the last of fewer. Raises MeasureError for one.
+
+    Its place among the eight changes, so that of texts that come in turns it is not always the same one.
+    """
     if num_rows < 2:
         raise MeasureError(
             f"{num_rows} row of text; a compensation needs one to fit and one to be judged by",
             hint="Give more text with --data, or shorter rows with --sequence-length.",
         )
-    every = min(HELD_OUT_EVERY, num_rows)
-    return torch.arange(num_rows) % every == every - 1
+    if num_rows < IN_EACH:
+        return torch.arange(num_rows) == num_rows - 1
+    group, place = torch.arange(num_rows) // IN_EACH, torch.arange(num_rows) % IN_EACH
+    return place == (IN_EACH - 1 - 3 * group) % IN_EACH
 
 
 @dataclass(frozen=True)
@@ -76,6 +82,11 @@ def repair(
     text = _Text(batches, states, wanted, held)
     scale = output.scale(apply, batches[0], states[0])
     fit, judge = text.sums(output, scale, apply, then)
+    if not (math.isfinite(fit.error()) and math.isfinite(judge.error())):
+        raise MeasureError(
+            f"the states of {model.label} are no numbers in front of {known.weight!r}, or too large for one",
+            hint="Is the checkpoint whole? surgeon evaluate measures its perplexity.",
+        )
     solution = solve(fit, judge, ridges)
     old, change = wide(output.columns), of_the_first(solution.change)
     is_linear = solution.ridge == LINEAR_RIDGE

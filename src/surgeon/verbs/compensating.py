@@ -29,7 +29,7 @@ MOST_NAMED = 6  # maps that have a note of their own
 class Texts:
     """The text of a fit, and the text that the fit does not see: it chooses the ridge, and judges.
 
-    Without an `eval_text` that is every eighth row of the first.
+    Without an `eval_text` that is one of every eight rows of the first.
     """
 
     text: "Calibration"

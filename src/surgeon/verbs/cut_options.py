@@ -193,7 +193,7 @@ class CutOptions(TargetOptions):
     )
     eval_data: Sequence[str] = option(
         "Text that neither scores, a search nor a compensation are fitted to: it judges all. Repeatable. Default: "
-        "--data, of which a compensation leaves every eighth row.",
+        "--data, of which a compensation leaves one row in eight.",
         (),
         metavar="DATA",
         reads=True,
