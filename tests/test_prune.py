@@ -36,7 +36,7 @@ ENCODERS = ("bert", "roberta")
 DECODERS = tuple(name for name in toys.TOYS if name.partition("-")[0] not in (*ENCODERS, "t5", "bart"))
 MIXTURES = ("mixtral", "qwen3_moe", "qwen3_moe-sparse-step", "gpt_oss")
 DERIVED = ("gpt2", "gpt2-inverse-layer-idx", "gpt_neox", "gpt_neox-serial", "opt", "opt-post-norm")
-TEXT = {"samples": 3, "sequence_length": 14}
+TEXT = {"samples": 3, "sequence_length": 14, "compensate": False}  # cuts as scores choose them
 
 # Without layers 1 and 2 by angle, for that block is the closest; without 1 and 4 by influence.
 ANGULAR = [[None if e <= s else 0.5 - 0.4 * ((s, e) == (1, 3)) for e in range(7)] for s in range(6)]

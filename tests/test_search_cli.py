@@ -102,7 +102,9 @@ def test_any_point_of_a_search_can_be_cut_without_running_the_model(place, found
     again = ("prune", place / "llama", "--scores-from", found[1] / "search.json", "--json")
 
     made = json.loads(run(*again, "--point", other.number, "-o", tmp_path / "other").out)
-    first = json.loads(run(*again, "--repairs-from", found[1], "-o", tmp_path / "first").out)
+    ended = run(*again, "--repairs-from", found[1], "-o", tmp_path / "first")
+    assert ended.code == 0, ended.err
+    first = json.loads(ended.out)
 
     assert made["parameters"]["after"] == other.cost.parameters
     assert made["search"]["chosen"]["point"] == other.number

@@ -11,6 +11,7 @@ from surgeon.anatomy.anatomy import Anatomy, read_anatomy
 from surgeon.anatomy.halves import Pairing
 from surgeon.checkpoint.source import SCORES, Source, spec_of
 from surgeon.data.documents import check_there
+from surgeon.errors import MeasureError, PlanError
 from surgeon.measure.record import Scores, check_ranking, read_scores_of
 from surgeon.models.loading import runs
 from surgeon.options import OptionError, Verb, reads_of, takes
@@ -73,23 +74,26 @@ def plan_pruning(begun: Surgery, options: PruneOptions) -> Pruning:
         return _planned(begun, options)
     from surgeon.verbs.searching import plan_search
 
-    if options.compensate is None:  # a search judges cuts by what they are worth when they are repaired
-        is_new = options.scores_from is None or bool(options.data)
-        options = replace(options, compensate=is_new and can_always_be(begun.anatomy))
-
+    if options.compensates_by_default:  # a search judges cuts by what they are worth when they are repaired
+        options = replace(options, compensate=can_always_be(begun.anatomy))
     return plan_search(begun, options, _planned)
 
 
 def _planned(begun: Surgery, options: PruneOptions, found: "Found | None" = None) -> Pruning:
     """Return the surgery of a cut by scores, or of one that was `found` by a search."""
     cut, notes = _cut(begun.anatomy, options)
-    if options.compensates:
+    by_default = options.compensates_by_default and can_always_be(begun.anatomy)
+    if by_default:
+        options = replace(options, compensate=True)
+    elif options.compensates:
         check_possible(begun.anatomy, in_depth=cut.count != 0)
     if options.merge_experts:
         check_merges(begun.anatomy, cut.sizes or {})
     dense = placeholder(begun.anatomy, options.intermediate_size) if options.dense else None
     with runs(begun.source.label, trust_remote_code=options.trust_remote_code):
-        measured = _measure(begun, cut, options) if found is None else _taken(found)
+        measured = _measure(begun, cut, options, needs_fit=not by_default) if found is None else _taken(found)
+    if by_default and options.measure and measured.texts is None:
+        options = replace(options, compensate=False)
     scores = measured.scores
     is_scored = scores is not None or not cut.needs_scores
     removable, most_removable = _ranking(cut, options, scores)
@@ -114,7 +118,13 @@ def _planned(begun: Surgery, options: PruneOptions, found: "Found | None" = None
     plan = replace(plan, steps=({"prune": step},), notes=(*plan.notes, *notes))
     with runs(begun.source.label, trust_remote_code=options.trust_remote_code):
         merging = None
-        source, whole, compensation = _compensated(begun, plan, cut, options, measured, is_decided=is_scored)
+        try:
+            source, whole, compensation = _compensated(begun, plan, cut, options, measured, is_decided=is_scored)
+        except (MeasureError, PlanError) as error:
+            if not by_default:
+                raise
+            bare = replace(plan, notes=(*plan.notes, f"not compensated: {error}"))
+            source, whole, compensation = begun.source, begun.plan.then(bare), None
         if options.merge_experts:
             source, whole, merging = _merged(begun, plan, cut, measured, is_decided=is_scored)
         elif dense is not None:
@@ -293,8 +303,11 @@ def _taken(found: "Found") -> _Measured:
     return _Measured(found.scores, found.text, found.device, found.text, found.texts)
 
 
-def _measure(begun: Surgery, cut: Cut, options: PruneOptions) -> _Measured:
-    """Return the scores, read or taken, and the text, as far as the options ask for them."""
+def _measure(begun: Surgery, cut: Cut, options: PruneOptions, *, needs_fit: bool) -> _Measured:
+    """Return the scores, read or taken, and the text, as far as the options ask for them.
+
+    Unless the text `needs_fit`, one of a single row, which leaves none to judge a fit by, is not fitted to.
+    """
     source = begun.source
     scores: Scores | None = None
     if options.scores_from is not None:
@@ -310,7 +323,8 @@ def _measure(begun: Surgery, cut: Cut, options: PruneOptions) -> _Measured:
     device = resolve_device(options.device)
     text = _text(source, cut, options, device)
     judged = _calibrated(source, options, options.eval_data, device) if options.eval_data else None
-    texts = Texts(text, judged) if text is not None and options.solves else None
+    can_fit = needs_fit or judged is not None or (text is not None and len(text.tokens) > 1)
+    texts = Texts(text, judged) if text is not None and options.solves and can_fit else None
     if scores is None:
         scores = _score(source, cut, options, text, device)
     return _Measured(scores, text, device, texts.held if texts is not None else judged or text, texts)
