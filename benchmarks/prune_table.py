@@ -87,18 +87,11 @@ def made(given: argparse.Namespace, dropped: int) -> dict[str, Path]:
                 continue  # a search judges its cuts repaired
             directory = given.work / f"{dropped}-{method}"
             if not (directory / "config.json").exists():
-                run(
-                    "prune",
-                    given.model,
-                    *words,
-                    repair,
-                    *texts,
-                    *CALIBRATION,
-                    "--no-evaluate",
-                    "-o",
-                    directory,
-                    "--json",
-                )
+                how = (repair, *texts, *CALIBRATION, "--no-evaluate", *words)
+                known = next(iter(sorted(given.work.glob("*-greedy/scores.json"))), None)
+                if known is not None and name == "greedy":  # the order of the deepest cut has those of all others
+                    how = (*how, "--scores-from", str(known))
+                run("prune", given.model, *how, "-o", directory, "--json")
             cuts[method] = directory
     return cuts
 
