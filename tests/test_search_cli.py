@@ -338,3 +338,18 @@ def test_a_time_is_a_target(place):
     assert met.plan.layer_map == tuple(range(6))
     with pytest.raises(surgeon.errors.PlanError, match=r"the smallest result that can be searched has .* ms a token"):
         surgeon.prune(place / "llama", target_latency=1e-6, over="layers", **texts)
+
+
+def test_a_point_is_compensated_on_a_text_that_is_given_and_else_said_to_be_bare(place, found, tmp_path, run):
+    again = ("prune", place / "llama", "--scores-from", found[1] / "search.json", "--point", 2)
+    number = found[0].record.point(2).number
+
+    bare = run(*again, "-o", tmp_path / "bare")
+    repaired = run(*again, "--data", place / "a.txt", *ROWS, "-o", tmp_path / "repaired")
+
+    assert number == 2
+    assert "the search measured this cut compensated, and here it is bare" in bare.out + bare.err
+    assert not (tmp_path / "bare/repairs.safetensors").exists()
+    assert repaired.code == 0, repaired.err
+    assert "here it is bare" not in repaired.out + repaired.err
+    assert "solved" in repaired.out

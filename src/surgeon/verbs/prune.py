@@ -91,7 +91,11 @@ def _planned(begun: Surgery, options: PruneOptions, found: "Found | None" = None
         check_merges(begun.anatomy, cut.sizes or {})
     dense = placeholder(begun.anatomy, options.intermediate_size) if options.dense else None
     with runs(begun.source.label, trust_remote_code=options.trust_remote_code):
-        measured = _measure(begun, cut, options, needs_fit=not by_default) if found is None else _taken(found)
+        if found is None or (found.text is None and options.data):  # a cut of an earlier search, on a text given now
+            known = None if found is None else found.scores
+            measured = _measure(begun, cut, options, needs_fit=not by_default, known=known)
+        else:
+            measured = _taken(found)
     if by_default and options.measure and measured.texts is None:
         options = replace(options, compensate=False)
     scores = measured.scores
@@ -303,13 +307,14 @@ def _taken(found: "Found") -> _Measured:
     return _Measured(found.scores, found.text, found.device, found.text, found.texts)
 
 
-def _measure(begun: Surgery, cut: Cut, options: PruneOptions, *, needs_fit: bool) -> _Measured:
+def _measure(begun: Surgery, cut: Cut, options: PruneOptions, *, needs_fit: bool, known: Scores | None) -> _Measured:
     """Return the scores, read or taken, and the text, as far as the options ask for them.
 
-    Unless the text `needs_fit`, one of a single row, which leaves none to judge a fit by, is not fitted to.
+    Unless the text `needs_fit`, one of a single row, which leaves none to judge a fit by, is not fitted to. Scores that
+    are `known` are not taken.
     """
     source = begun.source
-    scores: Scores | None = None
+    scores = known
     if options.scores_from is not None:
         begun.check_saved()
         scores = read_scores_of(options.scores_from, source)
