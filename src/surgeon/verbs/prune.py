@@ -33,7 +33,7 @@ from surgeon.transforms.prune import (
 )
 from surgeon.transforms.scores import METHODS
 from surgeon.transforms.seams import find_sites
-from surgeon.verbs.compensating import Compensation, Texts, can_always_be, check_possible, compensated
+from surgeon.verbs.compensating import Compensation, Texts, can_always_be, check_possible, compensated, unfit
 from surgeon.verbs.cut_options import PruneOptions
 from surgeon.verbs.dense import measured_plan, placeholder, planned_dense, refitted
 from surgeon.verbs.merging import Merging, merged, planned_merging
@@ -96,8 +96,8 @@ def _planned(begun: Surgery, options: PruneOptions, found: "Found | None" = None
             measured = _measure(begun, cut, options, needs_fit=not by_default, known=known)
         else:
             measured = _taken(found)
-    if by_default and options.measure and measured.texts is None:
-        options = replace(options, compensate=False)
+    if measured.bare_because is not None:
+        options, notes = replace(options, compensate=False), (*notes, f"not compensated: {measured.bare_because}")
     scores = measured.scores
     is_scored = scores is not None or not cut.needs_scores
     removable, most_removable = _ranking(cut, options, scores)
@@ -300,6 +300,7 @@ class _Measured:
     device: str
     judged: "Calibration | None" = None
     texts: "Texts | None" = None
+    bare_because: str | None = None  # why a cut that would be compensated by default is not
 
 
 def _taken(found: "Found") -> _Measured:
@@ -310,8 +311,8 @@ def _taken(found: "Found") -> _Measured:
 def _measure(begun: Surgery, cut: Cut, options: PruneOptions, *, needs_fit: bool, known: Scores | None) -> _Measured:
     """Return the scores, read or taken, and the text, as far as the options ask for them.
 
-    Unless the text `needs_fit`, one of a single row, which leaves none to judge a fit by, is not fitted to. Scores that
-    are `known` are not taken.
+    Unless the text `needs_fit`, it is not fitted to where it has a single row, which leaves none to judge a fit by, or
+    where the fit would take most of the memory. Scores that are `known` are not taken.
     """
     source = begun.source
     scores = known
@@ -328,11 +329,13 @@ def _measure(begun: Surgery, cut: Cut, options: PruneOptions, *, needs_fit: bool
     device = resolve_device(options.device)
     text = _text(source, cut, options, device)
     judged = _calibrated(source, options, options.eval_data, device) if options.eval_data else None
-    can_fit = needs_fit or judged is not None or (text is not None and len(text.tokens) > 1)
-    texts = Texts(text, judged) if text is not None and options.solves and can_fit else None
+    texts, because = Texts(text, judged) if text is not None and options.solves else None, None
+    if texts is not None and not needs_fit:
+        because = unfit(texts, cut.anatomy, device)
+        texts = texts if because is None else None
     if scores is None:
         scores = _score(source, cut, options, text, device)
-    return _Measured(scores, text, device, texts.held if texts is not None else judged or text, texts)
+    return _Measured(scores, text, device, texts.held if texts is not None else judged or text, texts, because)
 
 
 def _text(source: Source, cut: Cut, options: PruneOptions, device: str) -> "Calibration | None":
