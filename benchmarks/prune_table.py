@@ -18,7 +18,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 DROPPED = (12, 8, 4)  # layers: a tenth, a fifth and three tenths of SmolLM2-135M
 CALIBRATION = ("--samples", "32", "--sequence-length", "256")
-SEARCH = ("--evaluations", "40")
+SEARCH = ("--evaluations", "24", "--samples", "16")
 HEALING = (
     "--max-steps",
     "200",
@@ -68,13 +68,14 @@ def made(given: argparse.Namespace, dropped: int) -> dict[str, Path]:
     narrow = ffn - (dropped * sum(kept) // (3 * hidden * depth) + 15) // 16 * 16
     texts = [word for name in given.data for word in ("--data", f"{name}[:60%]")]
     layers = ("--layers", str(depth - dropped))
+    shared = ("--search-dir", str(given.work / "state"))  # what one target measured serves the others
     orders: dict[str, Sequence[str]] = {
         "angular": ("--score", "angular", *layers),
         "block-influence": ("--score", "block-influence", *layers),
         "greedy": ("--score", "perplexity", "--greedy", *layers),
         "width": ("--intermediate-size", str(narrow)),
-        "depth": ("--target-parameters", str(target), "--over", "layers,halves", *SEARCH),
-        "search": ("--target-parameters", str(target), *SEARCH),
+        "depth": ("--target-parameters", str(target), "--over", "layers,halves", *shared, *SEARCH),
+        "search": ("--target-parameters", str(target), *shared, *SEARCH),
     }
     cuts: dict[str, Path] = {}
     for name, words in orders.items():
@@ -86,18 +87,11 @@ def made(given: argparse.Namespace, dropped: int) -> dict[str, Path]:
                 continue  # a search judges its cuts repaired
             directory = given.work / f"{dropped}-{method}"
             if not (directory / "config.json").exists():
-                run(
-                    "prune",
-                    given.model,
-                    *words,
-                    repair,
-                    *texts,
-                    *CALIBRATION,
-                    "--no-evaluate",
-                    "-o",
-                    directory,
-                    "--json",
-                )
+                how = (repair, *texts, *CALIBRATION, "--no-evaluate", *words)
+                known = next(iter(sorted(given.work.glob("*-greedy/scores.json"))), None)
+                if known is not None and name == "greedy":  # the order of the deepest cut has those of all others
+                    how = (*how, "--scores-from", str(known))
+                run("prune", given.model, *how, "-o", directory, "--json")
             cuts[method] = directory
     return cuts
 

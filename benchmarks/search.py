@@ -4,8 +4,8 @@
 
 Three parts, each of which can be left out by naming others: --parts effort,surrogate,search.
 
-effort: layer applications, in passes of the whole model, of 50 candidates on 8,192 tokens: every layer alone, and 20
-random cuts of --removed layers that share what they can.
+effort: layer applications, in passes of the whole model, of 50 candidates on 8,192 tokens: every layer alone with
+pairs, moves from a cut of --removed layers, and random cuts, which share the least.
 surrogate: singles and telling pairs of layers on 512 tokens, then 30 random subsets of 3 to 6 layers between the third
 and the last but one; Pearson's correlation of the true joint loss with the quadratic, and with the sum of singles.
 search: cuts are searched on the first 2,048 tokens of --data (8 rows of 256) and of nothing else, unless --second names
@@ -29,7 +29,7 @@ import surgeon
 from surgeon.anatomy.halves import Pairing
 from surgeon.measure.candidates import Reference
 from surgeon.measure.scoring import row_losses_without, streamed_model
-from surgeon.search.cuts import Candidate
+from surgeon.search.cuts import Candidate, Space, kept_halves
 from surgeon.search.surrogate import Surrogate, telling_pairs
 from surgeon.surgery import open_source
 
@@ -49,25 +49,38 @@ def without(depth: int, gone: tuple[int, ...]) -> Pairing:
     return Pairing.of_layers(layer for layer in range(depth) if layer not in gone)
 
 
-def effort(model: str, tokens: torch.Tensor, removed: int) -> dict:
-    """Return what 50 candidates cost on 8,192 tokens, in passes of the whole model counted in layer applications."""
+def effort(model: str, tokens: torch.Tensor, removed: int, rows: int) -> dict:
+    """Return what 50 candidates cost, in passes of the whole model counted in layer applications, three kinds of them.
+
+    The count does not depend on the number of tokens, so it can be taken on a few rows.
+    """
     streamed = streamed_model(open_source(model), "cpu", resident=True)
     depth, draw = streamed.depth, random.Random(0)
-    cuts = [(layer,) for layer in range(depth)][:50]
-    while len(cuts) < 50:
-        cut = tuple(sorted(draw.sample(range(1, depth - 1), removed)))
-        cuts += [cut] if cut not in cuts else []
-    reference = Reference(streamed, tokens[:8192].view(32, 256))
-    began, first = time.perf_counter(), reference.effort.passes
-    reference.measure([without(depth, cut) for cut in cuts])
-    return {
-        "candidates": len(cuts),
-        "tokens": 8192,
-        "passes": reference.effort.passes - first,
-        "passes_of_the_reference": first,
-        "heads": reference.effort.heads,
-        "seconds": time.perf_counter() - began,
+    pairs = [(one, other) for one in range(2, depth - 1) for other in range(one + 1, depth - 1)]
+    base = tuple(sorted(draw.sample(range(2, 2 * depth - 3, 2), removed)))
+    space = Space.of(depth, halves=True, protect=(1, 1))
+    kinds = {
+        "every layer alone, and pairs": [
+            *(((2 * layer,)) for layer in range(depth)),
+            *((2 * one, 2 * other) for one, other in draw.sample(pairs, 50)),
+        ][:50],
+        f"moves from a cut of {removed}": draw.sample(list(space.moves(base)), 50),
+        f"random cuts of {removed}": [
+            tuple(2 * layer for layer in sorted(draw.sample(range(1, depth - 1), removed))) for _ in range(50)
+        ],
     }
+    found: dict = {"tokens": rows * 256}
+    for name, cuts in kinds.items():
+        reference = Reference(streamed, tokens[: rows * 256].view(rows, 256))
+        began, first = time.perf_counter(), reference.effort.passes
+        reference.measure([Pairing(*kept_halves(cut, depth)) for cut in cuts])
+        found[name] = {
+            "candidates": len(cuts),
+            "passes": reference.effort.passes - first,
+            "heads": reference.effort.heads,
+            "seconds": time.perf_counter() - began,
+        }
+    return found
 
 
 def surrogate(model: str, tokens: torch.Tensor) -> dict:
@@ -175,6 +188,7 @@ def main() -> None:
     parser.add_argument("--second", type=Path, help="a text to watch: --eval-data")
     parser.add_argument("--parts", default=",".join(PARTS))
     parser.add_argument("--removed", type=int, default=8)
+    parser.add_argument("--effort-rows", type=int, default=32, help="of 256 tokens")
     parser.add_argument("--target-parameters")
     parser.add_argument("--over")
     parser.add_argument("--compensate", action="store_true")
@@ -190,7 +204,7 @@ def main() -> None:
     found: dict = {}
     for part in options.parts.split(","):
         if part == "effort":
-            found[part] = effort(options.model, tokens, options.removed)
+            found[part] = effort(options.model, tokens, options.removed, options.effort_rows)
         elif part == "surrogate":
             found[part] = surrogate(options.model, tokens)
         else:

@@ -545,3 +545,32 @@ def test_later_surgeries_leave_the_file_of_repairs_behind(model, text, tmp_path,
 def test_the_engine_says_its_signature():
     """The search of a cut calls it so."""
     assert list(inspect.signature(Reference.measure).parameters) == ["self", "candidates", "repair", "progress"]
+
+
+def test_with_a_text_a_cut_is_compensated_unless_it_is_not_wanted(model, text, tmp_path, run):
+    cut = ("prune", model, "--drop", "2,3", "--data", text, *ROWS, "--no-evaluate")
+
+    by_default, bare = run(*cut, "-o", tmp_path / "cut"), run(*cut, "--no-compensate", "-o", tmp_path / "bare")
+    unread = run("prune", model, "--drop", "2,3", "-o", tmp_path / "unread")
+
+    assert (by_default.code, bare.code, unread.code) == (0, 0, 0)
+    assert (tmp_path / "cut" / REPAIRS).exists()
+    assert not (tmp_path / "bare" / REPAIRS).exists()
+    both = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("bare", "unread")]
+    assert both[0] == both[1]
+
+
+def test_a_cut_is_left_bare_with_the_reason_where_a_fit_was_not_asked_for_and_cannot_be(
+    model, text, tmp_path, run, monkeypatch
+):
+    cut = ("prune", model, "--drop", "2,3", "--data", text, "--sequence-length", 14, "--no-evaluate")
+
+    one_row = run(*cut, "--samples", 1, "-o", tmp_path / "one")
+    monkeypatch.setattr("surgeon.models.device.available_memory", lambda device: 1000)
+    no_room = run(*cut, "--samples", 4, "-o", tmp_path / "two")
+    insisted = run(*cut, "--samples", 1, "--compensate", "-o", tmp_path / "three")
+
+    assert "not compensated: one row of text leaves none to judge a fit by" in one_row.out
+    assert "more than half of what is free; --compensate insists" in no_room.out
+    assert insisted.code == 1
+    assert "needs one to fit and one to be judged by" in insisted.err

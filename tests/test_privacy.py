@@ -105,7 +105,7 @@ def test_nothing_that_is_pushed_holds_a_path_and_the_local_receipt_does(hub, run
 def test_scores_and_adapters_are_pushed_without_paths(hub, tmp_path, monkeypatch):  # noqa: F811
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     out = checkpoint(tmp_path / "out")
-    for name in ("scores.json", "adapter_config.json", "gist.json"):
+    for name in ("scores.json", "search.json", "adapter_config.json", "gist.json"):
         (out / name).write_text(
             json.dumps({"model": {"path": str(tmp_path)}, "base_model_name_or_path": str(tmp_path)})
         )

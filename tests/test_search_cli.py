@@ -102,7 +102,9 @@ def test_any_point_of_a_search_can_be_cut_without_running_the_model(place, found
     again = ("prune", place / "llama", "--scores-from", found[1] / "search.json", "--json")
 
     made = json.loads(run(*again, "--point", other.number, "-o", tmp_path / "other").out)
-    first = json.loads(run(*again, "-o", tmp_path / "first").out)
+    ended = run(*again, "--repairs-from", found[1], "-o", tmp_path / "first")
+    assert ended.code == 0, ended.err
+    first = json.loads(ended.out)
 
     assert made["parameters"]["after"] == other.cost.parameters
     assert made["search"]["chosen"]["point"] == other.number
@@ -111,6 +113,44 @@ def test_any_point_of_a_search_can_be_cut_without_running_the_model(place, found
     assert {axis: config[names[axis]] for axis in other.widths} == other.widths
     assert first["search"]["chosen"]["point"] == 1
     assert (tmp_path / "first/model.safetensors").read_bytes() == (found[1] / "model.safetensors").read_bytes()
+
+
+def test_a_receipt_makes_the_cut_again_and_the_record_stays_with_the_result(found, tmp_path, run):
+    made = run("run", found[1] / "surgeon.json", "-o", tmp_path / "again")
+    further = run("truncate", found[1], "--layers", 2, "-o", tmp_path / "further")
+
+    assert (made.code, further.code) == (0, 0), made.err + further.err
+    assert (tmp_path / "again/model.safetensors").read_bytes() == (found[1] / "model.safetensors").read_bytes()
+    assert not (tmp_path / "further/search.json").exists()
+
+
+def test_a_repaired_cut_is_measured_as_it_is_written(place, tmp_path):
+    texts = [str(place / name) for name in ("a.txt", "b.txt")]
+    amount = {"samples": 24, "sequence_length": 12, "seed": 0}
+    searched = surgeon.prune(
+        place / "llama",
+        score="search",
+        layers=4,
+        data=texts[:1],
+        eval_data=texts[1:],
+        evaluations=4,
+        compensate=True,
+        **amount,
+    )
+    searched.save(tmp_path / "cut")
+    rows = search_text(open_source(str(place / "llama")), texts[:1], texts[1:], device="cpu", **amount)
+
+    with torch.no_grad():
+        losses = {
+            name: float(mean_loss(plain(tmp_path / "cut")(own).logits, own)) for name, own in rows.confirm.items()
+        }
+        loss = float(mean_loss(plain(tmp_path / "cut")(rows.search).logits, rows.search))
+
+    point = searched.record.chosen
+    assert searched.compensation is not None
+    assert any(entry["taken"] for entry in searched.compensation.record["maps"])
+    assert point.worth.loss == pytest.approx(loss, abs=CLOSE)
+    assert {name: worth.loss for name, worth in point.confirmed.items()} == pytest.approx(losses, abs=CLOSE)
 
 
 def test_no_row_serves_twice(place):
@@ -298,3 +338,18 @@ def test_a_time_is_a_target(place):
     assert met.plan.layer_map == tuple(range(6))
     with pytest.raises(surgeon.errors.PlanError, match=r"the smallest result that can be searched has .* ms a token"):
         surgeon.prune(place / "llama", target_latency=1e-6, over="layers", **texts)
+
+
+def test_a_point_is_compensated_on_a_text_that_is_given_and_else_said_to_be_bare(place, found, tmp_path, run):
+    again = ("prune", place / "llama", "--scores-from", found[1] / "search.json", "--point", 2)
+    number = found[0].record.point(2).number
+
+    bare = run(*again, "-o", tmp_path / "bare")
+    repaired = run(*again, "--data", place / "a.txt", *ROWS, "-o", tmp_path / "repaired")
+
+    assert number == 2
+    assert "the search measured this cut compensated, and here it is bare" in bare.out + bare.err
+    assert not (tmp_path / "bare/repairs.safetensors").exists()
+    assert repaired.code == 0, repaired.err
+    assert "here it is bare" not in repaired.out + repaired.err
+    assert "solved" in repaired.out

@@ -37,6 +37,7 @@ from surgeon.checkpoint.source import (
     INDEX,
     RECEIPT,
     SCORES,
+    SEARCH,
     WEIGHTS,
     Ranges,
     StoredTensor,
@@ -311,7 +312,7 @@ def push(directory: Path, repo_id: str, *, private: bool, reads: Reads) -> str:
 
 
 # Files that surgeon or a library of training writes, and the entries of others that name the place of a model.
-_RECORDS = (RECEIPT, SCORES, "gist.json", ADAPTER)
+_RECORDS = (RECEIPT, SCORES, SEARCH, "gist.json", ADAPTER)
 _NAMING = (CONFIG, "tokenizer_config.json", "generation_config.json")
 _NAMES = ("_name_or_path", "name_or_path", "base_model_name_or_path")
 

@@ -51,6 +51,7 @@ WEIGHT_INDEXES = (".safetensors.index.json", ".bin.index.json", ".h5.index.json"
 CARD = "README.md"
 RECEIPT = "surgeon.json"
 SCORES = "scores.json"  # the scores that decided a cut; they do not apply to a model that is made from the result
+SEARCH = "search.json"  # the cuts that a search measured, of which one was made; the same goes for them
 # A directory inside a checkpoint with one of these is a result or a run that was saved there, and no part of it.
 RESULTS = (RECEIPT, "gist.json", "run.json")
 MISMATCH_HINT = "The files do not belong together; fetch the whole checkpoint again."
@@ -410,7 +411,7 @@ def is_companion(relative: str) -> bool:
         return False
     if len(path.parts) > 1 and re.fullmatch(r"runs|checkpoint-\d+", path.parts[0]):
         return False
-    if relative in (CONFIG, RECEIPT, SCORES) or relative.endswith(WEIGHT_INDEXES):
+    if relative in (CONFIG, RECEIPT, SCORES, SEARCH) or relative.endswith(WEIGHT_INDEXES):
         return False
     return path.suffix.lower() not in WEIGHT_SUFFIXES
 

@@ -15,12 +15,13 @@ from typing import Any
 
 from surgeon.checkpoint.json_files import read_json
 from surgeon.checkpoint.output import write_whole
+from surgeon.checkpoint.source import SEARCH
 from surgeon.errors import CheckpointError, OutputError
 from surgeon.processes import speaks, told_by_the_first
 from surgeon.search.cuts import Candidate
 from surgeon.search.figures import Figures
 
-FILE, LOCK = "search.json", "lock"
+FILE, LOCK = SEARCH, "lock"
 FORMAT = 1
 MOST_BYTES = 200_000_000
 # Measures cuts on the rows of a stage ("screen", "search", "watch" or the name of a text), a batch at a time.

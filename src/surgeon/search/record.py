@@ -94,7 +94,7 @@ class Point:
             "widths": dict(self.widths),
             **self.cost.to_dict(),
             **asdict(self.worth),
-            "confirmed": {name: asdict(worth) for name, worth in self.confirmed.items()},
+            "confirmed": [{"data": name, **asdict(worth)} for name, worth in self.confirmed.items()],
             "time_share": self.share,
             "draft": {"speed": draft.times, "tokens": draft.tokens, "pays": draft.times > 1.0},
             "refused": self.refused,
@@ -120,14 +120,15 @@ class SearchRecord(Shown):
 
     The last ones are larger than the budget: the surrogate's best at a few sizes on the way to it.
 
-    `whole` is the source's cost and its loss on the rows of the search. `singles` are what each half pair and each
-    width costs alone on a few rows, by its name, `pairs` what two layers cost together, in nats of the objective.
+    `texts` say where the rows were from, and their hashes. `whole` is the source's cost. `singles` are what each piece
+    and each width costs alone on a few rows, by its name, `pairs` what two layers cost together, in nats of the
+    objective.
     """
 
     model: Mapping[str, Any]
     depth: int
     request: Mapping[str, Any]
-    texts: Mapping[str, Any]
+    texts: Sequence[Mapping[str, Any]]
     whole: Mapping[str, Any]
     points: tuple[Point, ...]
     singles: Mapping[str, float]
@@ -230,7 +231,7 @@ class SearchRecord(Shown):
             "model": dict(self.model),
             "depth": self.depth,
             "request": dict(self.request),
-            "texts": dict(self.texts),
+            "texts": [dict(text) for text in self.texts],
             "whole": dict(self.whole),
             "points": [point.to_dict() for point in self.points],
             "singles": dict(self.singles),
@@ -315,7 +316,7 @@ def _parsed(content: Mapping[str, Any]) -> SearchRecord:
         model=content["model"],
         depth=depth,
         request=dict(content["request"]),
-        texts=dict(content["texts"]),
+        texts=[dict(text) for text in content["texts"]],
         whole=dict(content["whole"]),
         points=points,
         singles={str(name): float(value) for name, value in content["singles"].items()},
@@ -337,7 +338,7 @@ def _point(entry: Mapping[str, Any], number: int, depth: int) -> Point:
         widths=widths,
         cost=Cost(int(entry["parameters"]), int(entry["bytes"]), entry.get("cache_bytes"), entry.get("milliseconds")),
         worth=_worth(entry),
-        confirmed={str(name): _worth(worth) for name, worth in entry["confirmed"].items()},
+        confirmed={str(worth["data"]): _worth(worth) for worth in entry["confirmed"]},
         share=float(entry["time_share"]),
         refused=bool(entry["refused"]),
         within=bool(entry["within"]),

@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
+from surgeon import text
 from surgeon.anatomy.anatomy import Anatomy
 from surgeon.anatomy.halves import MLP
 from surgeon.anatomy.outputs import check_adds, output_maps
@@ -130,6 +131,31 @@ def check_possible(anatomy: Anatomy, *, in_depth: bool) -> None:
             f"no layer of this {anatomy.model_type} has an MLP with one output map: its experts have one each",
             hint="Leave out --compensate.",
         )
+
+
+def unfit(texts: Texts, anatomy: Anatomy, device: str) -> str | None:
+    """Return why a cut is not compensated unless somebody asks for it, None where it is.
+
+    A fit holds five matrices of neurons x neurons in float64.
+    """
+    from surgeon.models.device import available_memory
+
+    if texts.eval_text is None and len(texts.text.tokens) < 2:
+        return "one row of text leaves none to judge a fit by"
+    needed = 5 * 8 * max((anatomy.sizes.get(axis, 0) for axis in ("ffn", "shared_ffn")), default=0) ** 2
+    if needed > available_memory(device) // 2:
+        return f"it takes {text.size(needed)}, more than half of what is free; --compensate insists"
+    return None
+
+
+def can_always_be(anatomy: Anatomy) -> bool:
+    """Return whether every cut of a model can be compensated, wherever it begins."""
+    try:
+        check_adds(anatomy)
+        maps = output_maps(anatomy)
+    except PlanError:
+        return False
+    return len(anatomy.stacks) == 1 and all((layer, MLP) in maps for layer in range(anatomy.depth))
 
 
 def compensated(

@@ -200,7 +200,8 @@ class CutOptions(TargetOptions):
         group="text",
     )
     compensate: bool | None = option(
-        "Solve the output maps in front of what goes anew, by least squares on the text: no training. Default: off.",
+        "Solve the output maps in front of what goes anew, by least squares on the text: no training. "
+        "Default: with --data, where the family can.",
         None,
         names=("--compensate/--no-compensate",),
         group="compensation",
@@ -297,6 +298,12 @@ class CutOptions(TargetOptions):
     def compensates(self) -> bool:
         """Whether output maps are solved anew, or taken from a file."""
         return bool(self.compensate) or self.repairs_from is not None
+
+    @property
+    def compensates_by_default(self) -> bool:
+        """Whether nothing is said of it, and there is a text to solve output maps on."""
+        is_open = self.compensate is None and self.repairs_from is None
+        return is_open and bool(self.data) and not (self.dense or self.merge_experts)
 
     @property
     def solves(self) -> bool:

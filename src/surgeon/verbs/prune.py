@@ -11,6 +11,7 @@ from surgeon.anatomy.anatomy import Anatomy, read_anatomy
 from surgeon.anatomy.halves import Pairing
 from surgeon.checkpoint.source import SCORES, Source, spec_of
 from surgeon.data.documents import check_there
+from surgeon.errors import MeasureError, PlanError
 from surgeon.measure.record import Scores, check_ranking, read_scores_of
 from surgeon.models.loading import runs
 from surgeon.options import OptionError, Verb, reads_of, takes
@@ -32,7 +33,7 @@ from surgeon.transforms.prune import (
 )
 from surgeon.transforms.scores import METHODS
 from surgeon.transforms.seams import find_sites
-from surgeon.verbs.compensating import Compensation, Texts, check_possible, compensated
+from surgeon.verbs.compensating import Compensation, Texts, can_always_be, check_possible, compensated, unfit
 from surgeon.verbs.cut_options import PruneOptions
 from surgeon.verbs.dense import measured_plan, placeholder, planned_dense, refitted
 from surgeon.verbs.merging import Merging, merged, planned_merging
@@ -73,19 +74,30 @@ def plan_pruning(begun: Surgery, options: PruneOptions) -> Pruning:
         return _planned(begun, options)
     from surgeon.verbs.searching import plan_search
 
+    if options.compensates_by_default:  # a search judges cuts by what they are worth when they are repaired
+        options = replace(options, compensate=can_always_be(begun.anatomy))
     return plan_search(begun, options, _planned)
 
 
 def _planned(begun: Surgery, options: PruneOptions, found: "Found | None" = None) -> Pruning:
     """Return the surgery of a cut by scores, or of one that was `found` by a search."""
     cut, notes = _cut(begun.anatomy, options)
-    if options.compensates:
+    by_default = options.compensates_by_default and can_always_be(begun.anatomy)
+    if by_default:
+        options = replace(options, compensate=True)
+    elif options.compensates:
         check_possible(begun.anatomy, in_depth=cut.count != 0)
     if options.merge_experts:
         check_merges(begun.anatomy, cut.sizes or {})
     dense = placeholder(begun.anatomy, options.intermediate_size) if options.dense else None
     with runs(begun.source.label, trust_remote_code=options.trust_remote_code):
-        measured = _measure(begun, cut, options) if found is None else _taken(found)
+        if found is None or (found.text is None and options.data):  # a cut of an earlier search, on a text given now
+            known = None if found is None else found.scores
+            measured = _measure(begun, cut, options, needs_fit=not by_default, known=known)
+        else:
+            measured = _taken(found)
+    if measured.bare_because is not None:
+        options, notes = replace(options, compensate=False), (*notes, f"not compensated: {measured.bare_because}")
     scores = measured.scores
     is_scored = scores is not None or not cut.needs_scores
     removable, most_removable = _ranking(cut, options, scores)
@@ -110,7 +122,13 @@ def _planned(begun: Surgery, options: PruneOptions, found: "Found | None" = None
     plan = replace(plan, steps=({"prune": step},), notes=(*plan.notes, *notes))
     with runs(begun.source.label, trust_remote_code=options.trust_remote_code):
         merging = None
-        source, whole, compensation = _compensated(begun, plan, cut, options, measured, is_decided=is_scored)
+        try:
+            source, whole, compensation = _compensated(begun, plan, cut, options, measured, is_decided=is_scored)
+        except (MeasureError, PlanError) as error:
+            if not by_default:
+                raise
+            bare = replace(plan, notes=(*plan.notes, f"not compensated: {error}"))
+            source, whole, compensation = begun.source, begun.plan.then(bare), None
         if options.merge_experts:
             source, whole, merging = _merged(begun, plan, cut, measured, is_decided=is_scored)
         elif dense is not None:
@@ -282,6 +300,7 @@ class _Measured:
     device: str
     judged: "Calibration | None" = None
     texts: "Texts | None" = None
+    bare_because: str | None = None  # why a cut that would be compensated by default is not
 
 
 def _taken(found: "Found") -> _Measured:
@@ -289,10 +308,14 @@ def _taken(found: "Found") -> _Measured:
     return _Measured(found.scores, found.text, found.device, found.text, found.texts)
 
 
-def _measure(begun: Surgery, cut: Cut, options: PruneOptions) -> _Measured:
-    """Return the scores, read or taken, and the text, as far as the options ask for them."""
+def _measure(begun: Surgery, cut: Cut, options: PruneOptions, *, needs_fit: bool, known: Scores | None) -> _Measured:
+    """Return the scores, read or taken, and the text, as far as the options ask for them.
+
+    Unless the text `needs_fit`, it is not fitted to where it has a single row, which leaves none to judge a fit by, or
+    where the fit would take most of the memory. Scores that are `known` are not taken.
+    """
     source = begun.source
-    scores: Scores | None = None
+    scores = known
     if options.scores_from is not None:
         begun.check_saved()
         scores = read_scores_of(options.scores_from, source)
@@ -306,10 +329,13 @@ def _measure(begun: Surgery, cut: Cut, options: PruneOptions) -> _Measured:
     device = resolve_device(options.device)
     text = _text(source, cut, options, device)
     judged = _calibrated(source, options, options.eval_data, device) if options.eval_data else None
-    texts = Texts(text, judged) if text is not None and options.solves else None
+    texts, because = Texts(text, judged) if text is not None and options.solves else None, None
+    if texts is not None and not needs_fit:
+        because = unfit(texts, cut.anatomy, device)
+        texts = texts if because is None else None
     if scores is None:
         scores = _score(source, cut, options, text, device)
-    return _Measured(scores, text, device, texts.held if texts is not None else judged or text, texts)
+    return _Measured(scores, text, device, texts.held if texts is not None else judged or text, texts, because)
 
 
 def _text(source: Source, cut: Cut, options: PruneOptions, device: str) -> "Calibration | None":

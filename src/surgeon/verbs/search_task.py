@@ -325,7 +325,7 @@ def _record(
         model=begun.source.provenance(),
         depth=begun.anatomy.depth,
         request=task.goal,
-        texts={"used": text.origins, **{name: list(rows.shape) for name, rows in text.rows.items()}},
+        texts=[{"data": name, **origin} for name, origin in text.origins.items()],
         whole=whole.to_dict(),
         points=tuple(points),
         singles={name_of(each.features[0]): cost for each, cost in screen.items() if len(each.features) == 1},

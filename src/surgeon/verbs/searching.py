@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 UNSEARCHED = "No search yet: the sizes are those of the fewest layers that meet the target, what goes is not decided."
 ALONE = "only one text: give --eval-data, another kind of text, to see where the search fits its own rows"
+BARE = "the search measured this cut compensated, and here it is bare: give --data, or --repairs-from its result"
 AXIS_OPTIONS = {"hidden": "hidden_size", "ffn": "intermediate_size", "expert_ffn": "expert_intermediate_size"}
 AXIS_OPTIONS |= {"heads": "attention_heads", "kv_heads": "key_value_heads", "experts": "experts"}
 
@@ -116,7 +117,9 @@ def _made(begun: Surgery, options: PruneOptions, planned: Planned, record: Searc
     found = Found(kept.scores, text, texts if options.compensates else None, kept.device, step)
     cut = planned(begun, replace(options, **changes, **sizes), found)
     attachments = {**cut.attachments, FILE: record.to_bytes()}
-    notes = () if kept.text is None or len(kept.text.confirm) > 1 else (ALONE,)
+    notes: tuple[str, ...] = () if kept.text is None or len(kept.text.confirm) > 1 else (ALONE,)
+    if record.request.get("compensate") and cut.compensation is None:
+        notes += (BARE,)
     values = {item.name: getattr(cut, item.name) for item in fields(Pruning)}
     values |= {"attachments": attachments, "score": "search", "is_named": False}
     values["plan"] = replace(cut.plan, notes=(*cut.plan.notes, *notes))
