@@ -201,7 +201,7 @@ class CutOptions(TargetOptions):
     )
     compensate: bool | None = option(
         "Solve the output maps in front of what goes anew, by least squares on the text: no training. "
-        "Default: with --data, where the family can.",
+        "Default: with --data, where the family can and no heads go.",
         None,
         names=("--compensate/--no-compensate",),
         group="compensation",
@@ -301,9 +301,13 @@ class CutOptions(TargetOptions):
 
     @property
     def compensates_by_default(self) -> bool:
-        """Whether nothing is said of it, and there is a text to solve output maps on."""
-        is_open = self.compensate is None and self.repairs_from is None
-        return is_open and bool(self.data) and not (self.dense or self.merge_experts)
+        """Whether nothing is said of it, and there is a text to solve output maps on.
+
+        Not where heads go: text of another kind than the fit's was worse for it (docs/benchmarks.md, Compensation).
+        """
+        is_open = self.compensate is None and self.repairs_from is None and bool(self.data)
+        cuts_heads = any(given is not None for given in (self.attention_heads, self.key_value_heads, self.like))
+        return is_open and not (self.dense or self.merge_experts or cuts_heads)
 
     @property
     def solves(self) -> bool:
