@@ -27,7 +27,6 @@ from surgeon.anatomy.layer_rules import INDEX_LISTS, LAYER_LISTS, LAYER_REFERENC
 from surgeon.anatomy.split_layers import split_layers
 from surgeon.errors import CheckpointError, PlanError
 from surgeon.surgery import Surgery, open_model
-from surgeon.train.model import trained_layers
 from surgeon.transforms.layers import keep_halves, keep_layers
 from surgeon.verbs.inspect import layers_in
 
@@ -36,6 +35,8 @@ if TYPE_CHECKING:
 
 if LATER:
     import torch
+
+    from surgeon.train.model import trained_layers
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

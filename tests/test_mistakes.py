@@ -48,7 +48,7 @@ hint: surgeon grow --help lists its options.
 
 2 surgeon prune loc --score angulr
 error: unknown --score 'angulr'; did you mean angular?
-hint: One of: angular, block-influence, relative-magnitude, perplexity, taylor, magnitude, random, last, uniform.
+hint: One of: search, angular, block-influence, relative-magnitude, perplexity, taylor, magnitude, random, last, uniform.
 
 2 surgeon truncate loc --layers 2 --dtype bfloat61
 error: unknown --dtype 'bfloat61'; did you mean bfloat16?
@@ -68,7 +68,7 @@ hint: One of: auto, bf16, float32, pure-bf16.
 
 2 surgeon evaluate loc --data text.txt --metric perplexty
 error: unknown --metric 'perplexty'; did you mean perplexity?
-hint: One of: perplexity, exact-match, rouge-l, choice, pseudo-perplexity, classification.
+hint: One of: perplexity, exact-match, rouge-l, choice, pseudo-perplexity, classification, acceptance.
 
 2 surgeon distill loc --data text.txt --on-fail dorp
 error: unknown --on-fail 'dorp'; did you mean drop?
@@ -221,7 +221,7 @@ hint: Did you mean text.txt?
 1 surgeon distill loc --data text.tx -o new
 error: no such file or directory: text.tx
 hint: Did you mean text.txt?
-"""
+"""  # noqa: E501
 CASES = [(block.splitlines()[0], block.splitlines()[1:]) for block in MISTYPED.strip().split("\n\n")]
 
 
@@ -321,7 +321,7 @@ def test_a_precision_is_understood_by_its_other_names(spelled, precision):
 def test_the_schema_of_recipes_lists_the_words_of_an_option():
     options = schema(CommandLine())["$defs"]["prune"]["properties"]
 
-    assert options["score"]["anyOf"][0]["enum"] == [*METHODS, None]
+    assert options["score"]["anyOf"][0]["enum"] == ["search", *METHODS, None]
     assert {"bfloat16", "bf16"} <= set(options["dtype"]["anyOf"][0]["enum"])
 
 

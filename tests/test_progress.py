@@ -136,7 +136,7 @@ def test_measuring_announces_its_stages(talker: Path, text: str, tmp_path: Path)
     assert evaluated.begun[0] == loading
     assert evaluated.begun[-2:] == ["tokenising", "perplexity"]
     assert evaluated.counted["perplexity"] == pytest.approx(32)
-    assert [name for name in scored.begun if name != loading] == ["tokenising", "scoring", "writing"]
+    assert [name for name in scored.begun if name != loading] == ["tokenising", "scoring", "compensating", "writing"]
     assert {"tokenising", "looking at attention"} <= set(diagnosed.begun)
     assert (evaluated.open, scored.open, diagnosed.open) == (0, 0, 0)
 

@@ -4,6 +4,8 @@ import gc
 import json
 import os
 import shutil
+import signal
+import time
 import weakref
 
 import pytest
@@ -20,6 +22,7 @@ if LATER:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     from surgeon.models import streaming
+    from surgeon.models.passage import Passage
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -398,3 +401,18 @@ def test_a_token_that_moves_others_by_more_than_rounding_is_seen(dtype, moved, s
         return
     with pytest.raises(MeasureError, match="a token sees those after it"):
         streaming.check_causal(states, "toy")
+
+
+def test_an_interrupted_forward_pass_comes_to_its_next_stop_before_the_interrupt_goes_on():
+    """A process that ended while torch computes in another thread would end by SIGABRT."""
+    came = []
+
+    def run():
+        time.sleep(0.1)  # the thread has started
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0.2)
+        came.append(True)
+
+    with pytest.raises(KeyboardInterrupt):
+        Passage(run)
+    assert came == [True]

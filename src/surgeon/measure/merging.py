@@ -22,6 +22,7 @@ from surgeon.errors import MeasureError
 from surgeon.measure.compensation import Rows
 from surgeon.measure.refit import Error, Sums, solve
 from surgeon.measure.repair import first_tokens
+from surgeon.models.device import wide
 from surgeon.models.experts import Experts
 from surgeon.models.passage import Batch
 from surgeon.models.streaming import SAME, Progress, StreamedModel
@@ -130,7 +131,7 @@ class _Merging:
     def _solved(self, expert: int, scale: float, tokens: Sequence[_Tokens]) -> float | None:
         """Return the ridge of the new output map of an expert, which the module and the states have; None for none."""
         has_bias = self._experts.biases is not None
-        old = self._experts.columns(expert).double()
+        old = wide(self._experts.columns(expert))
         fit, held = (Sums(old.shape, constant=has_bias) for _ in range(2))
         seen: list[tuple[_Tokens, Tensor, Tensor]] = []
         for each in tokens:

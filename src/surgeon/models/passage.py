@@ -6,11 +6,11 @@ The pass runs in a thread of its own, so that its local variables stay where the
 import inspect
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from contextvars import copy_context
 from dataclasses import dataclass
 from functools import wraps
-from queue import SimpleQueue
+from queue import Empty, SimpleQueue
 from threading import Thread
 from typing import Any
 
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 _THREAD = threading.local()  # `answer`: who gives the outputs of paused modules in this thread
 RUN = object()  # the answer that lets a module run as it is
+PATIENCE = 10.0  # seconds in which an interrupted forward pass may come to its next layer
 AROUND = -1  # the index of a module around the layers
 
 
@@ -87,7 +88,12 @@ class Passage:
         self._wait()
 
     def _wait(self) -> None:
-        self._at = self._line.calls.get()
+        try:
+            self._at = self._line.calls.get()
+        except BaseException:  # Ctrl-C: a process that ends while another thread is inside of torch ends by SIGABRT
+            with suppress(Empty):
+                self._line.calls.get(timeout=PATIENCE)
+            raise
         if isinstance(self._at, BaseException):
             raise self._at
 
