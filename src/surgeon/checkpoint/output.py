@@ -281,6 +281,16 @@ def write_whole(path: Path, parts: Iterable[bytes]) -> None:
         staged.unlink(missing_ok=True)
 
 
+@contextmanager
+def guarded(path: Path) -> Iterator[None]:
+    """Turn an error of the disk in this block into an OutputError that names the file."""
+    try:
+        yield
+    except OSError as error:
+        hint = f"Is the disk full, or not yours?  df -h {path.parent}"
+        raise OutputError(f"cannot write {path}: {error.strerror}", hint=hint) from error
+
+
 # Copying bytes of files
 
 PAGE = 4096

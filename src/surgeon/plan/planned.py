@@ -50,22 +50,24 @@ class PlannedSource(DerivedSource):
         return self.base.fetch(file)
 
     def parts(self, wanted: Ranges, *, among: Ranges | None = None) -> dict[str, FilePart]:
-        own, computed = self._split_of(wanted)
+        computed, own = self._split(wanted)
         parts = self.base.parts(own, among=self._read(among) if among else None) if own else {}
         if not computed:
             return parts
         from surgeon.plan.arithmetic import Arithmetic, single_threaded
 
-        arithmetic = Arithmetic(self.base.tensors, self.base.parts(self._read(dict.fromkeys(computed, ()))))
+        arithmetic = Arithmetic(
+            self.base.tensors, self.base.parts(self._read({PLANNED + name: () for name in computed}))
+        )
         made: dict[str, FilePart] = {}
         with single_threaded():
-            for file in computed:
+            for name in computed:
                 held = tempfile.TemporaryFile()  # noqa: SIM115  # the part closes it
-                for part in arithmetic.parts(self.plan.tensors[file.removeprefix(PLANNED)]):
+                for part in arithmetic.parts(self.plan.tensors[name]):
                     for block in part.make():
                         held.write(block)
                 held.flush()
-                made[file] = FilePart(Path(file), ((0, os.fstat(held.fileno()).st_size),), held)
+                made[PLANNED + name] = FilePart(Path(PLANNED + name), ((0, os.fstat(held.fileno()).st_size),), held)
         return parts | made
 
     def missing(self, wanted: Ranges) -> int | None:
@@ -81,15 +83,10 @@ class PlannedSource(DerivedSource):
     def check_unchanged(self) -> None:
         self.base.check_unchanged()
 
-    def _split_of(self, wanted: Ranges) -> tuple[Ranges, tuple[str, ...]]:
-        """Return the ranges of the base's files, and the files that are computed."""
-        computed = tuple(file for file in wanted if file.startswith(PLANNED))
-        return {file: spans for file, spans in wanted.items() if file not in computed}, computed
-
     def _read(self, wanted: Ranges) -> Ranges:
         """Return the ranges of the base's files that are read for these."""
-        own, computed = self._split_of(wanted)
-        names = {name for file in computed for name in reads(self.plan.tensors[file.removeprefix(PLANNED)])}
+        computed, own = self._split(wanted)
+        names = {read for name in computed for read in reads(self.plan.tensors[name])}
         ranges = {file: list(spans) for file, spans in own.items()}
         for file, spans in ranges_by_file(self.base.tensors, names).items():
             ranges[file] = sorted({*ranges.get(file, ()), *spans})

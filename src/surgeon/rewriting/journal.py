@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from surgeon.checkpoint.json_files import read_json
-from surgeon.checkpoint.output import write_whole
+from surgeon.checkpoint.output import guarded, write_whole
 from surgeon.errors import CheckpointError, OutputError
 
 REQUEST, ROWS, LOCK = "request.json", "rows.jsonl", "lock"
@@ -40,7 +40,7 @@ class Journal:
         """Write finished rows; they are on disk when this returns. Raises OutputError where the disk refuses."""
         outcomes = list(outcomes)
         lines = "".join(json.dumps(asdict(outcome), ensure_ascii=True) + "\n" for outcome in outcomes)
-        with _guarded(self.directory), (self.directory / ROWS).open("ab") as file:
+        with guarded(self.directory), (self.directory / ROWS).open("ab") as file:
             file.write(lines.encode())
             file.flush()
             os.fsync(file.fileno())
@@ -58,7 +58,7 @@ def opened(directory: Path, request: Mapping[str, Any]) -> Iterator[Journal]:
     """
     from filelock import FileLock, Timeout
 
-    with _guarded(directory):
+    with guarded(directory):
         directory.mkdir(parents=True, exist_ok=True)
         lock = FileLock(directory / LOCK, timeout=0)
         try:
@@ -69,7 +69,7 @@ def opened(directory: Path, request: Mapping[str, Any]) -> Iterator[Journal]:
     journal = Journal(directory)
     try:
         _check_request(directory, request)
-        with _guarded(directory):
+        with guarded(directory):
             _read_rows(journal)
         yield journal
     finally:
@@ -120,15 +120,5 @@ def _read_rows(journal: Journal) -> None:
 
 def write_lines(target: Path, lines: Iterable[bytes]) -> None:
     """Write a file, all of it or nothing. Raises OutputError where the disk refuses."""
-    with _guarded(target):
+    with guarded(target):
         write_whole(target, lines)
-
-
-@contextmanager
-def _guarded(path: Path) -> Iterator[None]:
-    """Turn an error of the disk in this block into an OutputError."""
-    try:
-        yield
-    except OSError as error:
-        hint = f"Is the disk full, or not yours?  df -h {path.parent}"
-        raise OutputError(f"cannot write {path}: {error.strerror}", hint=hint) from error

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from surgeon.checkpoint.json_files import read_json
-from surgeon.checkpoint.output import write_whole
+from surgeon.checkpoint.output import guarded, write_whole
 from surgeon.checkpoint.source import SEARCH
 from surgeon.errors import CheckpointError, OutputError
 from surgeon.processes import speaks, told_by_the_first
@@ -78,9 +78,9 @@ class Journal:
         found = self.measure_new(stage, candidates)
         each_took = _agreed((time.monotonic() - began) / len(candidates))
         for candidate, figures in zip(candidates, found, strict=True):
-            self._stored[self._name(stage), candidate] = (figures, each_took)
+            self._stored[name, candidate] = (figures, each_took)
             entry = {
-                "stage": self._name(stage),
+                "stage": name,
                 **entry_of(candidate),
                 "figures": figures.to_dict(),
                 "seconds": each_took,
@@ -98,7 +98,7 @@ class Journal:
             "tables": dict(self.tables),
             "measured": self.entries,
         }
-        with _guarded(self.place):
+        with guarded(self.place):
             self.place.parent.mkdir(parents=True, exist_ok=True)
             write_whole(self.place, [json.dumps(content).encode()])
 
@@ -144,7 +144,7 @@ def opened(place: Path | None, request: Mapping[str, Any], measure: Measure) -> 
     if not speaks():
         yield _begun(place, request, measure)
         return
-    with _guarded(place):
+    with guarded(place):
         place.parent.mkdir(parents=True, exist_ok=True)
         lock = FileLock(place.parent / LOCK, timeout=0)
         try:
@@ -186,13 +186,3 @@ def _begun(place: Path, request: Mapping[str, Any], measure: Measure) -> Journal
         return Journal(request, measure, place, list(content["measured"]), dict(content.get("tables") or {}))
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise OutputError(f"{place} is damaged", hint=again) from error
-
-
-@contextmanager
-def _guarded(path: Path) -> Iterator[None]:
-    """Turn an error of the disk in this block into an OutputError."""
-    try:
-        yield
-    except OSError as error:
-        hint = f"Is the disk full, or not yours?  df -h {path.parent}"
-        raise OutputError(f"cannot write {path}: {error.strerror}", hint=hint) from error

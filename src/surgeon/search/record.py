@@ -268,12 +268,6 @@ def name_of(feature: object) -> str:
 # --- reading ----------------------------------------------------------------------------------------------------
 
 
-def is_search(place: str | os.PathLike[str]) -> bool:
-    """Return whether a path names a record of a search, or a directory that holds one and no other request is made."""
-    path = Path(place)
-    return path.name == FILE or (path.is_dir() and (path / FILE).is_file())
-
-
 def read_search_of(place: str | os.PathLike[str], source: Source) -> SearchRecord:
     """Return the record in a file or in a result. Raises MeasureError for another model's, or a search not finished."""
     path = Path(place)

@@ -248,9 +248,8 @@ def _over(anatomy: Anatomy, options: PruneOptions, *, has_depth: bool) -> tuple[
     if given:
         if asked is not None and any(OVER[word] for word in asked):
             raise PlanError("sizes are given beside widths to search over", hint="Leave out the sizes, or --over.")
-        sizes = pruned_sizes(anatomy, options.sizes) or {}
+        pruned_sizes(anatomy, options.sizes)  # refuses what cannot be
         fixed = tuple((axis, size) for axis, size in given.items() if size != anatomy.sizes[axis])
-        assert sizes is not None
         return over, (fixed,)
     options_of = width_options(anatomy, over)
     if asked is not None:
