@@ -10,7 +10,7 @@ from datetime import timedelta
 from functools import cache
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from surgeon.errors import PlanError, SurgeonError
+from surgeon.errors import MeasureError, PlanError, SurgeonError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -164,6 +164,17 @@ def own_rows(rows: int) -> slice:
         return slice(0, rows)
     rank, count = int(os.environ.get("RANK", "0")), processes()
     return slice(rows * rank // count, rows * (rank + 1) // count)
+
+
+def shared_rows(rows: int) -> slice:
+    """Return which of so many rows this process measures. Raises MeasureError where it would have none."""
+    own = own_rows(rows)
+    if own.start == own.stop:
+        raise MeasureError(
+            f"{rows} rows of text cannot be shared by more processes than that",
+            hint="Start fewer processes, or measure on more: --samples.",
+        )
+    return own
 
 
 def summed(sums: "Tensor") -> "Tensor":

@@ -22,7 +22,7 @@ from surgeon.measure.repair import Apply, Output, held_out, repair
 from surgeon.models.halves import HalfLayers
 from surgeon.models.passage import Batch
 from surgeon.models.streaming import Progress, StreamedModel
-from surgeon.processes import least, own_rows, summed
+from surgeon.processes import least, shared_rows, summed
 
 REPAIRS_BYTES = 1_000_000_000  # of solved maps that are kept for candidates of later calls
 
@@ -59,12 +59,7 @@ class Reference:
         self.model, self.tokens, self.effort = model, tokens, Effort()
         self.against = self if against is None else against
         self._halves = HalfLayers(model) if halves else None
-        self.own = own_rows(len(tokens))
-        if self.own.start == self.own.stop:
-            raise MeasureError(
-                f"{len(tokens)} rows of text cannot be shared by more processes than that",
-                hint="Start fewer processes, or measure on more: --samples.",
-            )
+        self.own = shared_rows(len(tokens))
         with torch.no_grad():
             self.batches = model.embed(tokens[self.own], None if real is None else real[self.own])
             self._kept = Kept(2 * model.depth + 1, self.batches)

@@ -14,14 +14,13 @@ import torch
 from torch import Tensor
 
 from surgeon.anatomy.halves import ATTENTION, MLP
-from surgeon.errors import MeasureError
 from surgeon.measure.kept import Kept
 from surgeon.measure.refit import RIDGES
 from surgeon.measure.repair import Apply, Repair, repair
 from surgeon.models.halves import HalfLayers
 from surgeon.models.passage import Batch, silenced
 from surgeon.models.streaming import Progress, StreamedModel
-from surgeon.processes import own_rows
+from surgeon.processes import shared_rows
 from surgeon.transforms.seams import Site, Sites
 
 
@@ -32,6 +31,11 @@ class Rows:
     tokens: Tensor
     held: Tensor
     real: Tensor | None = None
+
+    def own(self) -> "Rows":
+        """Return the rows of this process, of several that measure together."""
+        own = shared_rows(len(self.tokens))
+        return Rows(self.tokens[own], self.held[own], None if self.real is None else self.real[own])
 
 
 def compensate(
@@ -51,10 +55,10 @@ def compensate(
     for site in sites.sites:
         by_layer.setdefault(site.map.layer, []).append(site)
     with torch.no_grad():
-        rows = _own(rows)
-        wanted = _Source(source, rows, progress)
+        rows = rows.own()
+        wanted = SourceStates(source, rows, progress)
         batches = result.embed(rows.tokens, rows.real)
-        states = _States.of(batches)
+        states = States.of(batches)
         for layer in range(max(by_layer, default=-1) + 1):
             # The source goes on before the layer is read, so that one of its layers and this one are never both there.
             here = by_layer.get(layer, [])
@@ -81,31 +85,20 @@ def _repaired(
         return repair(result, site.map, apply, *text, ridges=ridges)
 
 
-def _own(rows: Rows) -> Rows:
-    """Return the rows of this process, of several that measure together."""
-    own = own_rows(len(rows.tokens))
-    if own.start == own.stop:
-        raise MeasureError(
-            f"{len(rows.tokens)} rows of text cannot be shared by more processes than that",
-            hint="Start fewer processes, or fit on more: --samples.",
-        )
-    return Rows(rows.tokens[own], rows.held[own], None if rows.real is None else rows.real[own])
-
-
 def num_passes(sites: Sites) -> int:
     """Return how many layers the rows go through beside each other, in the source and in the result."""
     last = max((site.map.layer for site in sites.sites), default=-1)
     return last + 1 + max((site.end // 2 for site in sites.sites), default=0)
 
 
-class _States(Sequence[Tensor]):
+class States(Sequence[Tensor]):
     """The states of rows at one place of a model, a batch each, of all channels or of some."""
 
     def __init__(self, kept: Kept, channels: Sequence[int] | None = None) -> None:
         self._kept, self._channels = kept, None if channels is None else list(channels)
 
     @classmethod
-    def of(cls, batches: Sequence[Batch]) -> "_States":
+    def of(cls, batches: Sequence[Batch]) -> "States":
         """Return the first states of batches, which do not keep them."""
         kept = Kept(1, batches)
         for number, batch in enumerate(batches):
@@ -113,9 +106,9 @@ class _States(Sequence[Tensor]):
             batch.hidden = batch.hidden[:0].clone()
         return cls(kept)
 
-    def at(self, channels: Sequence[int] | None) -> "_States":
+    def at(self, channels: Sequence[int] | None) -> "States":
         """Return the same states at some channels; None: at all."""
-        return _States(self._kept, channels)
+        return States(self._kept, channels)
 
     def move(self, apply: Apply, batches: Sequence[Batch], progress: Progress | None) -> None:
         """Replace the states by those behind a layer."""
@@ -124,9 +117,9 @@ class _States(Sequence[Tensor]):
             if progress:
                 progress(batch.tokens.numel())
 
-    def copy(self) -> "_States":
+    def copy(self) -> "States":
         """Return states of their own."""
-        return _States(self._kept.copy())
+        return States(self._kept.copy())
 
     def __len__(self) -> int:
         return self._kept.num_batches
@@ -142,17 +135,17 @@ class _States(Sequence[Tensor]):
         return states if self._channels is None else states[..., self._channels]
 
 
-class _Source:
+class SourceStates:
     """The states of the source on the rows, in front of one of its halves after the other."""
 
     def __init__(self, model: StreamedModel, rows: Rows, progress: Progress | None) -> None:
         self._model, self._progress = model, progress
         self._batches = model.embed(rows.tokens, rows.real)
         self._layer = 0  # in front of which the states stand
-        self._states = _States.of(self._batches)
-        self._inside: _States | None = None  # the states between its halves, where they were asked for
+        self._states = States.of(self._batches)
+        self._inside: States | None = None  # the states between its halves, where they were asked for
 
-    def before(self, half: int, *, keep: bool) -> _States:
+    def before(self, half: int, *, keep: bool) -> States:
         """Return the states in front of a half of this number, which never falls; to `keep` when the next are asked."""
         while self._layer < half // 2:
             self._inside = None

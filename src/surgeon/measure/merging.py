@@ -11,26 +11,25 @@ the projections in front of the neurons, stay. Source: MergeMoE, arXiv:2510.1443
 in their outputs; weights, ridge and its choice are those of `surgeon.measure.refit`.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from surgeon.anatomy.halves import MLP, place
 from surgeon.errors import MeasureError
-from surgeon.measure.compensation import Rows
+from surgeon.measure.compensation import Rows, SourceStates, States
 from surgeon.measure.refit import Error, Sums, solve
-from surgeon.measure.repair import first_tokens
+from surgeon.measure.repair import Apply, first_tokens
 from surgeon.models.device import wide
 from surgeon.models.experts import Experts
 from surgeon.models.passage import Batch
 from surgeon.models.streaming import SAME, Progress, StreamedModel
 from surgeon.plan.arithmetic import TORCH_DTYPES
-from surgeon.processes import of_the_first, own_rows
+from surgeon.processes import of_the_first
 from surgeon.transforms.merging import DROP_THEM, ExpertOutputs, expert_outputs
-
-Apply = Callable[[Batch, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -60,30 +59,16 @@ def merge_experts(
     """
     outputs = expert_outputs(result.anatomy)
     with torch.no_grad():
-        own = own_rows(len(rows.tokens))
-        tokens, held, real = rows.tokens[own], rows.held[own], None if rows.real is None else rows.real[own]
-        theirs, ours = source.embed(tokens, real), result.embed(tokens, real)
-        goals, states = [batch.hidden for batch in theirs], [batch.hidden for batch in ours]
-        reached = 0
+        rows = rows.own()
+        wanted, batches = SourceStates(source, rows, progress), result.embed(rows.tokens, rows.real)
+        states = States.of(batches)
         for layer in range(result.depth):
-            while reached <= layers[layer]:
-                with source.layer(reached) as apply:
-                    goals = _applied(apply, theirs, goals, progress)
-                reached += 1
+            goals = wanted.before(place((layers[layer], MLP)) + 1, keep=False)
             with result.layer(layer) as apply:
                 if layer in outputs:
                     merging = _Merging(result, layer, outputs[layer], apply)
-                    yield merging.merged(ours, states, goals, held)
-                states = _applied(apply, ours, states, progress)
-
-
-def _applied(apply: Apply, batches: Sequence[Batch], states: list[Tensor], progress: Progress | None) -> list[Tensor]:
-    """Return the states behind a layer; those before it are freed one by one."""
-    for number, batch in enumerate(batches):
-        states[number] = apply(batch, states[number])
-        if progress:
-            progress(batch.tokens.numel())
-    return states
+                    yield merging.merged(batches, states, goals, rows.held)
+                states.move(apply, batches, progress)
 
 
 @dataclass
