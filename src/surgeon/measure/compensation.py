@@ -17,7 +17,7 @@ from surgeon.anatomy.halves import ATTENTION, MLP
 from surgeon.measure.kept import Kept
 from surgeon.measure.refit import RIDGES
 from surgeon.measure.repair import Apply, Repair, repair
-from surgeon.models.halves import HalfLayers
+from surgeon.models.halves import parts_of
 from surgeon.models.passage import Batch, silenced
 from surgeon.models.streaming import Progress, StreamedModel
 from surgeon.processes import shared_rows
@@ -165,6 +165,6 @@ class SourceStates:
 def _until(model: StreamedModel, layer: int, *, is_inside: bool) -> Iterator[None]:
     """Return a context in which a layer ends between its halves, or as it is."""
     with ExitStack() as stack:
-        for part in HalfLayers(model).module(layer, MLP) if is_inside else ():
+        for part in parts_of(model, layer, MLP) if is_inside else ():
             stack.enter_context(silenced(part))
         yield

@@ -5,7 +5,7 @@ what the model's own layer is made of is not assumed but checked, bit by bit: th
 the whole layer gives.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -53,10 +53,6 @@ class HalfLayers:
                     return apply(batch, states)
 
             yield half
-
-    def module(self, index: int, half: Half) -> Sequence[nn.Module]:
-        """Return the parts of a layer that compute a half."""
-        return [self.model.module(index).get_submodule(path) for path in self._paths[index][half]]
 
     def _check(self, index: int, apply: Callable[[Batch, Tensor], Tensor], batch: Batch, states: Tensor) -> None:
         module = self.model.module(index)
@@ -123,13 +119,10 @@ def _paths(model: StreamedModel, layer: int) -> Mapping[Half, tuple[str, ...]]:
             f"surgeon has no table of {anatomy.model_type} that tells attention and MLP apart", hint=LAYERS_HINT
         )
     paths: dict[Half, dict[str, None]] = {ATTENTION: {}, MLP: {}}
-    for name in anatomy.spec.tensors:
-        located = anatomy.stacks[0].locate(name)
-        if located is None or located[0] != layer:
-            continue
+    for name, rest in _inside(model, layer):
         row, part = anatomy.row(name)
-        if part in HALVES and row.kind in ("linear", "conv1d") and "." in located[1]:
-            paths[part][located[1].split(".")[0]] = None
+        if part in HALVES and row.kind in ("linear", "conv1d") and "." in rest:
+            paths[part][rest.split(".")[0]] = None
     children = dict(module.named_children())
     files_name = {half: {path: None for path in found if path in children} for half, found in paths.items()}
     for half, other in ((ATTENTION, MLP), (MLP, ATTENTION)):
@@ -147,6 +140,19 @@ def _paths(model: StreamedModel, layer: int) -> Mapping[Half, tuple[str, ...]]:
     return {half: tuple(found) for half, found in paths.items()}
 
 
+def parts_of(model: StreamedModel, layer: int, half: Half) -> list[nn.Module]:
+    """Return the parts of a layer that compute a half."""
+    return [model.module(layer).get_submodule(path) for path in _paths(model, layer)[half]]
+
+
+def _inside(model: StreamedModel, layer: int) -> Iterator[tuple[str, str]]:
+    """Yield the names of a layer's tensors, in the files and inside the layer."""
+    for name in model.names(layer):
+        located = model.anatomy.stacks[0].locate(name)
+        assert located is not None, "it is of a layer"
+        yield name, located[1]
+
+
 def _has_matrix(module: nn.Module) -> bool:
     return any(parameter.ndim > 1 for parameter in module.parameters())
 
@@ -156,13 +162,10 @@ def _writers(model: StreamedModel, layer: int, half: Half) -> list[str]:
     anatomy = model.anatomy
     modules = {path for path, _ in model.module(layer).named_modules()}
     found = []
-    for name in anatomy.spec.tensors:
-        located = anatomy.stacks[0].locate(name)
-        if located is None or located[0] != layer:
-            continue
+    for name, rest in _inside(model, layer):
         row, part = anatomy.row(name)
         out = {"linear": 0, "conv1d": -1}.get(row.kind)
-        path = located[1].rpartition(".")[0]
+        path = rest.rpartition(".")[0]
         if part == half and out is not None and axes_of(row.axes[out]) == {"hidden"} and path in modules:
             found.append(path)
     return found
@@ -172,8 +175,7 @@ def _shares(model: StreamedModel, layer: int) -> Mapping[Half, float]:
     """Return the share of a layer's parameters that each half has, norms left out: what it costs to run it."""
     anatomy = model.anatomy
     sizes: dict[Half, int] = {ATTENTION: 0, MLP: 0}
-    for name, tensor in anatomy.spec.tensors.items():
-        located = anatomy.stacks[0].locate(name)
-        if located is not None and located[0] == layer and (part := anatomy.row(name)[1]) in HALVES:
-            sizes[part] += tensor.num_parameters
+    for name, _ in _inside(model, layer):
+        if (part := anatomy.row(name)[1]) in HALVES:
+            sizes[part] += anatomy.spec.tensors[name].num_parameters
     return {half: size / max(1, sum(sizes.values())) for half, size in sizes.items()}

@@ -129,6 +129,10 @@ class StreamedModel:
         """Return the module of a layer; its weights are there inside `layer`."""
         return self._layers[layer]
 
+    def names(self, layer: int) -> Sequence[str]:
+        """Return the names of the tensors of a layer, in the files."""
+        return self._names[layer]
+
     def embed(self, tokens: Tensor, real: Tensor | None = None) -> list[Batch]:
         """Return the rows, shape (R, T), as batches whose layers can be run on any states. `real` is False for padding.
 
