@@ -11,7 +11,7 @@ from statistics import median
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from surgeon.anatomy.anatomy import read_anatomy
 from surgeon.anatomy.config import positions_of
@@ -23,12 +23,14 @@ from surgeon.evals.evaluation import EvalContext, Evaluation
 from surgeon.evals.generation import load_whole
 from surgeon.evals.options import DRAFTED, SAMPLES, SEQUENCE_LENGTH, EvaluationOptions
 from surgeon.evals.perplexity import ONE_ROW, read_stream, streamed
-from surgeon.models.device import groups, head_tokens, row_bytes
+from surgeon.measure.outcomes import OutcomeSums, compare
+from surgeon.models.device import groups, row_bytes
 from surgeon.models.loading import quiet_transformers
 from surgeon.models.streaming import StreamedModel
 from surgeon.progress import meter, stage
 
 PROMPTS, PROMPT_TOKENS = 8, 32  # of a measured sampling: rows of the text, of which so many tokens are the prompt
+MEASURED = {"acceptance": "overlap", "agreement": "agreeing", "kl": "kl"}  # figures, by the sums that they are of
 TIMED = 20  # steps of one token that are timed
 
 
@@ -66,7 +68,7 @@ def compared(draft: StreamedModel, target: StreamedModel, rows: Tensor) -> dict[
     nats.
     """
     models = (target, draft)
-    sums = torch.zeros(3, len(rows), dtype=torch.float64)
+    sums = OutcomeSums(len(rows))
     numbers = 2 * (draft.hidden_size + target.hidden_size)
     progress = meter("comparing", rows.numel(), draft.depth + target.depth)
     with torch.no_grad():
@@ -74,33 +76,14 @@ def compared(draft: StreamedModel, target: StreamedModel, rows: Tensor) -> dict[
             batches = [model.start(rows[start:stop]) for model in models]
             for model, own in zip(models, batches, strict=True):
                 model.run(own, progress=progress)
-            with target.finish(batches[0]) as one, draft.finish(batches[1]) as other:
+            with target.finish(batches[0]) as true_head, draft.finish(batches[1]) as head:
                 at = start
                 for whole, guess in zip(*batches, strict=True):
-                    count = len(whole.tokens)
-                    states = (whole.hidden[:, :-1], guess.hidden[:, :-1])
-                    sums[:, at : at + count] = _overlaps(one, other, *states)
-                    at += count
-    return dict(zip(("acceptance", "agreement", "kl"), sums.tolist(), strict=True))
-
-
-def _overlaps(one: Any, other: Any, whole: Tensor, guess: Tensor) -> Tensor:
-    """Return the sums of each row of states, (B, T, D): shape (3, B), in float64, on the CPU."""
-    sums = torch.zeros(3, len(whole), dtype=torch.float64)
-    for row in range(len(whole)):
-        for at in range(0, whole.shape[1], size := head_tokens(whole.device)):
-            p, q = (
-                nn.functional.log_softmax(head(states[row, at : at + size]).float(), -1)
-                for head, states in ((one, whole), (other, guess))
-            )
-            known = min(p.shape[-1], q.shape[-1])  # rows that only pad a vocabulary are in no text
-            values = (
-                torch.minimum(p[..., :known].exp(), q[..., :known].exp()).sum(),
-                (p.argmax(-1) == q.argmax(-1)).sum(),
-                (p[..., :known].exp() * (p[..., :known] - q[..., :known])).sum(),
-            )
-            sums[:, row] += torch.stack([value.float() for value in values]).cpu().double()
-    return sums
+                    sums.begin(at, guess.hidden)
+                    compare(head, whole, whole.hidden, [sums], true_head=true_head)
+                    at += len(whole.tokens)
+    found = sums.outcome()
+    return {name: getattr(found, of).tolist() for name, of in MEASURED.items()}
 
 
 def _arithmetic(acceptance: float, share: float) -> dict[str, Any]:
@@ -133,6 +116,13 @@ def _said(drafting: dict[str, Any]) -> list[str]:
 
 
 # --- sampling -------------------------------------------------------------------------------------------------------
+
+SAMPLED: dict[str, Any] = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
+
+
+def _fixed_length(new: int) -> dict[str, Any]:
+    """Return the options of `generate` for so many tokens, whatever they are."""
+    return {"max_new_tokens": new, "eos_token_id": None, "pad_token_id": 0}
 
 
 def _sampled(context: EvalContext, rows: Tensor, options: EvaluationOptions) -> dict[str, Any]:
@@ -204,10 +194,10 @@ def speculated(
         calls += 1
 
     hook = target.register_forward_pre_hook(count)
-    options: dict[str, Any] = {"max_new_tokens": new, "eos_token_id": None, "pad_token_id": 0}
+    options = _fixed_length(new)
     if seed is not None:
         torch.manual_seed(seed)
-        options |= {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
+        options |= SAMPLED
     try:
         with fixed(draft, drafted):
             written: Tensor = target.generate(
@@ -223,8 +213,7 @@ def check_greedy(target: Any, draft: Any, prompt: Tensor, drafted: int, new: int
 
     Ties of rounding aside: the tokens may differ from a place on at which both have nearly one logit.
     """
-    options = {"max_new_tokens": new, "eos_token_id": None, "pad_token_id": 0}
-    alone = target.generate(prompt, attention_mask=torch.ones_like(prompt), **options)
+    alone = target.generate(prompt, attention_mask=torch.ones_like(prompt), **_fixed_length(new))
     written, _ = speculated(target, draft, prompt, drafted, new)
     if torch.equal(alone, written):
         return
@@ -251,17 +240,8 @@ def _time_alone(target: Any, prompts: Tensor, new: int) -> float:
     for number, prompt in enumerate(prompts[:3]):
         torch.manual_seed(number)
         began = time.perf_counter()
-        target.generate(
-            prompt[None],
-            attention_mask=torch.ones_like(prompt[None]),
-            max_new_tokens=new,
-            eos_token_id=None,
-            pad_token_id=0,
-            do_sample=True,
-            temperature=1.0,
-            top_k=0,
-            top_p=1.0,
-        )
+        mask = torch.ones_like(prompt[None])
+        target.generate(prompt[None], attention_mask=mask, **_fixed_length(new), **SAMPLED)
         seconds.append((time.perf_counter() - began) / new)
     return median(seconds)
 

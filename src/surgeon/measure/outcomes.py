@@ -103,7 +103,8 @@ def compare(
 ) -> None:
     """Add to each candidate's sums what it gives for the tokens of a batch, beside the whole model's `whole` states.
 
-    `true_head` is the head of that whole model, where it is another one than the candidates'.
+    `true_head` is the head of that whole model, where it is another one than the candidates'. Where one has more rows,
+    these only pad the vocabulary: no text has them.
     """
     following, counted = targets_of(batch)
     chosen = counted.to(whole.device)
@@ -122,6 +123,7 @@ def compare(
                 one = torch.ones_like(loss)
                 each.add(rows[few], loss, torch.zeros_like(loss), one, one)
                 continue
-            kl = (p * (truth - guess)).sum(-1)
-            overlap = torch.minimum(p, guess.exp()).sum(-1)
+            known = min(truth.shape[-1], guess.shape[-1])
+            kl = (p[:, :known] * (truth[:, :known] - guess[:, :known])).sum(-1)
+            overlap = torch.minimum(p[:, :known], guess[:, :known].exp()).sum(-1)
             each.add(rows[few], loss, kl, overlap, (guess.argmax(-1) == best).float())
