@@ -20,7 +20,6 @@ from surgeon.verbs import prune as verb
 from surgeon.verbs.cut_options import CutOptions, PruneOptions, RunOptions
 from surgeon.verbs.pruning import Pruning
 from surgeon.verbs.search_options import SEARCH, SearchOptions
-from surgeon.verbs.searching import Searched
 
 GROUP = "surgery"
 EXAMPLE = "surgeon prune gpt2-large --score angular --layers 27 --data text.txt -o gpt2-27"
@@ -144,10 +143,8 @@ class PruneReport:
                 rows.append(("next best", f"layers {text.layers(choice.next_best)}{_value(choice.next_score)}"))
         if surgery.text is not None:
             rows.append(("text", str(surgery.text)))
-        if isinstance(surgery, Searched):
-            record = surgery.record
-            rows += [("search", record.effort_told), *record.rows(chosen=surgery.point.number)]
-            entries["search"] = record.told(chosen=surgery.point.number)
+        searched, found = surgery.searched()
+        rows, entries = rows + searched, entries | found
         if surgery.compensation is not None:
             rows += surgery.compensation.rows()
             entries["compensation"] = surgery.compensation.to_dict()
@@ -173,7 +170,7 @@ class PruneReport:
             rows += [(f"without {count}", _number(value)) for count, value in enumerate(curve)]
             entries["curve"] = curve
         if self.plot is not None and speaks():
-            save(surgery.draw_search() if isinstance(surgery, Searched) else surgery.draw(curve=curve), self.plot)
+            save(surgery.picture(curve=curve), self.plot)
             rows.append(("picture", str(self.plot)))
             entries["pictures"] = [str(self.plot)]
         return rows, entries

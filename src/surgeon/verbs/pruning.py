@@ -106,6 +106,14 @@ class Pruning(Surgery):
 
         return draw_pruning(self.score, self.scores, self.removed, title=self._title(), curve=curve)
 
+    def picture(self, *, curve: Sequence[float] | None = None) -> Any:
+        """Return the figure that tells most of how the cut was decided."""
+        return self.draw(curve=curve)
+
+    def searched(self) -> tuple[list[tuple[str, str]], dict[str, Any]]:
+        """Return what a search found, as rows for people and as entries for JSON; nothing where none decided."""
+        return [], {}
+
     @property
     def removed(self) -> "Removed":
         """The layers of the source that go, and of each narrowed axis what stays in each layer."""

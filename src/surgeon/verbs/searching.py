@@ -1,6 +1,6 @@
 """The search of `prune`: for a budget or a depth, the best cut by measurement, as a surgery with the record of it."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -61,6 +61,16 @@ class Searched(Pruning):
     def headline(self) -> str:
         """The source, and what goes."""
         return f"{self.source.label}, by search, {self.point.told(self.record.depth)}"
+
+    def picture(self, *, curve: Sequence[float] | None = None) -> Any:
+        """Return the figure of the search."""
+        return self.draw_search()
+
+    def searched(self) -> tuple[list[tuple[str, str]], dict[str, Any]]:
+        """Return what the search found, as rows for people and as entries for JSON."""
+        number = self.point.number
+        rows = [("search", self.record.effort_told), *self.record.rows(chosen=number)]
+        return rows, {"search": self.record.told(chosen=number)}
 
     def draw_search(self) -> Any:
         """Return a figure of matplotlib: sizes against the objective, a map of what went, singles and pairs."""
