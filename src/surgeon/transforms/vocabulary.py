@@ -6,6 +6,7 @@ Where the vocabulary is padded, new tokens take rows that no token has yet.
 """
 
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 from itertools import chain
 from typing import Any
 
@@ -57,19 +58,24 @@ def select_tokens(anatomy: Anatomy, kept: Sequence[int], *, rows: int | None = N
 
     Raises PlanError for a token without a row, or when it is not clear which tensors have rows for tokens.
     """
-    dims, size = vocabulary_dims(anatomy), vocabulary_size(anatomy)
-    check_rows(kept[-1], size)
     index = Index(chain(((token, 1) for token in kept), ((-1, max(0, (rows or 0) - len(kept))),)))
+    return replace(exchange_tokens(anatomy, index), axes={"vocab": index})
+
+
+def exchange_tokens(anatomy: Anatomy, old: Sequence[int]) -> Plan:
+    """Return the plan of the model whose row for token j is that of its old token old[j], the mean row where it is -1.
+
+    Where the rows stay as they are, they are not read. Raises PlanError as `vocabulary_dims` does.
+    """
+    dims, size = vocabulary_dims(anatomy), vocabulary_size(anatomy)
+    index = Index.of(old)
+    check_rows(index.highest, size)
     scale = Scale.all(1.0, len(index))
     tensors: dict[str, Expr] = {name: Read(name) for name in anatomy.spec.tensors}
     if not index.is_whole or len(index) != size:
         tensors |= {name: Gather(Read(name), dim, index, scale, mean=1.0) for name, dim in dims.items()}
-    return Plan(
-        config=with_rows(anatomy.spec.config, size, len(index)),
-        tensors=tensors,
-        layer_map=tuple(range(anatomy.depth)),
-        axes={"vocab": index},
-    )
+    config = with_rows(anatomy.spec.config, size, len(index))
+    return Plan(config=config, tensors=tensors, layer_map=tuple(range(anatomy.depth)))
 
 
 def check_rows(highest: int, size: int) -> None:
