@@ -72,6 +72,14 @@ class Add:
 
 
 @dataclass(frozen=True, slots=True)
+class Joined:
+    """Tensors of one dtype laid end to end along `dim`."""
+
+    parts: tuple["Expr", ...]
+    dim: int
+
+
+@dataclass(frozen=True, slots=True)
 class Uniform:
     """Numbers of mean 0, uniform, with `ratio` times the standard deviation of `like`, in its dtype.
 
@@ -121,7 +129,7 @@ class Rounded:
     source: "Expr"
 
 
-Expr = Read | Gather | Affine | Add | Uniform | Normal | Constant | Cast | Rounded
+Expr = Read | Gather | Affine | Add | Joined | Uniform | Normal | Constant | Cast | Rounded
 
 
 def children(expr: Expr) -> tuple[Expr, ...]:
@@ -129,7 +137,7 @@ def children(expr: Expr) -> tuple[Expr, ...]:
     kind = type(expr)  # a match takes several times as long, and this is asked a million times of a mixture of experts
     if kind in _OF_ONE:
         return (expr.source,)  # type: ignore[union-attr]
-    if kind is Add:
+    if kind is Add or kind is Joined:
         return expr.parts  # type: ignore[union-attr]
     return (expr.like,) if kind is Uniform else ()  # type: ignore[union-attr]
 
@@ -149,8 +157,8 @@ def substitute(expr: Expr, replacement: Callable[[str], Expr]) -> Expr:
     match expr:
         case Gather() | Affine() | Cast() | Rounded():
             return replace(expr, source=parts[0])
-        case Add():
-            return Add(parts)
+        case Add() | Joined():
+            return replace(expr, parts=parts)
         case Uniform():
             return replace(expr, like=parts[0])
         case _:
@@ -185,6 +193,12 @@ def infer(expr: Expr, tensors: Mapping[str, TensorSpec]) -> TensorSpec:
                 shapes = sorted({f"{spec.dtype} {list(spec.shape)}" for spec in (first, *others)})
                 raise PlanError(f"cannot add {' and '.join(shapes)}")
             return first
+        case Joined(parts, dim):
+            specs = [_number(part, tensors) for part in parts]
+            length = sum(spec.shape[dim] for spec in specs)
+            if len({(spec.dtype, *spec.shape[:dim], length, *spec.shape[dim + 1 :]) for spec in specs}) > 1:
+                raise PlanError(f"cannot lay {' and '.join(map(describe, parts))} end to end: their shapes differ")
+            return TensorSpec(specs[0].dtype, (*specs[0].shape[:dim], length, *specs[0].shape[dim + 1 :]))
         case Cast(source, dtype):
             return TensorSpec(dtype, _number(source, tensors).shape)
         case Rounded(source):
@@ -216,6 +230,8 @@ def describe(expr: Expr) -> str:
             return f"{factor:.6g} * {describe(source)}" + (f" + {offset:.6g}" if offset else "")
         case Add(parts):
             return " + ".join(map(describe, parts))
+        case Joined(parts, dim):
+            return f"joined({', '.join(map(describe, parts))}, dim {dim})"
         case Cast(source, dtype):
             return f"{dtype.lower()}({describe(source)})"
         case Rounded(source):

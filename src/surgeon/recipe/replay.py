@@ -136,7 +136,8 @@ def _made(
         if name == PRUNED and surgery is not None:
             surgery = _pruned(surgery, step, path.parent)
         else:
-            surgery = commands.repeat(name, step, surgery)
+            taken = {"rows_from": str(path.parent)} if "rows" in step else {}  # computed rows, in a file beside it
+            surgery = commands.repeat(name, {**step, **taken}, surgery)
     assert surgery is not None, "a receipt has steps"
     known = {key: options[key] for key in ("dtype", "max_shard_size", "block") if key in options}
     if dry_run:
