@@ -13,6 +13,7 @@ from typing import Any
 from surgeon.anatomy.axes import Index, Scale
 from surgeon.checkpoint.header import CheckpointSpec, TensorSpec, is_quantized
 from surgeon.errors import PlanError
+from surgeon.plan.rules import Rule
 from surgeon.showing import Shown
 
 # Expressions
@@ -121,7 +122,25 @@ class Rounded:
     source: "Expr"
 
 
-Expr = Read | Gather | Affine | Add | Uniform | Normal | Constant | Cast | Rounded
+@dataclass(frozen=True, slots=True)
+class Mix:
+    """One tensor of several models' `parts` of one shape, by a rule, rounded once to `dtype`.
+
+    With a `base`, the rule is applied to the differences from it. `densities` are the parts of each that stay, where
+    the rule thins them out. `streams` name the random stream of each, so that a draw depends neither on the order of
+    the parts nor on the files that hold them.
+    """
+
+    parts: tuple["Expr", ...]
+    base: "Expr | None"
+    weights: tuple[float, ...]
+    rule: Rule
+    dtype: str
+    densities: tuple[float, ...] = ()
+    streams: tuple[str, ...] = ()
+
+
+Expr = Read | Gather | Affine | Add | Uniform | Normal | Constant | Cast | Rounded | Mix
 
 
 def children(expr: Expr) -> tuple[Expr, ...]:
@@ -131,6 +150,8 @@ def children(expr: Expr) -> tuple[Expr, ...]:
         return (expr.source,)  # type: ignore[union-attr]
     if kind is Add:
         return expr.parts  # type: ignore[union-attr]
+    if isinstance(expr, Mix):
+        return expr.parts if expr.base is None else (*expr.parts, expr.base)
     return (expr.like,) if kind is Uniform else ()  # type: ignore[union-attr]
 
 
@@ -151,6 +172,8 @@ def substitute(expr: Expr, replacement: Callable[[str], Expr]) -> Expr:
             return replace(expr, source=parts[0])
         case Add():
             return Add(parts)
+        case Mix(of, base):
+            return replace(expr, parts=parts[: len(of)], base=None if base is None else parts[-1])
         case Uniform():
             return replace(expr, like=parts[0])
         case _:
@@ -185,6 +208,11 @@ def infer(expr: Expr, tensors: Mapping[str, TensorSpec]) -> TensorSpec:
                 shapes = sorted({f"{spec.dtype} {list(spec.shape)}" for spec in (first, *others)})
                 raise PlanError(f"cannot add {' and '.join(shapes)}")
             return first
+        case Mix(dtype=dtype):
+            sizes = {_number(part, tensors).shape for part in children(expr)}
+            if len(sizes) > 1:
+                raise PlanError(f"cannot merge {' and '.join(str(list(shape)) for shape in sorted(sizes))}")
+            return TensorSpec(dtype, sizes.pop())
         case Cast(source, dtype):
             return TensorSpec(dtype, _number(source, tensors).shape)
         case Rounded(source):
@@ -216,6 +244,9 @@ def describe(expr: Expr) -> str:
             return f"{factor:.6g} * {describe(source)}" + (f" + {offset:.6g}" if offset else "")
         case Add(parts):
             return " + ".join(map(describe, parts))
+        case Mix(parts, base, weights, rule):
+            each = (f"{weight:.6g} {describe(part)}" for weight, part in zip(weights, parts, strict=True))
+            return f"{rule.name}({', '.join(each)}{'' if base is None else f'; base {describe(base)}'})"
         case Cast(source, dtype):
             return f"{dtype.lower()}({describe(source)})"
         case Rounded(source):
