@@ -145,6 +145,8 @@ GROUPS = (
         "width",
         "experts",
         "config",
+        "merging",
+        "regression",
     ),
     *("text", "prompt"),
     *("data", "lines", "what is measured", "answers", "sampling", "length and rate", "what is trained"),

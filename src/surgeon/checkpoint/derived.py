@@ -89,6 +89,7 @@ class DerivedSource(ABC):
 
 
 DONOR = "donor"  # the word of a model that gives layers
+MODEL, BASE = "model", "base"  # of one that is merged, before its number; of the one that all were finetuned from
 
 
 @dataclass(frozen=True)
@@ -123,6 +124,16 @@ def alone(source: Source, word: str | None = None) -> Source:
     while isinstance(source, JoinedSource) and source.word != word:
         source = source.base
     return source
+
+
+def parents(source: Source) -> list[Source]:
+    """Return the models of which a source is merged, the first one first; none where it is one model."""
+    found: list[Source] = []
+    while isinstance(source, JoinedSource):
+        if source.word == BASE or source.word.startswith(f"{MODEL}-"):
+            found.insert(0, source.joined)
+        source = source.base
+    return [source, *found] if found else []
 
 
 TRAINED = "trained:"  # no file of a model has a colon in its name

@@ -98,6 +98,11 @@ def suppress(files: Files, ids: Sequence[int], config: Mapping[str, Any]) -> dic
     return {GENERATION: _written(GENERATION, generation)}
 
 
+def vocabulary_of(content: bytes) -> dict[str, int]:
+    """Return the id of every token of the bytes of a tokenizer.json. Raises CheckpointError for a damaged one."""
+    return _vocabulary(_parsed(TOKENIZER, content))
+
+
 def _vocabulary(tokenizer: Mapping[str, Any]) -> dict[str, int]:
     """Return the id of every token of a tokenizer.json, added tokens included."""
     added = tokenizer.get("added_tokens") or []

@@ -138,6 +138,8 @@ def _made(
         else:
             surgery = commands.repeat(name, step, surgery)
     assert surgery is not None, "a receipt has steps"
+    if not begun:
+        _check_parents(surgery, source, path)
     known = {key: options[key] for key in ("dtype", "max_shard_size", "block") if key in options}
     if dry_run:
         surgery.prepare(target, **known)
@@ -158,6 +160,16 @@ def _source(source: Mapping[str, Any], path: Path) -> tuple[str, str | None]:
     if found.get("fingerprint") != source.get("fingerprint"):
         raise RecipeError(f"{path}: its source {place} has changed since", hint="Put the one back that it was made of.")
     return place, None
+
+
+def _check_parents(surgery: Surgery, source: Mapping[str, Any], path: Path) -> None:
+    """Raise RecipeError where a model that was merged, or gave layers, is not what it was."""
+    found = surgery.source.provenance()
+    for word, known in source.items():
+        other = found.get(word)
+        if isinstance(known, dict) and isinstance(other, dict) and known.get("fingerprint") != other.get("fingerprint"):
+            hint = "Put the one back that it was made of."
+            raise RecipeError(f"{path}: its source {known.get('path')} has changed since", hint=hint)
 
 
 def _pruned(surgery: Surgery, step: Mapping[str, Any], original: Path) -> Surgery:
