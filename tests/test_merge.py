@@ -1,8 +1,8 @@
 """Several models made one: each number by one rule, whatever the order of the models and the size of the files."""
 
 import json
+import math
 
-import numpy as np
 import pytest
 import toys
 from later import LATER
@@ -177,7 +177,7 @@ def test_dare_drops_by_the_name_of_the_tensor_and_the_seed(family, tmp_path):
         stays = added != 0
         torch.testing.assert_close(added[stays], (4 * delta)[stays], rtol=0, atol=1e-6)
         kept, total = kept + int(stays.sum()), total + stays.numel()
-    assert abs(kept / total - 0.25) < 5 * np.sqrt(0.25 * 0.75 / total)  # five standard deviations
+    assert abs(kept / total - 0.25) < 5 * math.sqrt(0.25 * 0.75 / total)  # five standard deviations
 
 
 def test_model_stock_stays_between_the_base_and_the_mean(family, tmp_path):
@@ -337,6 +337,86 @@ def test_a_base_that_is_none_of_theirs_is_refused_and_a_far_one_is_told(family, 
     assert "far is far from" in notes[-1]
 
 
+# Recipes of mergekit
+
+SLERP = """
+slices:
+  - sources:
+      - {{model: {a}, layer_range: [0, 6]}}
+      - {{model: {b}, layer_range: [0, 6]}}
+merge_method: slerp
+base_model: {b}
+parameters:
+  t:
+    - {{filter: self_attn, value: [0, 0.5, 1]}}
+    - {{filter: mlp, value: 0.3}}
+    - value: 0.5
+dtype: bfloat16
+"""
+TIES = """
+models:
+  - model: {base}
+  - {{model: {a}, parameters: {{weight: 0.5, density: 0.4}}}}
+  - {{model: {b}, parameters: {{weight: [0.2, 0.8]}}}}
+merge_method: ties
+base_model: {base}
+parameters: {{normalize: false, lambda: 0.7, density: 0.9, int8_mask: true}}
+"""
+PASSTHROUGH = """
+slices:
+  - sources: [{{model: {b}, layer_range: [0, 2]}}]
+  - sources: [{{model: {a}, layer_range: [1, 6]}}]
+merge_method: passthrough
+"""
+
+
+def recipe(text, family, place):
+    place.mkdir(exist_ok=True)
+    base, a, b, _ = family
+    (place / "merge.yaml").write_text(text.format(base=base, a=a, b=b))
+    return place / "merge.yaml"
+
+
+@pytest.mark.parametrize(
+    ("text", "options"),
+    [
+        (SLERP, {"method": "slerp", "weights": ["*self_attn*=1:0.5:0,0:0.5:1", "*mlp*=0.7,0.3", "0.5,0.5"]}),
+        (
+            TIES,
+            {"method": "ties", "weights": ["outside=0.5,0.2", "0.5,0.2:0.8"], "density": ["0.4,0.9"]}
+            | {"normalize": False, "scale": 0.7},
+        ),
+        (PASSTHROUGH, {"method": "passthrough", "slices": "A:0-1,B:1-5"}),
+    ],
+)
+def test_a_recipe_of_mergekit_is_what_its_options_are(text, options, family, tmp_path):
+    base, a, b, _ = family
+    surgeon.merge(None, from_file=recipe(text, family, tmp_path)).save(tmp_path / "one")
+    first, second = (a, b) if text == TIES else (b, a)
+    options |= {"base": base} if text == TIES else {}
+    surgery = surgeon.merge(first, models=[str(second)], **options)
+    surgery.save(tmp_path / "two", dtype="bfloat16" if text == SLERP else "keep")
+
+    assert same(weights(tmp_path / "one"), weights(tmp_path / "two"))
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "fault"),
+    [
+        ("merge_method: ties", "merge_method: della", "merge_method 'della'"),
+        ("int8_mask: true", "gamma: 0.1", "gamma: 0.1 in parameters"),
+        ("weight: 0.5, ", "", "ties without a weight of"),
+        ("merge_method: ties", "merge_method: ties\ntokenizer_source: union", "tokenizer_source: union"),
+        ("merge_method: ties", "merge_method: ties\nchat_template: x", "does not do chat_template"),
+        ("base_model", "modules", "does not do modules|without a base_model"),
+        ("models:", "models: [", "is no YAML"),
+    ],
+)
+def test_what_a_recipe_asks_beyond_this_is_named(old, new, fault, family, tmp_path):
+    with pytest.raises(PlanError, match=fault):
+        surgeon.merge(None, from_file=recipe(TIES.replace(old, new), family, tmp_path))
+
+
 # The command
 
 
@@ -356,6 +436,17 @@ def test_a_card_names_all_parents_and_a_receipt_replays(run, family, tmp_path):
     assert record["source"]["model-2"]["fingerprint"] != record["source"]["base"]["fingerprint"]
     again = run("run", tmp_path / "out" / "surgeon.json", "-o", tmp_path / "again", "--json", "--quiet")
     assert json.loads(again.out)["steps"][0]["result"]["same"], again.err
+
+
+def test_a_recipe_of_mergekit_runs_and_its_receipt_replays(run, family, tmp_path):
+    done = run("merge", "--from", recipe(SLERP, family, tmp_path), "-o", tmp_path / "out", "--json")
+
+    assert done.code == 0, done.err
+    again = run("run", tmp_path / "out" / "surgeon.json", "-o", tmp_path / "again", "--json", "--quiet")
+    assert json.loads(again.out)["steps"][0]["result"]["same"], again.err
+    twice = run("merge", family[1], "--from", tmp_path / "merge.yaml")
+    assert twice.code == 2
+    assert "--from says all of it, and MODEL too" in twice.err
 
 
 def test_a_receipt_is_not_replayed_with_another_parent(run, family, tmp_path):

@@ -126,16 +126,6 @@ def alone(source: Source, word: str | None = None) -> Source:
     return source
 
 
-def parents(source: Source) -> list[Source]:
-    """Return the models of which a source is merged, the first one first; none where it is one model."""
-    found: list[Source] = []
-    while isinstance(source, JoinedSource):
-        if source.word == BASE or source.word.startswith(f"{MODEL}-"):
-            found.insert(0, source.joined)
-        source = source.base
-    return [source, *found] if found else []
-
-
 TRAINED = "trained:"  # no file of a model has a colon in its name
 
 

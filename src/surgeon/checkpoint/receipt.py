@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from surgeon.checkpoint.blank import BlankSource
-from surgeon.checkpoint.derived import parents
+from surgeon.checkpoint.derived import BASE, MODEL
 from surgeon.checkpoint.json_files import read_json
 from surgeon.checkpoint.source import RECEIPT, LocalSource, Source, Transfer, inside
 from surgeon.errors import CheckpointError
@@ -196,6 +196,16 @@ def public_name(source: Source) -> str:
     while (inner := getattr(base, "base", None)) is not None:  # of a source that is derived from another
         base = inner
     return str(base.directory.resolve().name) if isinstance(base, LocalSource) else base.label
+
+
+def parents(source: Source) -> list[Source]:
+    """Return the models of which a source is merged, the first one first; none where it is one model."""
+    found: list[Source] = []
+    while (word := getattr(source, "word", None)) is not None:  # of a source that is joined
+        if word == BASE or word.startswith(f"{MODEL}-"):
+            found.insert(0, source.joined)  # type: ignore[attr-defined]
+        source = source.base  # type: ignore[attr-defined]
+    return [source, *found] if found else []
 
 
 def base_models(source: Source) -> list[str]:

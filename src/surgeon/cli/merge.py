@@ -2,15 +2,19 @@
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from surgeon.cli.command import Model, Writing, check, run, spread
+import typer
+
+from surgeon.cli.command import Writing, check, run, spread
 from surgeon.options import keywords_of
 from surgeon.surgery import Surgery
 from surgeon.verbs import merge as verb
 
 GROUP = "surgery"
 EXAMPLE = "surgeon merge finetune-a finetune-b --weights 0.3,0.7 -o merged"
+
+First = Annotated[str | None, typer.Argument(metavar="MODEL", help="The first model: it gives config and tokenizer.")]
 
 
 @dataclass(frozen=True)
@@ -27,11 +31,11 @@ class _Told:
 
 
 @spread
-def merge(model: Model, options: verb.MergeOptions, writing: Writing) -> None:
+def merge(model: First = None, *, options: verb.MergeOptions, writing: Writing) -> None:
     """Make one model of several, each number rounded once."""
     planned = verb.merge(model, **keywords_of(replace(options, measure=False)))
     surgery = planned
-    if not writing.dry_run and options.base is not None:
+    if not writing.dry_run and (options.base is not None or options.data):
         check(planned, writing)  # an output that exists is refused before weights are read
         surgery = verb.merge(model, **keywords_of(options))
     run(surgery, writing, report=_Told(surgery))

@@ -26,21 +26,9 @@ from surgeon.checkpoint.header import FilePart, TensorSpec
 from surgeon.checkpoint.source import StoredTensor
 from surgeon.plan.making import BLOCK_NUMBERS, KEPT, Part
 from surgeon.plan.mixing import mixed
-from surgeon.plan.plan import (
-    Add,
-    Affine,
-    Cast,
-    Constant,
-    Expr,
-    Gather,
-    Mix,
-    Normal,
-    Read,
-    Rounded,
-    Uniform,
-    children,
-    infer,
-)
+from surgeon.plan.plan import Add, Affine, Cast, Constant, Expr, Gather, Normal, Read, Rounded, Uniform, children, infer
+from surgeon.plan.regressing import regressed
+from surgeon.plan.rules import Mix, Regress
 from surgeon.plan.summing import SUMMED, MakeRows, key_of, row_ranges, to_float64, total_of
 
 TORCH_DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
@@ -123,6 +111,8 @@ class Arithmetic:
                 return lambda start, stop: _at_least_float32(rows(start, stop).to(dtype))
             case Mix():
                 return self._mix(expr)
+            case Regress():
+                return self._regress(expr)
             case Uniform():
                 return self._uniform(expr)
             case Normal(spec, std, seed, stream):
@@ -169,6 +159,13 @@ class Arithmetic:
         stored = {infer(part, self._specs).dtype for part in children(expr)}
         base = None if expr.base is None else self._rows(expr.base)
         return mixed(expr, [self._rows(part) for part in expr.parts], base, self._shape(expr), stored)
+
+    def _regress(self, expr: Regress) -> MakeRows:
+        biases: list[MakeRows | None] = [self._rows(bias) for bias in expr.biases]
+        biases = biases or [None for _ in expr.maps]
+        grams = [None if gram is None else self._rows(gram) for gram in expr.grams]
+        maps = list(zip([self._rows(each) for each in expr.maps], biases, strict=True))
+        return regressed(expr, maps, grams, self._shape(expr.maps[0]))
 
     def _gather(self, expr: Gather) -> MakeRows:
         if _is_scattered(expr):

@@ -19,8 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from surgeon.plan.plan import Mix
-from surgeon.plan.rules import KINDS
+from surgeon.plan.rules import KINDS, Mix
 from surgeon.plan.summing import SUMMED, MakeRows, key_of, row_ranges, total_of
 
 PARALLEL = 0.9995  # the cosine from which slerp goes straight

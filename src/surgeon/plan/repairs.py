@@ -73,7 +73,7 @@ class RepairsFile(LocalSource):
         return content
 
     def provenance(self) -> dict[str, Any]:
-        return {"file": REPAIRS, "sha256": self.sha256}
+        return {"file": self.file, "sha256": self.sha256}
 
 
 @dataclass(frozen=True)
@@ -116,7 +116,8 @@ def with_repairs(source: Source, plan: Plan, repairs: RepairsFile) -> tuple[Repa
 class RepairsWriter:
     """Takes solved tensors one by one, and writes them as one file in a temporary place, which lasts as long as it."""
 
-    def __init__(self) -> None:
+    def __init__(self, file: str = REPAIRS, label: str = "the compensation") -> None:
+        self._file, self._label = file, label
         self._directory = Path(tempfile.mkdtemp(prefix="surgeon-repairs-"))
         self._remove = weakref.finalize(self, shutil.rmtree, self._directory, ignore_errors=True)
         self._places: dict[str, tuple[TensorSpec, int]] = {}
@@ -147,11 +148,11 @@ class RepairsWriter:
         ]
         try:
             metadata = {_KEY: json.dumps(public_record({"format": FORMAT, **record}))}  # it may be published
-            write_safetensors(self._directory / REPAIRS, writes, metadata=metadata)
+            write_safetensors(self._directory / self._file, writes, metadata=metadata)
             self._spool.unlink()
         except OSError as error:
             raise _no_room(self._directory, error) from error
-        made = RepairsFile(self._directory, "the compensation", REPAIRS)
+        made = RepairsFile(self._directory, self._label, self._file)
         self._remove.detach()
         weakref.finalize(made, shutil.rmtree, self._directory, ignore_errors=True)
         return made

@@ -21,6 +21,8 @@ from surgeon.data.rows import hashed
 from surgeon.errors import DataError, RecipeError, first_line
 from surgeon.measure.record import Scores, read_scores
 from surgeon.options import OptionError
+from surgeon.plan.grams import WORD as GRAMS_WORD
+from surgeon.plan.grams import GramsFile
 from surgeon.plan.plan import Plan
 from surgeon.plan.repairs import open_repairs, with_repairs
 from surgeon.recipe.checking import words_of
@@ -136,7 +138,7 @@ def _made(
         if name == PRUNED and surgery is not None:
             surgery = _pruned(surgery, step, path.parent)
         else:
-            surgery = commands.repeat(name, step, surgery)
+            surgery = commands.repeat(name, _with_grams(step, path.parent), surgery)
     assert surgery is not None, "a receipt has steps"
     if not begun:
         _check_parents(surgery, source, path)
@@ -160,6 +162,16 @@ def _source(source: Mapping[str, Any], path: Path) -> tuple[str, str | None]:
     if found.get("fingerprint") != source.get("fingerprint"):
         raise RecipeError(f"{path}: its source {place} has changed since", hint="Put the one back that it was made of.")
     return place, None
+
+
+def _with_grams(step: Mapping[str, Any], original: Path) -> Mapping[str, Any]:
+    """Return a step that was solved by Gram matrices with the file that lies beside the result, checked."""
+    if "grams" not in step:
+        return step
+    file = GramsFile.at(original, str(original))
+    if file.sha256 != step["grams"]:
+        raise RecipeError(f"{file.path} has changed since", hint="Put the one back that it was made of.")
+    return {**step, "data": [str(file.path) if each == GRAMS_WORD else each for each in step["data"]]}
 
 
 def _check_parents(surgery: Surgery, source: Mapping[str, Any], path: Path) -> None:

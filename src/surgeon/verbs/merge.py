@@ -7,7 +7,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from surgeon.checkpoint.derived import BASE, MODEL, JoinedSource, parents
+from surgeon.checkpoint.derived import BASE, MODEL, JoinedSource
+from surgeon.checkpoint.receipt import parents
 from surgeon.checkpoint.source import Source
 from surgeon.errors import PlanError
 from surgeon.options import (
@@ -28,13 +29,15 @@ from surgeon.surgery import Surgery, open_model
 from surgeon.transforms.alike import check_vocabularies
 from surgeon.transforms.combine import MOST_PARENTS, Parent, Shares, combine, read_slices, stack_slices
 from surgeon.transforms.portions import Portions, check_count, read_portions
+from surgeon.verbs.mergekit import Recipe, read_recipe
 
 if TYPE_CHECKING:
     from surgeon.measure.differences import Differences
 
 VERB = Verb(plans="merge", then="evaluate {output} {data} --baseline {source}")
 PASSTHROUGH = "passthrough"
-METHODS = (*KINDS, PASSTHROUGH)
+REGMEAN = "regmean"
+METHODS = (*KINDS, PASSTHROUGH, REGMEAN)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,8 +52,8 @@ class MergeOptions(Checked):
         is_argument=True,
     )
     method: str = option(
-        "How: linear (a mean), task-arithmetic, ties, dare, dare-ties, slerp, nuslerp, model-stock, karcher, or "
-        "passthrough (layers of several models).",
+        "How: linear (a mean), task-arithmetic, ties, dare, dare-ties, slerp, nuslerp, model-stock, karcher, "
+        "passthrough (layers of several models), or regmean (solved on texts).",
         "linear",
         metavar="METHOD",
         choices=METHODS,
@@ -94,8 +97,35 @@ class MergeOptions(Checked):
         metavar="LAYERS",
         group="merging",
     )
+    data: Sequence[str] = option(
+        "Of regmean, for each model in their order: its text, a grams.safetensors in its place, or none.",
+        (),
+        metavar="DATA",
+        reads=True,
+        group="regression",
+    )
+    alpha: float = option(
+        "Multiply the off-diagonal numbers of the Gram matrices by this, from 0 to 1.",
+        0.9,
+        metavar="F",
+        group="regression",
+    )
+    sequential: bool = option(
+        "Measure each layer behind the layers that are merged already (RegMean++).", False, group="regression"
+    )
+    samples: int = option("Number of sequences taken from each text.", 32, metavar="N", group="regression")
+    sequence_length: int = option("Tokens per sequence.", 256, metavar="T", group="regression")
+    from_file: str | os.PathLike[str] | None = option(
+        "Do what this recipe of mergekit says, in place of models and options.",
+        None,
+        names=("--from",),
+        metavar="FILE",
+        reads=True,
+        group="merging",
+    )
     seed: int = seed_option()
     revision: str | None = revision_option()
+    stored_as: str | None = in_python("A dtype for the result, where --dtype keeps it: a recipe's.")
     measure: bool = in_python("Read samples of the weights: how far the models are from the base.", True)
 
     def __post_init__(self) -> None:
@@ -109,7 +139,12 @@ class MergeOptions(Checked):
 
     def _check_method(self) -> None:
         """Raises OptionError for an option that the method has no use for, or needs."""
-        kind, method = KINDS.get(self.method), self.method
+        kind, method = KINDS.get("linear" if self.method == REGMEAN else self.method), self.method
+        if bool(self.data) != (method == REGMEAN) or (self.sequential and method != REGMEAN):
+            hint = f"Such as --method {REGMEAN} --data a.txt --data b.txt"
+            raise OptionError("data", f"--data and --method {REGMEAN} belong together", hint=hint)
+        if not 0 <= self.alpha <= 1:
+            raise OptionError("alpha", f"--alpha is {self.alpha}; it lies between 0 and 1", hint="Such as --alpha 0.9")
         if (self.slices is not None) != (method == PASSTHROUGH):
             hint = "Such as --method passthrough --slices A:0-11,B:8-23"
             raise OptionError("slices", f"--slices and --method {PASSTHROUGH} belong together", hint=hint)
@@ -130,17 +165,26 @@ class MergeOptions(Checked):
 
 
 @takes(MergeOptions)
-def merge(model: "str | os.PathLike[str] | Surgery", options: MergeOptions) -> Surgery:
+def merge(model: "str | os.PathLike[str] | Surgery | None", options: MergeOptions) -> Surgery:
     """Return the surgery that makes one model of `model` and `models`. The first gives the config and all other files.
 
     The models are of one architecture with the same ids for the same tokens. Each number is computed in float32 or
     wider and rounded once to the first model's dtype.
 
+    With `from_file`, and None for the model, a recipe of mergekit says all of it.
+
     Raises PlanError for models that cannot be merged, and for a base that is none of theirs.
 
         surgeon.merge("finetune-a", models=["finetune-b"], weights=["0.3,0.7"]).save("merged")
     """
-    begun = open_model(model, revision=options.revision, reads=reads_of(options))
+    recipe, reads = None, reads_of(options)
+    if options.from_file is not None:
+        recipe = _recipe(model, options, options.from_file)
+        options = replace(options, from_file=None, **recipe.options)
+        model, reads = recipe.model, {**reads, **reads_of(options)}
+    if model is None:
+        raise OptionError("model", "MODEL is missing: the first model", hint=_EXAMPLE)
+    begun = open_model(model, revision=options.revision, reads=reads)
     if parents(begun.source):
         raise PlanError("this surgery merges models already", hint="Save it, and merge what was saved.")
     others = [open_parent(each) for each in options.models]
@@ -159,10 +203,38 @@ def merge(model: "str | os.PathLike[str] | Surgery", options: MergeOptions) -> S
         found = _differences(joined, read)
         notes += found.notes(base.source.label)
         step["differences"] = found.to_dict()
+    if options.method == REGMEAN:
+        begun.check_saved()
+        joined, plan, more = _regressed(joined, plan, read, [begun.source, *(each.source for each in others)], options)
+        step |= more
     plan = replace(plan, steps=({"merge": step},), notes=(*plan.notes, *notes))
+    if recipe is not None:
+        plan = replace(plan, notes=(*plan.notes, *recipe.notes))
+    if options.stored_as is not None:
+        plan = plan.cast(options.stored_as)
     offered: dict[str, Expr] = {name: Read(name) for name in joined.tensors if name not in begun.source.tensors}
     passed = replace(begun.plan, tensors={**begun.plan.tensors, **offered})
     return replace(begun, source=joined, plan=passed.then(plan))
+
+
+def _regressed(
+    joined: Source, plan: Plan, parents_: Sequence[Parent], sources: Sequence[Source], options: MergeOptions
+) -> tuple[Source, Plan, dict[str, Any]]:
+    """Return the source, the plan and the receipt's entries of RegMean; without measuring, the plan of the mean."""
+    from surgeon.verbs.regression import Texts, check_texts, regressed
+
+    check_texts(options.data, len(sources))
+    if not options.measure:
+        note = "the linear maps are solved when the texts are read; the Gram matrices are written beside the weights"
+        return joined, replace(plan, notes=(*plan.notes, note)), {}
+    texts = Texts(
+        data=options.data,
+        samples=options.samples,
+        sequence_length=options.sequence_length,
+        sequential=options.sequential,
+        alpha=options.alpha,
+    )
+    return regressed(joined, plan, parents_, sources, texts)
 
 
 def _differences(joined: Source, read: Sequence[Parent]) -> "Differences":
@@ -188,7 +260,20 @@ def told(surgery: Surgery) -> dict[str, Any]:
     has_base = "base" in step
     entries = {"method": step["method"], "models": labels[: len(labels) - has_base], "weights": step.get("weights", [])}
     entries |= {"base": labels[-1]} if has_base else {}
-    return entries | {key: step[key] for key in ("slices", "differences") if key in step}
+    return entries | {
+        key: step[key] for key in ("slices", "differences", "alpha", "sequential", "grams") if key in step
+    }
+
+
+def _recipe(model: object, options: MergeOptions, path: str | os.PathLike[str]) -> Recipe:
+    """Return what a recipe says, where nothing else says the same. Raises OptionError."""
+    plain = MergeOptions()
+    said = ("models", "method", "base", "weights", "t", "density", "scale", "normalize", "slices")
+    given = next((name for name in said if getattr(options, name) not in (getattr(plain, name), [])), None)
+    if model is not None or given is not None:
+        name = "MODEL" if given is None else f"--{given}"
+        raise OptionError("from_file", f"--from says all of it, and {name} too", hint="Leave one of them out.")
+    return read_recipe(path)
 
 
 def open_parent(name: str | os.PathLike[str]) -> Surgery:
@@ -202,7 +287,7 @@ def open_parent(name: str | os.PathLike[str]) -> Surgery:
 
 def _check_number(options: MergeOptions, count: int) -> None:
     least, most = KINDS[options.method].models if options.method in KINDS else (1, MOST_PARENTS)
-    least = max(least, 1 if options.base is not None or options.method == PASSTHROUGH else 2)
+    least = max(least, 1 if options.base is not None or options.method in (PASSTHROUGH, REGMEAN) else 2)
     if not least <= count <= most:
         wanted = f"{least}" if least == most else f"{least} or more" if count < least else f"at most {most}"
         raise OptionError("models", f"--method {options.method} merges {wanted} models, not {count}", hint=_EXAMPLE)
@@ -214,9 +299,10 @@ _EXAMPLE = "Such as: surgeon merge A B -o merged"
 def _planned(models: Sequence[Parent], base: Parent | None, options: MergeOptions) -> Plan:
     if options.slices is not None:
         return stack_slices(models, read_slices(options.slices, [each.label for each in models]))
-    kind, count, anatomy = KINDS[options.method], len(models), models[0].anatomy
+    name = "linear" if options.method == REGMEAN else options.method
+    kind, count, anatomy = KINDS[name], len(models), models[0].anatomy
     normalize = kind.normalize if options.normalize is None else options.normalize
-    rule = Rule(name=options.method, normalize=normalize, scale=options.scale, seed=options.seed)
+    rule = Rule(name=name, normalize=normalize, scale=options.scale, seed=options.seed)
 
     def portions(texts: Sequence[str], name: str, default: float) -> Portions:
         lines = check_count(read_portions(texts, name), count, name)
@@ -270,9 +356,11 @@ def _checked_vocabularies(begun: Surgery, others: Iterable[Surgery]) -> list[str
 def _step(options: MergeOptions, others: Sequence[Surgery], base: Surgery | None) -> dict[str, Any]:
     """Return the step of a receipt: what decided the result, with the models as they can be found again."""
     step: dict[str, Any] = {"models": [_place(each.source) for each in others], "method": options.method}
-    kind = KINDS.get(options.method)
+    kind = KINDS.get("linear" if options.method == REGMEAN else options.method)
     if base is not None:
         step |= {"base": _place(base.source)}
+    if options.stored_as is not None:
+        step |= {"stored_as": options.stored_as}
     if kind is None:
         return step | {"slices": options.slices}
     if kind.has_weights:
