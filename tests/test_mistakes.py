@@ -78,6 +78,10 @@ hint: One of: perplexity, exact-match, rouge-l, choice, pseudo-perplexity, class
 error: unknown --on-fail 'dorp'; did you mean drop?
 hint: One of: keep, drop.
 
+2 surgeon trim loc --data text.txt --coverage most
+error: --coverage: 'most' is no share of a text
+hint: Such as --coverage 99.99%.
+
 2 surgeon data question-frmation
 error: unknown KIND 'question-frmation'; did you mean question-formation?
 hint: One of: question-formation.
@@ -288,7 +292,7 @@ from surgeon.cli.app import main
 for command, option in {WORDED!r}:
     sys.argv = ["surgeon", command, "x", option, "mistyped"]
     sys.argv += ["--layers", "2"] if command in ("truncate", "prune") else []
-    sys.argv += ["--data", "x"] if command in ("finetune", "evaluate", "diagnose", "distill") else []
+    sys.argv += ["--data", "x"] if command in ("finetune", "evaluate", "diagnose", "distill", "trim") else []
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said):

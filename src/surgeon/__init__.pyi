@@ -45,6 +45,10 @@ from surgeon.verbs.merge import merge as merge
 from surgeon.verbs.plot import plot as plot
 from surgeon.verbs.prune import prune as prune
 from surgeon.verbs.pruning import Pruning as Pruning
+from surgeon.verbs.transplant import Transplanting as Transplanting
+from surgeon.verbs.transplant import transplant as transplant
+from surgeon.verbs.trim import Trimming as Trimming
+from surgeon.verbs.trim import trim as trim
 from surgeon.verbs.truncate import truncate as truncate
 from surgeon.verbs.verify import Verification as Verification
 from surgeon.verbs.verify import verify as verify

@@ -119,10 +119,20 @@ class Draft:
     shards: tuple[Shard, ...]
     summary: Summary
     options: Mapping[str, Any]  # those that decide bytes
-    attachments: Mapping[str, bytes]
+    attachments: Mapping[str, bytes | None]  # None: the result has no such file
     reads: Reads  # none of which may lie in the output
     result: CheckpointSpec
     asks: Asks
+
+    @property
+    def companions(self) -> list[str]:
+        """The files of the source that the result has too."""
+        return [name for name in self.source.companions if self.attachments.get(name, b"") is not None]
+
+    @property
+    def attached(self) -> dict[str, bytes]:
+        """The files that the result has besides."""
+        return {name: content for name, content in self.attachments.items() if content is not None}
 
     def check(self, *, overwrite: bool) -> None:
         """Raises OutputError where the output may not be written, CheckpointError where a companion cannot be read."""
@@ -143,7 +153,7 @@ class Draft:
         began = time.perf_counter()
         target, plan = self.summary.output, self.plan
         self.check(overwrite=overwrite)
-        companions = {name: self.source.fetch(name) for name in self.source.companions}
+        companions = {name: self.source.fetch(name) for name in self.companions}
         card = companions.pop(CARD, None)
         sizes = sum(path.stat().st_size for path in companions.values())
         needed = self.summary.bytes_written - self.summary.bytes_shared
@@ -168,7 +178,7 @@ class Draft:
             )
             page = replace(self, plan=plan)._card(command=command, card=card)
             output.copy_files(made, companions)
-            output.write_files(made, {CARD: page.encode(), RECEIPT: receipt.to_bytes(record), **self.attachments})
+            output.write_files(made, {CARD: page.encode(), RECEIPT: receipt.to_bytes(record), **self.attached})
             output.write_files(made, {CONFIG: receipt.to_bytes(plan.config)})  # last: now it is a checkpoint
             if confirm is not None:
                 confirm(made)

@@ -144,6 +144,7 @@ GROUPS = (
         "depth",
         "width",
         "experts",
+        "vocabulary",
         "config",
         "merging",
         "regression",

@@ -12,6 +12,7 @@ from surgeon.anatomy.config import runtime_notes
 from surgeon.checkpoint.derived import DerivedSource, alone
 from surgeon.checkpoint.header import QUANTIZATION_FILES, CheckpointSpec, is_quantized
 from surgeon.checkpoint.source import Source, content_of, is_adapter, open_directory, spec_of
+from surgeon.checkpoint.tokenizer_files import is_tokenizer_file
 from surgeon.draft import Asks, Draft, Summary
 from surgeon.errors import CheckpointError, HubError, PlanError
 from surgeon.mistyped import close_path
@@ -27,7 +28,8 @@ _BLOCKS = (0, *(2**power for power in range(9, 17)))  # sizes of disk blocks to 
 
 @dataclass(frozen=True, repr=False)
 class Surgery(Shown):
-    """A source and the plan for it. Only headers are read until `save`, which writes `attachments` too.
+    """A source and the plan for it. Only headers are read until `save`, which writes `attachments` too: those
+    without content are files of the source that the result does not have.
 
     `begun_with` is the anatomy of the source, where the caller has read it already. `reads` are the files, directories
     and names on the Hub that decide the plan, by the options that name them: the result must not replace any.
@@ -41,7 +43,7 @@ class Surgery(Shown):
 
     source: Source
     plan: Plan
-    attachments: Mapping[str, bytes] = field(default_factory=dict, repr=False)  # file name: content
+    attachments: Mapping[str, bytes | None] = field(default_factory=dict, repr=False)  # file name: content
     begun_with: Anatomy | None = field(default=None, repr=False, compare=False)
     reads: Reads = field(default_factory=dict, repr=False, compare=False)
     also_read: Sequence[str] = field(default=(), repr=False, compare=False)
@@ -78,6 +80,12 @@ class Surgery(Shown):
         if file in self.attachments:
             return self.attachments[file]
         return content_of(self.source.fetch(file)) if file in self.source.companions else None
+
+    @property
+    def tokenizer_files(self) -> dict[str, bytes]:
+        """The files of the tokenizer, as the result will hold them."""
+        names = filter(is_tokenizer_file, {**dict.fromkeys(self.source.companions), **self.attachments})
+        return {name: content for name in names if (content := self.companion(name)) is not None}
 
     @property
     def name(self) -> str:
@@ -120,7 +128,7 @@ class Surgery(Shown):
         found = runtime_notes(result.config, len(plan.layer_map))
         plan = replace(plan, notes=(*plan.notes, *(note for kind, note in found.items() if kind not in known)))
         target = Path(out or self.name)
-        attachments = {**self._quantization_files(plan), **self.attachments}
+        attachments: dict[str, bytes | None] = {**self._quantization_files(plan), **self.attachments}
         shards = lay_out(plan, result, self.source, max_shard_bytes=size_in_bytes(max_shard_size))
         shards, block, shared = self._placed(shards, plan, target, block)
         before = self.before.spec

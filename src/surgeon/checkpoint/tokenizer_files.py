@@ -6,6 +6,7 @@ list such tokens at all.
 
 import json
 from collections.abc import Callable, Mapping, Sequence
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -45,19 +46,20 @@ def tokenizer_files(directory: Path) -> list[str]:
     return sorted(path.relative_to(directory).as_posix() for path in found)
 
 
+def is_tokenizer_file(relative: str) -> bool:
+    """Return whether a file of a checkpoint belongs to its tokenizer, by its relative path."""
+    return any(fnmatch(relative, pattern) for pattern in _TOKENIZERS) and (
+        "/" not in relative or "templates/" in relative
+    )
+
+
 def add_to_tokenizer(files: Files, tokens: Sequence[str]) -> tuple[list[int], dict[str, bytes]]:
     """Return the ids of the new special tokens, and the edited files.
 
     Raises PlanError without a tokenizer.json or if it has a token of that name, CheckpointError if it is damaged.
     """
-    content = files(TOKENIZER)
-    if content is None:
-        raise PlanError(
-            f"the model has no {TOKENIZER}, the only form of tokenizer to which surgeon adds tokens",
-            hint="transformers writes one: AutoTokenizer.from_pretrained(MODEL).save_pretrained(MODEL)",
-        )
-    tokenizer = _parsed(TOKENIZER, content)
-    known = _vocabulary(tokenizer)
+    tokenizer = read_tokenizer(files, "the only form of tokenizer to which surgeon adds tokens")
+    known = vocabulary(tokenizer)
     if taken := next((token for token in tokens if token in known), None):
         raise PlanError(
             f"the tokenizer has a token {taken} already, but config.json names no gist tokens",
@@ -69,11 +71,11 @@ def add_to_tokenizer(files: Files, tokens: Sequence[str]) -> tuple[list[int], di
     new = dict(zip(tokens, ids, strict=True))
     entries = [{"id": i, "content": token, **_HOW_ADDED} for token, i in new.items()]
     tokenizer["added_tokens"] = [*(tokenizer.get("added_tokens") or []), *entries]
-    edited = {TOKENIZER: _written(TOKENIZER, tokenizer)}
+    edited = {TOKENIZER: written(TOKENIZER, tokenizer)}
     edits = {TOKENIZER_CONFIG: _edit_config, SPECIAL_TOKENS: _edit_map, ADDED_TOKENS: _edit_added}
     for file, edit in edits.items():
         if (content := files(file)) is not None:
-            edited[file] = _written(file, edit(_parsed(file, content), new))
+            edited[file] = written(file, edit(parsed(file, content), new))
     return ids, edited
 
 
@@ -86,7 +88,7 @@ def suppress(files: Files, ids: Sequence[int], config: Mapping[str, Any]) -> dic
     if content is None:
         generation = {key: config[key] for key in GENERATION_KEYS if config.get(key) is not None}
     else:
-        generation = _parsed(GENERATION, content)
+        generation = parsed(GENERATION, content)
     generation.pop("_from_model_config", None)  # with it, transformers 4 reads config.json in place of this file
     before = generation.get("suppress_tokens") or []
     if not isinstance(before, list):
@@ -95,26 +97,47 @@ def suppress(files: Files, ids: Sequence[int], config: Mapping[str, Any]) -> dic
             hint="Remove the key, or fetch the file again.",
         )
     generation["suppress_tokens"] = [*before, *(i for i in ids if i not in before)]
-    return {GENERATION: _written(GENERATION, generation)}
+    return {GENERATION: written(GENERATION, generation)}
 
 
 def vocabulary_of(content: bytes) -> dict[str, int]:
     """Return the id of every token of the bytes of a tokenizer.json. Raises CheckpointError for a damaged one."""
-    return _vocabulary(_parsed(TOKENIZER, content))
+    return vocabulary(parsed(TOKENIZER, content))
 
 
-def _vocabulary(tokenizer: Mapping[str, Any]) -> dict[str, int]:
-    """Return the id of every token of a tokenizer.json, added tokens included."""
+def read_tokenizer(files: Files, what: str) -> dict[str, Any]:
+    """Return the content of tokenizer.json, its vocabulary checked. `what` needs it, in the words of an error.
+
+    Raises PlanError without one, CheckpointError if it is damaged.
+    """
+    content = files(TOKENIZER)
+    if content is None:
+        raise PlanError(
+            f"the model has no {TOKENIZER}, {what}",
+            hint="transformers writes one: AutoTokenizer.from_pretrained(MODEL).save_pretrained(MODEL)",
+        )
+    tokenizer = parsed(TOKENIZER, content)
+    vocabulary(tokenizer)
+    return tokenizer
+
+
+def added_tokens(tokenizer: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return the tokens that a tokenizer.json adds to the vocabulary of its model."""
     added = tokenizer.get("added_tokens") or []
     if not isinstance(added, list) or not all(isinstance(item, dict) for item in added):
         raise CheckpointError(f"the added_tokens of {TOKENIZER} are no list of tokens", hint=_FETCH_HINT)
-    known = _model_vocabulary(tokenizer) | {item.get("content"): item.get("id") for item in added}
+    return added
+
+
+def vocabulary(tokenizer: Mapping[str, Any]) -> dict[str, int]:
+    """Return the id of every token of a tokenizer.json, added tokens included."""
+    known = model_vocabulary(tokenizer) | {item.get("content"): item.get("id") for item in added_tokens(tokenizer)}
     if not all(isinstance(token, str) and type(i) is int and i >= 0 for token, i in known.items()):
         raise CheckpointError(f"{TOKENIZER} has a token without a text or a number", hint=_FETCH_HINT)
     return known
 
 
-def _model_vocabulary(tokenizer: Mapping[str, Any]) -> dict[Any, Any]:
+def model_vocabulary(tokenizer: Mapping[str, Any]) -> dict[Any, Any]:
     model = tokenizer.get("model")
     vocabulary = model.get("vocab") if isinstance(model, dict) else None
     if isinstance(vocabulary, dict):
@@ -130,7 +153,7 @@ def _check_complete(files: Files, known: Mapping[str, int]) -> None:
     transformers adds such a token when it loads the tokenizer, with the id that a new token would get.
     """
     content = files(TOKENIZER_CONFIG)
-    config = {} if content is None else _parsed(TOKENIZER_CONFIG, content)
+    config = {} if content is None else parsed(TOKENIZER_CONFIG, content)
     extra = config.get("extra_special_tokens") or []
     decoder = config.get("added_tokens_decoder")
     named = [value for key, value in config.items() if key in NAMED_TOKENS]
@@ -151,7 +174,7 @@ def _next_id(tokenizer: Mapping[str, Any], known: Mapping[str, int]) -> int:
     Raises PlanError if that is not the first free id: the ids have gaps, and a new token could land in one.
     """
     added = [item["id"] for item in tokenizer.get("added_tokens") or []]
-    following = max(len(_model_vocabulary(tokenizer)), max(added, default=-1) + 1)
+    following = max(len(model_vocabulary(tokenizer)), max(added, default=-1) + 1)
     if following != max(known.values(), default=-1) + 1:
         raise PlanError(
             f"the tokenizer would number a new token {following}, but has ids up to {max(known.values())}",
@@ -181,17 +204,18 @@ def _edit_added(added: dict[str, Any], new: Mapping[str, int]) -> dict[str, Any]
     return {**added, **new}
 
 
-def _parsed(file: str, content: bytes) -> dict[str, Any]:
+def parsed(file: str, content: bytes) -> dict[str, Any]:
+    """Return the object that a file of JSON holds. Raises CheckpointError for anything else."""
     try:
-        parsed = json.loads(content)
+        read = json.loads(content)
     except (ValueError, RecursionError) as error:  # ValueError: no JSON, or no UTF-8
         raise CheckpointError(f"{file} is not JSON: {error}", hint=_FETCH_HINT) from error
-    if not isinstance(parsed, dict):
-        raise CheckpointError(f"{file} holds a {type(parsed).__name__}, not an object", hint=_FETCH_HINT)
-    return parsed
+    if not isinstance(read, dict):
+        raise CheckpointError(f"{file} holds a {type(read).__name__}, not an object", hint=_FETCH_HINT)
+    return read
 
 
-def _written(file: str, content: Mapping[str, Any]) -> bytes:
+def written(file: str, content: Mapping[str, Any]) -> bytes:
     """Return JSON as tokenizers and transformers write it. Raises CheckpointError for half a surrogate pair."""
     try:
         return (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode()

@@ -4,6 +4,7 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
+from surgeon.checkpoint.token_bytes import byte_characters
 from surgeon.checkpoint.tokenizer_files import TOKENIZER, TOKENIZER_CONFIG
 
 END_OF_TEXT = "<|endoftext|>"
@@ -17,7 +18,7 @@ def byte_tokenizer() -> dict[str, bytes]:
     """
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
-    vocabulary = {character: byte for byte, character in enumerate(_characters())}
+    vocabulary = {character: byte for byte, character in enumerate(byte_characters())}
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -43,16 +44,6 @@ def word_tokenizer(words: Sequence[str]) -> dict[str, bytes]:
     )
     names = ("pad_token", "bos_token", "eos_token", "unk_token")
     return _files(tokenizer, dict(zip(names, special, strict=True)), clean_up_tokenization_spaces=False)
-
-
-def _characters() -> list[str]:
-    """Return the character by which byte-level tokenizers write each byte: itself, where it is seen and no space.
-
-    Source: GPT-2's bytes_to_unicode.
-    """
-    seen = {*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)}
-    others = iter(range(256, 512))
-    return [chr(byte if byte in seen else next(others)) for byte in range(256)]
 
 
 def _files(tokenizer: Any, tokens: dict[str, str], **config: Any) -> dict[str, bytes]:

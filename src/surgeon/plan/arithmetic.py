@@ -16,17 +16,32 @@ from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import lru_cache, partial
+from itertools import accumulate
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from surgeon.anatomy.axes import Run, runs_of
+from surgeon.anatomy.axes import Index, Run, runs_of
 from surgeon.checkpoint.header import FilePart, TensorSpec
 from surgeon.checkpoint.source import StoredTensor
 from surgeon.plan.making import BLOCK_NUMBERS, KEPT, Part
 from surgeon.plan.mixing import mixed
-from surgeon.plan.plan import Add, Affine, Cast, Constant, Expr, Gather, Normal, Read, Rounded, Uniform, children, infer
+from surgeon.plan.plan import (
+    Add,
+    Affine,
+    Cast,
+    Constant,
+    Expr,
+    Gather,
+    Joined,
+    Normal,
+    Read,
+    Rounded,
+    Uniform,
+    children,
+    infer,
+)
 from surgeon.plan.regressing import regressed
 from surgeon.plan.rules import Mix, Regress
 from surgeon.plan.summing import SUMMED, MakeRows, key_of, row_ranges, to_float64, total_of
@@ -106,6 +121,8 @@ class Arithmetic:
                 return lambda start, stop: rows(start, stop).mul(factor).add_(offset)
             case Add():
                 return self._add(expr)
+            case Joined():
+                return self._joined(expr)
             case Cast() | Rounded():
                 rows, dtype = self._rows(expr.source), TORCH_DTYPES[infer(expr, self._specs).dtype]
                 return lambda start, stop: _at_least_float32(rows(start, stop).to(dtype))
@@ -131,6 +148,22 @@ class Arithmetic:
             for add_to in additions:
                 add_to(total, start, stop)
             return total
+
+        return rows
+
+    def _joined(self, expr: Joined) -> MakeRows:
+        parts = [self._rows(part) for part in expr.parts]
+        if expr.dim:
+            return lambda start, stop: torch.cat([rows(start, stop) for rows in parts], expr.dim)
+        ends = list(accumulate(self._shape(part)[0] for part in expr.parts))
+        begins = [0, *ends[:-1]]
+
+        def rows(start: int, stop: int) -> Tensor:
+            spans = [
+                (max(start, begin) - begin, min(stop, end) - begin) for begin, end in zip(begins, ends, strict=True)
+            ]
+            pieces = [part(first, last) for part, (first, last) in zip(parts, spans, strict=True) if first < last]
+            return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
 
         return rows
 
@@ -227,8 +260,8 @@ class Arithmetic:
             low, high = (old[0], old[-1] + 1) if old else (0, 1)
             if high - low <= NEAR * (stop - start):
                 value, places = source(low, high), (positions - low).clamp(min=0)
-            else:  # far apart: each by itself, and not all that lies between
-                value = torch.cat([source(row, row + 1) for row in old])
+            else:  # far apart: each run by itself, and not all that lies between
+                value = torch.cat([source(first, first + length) for first, length in Index.of(old).runs])
                 places = torch.searchsorted(torch.tensor(old), positions.clamp(min=low))
             moved = value.index_select(0, places).mul_(scale[start:stop])
             return torch.where(is_new[start:stop], new(value), moved)

@@ -73,6 +73,14 @@ class Add:
 
 
 @dataclass(frozen=True, slots=True)
+class Joined:
+    """Tensors of one dtype laid end to end along `dim`."""
+
+    parts: tuple["Expr", ...]
+    dim: int
+
+
+@dataclass(frozen=True, slots=True)
 class Uniform:
     """Numbers of mean 0, uniform, with `ratio` times the standard deviation of `like`, in its dtype.
 
@@ -122,7 +130,7 @@ class Rounded:
     source: "Expr"
 
 
-Expr = Read | Gather | Affine | Add | Uniform | Normal | Constant | Cast | Rounded | Mix | Regress
+Expr = Read | Gather | Affine | Add | Joined | Uniform | Normal | Constant | Cast | Rounded | Mix | Regress
 
 
 def children(expr: Expr) -> tuple[Expr, ...]:
@@ -130,7 +138,7 @@ def children(expr: Expr) -> tuple[Expr, ...]:
     kind = type(expr)  # a match takes several times as long, and this is asked a million times of a mixture of experts
     if kind in _OF_ONE:
         return (expr.source,)  # type: ignore[union-attr]
-    if kind is Add:
+    if kind is Add or kind is Joined:
         return expr.parts  # type: ignore[union-attr]
     if isinstance(expr, Mix):
         return expr.parts if expr.base is None else (*expr.parts, expr.base)
@@ -154,8 +162,8 @@ def substitute(expr: Expr, replacement: Callable[[str], Expr]) -> Expr:
     match expr:
         case Gather() | Affine() | Cast() | Rounded():
             return replace(expr, source=parts[0])
-        case Add():
-            return Add(parts)
+        case Add() | Joined():
+            return replace(expr, parts=parts)
         case Mix(of, base):
             return replace(expr, parts=parts[: len(of)], base=None if base is None else parts[-1])
         case Regress(maps, biases, grams):
@@ -203,6 +211,12 @@ def infer(expr: Expr, tensors: Mapping[str, TensorSpec]) -> TensorSpec:  # noqa:
             if len(sizes) > 1:
                 raise PlanError(f"cannot merge {' and '.join(str(list(shape)) for shape in sorted(sizes))}")
             return TensorSpec(dtype, sizes.pop())
+        case Joined(parts, dim):
+            specs = [_number(part, tensors) for part in parts]
+            length = sum(spec.shape[dim] for spec in specs)
+            if len({(spec.dtype, *spec.shape[:dim], length, *spec.shape[dim + 1 :]) for spec in specs}) > 1:
+                raise PlanError(f"cannot lay {' and '.join(map(describe, parts))} end to end: their shapes differ")
+            return TensorSpec(specs[0].dtype, (*specs[0].shape[:dim], length, *specs[0].shape[dim + 1 :]))
         case Cast(source, dtype):
             return TensorSpec(dtype, _number(source, tensors).shape)
         case Rounded(source):
@@ -241,6 +255,8 @@ def describe(expr: Expr) -> str:
         case Mix(parts, base, weights, rule):
             each = (f"{weight:.6g} {describe(part)}" for weight, part in zip(weights, parts, strict=True))
             return f"{rule.name}({', '.join(each)}{'' if base is None else f'; base {describe(base)}'})"
+        case Joined(parts, dim):
+            return f"joined({', '.join(map(describe, parts))}, dim {dim})"
         case Cast(source, dtype):
             return f"{dtype.lower()}({describe(source)})"
         case Rounded(source):

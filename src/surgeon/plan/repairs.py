@@ -9,11 +9,11 @@ import json
 import shutil
 import tempfile
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Generic, TypeVar
 
 from surgeon.checkpoint.derived import JoinedSource
 from surgeon.checkpoint.header import FilePart, TensorSpec, read_header, read_metadata
@@ -36,6 +36,9 @@ class RepairsFile(LocalSource):
     """The file `file` in `directory` as a source of tensors, under the names that they have in the result."""
 
     file: str
+
+    kept_as: ClassVar[str] = REPAIRS  # in the result
+    says: ClassVar[str] = "no repairs"  # what a file without a record holds
 
     @property
     def path(self) -> Path:
@@ -67,13 +70,15 @@ class RepairsFile(LocalSource):
             content = json.loads(read_metadata(self.local(self.file)).get(_KEY, ""))
         except (ValueError, RecursionError):
             content = None
-        is_ours = isinstance(content, dict) and content.get("format") == FORMAT
-        if not isinstance(content, dict) or not is_ours or not _are_maps(content.get("maps")):
-            raise CheckpointError(f"{self.path} holds no repairs that this surgeon wrote", hint=AGAIN)
+        if not isinstance(content, dict) or content.get("format") != FORMAT or not self._is_sound(content):
+            raise CheckpointError(f"{self.path} holds {self.says} that this surgeon wrote", hint=AGAIN)
         return content
 
+    def _is_sound(self, content: Mapping[str, Any]) -> bool:
+        return _are_maps(content.get("maps"))
+
     def provenance(self) -> dict[str, Any]:
-        return {"file": self.file, "sha256": self.sha256}
+        return {"file": self.kept_as, "sha256": self.sha256}
 
 
 @dataclass(frozen=True)
@@ -84,10 +89,10 @@ class RepairedSource(JoinedSource):
 
     @property
     def companions(self) -> Sequence[str]:
-        return [*self.base.companions, REPAIRS]
+        return [*(name for name in self.base.companions if name != self.joined.kept_as), self.joined.kept_as]
 
     def fetch(self, file: str) -> Path:
-        return self.joined.local(self.joined.file) if file == REPAIRS else super().fetch(file)
+        return self.joined.local(self.joined.file) if file == self.joined.kept_as else super().fetch(file)
 
 
 def open_repairs(path: Path) -> RepairsFile:
@@ -113,11 +118,17 @@ def with_repairs(source: Source, plan: Plan, repairs: RepairsFile) -> tuple[Repa
     return joined, replace(plan, tensors={**plan.tensors, **solved})
 
 
-class RepairsWriter:
-    """Takes solved tensors one by one, and writes them as one file in a temporary place, which lasts as long as it."""
+Kept = TypeVar("Kept", bound=RepairsFile)
 
-    def __init__(self, file: str = REPAIRS, label: str = "the compensation") -> None:
-        self._file, self._label = file, label
+
+class SolvedWriter(Generic[Kept]):
+    """Takes solved tensors one by one, and writes them as one file in a temporary place, which lasts as long as it.
+
+    The file is opened as `kind`, and called `label`.
+    """
+
+    def __init__(self, kind: type[Kept], label: str) -> None:
+        self._kind, self._label = kind, label
         self._directory = Path(tempfile.mkdtemp(prefix="surgeon-repairs-"))
         self._remove = weakref.finalize(self, shutil.rmtree, self._directory, ignore_errors=True)
         self._places: dict[str, tuple[TensorSpec, int]] = {}
@@ -127,17 +138,24 @@ class RepairsWriter:
     def _spool(self) -> Path:
         return self._directory / "tensors"
 
-    def add(self, name: str, spec: TensorSpec, content: memoryview) -> None:
-        """Take the bytes of a tensor. Raises OutputError where there is no room for them."""
+    def add(self, name: str, spec: TensorSpec, *blocks: memoryview) -> None:
+        """Take the bytes of a tensor, in blocks. Raises OutputError where there is no room for them."""
+        self.add_blocks(name, spec, blocks)
+
+    def add_blocks(self, name: str, spec: TensorSpec, blocks: Iterable[memoryview]) -> None:
+        """Take the bytes of a tensor, block by block as they are made."""
         try:
             with self._spool.open("ab") as file:
-                file.write(content)
+                for block in blocks:
+                    file.write(block)
+                size = file.tell()
         except OSError as error:
             raise _no_room(self._directory, error) from error
         self._places[name] = spec, self._end
         self._end += spec.nbytes
+        assert size == self._end, f"{name} was {size - self._end:+d} bytes longer than {spec}"
 
-    def finish(self, record: Mapping[str, Any]) -> RepairsFile | None:
+    def finish(self, record: Mapping[str, Any]) -> Kept | None:
         """Return the file with the tensors and the record; None where no tensor was taken."""
         if not self._places:
             return None
@@ -148,14 +166,21 @@ class RepairsWriter:
         ]
         try:
             metadata = {_KEY: json.dumps(public_record({"format": FORMAT, **record}))}  # it may be published
-            write_safetensors(self._directory / self._file, writes, metadata=metadata)
+            write_safetensors(self._directory / self._kind.kept_as, writes, metadata=metadata)
             self._spool.unlink()
         except OSError as error:
             raise _no_room(self._directory, error) from error
-        made = RepairsFile(self._directory, self._label, self._file)
+        made = self._kind(self._directory, self._label, self._kind.kept_as)
         self._remove.detach()
         weakref.finalize(made, shutil.rmtree, self._directory, ignore_errors=True)
         return made
+
+
+class RepairsWriter(SolvedWriter[RepairsFile]):
+    """Takes the solved maps of a cut."""
+
+    def __init__(self) -> None:
+        super().__init__(RepairsFile, "the compensation")
 
 
 def _are_maps(maps: object) -> bool:

@@ -164,7 +164,7 @@ def stand_in(draft: Draft, directory: Path) -> None:
         with (directory / shard.file).open("wb") as file:
             file.write(header)
             file.truncate(len(header) + sum(spec.nbytes for spec in shard.tensors.values()))
-    companions = {name: draft.source.fetch(name) for name in draft.source.companions if name != CARD}
+    companions = {name: draft.source.fetch(name) for name in draft.companions if name != CARD}
     for name, path in companions.items():
         (directory / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(path, directory / name)
@@ -178,6 +178,6 @@ def stand_in(draft: Draft, directory: Path) -> None:
         command=None,
         notes=(),
     )
-    files = {**draft.attachments, RECEIPT: receipt.to_bytes(record), CONFIG: receipt.to_bytes(draft.plan.config)}
+    files = {**draft.attached, RECEIPT: receipt.to_bytes(record), CONFIG: receipt.to_bytes(draft.plan.config)}
     for name, content in files.items():
         (directory / name).write_bytes(content)

@@ -138,7 +138,8 @@ def _made(
         if name == PRUNED and surgery is not None:
             surgery = _pruned(surgery, step, path.parent)
         else:
-            surgery = commands.repeat(name, _with_grams(step, path.parent), surgery)
+            taken = {"rows_from": str(path.parent)} if "rows" in step else {}  # computed rows, in a file beside it
+            surgery = commands.repeat(name, {**_with_grams(step, path.parent), **taken}, surgery)
     assert surgery is not None, "a receipt has steps"
     if not begun:
         _check_parents(surgery, source, path)

@@ -1,10 +1,13 @@
-"""Give a model rows for new tokens: each is the mean of all rows, in the embedding, the head and the head's bias.
+"""Give a model rows for other tokens: new ones that are the mean of all rows, or only some of its own.
 
-With the mean row and the mean bias the logit of a new token is the mean of all logits: it is neither likely nor
-excluded before training. Where the vocabulary is padded, the new tokens take rows that no token has yet.
+A row is a position along the axis of the vocabulary: in the embedding, the head and the head's bias. With the mean row
+and the mean bias the logit of a new token is the mean of all logits: it is neither likely nor excluded before training.
+Where the vocabulary is padded, new tokens take rows that no token has yet.
 """
 
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
+from itertools import chain
 from typing import Any
 
 from surgeon.anatomy.anatomy import Anatomy
@@ -27,7 +30,7 @@ def add_tokens(anatomy: Anatomy, ids: Sequence[int]) -> Plan:
     Raises PlanError when a row before `ids` is missing, or when it is not clear which tensors have rows for tokens.
     """
     dims = vocabulary_dims(anatomy)
-    size = _vocabulary_size(anatomy)
+    size = vocabulary_size(anatomy)
     first, count = ids[0], len(ids)
     assert list(ids) == list(range(first, first + count)), "a tokenizer numbers new tokens one after the other"
     if first > size:
@@ -38,13 +41,47 @@ def add_tokens(anatomy: Anatomy, ids: Sequence[int]) -> Plan:
     tensors |= {name: Gather(Read(name), dim, index, scale, mean=1.0) for name, dim in dims.items()}
     taken = min(count, size - first)
     return Plan(
-        config=_with_vocabulary(anatomy.spec.config, size, len(index)),
+        config=with_rows(anatomy.spec.config, size, len(index)),
         tensors=tensors,
         layer_map=tuple(range(anatomy.depth)),
         steps=({"tokens": {"ids": list(ids)}},),
         notes=(PADDED.format(taken),) if taken else (),
         axes={"vocab": index},
     )
+
+
+def select_tokens(anatomy: Anatomy, kept: Sequence[int], *, rows: int | None = None) -> Plan:
+    """Return the plan of the model that has only the rows of the tokens `kept`, ascending, and is `rows` long.
+
+    What is more than there are tokens is padding: the mean of all rows, so that its logit is the mean of all logits
+    and not 0, which may be above most others.
+
+    Raises PlanError for a token without a row, or when it is not clear which tensors have rows for tokens.
+    """
+    index = Index(chain(((token, 1) for token in kept), ((-1, max(0, (rows or 0) - len(kept))),)))
+    return replace(exchange_tokens(anatomy, index), axes={"vocab": index})
+
+
+def exchange_tokens(anatomy: Anatomy, old: Sequence[int]) -> Plan:
+    """Return the plan of the model whose row for token j is that of its old token old[j], the mean row where it is -1.
+
+    Where the rows stay as they are, they are not read. Raises PlanError as `vocabulary_dims` does.
+    """
+    dims, size = vocabulary_dims(anatomy), vocabulary_size(anatomy)
+    index = Index.of(old)
+    check_rows(index.highest, size)
+    scale = Scale.all(1.0, len(index))
+    tensors: dict[str, Expr] = {name: Read(name) for name in anatomy.spec.tensors}
+    if not index.is_whole or len(index) != size:
+        tensors |= {name: Gather(Read(name), dim, index, scale, mean=1.0) for name, dim in dims.items()}
+    config = with_rows(anatomy.spec.config, size, len(index))
+    return Plan(config=config, tensors=tensors, layer_map=tuple(range(anatomy.depth)))
+
+
+def check_rows(highest: int, size: int) -> None:
+    """Raises PlanError for a token whose id is beyond the rows of a model."""
+    if highest >= size:
+        raise PlanError(f"the tokenizer has a token {highest}, the model rows for {size}", hint=TOKENIZER_HINT)
 
 
 def vocabulary_dims(anatomy: Anatomy) -> dict[str, int]:
@@ -61,7 +98,7 @@ def vocabulary_dims(anatomy: Anatomy) -> dict[str, int]:
             if "vocab" in axes_of(axes)
         }
     else:
-        size = _vocabulary_size(anatomy)
+        size = vocabulary_size(anatomy)
         with_tokens = {
             name: tensor.shape.index(size)
             for name, tensor in anatomy.spec.tensors.items()
@@ -73,7 +110,8 @@ def vocabulary_dims(anatomy: Anatomy) -> dict[str, int]:
     return with_tokens
 
 
-def _vocabulary_size(anatomy: Anatomy) -> int:
+def vocabulary_size(anatomy: Anatomy) -> int:
+    """Return how many rows for tokens a model has. Raises PlanError where its config does not say."""
     size = size_of(anatomy.spec.config, "vocab")
     if size is None or size < 1:
         key, value = next(iter(spelled(anatomy.spec.config, "vocab").items()), (SPELLINGS["vocab"][0], None))
@@ -98,7 +136,7 @@ def _check_unambiguous(anatomy: Anatomy, names: Collection[str], size: int) -> N
             )
 
 
-def _with_vocabulary(config: Mapping[str, Any], old: int, new: int) -> dict[str, Any]:
+def with_rows(config: Mapping[str, Any], old: int, new: int) -> dict[str, Any]:
     """Return the config with another vocabulary size, wherever it says the old one."""
     text = text_config(config)
     keys = spelled(text, "vocab").keys()

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 from surgeon.checkpoint.source import Source
 from surgeon.errors import PlanError
 from surgeon.options import OptionError
-from surgeon.plan.grams import GRAMS, WORD, GrammedSource, GramsFile, gram_name
+from surgeon.plan.grams import GRAMS, WORD, GramsFile, gram_name
 from surgeon.plan.plan import Plan, Read
 from surgeon.plan.planned import PlannedSource
-from surgeon.plan.repairs import RepairsWriter
+from surgeon.plan.repairs import RepairedSource, SolvedWriter
 from surgeon.plan.rules import Mix, Regress
 from surgeon.progress import meter
 from surgeon.transforms.combine import Parent
@@ -47,7 +47,7 @@ def check_texts(data: Sequence[str], count: int) -> None:
 
 def regressed(
     joined: Source, plan: Plan, parents: Sequence[Parent], sources: Sequence[Source], texts: Texts
-) -> tuple[GrammedSource, Plan, dict[str, Any]]:
+) -> tuple[RepairedSource, Plan, dict[str, Any]]:
     """Return the source with the Gram matrices, the plan that solves by them, and what the receipt says of them.
 
     `plan` makes the mean of the models; linear maps that have Gram matrices take the place of its sums.
@@ -67,7 +67,7 @@ def regressed(
     if texts.sequential and any(known) and not all(known[k] or d == NO_DATA for k, d in enumerate(texts.data)):
         hint = "Give a text to each model, or files alone."
         raise OptionError("sequential", "Gram matrices from a file were not measured in this turn", hint=hint)
-    writer, record = RepairsWriter(GRAMS, "the Gram matrices"), list[dict[str, Any]]()
+    writer, record = SolvedWriter(GramsFile, "the Gram matrices"), list[dict[str, Any]]()
     readings: list[Reading | None] = []
     for number, (parent, source, data, entry) in enumerate(zip(parents, sources, texts.data, known, strict=True), 1):
         reading, told = None, entry
@@ -82,13 +82,11 @@ def regressed(
         if file is not None and entry is not None:
             _copy(writer, file, entry, number)
     _measure(writer, readings, joined, plan, solved, texts)
-    made = writer.finish({"models": record, "sequential": texts.sequential})
-    assert made is not None, "a model has a text"
-    grams = GramsFile(made.directory, made.label, made.file)
-    vars(grams)["kept"] = made  # whose end removes the file
+    grams = writer.finish({"models": record, "sequential": texts.sequential})
+    assert grams is not None, "a model has a text"
     step = {"alpha": texts.alpha, "sequential": texts.sequential, "grams": grams.sha256, "maps": len(maps)}
     step["data"] = [WORD if is_known else NO_DATA for is_known in numbers]
-    return GrammedSource(joined, grams, WORD), solved, step
+    return RepairedSource(joined, grams, WORD), solved, step
 
 
 def _is_file(data: str) -> bool:
@@ -140,7 +138,7 @@ def _solved(
     return replace(plan, tensors=tensors)
 
 
-def _copy(writer: RepairsWriter, file: GramsFile, entry: Mapping[str, Any], number: int) -> None:
+def _copy(writer: SolvedWriter[GramsFile], file: GramsFile, entry: Mapping[str, Any], number: int) -> None:
     prefix = f"{entry['number']}/"
     for name, stored in file.tensors.items():
         if name.startswith(prefix):
@@ -150,7 +148,7 @@ def _copy(writer: RepairsWriter, file: GramsFile, entry: Mapping[str, Any], numb
             writer.add(f"{number}/{name.removeprefix(prefix)}", stored.spec, memoryview(content))
 
 
-def _add(writer: RepairsWriter, number: int, name: str, gram: "Tensor") -> None:
+def _add(writer: SolvedWriter[GramsFile], number: int, name: str, gram: "Tensor") -> None:
     import torch
 
     from surgeon.checkpoint.header import TensorSpec
@@ -161,7 +159,7 @@ def _add(writer: RepairsWriter, number: int, name: str, gram: "Tensor") -> None:
 
 
 def _measure(
-    writer: RepairsWriter,
+    writer: SolvedWriter[GramsFile],
     readings: "Sequence[Reading | None]",
     joined: Source,
     plan: Plan,
@@ -182,18 +180,16 @@ def _measure(
         return
 
     def merged(layer: int, found: "Mapping[tuple[int, str], Tensor]") -> StreamedModel:
-        here = RepairsWriter(GRAMS, "a layer's Gram matrices")
+        here = SolvedWriter(GramsFile, "a layer's Gram matrices")
         for (number, name), gram in found.items():
             _add(here, number + 1, name, gram)
         file = here.finish({"models": []})
         assert file is not None, "a layer has maps"
-        source = GrammedSource(joined, GramsFile(file.directory, file.label, file.file), WORD)
+        source = RepairedSource(joined, file, WORD)
         names = {name for _, name in found}
         names |= {each for name in names if (each := read[0][1].maps[name]) is not None}
         tensors = {name: solved.tensors[name] if name in names else expr for name, expr in plan.tensors.items()}
-        model = StreamedModel(PlannedSource(source, replace(plan, tensors=tensors)))
-        vars(model)["kept"] = file
-        return model
+        return StreamedModel(PlannedSource(source, replace(plan, tensors=tensors)))
 
     begun = StreamedModel(PlannedSource(joined, plan))
     for number, name, gram in grams_in_turn(readings, begun, merged, progress=progress):
