@@ -20,7 +20,7 @@ from surgeon.cli.command import command_of
 from surgeon.cli.commands import commands
 from surgeon.errors import HubError, OutputError
 from surgeon.options import Flag
-from surgeon.plan.repairs import REPAIRS, RepairsWriter
+from surgeon.plan.solved import REPAIRS, RepairsFile, SolvedWriter
 from surgeon.surgery import open_model, open_source
 from surgeon.transforms.prune import prune
 from surgeon.transforms.seams import find_sites
@@ -216,7 +216,7 @@ def made_for(command: str, option: str, model: Path, out: Path) -> None:
     if option == "repairs_from":
         begun = open_model(model)
         sites = find_sites(begun.anatomy, prune(begun.anatomy, dropped=(2,)))
-        writer, name = RepairsWriter(), sites.sites[0].map.weight
+        writer, name = SolvedWriter(RepairsFile, "the compensation"), sites.sites[0].map.weight
         spec = begun.anatomy.spec.tensors[name]
         writer.add(name, spec, memoryview(bytes(spec.nbytes)))
         made = writer.finish({"cut": sites.digest, "model": begun.source.provenance(), "maps": []})

@@ -10,25 +10,27 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from surgeon.errors import CheckpointError
-from surgeon.plan.repairs import RepairsFile
+from surgeon.plan.solved import SolvedFile
 
 GRAMS = "grams.safetensors"
 WORD = "grams"  # of the joined source
+AGAIN = f"Give a text, or the {GRAMS} of a merge."
 
 
 @dataclass(frozen=True)
-class GramsFile(RepairsFile):
+class GramsFile(SolvedFile):
     """A file of Gram matrices as a source of tensors."""
 
     kept_as: ClassVar[str] = GRAMS
-    says: ClassVar[str] = "no Gram matrices"
+    holds: ClassVar[str] = "Gram matrices"
+    again: ClassVar[str] = AGAIN
 
     @classmethod
     def at(cls, place: Path, label: str) -> "GramsFile":
         """Return the file of this path, or that in a directory. Raises CheckpointError where there is none."""
         path = place / GRAMS if place.is_dir() else place
         if not path.is_file():
-            raise CheckpointError(f"there is no file {path}", hint=f"Give a text, or the {GRAMS} of a merge.")
+            raise CheckpointError(f"there is no file {path}", hint=AGAIN)
         return cls(path.parent, label, path.name)
 
     def of(self, identity: str, number: int) -> Mapping[str, Any] | None:
@@ -36,7 +38,8 @@ class GramsFile(RepairsFile):
         found = [each for each in self.record["models"] if each["model"] == identity]
         return next((each for each in found if each["number"] == str(number)), found[0] if found else None)
 
-    def _is_sound(self, content: Mapping[str, Any]) -> bool:
+    @staticmethod
+    def is_record(content: Mapping[str, Any]) -> bool:
         models = content.get("models")
         return isinstance(models, list) and all(
             isinstance(each, dict) and isinstance(each.get("model"), str) and isinstance(each.get("number"), str)

@@ -24,7 +24,7 @@ from surgeon.options import OptionError
 from surgeon.plan.grams import WORD as GRAMS_WORD
 from surgeon.plan.grams import GramsFile
 from surgeon.plan.plan import Plan
-from surgeon.plan.repairs import open_repairs, with_repairs
+from surgeon.plan.solved import open_repairs, with_repairs
 from surgeon.recipe.checking import words_of
 from surgeon.recipe.commands import Commands
 from surgeon.recipe.reading import Place, Value, plain

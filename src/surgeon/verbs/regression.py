@@ -11,8 +11,8 @@ from surgeon.options import OptionError
 from surgeon.plan.grams import GRAMS, WORD, GramsFile, gram_name
 from surgeon.plan.plan import Plan, Read
 from surgeon.plan.planned import PlannedSource
-from surgeon.plan.repairs import RepairedSource, SolvedWriter
 from surgeon.plan.rules import Mix, Regress
+from surgeon.plan.solved import SolvedSource, SolvedWriter
 from surgeon.progress import meter
 from surgeon.transforms.combine import Parent
 
@@ -47,7 +47,7 @@ def check_texts(data: Sequence[str], count: int) -> None:
 
 def regressed(
     joined: Source, plan: Plan, parents: Sequence[Parent], sources: Sequence[Source], texts: Texts
-) -> tuple[RepairedSource, Plan, dict[str, Any]]:
+) -> tuple[SolvedSource, Plan, dict[str, Any]]:
     """Return the source with the Gram matrices, the plan that solves by them, and what the receipt says of them.
 
     `plan` makes the mean of the models; linear maps that have Gram matrices take the place of its sums.
@@ -86,7 +86,7 @@ def regressed(
     assert grams is not None, "a model has a text"
     step = {"alpha": texts.alpha, "sequential": texts.sequential, "grams": grams.sha256, "maps": len(maps)}
     step["data"] = [WORD if is_known else NO_DATA for is_known in numbers]
-    return RepairedSource(joined, grams, WORD), solved, step
+    return SolvedSource(joined, grams, WORD), solved, step
 
 
 def _is_file(data: str) -> bool:
@@ -185,7 +185,7 @@ def _measure(
             _add(here, number + 1, name, gram)
         file = here.finish({"models": []})
         assert file is not None, "a layer has maps"
-        source = RepairedSource(joined, file, WORD)
+        source = SolvedSource(joined, file, WORD)
         names = {name for _, name in found}
         names |= {each for name in names if (each := read[0][1].maps[name]) is not None}
         tensors = {name: solved.tensors[name] if name in names else expr for name, expr in plan.tensors.items()}
