@@ -35,7 +35,7 @@ from surgeon.checkpoint.output import (
 )
 from surgeon.checkpoint.source import INDEX, WEIGHTS, Ranges, Source, StoredTensor, ranges_by_file
 from surgeon.errors import OutputError
-from surgeon.plan.plan import Constant, Expr, Plan, Read, reads
+from surgeon.plan.plan import Constant, Expr, Mapped, Plan, Read, children, infer, reads
 
 if TYPE_CHECKING:
     from surgeon.plan.making import Part
@@ -204,20 +204,30 @@ def _index(shards: Sequence[Shard]) -> str:
 def peak_memory(plan: Plan, result: CheckpointSpec, source: CheckpointSpec) -> int:
     """Return the estimated peak memory of carrying out the plan, in bytes: a constant, and what its threads hold.
 
-    A thread holds a few blocks of rows, and of the source what is small enough to be kept.
+    A thread holds a few blocks of rows, and of the source what is small enough to be kept. Maps of rows hold all.
     """
     computed = {name: expr for name, expr in plan.tensors.items() if not isinstance(expr, Read) and not _is_zero(expr)}
     if not computed:
         return MOVING_MEMORY
     from surgeon.plan.making import BLOCK_MEMORY, BLOCK_NUMBERS, KEPT
 
-    kept = block = 0
+    kept = block = whole = 0
     for name, expr in computed.items():
         read = [source.tensors[other] for other in reads(expr)]
         kept = max(kept, sum(spec.nbytes for spec in read if spec.nbytes <= KEPT))
         rows = (math.prod(spec.shape[1:]) for spec in (*read, result.tensors[name]))
         block = max(block, *rows)
-    return TORCH_MEMORY + 2 * kept + num_threads() * BLOCK_MEMORY * max(BLOCK_NUMBERS, block)
+        whole = max(whole, _held_whole(expr, source.tensors))
+    return TORCH_MEMORY + 2 * kept + 2 * whole + num_threads() * BLOCK_MEMORY * max(BLOCK_NUMBERS, block)
+
+
+def _held_whole(expr: Expr, tensors: Mapping[str, TensorSpec]) -> int:
+    """Return how many bytes an expression holds of tensors that are mapped along their rows: all of them, wide."""
+    own = 0
+    if isinstance(expr, Mapped):
+        shapes = (infer(part, tensors).shape for part in (expr.source, expr) if not expr.dim)
+        own = 8 * sum(map(math.prod, shapes))
+    return own + sum(_held_whole(child, tensors) for child in children(expr))
 
 
 def num_threads() -> int:

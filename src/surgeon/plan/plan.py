@@ -121,7 +121,26 @@ class Rounded:
     source: "Expr"
 
 
-Expr = Read | Gather | Affine | Add | Uniform | Normal | Constant | Cast | Rounded
+@dataclass(frozen=True, slots=True)
+class Mapped:
+    """Blocks of `inner` positions along `dim`, in each stretch of old x inner: j is the sum of matrix[j, i] times i."""
+
+    source: "Expr"
+    matrix: "Expr"  # of shape (new, old)
+    dim: int
+    inner: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Mixed:
+    """The sum of `parts` of one shape, each times its number in one row of `weights`, shape (rows, parts)."""
+
+    parts: tuple["Expr", ...]
+    weights: "Expr"
+    row: int
+
+
+Expr = Read | Gather | Affine | Add | Uniform | Normal | Constant | Cast | Rounded | Mapped | Mixed
 
 
 def children(expr: Expr) -> tuple[Expr, ...]:
@@ -131,6 +150,10 @@ def children(expr: Expr) -> tuple[Expr, ...]:
         return (expr.source,)  # type: ignore[union-attr]
     if kind is Add:
         return expr.parts  # type: ignore[union-attr]
+    if kind is Mapped:
+        return expr.source, expr.matrix  # type: ignore[union-attr]
+    if kind is Mixed:
+        return *expr.parts, expr.weights  # type: ignore[union-attr]
     return (expr.like,) if kind is Uniform else ()  # type: ignore[union-attr]
 
 
@@ -153,15 +176,17 @@ def substitute(expr: Expr, replacement: Callable[[str], Expr]) -> Expr:
             return Add(parts)
         case Uniform():
             return replace(expr, like=parts[0])
+        case Mapped():
+            return replace(expr, source=parts[0], matrix=parts[1])
+        case Mixed():
+            return replace(expr, parts=parts[:-1], weights=parts[-1])
         case _:
             raise AssertionError(f"{expr} has no parts")
 
 
 def reads(expr: Expr) -> tuple[str, ...]:
     """Return the names of the source tensors that `expr` reads, each once, in the order of their first use."""
-    if isinstance(expr, Read):
-        return (expr.name,)
-    names = [name for child in children(expr) for name in reads(child)]
+    names = [expr.name] if isinstance(expr, Read) else [name for child in children(expr) for name in reads(child)]
     return tuple(dict.fromkeys(names)) if len(names) > 1 else tuple(names)
 
 
@@ -193,6 +218,19 @@ def infer(expr: Expr, tensors: Mapping[str, TensorSpec]) -> TensorSpec:
             return TensorSpec(_number(like, tensors).dtype, shape)
         case Normal(spec) | Constant(spec):
             return spec
+        case Mapped() | Mixed():
+            return _learned(expr, tensors)
+
+
+def _learned(expr: Mapped | Mixed, tensors: Mapping[str, TensorSpec]) -> TensorSpec:
+    if isinstance(expr, Mixed):
+        if len(expr.parts) != (shape := _number(expr.weights, tensors).shape)[1] or expr.row >= shape[0]:
+            raise PlanError(f"cannot mix {len(expr.parts)} tensors by row {expr.row} of {list(shape)} weights")
+        return infer(Add(expr.parts), tensors)
+    spec, (new, old), dim = _number(expr.source, tensors), _number(expr.matrix, tensors).shape, expr.dim
+    if spec.shape[dim] % (old * expr.inner):
+        raise PlanError(f"cannot map blocks of {old} x {expr.inner} positions along dim {dim} of {list(spec.shape)}")
+    return TensorSpec(spec.dtype, (*spec.shape[:dim], spec.shape[dim] // old * new, *spec.shape[dim + 1 :]))
 
 
 def _number(expr: Expr, tensors: Mapping[str, TensorSpec]) -> TensorSpec:
@@ -226,6 +264,10 @@ def describe(expr: Expr) -> str:
             return f"normal(std {std:.4g}, seed {seed}, {spec.dtype} {list(spec.shape)})"
         case Constant(spec, value):
             return f"constant({value:g}, {spec.dtype} {list(spec.shape)})"
+        case Mapped(source, matrix, dim, inner):
+            return f"map({describe(source)}, dim {dim} in blocks of {inner}: {describe(matrix)})"
+        case Mixed(parts, weights, row):
+            return f"mix({_listed(map(describe, parts))}: row {row} of {describe(weights)})"
 
 
 def _span(first: int, length: int) -> str:
