@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, TypeVar
 
 from surgeon.checkpoint.derived import JoinedSource
 from surgeon.checkpoint.header import FilePart, TensorSpec, read_header, read_metadata
@@ -36,6 +36,10 @@ class RepairsFile(LocalSource):
     """The file `file` in `directory` as a source of tensors, under the names that they have in the result."""
 
     file: str
+
+    called: ClassVar[str] = REPAIRS  # beside the weights of a result
+    holds: ClassVar[str] = "repairs"
+    again: ClassVar[str] = AGAIN
 
     @property
     def path(self) -> Path:
@@ -62,32 +66,37 @@ class RepairsFile(LocalSource):
 
     @cached_property
     def record(self) -> Mapping[str, Any]:
-        """What was solved, on which text, for which cut. Raises CheckpointError for a file without such a record."""
+        """What was solved, on which text, for what. Raises CheckpointError for a file without such a record."""
         try:
             content = json.loads(read_metadata(self.local(self.file)).get(_KEY, ""))
         except (ValueError, RecursionError):
             content = None
         is_ours = isinstance(content, dict) and content.get("format") == FORMAT
-        if not isinstance(content, dict) or not is_ours or not _are_maps(content.get("maps")):
-            raise CheckpointError(f"{self.path} holds no repairs that this surgeon wrote", hint=AGAIN)
+        if not isinstance(content, dict) or not is_ours or not self.is_record(content):
+            raise CheckpointError(f"{self.path} holds no {self.holds} that this surgeon wrote", hint=self.again)
         return content
 
+    @staticmethod
+    def is_record(content: Mapping[str, Any]) -> bool:
+        """Return whether this is the record of such a file."""
+        return _are_maps(content.get("maps"))
+
     def provenance(self) -> dict[str, Any]:
-        return {"file": REPAIRS, "sha256": self.sha256}
+        return {"file": self.called, "sha256": self.sha256}
 
 
 @dataclass(frozen=True)
 class RepairedSource(JoinedSource):
-    """A model joined with a file of repairs, which goes with its result."""
+    """A model joined with a file of solved or learned tensors, which goes with its result."""
 
     joined: RepairsFile
 
     @property
     def companions(self) -> Sequence[str]:
-        return [*self.base.companions, REPAIRS]
+        return [*self.base.companions, self.joined.called]
 
     def fetch(self, file: str) -> Path:
-        return self.joined.local(self.joined.file) if file == REPAIRS else super().fetch(file)
+        return self.joined.local(self.joined.file) if file == self.joined.called else super().fetch(file)
 
 
 def open_repairs(path: Path) -> RepairsFile:
@@ -111,6 +120,9 @@ def with_repairs(source: Source, plan: Plan, repairs: RepairsFile) -> tuple[Repa
             raise PlanError(f"{repairs.label} holds {name!r}, which this result has in another form or not", hint=AGAIN)
     solved = {name: Read(joined.prefix + name) for name in repairs.tensors}
     return joined, replace(plan, tensors={**plan.tensors, **solved})
+
+
+Solved = TypeVar("Solved", bound=RepairsFile)
 
 
 class RepairsWriter:
@@ -138,8 +150,10 @@ class RepairsWriter:
 
     def finish(self, record: Mapping[str, Any]) -> RepairsFile | None:
         """Return the file with the tensors and the record; None where no tensor was taken."""
-        if not self._places:
-            return None
+        return self.finish_as(RepairsFile, record, "the compensation") if self._places else None
+
+    def finish_as(self, kind: type[Solved], record: Mapping[str, Any], label: str) -> Solved:
+        """Return the file, as one of this kind, with the tensors and the record."""
         part = FilePart(self._spool)
         writes = [
             TensorWrite(name, spec, part.range(start, start + spec.nbytes))
@@ -147,11 +161,11 @@ class RepairsWriter:
         ]
         try:
             metadata = {_KEY: json.dumps(public_record({"format": FORMAT, **record}))}  # it may be published
-            write_safetensors(self._directory / REPAIRS, writes, metadata=metadata)
+            write_safetensors(self._directory / kind.called, writes, metadata=metadata)
             self._spool.unlink()
         except OSError as error:
             raise _no_room(self._directory, error) from error
-        made = RepairsFile(self._directory, "the compensation", REPAIRS)
+        made = kind(self._directory, label, kind.called)
         self._remove.detach()
         weakref.finalize(made, shutil.rmtree, self._directory, ignore_errors=True)
         return made
