@@ -110,6 +110,10 @@ CASES: dict[tuple[str, str], list[str]] = {
     ("gist", "model"): ["{out}", "--tokens", "1"],
     ("grow", "model"): ["{out}", "--layers", "8"],
     ("grow", "donor"): ["{model}", "--layers", "4", "--donor", "{out}"],
+    ("grow", "data"): ["{model}", "--layers", "4", "--learn", "1", "--data", "{out}/text.txt"],
+    ("grow", "eval_data"): [
+        *("{model}", "--layers", "4", "--learn", "1", "--data", "{text}", "--eval-data", "{out}/text.txt"),
+    ],
     ("prune", "model"): ["{out}", "--layers", "2"],
     ("prune", "like"): ["{model}", "--score", "uniform", "--like", "{out}"],
     ("prune", "data"): ["{model}", "--layers", "2", "--data", "{out}/text.txt"],

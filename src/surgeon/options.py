@@ -144,6 +144,7 @@ GROUPS = (
         "depth",
         "width",
         "experts",
+        "learning",
         "config",
     ),
     *("text", "prompt"),
