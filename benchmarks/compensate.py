@@ -21,9 +21,9 @@ from transformers import AutoTokenizer
 from surgeon.anatomy.halves import ATTENTION, HALVES, MLP, Pairing
 from surgeon.measure.calibration import Calibration
 from surgeon.measure.candidates import Fitting, Reference
-from surgeon.measure.outcomes import Outcome
 from surgeon.measure.scoring import ScoreRequest, losses_without, score, streamed_model
 from surgeon.plan.planned import PlannedSource
+from surgeon.search.figures import Figures
 from surgeon.surgery import open_model
 from surgeon.transforms.prune import prune, pruned_sizes
 from surgeon.verbs.compensating import Texts, compensated
@@ -71,10 +71,10 @@ def show(name: str, how: str, values: tuple[float, ...]) -> None:
     print(f"| {name} | {how} | {perplexity:.2f} | {nats:+.3f} | {other:+.3f} {shown} |", flush=True)
 
 
-def split(outcome: Outcome, num: int) -> tuple[Outcome, Outcome]:
+def split(outcome: Figures, num: int) -> tuple[Figures, Figures]:
     """Return the outcome on the first rows, and on the others."""
     values = [getattr(outcome, item.name) for item in fields(outcome)]
-    return Outcome(*(value[:num] for value in values)), Outcome(*(value[num:] for value in values))
+    return Figures(*(value[:num] for value in values)), Figures(*(value[num:] for value in values))
 
 
 def main() -> None:
@@ -103,11 +103,11 @@ def main() -> None:
         found = reference.measure(list(candidates.values()), repair=repair)
         for name, outcome in zip(candidates, found, strict=True):
             first, second = split(outcome, num)
-            nats = (first.mean_loss - whole[0].mean_loss, second.mean_loss - whole[1].mean_loss)
+            nats = (first.mean("loss") - whole[0].mean("loss"), second.mean("loss") - whole[1].mean("loss"))
             show(name, how, (first.perplexity, *nats, first.acceptance))
         print(f"<!-- {how}: {time.perf_counter() - began:.0f} s -->", flush=True)
     if not options.no_width:
-        widths(begun, fits, judged, other, [outcome.mean_loss for outcome in whole])
+        widths(begun, fits, judged, other, [outcome.mean("loss") for outcome in whole])
 
 
 def widths(begun, fits: dict[str, Tensor], judged: Tensor, other: Tensor, whole: list[float]) -> None:

@@ -18,12 +18,13 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 DROPPED = (12, 8, 4)  # layers: a tenth, a fifth and three tenths of SmolLM2-135M
 CALIBRATION = ("--samples", "32", "--sequence-length", "256")
-SEARCH = ("--evaluations", "24", "--samples", "16")
+SEARCH = ("--evaluations", "24")  # on as many rows as a scored cut is fitted to
+PEERS = ("soup", "optipfair-depth", "optipfair-width")  # where prune_peers.py has made them
 HEALING = (
     "--max-steps",
     "200",
     "--batch-size",
-    "2",
+    "1",
     "--sequence-length",
     "128",
     "--lr",
@@ -93,6 +94,9 @@ def made(given: argparse.Namespace, dropped: int) -> dict[str, Path]:
                     how = (*how, "--scores-from", str(known))
                 run("prune", given.model, *how, "-o", directory, "--json")
             cuts[method] = directory
+    for name in PEERS:
+        if (directory := given.work / f"{dropped}-{name}").exists() and (not given.methods or name in given.methods):
+            cuts[name] = directory
     return cuts
 
 

@@ -90,11 +90,11 @@ def surrogate(model: str, tokens: torch.Tensor) -> dict:
     rows = tokens[:512].view(2, 256)
     reference = Reference(streamed, rows)
     layers = range(2, depth - 1)
-    whole = reference.whole.mean_loss
+    whole = reference.whole.mean("loss")
 
     def losses(cuts: list[tuple[int, ...]]) -> dict[tuple[int, ...], float]:
         found = reference.measure([without(depth, cut) for cut in cuts])
-        return {cut: outcome.mean_loss - whole for cut, outcome in zip(cuts, found, strict=True)}
+        return {cut: outcome.mean("loss") - whole for cut, outcome in zip(cuts, found, strict=True)}
 
     alone = {2 * cut[0]: cost for cut, cost in losses([(layer,) for layer in layers]).items()}
     pairs = telling_pairs(alone, len(alone), bound=float("inf"))

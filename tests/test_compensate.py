@@ -365,9 +365,9 @@ def test_candidates_are_worth_what_their_repaired_checkpoints_are(tmp_path):
         assert outcomes[number].perplexity == pytest.approx(perplexity(open_source(out), judge), rel=1e-6)
         assert maps
     known = reference.measure(candidates, repair=again)  # from the solved maps that it keeps
-    assert [each.mean_loss for each in known] == [each.mean_loss for each in outcomes]
+    assert [each.mean("loss") for each in known] == [each.mean("loss") for each in outcomes]
     bare = reference.measure(candidates)
-    assert sum(one.mean_loss != other.mean_loss for one, other in zip(outcomes, bare, strict=True)) > 2
+    assert sum(one.mean("loss") != other.mean("loss") for one, other in zip(outcomes, bare, strict=True)) > 2
 
 
 def test_an_attention_in_front_of_what_is_missing_is_solved_with_the_mlp_before_it(tmp_path):

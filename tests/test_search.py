@@ -17,6 +17,7 @@ from surgeon.search.cuts import Candidate, Space, kept_halves, pieces_of
 from surgeon.search.figures import Figures
 from surgeon.search.journal import Journal, opened
 from surgeon.search.loop import SCREEN, SEARCH, WATCH, Search, Settings
+from surgeon.search.openings import Openings
 from surgeon.search.surrogate import Surrogate, best_cuts, solve, telling_pairs
 from surgeon.surgery import open_source
 from surgeon.text import parse_count
@@ -218,11 +219,11 @@ class World:
         return [figures(self.cost(stage, each)) for each in candidates]
 
 
-def searched(anatomy, world, journal, *, layers=6, **settings):
+def searched(anatomy, world, journal, *, layers=6, openings=None, **settings):
     """Return a search that was run."""
-    found = Search(
-        journal, Pricing(anatomy, Budget(layers=layers)), world.space, ((),), Settings(**{"evaluations": 60} | settings)
-    )
+    openings = openings or Openings()
+    asked = Settings(**{"evaluations": 60} | settings)
+    found = Search(journal, Pricing(anatomy, Budget(layers=layers)), world.space, ((),), asked, openings)
     found.ranked = found.run()
     return found
 
@@ -238,6 +239,49 @@ def test_the_search_finds_the_best_of_all_cuts_with_few_evaluations(anatomy):
     assert world.cost(SEARCH, found.ranked[0]) <= costs[3]  # of 1,820
     assert len(found.measured(all_sizes=True)) <= 60
     assert found.stopped
+
+
+def test_what_scores_would_cut_is_measured_first_and_is_taken_where_repairs_make_it_the_best(anatomy):
+    """A block that is bad bare and good repaired is in no proposal of the surrogate, which is of bare pieces."""
+    space, quadratic = planted(10, 7, halves=True)
+    block = Candidate((8, 10, 12, 14))
+    bad = {piece: cost + 3.0 * (piece in block.pieces) for piece, cost in quadratic.alone.items()}
+    pairs = {(a, b): bad[a] + bad[b] + beyond for (a, b), beyond in quadratic.beyond.items()}
+    bare = Surrogate(bad, pairs)
+    world = World(space, bare, truth=lambda cut: 0.01 if cut == block else 5.0 + bare(cut))
+    distances = [[None if e <= s else 0.1 + 0.01 * (s != 4) for e in range(11)] for s in range(10)]
+
+    blind = searched(anatomy, world, Journal({}, world))
+    found = searched(anatomy, world, Journal({}, world), openings=Openings(distances, [[1.0] * 10]))
+
+    assert block not in blind.measured()
+    assert next(iter(found.measured())) == block
+    assert found.ranked[0] == block
+
+
+def test_openings_are_of_every_kind_in_turns():
+    distances = [[None if e <= s else abs(s - 3) + 0.5 for e in range(6)] for s in range(5)]
+    space = Space.of(5, halves=True, protect=(0, 1))
+    ffn = {(("ffn", size),): count for size, count in ((96, 2), (64, 1), (48, 0), (32, 0))}
+    counts = {(): 2, **ffn, (("heads", 2),): 0, (("ffn", 64), ("heads", 2)): 0}
+
+    cuts = Openings(distances, [[1, 0, 5, 0.5, 9], [0, 0, 1, 1, 1]]).cuts(space, counts)
+
+    assert cuts[:5] == [
+        Candidate((4, 6)),  # the closest block that spares the last layer
+        Candidate((2, 6)),  # the lowest of each of the two scores
+        Candidate((0, 2)),
+        Candidate((), (("ffn", 48),)),  # the widest that is small enough alone
+        Candidate((6,), (("ffn", 64),)),  # and one with half of the depth
+    ]
+    assert set(cuts[5:]) == {Candidate((), (("heads", 2),)), Candidate((2, 4))}
+    assert Openings().cuts(space, {}) == []
+
+
+def test_a_search_of_widths_alone_opens_without_scores(anatomy):
+    counts = {(("ffn", 128),): 0, (("ffn", 192),): 0}
+
+    assert Openings().cuts(Space(10, ()), counts) == [Candidate((), (("ffn", 192),))]
 
 
 def test_it_measures_what_it_may_and_a_few_cuts_on_the_way(anatomy):

@@ -23,7 +23,7 @@ from surgeon.evals.evaluation import EvalContext, Evaluation
 from surgeon.evals.generation import load_whole
 from surgeon.evals.options import DRAFTED, SAMPLES, SEQUENCE_LENGTH, EvaluationOptions
 from surgeon.evals.perplexity import ONE_ROW, read_stream, streamed
-from surgeon.measure.outcomes import OutcomeSums, compare
+from surgeon.measure.figure_sums import FigureSums, compare
 from surgeon.models.device import groups, row_bytes
 from surgeon.models.loading import quiet_transformers
 from surgeon.models.streaming import StreamedModel
@@ -68,7 +68,7 @@ def compared(draft: StreamedModel, target: StreamedModel, rows: Tensor) -> dict[
     nats.
     """
     models = (target, draft)
-    sums = OutcomeSums(len(rows))
+    sums = FigureSums(len(rows))
     numbers = 2 * (draft.hidden_size + target.hidden_size)
     progress = meter("comparing", rows.numel(), draft.depth + target.depth)
     with torch.no_grad():
@@ -82,8 +82,8 @@ def compared(draft: StreamedModel, target: StreamedModel, rows: Tensor) -> dict[
                     sums.begin(at, guess.hidden)
                     compare(head, whole, whole.hidden, [sums], true_head=true_head)
                     at += len(whole.tokens)
-    found = sums.outcome()
-    return {name: getattr(found, of).tolist() for name, of in MEASURED.items()}
+    found = sums.figures()
+    return {name: list(getattr(found, of)) for name, of in MEASURED.items()}
 
 
 def _arithmetic(acceptance: float, share: float) -> dict[str, Any]:

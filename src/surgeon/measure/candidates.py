@@ -16,13 +16,14 @@ from torch import Tensor
 from surgeon.anatomy.halves import ATTENTION, HALVES, Half, Pairing, place
 from surgeon.anatomy.outputs import check_adds, output_maps
 from surgeon.errors import MeasureError, PlanError
+from surgeon.measure.figure_sums import FigureSums, compare
 from surgeon.measure.kept import Kept
-from surgeon.measure.outcomes import Outcome, OutcomeSums, compare
 from surgeon.measure.repair import Apply, Output, held_out, repair
 from surgeon.models.halves import HalfLayers
 from surgeon.models.passage import Batch
 from surgeon.models.streaming import Progress, StreamedModel
 from surgeon.processes import least, shared_rows, summed
+from surgeon.search.figures import Figures
 
 REPAIRS_BYTES = 1_000_000_000  # of solved maps that are kept for candidates of later calls
 
@@ -66,7 +67,7 @@ class Reference:
             self._keep(progress)
 
     @cached_property
-    def whole(self) -> Outcome:
+    def whole(self) -> Figures:
         """What the whole model is worth: its KL to itself is 0."""
         return self.measure([Pairing.of_layers(range(self.model.depth))])[0]
 
@@ -84,7 +85,7 @@ class Reference:
 
     def measure(
         self, candidates: Sequence[Pairing], *, repair: "Fitting | None" = None, progress: Progress | None = None
-    ) -> list[Outcome]:
+    ) -> list[Figures]:
         """Return what each candidate is worth on the rows, in their order; with a `repair` each after its own.
 
         The text of the repair is that of a reference of the same model.
@@ -95,15 +96,15 @@ class Reference:
             if self._halves is None and not candidate.is_of_layers:
                 raise MeasureError("a half layer was left out of a model whose layers are not known by halves")
         order = sorted(range(len(candidates)), key=lambda i: _signature(candidates[i], self.model.depth))
-        outcomes: dict[int, Outcome] = {}
+        figures: dict[int, Figures] = {}
         held = self.nbytes + (repair.text.nbytes if repair else 0)
         size = least(max(1, self.model.states_bytes // held))  # all processes walk together
         with torch.no_grad():
             for start in range(0, len(order), size):
                 chunk = order[start : start + size]
                 found = _Walk(self, [candidates[i] for i in chunk], progress, repair).run()
-                outcomes |= dict(zip(chunk, found, strict=True))
-        return [outcomes[i] for i in range(len(candidates))]
+                figures |= dict(zip(chunk, found, strict=True))
+        return [figures[i] for i in range(len(candidates))]
 
     @property
     def first_row(self) -> int:
@@ -270,7 +271,7 @@ class _Walk:
         self._seams = [fitting.seams(candidate) if fitting else {} for candidate in candidates]
         self._count = len(candidates)
 
-    def run(self) -> list[Outcome]:
+    def run(self) -> list[Figures]:
         model = self._of.model
         paths = [_Path(list(range(self._count)))]
         for index in range(model.depth):
@@ -345,9 +346,9 @@ class _Walk:
             self._progress(round(share * of.tokens.numel()))
         return [apply(batch, state) for batch, state in zip(of.batches, states, strict=True)]
 
-    def _judged(self, paths: Sequence[_Path]) -> list[Outcome]:
+    def _judged(self, paths: Sequence[_Path]) -> list[Figures]:
         of, against = self._of, self._of.against
-        outcomes = [OutcomeSums(len(of.tokens)) for _ in paths]
+        judged = [FigureSums(len(of.tokens)) for _ in paths]
         whole = against.states(2 * against.model.depth)
         if against is not of:  # a candidate with all halves is not the model that it is compared with
             last = of.states(2 * of.model.depth)
@@ -355,15 +356,15 @@ class _Walk:
         with against.model.head() as true_head, nullcontext(true_head) if against is of else of.model.head() as head:
             at = of.first_row
             for number, batch in enumerate(of.batches):
-                for sums, path in zip(outcomes, paths, strict=True):
+                for sums, path in zip(judged, paths, strict=True):
                     sums.begin(at, None if path.states is None else path.states[number])
-                compare(head, batch, whole[number], outcomes, true_head=true_head)
+                compare(head, batch, whole[number], judged, true_head=true_head)
                 at += len(batch.tokens)
         of.effort.heads += 1 + sum(path.states is not None for path in paths)
-        found: dict[int, Outcome] = {}
-        for path, sums in zip(paths, outcomes, strict=True):
+        found: dict[int, Figures] = {}
+        for path, sums in zip(paths, judged, strict=True):
             sums.values = summed(sums.values)
-            found |= dict.fromkeys(path.members, sums.outcome())
+            found |= dict.fromkeys(path.members, sums.figures())
         return [found[i] for i in range(self._count)]
 
 

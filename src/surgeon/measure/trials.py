@@ -10,7 +10,6 @@ from surgeon.anatomy.halves import Pairing
 from surgeon.checkpoint.source import Source
 from surgeon.measure.candidates import Effort, Fitting, Reference
 from surgeon.measure.compensation import Rows
-from surgeon.measure.outcomes import Outcome
 from surgeon.measure.scoring import streamed_model
 from surgeon.models.streaming import StreamedModel
 from surgeon.plan.planned import PlannedSource
@@ -72,11 +71,10 @@ class Trials:
         found: dict[Candidate, Figures] = {}
         with announced(f"measuring {len(candidates)} cuts" if len(candidates) > 1 else "measuring a cut"):
             for widths, cuts in by_widths.items():
-                outcomes = self._outcomes(stage, widths, cuts)
-                found |= {each: Figures.of(outcome) for each, outcome in zip(cuts, outcomes, strict=True)}
+                found |= dict(zip(cuts, self._figures(stage, widths, cuts), strict=True))
         return [found[each] for each in candidates]
 
-    def _outcomes(self, stage: str, widths: Widths, cuts: Sequence[Candidate]) -> list[Outcome]:
+    def _figures(self, stage: str, widths: Widths, cuts: Sequence[Candidate]) -> list[Figures]:
         whole = self._reference(stage)
         pairings = [pairing_of(self._anatomy, each) for each in cuts]
         is_bare = self._fit is None or stage in self._bare
@@ -87,7 +85,7 @@ class Trials:
         plan = prune(self._anatomy, sizes=full_sizes(self._anatomy, widths), values=self._values)
         return self._against(stage, PlannedSource(self._source, plan), pairings)
 
-    def _of_result(self, stage: str, cut: Candidate) -> Outcome:
+    def _of_result(self, stage: str, cut: Candidate) -> Figures:
         """Return what a narrower cut is worth once it is repaired: in all its layers, so as a result of its own."""
         assert self._finish is not None, "narrower cuts are repaired"
         if cut not in self._finished:
@@ -97,14 +95,14 @@ class Trials:
         kept = self._anatomy.depth - len(cut.pieces)
         return self._against(stage, self._finished[cut], [Pairing.of_layers(range(kept))])[0]
 
-    def _against(self, stage: str, narrow: Source, pairings: Sequence[Pairing]) -> list[Outcome]:
+    def _against(self, stage: str, narrow: Source, pairings: Sequence[Pairing]) -> list[Figures]:
         """Return what cuts of a narrower model are worth, beside the whole model that it comes from."""
         model = streamed_model(narrow, self._device, resident=len(pairings) > 1)
         reference = Reference(model, self._rows[stage], halves=self._halves, against=self._reference(stage))
-        outcomes = reference.measure(pairings)
+        figures = reference.measure(pairings)
         self._spent.passes += reference.effort.passes
         self._spent.heads += reference.effort.heads
-        return outcomes
+        return figures
 
     def _repair(self) -> Fitting:
         """Return how cuts of the whole width are repaired."""

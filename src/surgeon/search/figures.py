@@ -1,11 +1,8 @@
-"""What a cut is worth on rows of text. Pure numbers."""
+"""What a cut is worth on rows of text: sums over the tokens of each row. Pure numbers."""
 
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import Any
-
-SUMS = ("loss", "kl", "overlap", "agreeing", "tokens")
 
 
 @dataclass(frozen=True)
@@ -22,14 +19,9 @@ class Figures:
     tokens: tuple[float, ...]
 
     @classmethod
-    def of(cls, outcome: Any) -> "Figures":
-        """Return the figures of what the engine measured: tensors of shape (R,)."""
-        return cls(*(tuple(getattr(outcome, name).tolist()) for name in SUMS))
-
-    @classmethod
     def read(cls, entry: Mapping[str, Sequence[float]]) -> "Figures":
         """Return the figures in search.json."""
-        return cls(*(tuple(float(value) for value in entry[name]) for name in SUMS))
+        return cls(*(tuple(float(value) for value in entry[name]) for name in (item.name for item in fields(cls))))
 
     def to_dict(self) -> dict[str, list[float]]:
         """Return this as search.json holds it."""
@@ -43,6 +35,11 @@ class Figures:
     def acceptance(self) -> float:
         """The share of a draft's tokens that exact speculative sampling accepts: 1 - total variation, over the text."""
         return self.mean("overlap")
+
+    @property
+    def agreement(self) -> float:
+        """How often the cut's most likely token is the whole model's: greedy decoding accepts it."""
+        return self.mean("agreeing")
 
     @property
     def perplexity(self) -> float:

@@ -1,4 +1,4 @@
-"""The search: singles, telling pairs, the surrogate's best cuts measured, then moves that improve the best one.
+"""The search: singles and telling pairs, what scores would cut, the surrogate's best cuts, then moves from the best.
 
 Measured cuts decide, the surrogate says which to measure next. A second text is watched: a move that is better on the
 rows of the search and worse there is refused, because some dozens of measurements fit a few thousand tokens of a text.
@@ -13,10 +13,12 @@ from surgeon.search.budget import Pricing
 from surgeon.search.cuts import Candidate, Pieces, Space, Widths
 from surgeon.search.figures import Figures
 from surgeon.search.journal import Journal
+from surgeon.search.openings import Openings
 from surgeon.search.surrogate import STARTS, Surrogate, best_cuts, telling_pairs
 
 SCREEN, SEARCH, WATCH = "screen", "search", "watch"
-FIRST = 16  # of the surrogate's best cuts are measured before any move
+FIRST = 16  # of the cuts that scores would make, and of the surrogate's best, are measured before any move
+SHARE = 3  # one of so many evaluations is the most that each of these two takes
 APART = 2  # pieces in which the first ones differ: near ones are what moves are for
 AGAIN = 6  # descents that propose beside the moves
 BATCH = 4  # moves that are measured together, in the surrogate's order
@@ -48,6 +50,7 @@ class Search:
     space: Space
     options: Sequence[Widths]
     settings: Settings
+    openings: Openings = field(default_factory=Openings)
     refused: list[Candidate] = field(default_factory=list)  # by the second text
     stopped: str = ""  # why it ended
     fitted: Surrogate = field(default_factory=lambda: Surrogate({}))  # to all that was measured
@@ -109,17 +112,23 @@ class Search:
         return Surrogate(alone, together)
 
     def _proposed(self, surrogate: Surrogate) -> Candidate:
-        """Return the best of the surrogate's first proposals, by measurement."""
-        proposals = list(self._proposals(surrogate, most=8 * FIRST))
-        first = min(FIRST, max(1, self.settings.evaluations // 2))
+        """Return the best of the first cuts, by measurement: those that scores would make, then the surrogate's."""
+        first = min(FIRST, max(1, self.settings.evaluations // SHARE))
+        opened = [each for each in self.openings.cuts(self.space, self._counts()) if self._can_be(each)][:first]
+        if opened:
+            self._measure(SEARCH, opened)
+        fitted = surrogate.fitted(self.measured())
+        proposals = [each for each in self._proposals(fitted, most=8 * FIRST) if each not in opened]
         apart: list[Candidate] = []
         for each in proposals:
-            if len(apart) < first // 2 and all(_distance(each, other) >= APART for other in apart):
+            if len(apart) < first // 2 and all(_distance(each, other) >= APART for other in (*opened, *apart)):
                 apart.append(each)
-        chosen = list(dict.fromkeys([*apart, *proposals]))[:first]
-        if not chosen:
+        chosen = list(dict.fromkeys([*apart, *proposals]))[: max(first, 2 * first - len(opened))]
+        if chosen:
+            self._measure(SEARCH, chosen)
+        costs = self.measured()
+        if not costs:
             raise MeasureError("no cut that meets the target can be measured", hint="Let more change: --over.")
-        costs = self._measure(SEARCH, chosen)
         return min(costs, key=lambda each: (costs[each], each))
 
     def _on_the_way(self, surrogate: Surrogate) -> None:

@@ -1,6 +1,6 @@
 """The compensation of a cut: output maps that are solved on a text, or read from a file, joined to its plan."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -22,7 +22,10 @@ if TYPE_CHECKING:
     from surgeon.measure.calibration import Calibration
     from surgeon.measure.compensation import Rows
     from surgeon.measure.repair import Repair
+    from surgeon.models.streaming import StreamedModel
 
+# The entry of a map in the record, and its solved tensors by the names that they have in the result.
+Solved = tuple[Mapping[str, Any], Mapping[str, "Tensor"]]
 MOST_NAMED = 6  # maps that have a note of their own
 
 
@@ -176,19 +179,15 @@ def compensated(
     whole = begun.then(plan)
     if isinstance(texts, RepairsFile):
         _check_same(texts, source, sites)
-        repairs: RepairsFile | None = texts
-        record: Mapping[str, Any] = texts.record
-    else:
-        repairs, record = _solved(source, whole, sites, texts, device)
-    if repairs is None:
-        return source, whole, Compensation(sites, record)
-    joined, solved = with_repairs(source, whole, repairs)
-    return joined, solved, Compensation(sites, {**record, **repairs.provenance()})
+        joined, solved = with_repairs(source, whole, texts)
+        return joined, solved, Compensation(sites, {**texts.record, **texts.provenance()})
+    source, whole, record = _solved(source, whole, sites, texts, device)
+    return source, whole, Compensation(sites, record)
 
 
 def _solved(
     source: Source, plan: Plan, sites: Sites, texts: "Texts", device: str
-) -> tuple[RepairsFile | None, Mapping[str, Any]]:
+) -> tuple[Source, Plan, Mapping[str, Any]]:
     from surgeon.measure.compensation import compensate, num_passes
     from surgeon.measure.scoring import streamed_model
     from surgeon.plan.planned import PlannedSource
@@ -197,19 +196,30 @@ def _solved(
     whole = streamed_model(source, device, resident=False)
     cut = streamed_model(PlannedSource(source, plan), device, resident=False)
     progress = meter("compensating", rows.tokens.numel(), num_passes(sites))
+    solved = compensate(whole, cut, rows, sites, progress=progress)
+    found = ((entry_of(site, repair), repair.tensors) for site, repair in solved)
+    return with_solved(source, plan, texts, cut, found, cut=sites.digest)
+
+
+def with_solved(
+    source: Source, plan: Plan, texts: Texts, result: "StreamedModel", found: Iterable[Solved], **more: Any
+) -> tuple[Source, Plan, Mapping[str, Any]]:
+    """Return the source and the plan with solved tensors in place of their own, and the record of what was solved.
+
+    `result` is the model that `plan` makes, `more` goes into the record. Where none is better, all stays as it is.
+    """
     writer, maps = RepairsWriter(), []
-    for site, repair in compensate(whole, cut, rows, sites, progress=progress):
-        maps.append(_entry(site, repair))
-        for name, tensor in repair.tensors.items():
-            writer.add(name, cut.anatomy.spec.tensors[name], bytes_of(tensor))
-    record = {
-        "cut": sites.digest,
-        "model": source.provenance(),
-        "text": dict(texts.text.origin),
-        "held_out": dict(texts.held.origin),
-        "maps": maps,
-    }
-    return writer.finish(record), record
+    for entry, tensors in found:
+        maps.append(entry)
+        for name, tensor in tensors.items():
+            writer.add(name, result.anatomy.spec.tensors[name], bytes_of(tensor))
+    read = {"text": dict(texts.text.origin), "held_out": dict(texts.held.origin)}
+    record = {**more, "model": source.provenance(), **read, "maps": maps}
+    repairs = writer.finish(record)
+    if repairs is None:
+        return source, plan, record
+    joined, solved = with_repairs(source, plan, repairs)
+    return joined, solved, {**record, **repairs.provenance()}
 
 
 def _check_same(repairs: RepairsFile, source: Source, sites: Sites) -> None:
@@ -229,7 +239,7 @@ def bytes_of(tensor: "Tensor") -> memoryview:
     return tensor.contiguous().view(torch.uint8).numpy().data
 
 
-def _entry(site: Site, repair: "Repair") -> dict[str, Any]:
+def entry_of(site: Site, repair: "Repair") -> dict[str, Any]:
     """Return what was solved as the receipt has it: errors are before and after."""
     names = [site.map.weight, *([] if site.map.bias is None else [site.map.bias])]
     return {

@@ -1,7 +1,7 @@
 """Experts that become one wide MLP: neurons and gates measured on a text, output maps solved on it."""
 
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from surgeon.anatomy.anatomy import Anatomy, read_anatomy
 from surgeon.anatomy.halves import MLP
@@ -9,11 +9,10 @@ from surgeon.anatomy.outputs import output_maps
 from surgeon.checkpoint.source import Source
 from surgeon.measure.record import Scores
 from surgeon.plan.plan import Plan
-from surgeon.plan.repairs import RepairsWriter, with_repairs
 from surgeon.progress import meter
 from surgeon.transforms.dense import Mixture, dense_forms, mixtures_of, neurons_there, to_dense, to_widths
 from surgeon.transforms.seams import Site, Sites
-from surgeon.verbs.compensating import Texts, bytes_of
+from surgeon.verbs.compensating import Texts, entry_of, with_solved
 from surgeon.verbs.merging import Merging
 
 if TYPE_CHECKING:
@@ -80,21 +79,13 @@ def refitted(
     ours = streamed_model(PlannedSource(source, whole), device, resident=False)
     maps = output_maps(ours.anatomy)
     layers = sorted(anatomy.layers_by_axis["experts"])
-    found = (maps[layer, MLP] for layer in layers)
-    sites = tuple(Site(known, 2 * known.layer + 2, (), merging.width or 0, None) for known in found)
+    outputs = (maps[layer, MLP] for layer in layers)
+    sites = tuple(Site(known, 2 * known.layer + 2, (), merging.width or 0, None) for known in outputs)
     every = Sites(tuple(range(2 * anatomy.depth)), sites, None, ())
-    writer, entries = RepairsWriter(), []
     progress = meter("solving", rows.tokens.numel(), num_passes(every))
-    for site, repair in compensate(theirs, ours, rows, every, progress=progress):
-        entry: dict[str, Any] = {"tensors": [site.map.weight], "reason": f"layer {site.map.layer}"}
-        entry |= {"ridge": repair.ridge, "fit": list(repair.fit), "held_out": list(repair.held)}
-        entries.append(entry | {"tokens": list(repair.num_tokens), "taken": repair.is_taken})
-        for name, tensor in repair.tensors.items():
-            writer.add(name, ours.anatomy.spec.tensors[name], bytes_of(tensor))
-    record: dict[str, Any] = {"model": source.provenance(), "text": dict(texts.text.origin)}
-    record |= {"held_out": dict(texts.held.origin), "maps": entries}
-    repairs = writer.finish(record)
-    if repairs is None:
-        return source, whole, replace(merging, record=record)
-    joined, solved = with_repairs(source, whole, repairs)
-    return joined, solved, replace(merging, record={**record, **repairs.provenance()})
+    solved = compensate(theirs, ours, rows, every, progress=progress)
+    found = (
+        ({**entry_of(site, repair), "reason": f"layer {site.map.layer}"}, repair.tensors) for site, repair in solved
+    )
+    source, whole, record = with_solved(source, whole, texts, ours, found)
+    return source, whole, replace(merging, record=record)

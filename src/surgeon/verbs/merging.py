@@ -2,15 +2,18 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from surgeon.anatomy.anatomy import Anatomy
 from surgeon.checkpoint.source import Source
 from surgeon.plan.plan import Plan
-from surgeon.plan.repairs import RepairsWriter, with_repairs
 from surgeon.progress import meter
 from surgeon.transforms.merging import expert_outputs
-from surgeon.verbs.compensating import Texts, bytes_of
+from surgeon.verbs.compensating import Texts, with_solved
+
+if TYPE_CHECKING:
+    from surgeon.measure.merging import MergedLayer
+    from surgeon.transforms.merging import ExpertOutputs
 
 BOUND = (
     "one expert in the place of two has one gate where they had two: what the router chose between them, token by "
@@ -89,31 +92,21 @@ def merged(
     ours = streamed_model(PlannedSource(source, whole), device, resident=False)
     layers = [layer for layer in plan.mlp_layers if layer is not None]
     progress = meter("merging experts", rows.tokens.numel(), len(layers) + max(layers) + 1)
-    writer, maps = RepairsWriter(), []
-    for layer in merge_experts(theirs, ours, rows, layers, progress=progress):
-        outputs = expert_outputs(ours.anatomy)[layer.layer]
-        maps.append(
-            {
-                "tensors": [*outputs.weights, *outputs.biases],
-                "reason": f"layer {layer.layer}",
-                "experts": list(layer.ridges),
-                "ridge": max(layer.ridges.values(), default=0.0),
-                "fit": list(layer.fit),
-                "held_out": list(layer.held),
-                "tokens": list(layer.num_tokens),
-                "taken": bool(layer.ridges),
-            }
-        )
-        for name, tensor in layer.tensors.items():
-            writer.add(name, ours.anatomy.spec.tensors[name], bytes_of(tensor))
-    record = {
-        "model": source.provenance(),
-        "text": dict(texts.text.origin),
-        "held_out": dict(texts.held.origin),
-        "maps": maps,
+    solved = merge_experts(theirs, ours, rows, layers, progress=progress)
+    found = ((_entry(layer, expert_outputs(ours.anatomy)[layer.layer]), layer.tensors) for layer in solved)
+    source, whole, record = with_solved(source, whole, texts, ours, found)
+    return source, whole, Merging(merging.experts, merging.layers, record)
+
+
+def _entry(layer: "MergedLayer", outputs: "ExpertOutputs") -> dict[str, Any]:
+    """Return the record of a layer's maps."""
+    return {
+        "tensors": [*outputs.weights, *outputs.biases],
+        "reason": f"layer {layer.layer}",
+        "experts": list(layer.ridges),
+        "ridge": max(layer.ridges.values(), default=0.0),
+        "fit": list(layer.fit),
+        "held_out": list(layer.held),
+        "tokens": list(layer.num_tokens),
+        "taken": bool(layer.ridges),
     }
-    repairs = writer.finish(record)
-    if repairs is None:
-        return source, whole, Merging(merging.experts, merging.layers, record)
-    joined, solved = with_repairs(source, whole, repairs)
-    return joined, solved, Merging(merging.experts, merging.layers, {**record, **repairs.provenance()})

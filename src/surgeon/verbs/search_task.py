@@ -15,6 +15,7 @@ from surgeon.search.budget import OVER, Budget, Pricing, full_sizes, pairing_of,
 from surgeon.search.cuts import Candidate, Space, Widths
 from surgeon.search.journal import FILE, opened
 from surgeon.search.loop import SCREEN, SEARCH, Search, Settings
+from surgeon.search.openings import Openings
 from surgeon.search.record import Point, SearchRecord, Worth, name_of
 from surgeon.surgery import Surgery
 from surgeon.transforms.layers import planned
@@ -31,6 +32,8 @@ if TYPE_CHECKING:
     from surgeon.measure.trials import Trials
 
 FIT = "rows that fit"
+BLOCK = "angular"  # the score of blocks by which a search begins
+SINGLE = ("block-influence", "relative-magnitude")  # and those of single layers
 
 
 @dataclass(frozen=True)
@@ -122,8 +125,8 @@ class Task:
             seed=options.seed,
             columns=options.columns,
         )
-        scores = self._scores(text, device) if any(self.widths) else None
-        values = None if scores is None else scores.widths.get("activation")
+        scores = self._scores(text, device)
+        values = scores.widths.get("activation") if any(self.widths) else None
         texts = fitting(text)
 
         def finish(candidate: Candidate) -> Source:
@@ -160,11 +163,11 @@ class Task:
                 watches=text.watch is not None,
                 texts=tuple(text.confirm),
             )
-            search = Search(journal, pricing, self.space, self.widths, settings)
+            search = Search(journal, pricing, self.space, self.widths, settings, _openings(scores))
             ranked = search.run()
             journal.write()
             record = _record(search, ranked, self, text, trials)
-        return record, Kept(scores, text, device)
+        return record, Kept(scores if any(self.widths) else None, text, device)
 
     def _meter(self, device: str) -> "DeviceMeter | None":
         if self.options.context is None and self.options.target_latency is None:
@@ -183,10 +186,12 @@ class Task:
         )
 
     def _scores(self, text: "SearchText", device: str) -> Scores:
-        """Return the importance of the positions that narrower cuts choose from, on the rows that fit."""
+        """Return the scores of layers, and of the positions that narrower cuts choose from, on the rows that fit."""
         from surgeon.measure.scoring import ScoreRequest, score
 
-        request = ScoreRequest(widths=["activation"], device=device, seed=self.options.seed)
+        layers = (BLOCK, *SINGLE) if self.space.free else ()
+        widths = ["activation"] if any(self.widths) else []
+        request = ScoreRequest(layers=layers, widths=widths, device=device, seed=self.options.seed)
         return score(self.begun.source, text.fit, request, data=part_of(text, text.fit, FIT).origin)
 
     def _request(self, text: "SearchText") -> dict[str, Any]:
@@ -216,6 +221,12 @@ class Task:
             "seconds": options.seconds,
             "seed": options.seed,
         }
+
+
+def _openings(scores: Scores) -> Openings:
+    """Return what scores say of layers; nothing where none was taken."""
+    layers = scores.layers
+    return Openings(layers.get(BLOCK, ()), [layers[name] for name in SINGLE if name in layers])
 
 
 def fitting(text: "SearchText") -> Texts:

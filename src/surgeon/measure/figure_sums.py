@@ -1,6 +1,5 @@
 """What a candidate is worth on rows of text: its loss, and how far it is from the whole model, token by token."""
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -10,67 +9,11 @@ from torch import Tensor, nn
 from surgeon.measure.scoring import targets_of
 from surgeon.models.device import head_tokens
 from surgeon.models.passage import Batch
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What a candidate is worth on R rows of text: sums over the tokens of each row, shape (R,), in float64.
-
-    `loss` is the next-token loss in nats, `kl` the divergence KL(whole model || candidate), `overlap` the probability
-    that both share, Σ_v min(p_v, q_v), `agreeing` how often both think the same token the most likely. The last two
-    count where the loss does: at every token with a token after it. `tokens` is how many these are, shape (R,).
-    """
-
-    loss: Tensor
-    kl: Tensor
-    overlap: Tensor
-    agreeing: Tensor
-    tokens: Tensor
-
-    @property
-    def mean_loss(self) -> float:
-        """The mean next-token loss, in nats."""
-        return self._mean(self.loss)
-
-    @property
-    def mean_kl(self) -> float:
-        """The mean divergence from the whole model, in nats per token."""
-        return self._mean(self.kl)
-
-    @property
-    def perplexity(self) -> float:
-        """The exponential of the mean loss, infinite where that overflows."""
-        return math.exp(self.mean_loss) if self.mean_loss < 700 else math.inf
-
-    @property
-    def acceptance(self) -> float:
-        """The share of a draft's tokens that exact speculative sampling accepts: 1 - total variation."""
-        return self._mean(self.overlap)
-
-    @property
-    def agreement(self) -> float:
-        """How often the candidate's most likely token is the whole model's: greedy decoding accepts it."""
-        return self._mean(self.agreeing)
-
-    def over(self, other: "Outcome", of: str = "loss") -> tuple[float, float]:
-        """Return by how much the mean of "loss" or "kl" is above another outcome's on these rows, and its error.
-
-        The error is that of a mean of paired differences: rows weigh as many tokens as they have.
-        """
-        differences, weights = getattr(self, of) - getattr(other, of), self.tokens
-        mean = float(differences.sum() / weights.sum())
-        rows = len(differences)
-        if rows < 2:
-            return mean, math.inf
-        spread = (differences - mean * weights).square().sum() * rows / (rows - 1)
-        return mean, float(spread.sqrt() / weights.sum())
-
-    def _mean(self, sums: Tensor) -> float:
-        return float(sums.sum() / self.tokens.sum())
+from surgeon.search.figures import Figures
 
 
 @dataclass
-class OutcomeSums:
+class FigureSums:
     """The sums of a candidate, by rows, and its states of the batch at hand: None where they are the whole model's."""
 
     rows: int
@@ -89,15 +32,16 @@ class OutcomeSums:
         for sums, value in zip(self.values, (*values, torch.ones_like(values[0])), strict=True):
             sums.index_add_(0, self.first + rows, value.cpu().double())
 
-    def outcome(self) -> Outcome:
-        return Outcome(*self.values)
+    def figures(self) -> Figures:
+        """Return the sums of all rows."""
+        return Figures(*(tuple(sums.tolist()) for sums in self.values))
 
 
 def compare(
     head: Callable[[Tensor], Tensor],
     batch: Batch,
     whole: Tensor,
-    candidates: Sequence[OutcomeSums],
+    candidates: Sequence[FigureSums],
     *,
     true_head: Callable[[Tensor], Tensor] | None = None,
 ) -> None:
