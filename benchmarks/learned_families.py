@@ -2,10 +2,10 @@
 
     python benchmarks/learned_families.py [NAME...]
 
-Of each toy and each way to grow, it is checked that the operator begins at the exact growth to the last bit, that the
-first step has a gradient for every learned tensor but those that theory excepts, that the written file holds the weights
-that the moved operator computes, and that transformers loads it with nothing missing. Prints a line for each, with the
-difference of logits too, and the counts.
+Of each toy and each way to grow it is checked that the operator begins at the exact growth to the last bit, that the
+first step has a gradient for every learned tensor but those that theory excepts, that the written file holds the
+weights that the moved operator computes, and that transformers loads it with nothing missing. Prints a line for each,
+with the difference of logits too, and the counts.
 """
 
 import argparse
