@@ -115,6 +115,7 @@ CASES: dict[tuple[str, str], list[str]] = {
     ("merge", "model"): ["{out}", "{model}"],
     ("merge", "models"): ["{model}", "{out}"],
     ("merge", "base"): ["{model}", "{model}", "--method", "ties", "--base", "{out}"],
+    ("merge", "data"): ["{model}", "{model}", "--method", "regmean", "--data", "none", "--data", "{out}/text.txt"],
     ("merge", "from_file"): ["--from", "{out}/merge.yaml"],
     ("prune", "model"): ["{out}", "--layers", "2"],
     ("prune", "like"): ["{model}", "--score", "uniform", "--like", "{out}"],
