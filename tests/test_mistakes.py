@@ -82,6 +82,10 @@ hint: One of: keep, drop.
 error: --coverage: 'most' is no share of a text
 hint: Such as --coverage 99.99%.
 
+2 surgeon transplant loc --tokenizer loc --map <s>
+error: --map: '<s>' is no pair of tokens
+hint: Such as --map '<s>=<bos>'.
+
 2 surgeon data question-frmation
 error: unknown KIND 'question-frmation'; did you mean question-formation?
 hint: One of: question-formation.
@@ -293,6 +297,7 @@ for command, option in {WORDED!r}:
     sys.argv = ["surgeon", command, "x", option, "mistyped"]
     sys.argv += ["--layers", "2"] if command in ("truncate", "prune") else []
     sys.argv += ["--data", "x"] if command in ("finetune", "evaluate", "diagnose", "distill", "trim") else []
+    sys.argv += ["--tokenizer", "x"] if command == "transplant" else []
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said):

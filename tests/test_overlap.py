@@ -39,6 +39,7 @@ NO_PLACES = {
         "last|all",
         "KIND",
         "KEY=VALUE",
+        "OLD=NEW",
         "NAME=VALUE",
         "FIELD=COLUMN",
         "STEP",
@@ -126,6 +127,11 @@ CASES: dict[tuple[str, str], list[str]] = {
     ("trim", "model"): ["{out}", "--data", "{text}"],
     ("trim", "data"): ["{model}", "--data", "{out}/text.txt"],
     ("trim", "eval_data"): ["{model}", "--data", "{text}", "--eval-data", "{out}/text.txt"],
+    ("transplant", "model"): ["{out}", "--tokenizer", "{model}"],
+    ("transplant", "tokenizer"): ["{model}", "--tokenizer", "{out}"],
+    ("transplant", "like"): ["{model}", "--like", "{out}"],
+    ("transplant", "helper"): ["{model}", "--tokenizer", "{model}", "--helper", "{out}"],
+    ("transplant", "eval_data"): ["{model}", "--tokenizer", "{model}", "--eval-data", "{out}/text.txt"],
     ("init", "config"): ["{out}/config.json"],
     ("init", "tokenizer"): ["gpt2", "--tokenizer", "{out}"],
     ("convert", "source"): ["{out}/pytorch_model.bin"],
@@ -138,7 +144,7 @@ CASES: dict[tuple[str, str], list[str]] = {
     ("compress", "adapter"): ["{model}", "--prompt", "be brief", "--adapter", "{out}/adapter"],
     ("compress", "prompt_file"): ["{model}", "--prompt-file", "{out}/text.txt"],
 }
-SLOW = ("convert", "init", "trim")  # they load torch, or transformers
+SLOW = ("convert", "init", "trim", "transplant")  # they load torch, or transformers
 NAMES = {"model": "MODEL", "source": "SRC", "config": "CONFIG"}
 
 
@@ -173,7 +179,7 @@ def made_for(command: str, option: str, model: Path, out: Path) -> None:
     gist = {"version": 1, "token": "<GIST>", "token_ids": [18], "num_tokens": 1}
     if command == "gist":
         (out / "tokenizer.json").write_text(json.dumps({"model": {"vocab": {"a": 0}}, "added_tokens": []}))
-    if command == "trim":
+    if command in ("trim", "transplant"):
         give_tokenizer(model, out)
     if command == "compress":
         (out / "config.json").unlink()
@@ -198,7 +204,7 @@ def made_for(command: str, option: str, model: Path, out: Path) -> None:
         torch.save(tensors, out / "pytorch_model.bin")
     if command == "init":
         edit_config(out, head_dim=4)  # transformers wants an even one
-    if option == "tokenizer":
+    if (command, option) == ("init", "tokenizer"):
         from surgeon.models.vocabularies import byte_tokenizer
 
         for name, content in byte_tokenizer().items():
@@ -206,7 +212,7 @@ def made_for(command: str, option: str, model: Path, out: Path) -> None:
     if command == "merge":
         checkpoint(model, tensors=llama(layers=4), num_hidden_layers=4)
         (out / "merge.yaml").write_text(f"merge_method: karcher\nmodels: [{{model: {model}}}, {{model: {model}}}]\n")
-    if option == "like":
+    if (command, option) == ("prune", "like"):
         checkpoint(model, tensors=llama(layers=6), num_hidden_layers=6)
     if option == "repairs_from":
         begun = open_model(model)

@@ -19,6 +19,12 @@ class Vocabulary:
     tokenizer: Mapping[str, Any]
     roles: Mapping[str, int]
 
+    @classmethod
+    def of(cls, tokenizer: Mapping[str, Any], roles: Mapping[str, int]) -> "Vocabulary":
+        """Return the vocabulary of a tokenizer.json without its merges, of which there may be a million."""
+        model = {key: [] if key == "merges" else value for key, value in tokenizer["model"].items()}
+        return cls({**tokenizer, "model": model}, roles)
+
     @cached_property
     def ids(self) -> dict[str, int]:
         """The id of every token."""

@@ -162,10 +162,10 @@ def transplant(model: "str | os.PathLike[str] | Surgery", options: TransplantOpt
     size = vocabulary_size(anatomy)
     other = open_tokenizer(options.rows_from or options.tokenizer or options.like or "")
     with runs(begun.source.label):
+        roles = roles_of(tokenizer_from(other.files, other.config))  # it is large, and let go at once
         tokenizer = tokenizer_from(begun.tokenizer_files, begun.spec.config)
-        new_tokenizer = tokenizer_from(other.files, other.config)
-    old = Vocabulary(read_tokenizer(begun.companion, COMPARED), roles_of(tokenizer))
-    new = Vocabulary(read_tokenizer(other.files.get, COMPARED), roles_of(new_tokenizer))
+    old = Vocabulary.of(read_tokenizer(begun.companion, COMPARED), roles_of(tokenizer))
+    new = Vocabulary.of(read_tokenizer(other.files.get, COMPARED), roles)
     check_rows(max(old.ids.values()), size)
     found = match(old, new, _named(options, old, new))
     num_rows = _num_rows(options, other, new)

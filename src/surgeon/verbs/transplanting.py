@@ -22,6 +22,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
+TOGETHER = 8192  # texts that are tokenised at once
+
+
 def embedding_of(source: Source) -> str:
     """Return the name of a helper's table of rows for tokens. Raises PlanError where it is stored as codes."""
     anatomy = read_anatomy(spec_of(source))
@@ -105,10 +108,12 @@ class RowMaker:
         Where that has other bytes (a space that the tokenizer puts first), or is none: the longest at each place.
         """
         contents = [self.new.spelled[i] for i in self.found.missing]
-        texts = [content.decode("utf-8", "replace") for content in contents]
-        encoded = self.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"] if texts else []
         found = []
-        for content, ids in zip(contents, encoded, strict=True):
-            spelled = b"".join(self.old.spelled.get(i, b"\xff") for i in ids)
-            found.append(list(ids) if spelled == content else self.old.pieces(content))
+        for at in range(0, len(contents), TOGETHER):
+            some = contents[at : at + TOGETHER]
+            texts = [content.decode("utf-8", "replace") for content in some]
+            encoded = self.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+            for content, ids in zip(some, encoded, strict=True):
+                spelled = b"".join(self.old.spelled.get(i, b"\xff") for i in ids)
+                found.append(list(ids) if spelled == content else self.old.pieces(content))
         return found

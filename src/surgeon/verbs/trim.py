@@ -226,7 +226,8 @@ def _reasons(
     reasons = always_kept(tokenizer, begun.companion, _template(begun))
     configs = [begun.spec.config, _generation(begun)]
     reasons["special"] |= {i for config in configs for _, i in token_ids(config) if i in known}
-    reasons["special"] |= _named(tokenizer, options.keep_token) | (_of_chats(loaded) & known)
+    reasons["special"] |= (set(loaded.all_special_ids) | _of_chats(loaded)) & known  # a class names some by itself
+    reasons["special"] |= _named(tokenizer, options.keep_token)
     reasons["alphabet"] -= reasons["special"]
     chosen = _chosen(used, options)
     parts = parts_of(tokenizer, chosen | reasons["special"])
@@ -326,9 +327,10 @@ def _written_again(
     whole = {**begun.tokenizer_files, **files}
     after = tokenizer_from({name: content for name, content in whole.items() if content is not None}, config)
     numbers = {old: new for new, old in enumerate(kept)}
-    expected = {token: numbers[old] for token, old in vocabulary(tokenizer).items() if old in numbers}
-    if after.get_vocab() != expected:
-        found = after.get_vocab()
+    known = vocabulary(tokenizer)
+    expected = {token: numbers[old] for token, old in known.items() if old in numbers}
+    found = {token: i for token, i in after.get_vocab().items() if token in known}  # a class may add tokens of its own
+    if found != expected:
         wrong = sorted(token for token in {*found, *expected} if found.get(token) != expected.get(token))
         raise PlanError(
             f"transformers would give {len(wrong)} tokens of the trimmed tokenizer other numbers, such as {wrong[0]!r}",
