@@ -48,7 +48,7 @@ hint: surgeon grow --help lists its options.
 
 2 surgeon merge loc loc --method linaer
 error: unknown --method 'linaer'; did you mean linear?
-hint: One of: linear, task-arithmetic, ties, dare, dare-ties, slerp, nuslerp, model-stock, karcher, passthrough.
+hint: One of: linear, task-arithmetic, ties, dare, dare-ties, slerp, nuslerp, model-stock, karcher, passthrough, regmean.
 
 2 surgeon prune loc --score angulr
 error: unknown --score 'angulr'; did you mean angular?

@@ -116,6 +116,7 @@ CASES: dict[tuple[str, str], list[str]] = {
     ("merge", "model"): ["{out}", "{model}"],
     ("merge", "models"): ["{model}", "{out}"],
     ("merge", "base"): ["{model}", "{model}", "--method", "ties", "--base", "{out}"],
+    ("merge", "data"): ["{model}", "{model}", "--method", "regmean", "--data", "none", "--data", "{out}/text.txt"],
     ("merge", "from_file"): ["--from", "{out}/merge.yaml"],
     ("grow", "data"): ["{model}", "--layers", "4", "--learn", "1", "--data", "{out}/text.txt"],
     ("grow", "eval_data"): [

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from surgeon.measure.compensation import States
+from surgeon.models.device import wide
 from surgeon.models.streaming import Progress, StreamedModel
 
 
@@ -98,7 +99,7 @@ def _watched(reading: Reading, layer: int) -> Iterator[dict[str, Tensor]]:
 
     def summing(name: str, *, constant: bool) -> Any:
         def hook(_: nn.Module, args: tuple[Tensor, ...]) -> None:
-            seen = args[0].detach().flatten(0, -2).to(torch.float64).cpu()
+            seen = wide(args[0].detach().flatten(0, -2)).cpu()
             seen = torch.cat([seen, torch.ones(len(seen), 1, dtype=torch.float64)], dim=1) if constant else seen
             sums[name] = sums[name] + seen.T @ seen if name in sums else seen.T @ seen
 

@@ -237,12 +237,10 @@ def _least_kept(rows: MakeRows, shape: tuple[int, ...], density: float) -> int:
 
     def found(bins: Iterator[Tensor], left: int) -> tuple[int, int]:
         """Return the highest bin with so many numbers in it and above it, and how many of them are to be in it."""
-        counts = sum(bins, torch.zeros(BINS, dtype=torch.int64)).tolist()
-        for number in range(BINS - 1, -1, -1):
-            if counts[number] >= left:
-                return number, left
-            left -= counts[number]
-        return 0, left
+        counts = sum(bins, torch.zeros(BINS, dtype=torch.int64))
+        above = counts.flip(0).cumsum(0)  # of the highest bin, of the two highest ones, and so on
+        place = int(torch.searchsorted(above, left))
+        return BINS - 1 - place, left - int(above[place] - counts[BINS - 1 - place])
 
     ranges = list(row_ranges(shape, SUMMED))
     upper = (torch.bincount(_magnitudes(rows(*each)).flatten() >> 15, minlength=BINS) for each in ranges)
