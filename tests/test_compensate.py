@@ -12,7 +12,7 @@ from test_prune import give_tokenizer, words
 import surgeon
 from surgeon.anatomy.halves import ATTENTION, HALVES, MLP, Pairing
 from surgeon.errors import CheckpointError, MeasureError, PlanError
-from surgeon.plan.repairs import REPAIRS, RepairsFile
+from surgeon.plan.solved import REPAIRS, RepairsFile
 from surgeon.surgery import Surgery, open_model, open_source
 from surgeon.transforms.narrow import Kept, narrow
 from surgeon.transforms.prune import prune

@@ -46,6 +46,10 @@ hint: surgeon inspect --help lists its options.
 error: surgeon grow has no option --hiden-size; did you mean --hidden-size?
 hint: surgeon grow --help lists its options.
 
+2 surgeon merge loc loc --method linaer
+error: unknown --method 'linaer'; did you mean linear?
+hint: One of: linear, task-arithmetic, ties, dare, dare-ties, slerp, nuslerp, model-stock, karcher, passthrough.
+
 2 surgeon prune loc --score angulr
 error: unknown --score 'angulr'; did you mean angular?
 hint: One of: search, angular, block-influence, relative-magnitude, perplexity, taylor, magnitude, random, last, uniform.

@@ -20,7 +20,7 @@ from surgeon.cli.command import command_of
 from surgeon.cli.commands import commands
 from surgeon.errors import HubError, OutputError
 from surgeon.options import Flag
-from surgeon.plan.repairs import REPAIRS, RepairsWriter
+from surgeon.plan.solved import REPAIRS, RepairsFile, SolvedWriter
 from surgeon.surgery import open_model, open_source
 from surgeon.transforms.prune import prune
 from surgeon.transforms.seams import find_sites
@@ -44,6 +44,8 @@ NO_PLACES = {
         "FIELD=COLUMN",
         "STEP",
         "PATTERN",
+        "NUMBER",
+        "NUMBERS",
     ),
     *("PROMPT", "CHECK", "WHAT", "WHICH", "ENGINE", "MS", "TIME"),
 }
@@ -111,6 +113,10 @@ CASES: dict[tuple[str, str], list[str]] = {
     ("gist", "model"): ["{out}", "--tokens", "1"],
     ("grow", "model"): ["{out}", "--layers", "8"],
     ("grow", "donor"): ["{model}", "--layers", "4", "--donor", "{out}"],
+    ("merge", "model"): ["{out}", "{model}"],
+    ("merge", "models"): ["{model}", "{out}"],
+    ("merge", "base"): ["{model}", "{model}", "--method", "ties", "--base", "{out}"],
+    ("merge", "from_file"): ["--from", "{out}/merge.yaml"],
     ("prune", "model"): ["{out}", "--layers", "2"],
     ("prune", "like"): ["{model}", "--score", "uniform", "--like", "{out}"],
     ("prune", "data"): ["{model}", "--layers", "2", "--data", "{out}/text.txt"],
@@ -202,12 +208,15 @@ def made_for(command: str, option: str, model: Path, out: Path) -> None:
 
         for name, content in byte_tokenizer().items():
             (out / name).write_bytes(content)
+    if command == "merge":
+        checkpoint(model, tensors=llama(layers=4), num_hidden_layers=4)
+        (out / "merge.yaml").write_text(f"merge_method: karcher\nmodels: [{{model: {model}}}, {{model: {model}}}]\n")
     if (command, option) == ("prune", "like"):
         checkpoint(model, tensors=llama(layers=6), num_hidden_layers=6)
     if option == "repairs_from":
         begun = open_model(model)
         sites = find_sites(begun.anatomy, prune(begun.anatomy, dropped=(2,)))
-        writer, name = RepairsWriter(), sites.sites[0].map.weight
+        writer, name = SolvedWriter(RepairsFile, "the compensation"), sites.sites[0].map.weight
         spec = begun.anatomy.spec.tensors[name]
         writer.add(name, spec, memoryview(bytes(spec.nbytes)))
         made = writer.finish({"cut": sites.digest, "model": begun.source.provenance(), "maps": []})

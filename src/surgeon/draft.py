@@ -195,7 +195,8 @@ class Draft:
         return building(spec_of(self.source), self.result, config_only=self.asks == "config")
 
     def _card(self, *, command: str | None, card: Path | None) -> str:
-        source = receipt.public_name(self.source)
+        models = receipt.base_models(self.source)
+        made_from = " and ".join(f"`{name}`" for name in models or [receipt.public_name(self.source)])
         verbs = ", then ".join(next(iter(step)) for step in self.plan.steps)
         layers, parameters = self.summary.layers, self.summary.parameters
         facts = {
@@ -208,8 +209,8 @@ class Draft:
             facts[f"source layer of each {of}"] = " ".join("new" if i is None else str(i) for i in layer_map)
         return receipt.model_card(
             title=self.summary.output.name,
-            base_model=receipt.base_model(self.source),
-            done=f"Made from `{source}` by surgeon: {verbs}.",
+            base_models=models,
+            done=f"Made from {made_from} by surgeon: {verbs}.",
             facts=facts,
             command=command,
             notes=self.plan.all_notes,

@@ -146,6 +146,8 @@ GROUPS = (
         "experts",
         "vocabulary",
         "config",
+        "merging",
+        "regression",
     ),
     *("text", "prompt"),
     *("data", "lines", "what is measured", "answers", "sampling", "length and rate", "what is trained"),

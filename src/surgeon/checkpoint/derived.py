@@ -89,6 +89,7 @@ class DerivedSource(ABC):
 
 
 DONOR = "donor"  # the word of a model that gives layers
+MODEL, BASE = "model", "base"  # of one that is merged, before its number; of the one that all were finetuned from
 
 
 @dataclass(frozen=True)

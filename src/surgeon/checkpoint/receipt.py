@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from surgeon.checkpoint.blank import BlankSource
+from surgeon.checkpoint.derived import BASE, MODEL
 from surgeon.checkpoint.json_files import read_json
 from surgeon.checkpoint.source import RECEIPT, LocalSource, Source, Transfer, inside
 from surgeon.errors import CheckpointError
@@ -197,9 +198,21 @@ def public_name(source: Source) -> str:
     return str(base.directory.resolve().name) if isinstance(base, LocalSource) else base.label
 
 
-def base_model(source: Source) -> str | None:
-    """Return the name of the model that a result was made from; None where a config alone was."""
-    return None if isinstance(source, BlankSource) else public_name(source)
+def parents(source: Source) -> list[Source]:
+    """Return the models of which a source is merged, the first one first; none where it is one model."""
+    found: list[Source] = []
+    while (word := getattr(source, "word", None)) is not None:  # of a source that is joined
+        if word == BASE or word.startswith(f"{MODEL}-"):
+            found.insert(0, source.joined)  # type: ignore[attr-defined]
+        source = source.base  # type: ignore[attr-defined]
+    return [source, *found] if found else []
+
+
+def base_models(source: Source) -> list[str]:
+    """Return the names of the models that a result was made from, each once; none where a config alone was."""
+    if isinstance(source, BlankSource):
+        return []
+    return list(dict.fromkeys(public_name(each) for each in parents(source) or [source]))
 
 
 # The model card
@@ -211,7 +224,7 @@ _COPIED_METADATA = ("license", "license_name", "license_link", "language", "pipe
 def model_card(
     *,
     title: str,
-    base_model: str | None,
+    base_models: Sequence[str],
     done: str,
     facts: Mapping[str, str],
     command: str | None,
@@ -220,12 +233,14 @@ def model_card(
 ) -> str:
     """Return the card's text: the Hub's metadata block, then the surgery in words (`done`) and in a table (`facts`).
 
-    A card is made to be published: it holds no path of this machine.
+    A card is made to be published: it holds no path of this machine. Of several base models the relation is "merge".
     """
     import yaml
 
-    metadata: dict[str, Any] = {} if base_model is None else {"base_model": base_model}
-    metadata |= {"library_name": "transformers", "tags": ["surgeon"]}
+    metadata: dict[str, Any] = {"base_model": base_models[0]} if base_models else {}
+    if is_merged := len(base_models) > 1:
+        metadata = {"base_model": list(base_models), "base_model_relation": "merge"}
+    metadata |= {"library_name": "transformers", "tags": ["surgeon", "merge"] if is_merged else ["surgeon"]}
     metadata |= _source_metadata(source_card)
     lines = ["---", yaml.safe_dump(metadata, sort_keys=False, allow_unicode=True).rstrip(), "---", "", f"# {title}", ""]
     lines += [f"{done}", "", "| | |", "| --- | --- |"]

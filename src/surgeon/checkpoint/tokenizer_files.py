@@ -100,6 +100,11 @@ def suppress(files: Files, ids: Sequence[int], config: Mapping[str, Any]) -> dic
     return {GENERATION: written(GENERATION, generation)}
 
 
+def vocabulary_of(content: bytes) -> dict[str, int]:
+    """Return the id of every token of the bytes of a tokenizer.json. Raises CheckpointError for a damaged one."""
+    return vocabulary(parsed(TOKENIZER, content))
+
+
 def read_tokenizer(files: Files, what: str) -> dict[str, Any]:
     """Return the content of tokenizer.json, its vocabulary checked. `what` needs it, in the words of an error.
 

@@ -11,7 +11,6 @@ The bytes are the same on every machine, whatever its vector units and threads, 
 numbers come from a place in their stream, and sums are made of elementwise additions in an order that is fixed here.
 """
 
-import hashlib
 import math
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping
@@ -27,20 +26,35 @@ from surgeon.anatomy.axes import Index, Run, runs_of
 from surgeon.checkpoint.header import FilePart, TensorSpec
 from surgeon.checkpoint.source import StoredTensor
 from surgeon.plan.making import BLOCK_NUMBERS, KEPT, Part
-from surgeon.plan.plan import Add, Affine, Cast, Constant, Expr, Gather, Joined, Normal, Read, Rounded, Uniform, infer
+from surgeon.plan.mixing import mixed
+from surgeon.plan.plan import (
+    Add,
+    Affine,
+    Cast,
+    Constant,
+    Expr,
+    Gather,
+    Joined,
+    Normal,
+    Read,
+    Rounded,
+    Uniform,
+    children,
+    infer,
+)
+from surgeon.plan.regressing import regressed
+from surgeon.plan.rules import Mix, Regress
+from surgeon.plan.summing import SUMMED, MakeRows, key_of, row_ranges, to_float64, total_of
 
 TORCH_DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 BLOCK = BLOCK_NUMBERS
 PART = 1 << 21  # numbers that one thread makes before it takes the next part
 NEAR = 4  # times the rows that are wanted: so many are read for those that lie among them
 SHORT = 16  # positions: if runs are shorter on average, a Gather uses an index
-# These decide bytes: sums go block by block, of a large tensor the standard deviation is that of so many numbers, and
-# each block of a normal draw has a seed of its own.
-SUMMED = 1 << 18
+# These decide bytes: of a large tensor the standard deviation is that of so many numbers, and each block of a normal
+# draw has a seed of its own.
 SAMPLE = 1 << 20
 DRAWN = 1 << 20
-
-MakeRows = Callable[[int, int], Tensor]  # returns rows [start, stop) of a tensor; do not write to them
 
 
 class _Specs(Mapping[str, TensorSpec]):
@@ -79,11 +93,11 @@ class Arithmetic:
         row_bytes = math.prod(shape[1:]) * dtype.itemsize
 
         def make(first: int, last: int) -> Iterator[memoryview]:
-            for start, stop in _row_ranges((last - first, *shape[1:]), BLOCK):
+            for start, stop in row_ranges((last - first, *shape[1:]), BLOCK):
                 block = rows(first + start, first + stop).to(dtype).flatten().contiguous()
                 yield block.view(torch.uint8).numpy().data
 
-        ranges = _row_ranges(shape, PART)
+        ranges = row_ranges(shape, PART)
         return [Part((stop - start) * row_bytes, partial(make, start, stop)) for start, stop in ranges]
 
     def tensor(self, expr: Expr) -> Tensor:
@@ -112,6 +126,10 @@ class Arithmetic:
             case Cast() | Rounded():
                 rows, dtype = self._rows(expr.source), TORCH_DTYPES[infer(expr, self._specs).dtype]
                 return lambda start, stop: _at_least_float32(rows(start, stop).to(dtype))
+            case Mix():
+                return self._mix(expr)
+            case Regress():
+                return self._regress(expr)
             case Uniform():
                 return self._uniform(expr)
             case Normal(spec, std, seed, stream):
@@ -168,6 +186,19 @@ class Arithmetic:
                     into.add_(old * run.scale)
 
         return add_to
+
+    def _mix(self, expr: Mix) -> MakeRows:
+        """Return the function that makes rows of several models' tensors, in float64 unless all have 16 bits."""
+        stored = {infer(part, self._specs).dtype for part in children(expr)}
+        base = None if expr.base is None else self._rows(expr.base)
+        return mixed(expr, [self._rows(part) for part in expr.parts], base, self._shape(expr), stored)
+
+    def _regress(self, expr: Regress) -> MakeRows:
+        biases: list[MakeRows | None] = [self._rows(bias) for bias in expr.biases]
+        biases = biases or [None for _ in expr.maps]
+        grams = [None if gram is None else self._rows(gram) for gram in expr.grams]
+        maps = list(zip([self._rows(each) for each in expr.maps], biases, strict=True))
+        return regressed(expr, maps, grams, self._shape(expr.maps[0]))
 
     def _gather(self, expr: Gather) -> MakeRows:
         if _is_scattered(expr):
@@ -243,15 +274,15 @@ class Arithmetic:
         if not expr.mean or not size or not expr.index.has_new:
             return lambda block: torch.tensor(expr.fill, dtype=block.dtype)
         if expr.dim:
-            return lambda block: (_total(_to_float64(block), expr.dim) / size * expr.mean + expr.fill).to(block.dtype)
+            return lambda block: (total_of(to_float64(block), expr.dim) / size * expr.mean + expr.fill).to(block.dtype)
         mean = self._mean_row(expr.source)
         return lambda block: (mean * expr.mean + expr.fill).to(block.dtype)
 
     def _mean_row(self, expr: Expr) -> Tensor:
         """Return the mean of all rows, as one row in float64."""
         shape, rows = self._shape(expr), self._rows(expr)
-        sums = [_total(_to_float64(rows(start, stop)), 0) for start, stop in _row_ranges(shape, SUMMED)]
-        return _total(torch.cat(sums), 0) / shape[0]
+        sums = [total_of(to_float64(rows(start, stop)), 0) for start, stop in row_ranges(shape, SUMMED)]
+        return total_of(torch.cat(sums), 0) / shape[0]
 
     def _std(self, expr: Expr) -> float:
         """Return the standard deviation of the tensor that `expr` makes, of a large one by every n-th block of rows.
@@ -265,15 +296,15 @@ class Arithmetic:
 
     def _std_of_sample(self, expr: Expr, step: int) -> float:
         shape, rows = self._shape(expr), self._rows(expr)
-        ranges = list(_row_ranges(shape, SUMMED // min(step, 16)))[::step]
+        ranges = list(row_ranges(shape, SUMMED // min(step, 16)))[::step]
         count = max(1, sum(stop - start for start, stop in ranges) * math.prod(shape[1:]))
         sums, squares = torch.zeros(2, min(SUMMED, count), dtype=torch.float64)
         for start, stop in ranges:
             for piece in torch.split(rows(start, stop).flatten(), SUMMED):
-                numbers = _to_float64(piece)
+                numbers = to_float64(piece)
                 sums[: len(numbers)] += numbers
                 squares[: len(numbers)] += numbers.mul_(numbers)
-        mean, square = _total(sums, 0).item() / count, _total(squares, 0).item() / count
+        mean, square = total_of(sums, 0).item() / count, total_of(squares, 0).item() / count
         return math.sqrt(max(0.0, square - mean * mean))
 
     def _uniform(self, expr: Uniform) -> MakeRows:
@@ -281,7 +312,7 @@ class Arithmetic:
         shape = self._shape(expr)
         columns = math.prod(shape[1:])
         width = expr.ratio * math.sqrt(12) * (self._std(expr.like) or expr.fallback)
-        dtype, scale, key = self._wide_dtype(expr.like), width / 2**16, _key(expr.seed, expr.stream)
+        dtype, scale, key = self._wide_dtype(expr.like), width / 2**16, key_of(expr.seed, expr.stream)
 
         def rows(start: int, stop: int) -> Tensor:
             first, last = start * columns, stop * columns
@@ -340,12 +371,6 @@ def single_threaded() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def _row_ranges(shape: tuple[int, ...], size: int) -> Iterator[tuple[int, int]]:
-    """Return the ranges of rows, each with at most `size` numbers or one row."""
-    step = max(1, size // max(1, math.prod(shape[1:])))
-    return ((start, min(start + step, shape[0])) for start in range(0, shape[0], step))
-
-
 def _runs(expr: Gather) -> tuple[Run, ...]:
     """Return the runs of a Gather, in order."""
     return tuple(runs_of(expr.index, expr.scale))
@@ -353,20 +378,6 @@ def _runs(expr: Gather) -> tuple[Run, ...]:
 
 def _is_scattered(expr: Gather) -> bool:
     return expr.index.highest >= 0 and len(_runs(expr)) * SHORT > len(expr.index)
-
-
-def _total(value: Tensor, dim: int) -> Tensor:
-    """Return the sum along `dim`, kept with size 1. Overwrites `value`.
-
-    Adds one half to the other until size 1 is left: unlike in torch, the order is the same on every machine.
-    """
-    while (size := value.shape[dim]) > 1:
-        half = size // 2
-        total = value.narrow(dim, 0, half).add_(value.narrow(dim, half, half))
-        if size % 2:
-            total.narrow(dim, 0, 1).add_(value.narrow(dim, size - 1, 1))
-        value = total
-    return value
 
 
 def _normal_rows(shape: tuple[int, ...], std: float, seed: int, stream: str) -> MakeRows:
@@ -378,7 +389,7 @@ def _normal_rows(shape: tuple[int, ...], std: float, seed: int, stream: str) -> 
 
     @lru_cache(maxsize=4)  # rows do not end where a block of the stream ends
     def block(number: int) -> Tensor:
-        generator = torch.Generator().manual_seed(_key(seed, f"{stream}/{number}"))
+        generator = torch.Generator().manual_seed(key_of(seed, f"{stream}/{number}"))
         return (torch.randn(DRAWN, generator=generator, dtype=torch.float64) * std).to(torch.float32)
 
     def rows(start: int, stop: int) -> Tensor:
@@ -390,14 +401,5 @@ def _normal_rows(shape: tuple[int, ...], std: float, seed: int, stream: str) -> 
     return rows
 
 
-def _key(seed: int, stream: str) -> int:
-    key = int.from_bytes(hashlib.sha256(f"{seed}/{stream}".encode()).digest()[:8], "little")
-    return key & (2**63 - 1)
-
-
 def _at_least_float32(value: Tensor) -> Tensor:
     return value.to(torch.promote_types(value.dtype, torch.float32))
-
-
-def _to_float64(value: Tensor) -> Tensor:
-    return value.to(torch.float64, copy=True)

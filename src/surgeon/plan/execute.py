@@ -36,6 +36,7 @@ from surgeon.checkpoint.output import (
 from surgeon.checkpoint.source import INDEX, WEIGHTS, Ranges, Source, StoredTensor, ranges_by_file
 from surgeon.errors import OutputError
 from surgeon.plan.plan import Constant, Expr, Plan, Read, reads
+from surgeon.plan.rules import Regress
 
 if TYPE_CHECKING:
     from surgeon.plan.making import Part
@@ -211,13 +212,17 @@ def peak_memory(plan: Plan, result: CheckpointSpec, source: CheckpointSpec) -> i
         return MOVING_MEMORY
     from surgeon.plan.making import BLOCK_MEMORY, BLOCK_NUMBERS, KEPT
 
-    kept = block = 0
+    kept = block = solved = 0
     for name, expr in computed.items():
+        if isinstance(expr, Regress):  # whole, in float64: every map and Gram matrix, their sums and a factor
+            most = max(source.tensors[other].num_parameters for other in reads(expr))
+            solved = max(solved, 8 * most * (2 * len(expr.maps) + 6))
+            continue
         read = [source.tensors[other] for other in reads(expr)]
         kept = max(kept, sum(spec.nbytes for spec in read if spec.nbytes <= KEPT))
         rows = (math.prod(spec.shape[1:]) for spec in (*read, result.tensors[name]))
         block = max(block, *rows)
-    return TORCH_MEMORY + 2 * kept + num_threads() * BLOCK_MEMORY * max(BLOCK_NUMBERS, block)
+    return TORCH_MEMORY + 2 * kept + solved + num_threads() * BLOCK_MEMORY * max(BLOCK_NUMBERS, block)
 
 
 def num_threads() -> int:

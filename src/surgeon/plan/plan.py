@@ -13,6 +13,7 @@ from typing import Any
 from surgeon.anatomy.axes import Index, Scale
 from surgeon.checkpoint.header import CheckpointSpec, TensorSpec, is_quantized
 from surgeon.errors import PlanError
+from surgeon.plan.rules import Mix, Regress
 from surgeon.showing import Shown
 
 # Expressions
@@ -129,7 +130,7 @@ class Rounded:
     source: "Expr"
 
 
-Expr = Read | Gather | Affine | Add | Joined | Uniform | Normal | Constant | Cast | Rounded
+Expr = Read | Gather | Affine | Add | Joined | Uniform | Normal | Constant | Cast | Rounded | Mix | Regress
 
 
 def children(expr: Expr) -> tuple[Expr, ...]:
@@ -139,6 +140,10 @@ def children(expr: Expr) -> tuple[Expr, ...]:
         return (expr.source,)  # type: ignore[union-attr]
     if kind is Add or kind is Joined:
         return expr.parts  # type: ignore[union-attr]
+    if isinstance(expr, Mix):
+        return expr.parts if expr.base is None else (*expr.parts, expr.base)
+    if isinstance(expr, Regress):
+        return (*expr.maps, *expr.biases, *(gram for gram in expr.grams if gram is not None))
     return (expr.like,) if kind is Uniform else ()  # type: ignore[union-attr]
 
 
@@ -159,6 +164,12 @@ def substitute(expr: Expr, replacement: Callable[[str], Expr]) -> Expr:
             return replace(expr, source=parts[0])
         case Add() | Joined():
             return replace(expr, parts=parts)
+        case Mix(of, base):
+            return replace(expr, parts=parts[: len(of)], base=None if base is None else parts[-1])
+        case Regress(maps, biases, grams):
+            rest = iter(parts[len(maps) + len(biases) :])
+            placed = tuple(None if gram is None else next(rest) for gram in grams)
+            return replace(expr, maps=parts[: len(maps)], biases=parts[len(maps) :][: len(biases)], grams=placed)
         case Uniform():
             return replace(expr, like=parts[0])
         case _:
@@ -173,7 +184,7 @@ def reads(expr: Expr) -> tuple[str, ...]:
     return tuple(dict.fromkeys(names)) if len(names) > 1 else tuple(names)
 
 
-def infer(expr: Expr, tensors: Mapping[str, TensorSpec]) -> TensorSpec:
+def infer(expr: Expr, tensors: Mapping[str, TensorSpec]) -> TensorSpec:  # noqa: C901  # one case a kind
     """Return the dtype and shape that `expr` makes. Raises PlanError if `tensors` do not allow it."""
     match expr:
         case Read(name):
@@ -193,6 +204,13 @@ def infer(expr: Expr, tensors: Mapping[str, TensorSpec]) -> TensorSpec:
                 shapes = sorted({f"{spec.dtype} {list(spec.shape)}" for spec in (first, *others)})
                 raise PlanError(f"cannot add {' and '.join(shapes)}")
             return first
+        case Regress(dtype=dtype):
+            return TensorSpec(dtype, _number(expr.biases[0] if expr.is_bias else expr.maps[0], tensors).shape)
+        case Mix(dtype=dtype):
+            sizes = {_number(part, tensors).shape for part in children(expr)}
+            if len(sizes) > 1:
+                raise PlanError(f"cannot merge {' and '.join(str(list(shape)) for shape in sorted(sizes))}")
+            return TensorSpec(dtype, sizes.pop())
         case Joined(parts, dim):
             specs = [_number(part, tensors) for part in parts]
             length = sum(spec.shape[dim] for spec in specs)
@@ -230,6 +248,13 @@ def describe(expr: Expr) -> str:
             return f"{factor:.6g} * {describe(source)}" + (f" + {offset:.6g}" if offset else "")
         case Add(parts):
             return " + ".join(map(describe, parts))
+        case Regress(maps, grams=grams, weights=weights, alpha=alpha):
+            each = (f"{weight:.6g} {describe(part)}" for weight, part in zip(weights, maps, strict=True))
+            known = sum(gram is not None for gram in grams)
+            return f"regmean({', '.join(each)}; {known} Gram matrices, alpha {alpha:.4g})"
+        case Mix(parts, base, weights, rule):
+            each = (f"{weight:.6g} {describe(part)}" for weight, part in zip(weights, parts, strict=True))
+            return f"{rule.name}({', '.join(each)}{'' if base is None else f'; base {describe(base)}'})"
         case Joined(parts, dim):
             return f"joined({', '.join(map(describe, parts))}, dim {dim})"
         case Cast(source, dtype):

@@ -13,19 +13,21 @@ from surgeon.anatomy.axes import Index, Scale
 from surgeon.checkpoint.source import Source, StoredTensor, inside, spec_of
 from surgeon.errors import CheckpointError, PlanError
 from surgeon.plan.plan import Gather, Joined, Plan, Read
-from surgeon.plan.repairs import RepairedSource, RepairsFile
+from surgeon.plan.solved import SolvedFile, SolvedSource
 
 ROWS = "rows.safetensors"
 WORD = "rows"  # of the joined source
+AGAIN = "Transplant again, from the model."
 MAP = "map"  # int32, shape (rows of the result,)
 
 
 @dataclass(frozen=True)
-class RowsFile(RepairsFile):
+class RowsFile(SolvedFile):
     """A file of new rows, under the names of their tensors, and the map."""
 
     kept_as: ClassVar[str] = ROWS
-    says: ClassVar[str] = "no rows"
+    holds: ClassVar[str] = "rows"
+    again: ClassVar[str] = AGAIN
 
     @property
     def index(self) -> Index:
@@ -34,14 +36,12 @@ class RowsFile(RepairsFile):
 
         stored = self.tensors.get(MAP)
         if stored is None or stored.spec.dtype != "I32" or len(stored.spec.shape) != 1:
-            raise CheckpointError(f"{self.path} has no map of rows", hint="Transplant again, from the model.")
+            raise CheckpointError(f"{self.path} has no map of rows", hint=AGAIN)
         with self.local(self.file).open("rb") as file:
             file.seek(stored.start)
             positions = np.frombuffer(file.read(stored.end - stored.start), "<i4")
         if len(positions) == 0 or positions.min() < 0:
-            raise CheckpointError(
-                f"the map of rows in {self.path} is damaged", hint="Transplant again, from the model."
-            )
+            raise CheckpointError(f"the map of rows in {self.path} is damaged", hint=AGAIN)
         return Index.of(positions.tolist())
 
     @property
@@ -49,14 +49,15 @@ class RowsFile(RepairsFile):
         """The new rows of each tensor."""
         return {name: item for name, item in self.tensors.items() if name != MAP}
 
-    def _is_sound(self, content: Mapping[str, Any]) -> bool:
+    @staticmethod
+    def is_record(content: Mapping[str, Any]) -> bool:
         return isinstance(content.get("rows"), dict)
 
 
 def open_rows(directory: Path) -> RowsFile:
     """Return the rows beside a transplanted checkpoint. Raises CheckpointError."""
     if not inside(directory, ROWS).is_file():
-        raise CheckpointError(f"there is no {ROWS} in {directory}", hint="Transplant again, from the model.")
+        raise CheckpointError(f"there is no {ROWS} in {directory}", hint=AGAIN)
     return RowsFile(directory, str(directory), ROWS)
 
 
@@ -68,7 +69,7 @@ def with_rows_of(
     `plan` continues `begun`, which makes the model from the source; `dims` are its tensors with a position for each
     token, and the dimension along which they have it. Raises PlanError for rows of another model.
     """
-    joined = RepairedSource(source, rows, WORD)
+    joined = SolvedSource(source, rows, WORD)
     made, index = begun.result(spec_of(source)).tensors, rows.index
     scale = Scale.all(1.0, len(index))
     tensors = dict(plan.tensors)

@@ -96,7 +96,8 @@ def jobs_of(item: Job | Rounds) -> tuple[Job, ...]:
 
 def words_of(options: Mapping[str, Value], keys: Mapping[str, Key]) -> list[str]:
     """Return options as one would type them: the arguments first."""
-    arguments: list[str] = []
+    placed = (options[name] for name, key in keys.items() if key.is_argument and name in options)  # in their own order
+    arguments = [item for value in placed if value.form not in ("null", "false") for item in value.items]
     words: list[str] = []
     for name, value in options.items():
         key = keys[name]
@@ -105,7 +106,7 @@ def words_of(options: Mapping[str, Value], keys: Mapping[str, Key]) -> list[str]
         if key.kind == "switch":
             words += [key.flag] if value.form == "true" else [key.off] if key.off else []
         elif key.is_argument:
-            arguments += value.items
+            continue
         elif key.is_list:
             words += [f"{key.flag}={item}" for item in value.items]
         else:

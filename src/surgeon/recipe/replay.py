@@ -21,8 +21,10 @@ from surgeon.data.rows import hashed
 from surgeon.errors import DataError, RecipeError, first_line
 from surgeon.measure.record import Scores, read_scores
 from surgeon.options import OptionError
+from surgeon.plan.grams import WORD as GRAMS_WORD
+from surgeon.plan.grams import GramsFile
 from surgeon.plan.plan import Plan
-from surgeon.plan.repairs import open_repairs, with_repairs
+from surgeon.plan.solved import open_repairs, with_repairs
 from surgeon.recipe.checking import words_of
 from surgeon.recipe.commands import Commands
 from surgeon.recipe.reading import Place, Value, plain
@@ -137,8 +139,10 @@ def _made(
             surgery = _pruned(surgery, step, path.parent)
         else:
             taken = {"rows_from": str(path.parent)} if "rows" in step else {}  # computed rows, in a file beside it
-            surgery = commands.repeat(name, {**step, **taken}, surgery)
+            surgery = commands.repeat(name, {**_with_grams(step, path.parent), **taken}, surgery)
     assert surgery is not None, "a receipt has steps"
+    if not begun:
+        _check_parents(surgery, source, path)
     known = {key: options[key] for key in ("dtype", "max_shard_size", "block") if key in options}
     if dry_run:
         surgery.prepare(target, **known)
@@ -159,6 +163,26 @@ def _source(source: Mapping[str, Any], path: Path) -> tuple[str, str | None]:
     if found.get("fingerprint") != source.get("fingerprint"):
         raise RecipeError(f"{path}: its source {place} has changed since", hint="Put the one back that it was made of.")
     return place, None
+
+
+def _with_grams(step: Mapping[str, Any], original: Path) -> Mapping[str, Any]:
+    """Return a step that was solved by Gram matrices with the file that lies beside the result, checked."""
+    if "grams" not in step:
+        return step
+    file = GramsFile.at(original, str(original))
+    if file.sha256 != step["grams"]:
+        raise RecipeError(f"{file.path} has changed since", hint="Put the one back that it was made of.")
+    return {**step, "data": [str(file.path) if each == GRAMS_WORD else each for each in step["data"]]}
+
+
+def _check_parents(surgery: Surgery, source: Mapping[str, Any], path: Path) -> None:
+    """Raise RecipeError where a model that was merged, or gave layers, is not what it was."""
+    found = surgery.source.provenance()
+    for word, known in source.items():
+        other = found.get(word)
+        if isinstance(known, dict) and isinstance(other, dict) and known.get("fingerprint") != other.get("fingerprint"):
+            hint = "Put the one back that it was made of."
+            raise RecipeError(f"{path}: its source {known.get('path')} has changed since", hint=hint)
 
 
 def _pruned(surgery: Surgery, step: Mapping[str, Any], original: Path) -> Surgery:

@@ -204,7 +204,7 @@ def write_adapter(
     )
     page = model_card(
         title=target.name,
-        base_model=receipt.public_name(source),
+        base_models=[receipt.public_name(source)],
         done=f"A LoRA adapter for `{receipt.public_name(source)}`, trained by surgeon; load it with PEFT.",
         facts={"rank": str(step["settings"]["lora"]), "steps": f"{step['steps']:,}", "tokens": f"{step['tokens']:,}"},
         command=command,

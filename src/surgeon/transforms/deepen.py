@@ -4,7 +4,6 @@ Sources: LLaMA-Pro (arXiv:2401.02415) for identity blocks, here also for familie
 G_stack (arXiv:2405.15319) for stacking; SOLAR (arXiv:2312.15166); Inheritune (arXiv:2404.08634) for a donor's layers.
 """
 
-import re
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -15,16 +14,12 @@ from surgeon.anatomy.stacks import Stack
 from surgeon.checkpoint.header import CheckpointSpec
 from surgeon.errors import PlanError
 from surgeon.options import OptionError
-from surgeon.plan.plan import Add, Affine, Constant, Expr, Plan, Read, changed_keys, substitute
+from surgeon.plan.plan import Add, Affine, Constant, Expr, Plan, Read, substitute
+from surgeon.transforms.alike import differing_setting
 from surgeon.transforms.layers import keep_layers
 
 DEPTH_METHODS = ("identity", "stack", "interleave", "solar", "interpolate")
 APPROXIMATE = "the new layers change what the model computes; it has to be trained on"
-# Config keys that change nothing about what trained layers compute.
-_INCIDENTAL = re.compile(
-    r"_name_or_path|architectures|(torch_)?dtype|transformers_version|use_cache|pretraining_tp"
-    r"|.*_token_ids?|.*(drop|dropout|pdrop)|init.*|.*initializer.*"
-)
 
 
 def deepen(anatomy: Anatomy, layers: int, *, method: str = "identity", at: Sequence[int] | None = None) -> Plan:
@@ -169,9 +164,9 @@ def _check_alike(model: CheckpointSpec, donor: CheckpointSpec) -> None:
         raise PlanError(
             f"the donor differs from the model in {differing[0]!r}", hint="A donor must have the same sizes and dtype."
         )
-    for key, (value, other) in changed_keys(model.config, donor.config).items():
-        if value is not None and other is not None and not _INCIDENTAL.fullmatch(key.rpartition(".")[2]):
-            raise PlanError(
-                f"the donor's config.json says {key} = {other!r}, the model's {value!r}",
-                hint="A donor's layers compute what they did only under its own config.",
-            )
+    if (found := differing_setting(model.config, donor.config)) is not None:
+        key, value, other = found
+        raise PlanError(
+            f"the donor's config.json says {key} = {other!r}, the model's {value!r}",
+            hint="A donor's layers compute what they did only under its own config.",
+        )

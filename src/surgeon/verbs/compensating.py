@@ -12,7 +12,7 @@ from surgeon.anatomy.outputs import check_adds, output_maps
 from surgeon.checkpoint.source import Source
 from surgeon.errors import PlanError
 from surgeon.plan.plan import Plan
-from surgeon.plan.repairs import AGAIN, RepairsFile, RepairsWriter, with_repairs
+from surgeon.plan.solved import AGAIN, RepairsFile, SolvedWriter, with_repairs
 from surgeon.progress import meter
 from surgeon.transforms.seams import Site, Sites, find_sites
 
@@ -208,7 +208,7 @@ def with_solved(
 
     `result` is the model that `plan` makes, `more` goes into the record. Where none is better, all stays as it is.
     """
-    writer, maps = RepairsWriter(), []
+    writer, maps = SolvedWriter(RepairsFile, "the compensation"), []
     for entry, tensors in found:
         maps.append(entry)
         for name, tensor in tensors.items():

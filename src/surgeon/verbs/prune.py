@@ -16,7 +16,7 @@ from surgeon.measure.record import Scores, check_ranking, read_scores_of
 from surgeon.models.loading import runs
 from surgeon.options import OptionError, Verb, reads_of, takes
 from surgeon.plan.plan import FLOAT_DTYPES, Plan
-from surgeon.plan.repairs import RepairsFile, open_repairs
+from surgeon.plan.solved import RepairsFile, open_repairs
 from surgeon.surgery import Surgery, open_model, open_source
 from surgeon.transforms.choose import Choice
 from surgeon.transforms.merging import check_merges

@@ -11,8 +11,8 @@ from surgeon.checkpoint.source import Source, spec_of
 from surgeon.errors import PlanError
 from surgeon.plan.plan import FLOAT_DTYPES
 from surgeon.plan.planned import PlannedSource
-from surgeon.plan.repairs import SolvedWriter
 from surgeon.plan.rows import MAP, RowsFile
+from surgeon.plan.solved import SolvedWriter
 from surgeon.progress import meter
 from surgeon.surgery import Surgery
 from surgeon.transforms.vocabulary import vocabulary_dims, vocabulary_size

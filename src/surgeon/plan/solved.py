@@ -1,7 +1,8 @@
-"""Solved tensors of a result: a file beside its weights, whose tensors take the place of those that a plan makes.
+"""Tensors that were solved or learned for a result: a file beside its weights, which its plan reads.
 
 The plan reads them from there as it reads all else from its source. So the same plan can be carried out again without
-the text on which they were solved. What was solved on which text, and for which cut, stands in the file itself.
+the text on which they were solved. What was solved on which text, and for what, stands in the file itself. There are
+several kinds of such files; the repairs of a cut, whose tensors take the place of those that the plan makes, are here.
 """
 
 import hashlib
@@ -32,13 +33,14 @@ AGAIN = "Measure again: leave out --repairs-from."
 
 
 @dataclass(frozen=True)
-class RepairsFile(LocalSource):
-    """The file `file` in `directory` as a source of tensors, under the names that they have in the result."""
+class SolvedFile(LocalSource):
+    """The file `file` in `directory` as a source of tensors; each kind has a name in a result, and a record."""
 
     file: str
 
-    kept_as: ClassVar[str] = REPAIRS  # in the result
-    says: ClassVar[str] = "no repairs"  # what a file without a record holds
+    kept_as: ClassVar[str]  # in the result
+    holds: ClassVar[str]  # in words
+    again: ClassVar[str]  # what to do where it does not
 
     @property
     def path(self) -> Path:
@@ -65,27 +67,42 @@ class RepairsFile(LocalSource):
 
     @cached_property
     def record(self) -> Mapping[str, Any]:
-        """What was solved, on which text, for which cut. Raises CheckpointError for a file without such a record."""
+        """What was solved, on which text, for what. Raises CheckpointError for a file without such a record."""
         try:
             content = json.loads(read_metadata(self.local(self.file)).get(_KEY, ""))
         except (ValueError, RecursionError):
             content = None
-        if not isinstance(content, dict) or content.get("format") != FORMAT or not self._is_sound(content):
-            raise CheckpointError(f"{self.path} holds {self.says} that this surgeon wrote", hint=AGAIN)
+        if not isinstance(content, dict) or content.get("format") != FORMAT or not self.is_record(content):
+            raise CheckpointError(f"{self.path} holds no {self.holds} that this surgeon wrote", hint=self.again)
         return content
 
-    def _is_sound(self, content: Mapping[str, Any]) -> bool:
-        return _are_maps(content.get("maps"))
+    @staticmethod
+    def is_record(content: Mapping[str, Any]) -> bool:
+        """Return whether this is the record of such a file."""
+        raise NotImplementedError
 
     def provenance(self) -> dict[str, Any]:
         return {"file": self.kept_as, "sha256": self.sha256}
 
 
 @dataclass(frozen=True)
-class RepairedSource(JoinedSource):
-    """A model joined with a file of repairs, which goes with its result."""
+class RepairsFile(SolvedFile):
+    """The solved maps of a cut, under the names that they have in the result."""
 
-    joined: RepairsFile
+    kept_as: ClassVar[str] = REPAIRS
+    holds: ClassVar[str] = "repairs"
+    again: ClassVar[str] = AGAIN
+
+    @staticmethod
+    def is_record(content: Mapping[str, Any]) -> bool:
+        return _are_maps(content.get("maps"))
+
+
+@dataclass(frozen=True)
+class SolvedSource(JoinedSource):
+    """A model joined with a file of solved tensors, which goes with its result."""
+
+    joined: SolvedFile
 
     @property
     def companions(self) -> Sequence[str]:
@@ -104,12 +121,12 @@ def open_repairs(path: Path) -> RepairsFile:
     return RepairsFile(place.parent, str(path), place.name)
 
 
-def with_repairs(source: Source, plan: Plan, repairs: RepairsFile) -> tuple[RepairedSource, Plan]:
+def with_repairs(source: Source, plan: Plan, repairs: RepairsFile) -> tuple[SolvedSource, Plan]:
     """Return the source and the plan with the tensors of a file in place of those that the plan made.
 
     Raises PlanError for a tensor that the result has not, or has in another form.
     """
-    joined = RepairedSource(source, repairs, WORD)
+    joined = SolvedSource(source, repairs, WORD)
     made = plan.result(spec_of(source)).tensors
     for name, item in repairs.tensors.items():
         if made.get(name) != item.spec:
@@ -118,7 +135,7 @@ def with_repairs(source: Source, plan: Plan, repairs: RepairsFile) -> tuple[Repa
     return joined, replace(plan, tensors={**plan.tensors, **solved})
 
 
-Kept = TypeVar("Kept", bound=RepairsFile)
+Kept = TypeVar("Kept", bound=SolvedFile)
 
 
 class SolvedWriter(Generic[Kept]):
@@ -129,7 +146,7 @@ class SolvedWriter(Generic[Kept]):
 
     def __init__(self, kind: type[Kept], label: str) -> None:
         self._kind, self._label = kind, label
-        self._directory = Path(tempfile.mkdtemp(prefix="surgeon-repairs-"))
+        self._directory = Path(tempfile.mkdtemp(prefix="surgeon-solved-"))
         self._remove = weakref.finalize(self, shutil.rmtree, self._directory, ignore_errors=True)
         self._places: dict[str, tuple[TensorSpec, int]] = {}
         self._end = 0
@@ -174,13 +191,6 @@ class SolvedWriter(Generic[Kept]):
         self._remove.detach()
         weakref.finalize(made, shutil.rmtree, self._directory, ignore_errors=True)
         return made
-
-
-class RepairsWriter(SolvedWriter[RepairsFile]):
-    """Takes the solved maps of a cut."""
-
-    def __init__(self) -> None:
-        super().__init__(RepairsFile, "the compensation")
 
 
 def _are_maps(maps: object) -> bool:
