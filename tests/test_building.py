@@ -13,7 +13,7 @@ import surgeon
 from surgeon.checkpoint.header import CheckpointSpec, TensorSpec
 from surgeon.checkpoint.source import open_directory, spec_of
 from surgeon.errors import PlanError
-from surgeon.plan.plan import Read
+from surgeon.plan.expressions import Read
 from surgeon.surgery import open_model
 
 if LATER:
@@ -131,7 +131,7 @@ import sys
 {before}
 import surgeon
 from surgeon.errors import SurgeonError
-from surgeon.plan.plan import Read
+from surgeon.plan.expressions import Read
 from surgeon.surgery import open_model
 from dataclasses import replace
 

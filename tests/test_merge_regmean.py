@@ -11,7 +11,7 @@ from test_merge import finetuned, same, weights
 import surgeon
 from surgeon.errors import SurgeonError
 from surgeon.options import OptionError
-from surgeon.plan.rules import Regress
+from surgeon.plan.expressions import Regress
 
 if LATER:
     import torch

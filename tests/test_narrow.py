@@ -14,7 +14,7 @@ import surgeon
 from surgeon.anatomy.axes import Axis, Index, Sum, axes_of, parse, survivors
 from surgeon.anatomy.families import written_and_read
 from surgeon.errors import PlanError
-from surgeon.plan.plan import Affine
+from surgeon.plan.expressions import Affine
 from surgeon.surgery import Surgery, open_model
 from surgeon.transforms.layers import keep_layers
 from surgeon.transforms.narrow import Kept, layers_with, narrow

@@ -117,6 +117,10 @@ CASES: dict[tuple[str, str], list[str]] = {
     ("merge", "models"): ["{model}", "{out}"],
     ("merge", "base"): ["{model}", "{model}", "--method", "ties", "--base", "{out}"],
     ("merge", "from_file"): ["--from", "{out}/merge.yaml"],
+    ("grow", "data"): ["{model}", "--layers", "4", "--learn", "1", "--data", "{out}/text.txt"],
+    ("grow", "eval_data"): [
+        *("{model}", "--layers", "4", "--learn", "1", "--data", "{text}", "--eval-data", "{out}/text.txt"),
+    ],
     ("prune", "model"): ["{out}", "--layers", "2"],
     ("prune", "like"): ["{model}", "--score", "uniform", "--like", "{out}"],
     ("prune", "data"): ["{model}", "--layers", "2", "--data", "{out}/text.txt"],

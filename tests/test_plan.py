@@ -12,24 +12,8 @@ from surgeon.checkpoint.source import ranges_by_file, spec_of, stored
 from surgeon.errors import PlanError
 from surgeon.options import size_in_bytes
 from surgeon.plan.execute import peak_memory
-from surgeon.plan.plan import (
-    Add,
-    Affine,
-    Cast,
-    Constant,
-    Gather,
-    Normal,
-    Plan,
-    Read,
-    Rounded,
-    Uniform,
-    changed_keys,
-    describe,
-    identity,
-    infer,
-    reads,
-    substitute,
-)
+from surgeon.plan.expressions import Add, Affine, Cast, Constant, Gather, Normal, Read, Rounded, Uniform, describe
+from surgeon.plan.plan import Plan, changed_keys, identity, infer, reads, substitute
 from surgeon.surgery import Surgery, open_model
 
 if LATER:

@@ -26,7 +26,8 @@ from surgeon.checkpoint.header import DTYPE_BITS, FilePart, TensorSpec, format_h
 from surgeon.checkpoint.source import StoredTensor
 from surgeon.errors import OutputError, PlanError
 from surgeon.plan.execute import Shard, TensorWrite, write_safetensors
-from surgeon.plan.plan import Plan, Read
+from surgeon.plan.expressions import Read
+from surgeon.plan.plan import Plan
 from surgeon.plan.sharing import could_share, placed
 
 MB = 1_000_000

@@ -41,6 +41,7 @@ from surgeon.verbs.grow import grow as grow
 from surgeon.verbs.init import init as init
 from surgeon.verbs.inspect import Inspection as Inspection
 from surgeon.verbs.inspect import inspect as inspect
+from surgeon.verbs.learning import Growing as Growing
 from surgeon.verbs.merge import merge as merge
 from surgeon.verbs.plot import plot as plot
 from surgeon.verbs.prune import prune as prune

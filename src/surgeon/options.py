@@ -145,6 +145,7 @@ GROUPS = (
         "width",
         "experts",
         "vocabulary",
+        "learning",
         "config",
         "merging",
         "regression",

@@ -113,8 +113,11 @@ def predicts_next(source: Source) -> bool:
     return auto_class(source).__name__ in ("AutoModelForCausalLM", "AutoModelForImageTextToText")
 
 
-def build_skeleton(source: Source, dtype: torch.dtype) -> Skeleton:
-    """Return the model that a source's config describes, with its buffers and without its parameters."""
+def build_skeleton(source: Source, dtype: torch.dtype, kind: Any = None) -> Skeleton:
+    """Return the model that a source's config describes, with its buffers and without its parameters.
+
+    `kind` is its Auto class, by default the one of a model with one stack.
+    """
     from accelerate import init_empty_weights
     from transformers.conversion_mapping import get_model_conversion_mapping
 
@@ -122,7 +125,7 @@ def build_skeleton(source: Source, dtype: torch.dtype) -> Skeleton:
     with libraries_fail(f"transformers cannot build {source.label}", hint=hint, error_type=MeasureError):
         config = config_of(source, hint=hint)
         with quiet_transformers(), _Nowhere(), init_empty_weights(include_buffers=False):
-            module = from_config(auto_class(source), config, dtype=dtype)
+            module = from_config(kind or auto_class(source), config, dtype=dtype)
     module.eval()
     return Skeleton(source.label, module, dtype, get_model_conversion_mapping(module))
 

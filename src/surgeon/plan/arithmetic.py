@@ -25,9 +25,7 @@ from torch import Tensor
 from surgeon.anatomy.axes import Index, Run, runs_of
 from surgeon.checkpoint.header import FilePart, TensorSpec
 from surgeon.checkpoint.source import StoredTensor
-from surgeon.plan.making import BLOCK_NUMBERS, KEPT, Part
-from surgeon.plan.mixing import mixed
-from surgeon.plan.plan import (
+from surgeon.plan.expressions import (
     Add,
     Affine,
     Cast,
@@ -35,15 +33,20 @@ from surgeon.plan.plan import (
     Expr,
     Gather,
     Joined,
+    Mapped,
+    Mix,
     Normal,
     Read,
+    Regress,
     Rounded,
     Uniform,
-    children,
-    infer,
+    Weighted,
 )
+from surgeon.plan.making import BLOCK_NUMBERS, KEPT, Part
+from surgeon.plan.mixing import mixed
+from surgeon.plan.plan import children, infer
+from surgeon.plan.products import mapped
 from surgeon.plan.regressing import regressed
-from surgeon.plan.rules import Mix, Regress
 from surgeon.plan.summing import SUMMED, MakeRows, key_of, row_ranges, to_float64, total_of
 
 TORCH_DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
@@ -85,6 +88,7 @@ class Arithmetic:
         self._specs = _Specs(tensors)
         self._kept: dict[StoredTensor, Tensor] = {}
         self._stds: dict[Expr, float] = {}
+        self._wholes: dict[Expr, Tensor] = {}  # what is mapped along its rows, which needs them all
 
     def parts(self, expr: Expr) -> list[Part]:
         """Return the parts of the tensor that `expr` makes, in order. Any thread can make any part."""
@@ -137,6 +141,24 @@ class Arithmetic:
             case Constant(_, value):
                 rest = self._shape(expr)[1:]
                 return lambda start, stop: torch.full((stop - start, *rest), value, dtype=torch.float32)
+            case Mapped():
+                return self._mapped(expr)
+            case Weighted(parts, weights, row):
+                factors = self._rows(weights)(row, row + 1)[0].tolist()
+                return self._add(Add(tuple(Affine(part, factor) for part, factor in zip(parts, factors, strict=True))))
+
+    def _mapped(self, expr: Mapped) -> MakeRows:
+        matrix, rows = self._whole(expr.matrix), self._rows(expr.source)
+        if expr.dim:
+            return lambda start, stop: mapped(rows(start, stop), matrix, expr.dim, expr.inner)
+        if expr not in self._wholes:
+            self._wholes[expr] = mapped(self._whole(expr.source), matrix, 0, expr.inner)
+        whole = self._wholes[expr]
+        return lambda start, stop: whole[start:stop]
+
+    def _whole(self, expr: Expr) -> Tensor:
+        """Return all rows of `expr`, wide."""
+        return self._rows(expr)(0, self._shape(expr)[0])
 
     def _add(self, expr: Add) -> MakeRows:
         first, *rest = expr.parts

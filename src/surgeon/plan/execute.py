@@ -35,8 +35,8 @@ from surgeon.checkpoint.output import (
 )
 from surgeon.checkpoint.source import INDEX, WEIGHTS, Ranges, Source, StoredTensor, ranges_by_file
 from surgeon.errors import OutputError
-from surgeon.plan.plan import Constant, Expr, Plan, Read, reads
-from surgeon.plan.rules import Regress
+from surgeon.plan.expressions import Constant, Expr, Mapped, Read, Regress
+from surgeon.plan.plan import Plan, children, infer, reads
 
 if TYPE_CHECKING:
     from surgeon.plan.making import Part
@@ -205,14 +205,14 @@ def _index(shards: Sequence[Shard]) -> str:
 def peak_memory(plan: Plan, result: CheckpointSpec, source: CheckpointSpec) -> int:
     """Return the estimated peak memory of carrying out the plan, in bytes: a constant, and what its threads hold.
 
-    A thread holds a few blocks of rows, and of the source what is small enough to be kept.
+    A thread holds a few blocks of rows, and of the source what is small enough to be kept. Maps of rows hold all.
     """
     computed = {name: expr for name, expr in plan.tensors.items() if not isinstance(expr, Read) and not _is_zero(expr)}
     if not computed:
         return MOVING_MEMORY
     from surgeon.plan.making import BLOCK_MEMORY, BLOCK_NUMBERS, KEPT
 
-    kept = block = solved = 0
+    kept = block = solved = whole = 0
     for name, expr in computed.items():
         if isinstance(expr, Regress):  # whole, in float64: every map and Gram matrix, their sums and a factor
             most = max(source.tensors[other].num_parameters for other in reads(expr))
@@ -222,7 +222,17 @@ def peak_memory(plan: Plan, result: CheckpointSpec, source: CheckpointSpec) -> i
         kept = max(kept, sum(spec.nbytes for spec in read if spec.nbytes <= KEPT))
         rows = (math.prod(spec.shape[1:]) for spec in (*read, result.tensors[name]))
         block = max(block, *rows)
-    return TORCH_MEMORY + 2 * kept + solved + num_threads() * BLOCK_MEMORY * max(BLOCK_NUMBERS, block)
+        whole = max(whole, _held_whole(expr, source.tensors))
+    return TORCH_MEMORY + 2 * kept + solved + 2 * whole + num_threads() * BLOCK_MEMORY * max(BLOCK_NUMBERS, block)
+
+
+def _held_whole(expr: Expr, tensors: Mapping[str, TensorSpec]) -> int:
+    """Return how many bytes an expression holds of tensors that are mapped along their rows: all of them, wide."""
+    own = 0
+    if isinstance(expr, Mapped):
+        shapes = (infer(part, tensors).shape for part in (expr.source, expr) if not expr.dim)
+        own = 8 * sum(map(math.prod, shapes))
+    return own + sum(_held_whole(child, tensors) for child in children(expr))
 
 
 def num_threads() -> int:

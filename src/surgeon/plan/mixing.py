@@ -19,7 +19,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from surgeon.plan.rules import KINDS, Mix
+from surgeon.plan.expressions import Mix
+from surgeon.plan.rules import KINDS
 from surgeon.plan.summing import SUMMED, MakeRows, key_of, row_ranges, total_of
 
 PARALLEL = 0.9995  # the cosine from which slerp goes straight

@@ -1,136 +1,38 @@
-"""Plans, and the expressions in them: a plan is the config of the result and one expression for each of its tensors.
+"""Plans: a plan is the config of the result and one expression for each of its tensors.
 
 Plans are pure data. Deciding one reads no weights; plans compose with `then`, and print as text or JSON.
 """
 
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from itertools import starmap
 from operator import is_
 from typing import Any
 
-from surgeon.anatomy.axes import Index, Scale
+from surgeon.anatomy.axes import Index
 from surgeon.checkpoint.header import CheckpointSpec, TensorSpec, is_quantized
 from surgeon.errors import PlanError
-from surgeon.plan.rules import Mix, Regress
+from surgeon.plan.expressions import (
+    Add,
+    Affine,
+    Cast,
+    Constant,
+    Expr,
+    Gather,
+    Joined,
+    Mapped,
+    Mix,
+    Normal,
+    Read,
+    Regress,
+    Rounded,
+    Uniform,
+    Weighted,
+    describe,
+)
 from surgeon.showing import Shown
 
-# Expressions
-
 FLOAT_DTYPES = frozenset({"F64", "F32", "BF16", "F16"})
-
-
-@dataclass(frozen=True, slots=True)
-class Read:
-    """The source tensor called `name`, bit for bit."""
-
-    name: str
-
-
-@dataclass(frozen=True, slots=True, init=False)
-class Gather:
-    """Position j along `dim` is position index[j] of `source` times scale[j]; where index[j] is -1 it is new.
-
-    A new position holds `fill` plus `mean` times the mean of `source` along `dim`.
-    """
-
-    source: "Expr"
-    dim: int
-    index: Index
-    scale: Scale
-    fill: float = 0.0
-    mean: float = 0.0
-
-    def __init__(
-        self,
-        source: "Expr",
-        dim: int,
-        index: Iterable[int],
-        scale: Iterable[float],
-        fill: float = 0.0,
-        mean: float = 0.0,
-    ) -> None:
-        values = (source, dim, Index.of(index), Scale.of(scale), fill, mean)
-        for name, value in zip(self.__match_args__, values, strict=True):
-            object.__setattr__(self, name, value)
-
-
-@dataclass(frozen=True, slots=True)
-class Affine:
-    """`source` times `factor` plus `offset`."""
-
-    source: "Expr"
-    factor: float
-    offset: float = 0.0
-
-
-@dataclass(frozen=True, slots=True)
-class Add:
-    """The sum of tensors of one shape."""
-
-    parts: tuple["Expr", ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Joined:
-    """Tensors of one dtype laid end to end along `dim`."""
-
-    parts: tuple["Expr", ...]
-    dim: int
-
-
-@dataclass(frozen=True, slots=True)
-class Uniform:
-    """Numbers of mean 0, uniform, with `ratio` times the standard deviation of `like`, in its dtype.
-
-    If `like` is constant, as in a layer of zeros, `fallback` replaces its standard deviation.
-    `stream` names the tensor's own random stream under `seed`, so that a draw depends neither on the order of
-    execution nor on other draws.
-    """
-
-    shape: tuple[int, ...]
-    like: "Expr"
-    ratio: float
-    seed: int
-    stream: str
-    fallback: float = 0.0
-
-
-@dataclass(frozen=True, slots=True)
-class Normal:
-    """A new tensor drawn from a normal distribution of mean 0; `seed` and `stream` as for Uniform."""
-
-    spec: TensorSpec
-    std: float
-    seed: int
-    stream: str
-
-
-@dataclass(frozen=True, slots=True)
-class Constant:
-    """A new tensor with one value everywhere."""
-
-    spec: TensorSpec
-    value: float
-
-
-@dataclass(frozen=True, slots=True)
-class Cast:
-    """`source` in another floating dtype, rounded to nearest."""
-
-    source: "Expr"
-    dtype: str
-
-
-@dataclass(frozen=True, slots=True)
-class Rounded:
-    """`source` rounded to its own dtype, as if its step had been written to disk."""
-
-    source: "Expr"
-
-
-Expr = Read | Gather | Affine | Add | Joined | Uniform | Normal | Constant | Cast | Rounded | Mix | Regress
 
 
 def children(expr: Expr) -> tuple[Expr, ...]:
@@ -144,6 +46,10 @@ def children(expr: Expr) -> tuple[Expr, ...]:
         return expr.parts if expr.base is None else (*expr.parts, expr.base)
     if isinstance(expr, Regress):
         return (*expr.maps, *expr.biases, *(gram for gram in expr.grams if gram is not None))
+    if kind is Mapped:
+        return expr.source, expr.matrix  # type: ignore[union-attr]
+    if kind is Weighted:
+        return *expr.parts, expr.weights  # type: ignore[union-attr]
     return (expr.like,) if kind is Uniform else ()  # type: ignore[union-attr]
 
 
@@ -172,15 +78,17 @@ def substitute(expr: Expr, replacement: Callable[[str], Expr]) -> Expr:
             return replace(expr, maps=parts[: len(maps)], biases=parts[len(maps) :][: len(biases)], grams=placed)
         case Uniform():
             return replace(expr, like=parts[0])
+        case Mapped():
+            return replace(expr, source=parts[0], matrix=parts[1])
+        case Weighted():
+            return replace(expr, parts=parts[:-1], weights=parts[-1])
         case _:
             raise AssertionError(f"{expr} has no parts")
 
 
 def reads(expr: Expr) -> tuple[str, ...]:
     """Return the names of the source tensors that `expr` reads, each once, in the order of their first use."""
-    if isinstance(expr, Read):
-        return (expr.name,)
-    names = [name for child in children(expr) for name in reads(child)]
+    names = [expr.name] if isinstance(expr, Read) else [name for child in children(expr) for name in reads(child)]
     return tuple(dict.fromkeys(names)) if len(names) > 1 else tuple(names)
 
 
@@ -225,6 +133,19 @@ def infer(expr: Expr, tensors: Mapping[str, TensorSpec]) -> TensorSpec:  # noqa:
             return TensorSpec(_number(like, tensors).dtype, shape)
         case Normal(spec) | Constant(spec):
             return spec
+        case Mapped() | Weighted():
+            return _learned(expr, tensors)
+
+
+def _learned(expr: Mapped | Weighted, tensors: Mapping[str, TensorSpec]) -> TensorSpec:
+    if isinstance(expr, Weighted):
+        if len(expr.parts) != (shape := _number(expr.weights, tensors).shape)[1] or expr.row >= shape[0]:
+            raise PlanError(f"cannot mix {len(expr.parts)} tensors by row {expr.row} of {list(shape)} weights")
+        return infer(Add(expr.parts), tensors)
+    spec, (new, old), dim = _number(expr.source, tensors), _number(expr.matrix, tensors).shape, expr.dim
+    if spec.shape[dim] % (old * expr.inner):
+        raise PlanError(f"cannot map blocks of {old} x {expr.inner} positions along dim {dim} of {list(spec.shape)}")
+    return TensorSpec(spec.dtype, (*spec.shape[:dim], spec.shape[dim] // old * new, *spec.shape[dim + 1 :]))
 
 
 def _number(expr: Expr, tensors: Mapping[str, TensorSpec]) -> TensorSpec:
@@ -232,50 +153,6 @@ def _number(expr: Expr, tensors: Mapping[str, TensorSpec]) -> TensorSpec:
     if spec.dtype not in FLOAT_DTYPES:
         raise PlanError(f"cannot compute with {describe(expr)}: it is stored as {spec.dtype}")
     return spec
-
-
-def describe(expr: Expr) -> str:
-    """Return `expr` in one line, as a plan prints it: "bf16(model.norm.weight)"."""
-    match expr:
-        case Read(name):
-            return name
-        case Gather(source, dim, index, scale):
-            scaled = (
-                "" if scale.factors <= {1.0} else f" times {_listed(f'{factor:.6g} x{n}' for factor, n in scale.runs)}"
-            )
-            return f"gather({describe(source)}, dim {dim}: {_listed(starmap(_span, index.runs))}{scaled})"
-        case Affine(source, factor, offset):
-            return f"{factor:.6g} * {describe(source)}" + (f" + {offset:.6g}" if offset else "")
-        case Add(parts):
-            return " + ".join(map(describe, parts))
-        case Regress(maps, grams=grams, weights=weights, alpha=alpha):
-            each = (f"{weight:.6g} {describe(part)}" for weight, part in zip(weights, maps, strict=True))
-            known = sum(gram is not None for gram in grams)
-            return f"regmean({', '.join(each)}; {known} Gram matrices, alpha {alpha:.4g})"
-        case Mix(parts, base, weights, rule):
-            each = (f"{weight:.6g} {describe(part)}" for weight, part in zip(weights, parts, strict=True))
-            return f"{rule.name}({', '.join(each)}{'' if base is None else f'; base {describe(base)}'})"
-        case Joined(parts, dim):
-            return f"joined({', '.join(map(describe, parts))}, dim {dim})"
-        case Cast(source, dtype):
-            return f"{dtype.lower()}({describe(source)})"
-        case Rounded(source):
-            return f"rounded({describe(source)})"
-        case Uniform(shape, like, ratio, seed):
-            return f"uniform({ratio:.4g} std of {describe(like)}, seed {seed}, {list(shape)})"
-        case Normal(spec, std, seed):
-            return f"normal(std {std:.4g}, seed {seed}, {spec.dtype} {list(spec.shape)})"
-        case Constant(spec, value):
-            return f"constant({value:g}, {spec.dtype} {list(spec.shape)})"
-
-
-def _span(first: int, length: int) -> str:
-    return "new" if first == -1 else str(first) if length == 1 else f"{first}-{first + length - 1}"
-
-
-def _listed(words: Iterable[str]) -> str:
-    listed = list(words)
-    return ", ".join(listed if len(listed) <= 6 else [*listed[:5], f"... ({len(listed)} runs)"])
 
 
 # Plans

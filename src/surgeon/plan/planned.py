@@ -11,7 +11,8 @@ from typing import Any
 from surgeon.checkpoint.derived import DerivedSource
 from surgeon.checkpoint.header import FilePart
 from surgeon.checkpoint.source import Ranges, Source, StoredTensor, Transfer, ranges_by_file, spec_of
-from surgeon.plan.plan import Plan, Read, reads
+from surgeon.plan.expressions import Read
+from surgeon.plan.plan import Plan, reads
 
 PLANNED = "planned:"  # no file of a model has a colon in its name
 

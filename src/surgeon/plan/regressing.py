@@ -15,7 +15,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from surgeon.plan.rules import Regress
+from surgeon.plan.expressions import Regress
 from surgeon.plan.summing import MakeRows
 
 RIDGE = 1e-6  # of the mean of the diagonal: harmless in float64 (condition numbers are near 1e4), enough for no tokens

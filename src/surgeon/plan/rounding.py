@@ -7,7 +7,8 @@ from operator import and_, or_
 
 from surgeon.anatomy.axes import runs_of
 from surgeon.checkpoint.header import TensorSpec
-from surgeon.plan.plan import STORED_DTYPES, Add, Affine, Cast, Expr, Gather, Plan, Rounded, children, infer
+from surgeon.plan.expressions import Add, Affine, Cast, Expr, Gather, Rounded
+from surgeon.plan.plan import STORED_DTYPES, Plan, children, infer
 
 COST = "expect a change of about 1 % of the logit range"  # measured: bfloat16, six families, factors 1.22 to 3
 _NARROW = {code: word for word, code in STORED_DTYPES.items() if word != "float32"}

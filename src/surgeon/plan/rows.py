@@ -12,7 +12,8 @@ from typing import Any, ClassVar
 from surgeon.anatomy.axes import Index, Scale
 from surgeon.checkpoint.source import Source, StoredTensor, inside, spec_of
 from surgeon.errors import CheckpointError, PlanError
-from surgeon.plan.plan import Gather, Joined, Plan, Read
+from surgeon.plan.expressions import Gather, Joined, Read
+from surgeon.plan.plan import Plan
 from surgeon.plan.solved import SolvedFile, SolvedSource
 
 ROWS = "rows.safetensors"

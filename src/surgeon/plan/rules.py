@@ -1,8 +1,7 @@
-"""The expressions that make one tensor of several models', and their rules; mixing.py, regressing.py compute them."""
+"""The rules by which one tensor is made of several models' tensors: their settings, and what they have in common."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,42 +53,3 @@ KINDS: Mapping[str, Kind] = {
     "model-stock": Kind(of_differences=True, models=(2, 1000), has_weights=False),
     "karcher": Kind(),
 }
-
-
-# Expressions: their parts are those of `plan/plan.py`
-
-
-@dataclass(frozen=True, slots=True)
-class Mix:
-    """One tensor of several models' `parts` of one shape, by a rule, rounded once to `dtype`.
-
-    With a `base`, the rule is applied to the differences from it. `densities` are the parts of each that stay, where
-    the rule thins them out. `streams` name the random stream of each, so that a draw depends neither on the order of
-    the parts nor on the files that hold them.
-    """
-
-    parts: tuple[Any, ...]
-    base: Any
-    weights: tuple[float, ...]
-    rule: Rule
-    dtype: str
-    densities: tuple[float, ...] = ()
-    streams: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True, slots=True)
-class Regress:
-    """A linear map, or its bias, that does on each model's text what that model's map does (`plan/regressing.py`).
-
-    `maps` are the models' weights, `biases` their biases where they have one, `grams` the Gram matrices of the inputs,
-    None where a model has no text.
-    """
-
-    maps: tuple[Any, ...]
-    biases: tuple[Any, ...]
-    grams: tuple[Any, ...]
-    weights: tuple[float, ...]
-    alpha: float
-    dtype: str
-    is_transposed: bool = False  # stored as inputs x outputs
-    is_bias: bool = False  # which of the two this is

@@ -17,7 +17,8 @@ from pathlib import Path
 from surgeon.checkpoint.header import DTYPE_BITS, FilePart, FileRange
 from surgeon.checkpoint.source import StoredTensor
 from surgeon.plan.execute import Shard, TensorWrite, best_alignment, copy_runs, in_pieces
-from surgeon.plan.plan import Plan, Read
+from surgeon.plan.expressions import Read
+from surgeon.plan.plan import Plan
 
 SMALL = 16  # blocks: a smaller tensor is worth more as a filler than shared
 WORTH = 0.05  # the part of the copied bytes that another order must share in addition

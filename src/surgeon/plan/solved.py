@@ -23,7 +23,8 @@ from surgeon.checkpoint.source import LocalSource, Source, StoredTensor, inside,
 from surgeon.errors import CheckpointError, OutputError, PlanError
 from surgeon.mistyped import hint_beside
 from surgeon.plan.execute import TensorWrite, write_safetensors
-from surgeon.plan.plan import Plan, Read
+from surgeon.plan.expressions import Read
+from surgeon.plan.plan import Plan
 
 REPAIRS = "repairs.safetensors"
 WORD = "repairs"  # of the joined source

@@ -330,6 +330,8 @@ def _fuses(before: Job, job: Job, read: Mapping[str, int], commands: Commands) -
         return False
     if not commands.continues(job.command) or before.require or job.references.get("model") != (before.name,):
         return False
+    if "learn" in job.options:  # it trains on a model that is written
+        return False
     is_plain = not {"dtype", "max-shard-size", "push-to-hub", "private", "verify", "plot", "curve"} & {*before.options}
     return is_plain and read[before.name] == 1 and set(job.reads) == {before.name}
 

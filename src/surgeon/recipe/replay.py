@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from itertools import chain, islice
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from surgeon import text
 from surgeon.anatomy.halves import Pairing
@@ -23,8 +23,9 @@ from surgeon.measure.record import Scores, read_scores
 from surgeon.options import OptionError
 from surgeon.plan.grams import WORD as GRAMS_WORD
 from surgeon.plan.grams import GramsFile
+from surgeon.plan.operators import open_operator
 from surgeon.plan.plan import Plan
-from surgeon.plan.solved import open_repairs, with_repairs
+from surgeon.plan.solved import SolvedFile, open_repairs, with_repairs
 from surgeon.recipe.checking import words_of
 from surgeon.recipe.commands import Commands
 from surgeon.recipe.reading import Place, Value, plain
@@ -35,9 +36,12 @@ from surgeon.transforms.dense import mixtures_of, to_dense
 from surgeon.transforms.prune import prune
 from surgeon.verbs.dense import CRITERION
 from surgeon.verbs.finetune import TrainingOptions
+from surgeon.verbs.learning import with_learned
 
 TRAINED = "finetune"  # the step of a receipt that is trained again
+GROWN = "grow"  # the one whose maps may have been learned: they are beside the result
 PRUNED = "prune"  # the one that scores decided: what they chose is in the receipt, or in the scores beside it
+Beside = TypeVar("Beside", bound=SolvedFile)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, repr=False)
@@ -137,6 +141,8 @@ def _made(
     for name, step in steps:
         if name == PRUNED and surgery is not None:
             surgery = _pruned(surgery, step, path.parent)
+        elif name == GROWN and surgery is not None and (sha256 := (step.get("learned") or {}).get("sha256")):
+            surgery = with_learned(surgery, step, _unchanged(open_operator(path.parent), sha256))
         else:
             taken = {"rows_from": str(path.parent)} if "rows" in step else {}  # computed rows, in a file beside it
             surgery = commands.repeat(name, {**_with_grams(step, path.parent), **taken}, surgery)
@@ -210,11 +216,16 @@ def _pruned(surgery: Surgery, step: Mapping[str, Any], original: Path) -> Surger
     solved = (step.get("compensation") or step.get("merging") or {}).get("sha256")
     if solved is None:
         return made
-    repairs = open_repairs(original)
-    if repairs.sha256 != solved:
-        raise RecipeError(f"{repairs.path} has changed since", hint="Put the one back that it was made of.")
+    repairs = _unchanged(open_repairs(original), solved)
     source, whole = with_repairs(made.source, made.plan, repairs)
     return replace(made, source=source, plan=whole)
+
+
+def _unchanged(file: Beside, sha256: str) -> Beside:
+    """Return a file beside a result. Raises RecipeError where it is not the one that the result was made of."""
+    if file.sha256 != sha256:
+        raise RecipeError(f"{file.path} has changed since", hint="Put the one back that it was made of.")
+    return file
 
 
 def _dense(surgery: Surgery, scores: Scores | None) -> Plan:

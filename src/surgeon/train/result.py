@@ -14,7 +14,8 @@ from surgeon.checkpoint.derived import TrainedSource
 from surgeon.checkpoint.receipt import model_card
 from surgeon.checkpoint.source import CARD, RECEIPT, LocalSource, Source, spec_of
 from surgeon.options import size_in_bytes
-from surgeon.plan.plan import FLOAT_DTYPES, STORED_DTYPES, Cast, identity
+from surgeon.plan.expressions import Cast
+from surgeon.plan.plan import FLOAT_DTYPES, STORED_DTYPES, identity
 from surgeon.showing import Shown
 from surgeon.surgery import Surgery
 from surgeon.text import plus_minus

@@ -158,7 +158,7 @@ class Runner:
         teacher = self.inputs.teacher(teacher_model, data, self.run_dir)
         self.compiles = self.inputs.compiles(model, steps)
         self.rate = self.settings.learning_rate() or self._searched_rate(data, steps, teacher)
-        model = trained_model(model, self.source, self.task, teacher, compiles=self.compiles)
+        model = self._trained(model, teacher)
         step, tokens = (0, 0) if resume_from is None else progress(resume_from)
         meter = self._pace_meter(model, data, steps, done=step, tokens=tokens)
         self.reporter.begin(steps=steps, step=step, tokens=tokens, meter=meter)
@@ -265,6 +265,9 @@ class Runner:
     def _loaded(self) -> Any:
         return load_trainable(self.source, self.task, precision=self.inputs.precision)
 
+    def _trained(self, model: Any, teacher: Any) -> Any:
+        return trained_model(model, self.source, self.task, teacher, compiles=self.compiles)
+
     def _searched_rate(self, data: RunData, steps: int, teacher: Any) -> float:
         """Return the better of two rates, each tried for a few steps from the same weights; a resume takes the same."""
         file = self.run_dir / RATE
@@ -280,7 +283,7 @@ class Runner:
         for rate in (low, low * FACTOR):
             loaded = self._loaded()
             loaded.config._attn_implementation = self.attention
-            model = trained_model(loaded, self.source, self.task, teacher, compiles=self.compiles)
+            model = self._trained(loaded, teacher)
             losses[rate] = loss_after(model, data, self.settings, lr=rate, steps=length, device=self.device)
         chosen = min(losses, key=lambda rate: losses[rate])
         listed = ", ".join(f"{rate:g} → {loss:.4f}" for rate, loss in losses.items())

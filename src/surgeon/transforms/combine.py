@@ -11,8 +11,9 @@ from dataclasses import dataclass, replace
 from surgeon.anatomy.anatomy import Anatomy
 from surgeon.errors import PlanError
 from surgeon.options import OptionError
-from surgeon.plan.plan import FLOAT_DTYPES, Cast, Expr, Plan, substitute
-from surgeon.plan.rules import KINDS, Mix, Rule
+from surgeon.plan.expressions import Cast, Expr, Mix
+from surgeon.plan.plan import FLOAT_DTYPES, Plan, substitute
+from surgeon.plan.rules import KINDS, Rule
 from surgeon.transforms.alike import INCIDENTAL, check_alike
 from surgeon.transforms.layers import keep_layers
 from surgeon.transforms.portions import Portions

@@ -14,7 +14,8 @@ from surgeon.anatomy.stacks import Stack
 from surgeon.checkpoint.header import CheckpointSpec
 from surgeon.errors import PlanError
 from surgeon.options import OptionError
-from surgeon.plan.plan import Add, Affine, Constant, Expr, Plan, Read, substitute
+from surgeon.plan.expressions import Add, Affine, Constant, Expr, Read
+from surgeon.plan.plan import Plan, substitute
 from surgeon.transforms.alike import differing_setting
 from surgeon.transforms.layers import keep_layers
 

@@ -16,7 +16,8 @@ from surgeon.anatomy.families import Row, Rows, written_and_read
 from surgeon.anatomy.following import with_kinds
 from surgeon.anatomy.layer_rules import RULES
 from surgeon.errors import PlanError
-from surgeon.plan.plan import Add, Expr, Gather, Plan, Read
+from surgeon.plan.expressions import Add, Expr, Gather, Read
+from surgeon.plan.plan import Plan
 from surgeon.text import layers
 from surgeon.transforms.widths import resized
 

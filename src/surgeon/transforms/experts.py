@@ -15,7 +15,8 @@ from surgeon.anatomy.expert_forms import EXPERT_FORMS, ExpertForm
 from surgeon.anatomy.families import FAMILIES
 from surgeon.checkpoint.header import CheckpointSpec, TensorSpec
 from surgeon.errors import PlanError
-from surgeon.plan.plan import Expr, Plan, Read
+from surgeon.plan.expressions import Expr, Read
+from surgeon.plan.plan import Plan
 from surgeon.transforms.layers import fresh
 
 MOST_EXPERTS = 1024  # twice what any model in use has

@@ -1,7 +1,8 @@
 """Grow a model in depth, in width and in experts: one plan out of deepen, widen and to_experts."""
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from typing import Any
 
 from surgeon.anatomy.anatomy import Anatomy
 from surgeon.errors import PlanError
@@ -11,12 +12,32 @@ from surgeon.transforms.deepen import deepen
 from surgeon.transforms.experts import to_experts
 from surgeon.transforms.layers import planned, resolve_depth
 from surgeon.transforms.widen import widen
-from surgeon.transforms.widths import check_experts_size, derived_ffn, plan_widths
+from surgeon.transforms.widths import Widths, check_experts_size, derived_ffn, plan_widths
 
 Size = int | str | None
 
 
-def grow(
+@dataclass(frozen=True)
+class Growth:
+    """A growth and what it is made of: first `deep`, the plan of the deeper model `deeper`, then its new `widths`.
+
+    `widths` is None where only the depth grows.
+    """
+
+    anatomy: Anatomy
+    plan: Plan
+    deep: Plan
+    deeper: Anatomy
+    widths: Widths | None
+    seed: int
+
+
+def grow(anatomy: Anatomy, **options: Any) -> Plan:
+    """Return the plan of the larger model; `options` are those of `growth`, which raises PlanError."""
+    return growth(anatomy, **options).plan
+
+
+def growth(
     anatomy: Anatomy,
     *,
     layers: Size = None,
@@ -33,8 +54,8 @@ def grow(
     experts: int | None = None,
     experts_per_token: int = 2,
     seed: int = 0,
-) -> Plan:
-    """Return the plan of the larger model. A size is a number or "2x".
+) -> Growth:
+    """Return the growth to the larger model. A size is a number or "2x".
 
     A size that is not given stays, or follows another: heads follow a hidden size where the family derives one from the
     other, and key-value heads follow heads. With `experts`, each MLP of the larger model becomes that many experts.
@@ -47,7 +68,7 @@ def grow(
         raise OptionError("at", "--at gives places for new layers, and --layers no number of them", hint=hint)
     if layers is not None:
         plan = plan.then(deepen(anatomy, grown_depth(layers, anatomy.depth), method=depth_method, at=at))
-    deeper = planned(anatomy, plan)
+    deep, deeper, widths = plan, planned(anatomy, plan), None
     requested = {
         "hidden": hidden_size,
         "ffn": intermediate_size,
@@ -57,7 +78,8 @@ def grow(
         "head_dim": head_dim,
     }
     if any(size is not None for size in requested.values()):
-        plan = plan.then(_wider(deeper, requested, width_method, noise, seed))
+        widths = _widths(deeper, requested, width_method, noise)
+        plan = plan.then(widen(deeper, widths, noise=noise, advanced=width_method == "advanced", seed=seed))
     elif layers is None and experts is None:
         raise OptionError(
             "",
@@ -83,7 +105,8 @@ def grow(
         "experts_per_token": None if experts is None else experts_per_token,
         "seed": seed,
     }
-    return replace(plan, steps=({"grow": {key: value for key, value in options.items() if value is not None}},))
+    plan = replace(plan, steps=({"grow": {key: value for key, value in options.items() if value is not None}},))
+    return Growth(anatomy, plan, deep, deeper, widths, seed)
 
 
 def grown_size(request: int | str, size: int, name: str) -> int:
@@ -118,7 +141,7 @@ def grown_depth(layers: int | str, depth: int) -> int:
     return grown_size(text, depth, "layers") if text.endswith("x") else resolve_depth(text, depth)
 
 
-def _wider(anatomy: Anatomy, requested: dict[str, Size], method: str, noise: float, seed: int) -> Plan:
+def _widths(anatomy: Anatomy, requested: dict[str, Size], method: str, noise: float) -> Widths:
     if not 0 <= noise <= 1:
         raise OptionError(
             "noise",
@@ -144,5 +167,4 @@ def _wider(anatomy: Anatomy, requested: dict[str, Size], method: str, noise: flo
         new["kv_heads"] = new["heads"] // old["group"] if keeps_group else old["kv_heads"]
     elif requested["heads"] is None and old["group"] == 1:
         new["heads"] = max(new["heads"], new["kv_heads"])
-    widths = plan_widths(anatomy, method=method, **new)
-    return widen(anatomy, widths, noise=noise, advanced=method == "advanced", seed=seed)
+    return plan_widths(anatomy, method=method, **new)

@@ -5,7 +5,8 @@ from dataclasses import dataclass
 
 from surgeon.anatomy.anatomy import EXPERT_NUMBER, Anatomy
 from surgeon.anatomy.axes import Axis, Dim, Product
-from surgeon.plan.plan import Expr, Gather, Plan, Read, children
+from surgeon.plan.expressions import Expr, Gather, Read
+from surgeon.plan.plan import Plan, children
 
 AXES = ("heads", "ffn", "expert_ffn", "experts")
 

@@ -18,7 +18,8 @@ from surgeon.checkpoint.header import is_quantized
 from surgeon.errors import CheckpointError, PlanError
 from surgeon.mistyped import close_to
 from surgeon.options import OptionError
-from surgeon.plan.plan import FLOAT_DTYPES, Constant, Expr, Gather, Normal, Plan, Read
+from surgeon.plan.expressions import Constant, Expr, Gather, Normal, Read
+from surgeon.plan.plan import FLOAT_DTYPES, Plan
 
 
 def fresh(anatomy: Anatomy, name: str, *, seed: int, layers: int) -> Expr:

@@ -24,7 +24,8 @@ from surgeon.anatomy.families import Row, written_and_read
 from surgeon.anatomy.rotary import rotary_dims
 from surgeon.anatomy.spellings import SPELLINGS
 from surgeon.errors import PlanError
-from surgeon.plan.plan import Affine, Expr, Gather, Plan, Read
+from surgeon.plan.expressions import Affine, Expr, Gather, Read
+from surgeon.plan.plan import Plan
 from surgeon.transforms.experts import UNEVEN
 from surgeon.transforms.uniform import check_head_dim
 from surgeon.transforms.widths import (

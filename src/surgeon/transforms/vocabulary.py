@@ -15,7 +15,8 @@ from surgeon.anatomy.axes import Index, Scale, axes_of
 from surgeon.anatomy.config import size_of, spelled, text_config
 from surgeon.anatomy.spellings import SPELLINGS
 from surgeon.errors import PlanError
-from surgeon.plan.plan import Expr, Gather, Plan, Read
+from surgeon.plan.expressions import Expr, Gather, Read
+from surgeon.plan.plan import Plan
 
 PADDED = "the vocabulary is padded: {} of the new tokens took rows that no token had, which were overwritten"
 TOKENIZER_HINT = "The tokenizer belongs to another model, or config.json does; fetch both again."

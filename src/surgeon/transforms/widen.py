@@ -12,7 +12,8 @@ from itertools import pairwise
 from surgeon.anatomy.anatomy import Anatomy
 from surgeon.anatomy.axes import Dim, Index, Places, Run, Scale, axes_of, places
 from surgeon.anatomy.families import Row, written_and_read
-from surgeon.plan.plan import Add, Affine, Expr, Gather, Plan, Read, Uniform
+from surgeon.plan.expressions import Add, Affine, Expr, Gather, Read, Uniform
+from surgeon.plan.plan import Plan
 from surgeon.transforms.layers import initial_std
 from surgeon.transforms.widths import Widths, is_final_norm, is_scaled
 
@@ -29,7 +30,7 @@ def widen(anatomy: Anatomy, widths: Widths, *, noise: float = 0.5, advanced: boo
     from layer to layer. With `advanced`, rows that would repeat a layer's own come from the next layer instead
     (bert2BERT's AKI); the function is then not kept.
     """
-    grower = _Grower(anatomy, widths, noise, seed)
+    grower = Grower(anatomy, widths, noise, seed)
     tensors = {name: grower.tensor(name) for name in anatomy.spec.tensors}
     if advanced:
         tensors = {name: grower.advanced(name) for name in tensors}
@@ -39,7 +40,7 @@ def widen(anatomy: Anatomy, widths: Widths, *, noise: float = 0.5, advanced: boo
 
 
 @dataclass(frozen=True, eq=False)
-class _Grower:
+class Grower:
     """Makes the wide form of each tensor."""
 
     anatomy: Anatomy
@@ -59,17 +60,24 @@ class _Grower:
         additions: list[Expr] = []
         new_shape = self.anatomy.shape_of(name, {**self.anatomy.sizes, **self.widths.sizes})
         if write is not None and axes_of(row.axes[write]) & self.widths.axes:
-            written = self._positions(row.axes[write], "write")
-            mean = self.widths.mean_fill if axes_of(row.axes[write]) & RESIDUAL else 0.0
-            expr = _gather(expr, write, written, mean=mean)
+            expr = self.written(expr, row, write)
             if row.kind not in ("bias", "logit"):
-                additions += self._new_rows(name, write, written, new_shape)
+                additions += self._new_rows(name, write, self.positions(row.axes[write], "write"), new_shape)
         if read is not None and axes_of(row.axes[read]) & self.widths.axes:
-            expr = _gather(expr, read, self._positions(row.axes[read], "read"))
+            expr = self.read(expr, row, read)
             additions += self._noise(name, row.axes[read], read, new_shape)
         if is_scaled(row) and self.widths.embedding_factor != 1.0:
             expr = Affine(expr, self.widths.embedding_factor)
         return Add((expr, *additions)) if additions else expr
+
+    def written(self, expr: Expr, row: Row, dim: int) -> Expr:
+        """Return `expr` with the dimension that writes as S has it: the old numbers at their new places."""
+        mean = self.widths.mean_fill if axes_of(row.axes[dim]) & RESIDUAL else 0.0
+        return gathered(expr, dim, self.positions(row.axes[dim], "write"), mean=mean)
+
+    def read(self, expr: Expr, row: Row, dim: int) -> Expr:
+        """Return `expr` with the dimension that reads as C has it."""
+        return gathered(expr, dim, self.positions(row.axes[dim], "read"))
 
     def advanced(self, name: str) -> Expr:
         """Return tensor `name` with the rows that repeat others taken from the next layer."""
@@ -83,7 +91,7 @@ class _Grower:
         next_name = stack.name(place[0] + 1, place[1])
         if self.anatomy.rows.get(next_name, (None,))[0] != row:  # the last layer, or a next one of another kind
             return own
-        written = self._positions(row.axes[write], "write")
+        written = self.positions(row.axes[write], "write")
         first_time, repeated = _repeats(written.index)
         if repeated.factors <= {0.0}:
             return own
@@ -91,7 +99,8 @@ class _Grower:
         everywhere = Index.up_to(len(repeated))
         return Add((Gather(own, write, everywhere, first_time), Gather(following, write, everywhere, repeated)))
 
-    def _positions(self, dim: Dim, side: str) -> Places:
+    def positions(self, dim: Dim, side: str) -> Places:
+        """Return where the positions of a dimension come from, seen from the side that writes or reads it."""
         return _cached_positions(self, dim, side)
 
     def map_of(self, axis: str, block: frozenset[str], side: str) -> Places | None:
@@ -100,7 +109,7 @@ class _Grower:
         if axis_map is None:
             return None
         weights = axis_map.write if side == "write" else axis_map.read
-        return _with_factor_of_new(Places(axis_map.index, weights), ZEROED if axis_map.zeroed else ACTIVE)
+        return with_factor_of_new(Places(axis_map.index, weights), ZEROED if axis_map.zeroed else ACTIVE)
 
     def _new_rows(self, name: str, dim: int, written: Places, new_shape: tuple[int, ...]) -> list[Expr]:
         """Return random weights for new active positions: what reads them has weights of zero yet."""
@@ -115,7 +124,7 @@ class _Grower:
         """
         if not self.noise:
             return []
-        read, written = self._positions(axes, "read"), self._positions(axes, "write")
+        read, written = self.positions(axes, "read"), self.positions(axes, "write")
         additions: list[Expr] = []
         zeroed = _numbered_new(read, zeroed=True)
         if zeroed.highest >= 0:  # "quiet" names the random stream: another name were other bytes
@@ -142,16 +151,16 @@ class _Grower:
         """Return a norm's gain or shift. A gain follows its position; a shift is written like the axis itself."""
         family = self.anatomy.require_family()
         dim = len(row.axes) - 1
-        written = self._positions(row.axes[dim], "write")
+        written = self.positions(row.axes[dim], "write")
         expr: Expr = Read(name)
         for outer in range(dim):  # one norm for each head
-            copied = self._positions(row.axes[outer], "write")
-            expr = _gather(expr, outer, replace(copied, scale=_ones(len(copied.index))), fill=family.init_gain)
+            copied = self.positions(row.axes[outer], "write")
+            expr = gathered(expr, outer, replace(copied, scale=_ones(len(copied.index))), fill=family.init_gain)
         is_query = "q_dim" in axes_of(row.axes[dim]) and bool(self.widths.query_gain)
         if row.kind == "shift":
-            expr = _gather(expr, dim, written)
+            expr = gathered(expr, dim, written)
             return self._query_gain(expr, row.axes[dim], dim, 0.0) if is_query else self._final_norm(name, row, expr)
-        expr = _gather(expr, dim, replace(written, scale=_ones(len(written.index))), fill=family.init_gain)
+        expr = gathered(expr, dim, replace(written, scale=_ones(len(written.index))), fill=family.init_gain)
         if is_query:
             return self._query_gain(expr, row.axes[dim], dim, 1.0 - family.init_gain)
         return self._final_norm(name, row, expr)
@@ -182,15 +191,15 @@ class _Grower:
 
 
 @lru_cache(maxsize=512)
-def _cached_positions(grower: _Grower, dim: Dim, side: str) -> Places:
+def _cached_positions(grower: Grower, dim: Dim, side: str) -> Places:
     return places(dim, grower.anatomy.sizes, lambda axis, block: grower.map_of(axis, block, side))
 
 
-def _gather(expr: Expr, dim: int, positions: Places, *, fill: float = 0.0, mean: float = 0.0) -> Expr:
+def gathered(expr: Expr, dim: int, positions: Places, *, fill: float = 0.0, mean: float = 0.0) -> Expr:
     """Return `expr` with these positions along `dim`; `expr` itself where they change nothing."""
     if positions.are_same:
         return expr
-    return Gather(expr, dim, positions.index, _with_factor_of_new(positions, 1.0).scale, fill=fill, mean=mean)
+    return Gather(expr, dim, positions.index, with_factor_of_new(positions, 1.0).scale, fill=fill, mean=mean)
 
 
 # The maps of a dimension are the same for many tensors, so each is made once and shared.
@@ -202,7 +211,7 @@ def _ones(length: int) -> Scale:
 
 
 @lru_cache(maxsize=64)
-def _with_factor_of_new(positions: Places, factor: float) -> Places:
+def with_factor_of_new(positions: Places, factor: float) -> Places:
     """Return the places with another factor at new positions."""
     scale = Scale((factor if run.first < 0 else run.scale, run.length) for run in positions.runs)
     return Places(positions.index, scale)

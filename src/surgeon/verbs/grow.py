@@ -8,8 +8,8 @@ from surgeon.anatomy.anatomy import read_anatomy
 from surgeon.checkpoint.derived import DONOR, JoinedSource, alone
 from surgeon.checkpoint.source import spec_of
 from surgeon.errors import PlanError
+from surgeon.growth.settings import LearnOptions
 from surgeon.options import (
-    Checked,
     OptionError,
     Verb,
     check_counts,
@@ -20,11 +20,10 @@ from surgeon.options import (
     seed_option,
     takes,
 )
-from surgeon.plan.plan import Read
+from surgeon.plan.expressions import Read
 from surgeon.surgery import Surgery, open_model, open_source
 from surgeon.transforms.deepen import DEPTH_METHODS, donate
-from surgeon.transforms.grow import check_size, grown_depth
-from surgeon.transforms.grow import grow as plan_grow
+from surgeon.transforms.grow import check_size, grown_depth, growth
 from surgeon.transforms.widths import WIDTH_METHODS
 
 VERB = Verb(keeps_function=True, counts_layers=True, plans="grow", then="finetune {output} {data}")
@@ -32,7 +31,7 @@ _SIZE = "a number or 2x. Default: unchanged"
 
 
 @dataclass(frozen=True, kw_only=True)
-class GrowOptions(Checked):
+class GrowOptions(LearnOptions):
     """The options of `grow`."""
 
     layers: int | str | None = option(
@@ -109,6 +108,8 @@ class GrowOptions(Checked):
                 check_size(size, name)
         check_counts(self, "experts", least=2)
         check_counts(self, "experts_per_token")
+        if self.learn is not None or self.data or self.eval_data or self.run_dir:
+            self.check_learning({"donor": self.donor, "experts": self.experts})
 
     @property
     def widths(self) -> dict[str, int | str | None]:
@@ -123,7 +124,8 @@ def grow(model: "str | os.PathLike[str] | Surgery", options: GrowOptions) -> Sur
     """Return the surgery that makes `model` deeper and wider, with its function kept unless a method says otherwise.
 
     With a `donor`, its next layers are appended instead of copies (Inheritune's growth). With `experts`, every MLP
-    becomes that many equal experts.
+    becomes that many equal experts. With `learn`, the maps of the growth are trained for that many steps on `data`, and
+    the better of learned and exact on held-out text is returned.
 
     Raises PlanError when the family's code cannot express the result.
 
@@ -132,7 +134,7 @@ def grow(model: "str | os.PathLike[str] | Surgery", options: GrowOptions) -> Sur
     begun = open_model(model, revision=options.revision, reads=reads_of(options))
     if options.donor is not None:
         return _with_donor(begun, options, options.donor)
-    plan = plan_grow(
+    grown = growth(
         begun.anatomy,
         layers=options.layers,
         depth_method=options.depth_method,
@@ -144,7 +146,11 @@ def grow(model: "str | os.PathLike[str] | Surgery", options: GrowOptions) -> Sur
         seed=options.seed,
         **options.widths,
     )
-    return replace(begun, plan=begun.plan.then(plan))
+    if options.learn is None:
+        return replace(begun, plan=begun.plan.then(grown.plan))
+    from surgeon.verbs.learning import learn
+
+    return learn(begun, grown, options, seed=options.seed)
 
 
 def _with_donor(begun: Surgery, options: GrowOptions, donor: str | os.PathLike[str]) -> Surgery:

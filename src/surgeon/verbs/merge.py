@@ -23,7 +23,8 @@ from surgeon.options import (
     seed_option,
     takes,
 )
-from surgeon.plan.plan import FLOAT_DTYPES, Expr, Plan, Read, substitute
+from surgeon.plan.expressions import Expr, Read
+from surgeon.plan.plan import FLOAT_DTYPES, Plan, substitute
 from surgeon.plan.rules import KINDS, Rule
 from surgeon.surgery import Surgery, open_model
 from surgeon.transforms.alike import check_vocabularies

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 from surgeon.checkpoint.source import Source
 from surgeon.errors import PlanError
 from surgeon.options import OptionError
+from surgeon.plan.expressions import Mix, Read, Regress
 from surgeon.plan.grams import GRAMS, WORD, GramsFile, gram_name
-from surgeon.plan.plan import Plan, Read
+from surgeon.plan.plan import Plan
 from surgeon.plan.planned import PlannedSource
-from surgeon.plan.rules import Mix, Regress
 from surgeon.plan.solved import SolvedSource, SolvedWriter
 from surgeon.progress import meter
 from surgeon.transforms.combine import Parent

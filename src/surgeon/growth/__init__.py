@@ -1,0 +1,1 @@
+"""Growth that is trained: its operator as a module of torch, and the run that trains it."""
