@@ -48,6 +48,20 @@ def bits(model: Any, ids: list[int], nbytes: int, some: Tensor | None) -> list[f
     return [total / math.log(2) / nbytes for total in sums]
 
 
+# Runs a command and writes the peak of its own memory, in kB: what the system tells of a child counts its parent's too.
+RUN = """
+import sys
+from pathlib import Path
+from surgeon.cli.app import main
+file, sys.argv = sys.argv[1], ["surgeon", *sys.argv[2:]]
+try:
+    main()
+finally:
+    status = Path("/proc/self/status").read_text()
+    Path(file).write_text(next(line.split()[1] for line in status.splitlines() if line.startswith("VmHWM")))
+"""
+
+
 class Bench:
     """A model, the other vocabulary and the texts."""
 
@@ -117,17 +131,16 @@ def main() -> None:
     anchors = torch.tensor(list(bench.found.by_bytes))
     for method in options.methods:
         with tempfile.TemporaryDirectory() as directory:
-            made = Path(directory, "made")
-            command = [sys.executable, "-m", "surgeon", "transplant", str(options.model), "--quiet", "-o", str(made)]
+            made, peak = Path(directory, "made"), Path(directory, "peak")
+            command = [sys.executable, "-c", RUN, str(peak), "transplant", str(options.model), "-q", "-o", str(made)]
             figure = measure([*command, "--tokenizer", str(options.other), "--method", method])
             (made / "rows.safetensors").unlink()
             loaded = AutoModelForCausalLM.from_pretrained(made)
             rows = loaded.get_input_embeddings().weight.detach().norm(dim=1)
             middle = rows[anchors].median()
             norms = f"{rows.min() / middle:.2f} to {rows.max() / middle:.2f}"
-            print(
-                f"| {method} | {bench.told(loaded)} | {norms} | {figure.cpu:.0f} | {figure.memory:,.0f} |", flush=True
-            )
+            cost = f"{figure.cpu:.0f} | {int(peak.read_text()) / 1000:,.0f}"
+            print(f"| {method} | {bench.told(loaded)} | {norms} | {cost} |", flush=True)
             for k in options.k if method == "ridge" else ():
                 bench.with_pursuit(loaded, options.other, k)
                 print(f"| ridge, and omp of {k} where the texts are | {bench.told(loaded)} | | | |", flush=True)
