@@ -4,7 +4,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from surgeon.options import Checked, OptionError, check_counts, device_option, flag_of, in_python, option
+from surgeon.options import (
+    Checked,
+    OptionError,
+    check_counts,
+    device_option,
+    flag_of,
+    in_python,
+    option,
+    progress_option,
+)
+from surgeon.progress import Progress
 
 GROUP = "learning"
 RATE = 1e-3  # of maps: a step moves all layers at once; at 3e-3 the loss of a trained toy rose
@@ -49,6 +59,7 @@ class LearnOptions(Checked):
         group=GROUP,
     )
     device: str = device_option()
+    progress: Progress | bool | None = progress_option()
     measure: bool = in_python("False: read headers only, and learn nothing yet; the sizes are exact.", True)
 
     def check_learning(self, others: Any) -> None:
