@@ -15,6 +15,7 @@ from torch import Tensor
 
 from surgeon.checkpoint.source import Source, ranges_by_file
 from surgeon.errors import MeasureError
+from surgeon.models.device import wide
 from surgeon.plan.arithmetic import TORCH_DTYPES
 
 BLOCK = 4096  # rows at once
@@ -69,7 +70,7 @@ class Matrix:
 
     def mean(self) -> Tensor:
         """Return the mean of all rows, shape (columns,), in float64."""
-        return sum((block.double().sum(0) for _, block in self.blocks()), torch.zeros(())) / self.num_rows
+        return sum((wide(block).sum(0) for _, block in self.blocks()), torch.zeros(())) / self.num_rows
 
 
 def of_pieces(matrix: Matrix, pieces: Sequence[Sequence[int]]) -> Blocks:
@@ -123,13 +124,13 @@ def by_ridge(rows: Tensor, helper: Helper) -> Blocks:
     W = (G'G + r I)^-1 G'E, with r = RIDGE times the mean of the diagonal of G'G, and a row is
     mean(E) + (g - mean(G)) W.
     """
-    centre, target = helper.anchors.double().mean(0), rows.double().mean(0)
+    centre, target = wide(helper.anchors).mean(0), wide(rows).mean(0)
     gram = torch.zeros(len(centre), len(centre), dtype=torch.float64)
     cross = torch.zeros(len(centre), len(target), dtype=torch.float64)
     for at in range(0, len(rows), BLOCK):
-        g = helper.anchors[at : at + BLOCK].double() - centre
+        g = wide(helper.anchors[at : at + BLOCK]) - centre
         gram += g.T @ g
-        cross += g.T @ (rows[at : at + BLOCK].double() - target)
+        cross += g.T @ (wide(rows[at : at + BLOCK]) - target)
     ridge = RIDGE * gram.diagonal().mean()
     if not bool(ridge > 0):
         raise MeasureError("the helper's rows of the anchors are all the same", hint="Choose another --helper.")
@@ -151,12 +152,12 @@ def by_cosines(rows: Tensor, helper: Helper) -> Blocks:
     rows nearly the mean.
     """
     directions = torch.nn.functional.normalize(helper.anchors, dim=1)
-    weighed, total = directions.T.double() @ rows.double(), directions.double().sum(0)
+    weighed, total = wide(directions.T) @ wide(rows), wide(directions).sum(0)
 
     def blocks() -> Iterator[Tensor]:
         for g in helper.new():
-            wide = g.double()
-            yield ((wide @ weighed) / (wide @ total)[:, None]).float()
+            exact = wide(g)
+            yield ((exact @ weighed) / (exact @ total)[:, None]).float()
 
     return blocks
 
@@ -220,8 +221,8 @@ def _pursued(atoms: Tensor, tokens: Tensor, k: int) -> tuple[Tensor, Tensor]:
         basis.append(direction)
         left = left - direction * (direction * left).sum(1, keepdim=True)
     places = torch.stack(taken, 1)
-    chosen = near[rows[:, None], places].double()  # (B, K, H)
+    chosen = wide(near[rows[:, None], places])  # (B, K, H)
     gram = chosen @ chosen.transpose(1, 2)
     gram += 1e-9 * gram.diagonal(dim1=1, dim2=2).mean(1)[:, None, None] * torch.eye(k, device=gram.device)
-    weights = torch.linalg.solve(gram, (chosen @ tokens.double()[:, :, None]))[:, :, 0]
+    weights = torch.linalg.solve(gram, (chosen @ wide(tokens)[:, :, None]))[:, :, 0]
     return listed.gather(1, places), weights.float()
