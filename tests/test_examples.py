@@ -50,6 +50,9 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     surgeon.truncate(here / "SmolLM2-135M", layers=4).save(here / "SmolLM2-24L")
     surgeon.add_gist(here / "SmolLM2-135M", tokens=4).save(here / "SmolLM2-gist")
     shutil.copytree(here / "gpt2", here / "old-gpt2")
+    for copy in ("finetune-a", "finetune-b", "gemma-3-270m"):
+        shutil.copytree(here / "SmolLM2-135M", here / copy)
+    shutil.copy(text, here / "english.txt")
     weights = here / "old-gpt2/model.safetensors"
     from safetensors.torch import load_file
 
