@@ -214,9 +214,8 @@ def peak_memory(plan: Plan, result: CheckpointSpec, source: CheckpointSpec) -> i
 
     kept = block = solved = whole = 0
     for name, expr in computed.items():
-        if isinstance(expr, Regress):  # whole, in float64: every map and Gram matrix, their sums and a factor
-            most = max(source.tensors[other].num_parameters for other in reads(expr))
-            solved = max(solved, 8 * most * (2 * len(expr.maps) + 6))
+        if isinstance(expr, Regress):
+            solved = max(solved, _solving(expr, source.tensors))
             continue
         read = [source.tensors[other] for other in reads(expr)]
         kept = max(kept, sum(spec.nbytes for spec in read if spec.nbytes <= KEPT))
@@ -224,6 +223,17 @@ def peak_memory(plan: Plan, result: CheckpointSpec, source: CheckpointSpec) -> i
         block = max(block, *rows)
         whole = max(whole, _held_whole(expr, source.tensors))
     return TORCH_MEMORY + 2 * kept + solved + 2 * whole + num_threads() * BLOCK_MEMORY * max(BLOCK_NUMBERS, block)
+
+
+def _solving(expr: Regress, tensors: Mapping[str, TensorSpec]) -> int:
+    """Return how many bytes it takes to solve a map: Gram matrices, their sum, a factor, and blocks of all models."""
+    from surgeon.plan.making import BLOCK_NUMBERS
+
+    *experts, rows, columns = infer(expr.maps[0], tensors).shape
+    inputs = (rows if expr.is_transposed else columns) + bool(expr.biases)
+    block = rows * columns if experts or expr.is_transposed else max(BLOCK_NUMBERS, inputs)
+    once, each = 8 * inputs**2 * (2 * len(expr.maps) + 4), 8 * block * (2 * len(expr.maps) + 6)
+    return num_threads() * (once + each) if experts else once + num_threads() * each
 
 
 def _held_whole(expr: Expr, tensors: Mapping[str, TensorSpec]) -> int:

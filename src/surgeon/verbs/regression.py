@@ -61,7 +61,7 @@ def regressed(
         raise PlanError("no layer of the model keeps linear maps as its files do", hint="Use --method linear.")
     files = [GramsFile.at(Path(each), each) if _is_file(each) else None for each in texts.data]
     known = [
-        None if file is None else _entry(file, parent, number)
+        None if file is None else _entry(file, parent, number, maps)
         for number, (file, parent) in enumerate(zip(files, parents, strict=True), 1)
     ]
     if texts.sequential and any(known) and not all(known[k] or d == NO_DATA for k, d in enumerate(texts.data)):
@@ -93,11 +93,14 @@ def _is_file(data: str) -> bool:
     return data.endswith(".safetensors") or (Path(data) / GRAMS).is_file()
 
 
-def _entry(file: GramsFile, parent: Parent, number: int) -> Mapping[str, Any]:
+def _entry(file: GramsFile, parent: Parent, number: int, maps: Mapping[str, str | None]) -> Mapping[str, Any]:
     entry = file.of(parent.identity, number)
     if entry is None:
         hint = "Gram matrices belong to the weights that they were measured with."
         raise PlanError(f"{file.path} holds no Gram matrices of {parent.label}", hint=hint)
+    lacking = next((name for name in maps if gram_name(entry["number"], name) not in file.tensors), None)
+    if lacking is not None:
+        raise PlanError(f"{file.path} holds no Gram matrix of {lacking!r}", hint="Measure again: give the text.")
     return entry
 
 
