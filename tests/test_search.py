@@ -114,7 +114,7 @@ def test_the_factors_and_corrections_follow_what_was_measured():
     cuts = {Candidate(tuple(sorted(draw.sample(space.layers, 3)))) for _ in range(60)}
 
     def truth(cut):
-        singles, pairs = quadratic.parts(cut)
+        singles, pairs, _ = quadratic.parts(cut)
         return 0.6 * singles + 0.3 * pairs + sum(off[piece] for piece in cut.pieces)
 
     seen, unseen = sorted(cuts)[:30], sorted(cuts)[30:]
@@ -125,6 +125,39 @@ def test_the_factors_and_corrections_follow_what_was_measured():
 
     assert error(fitted) < 0.25 * error(quadratic)
     assert fitted.eta < 0.6
+
+
+def test_each_axis_has_a_factor_of_its_own():
+    """A repair makes up for most of what neurons cost and for little of what channels do: pieces are not to blame."""
+    space, quadratic = planted(9, 4)
+    widths = {("ffn", 64): 1.0, ("ffn", 96): 0.4, ("hidden", 32): 1.0}
+    bare = Surrogate({**quadratic.alone, **widths}, quadratic.together)
+    worth = {"ffn": 0.3, "hidden": 0.9}
+    cuts = [Candidate((0, 4), (width,)) for width in widths] + [Candidate((), (width,)) for width in widths]
+    cuts += [Candidate((0, 4, 8)), Candidate((2, 6, 10))]
+
+    def truth(cut):
+        return bare(Candidate(cut.pieces)) + sum(worth[width[0]] * widths[width] for width in cut.widths)
+
+    fitted = bare.fitted({cut: truth(cut) for cut in cuts})
+
+    assert fitted.widths["ffn"] == pytest.approx(0.3, abs=0.05)
+    assert fitted.widths["hidden"] == pytest.approx(0.9, abs=0.05)
+    assert fitted.scale == pytest.approx(1.0, abs=0.05)
+
+
+def test_a_few_cuts_of_the_same_layers_do_not_promise_others_for_less_than_nothing():
+    """Of eight pieces 28 pairs are added up: a factor for pairs out of four cuts would decide all."""
+    pieces = range(0, 60, 2)
+    alone = {piece: 0.25 for piece in pieces}
+    together = {pair: 0.45 for pair in combinations(pieces, 2)}  # each a little less than its two pieces
+    bare = Surrogate(alone, together)
+    seen = {Candidate(tuple(range(start, start + 16, 2))): 0.5 + 0.05 * start for start in (8, 10, 12, 14)}
+
+    fitted = bare.fitted(seen)
+
+    assert 0.5 * fitted.scale < fitted.eta < 1.5 * fitted.scale
+    assert all(fitted(Candidate(tuple(range(start, 60, 6))[:8])) > 0 for start in (0, 2, 4))
 
 
 def test_two_measurements_fit_nothing():
