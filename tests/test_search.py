@@ -114,7 +114,7 @@ def test_the_factors_and_corrections_follow_what_was_measured():
     cuts = {Candidate(tuple(sorted(draw.sample(space.layers, 3)))) for _ in range(60)}
 
     def truth(cut):
-        singles, pairs = quadratic.parts(cut)
+        singles, pairs, _ = quadratic.parts(cut)
         return 0.6 * singles + 0.3 * pairs + sum(off[piece] for piece in cut.pieces)
 
     seen, unseen = sorted(cuts)[:30], sorted(cuts)[30:]
@@ -125,6 +125,44 @@ def test_the_factors_and_corrections_follow_what_was_measured():
 
     assert error(fitted) < 0.25 * error(quadratic)
     assert fitted.eta < 0.6
+
+
+def test_each_axis_has_a_factor_of_its_own():
+    """A repair makes up for most of what neurons cost and for little of what channels do: pieces are not to blame."""
+    _, quadratic = planted(9, 4)
+    widths = {("ffn", 64): 1.0, ("ffn", 96): 0.4, ("hidden", 32): 1.0}
+    bare = Surrogate({**quadratic.alone, **widths}, quadratic.together)
+    worth = {"ffn": 0.3, "hidden": 0.9}
+    cuts = [Candidate((0, 4), (width,)) for width in widths] + [Candidate((), (width,)) for width in widths]
+    cuts += [Candidate((0, 4, 8)), Candidate((2, 6, 10))]
+
+    def truth(cut):
+        return bare(Candidate(cut.pieces)) + sum(worth[width[0]] * widths[width] for width in cut.widths)
+
+    fitted = bare.fitted({cut: truth(cut) for cut in cuts})
+
+    assert fitted.widths["ffn"] == pytest.approx(0.3, abs=0.05)
+    assert fitted.widths["hidden"] == pytest.approx(0.9, abs=0.05)
+    assert fitted.scale == pytest.approx(1.0, abs=0.05)
+
+
+def test_three_cuts_do_not_decide_what_pairs_are_worth():
+    """Of eight pieces 28 pairs are added up: a large factor for them promises cuts for less than nothing."""
+    blocks = {  # the first piece: what eight pieces cost alone, what their pairs cost beyond that, and the whole cut
+        0: (3.8, -0.65, 0.72),
+        20: (1.9, -0.18, 0.61),
+        40: (1.95, -0.28, 0.65),
+    }
+    alone, together, measured = {}, {}, {}
+    for first, (singles, beyond, cost) in blocks.items():
+        pieces = tuple(range(first, first + 16, 2))
+        alone |= dict.fromkeys(pieces, singles / 8)
+        together |= dict.fromkeys(combinations(pieces, 2), singles / 4 + beyond / 28)
+        measured[Candidate(pieces)] = cost
+
+    fitted = Surrogate(alone, together).fitted(measured)
+
+    assert 0.5 * fitted.scale < fitted.eta < 1.5 * fitted.scale
 
 
 def test_two_measurements_fit_nothing():

@@ -1,8 +1,9 @@
 """A quadratic that predicts what a cut costs from what its pieces cost alone and in pairs. It proposes, nothing more.
 
-Prediction: scale x the sum of what each piece and each width costs alone, + eta x the sum of what pairs cost beyond
-that, + a correction for each piece and width. The two factors and the corrections are fitted to cuts that were
-measured, the corrections with a ridge, so that a few measurements move them little.
+Prediction: scale x the sum of what each piece costs alone, + eta x the sum of what pairs cost beyond that, + for each
+width a factor of its axis x what that width costs alone, + a correction for each piece and width. The factors and the
+corrections are fitted to cuts that were measured, the corrections with a ridge, so that a few measurements move them
+little. Each axis has a factor of its own because a repair makes up for neurons, and hardly for channels.
 """
 
 import math
@@ -11,12 +12,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import combinations
+from operator import mul
 
 from surgeon.search.cuts import Candidate, Pieces, Space
 
 RIDGE = 1.0  # of the corrections: as much as one measurement says about a piece that is in it
-PRIOR = 0.05  # of the two factors: of the mean square of what they multiply, towards 1
-FITTED_FROM = 3  # cuts of two pieces or more; fewer say nothing about a factor
+PRIOR = 0.05  # of the factors: of the mean square of what they multiply, towards 1
+ALIKE = 30  # measurements that say as much as the prior that pairs have the factor of single pieces
+FITTED_FROM = 3  # cuts of two pieces or more, or of a width; fewer say nothing about a factor
 
 
 @dataclass(frozen=True)
@@ -31,6 +34,7 @@ class Surrogate:
     together: Mapping[tuple[int, int], float] = field(default_factory=dict)
     scale: float = 1.0
     eta: float = 1.0
+    widths: Mapping[str, float] = field(default_factory=dict)  # the factor of each axis, 1 where there is none
     corrections: Mapping[object, float] = field(default_factory=dict)
 
     @cached_property
@@ -51,27 +55,34 @@ class Surrogate:
         found = [self.beyond.get((a, b), 0.0) for a in layers[0] for b in layers[1] if a < b]
         return math.fsum(found) / len(found) if found else 0.0
 
-    def parts(self, candidate: Candidate) -> tuple[float, float]:
-        """Return the two sums of a cut that the factors multiply: of singles, and of pairs."""
-        singles = math.fsum(self.alone.get(feature, 0.0) for feature in candidate.features)
+    def parts(self, candidate: Candidate) -> tuple[float, float, dict[str, float]]:
+        """Return the sums of a cut that the factors multiply: of single pieces, of pairs, and of widths by axis."""
+        singles = math.fsum(self.alone.get(piece, 0.0) for piece in candidate.pieces)
         pairs = math.fsum(self.interaction(one, other) for one, other in combinations(candidate.pieces, 2))
-        return singles, pairs
+        return singles, pairs, {width[0]: self.alone.get(width, 0.0) for width in candidate.widths}
 
     def __call__(self, candidate: Candidate) -> float:
         """Return the predicted cost of a cut."""
-        singles, pairs = self.parts(candidate)
+        singles, pairs, widths = self.parts(candidate)
+        narrowed = math.fsum(self.widths.get(axis, 1.0) * cost for axis, cost in widths.items())
         corrected = math.fsum(self.corrections.get(feature, 0.0) for feature in candidate.features)
-        return self.scale * singles + self.eta * pairs + corrected
+        return self.scale * singles + self.eta * pairs + narrowed + corrected
 
     def fitted(self, measured: Mapping[Candidate, float]) -> "Surrogate":
         """Return the surrogate with its factors and corrections fitted to the costs of cuts that were measured."""
-        known = {cut: cost for cut, cost in measured.items() if len(cut.features) > 1 and math.isfinite(cost)}
+        known = {
+            cut: cost for cut, cost in measured.items() if (len(cut.pieces) > 1 or cut.widths) and math.isfinite(cost)
+        }
+        plain = replace(self, scale=1.0, eta=1.0, widths={}, corrections={})
         if len(known) < FITTED_FROM:
-            return replace(self, scale=1.0, eta=1.0, corrections={})
-        rows = [self.parts(cut) for cut in known]
-        scale, eta = _factors(rows, list(known.values()))
-        residuals = [cost - scale * one - eta * two for (one, two), cost in zip(rows, known.values(), strict=True)]
-        return replace(self, scale=scale, eta=eta, corrections=_corrections(list(known), residuals))
+            return plain
+        axes = list(dict.fromkeys(axis for cut in known for axis, _ in cut.widths))
+        rows = [(one + two, two, *(own.get(axis, 0.0) for axis in axes)) for one, two, own in map(self.parts, known)]
+        scale, more, *widths = _factors(rows, list(known.values()))
+        factors = dict(zip(axes, (max(each, 0.0) for each in widths), strict=True))
+        scaled = replace(plain, scale=max(scale, 0.0), eta=max(scale + more, 0.0), widths=factors)
+        residuals = [cost - scaled(cut) for cut, cost in known.items()]
+        return replace(scaled, corrections=_corrections(list(known), residuals))
 
 
 def _layers_of(piece: int) -> tuple[int, ...]:
@@ -79,15 +90,20 @@ def _layers_of(piece: int) -> tuple[int, ...]:
     return (piece,) if piece % 2 == 0 else (piece - 1, piece + 1)
 
 
-def _factors(rows: Sequence[tuple[float, float]], costs: Sequence[float]) -> tuple[float, float]:
-    """Return the two factors by least squares, with a ridge towards 1; neither is below 0."""
-    aa, ab, bb = (math.fsum(row[i] * row[j] for row in rows) for i, j in ((0, 0), (0, 1), (1, 1)))
-    left = [cost - row[0] - row[1] for row, cost in zip(rows, costs, strict=True)]
-    ar, br = (math.fsum(row[i] * rest for row, rest in zip(rows, left, strict=True)) for i in (0, 1))
-    aa, bb = aa * (1 + PRIOR) + 1e-12, bb * (1 + PRIOR) + PRIOR * 1e-3 + 1e-12
-    determinant = aa * bb - ab * ab
-    scale, eta = 1 + (ar * bb - br * ab) / determinant, 1 + (br * aa - ar * ab) / determinant
-    return max(scale, 0.0), max(eta, 0.0)
+def _factors(rows: Sequence[Sequence[float]], costs: Sequence[float]) -> list[float]:
+    """Return the factor of each column by least squares, with a ridge towards 1, of the second strongly towards 0.
+
+    The second column is what pairs cost again: a few cuts that lack the same layers fit any factor of it, and then
+    cuts with many pairs are predicted to cost less than nothing.
+    """
+    columns = range(len(rows[0]))
+    matrix = [[math.fsum(row[i] * row[j] for row in rows) for j in columns] for i in columns]
+    for i in columns:
+        matrix[i][i] += (ALIKE / len(rows) if i == 1 else PRIOR) * matrix[i][i] + 1e-12
+    start = [0.0 if i == 1 else 1.0 for i in columns]
+    left = [cost - math.fsum(map(mul, row, start)) for row, cost in zip(rows, costs, strict=True)]
+    right = [math.fsum(row[i] * rest for row, rest in zip(rows, left, strict=True)) for i in columns]
+    return [first + change for first, change in zip(start, solve(matrix, right), strict=True)]
 
 
 def _corrections(cuts: Sequence[Candidate], residuals: Sequence[float]) -> dict[object, float]:

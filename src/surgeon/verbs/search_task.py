@@ -340,7 +340,7 @@ def _record(
         points=tuple(points),
         singles={name_of(each.features[0]): cost for each, cost in screen.items() if len(each.features) == 1},
         pairs=[(*each.pieces, cost) for each, cost in screen.items() if len(each.pieces) == 2],
-        factors={"scale": fitted.scale, "eta": fitted.eta},
+        factors={"scale": fitted.scale, "eta": fitted.eta, **fitted.widths},
         effort={"passes": trials.effort.passes, "heads": float(trials.effort.heads), "seconds": journal.seconds},
         stopped=search.stopped,
         tables=dict(journal.tables),
