@@ -19,7 +19,7 @@ from surgeon.plan.operators import PREFIX, OperatorFile, after, with_operator
 from surgeon.plan.plan import Plan
 from surgeon.plan.solved import SolvedWriter
 from surgeon.surgery import Surgery
-from surgeon.text import plus_minus
+from surgeon.text import plus_minus, size
 from surgeon.train.run_dir import Request
 from surgeon.train.settings import Settings
 from surgeon.transforms.grow import Growth, growth
@@ -41,12 +41,14 @@ class LearningStoppedError(TrainingError):
 class Learning:
     """What was learned, as the receipt has it: `record`, None where nothing is learned yet.
 
-    `numbers` are those that are trained, in so many `tensors`, for so many `steps`.
+    `numbers` are those that are trained, in so many `tensors`, for so many `steps`. `weights` are the numbers of both
+    models, which are in memory in float32 meanwhile, beside what is computed between them.
     """
 
     steps: int
     tensors: int
     numbers: int
+    weights: int
     record: Mapping[str, Any] | None = None
 
     @property
@@ -80,7 +82,8 @@ class Learning:
         entries = {"steps": self.steps, "tensors": self.tensors, "parameters": self.numbers}
         if self.record is None:
             would = f"would train {self.numbers:,} numbers in {self.tensors} tensors for {self.steps:,} steps"
-            return [("learning", would)], {"learning": entries}
+            held = f"more than {size(4 * self.weights)} in memory while it learns, the weights of both models alone"
+            return [("learning", f"{would}; {held}")], {"learning": entries}
         rows = (
             [("learned", f"{self._losses} (held-out text)"), ("kept", str(self.record["kept"]))] if self.steps else []
         )
@@ -114,7 +117,12 @@ def learn(begun: Surgery, grown: Growth, options: LearnOptions, *, seed: int) ->
     """
     begun.check_saved()
     made = learned(grown, PREFIX)
-    learning = Learning(options.learn or 0, len(made.starts), sum(prod(each.shape) for each in made.starts.values()))
+    learning = Learning(
+        steps=options.learn or 0,
+        tensors=len(made.starts),
+        numbers=sum(prod(each.shape) for each in made.starts.values()),
+        weights=begun.spec.num_parameters + grown.plan.result(begun.spec).num_parameters,
+    )
     exact = replace(begun, plan=begun.plan.then(grown.plan), reads={**begun.reads, **reads_of(options)})
     source, plan = exact.source, exact.plan
     if options.measure and options.learn:
