@@ -14,7 +14,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, ClassVar, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
 from surgeon.checkpoint.derived import JoinedSource
 from surgeon.checkpoint.header import FilePart, TensorSpec, read_header, read_metadata
@@ -25,6 +25,9 @@ from surgeon.mistyped import hint_beside
 from surgeon.plan.execute import TensorWrite, write_safetensors
 from surgeon.plan.expressions import Read
 from surgeon.plan.plan import Plan
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 REPAIRS = "repairs.safetensors"
 WORD = "repairs"  # of the joined source
@@ -192,6 +195,13 @@ class SolvedWriter(Generic[Kept]):
         self._remove.detach()
         weakref.finalize(made, shutil.rmtree, self._directory, ignore_errors=True)
         return made
+
+
+def bytes_of(tensor: "Tensor") -> memoryview:
+    """Return the bytes of a tensor as a file holds them."""
+    import torch
+
+    return tensor.contiguous().view(torch.uint8).numpy().data
 
 
 def _are_maps(maps: object) -> bool:

@@ -123,7 +123,7 @@ class Search:
         for each in proposals:
             if len(apart) < first // 2 and all(_distance(each, other) >= APART for other in (*opened, *apart)):
                 apart.append(each)
-        chosen = list(dict.fromkeys([*apart, *proposals]))[: max(first, 2 * first - len(opened))]
+        chosen = list(dict.fromkeys([*apart, *proposals]))[: 2 * first - len(opened)]
         if chosen:
             self._measure(SEARCH, chosen)
         costs = self.measured()

@@ -12,7 +12,7 @@ from surgeon.anatomy.outputs import check_adds, output_maps
 from surgeon.checkpoint.source import Source
 from surgeon.errors import PlanError
 from surgeon.plan.plan import Plan
-from surgeon.plan.solved import AGAIN, RepairsFile, SolvedWriter, with_repairs
+from surgeon.plan.solved import AGAIN, RepairsFile, SolvedWriter, bytes_of, with_repairs
 from surgeon.progress import meter
 from surgeon.transforms.seams import Site, Sites, find_sites
 
@@ -230,13 +230,6 @@ def _check_same(repairs: RepairsFile, source: Source, sites: Sites) -> None:
         raise PlanError(f"the repairs in {repairs.label} are of other weights than those of {source.label}", hint=AGAIN)
     if repairs.record.get("cut") != sites.digest:
         raise PlanError(f"the repairs in {repairs.label} are of another cut than this one", hint=AGAIN)
-
-
-def bytes_of(tensor: "Tensor") -> memoryview:
-    """Return the bytes of a tensor as a file holds them."""
-    import torch
-
-    return tensor.contiguous().view(torch.uint8).numpy().data
 
 
 def entry_of(site: Site, repair: "Repair") -> dict[str, Any]:

@@ -17,14 +17,13 @@ from surgeon.growth.settings import LearnOptions
 from surgeon.options import reads_of
 from surgeon.plan.operators import PREFIX, OperatorFile, after, with_operator
 from surgeon.plan.plan import Plan
-from surgeon.plan.solved import SolvedWriter
+from surgeon.plan.solved import SolvedWriter, bytes_of
 from surgeon.surgery import Surgery
 from surgeon.text import plus_minus, size
 from surgeon.train.run_dir import Request
 from surgeon.train.settings import Settings
 from surgeon.transforms.grow import Growth, growth
 from surgeon.transforms.learned import Learned, learned
-from surgeon.verbs.compensating import bytes_of
 
 if TYPE_CHECKING:
     from surgeon.growth.training import LearnedOperator

@@ -12,7 +12,7 @@ from surgeon.plan.expressions import Mix, Read, Regress
 from surgeon.plan.grams import GRAMS, WORD, GramsFile, gram_name
 from surgeon.plan.plan import Plan
 from surgeon.plan.planned import PlannedSource
-from surgeon.plan.solved import SolvedSource, SolvedWriter
+from surgeon.plan.solved import SolvedSource, SolvedWriter, bytes_of
 from surgeon.progress import meter
 from surgeon.transforms.combine import Parent
 
@@ -156,9 +156,8 @@ def _add(writer: SolvedWriter[GramsFile], number: int, name: str, gram: "Tensor"
 
     from surgeon.checkpoint.header import TensorSpec
 
-    whole = gram.to(torch.float32).contiguous()
-    content = whole.flatten().view(torch.uint8).numpy().data
-    writer.add(gram_name(number, name), TensorSpec("F32", tuple(whole.shape)), content)
+    content = bytes_of(gram.to(torch.float32))
+    writer.add(gram_name(number, name), TensorSpec("F32", tuple(gram.shape)), content)
 
 
 def _measure(

@@ -12,11 +12,10 @@ from surgeon.errors import PlanError
 from surgeon.plan.plan import FLOAT_DTYPES
 from surgeon.plan.planned import PlannedSource
 from surgeon.plan.rows import MAP, RowsFile
-from surgeon.plan.solved import SolvedWriter
+from surgeon.plan.solved import SolvedWriter, bytes_of
 from surgeon.progress import meter
 from surgeon.surgery import Surgery
 from surgeon.transforms.vocabulary import vocabulary_dims, vocabulary_size
-from surgeon.verbs.compensating import bytes_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
