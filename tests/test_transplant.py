@@ -414,6 +414,20 @@ def test_a_receipt_is_replayed_without_the_other_tokenizer(kind, talker, tmp_pat
         assert (tmp_path / "again" / file).read_bytes() == (tmp_path / "made" / file).read_bytes(), file
 
 
+def test_rows_that_changed_since_are_not_replayed(talker, tmp_path, run):
+    surgeon.transplant(talker(), tokenizer=talker(kind="larger")).save(tmp_path / "made")
+    file = tmp_path / "made/rows.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+
+    result = run("run", tmp_path / "made/surgeon.json", "-o", tmp_path / "again")
+
+    assert result.code == 1
+    assert "rows.safetensors has changed since" in result.err
+    assert not (tmp_path / "again").exists()
+
+
 def test_it_is_a_step_of_a_recipe_and_of_a_chain(talker, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     steps = f"""

@@ -25,6 +25,7 @@ from surgeon.plan.grams import WORD as GRAMS_WORD
 from surgeon.plan.grams import GramsFile
 from surgeon.plan.operators import open_operator
 from surgeon.plan.plan import Plan
+from surgeon.plan.rows import open_rows
 from surgeon.plan.solved import SolvedFile, open_repairs, with_repairs
 from surgeon.recipe.checking import words_of
 from surgeon.recipe.commands import Commands
@@ -144,8 +145,7 @@ def _made(
         elif name == GROWN and surgery is not None and (sha256 := (step.get("learned") or {}).get("sha256")):
             surgery = with_learned(surgery, step, _unchanged(open_operator(path.parent), sha256))
         else:
-            taken = {"rows_from": str(path.parent)} if "rows" in step else {}  # computed rows, in a file beside it
-            surgery = commands.repeat(name, {**_with_grams(step, path.parent), **taken}, surgery)
+            surgery = commands.repeat(name, _with_files(step, path.parent), surgery)
     assert surgery is not None, "a receipt has steps"
     if not begun:
         _check_parents(surgery, source, path)
@@ -171,14 +171,15 @@ def _source(source: Mapping[str, Any], path: Path) -> tuple[str, str | None]:
     return place, None
 
 
-def _with_grams(step: Mapping[str, Any], original: Path) -> Mapping[str, Any]:
-    """Return a step that was solved by Gram matrices with the file that lies beside the result, checked."""
-    if "grams" not in step:
-        return step
-    file = GramsFile.at(original, str(original))
-    if file.sha256 != step["grams"]:
-        raise RecipeError(f"{file.path} has changed since", hint="Put the one back that it was made of.")
-    return {**step, "data": [str(file.path) if each == GRAMS_WORD else each for each in step["data"]]}
+def _with_files(step: Mapping[str, Any], original: Path) -> Mapping[str, Any]:
+    """Return a step with the files beside its result that stand for what was read: Gram matrices, and new rows."""
+    if "rows" in step:
+        _unchanged(open_rows(original), step["rows"]["sha256"])
+        return {**step, "rows_from": str(original)}
+    if "grams" in step:
+        file = _unchanged(GramsFile.at(original, str(original)), step["grams"])
+        return {**step, "data": [str(file.path) if each == GRAMS_WORD else each for each in step["data"]]}
+    return step
 
 
 def _check_parents(surgery: Surgery, source: Mapping[str, Any], path: Path) -> None:
