@@ -90,6 +90,22 @@ class Judging:
             return bits_per_byte(source, tokenizer, self.text, sequence_length=length, device=device)
 
 
+@dataclass(frozen=True)
+class JudgedReport:
+    """Reports what was `told` of a surgery before its result is written, and its bits per byte afterwards."""
+
+    told: tuple[list[tuple[str, str]], dict[str, Any]]
+    judging: Judging | None
+
+    def preview(self) -> tuple[list[tuple[str, str]], dict[str, Any]]:
+        """Return what is known of the result, as rows for people and as entries for JSON."""
+        return self.told
+
+    def after(self, output: Path) -> tuple[list[tuple[str, str]], dict[str, Any]]:
+        """Return the bits per byte, measured once the result is there; nothing without a text."""
+        return ([], {}) if self.judging is None else self.judging.after(output)
+
+
 def judged_by(begun: Surgery, options: Any, tokenizer: "PreTrainedTokenizerBase | None" = None) -> Judging | None:
     """Return what measures a model and its result; None where no text is given, or the model is itself a plan."""
     if not options.eval_data:

@@ -285,8 +285,3 @@ def _method(options: TransplantOptions, helper: Source | None, found: Match) -> 
         return "subword"
     width = read_anatomy(spec_of(helper)).spec.tensors[embedding_of(helper)].shape[1]
     return "ridge" if len(found.by_bytes) >= 2 * width else "subword"  # a map of fewer anchors fits them all
-
-
-def report(surgery: Transplanting, output: Path) -> tuple[list[tuple[str, str]], dict[str, Any]]:
-    """Return the bits per byte before and after, once the result is there."""
-    return ([], {}) if surgery.judging is None else surgery.judging.after(output)

@@ -4,7 +4,6 @@ import os
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from surgeon import text
@@ -345,8 +344,3 @@ def _written_again(
     judged = options.eval_data or options.data
     texts = list(texts_of(judged, before, most=COMPARED, columns=options.columns))
     return round_trip(texts, before, after, numbers, size_of)
-
-
-def report(trimming: Trimming, output: Path) -> tuple[list[tuple[str, str]], dict[str, Any]]:
-    """Return the bits per byte before and after, once the result is there."""
-    return ([], {}) if trimming.judging is None else trimming.judging.after(output)
