@@ -26,6 +26,7 @@ from surgeon.plan.planned import PlannedSource
 from surgeon.search.figures import Figures
 from surgeon.surgery import open_model
 from surgeon.transforms.prune import prune, pruned_sizes
+from surgeon.transforms.scores import CONTRIBUTION
 from surgeon.verbs.compensating import Texts, compensated
 
 BLOCKS = {
@@ -111,9 +112,9 @@ def main() -> None:
 
 
 def widths(begun, fits: dict[str, Tensor], judged: Tensor, other: Tensor, whole: list[float]) -> None:
-    """Print the rows of cuts in width, chosen by activation on the rows of the fit."""
+    """Print the rows of cuts in width, chosen by what they add on the rows of the fit."""
     for how, rows in fits.items():
-        values = score(begun.source, rows, ScoreRequest(widths=("activation",))).widths["activation"]
+        values = score(begun.source, rows, ScoreRequest(widths=(CONTRIBUTION,))).widths[CONTRIBUTION]
         for name, sizes in WIDTHS.items():
             plan = prune(begun.anatomy, sizes=pruned_sizes(begun.anatomy, sizes), values=values)
             bare = PlannedSource(begun.source, begun.plan.then(plan))

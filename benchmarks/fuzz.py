@@ -181,7 +181,7 @@ def scores() -> tuple[Target, Iterator[bytes]]:
 
     matrix = [[None if end <= start else 0.5 for end in range(3)] for start in range(2)]
     layers = {"angular": matrix, "magnitude": [1, 2.5]}
-    widths = {"activation": {"ffn": [[1.0, 2], [3, 4]], "hidden": [1, 2]}}
+    widths = {"contribution": {"ffn": [[1.0, 2], [3, 4]], "hidden": [1, 2]}}
     whole = Scores(
         {"fingerprint": "x"}, 2, {"sha256": "y"}, 8, 0, {"tokens": "last"}, layers, widths, {"order": [1]}, 2.5
     )

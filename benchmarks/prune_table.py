@@ -18,7 +18,8 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 DROPPED = (12, 8, 4)  # layers: a tenth, a fifth and three tenths of SmolLM2-135M
 CALIBRATION = ("--samples", "32", "--sequence-length", "256")
-SEARCH = ("--evaluations", "24")  # on as many rows as a scored cut is fitted to
+SEARCH = ("--evaluations", "16")  # on as many rows as a scored cut is fitted to
+GREEDY = ("--samples", "8")  # a pass for each layer that is left, again after each that goes
 PEERS = ("soup", "optipfair-depth", "optipfair-width")  # where prune_peers.py has made them
 HEALING = (
     "--max-steps",
@@ -75,6 +76,7 @@ def made(given: argparse.Namespace, dropped: int) -> dict[str, Path]:
         "block-influence": ("--score", "block-influence", *layers),
         "greedy": ("--score", "perplexity", "--greedy", *layers),
         "width": ("--intermediate-size", str(narrow)),
+        "width-activation": ("--intermediate-size", str(narrow), "--width-score", "activation"),
         "depth": ("--target-parameters", str(target), "--over", "layers,halves", *shared, *SEARCH),
         "search": ("--target-parameters", str(target), *shared, *SEARCH),
     }
@@ -90,8 +92,8 @@ def made(given: argparse.Namespace, dropped: int) -> dict[str, Path]:
             if not (directory / "config.json").exists():
                 how = (repair, *texts, *CALIBRATION, "--no-evaluate", *words)
                 known = next(iter(sorted(given.work.glob("*-greedy/scores.json"))), None)
-                if known is not None and name == "greedy":  # the order of the deepest cut has those of all others
-                    how = (*how, "--scores-from", str(known))
+                if name == "greedy":  # the order of the deepest cut has those of all others
+                    how = (*how, *GREEDY) if known is None else (*how, "--scores-from", str(known))
                 run("prune", given.model, *how, "-o", directory, "--json")
             cuts[method] = directory
     for name in PEERS:

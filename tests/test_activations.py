@@ -1,4 +1,4 @@
-"""The importance of neurons, heads and channels is Minitron's, of what hooks on the plain model see."""
+"""The importance of neurons, heads and channels is that of the formulas, of what hooks on the plain model see."""
 
 import pytest
 import toys
@@ -34,8 +34,8 @@ PARTS = {
 GROUPED = ("llama", "qwen3", "phi3", "gemma2", "olmo2")  # 2 key-value heads of 4 heads; the others have 8 of 1
 
 
-def importance(directory, ids, real=None):
-    found = score_states(stream(directory), ids, real=real, widths=True)[1]
+def importance(directory, ids, real=None, *, by="activation"):
+    found = score_states(stream(directory), ids, real=real, widths=[by])[1][by]
     return {axis: torch.tensor(values, dtype=torch.float64) for axis, values in found.items()}
 
 
@@ -72,6 +72,46 @@ def by_hooks(directory, name, ids, real=None):
     }
 
 
+def contributions(directory, name, ids, real):
+    """Return how far each layer's MLP and attention output moves when one neuron or head is silent.
+
+    The states are those of the streamed pass, the distances in float64. A root of the mean over each sample's own
+    tokens of the squared distance, and over samples of the sum.
+    """
+    model = plain(directory)
+    moved, handles = {}, []
+
+    def note(key, part, inputs):
+        kv_heads, group = (2, 4) if name in GROUPED else (8, 1)
+        size = inputs.shape[-1] // (kv_heads * group) if key[1] == "heads" else 1
+        whole = part(inputs)
+        for number in range(inputs.shape[-1] // size):
+            silent = inputs.clone()
+            silent[..., number * size : (number + 1) * size] = 0
+            distance = (whole - part(silent)).view(*ids.shape, -1).square().sum(-1)
+            means = [row[mask].mean() for row, mask in zip(distance, real, strict=True)]
+            moved.setdefault(key, []).append(torch.stack(means).sum())
+
+    neurons, heads, _ = PARTS[name]
+    for index, layer in enumerate(toys.stacks(model)[0]):
+        for axis, rest in (("ffn", neurons), ("heads", heads)):
+            part = layer.get_submodule(rest)
+            handles.append((part, (index, axis)))
+    inputs = {}
+    hooks = [
+        part.register_forward_pre_hook(lambda _, args, key=key: inputs.update({key: args[0]})) for part, key in handles
+    ]
+    with torch.no_grad():
+        model(ids, use_cache=False, attention_mask=real.long())
+        for hook in hooks:
+            hook.remove()
+        model.double()
+        for part, key in handles:
+            note(key, part, inputs[key].double())
+    found = {axis: torch.stack([torch.stack(moved[index, axis]) for index in range(6)]) for axis in ("ffn", "heads")}
+    return {axis: squares.sqrt() for axis, squares in found.items()}
+
+
 def assert_same(found, expected):
     assert set(found) == set(expected)
     for axis, values in expected.items():
@@ -97,6 +137,22 @@ def test_padding_is_not_counted(name, toy):
     assert_same(found, by_hooks(toy(name), name, rows, real))
     wrong = by_hooks(toy(name), name, rows)
     assert all((found[axis] - wrong[axis]).abs().max() > 1e-2 * wrong[axis].max() for axis in found)
+
+
+@pytest.mark.parametrize("name", PARTS)
+def test_a_contribution_is_how_far_the_output_moves_when_a_neuron_or_a_head_is_silent(name, toy):
+    """Of post-norm families the distance is taken in front of the norm, which scales it alike for all of a layer."""
+    rows, real = padded(tokens(3, 14), LENGTHS, left=False)
+    if name not in ("llama", "gpt2", "opt"):  # a plain model's padding may overflow
+        rows, real = rows[:, : LENGTHS[-1]], real[:, : LENGTHS[-1]]
+
+    found = importance(toy(name), rows, real, by="contribution")
+
+    expected = contributions(toy(name), name, rows, real)
+    torch.testing.assert_close(found["ffn"], expected["ffn"], **CLOSE)
+    torch.testing.assert_close(found["heads"].flatten(1), expected["heads"], **CLOSE)
+    torch.testing.assert_close(found["kv_heads"], found["heads"].square().sum(-1).sqrt(), **CLOSE)
+    torch.testing.assert_close(found["hidden"], importance(toy(name), rows, real)["hidden"], **CLOSE)
 
 
 def test_padding_on_the_left_is_not_counted(toy):

@@ -22,7 +22,7 @@ from surgeon.errors import DataError, MeasureError, PlanError
 from surgeon.measure.record import Scores, read_scores
 from surgeon.surgery import open_model, open_source
 from surgeon.transforms.choose import choose_layers
-from surgeon.transforms.scores import WIDTHS
+from surgeon.transforms.scores import METHODS, WIDTHS
 from surgeon.transforms.uniform import uniform
 
 if LATER:
@@ -57,7 +57,7 @@ def record(directory, path, *, layers=BY_HAND, widths=None, **options):
             tokens=0,
             seed=0,
             layers=dict(layers),
-            widths={} if widths is None else {"activation": widths},
+            widths=widths or {},
             **options,
         ).to_bytes()
     )
@@ -426,7 +426,7 @@ def test_scores_that_are_not_in_the_record_are_refused(toy, tmp_path):
         surgeon.prune(toy("llama"), score="perplexity", layers=4, scores_from=scores)
     with pytest.raises(PlanError, match="hold no greedy order"):
         surgeon.prune(toy("llama"), score="perplexity", greedy=True, layers=4, scores_from=scores)
-    with pytest.raises(PlanError, match="no activation scores of ffn"):
+    with pytest.raises(PlanError, match="no contribution scores of ffn"):
         surgeon.prune(toy("llama"), layers=4, intermediate_size=40, scores_from=scores)
     with pytest.raises(MeasureError, match="cannot read"):
         surgeon.prune(toy("llama"), layers=4, scores_from=tmp_path / "none")
@@ -578,9 +578,10 @@ def options_for(sizes):
 @pytest.mark.parametrize("name", toys.TABLED)
 def test_a_cut_in_width_and_depth_loads_whole_with_the_sizes_asked_for(name, criterion, toy, tmp_path):
     sizes = sizes_for(name)
-    options = {"score": "block-influence" if criterion == "activation" else criterion, "protect": (0, 0)}
-    if criterion == "activation":
-        widths = width_scores(open_model(toy(name)).anatomy)
+    options = {"score": criterion if criterion in METHODS else "block-influence", "protect": (0, 0)}
+    if WIDTHS[criterion].input == "text":
+        options["width_score"] = criterion
+        widths = {criterion: width_scores(open_model(toy(name)).anatomy)}
         options["scores_from"] = record(toy(name), tmp_path / "scores.json", widths=widths)
 
     surgery = surgeon.prune(toy(name), layers=5, **options_for(sizes), **options)
@@ -604,10 +605,10 @@ def rows_of_heads(kept):
     return [(4 * kv + head) * 10 + dim for kv, heads in kept.items() for head in heads for dim in range(10)]
 
 
-def test_the_most_active_stay_in_each_layer_in_each_group_and_once_for_the_residual_stream(toy, tmp_path):
+def test_what_adds_most_stays_in_each_layer_in_each_group_and_once_for_the_residual_stream(toy, tmp_path):
     """With layers 1 and 2 gone, layer 1 of the result keeps what the scores of layer 3 say."""
     scores = width_scores(open_model(toy("llama")).anatomy)
-    path = record(toy("llama"), tmp_path / "scores.json", widths=scores)
+    path = record(toy("llama"), tmp_path / "scores.json", widths={"contribution": scores})
 
     surgeon.prune(
         toy("llama"), layers=4, hidden_size=40, intermediate_size=37, attention_heads=4, scores_from=path
@@ -634,7 +635,7 @@ def test_the_most_active_stay_in_each_layer_in_each_group_and_once_for_the_resid
 
 def test_whole_groups_go_with_their_key_value_heads(toy, tmp_path):
     scores = width_scores(open_model(toy("llama")).anatomy)
-    path = record(toy("llama"), tmp_path / "scores.json", widths=scores)
+    path = record(toy("llama"), tmp_path / "scores.json", widths={"contribution": scores})
 
     surgeon.prune(toy("llama"), layers=4, key_value_heads=1, scores_from=path).save(tmp_path / "cut")
 
@@ -651,7 +652,7 @@ def test_whole_groups_go_with_their_key_value_heads(toy, tmp_path):
 @pytest.mark.parametrize("name", ["mixtral", "qwen3_moe-sparse-step", "gpt_oss"])
 def test_the_experts_that_add_most_stay_with_their_rows_of_the_router(name, toy, tmp_path):
     scores = width_scores(open_model(toy(name)).anatomy)
-    path = record(toy(name), tmp_path / "scores.json", widths=scores)
+    path = record(toy(name), tmp_path / "scores.json", widths={"contribution": scores})
 
     surgeon.prune(toy(name), layers=4, experts=5, scores_from=path).save(tmp_path / "cut")
 
@@ -680,17 +681,21 @@ def test_the_experts_that_add_most_stay_with_their_rows_of_the_router(name, toy,
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "qwen3_moe"])
-def test_activations_on_a_text_decide_the_width(name, speaking, text, tmp_path):
+@pytest.mark.parametrize("ranking", [None, "activation"])
+def test_what_adds_most_or_is_most_active_on_a_text_decides_the_width(ranking, name, speaking, text, tmp_path):
     sizes = sizes_for(name) | {"hidden": 80 if name == "gpt2" else 40}
     sizes |= {"heads": 8, "kv_heads": 8} if name == "gpt2" else {}
 
-    surgery = surgeon.prune(speaking(name), layers=5, data=[text], **TEXT, **options_for(sizes))
+    options = {"width_score": ranking, **options_for(sizes)}
+    surgery = surgeon.prune(speaking(name), layers=5, data=[text], **TEXT, **options)
     surgery.save(tmp_path / "cut")
 
-    found = read_scores(tmp_path / "cut/scores.json").widths["activation"]
+    widths = read_scores(tmp_path / "cut/scores.json").widths
+    found = widths[ranking or "contribution"]
+    assert len(widths) == 1
     anatomy = open_model(tmp_path / "cut").anatomy
     assert {axis: anatomy.sizes[axis] for axis in sizes} == sizes
-    again = surgeon.prune(speaking(name), layers=5, scores_from=tmp_path / "cut", **options_for(sizes))
+    again = surgeon.prune(speaking(name), layers=5, scores_from=tmp_path / "cut", **options)
     again.save(tmp_path / "again")
     assert (tmp_path / "cut/model.safetensors").read_bytes() == (tmp_path / "again/model.safetensors").read_bytes()
     assert ("experts" in found) == (name == "qwen3_moe")
@@ -946,10 +951,10 @@ def test_what_a_criterion_cannot_choose_is_refused_before_a_text_is_looked_for(s
 
     with pytest.raises(PlanError, match="heads keep their size of 20"):
         surgeon.prune(tmp_path / "big", like=small, data=nowhere)
-    with pytest.raises(PlanError, match="the neurons of experts have no activation scores") as caught:
+    with pytest.raises(PlanError, match="the neurons of experts are not ranked by contribution") as caught:
         surgeon.prune(toy("mixtral"), intermediate_size=40, data=nowhere)
-    assert "--score magnitude" in caught.value.hint
-    assert surgeon.prune(toy("mixtral"), score="magnitude", intermediate_size=40).anatomy.sizes["ffn"] == 40
+    assert "--width-score magnitude" in caught.value.hint
+    assert surgeon.prune(toy("mixtral"), width_score="magnitude", intermediate_size=40).anatomy.sizes["ffn"] == 40
 
 
 @pytest.mark.parametrize(("layers", "heavy"), [(6, False), (5, False), (4, True), (2, True)])

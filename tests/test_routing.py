@@ -21,7 +21,9 @@ MIXTURES = ("mixtral", "qwen3_moe", "gpt_oss", "qwen2_moe", "phimoe", "granitemo
 
 
 def importance(directory, ids, real=None):
-    return torch.tensor(score_states(stream(directory), ids, real=real, widths=True)[1]["experts"])
+    return torch.tensor(
+        score_states(stream(directory), ids, real=real, widths=["contribution"])[1]["contribution"]["experts"]
+    )
 
 
 def stored_experts(directory, layer):

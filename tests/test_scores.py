@@ -236,7 +236,7 @@ def test_every_score_of_a_model_is_recorded_and_read_back(toy, tmp_path):
         tokens(),
         ScoreRequest(
             layers={"angular", "perplexity", "taylor", "magnitude"},
-            widths={"activation", "magnitude"},
+            widths={"activation", "contribution", "magnitude"},
             evaluate=True,
             seed=3,
         ),
@@ -252,6 +252,7 @@ def test_every_score_of_a_model_is_recorded_and_read_back(toy, tmp_path):
     }
     assert {criterion: set(axes) for criterion, axes in scores.widths.items()} == {
         "activation": {"hidden", "heads", "kv_heads", "experts"},
+        "contribution": {"hidden", "heads", "kv_heads", "experts"},
         "magnitude": {"hidden", "heads", "kv_heads", "experts", "ffn"},
     }
     assert torch.tensor(scores.widths["activation"]["heads"]).shape == (6, 2, 4)

@@ -1,8 +1,12 @@
-"""The importance of neurons, heads and channels by their activations on a text.
+"""The importance of neurons, heads and channels on a text: by their activations, and by what they add to the state.
 
-Source: Muralidharan et al. 2024 (Minitron), arXiv:2407.14679, section 2.2: |activation| averaged over a sample's
+By activation: Muralidharan et al. 2024 (Minitron), arXiv:2407.14679, section 2.2: |activation| averaged over a sample's
 tokens, then the L2 norm over samples. A neuron is seen where the down projection reads it, a head where the output
 projection does, a channel of the residual stream after the norms before attention and MLP.
+
+By contribution: the size of what goes from the state when one neuron or head goes: the root of the mean over tokens of
+|W_i a_i|², with a_i its activations and W_i the part of the projection that reads them. For one neuron that is its
+activation's RMS times the norm of its column: Wanda's product (Sun et al. 2023, arXiv:2306.11695), of whole columns.
 """
 
 from collections.abc import Callable, Iterator
@@ -35,7 +39,7 @@ class Watcher:
 
 
 class Activations(Watcher):
-    """Sums the squares of mean activations, in float32, over the samples of a text."""
+    """Sums mean activations and contributions, squared, in float32, over the samples of a text."""
 
     def __init__(self, anatomy: Anatomy) -> None:
         family = anatomy.require_family(partial=True)
@@ -49,13 +53,16 @@ class Activations(Watcher):
         sizes, depth = anatomy.sizes, anatomy.depth
         self._ffn = torch.zeros(depth, sizes["ffn"])
         self._heads = torch.zeros(depth, sizes["heads"])
+        self._added = {"ffn": torch.zeros_like(self._ffn), "heads": torch.zeros_like(self._heads)}
         self._hidden = torch.zeros(depth, len(self._norms), sizes["hidden"])
 
     @contextmanager
     def watch(self, layer: int, module: nn.Module) -> Iterator[None]:
         """Return a context in which the inputs and outputs of a layer's parts are counted."""
         handles = [
-            part.register_forward_pre_hook(self._reads(layer, axis)) for part, axis in self._readers(layer, module)
+            part.register_forward_pre_hook(hook)
+            for part, axis, is_transposed in self._readers(layer, module)
+            for hook in (self._reads(layer, axis), self._adds(layer, axis, part, is_transposed=is_transposed))
         ]
         for number, rest in enumerate(self._norms):
             if norm := _submodule(module, rest):
@@ -69,24 +76,35 @@ class Activations(Watcher):
     def add_up(self, of_all: Callable[[Tensor], Tensor]) -> None:
         """Make the sums those of all processes."""
         self._ffn, self._heads, self._hidden = of_all(self._ffn), of_all(self._heads), of_all(self._hidden)
+        self._added = {axis: of_all(sums) for axis, sums in self._added.items()}
 
     def result(self) -> dict[str, Tensor]:
-        """Return "hidden" (D,), "ffn" (L, F), "heads" (L, kv_heads, group), "kv_heads" (L, kv_heads).
+        """Return "hidden" (D,), "ffn" (L, F), "heads" (L, kv_heads, group), "kv_heads" (L, kv_heads), by activation.
 
         Axes that were never seen are left out: where all MLPs are experts there are no neurons in common.
         """
+        return self._importance(self._ffn, self._heads)
+
+    def contributions(self) -> dict[str, Tensor]:
+        """Return what `result` does, by contribution; a channel adds nothing by itself: "hidden" is by activation."""
+        return self._importance(self._added["ffn"], self._added["heads"])
+
+    def _importance(self, ffn: Tensor, heads: Tensor) -> dict[str, Tensor]:
         sizes = self._anatomy.sizes
-        heads = self._heads.view(-1, sizes["kv_heads"], sizes["group"])
+        heads = heads.view(-1, sizes["kv_heads"], sizes["group"])
         importance = {
             "hidden": self._hidden.sqrt().sum((0, 1)),
-            "ffn": self._ffn.sqrt(),
+            "ffn": ffn.sqrt(),
             "heads": heads.sqrt(),
             "kv_heads": heads.sum(-1).sqrt(),
         }
         return {axis: scores.double() for axis, scores in importance.items() if bool(scores.any())}
 
-    def _readers(self, layer: int, module: nn.Module) -> Iterator[tuple[nn.Module, str]]:
-        """Yield the modules that read neurons or heads, by the table's rows of this layer's tensors."""
+    def _readers(self, layer: int, module: nn.Module) -> Iterator[tuple[nn.Module, str, bool]]:
+        """Yield the modules that read neurons or heads, by the table's rows of this layer's tensors.
+
+        With each, whether its weight is stored as (in, out).
+        """
         stack = self._anatomy.stacks[0]
         for name in self._anatomy.spec.tensors:
             place = stack.locate(name)
@@ -98,7 +116,7 @@ class Activations(Watcher):
             axes = axes_of(row.axes[1 if row.kind == "linear" else 0])
             axis = "ffn" if axes == {"ffn"} else "heads" if {"group", "v_dim"} <= axes else None
             if axis and (part := _submodule(module, place[1])):
-                yield part, axis
+                yield part, axis, row.kind == "conv1d"
 
     def _reads(self, layer: int, axis: str) -> Any:
         def hook(_: nn.Module, args: tuple[Tensor, ...]) -> None:
@@ -110,6 +128,27 @@ class Activations(Watcher):
 
         return hook
 
+    def _adds(self, layer: int, axis: str, part: nn.Module, *, is_transposed: bool) -> Any:
+        """Return the hook that counts what each neuron or head adds: a head's a W W' a', by its own (dims, dims)."""
+        weight: Tensor = part.weight.detach()  # type: ignore[operator]
+        weight = weight if is_transposed else weight.T  # (in, out)
+        if axis == "ffn":
+            squared = torch.linalg.vector_norm(weight, dim=1, dtype=torch.float32).square()
+        else:
+            by_head = weight.float().view(self._heads.shape[1], -1, weight.shape[1])
+            squared = by_head @ by_head.mT
+
+        def hook(_: nn.Module, args: tuple[Tensor, ...]) -> None:
+            states = args[0].detach().float()
+            if axis == "ffn":
+                added = states.square() * squared
+            else:
+                of_heads = states.view(*states.shape[:-1], len(squared), -1)
+                added = (torch.einsum("...hd,hde->...he", of_heads, squared) * of_heads).sum(-1)
+            self._added[axis][layer] += self._means(added).sum(0).cpu()
+
+        return hook
+
     def _writes(self, layer: int, number: int) -> Any:
         def hook(_: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
             self._hidden[layer, number] += self._squares(output)
@@ -118,14 +157,16 @@ class Activations(Watcher):
 
     def _squares(self, states: Tensor) -> Tensor:
         """Return Σ over samples of (mean over tokens of |x|)², shape (F,)."""
+        return self._means(states.detach().abs().float()).square().sum(0).cpu()
+
+    def _means(self, values: Tensor) -> Tensor:
+        """Return the mean over each sample's tokens, padding left out, shape (B, F)."""
         batch = self.batch
         assert batch is not None, "a layer runs on a batch"
-        sizes = states.detach().abs().float().view(*batch.tokens.shape, -1)
+        values = values.view(*batch.tokens.shape, -1)
         if batch.real is None:
-            mean = sizes.mean(1)
-        else:
-            mean = (sizes * batch.real[..., None]).sum(1) / batch.real.sum(1, keepdim=True)
-        return mean.square().sum(0).cpu()
+            return values.mean(1)
+        return (values * batch.real[..., None]).sum(1) / batch.real.sum(1, keepdim=True)
 
 
 def _submodule(module: nn.Module, rest: str) -> nn.Module | None:

@@ -27,7 +27,7 @@ class Scores(Shown):
 
     `layers` maps each score to one number per layer, or to a matrix where its row in METHODS says so. That of
     "angular": entry [s][e] is the distance in units of π between the states before layer s and before layer e, None
-    where e <= s. `widths` maps "activation" and "magnitude" to nested lists by axis, as `surgeon.measure.activations`
+    where e <= s. `widths` maps rankings of WIDTHS to nested lists by axis, as `surgeon.measure.activations`
     and `magnitude` return them. `greedy` is the order in which layers go, with the perplexity after each. `loss` is
     that of the whole model on the text, in nats per token.
     """

@@ -108,16 +108,16 @@ def score_states(
     *,
     real: Tensor | None = None,
     all_tokens: bool = False,
-    widths: bool = False,
+    widths: Collection[str] = (),
     evaluate: bool = False,
     progress: Progress | None = None,
-) -> tuple[dict[str, list[Any]], dict[str, Any], float | None]:
-    """Return all scores of layers that share one pass, and with `widths` the importance of each axis's positions.
+) -> tuple[dict[str, list[Any]], dict[str, dict[str, Any]], float | None]:
+    """Return all scores of layers that share one pass, and by each ranking of `widths` that of each axis's positions.
 
     With `evaluate` the mean next-token loss too, which costs the head. `real` is False for padding.
     """
     observers = _observers(model.depth, all_tokens=all_tokens)
-    watchers = _watchers(model.anatomy) if widths else []
+    watchers = _watchers(model.anatomy) if (widths := [name for name in widths if WIDTHS[name].input == "text"]) else []
     loss = FinalLoss(model) if evaluate else None
     looking_on = [*observers.values(), *([] if loss is None else [loss])]
     observe(model, tokens, looking_on, watchers=watchers, real=real, progress=progress)
@@ -126,7 +126,7 @@ def score_states(
         for name, method in METHODS.items()
         if method.observer
     }
-    importance = {axis: values.tolist() for watcher in watchers for axis, values in watcher.result().items()}
+    importance = {name: _importance(watchers, name) for name in widths}
     return layers, importance, None if loss is None else loss.result()
 
 
@@ -137,6 +137,15 @@ def _observers(depth: int, *, all_tokens: bool) -> dict[str, Observer]:
         for method in METHODS.values()
         if method.observer
     }
+
+
+def _importance(watchers: Sequence[Watcher], name: str) -> dict[str, Any]:
+    """Return the importance of each axis's positions by one ranking; experts have one for all."""
+    results = [
+        watcher.contributions() if name == "contribution" and isinstance(watcher, Activations) else watcher.result()
+        for watcher in watchers
+    ]
+    return {axis: values.tolist() for found in results for axis, values in found.items()}
 
 
 def _watchers(anatomy: Anatomy) -> list[Watcher]:
@@ -208,11 +217,11 @@ def score(
             model,
             tokens,
             all_tokens=request.all_tokens,
-            widths=any(WIDTHS[name] == "text" for name in request.widths),
+            widths=request.widths,
             evaluate=request.evaluate and predicts_next(source),
             progress=(meter or announced)("scoring", tokens.numel(), model.depth),
         )
-        widths |= {"activation": importance} if importance else {}
+        widths |= {name: axes for name, axes in importance.items() if axes}
         own_passes, order = _scores_by_own_pass(model, tokens, request, meter or announced)
         layers |= own_passes
     of_weights = {name: method.weights for name, method in METHODS.items() if name in request.layers and method.weights}

@@ -18,6 +18,7 @@ from surgeon.search.budget import full_sizes, pairing_of
 from surgeon.search.cuts import Candidate, Widths
 from surgeon.search.figures import Figures
 from surgeon.transforms.prune import prune
+from surgeon.transforms.scores import CONTRIBUTION
 
 MOST_REFERENCES = 2  # stages whose whole model's states are kept
 MOST_FINISHED = 4  # results of narrower cuts that are kept
@@ -26,10 +27,10 @@ MOST_FINISHED = 4  # results of narrower cuts that are kept
 class Trials:
     """Measures cuts of a source. `rows` are tokens, shape (R, T), by stage.
 
-    `values` are the importances of positions that decide what a narrower cut keeps. With `fit`, rows of a text of their
-    own, every cut is repaired before it is measured, but in the stages that are `bare`. Cuts of the whole width are
-    repaired in front of their seams, within the tree; a narrower one has to be repaired in every layer, so `finish`
-    returns its result as a source.
+    `values` are the importances of positions by `criterion`: they decide what a narrower cut keeps. With `fit`, rows of
+    a text of their own, every cut is repaired before it is measured, but in the stages that are `bare`. Cuts of the
+    whole width are repaired in front of their seams, within the tree; a narrower one has to be repaired in every layer,
+    so `finish` returns its result as a source.
     """
 
     def __init__(
@@ -41,12 +42,13 @@ class Trials:
         device: str,
         halves: bool,
         values: Mapping[str, Any] | None = None,
+        criterion: str = CONTRIBUTION,
         fit: Rows | None = None,
         finish: Callable[[Candidate], Source] | None = None,
         bare: Sequence[str] = (),
     ) -> None:
         self._source, self._anatomy, self._rows = source, anatomy, rows
-        self._device, self._halves, self._values = device, halves, values
+        self._device, self._halves, self._values, self._criterion = device, halves, values, criterion
         self._fit, self._bare = fit, frozenset(bare)
         self._fitting: Fitting | None = None
         self._finish, self._finished = finish, dict[Candidate, Source]()
@@ -82,7 +84,8 @@ class Trials:
             return whole.measure(pairings, repair=None if is_bare else self._repair())
         if not is_bare:
             return [self._of_result(stage, each) for each in cuts]
-        plan = prune(self._anatomy, sizes=full_sizes(self._anatomy, widths), values=self._values)
+        sizes = full_sizes(self._anatomy, widths)
+        plan = prune(self._anatomy, sizes=sizes, criterion=self._criterion, values=self._values)
         return self._against(stage, PlannedSource(self._source, plan), pairings)
 
     def _of_result(self, stage: str, cut: Candidate) -> Figures:

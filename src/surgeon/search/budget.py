@@ -15,6 +15,7 @@ from surgeon.plan.plan import Plan
 from surgeon.search.cuts import Candidate, Space, Widths, kept_halves
 from surgeon.transforms.choose import check_criterion
 from surgeon.transforms.prune import prune, pruned_sizes
+from surgeon.transforms.scores import CONTRIBUTION
 from surgeon.transforms.seams import find_sites
 
 # What --over names, and the axes of each.
@@ -360,7 +361,7 @@ def _is_legal(anatomy: Anatomy, widths: Widths) -> bool:
     try:
         sizes = full_sizes(anatomy, widths)
         if sizes is not None:
-            check_criterion(anatomy, sizes, "activation")
+            check_criterion(anatomy, sizes, CONTRIBUTION)
         prune(anatomy, sizes=sizes, criterion="uniform")
     except PlanError:
         return False

@@ -14,7 +14,7 @@ from surgeon.anatomy.families import Row
 from surgeon.anatomy.halves import ATTENTION, MLP, Half, Pairing
 from surgeon.errors import PlanError
 from surgeon.transforms.narrow import Kept, layers_with
-from surgeon.transforms.scores import METHODS
+from surgeon.transforms.scores import METHODS, WIDTHS
 from surgeon.transforms.uniform import uniform, uniform_head_dim
 
 _NAMES: dict[Half, str] = {ATTENTION: "attention", MLP: "MLP"}
@@ -288,10 +288,10 @@ def check_criterion(anatomy: Anatomy, sizes: Mapping[str, int], criterion: str) 
     shrinking = {axis for axis in ("ffn", "expert_ffn") if axis in old and sizes.get(axis, old[axis]) != old[axis]}
     rows = {id(row): row for name, (row, _) in anatomy.rows.items() if _is_of_expert(name, row)}
     inside = {axis for row in rows.values() for dim in row.axes for axis in axes_of(dim)}
-    if criterion == "activation" and shrinking & inside:
+    if WIDTHS[criterion].input == "text" and shrinking & inside:
         raise PlanError(
-            "the neurons of experts have no activation scores",
-            hint="Keep fewer experts: --experts; or --score magnitude.",
+            f"the neurons of experts are not ranked by {criterion}",
+            hint="Keep fewer experts: --experts; or --width-score magnitude.",
         )
 
 

@@ -20,7 +20,7 @@ from surgeon.transforms.choose import (
 )
 from surgeon.transforms.layers import keep_halves, planned, resolve_depth
 from surgeon.transforms.narrow import narrow
-from surgeon.transforms.scores import METHODS, WIDTHS, Method
+from surgeon.transforms.scores import CONTRIBUTION, METHODS, WIDTHS, Method
 from surgeon.transforms.widths import check_experts_size, derived_ffn
 
 AXES = ("hidden", "ffn", "heads", "kv_heads", "head_dim")
@@ -32,7 +32,7 @@ def prune(
     dropped: Sequence[int] = (),
     pairing: Pairing | None = None,
     sizes: Mapping[str, int] | None = None,
-    criterion: str = "activation",
+    criterion: str = CONTRIBUTION,
     values: Mapping[str, Any] | None = None,
     seed: int = 0,
 ) -> Plan:
@@ -217,6 +217,8 @@ def sizes_like(anatomy: Anatomy, small: Anatomy, name: str) -> tuple[dict[str, i
 class Cut:
     """How much goes, and by which score: `count` layers (None: a budget decides), and widths down to `sizes`.
 
+    `width_score` ranks positions in width, None for the ranking that goes with the score.
+
     `protect` is how many first and last layers stay; layers that are `named` go, whatever the score, and halves of
     others where a `pairing` says which stay. `sizes` is None where no width changes. Of a model whose kinds of layers
     repeat after `period` layers, whole periods go; with 1, any layers.
@@ -230,6 +232,7 @@ class Cut:
     protect: tuple[int, int]
     seed: int
     period: int = 1
+    width_score: str | None = None
     named: tuple[int, ...] | None = None
     pairing: Pairing | None = None
 
@@ -249,7 +252,7 @@ class Cut:
     @property
     def criterion(self) -> str:
         """The ranking of positions in width, by its name in WIDTHS."""
-        return self.method.width
+        return self.width_score or self.method.width
 
     @cached_property
     def ranks_layers(self) -> bool:
@@ -261,7 +264,7 @@ class Cut:
         """Whether scores of neurons, heads, channels or experts are needed."""
         old = self.anatomy.sizes
         narrows = self.sizes is not None and any(size != old[axis] for axis, size in self.sizes.items())
-        return narrows and WIDTHS[self.criterion] != "nothing"
+        return narrows and WIDTHS[self.criterion].input != "nothing"
 
     @property
     def needs_scores(self) -> bool:
@@ -272,7 +275,7 @@ class Cut:
     def reads_text(self) -> bool:
         """Whether the scores that are needed are taken on a text."""
         of_text = self.ranks_layers and not self.method.weights
-        return of_text or (self.ranks_widths and WIDTHS[self.criterion] == "text")
+        return of_text or (self.ranks_widths and WIDTHS[self.criterion].input == "text")
 
     @property
     def most_removable(self) -> int:

@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
+CONTRIBUTION = "contribution"  # the ranking of positions in width where none is named
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Greedy:
@@ -49,7 +51,7 @@ class Method:
     block: bool = False
     protect: tuple[int, int] = (0, 0)
     chosen: Literal["lowest", "deepest", "random"] = "lowest"
-    width: str = "activation"
+    width: str = CONTRIBUTION
     greedy: Greedy | None = None
 
 
@@ -96,10 +98,18 @@ METHODS: Mapping[str, Method] = {
 }
 
 
-# The rankings of positions in width (neurons, heads, channels, experts), and the input of each.
-WIDTHS: Mapping[str, Literal["text", "weights", "nothing"]] = {
-    "activation": "text",
-    "magnitude": "weights",
-    "uniform": "nothing",
-    "random": "nothing",
+@dataclass(frozen=True, slots=True)
+class Ranking:
+    """How positions in width (neurons, heads, channels, experts) are ranked, and from what; `help` is a few words."""
+
+    input: Literal["text", "weights", "nothing"]
+    help: str
+
+
+WIDTHS: Mapping[str, Ranking] = {
+    CONTRIBUTION: Ranking("text", "activation times weight: what it adds"),
+    "activation": Ranking("text", "mean |activation|, Minitron's"),
+    "magnitude": Ranking("weights", "sum of |weight|"),
+    "uniform": Ranking("nothing", "evenly spaced"),
+    "random": Ranking("nothing", "drawn from the seed"),
 }

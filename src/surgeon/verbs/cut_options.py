@@ -25,11 +25,13 @@ from surgeon.options import (
 )
 from surgeon.progress import Progress
 from surgeon.transforms.layers import check_depth
-from surgeon.transforms.scores import METHODS
+from surgeon.transforms.scores import CONTRIBUTION, METHODS
+from surgeon.transforms.scores import WIDTHS as RANKINGS
 from surgeon.verbs.search_options import SEARCH, SearchOptions, TargetOptions
 
 _UNCHANGED = "Default: unchanged."
 _SCORES = ", ".join(f"{name} ({method.help})" for name, method in METHODS.items())
+_RANKINGS = ", ".join(f"{name} ({ranking.help})" for name, ranking in RANKINGS.items())
 _BLOCK = ", ".join(name for name, method in METHODS.items() if method.block)
 _GREEDY = " or ".join(name for name, method in METHODS.items() if method.greedy)
 _TOKENS = " or ".join(name for name, method in METHODS.items() if method.token_choice)
@@ -158,6 +160,13 @@ class CutOptions(TargetOptions):
         "Remove whole periods of a pattern such as 5 sliding layers, 1 full: llama.cpp counts on it.",
         False,
         group="how much goes",
+    )
+    width_score: str | None = option(
+        f"What ranks neurons, heads, channels: {_RANKINGS}. Default: {CONTRIBUTION}, or the score of that name.",
+        None,
+        metavar="SCORE",
+        choices=tuple(RANKINGS),
+        group="by which scores",
     )
     greedy: bool = option(
         f"With --score {_GREEDY}: score the model again after each removed layer (SLEB).",
@@ -308,6 +317,11 @@ class CutOptions(TargetOptions):
         is_open = self.compensate is None and self.repairs_from is None and bool(self.data)
         cuts_heads = any(given is not None for given in (self.attention_heads, self.key_value_heads, self.like))
         return is_open and not (self.dense or self.merge_experts or cuts_heads)
+
+    @property
+    def width_ranking(self) -> str:
+        """The ranking of positions in width of a search, by its name in WIDTHS."""
+        return self.width_score or CONTRIBUTION
 
     @property
     def solves(self) -> bool:

@@ -56,8 +56,8 @@ def prune(model: "str | os.PathLike[str] | Surgery", options: PruneOptions) -> P
     The depth of the result is `layers`, or a budget decides it: `target_parameters`, `target_memory`, `target_latency`.
     A budget without a `score`, or score="search", searches: cuts of layers, of halves of layers and in width are
     measured, and the best is made. Any other `score` ranks layers and, where sizes are given, positions in width: by
-    magnitude, evenly or at random with the scores of that name, else by activation (Minitron) and, for experts, by
-    REAP.
+    `width_score`, which by default is the score where it ranks positions, else by what they add to the state, and
+    experts by REAP.
 
     Scores are taken in one streamed pass over the first `samples` sequences of `data`. `scores_from` replaces the pass.
 
@@ -272,6 +272,7 @@ def _cut(anatomy: Anatomy, options: PruneOptions) -> tuple[Cut, tuple[str, ...]]
         protect=default if options.protect is None else options.protect,
         seed=options.seed,
         period=repeating_period(anatomy) if options.keep_pattern else 1,
+        width_score=options.width_score,
         named=named,
         pairing=pairing,
     )

@@ -126,12 +126,14 @@ class Task:
             columns=options.columns,
         )
         scores = self._scores(text, device)
-        values = scores.widths.get("activation") if any(self.widths) else None
+        values = scores.widths.get(options.width_ranking) if any(self.widths) else None
         texts = fitting(text)
 
         def finish(candidate: Candidate) -> Source:
             sizes, pairing = full_sizes(anatomy, candidate.widths), pairing_of(anatomy, candidate)
-            plan = planned_cut(anatomy, pairing, sizes, criterion="activation", values=values, seed=options.seed)
+            plan = planned_cut(
+                anatomy, pairing, sizes, criterion=options.width_ranking, values=values, seed=options.seed
+            )
             source, whole, _ = compensated(begun.source, begun.plan, plan, anatomy, texts, device=device)
             return PlannedSource(source, whole)
 
@@ -142,6 +144,7 @@ class Task:
             device=device,
             halves="halves" in self.over,
             values=values,
+            criterion=options.width_ranking,
             fit=texts.rows() if options.compensates else None,
             finish=finish,
             bare=(SCREEN,),
@@ -190,7 +193,7 @@ class Task:
         from surgeon.measure.scoring import ScoreRequest, score
 
         layers = (BLOCK, *SINGLE) if self.space.free else ()
-        widths = ["activation"] if any(self.widths) else []
+        widths = [self.options.width_ranking] if any(self.widths) else []
         request = ScoreRequest(layers=layers, widths=widths, device=device, seed=self.options.seed)
         return score(self.begun.source, text.fit, request, data=part_of(text, text.fit, FIT).origin)
 
@@ -201,6 +204,7 @@ class Task:
             "texts": {name: origin["sha256"] for name, origin in text.origins.items()},
             "rows": {name: list(rows.shape) for name, rows in text.rows.items()} | {"fit": list(text.fit.shape)},
             "seed": self.options.seed,
+            "width_score": self.options.width_ranking,
         }
 
     @property
@@ -215,6 +219,7 @@ class Task:
             "layers": self.budget.layers,
             "context": options.context,
             "over": list(self.over),
+            "width_score": options.width_ranking,
             "compensate": options.compensates,
             "protect": list(options.protect or (0, 0)),
             "evaluations": options.evaluations,

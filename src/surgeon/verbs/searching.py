@@ -118,7 +118,8 @@ def _made(begun: Surgery, options: PruneOptions, planned: Planned, record: Searc
     """Return the surgery of a point, with the record among its files."""
     point = record.point(options.point or 1)
     whole = Pairing.of_layers(range(begun.anatomy.depth))
-    sizes: dict[str, Any] = {AXIS_OPTIONS[axis]: size for axis, size in point.widths.items()}
+    ranking = record.request.get("width_score", "activation")  # as records say since there is a choice
+    sizes: dict[str, Any] = {"width_score": ranking} | {AXIS_OPTIONS[axis]: size for axis, size in point.widths.items()}
     changes = _plainly(begun, layers=None, score="angular", pairing=None if point.pairing == whole else point.pairing)
     step = {"score": "search", "objective": record.objective, "point": point.number, "value": point.worth.kl}
     if record.objective == "loss":
