@@ -216,6 +216,7 @@ def test_weights_may_differ_by_layer_and_part(family, tmp_path):
 
 
 def test_a_line_of_numbers_has_bends_at_equal_distances():
+    assert read_portions([0.25, 1], "weights") == read_portions(["0.25,1"], "weights")
     (portion,) = read_portions(["0:1:0.5, 2"], "weights")
 
     assert portion.lines == ((0.0, 1.0, 0.5), (2.0,))

@@ -177,7 +177,7 @@ def _without_none(hint: Any) -> Any:
 
 def _is_repeatable(hint: Any) -> bool:
     """Return whether a field holds any number of texts, so that its option may be given more than once."""
-    return hint in (tuple[str, ...], Sequence[str])
+    return hint in (tuple[str, ...], Sequence[str], Sequence[str | float])
 
 
 def command_of(module: ModuleType) -> Any:

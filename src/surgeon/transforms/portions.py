@@ -29,10 +29,15 @@ class Portion:
     lines: tuple[Line | None, ...]
 
 
-def read_portions(texts: Iterable[str], option: str) -> tuple[Portion, ...]:
-    """Return the numbers in the texts of an option. Raises OptionError for what is none."""
+def read_portions(texts: Iterable[str | float], option: str) -> tuple[Portion, ...]:
+    """Return the numbers in the texts of an option; plain numbers in their place are one for each model.
+
+    Raises OptionError for what is none.
+    """
+    given = list(texts)
+    are_numbers = bool(given) and not any(isinstance(each, str) for each in given)
     found = []
-    for text in texts:
+    for text in [",".join(map(str, given))] if are_numbers else map(str, given):
         where, equals, numbers = text.rpartition("=")
         where = where.strip()
         if equals and "*" not in where and where not in PARTS:

@@ -67,7 +67,7 @@ class MergeOptions(Checked):
         reads=True,
         group="merging",
     )
-    weights: Sequence[str] = option(
+    weights: Sequence[str | float] = option(
         "A number for each model: 0.3,0.7; from the first layer to the last: 0:1,1:0; for a part: mlp=0.3,0.7. "
         "Default: equal.",
         (),
@@ -80,7 +80,7 @@ class MergeOptions(Checked):
         metavar="NUMBER",
         group="merging",
     )
-    density: Sequence[str] = option(
+    density: Sequence[str | float] = option(
         "The part of each difference that stays in ties and dare: 0.5, or a number for each model. Default: 0.5.",
         (),
         metavar="NUMBERS",
@@ -176,7 +176,7 @@ def merge(model: "str | os.PathLike[str] | Surgery | None", options: MergeOption
 
     Raises PlanError for models that cannot be merged, and for a base that is none of theirs.
 
-        surgeon.merge("finetune-a", models=["finetune-b"], weights=["0.3,0.7"]).save("merged")
+        surgeon.merge("finetune-a", models=["finetune-b"], weights=[0.3, 0.7]).save("merged")
     """
     recipe, reads = None, reads_of(options)
     if options.from_file is not None:
@@ -305,7 +305,7 @@ def _planned(models: Sequence[Parent], base: Parent | None, options: MergeOption
     normalize = kind.normalize if options.normalize is None else options.normalize
     rule = Rule(name=name, normalize=normalize, scale=options.scale, seed=options.seed)
 
-    def portions(texts: Sequence[str], name: str, default: float) -> Portions:
+    def portions(texts: Sequence[str | float], name: str, default: float) -> Portions:
         lines = check_count(read_portions(texts, name), count, name)
         return Portions(lines, anatomy, count=count, default=default, option=name)
 
@@ -316,7 +316,7 @@ def _planned(models: Sequence[Parent], base: Parent | None, options: MergeOption
 DENSITY = 0.5  # of what stays where nothing is said: the largest half, or a random half
 
 
-def weights_of(options: MergeOptions, count: int) -> Sequence[str]:
+def weights_of(options: MergeOptions, count: int) -> Sequence[str | float]:
     """Return the texts of the weights: those of --t are of the first model what it leaves."""
     if options.t is None:
         return options.weights
