@@ -4,7 +4,8 @@
 
 Every cut of a row has the same size (the parameters that go with so many layers), is made by the command line from the
 same text, and is judged on text that no step has read: the end of the first --data, and --unseen, another domain. What
-is done is kept in DIR and not done again.
+is done is kept in DIR and not done again. `--results FILE` keeps the figures of every row of text beside it, so that
+another machine can go on: those of the docs are in results/prune_table.json.
 """
 
 import argparse
@@ -41,18 +42,21 @@ def main() -> None:
     parser.add_argument("--data", action="append", required=True, help="the first 60 % is read, the rest judged on")
     parser.add_argument("--unseen", required=True, help="a text of another domain, which no step reads")
     parser.add_argument("--work", type=Path, required=True)
+    parser.add_argument("--results", type=Path, help="read and write the figures of all cuts here")
     parser.add_argument("--dropped", type=int, nargs="*", default=DROPPED)
     parser.add_argument("--methods", nargs="*", default=None)
     parser.add_argument("--heal", nargs="*", default=(), help="the methods whose cuts are healed: angular search ...")
     parser.add_argument("--rows", type=int, default=16, help="of 256 tokens, of each text; half of them for the KL")
     given = parser.parse_args()
     given.work.mkdir(parents=True, exist_ok=True)
+    restore(given)
     for dropped in given.dropped:
         cuts = made(given, dropped)
         for name, directory in cuts.items():
             judged(given, f"{dropped}-{name}", directory)
             if name in given.heal:
                 judged(given, f"{dropped}-{name}-healed", healed(given, dropped, name, directory))
+            keep(given)
     print(table(given))
 
 
@@ -89,6 +93,9 @@ def made(given: argparse.Namespace, dropped: int) -> dict[str, Path]:
             if method in ("depth", "search"):
                 continue  # a search judges its cuts repaired
             directory = given.work / f"{dropped}-{method}"
+            last = f"{dropped}-{method}-healed" if method in given.heal else f"{dropped}-{method}"
+            if figures_file(given, last).exists():
+                continue
             if not (directory / "config.json").exists():
                 how = (repair, *texts, *CALIBRATION, "--no-evaluate", *words)
                 known = next(iter(sorted(given.work.glob("*-greedy/scores.json"))), None)
@@ -117,11 +124,32 @@ def run(*words: Any) -> None:
     (Path(words[words.index("-o") + 1]).with_suffix(".json")).write_text(done.stdout)
 
 
+def figures_file(given: argparse.Namespace, name: str) -> Path:
+    return Path(given.work / f"{name}.figures.json")
+
+
+def restore(given: argparse.Namespace) -> None:
+    """Write the figures that are in the file of results to the directory of the work."""
+    if given.results is not None and given.results.exists():
+        for name, found in json.loads(given.results.read_text()).items():
+            if not (file := figures_file(given, name)).exists():
+                file.write_text(json.dumps(found))
+
+
+def keep(given: argparse.Namespace) -> None:
+    """Write all figures to the file of results, a cut a line."""
+    if given.results is None:
+        return
+    paths = sorted(given.work.glob("*.figures.json"))
+    lines = [f'"{path.name.removesuffix(".figures.json")}": {path.read_text()}' for path in paths]
+    given.results.write_text("{\n" + ",\n".join(lines) + "\n}\n")
+
+
 def judged(given: argparse.Namespace, name: str, directory: Path) -> dict[str, Any]:
     """Return the sums of each row of both texts: loss, and KL from the whole model."""
     import surgeon
 
-    file = given.work / f"{name}.figures.json"
+    file = figures_file(given, name)
     if not file.exists():
         found: dict[str, Any] = {}
         for text, spec in (("seen", f"{given.data[0]}[60%:]"), ("unseen", given.unseen)):
@@ -130,8 +158,8 @@ def judged(given: argparse.Namespace, name: str, directory: Path) -> dict[str, A
             shape["samples"] //= 2  # both models run
             kl = surgeon.evaluate(directory, metric="acceptance", baseline=given.model, **shape)
             found[text] = {
-                "loss": loss.scored.outcomes["loss"],
-                "kl": kl.scored.outcomes["kl"],
+                "loss": [round(each, 4) for each in loss.scored.outcomes["loss"]],  # nats, summed over a row
+                "kl": [round(each, 4) for each in kl.scored.outcomes["kl"]],
                 "acceptance": kl.scored.figures["acceptance"].value,
                 "sizes": {"loss": loss.scored.sizes, "kl": kl.scored.sizes},
             }
