@@ -11,13 +11,14 @@ from surgeon import text
 from surgeon.checkpoint import output, receipt
 from surgeon.checkpoint.header import CheckpointSpec
 from surgeon.checkpoint.source import CARD, CONFIG, RECEIPT, Source, spec_of
-from surgeon.options import Reads
+from surgeon.options import Reads, verb_named
 from surgeon.plan.execute import Shard, check_written, execute
 from surgeon.plan.plan import Plan
 from surgeon.progress import BYTES, stage
 from surgeon.showing import Shown
 
 Asks = Literal["nothing", "config", "tensors"]  # of transformers about a result
+Confirm = Callable[[Path], object]  # raises an error for a directory that must not become the result
 
 
 @dataclass(frozen=True, repr=False)
@@ -123,6 +124,7 @@ class Draft:
     reads: Reads  # none of which may lie in the output
     result: CheckpointSpec
     asks: Asks
+    proving: Callable[[], AbstractContextManager[Confirm]]  # is entered before anything is written
 
     @property
     def companions(self) -> list[str]:
@@ -144,7 +146,7 @@ class Draft:
         *,
         overwrite: bool = False,
         command: str | None = None,
-        confirm: Callable[[Path], object] | None = None,
+        confirm: Confirm | None = None,
     ) -> Summary:
         """Write the result, at once and whole, and return the summary with the seconds that this took.
 
@@ -158,7 +160,8 @@ class Draft:
         sizes = sum(path.stat().st_size for path in companions.values())
         needed = self.summary.bytes_written - self.summary.bytes_shared
         output.check_space(target, needed + sizes + 300 * len(plan.tensors) + 100_000)
-        with output.staged(target, overwrite=overwrite) as made, self._building() as built:
+        staged = output.staged(target, overwrite=overwrite)
+        with self.proving() as prove, staged as made, self._building() as built:
             with stage("writing", self.summary.bytes_written, BYTES) as count:
                 written = execute(plan, self.source, made, shards=self.shards, progress=count)
             check_written(made, self.shards)
@@ -180,6 +183,7 @@ class Draft:
             output.copy_files(made, companions)
             output.write_files(made, {CARD: page.encode(), RECEIPT: receipt.to_bytes(record), **self.attached})
             output.write_files(made, {CONFIG: receipt.to_bytes(plan.config)})  # last: now it is a checkpoint
+            prove(made)
             if confirm is not None:
                 confirm(made)
             self.source.check_unchanged()
@@ -197,7 +201,7 @@ class Draft:
     def _card(self, *, command: str | None, card: Path | None) -> str:
         models = receipt.base_models(self.source)
         made_from = " and ".join(f"`{name}`" for name in models or [receipt.public_name(self.source)])
-        verbs = ", then ".join(next(iter(step)) for step in self.plan.steps)
+        done = [next(iter(step)) for step in self.plan.steps]
         layers, parameters = self.summary.layers, self.summary.parameters
         facts = {
             "layers": f"{layers[0]} → {layers[1]}",
@@ -210,9 +214,10 @@ class Draft:
         return receipt.model_card(
             title=self.summary.output.name,
             base_models=models,
-            done=f"Made from {made_from} by surgeon: {verbs}.",
+            done=f"Made from {made_from} by surgeon: {', then '.join(done)}.",
             facts=facts,
             command=command,
             notes=self.plan.all_notes,
             source_card=card,
+            relation=next((verb_named(verb).relation for verb in reversed(done)), ""),
         )

@@ -52,6 +52,8 @@ class Verb:
     `plans` is the function that returns its surgery, "" where there is none; of a surgery that is not written yet it
     continues that, unless the verb `begins`: by its scores, or without a model. `then` is the command that its results
     are made for, with {output}, {source} (what it was made of) and {data} (what it was scored on, else a placeholder).
+    `relation` is what a result is to its base model, in a word of the Hub; of a verb that `ends` no surgery continues
+    what is not written yet.
     """
 
     keeps_function: bool = False
@@ -59,6 +61,8 @@ class Verb:
     plans: str = ""
     begins: bool = False
     then: str = "inspect {output}"
+    relation: str = ""
+    ends: bool = False
 
 
 def verb_named(name: str) -> Verb:
@@ -134,22 +138,8 @@ DTYPES = Words(
 DEVICES = Words(("auto", "cpu", "cuda", "mps"), others=r"(cuda|cpu|mps):\d+")
 # The groups of options in --help and in the docs, in their order. Each option names one of them.
 GROUPS = (
-    *(
-        "source",
-        "what is kept",
-        "how much goes",
-        "by which scores",
-        "search",
-        "compensation",
-        "depth",
-        "width",
-        "experts",
-        "vocabulary",
-        "learning",
-        "config",
-        "merging",
-        "regression",
-    ),
+    *("source", "what is kept", "how much goes", "by which scores", "search", "compensation", "depth", "width"),
+    *("experts", "vocabulary", "learning", "config", "merging", "regression", "codes"),
     *("text", "prompt"),
     *("data", "lines", "what is measured", "answers", "sampling", "length and rate", "what is trained"),
     *("distillation", "gists", "numbers", "steps", "what is shown", "picture", "output", "run"),

@@ -3,6 +3,7 @@
 import os
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -13,13 +14,14 @@ from surgeon.checkpoint.derived import DerivedSource, alone
 from surgeon.checkpoint.header import QUANTIZATION_FILES, CheckpointSpec, is_quantized
 from surgeon.checkpoint.source import Source, content_of, is_adapter, open_directory, spec_of
 from surgeon.checkpoint.tokenizer_files import is_tokenizer_file
-from surgeon.draft import Asks, Draft, Summary
+from surgeon.draft import Asks, Confirm, Draft, Summary
 from surgeon.errors import CheckpointError, HubError, PlanError
 from surgeon.mistyped import close_path
 from surgeon.options import DTYPES, Reads, size_in_bytes, verb_named
 from surgeon.plan.execute import Shard, lay_out, peak_memory, ranges_read, shareable_files
 from surgeon.plan.plan import Plan, changed_keys, identity
 from surgeon.plan.rounding import dtype_cost
+from surgeon.plan.schemes import check_no_metadata
 from surgeon.progress import Progress, watched
 from surgeon.showing import Shown
 
@@ -123,6 +125,8 @@ class Surgery(Shown):
         if not plan.moves_only:
             plan = replace(plan, notes=(*plan.notes, *dtype_cost(plan, source.tensors)))
         result = plan.result(source)
+        if not plan.metadata:
+            check_no_metadata(source.config, self.source.label)
         anatomy = read_anatomy(result)
         known = runtime_notes(self.before.spec.config, self.before.depth)
         found = runtime_notes(result.config, len(plan.layer_map))
@@ -150,7 +154,12 @@ class Surgery(Shown):
         )
         options = {"dtype": dtype, "max_shard_size": max_shard_size, "block": block}
         reads, asks = self._all_reads(), self._asks(source, anatomy)
-        return Draft(self.source, plan, tuple(shards), summary, options, attachments, reads, result, asks)
+        proving = self.proving
+        return Draft(self.source, plan, tuple(shards), summary, options, attachments, reads, result, asks, proving)
+
+    def proving(self) -> AbstractContextManager[Confirm]:
+        """Return a context that is entered before a result is written; its value is called with what is written."""
+        return nullcontext(lambda made: None)
 
     def _asks(self, source: CheckpointSpec, result: Anatomy) -> Asks:
         """Return what transformers must be asked of a result, beyond what the family's table has checked."""
@@ -250,6 +259,9 @@ def open_model(
         surgery.save("gpt2-bfloat16", dtype="bfloat16")
     """
     if isinstance(model, Surgery):
+        if last := next((verb for step in model.plan.steps for verb in step if verb_named(verb).ends), None):
+            raise PlanError(f"{last} is the last step of a chain: it stores what no surgery can change",
+                            hint=f"Do the other steps first, and {last} the result.")  # fmt: skip
         return replace(model, reads={**model.reads, **reads}) if reads else model
     source = open_source(model, revision=revision)
     anatomy = _anatomy_of(source)

@@ -230,16 +230,20 @@ def model_card(
     command: str | None,
     notes: tuple[str, ...] = (),
     source_card: Path | None = None,
+    relation: str = "",
 ) -> str:
     """Return the card's text: the Hub's metadata block, then the surgery in words (`done`) and in a table (`facts`).
 
-    A card is made to be published: it holds no path of this machine. Of several base models the relation is "merge".
+    A card is made to be published: it holds no path of this machine. Of several base models the relation is "merge", of
+    one it is `relation`, where there is a word for it.
     """
     import yaml
 
     metadata: dict[str, Any] = {"base_model": base_models[0]} if base_models else {}
     if is_merged := len(base_models) > 1:
         metadata = {"base_model": list(base_models), "base_model_relation": "merge"}
+    elif relation and base_models:
+        metadata["base_model_relation"] = relation
     metadata |= {"library_name": "transformers", "tags": ["surgeon", "merge"] if is_merged else ["surgeon"]}
     metadata |= _source_metadata(source_card)
     lines = ["---", yaml.safe_dump(metadata, sort_keys=False, allow_unicode=True).rstrip(), "---", "", f"# {title}", ""]

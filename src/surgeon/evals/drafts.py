@@ -28,6 +28,7 @@ from surgeon.models.device import groups, row_bytes
 from surgeon.models.loading import quiet_transformers
 from surgeon.models.streaming import StreamedModel
 from surgeon.progress import meter, stage
+from surgeon.search.figures import Figures
 
 PROMPTS, PROMPT_TOKENS = 8, 32  # of a measured sampling: rows of the text, of which so many tokens are the prompt
 MEASURED = {"acceptance": "overlap", "agreement": "agreeing", "kl": "kl"}  # figures, by the sums that they are of
@@ -67,23 +68,29 @@ def compared(draft: StreamedModel, target: StreamedModel, rows: Tensor) -> dict[
     "acceptance": Σ_v min(p, q); "agreement": both think the same token the most likely; "kl": KL(target || draft) in
     nats.
     """
-    models = (target, draft)
-    sums = FigureSums(len(rows))
-    numbers = 2 * (draft.hidden_size + target.hidden_size)
-    progress = meter("comparing", rows.numel(), draft.depth + target.depth)
+    found = both_figures(draft, target, rows)[0]
+    return {name: list(getattr(found, of)) for name, of in MEASURED.items()}
+
+
+def both_figures(model: StreamedModel, target: StreamedModel, rows: Tensor) -> tuple[Figures, Figures]:
+    """Return the figures of a model beside a target, and the target's own, on rows of tokens, shape (R, T)."""
+    models = (target, model)
+    sums, own_sums = FigureSums(len(rows)), FigureSums(len(rows))
+    numbers = 2 * (model.hidden_size + target.hidden_size)
+    progress = meter("comparing", rows.numel(), model.depth + target.depth)
     with torch.no_grad():
         for start, stop in groups(len(rows), row_bytes(rows.shape[1], numbers), target.states_bytes):
-            batches = [model.start(rows[start:stop]) for model in models]
-            for model, own in zip(models, batches, strict=True):
-                model.run(own, progress=progress)
-            with target.finish(batches[0]) as true_head, draft.finish(batches[1]) as head:
+            batches = [each.start(rows[start:stop]) for each in models]
+            for each, own in zip(models, batches, strict=True):
+                each.run(own, progress=progress)
+            with target.finish(batches[0]) as true_head, model.finish(batches[1]) as head:
                 at = start
                 for whole, guess in zip(*batches, strict=True):
                     sums.begin(at, guess.hidden)
-                    compare(head, whole, whole.hidden, [sums], true_head=true_head)
+                    own_sums.begin(at, None)
+                    compare(head, whole, whole.hidden, [sums, own_sums], true_head=true_head)
                     at += len(whole.tokens)
-    found = sums.figures()
-    return {name: list(getattr(found, of)) for name, of in MEASURED.items()}
+    return sums.figures(), own_sums.figures()
 
 
 def _arithmetic(acceptance: float, share: float) -> dict[str, Any]:

@@ -47,7 +47,7 @@ def source_logits(name: str, revision: str | None, ids: "Tensor", *, dtype: str 
             hint=NOTHING_TO_COMPARE,
         )
     with torch.no_grad():
-        logits = _logits(model, ids).cpu()
+        logits = logits_of(model, ids).cpu()
         if not logits.isfinite().all():
             raise VerificationError(
                 f"the outputs of {name} are not finite in float32",
@@ -65,7 +65,7 @@ def rounding(model: Any, ids: "Tensor", logits: "Tensor", dtype: Any) -> float:
     """
     for parameter in model.parameters():
         parameter.copy_((parameter * ROUND_TRIP).to(dtype).float() / ROUND_TRIP)
-    return float((_logits(model, ids).cpu() - logits).abs().max())
+    return float((logits_of(model, ids).cpu() - logits).abs().max())
 
 
 def result_logits(written: LocalSource, ids: "Tensor") -> "tuple[Tensor, dict[str, Tensor]]":
@@ -81,7 +81,7 @@ def result_logits(written: LocalSource, ids: "Tensor") -> "tuple[Tensor, dict[st
             + (f" and {len(names) - 1} more" if len(names) > 1 else ""),
             hint=f"Do not use it. {LOAD_HINT}",
         )
-    logits = _logits(model, ids)
+    logits = logits_of(model, ids)
     predicted, target = logits[:, :-1].flatten(0, -2), ids[:, 1:].flatten()
     # A model without a head has fewer columns than tokens.
     loss = torch.nn.functional.cross_entropy(predicted, target % predicted.shape[-1])
@@ -103,7 +103,7 @@ def _load(name: str, revision: str | None, device: str, *, label: str | None = N
     return model.eval().to(device), report
 
 
-def _logits(model: Any, ids: "Tensor") -> "Tensor":
+def logits_of(model: Any, ids: "Tensor") -> "Tensor":
     """Return the logits, shape (rows, length, vocabulary), or the last hidden states of a model without a head."""
     inputs = {"input_ids": ids} | ({"decoder_input_ids": ids} if model.config.is_encoder_decoder else {})
     output = model(**inputs, use_cache=False)

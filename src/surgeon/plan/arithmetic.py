@@ -30,12 +30,14 @@ from surgeon.plan.expressions import (
     Affine,
     Cast,
     Constant,
+    Dequantized,
     Expr,
     Gather,
     Joined,
     Mapped,
     Mix,
     Normal,
+    Quantized,
     Read,
     Regress,
     Rounded,
@@ -46,10 +48,12 @@ from surgeon.plan.making import BLOCK_NUMBERS, KEPT, Part
 from surgeon.plan.mixing import mixed
 from surgeon.plan.plan import children, infer
 from surgeon.plan.products import mapped
+from surgeon.plan.quantizing import dequantized, quantized
 from surgeon.plan.regressing import regressed
 from surgeon.plan.summing import SUMMED, MakeRows, key_of, row_ranges, to_float64, total_of
 
 TORCH_DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+STORED = TORCH_DTYPES | {"I8": torch.int8, "I32": torch.int32, "I64": torch.int64}  # with the codes of a weight
 BLOCK = BLOCK_NUMBERS
 PART = 1 << 21  # numbers that one thread makes before it takes the next part
 NEAR = 4  # times the rows that are wanted: so many are read for those that lie among them
@@ -92,7 +96,7 @@ class Arithmetic:
 
     def parts(self, expr: Expr) -> list[Part]:
         """Return the parts of the tensor that `expr` makes, in order. Any thread can make any part."""
-        dtype = TORCH_DTYPES[infer(expr, self._specs).dtype]
+        dtype = STORED[infer(expr, self._specs).dtype]
         rows, shape = self._rows(expr.source if isinstance(expr, Cast | Rounded) else expr), self._shape(expr)
         row_bytes = math.prod(shape[1:]) * dtype.itemsize
 
@@ -109,11 +113,11 @@ class Arithmetic:
         spec = infer(expr, self._specs)
         with single_threaded():
             content = b"".join(block for part in self.parts(expr) for block in part.make())
-        whole = torch.empty(math.prod(spec.shape), dtype=TORCH_DTYPES[spec.dtype])
+        whole = torch.empty(math.prod(spec.shape), dtype=STORED[spec.dtype])
         whole.view(torch.uint8).numpy()[:] = np.frombuffer(content, np.uint8)
         return whole.view(spec.shape)
 
-    def _rows(self, expr: Expr) -> MakeRows:
+    def _rows(self, expr: Expr) -> MakeRows:  # noqa: C901  # one case a kind
         """Return the function that makes rows of `expr`, in float64 if its sources are, else in float32."""
         match expr:
             case Read(name):
@@ -143,9 +147,19 @@ class Arithmetic:
                 return lambda start, stop: torch.full((stop - start, *rest), value, dtype=torch.float32)
             case Mapped():
                 return self._mapped(expr)
+            case Quantized() | Dequantized():
+                return self._coded(expr)
             case Weighted(parts, weights, row):
                 factors = self._rows(weights)(row, row + 1)[0].tolist()
                 return self._add(Add(tuple(Affine(part, factor) for part, factor in zip(parts, factors, strict=True))))
+
+    def _coded(self, expr: Quantized | Dequantized) -> MakeRows:
+        """Return the function that makes rows of the codes of a weight, or of the weight that they stand for."""
+        if isinstance(expr, Dequantized):
+            dtype = TORCH_DTYPES[infer(expr, self._specs).dtype]
+            return dequantized(expr.scheme, self._rows(expr.codes), self._rows(expr.scale), dtype)
+        spec = infer(expr.source, self._specs)
+        return quantized(expr, self._rows(expr.source), spec.shape, TORCH_DTYPES[spec.dtype])
 
     def _mapped(self, expr: Mapped) -> MakeRows:
         matrix, rows = self._whole(expr.matrix), self._rows(expr.source)
@@ -347,7 +361,7 @@ class Arithmetic:
 
     def _read_rows(self, stored: StoredTensor) -> MakeRows:
         """Return the function that reads rows of a stored tensor; a small one is read once and kept."""
-        part, shape, dtype = self._parts[stored.file], stored.spec.shape or (1,), TORCH_DTYPES[stored.spec.dtype]
+        part, shape, dtype = self._parts[stored.file], stored.spec.shape or (1,), STORED[stored.spec.dtype]
         if stored.spec.nbytes <= KEPT:
             if stored not in self._kept:
                 self._kept[stored] = read(stored, part).view(shape)
@@ -370,9 +384,9 @@ class Arithmetic:
 
 
 def read(stored: StoredTensor, part: FilePart) -> Tensor:
-    """Return a stored tensor of a floating dtype."""
+    """Return a stored tensor, of a floating dtype or of codes."""
     data = _read_bytes(part, stored.start, stored.end - stored.start)
-    return data.view(TORCH_DTYPES[stored.spec.dtype]).view(stored.spec.shape)
+    return data.view(STORED[stored.spec.dtype]).view(stored.spec.shape)
 
 
 def _read_bytes(part: FilePart, start: int, count: int) -> Tensor:
@@ -424,4 +438,5 @@ def _normal_rows(shape: tuple[int, ...], std: float, seed: int, stream: str) -> 
 
 
 def _at_least_float32(value: Tensor) -> Tensor:
-    return value.to(torch.promote_types(value.dtype, torch.float32))
+    """Return numbers in float32 or wider; codes are none, and stay."""
+    return value.to(torch.promote_types(value.dtype, torch.float32)) if value.is_floating_point() else value

@@ -147,7 +147,12 @@ def execute(
             for name, spec in shard.tensors.items()
         ]
         written = write_safetensors(
-            directory / shard.file, writes, progress=progress, block=shard.block, threads=threads
+            directory / shard.file,
+            writes,
+            progress=progress,
+            block=shard.block,
+            threads=threads,
+            metadata=plan.metadata,
         )
         size, shared = size + written.size, shared + written.shared
     if len(shards) > 1:

@@ -7,6 +7,7 @@ from itertools import starmap
 from surgeon.anatomy.axes import Index, Scale
 from surgeon.checkpoint.header import TensorSpec
 from surgeon.plan.rules import Rule
+from surgeon.plan.schemes import Part, Scheme
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,9 +174,27 @@ class Regress:
     is_bias: bool = False  # which of the two this is
 
 
+@dataclass(frozen=True, slots=True)
+class Quantized:
+    """A part of a weight that is stored as codes: the codes, their scales, or the shape (`plan/quantizing.py`)."""
+
+    source: "Expr"
+    scheme: Scheme
+    part: Part
+
+
+@dataclass(frozen=True, slots=True)
+class Dequantized:
+    """The weight, shape (outputs, inputs), that `codes` and `scale` stand for."""
+
+    codes: "Expr"
+    scale: "Expr"
+    scheme: Scheme
+
+
 Expr = (
     Read | Gather | Affine | Add | Joined | Uniform | Normal | Constant | Cast | Rounded
-    | Mapped | Weighted | Mix | Regress
+    | Mapped | Weighted | Mix | Regress | Quantized | Dequantized
 )  # fmt: skip
 
 
@@ -214,6 +233,10 @@ def describe(expr: Expr) -> str:  # noqa: C901  # one case a kind
             return f"constant({value:g}, {spec.dtype} {list(spec.shape)})"
         case Mapped(source, matrix, dim, inner):
             return f"map({describe(source)}, dim {dim} in blocks of {inner}: {describe(matrix)})"
+        case Quantized(source, scheme, part):
+            return f"{scheme.method} {part} of {describe(source)} ({scheme.words})"
+        case Dequantized(codes, scale, scheme):
+            return f"dequantized({describe(codes)}, {describe(scale)}; {scheme.words})"
         case Weighted(parts, weights, row):
             return f"mix({_listed(map(describe, parts))}: row {row} of {describe(weights)})"
 

@@ -17,12 +17,14 @@ from surgeon.plan.expressions import (
     Affine,
     Cast,
     Constant,
+    Dequantized,
     Expr,
     Gather,
     Joined,
     Mapped,
     Mix,
     Normal,
+    Quantized,
     Read,
     Regress,
     Rounded,
@@ -50,10 +52,12 @@ def children(expr: Expr) -> tuple[Expr, ...]:
         return expr.source, expr.matrix  # type: ignore[union-attr]
     if kind is Weighted:
         return *expr.parts, expr.weights  # type: ignore[union-attr]
+    if isinstance(expr, Dequantized):
+        return expr.codes, expr.scale
     return (expr.like,) if kind is Uniform else ()  # type: ignore[union-attr]
 
 
-_OF_ONE = frozenset((Gather, Affine, Cast, Rounded))
+_OF_ONE = frozenset((Gather, Affine, Cast, Rounded, Quantized))
 
 
 def substitute(expr: Expr, replacement: Callable[[str], Expr]) -> Expr:
@@ -66,8 +70,10 @@ def substitute(expr: Expr, replacement: Callable[[str], Expr]) -> Expr:
     if all(map(is_, parts, old)):
         return expr
     match expr:
-        case Gather() | Affine() | Cast() | Rounded():
+        case Gather() | Affine() | Cast() | Rounded() | Quantized():
             return replace(expr, source=parts[0])
+        case Dequantized():
+            return replace(expr, codes=parts[0], scale=parts[1])
         case Add() | Joined():
             return replace(expr, parts=parts)
         case Mix(of, base):
@@ -135,6 +141,11 @@ def infer(expr: Expr, tensors: Mapping[str, TensorSpec]) -> TensorSpec:  # noqa:
             return spec
         case Mapped() | Weighted():
             return _learned(expr, tensors)
+        case Quantized(source, scheme, part):
+            return scheme.spec(part, _number(source, tensors))
+        case Dequantized(codes, scale, scheme):
+            (outputs, columns), each = infer(codes, tensors).shape, _number(scale, tensors)
+            return TensorSpec(each.dtype, (outputs, columns * scheme.codes_per_word))
 
 
 def _learned(expr: Mapped | Weighted, tensors: Mapping[str, TensorSpec]) -> TensorSpec:
@@ -181,6 +192,7 @@ class Plan(Shown):
     approximate: tuple[str, ...] = ()
     axes: Mapping[str, Index] = field(default_factory=dict)
     mlp_map: tuple[int | None, ...] | None = None  # None: the same as layer_map
+    metadata: Mapping[str, str] = field(default_factory=dict)  # that each weight file holds in its header
 
     def then(self, later: "Plan") -> "Plan":
         """Return one plan that does this one, then `later`: each Read of `later` becomes this plan's expression."""
@@ -200,6 +212,7 @@ class Plan(Shown):
             approximate=self.approximate + later.approximate,
             axes=axes,
             mlp_map=None if mlps == layers else mlps,
+            metadata=later.metadata,
         )
 
     @property

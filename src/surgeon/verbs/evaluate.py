@@ -7,13 +7,15 @@ from pathlib import Path
 from time import monotonic
 from typing import Any
 
+from surgeon.checkpoint.header import is_quantized
+from surgeon.checkpoint.source import Source
 from surgeon.data.documents import check_there
 from surgeon.errors import DataError
 from surgeon.evals.evaluation import Evaluation, checked_target, context_of, open_evaluated, write_predictions
 from surgeon.evals.gist import GistEvaluation, GistEvaluationOptions, score_gist
 from surgeon.evals.harness import TaskEvaluation, TaskEvaluationOptions, run_tasks
 from surgeon.evals.judge import Case, Judge, JudgementOptions, load_judge
-from surgeon.evals.options import BATCH_SIZE, MAX_NEW_TOKENS, METRICS, EvaluationOptions, MetricOptions
+from surgeon.evals.options import BATCH_SIZE, MAX_NEW_TOKENS, METRICS, OF_TEXT, EvaluationOptions, MetricOptions
 from surgeon.evals.suite import SuiteEvaluation, SuiteOptions
 from surgeon.evals.verdicts import Judgement
 from surgeon.options import (
@@ -29,6 +31,7 @@ from surgeon.options import (
     trust_option,
     words,
 )
+from surgeon.plan.dequantizing import dequantized
 
 # The options that have no effect on an evaluation of the harness's tasks, and of gists.
 _NOT_WITH = {
@@ -146,8 +149,10 @@ def _evaluated(model: str | os.PathLike[str], options: EvaluationOptions) -> Eva
     began = monotonic()
     check_there(options.data)
     target = None if options.predictions is None else checked_target(Path(options.predictions))
-    sources = [open_evaluated(model, options.revision)]
+    sources: list[Source] = [open_evaluated(model, options.revision)]
     sources += [] if options.baseline is None else [open_evaluated(options.baseline, None)]
+    if options.metric in OF_TEXT and not options.documents:  # what streams has weights; the rest is run as it is stored
+        sources = [dequantized(source) if is_quantized(source.config) else source for source in sources]
     context = context_of(sources, options.device)
     judging = None
     if options.judge is not None:
