@@ -6,6 +6,7 @@ import json
 import re
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import demo
@@ -46,6 +47,10 @@ TOY = {
     "inheritune-from-scratch": (
         SHORT | {"data": "text.txt", "steps": "3", "quarter": "2", "twice": "4", "samples": "2"},
         "judged-random-twice",
+    ),
+    "train-large-then-compress": (
+        SHORT | {"data": "text.txt", "small-steps": "2", "large-steps": "1", "heal-steps": "1", "samples": "2"},
+        "judged-cut-4",
     ),
     "question-formation": (
         {
@@ -91,8 +96,13 @@ def test_every_recipe_is_tried_here() -> None:
     assert {path.stem for path in RECIPES} == set(TOY)
 
 
+NEED = {"train-large-then-compress": ("torchao", "compressed_tensors")}
+
+
 @pytest.mark.parametrize("name", TOY)
 def test_a_recipe_runs_on_a_toy_and_ends_with_its_figures(name: str, here: Path, one_thread: None) -> None:
+    if missing := [library for library in NEED.get(name, ()) if find_spec(library) is None]:
+        pytest.skip(f"pip install {missing[0]}")
     settings, last = TOY[name]
     given = [f"{key}={value}" for key, value in settings.items()]
 

@@ -46,6 +46,8 @@ from surgeon.verbs.merge import merge as merge
 from surgeon.verbs.plot import plot as plot
 from surgeon.verbs.prune import prune as prune
 from surgeon.verbs.pruning import Pruning as Pruning
+from surgeon.verbs.quantize import quantize as quantize
+from surgeon.verbs.quantizing import Quantizing as Quantizing
 from surgeon.verbs.transplant import Transplanting as Transplanting
 from surgeon.verbs.transplant import transplant as transplant
 from surgeon.verbs.trim import Trimming as Trimming

@@ -21,6 +21,8 @@ from surgeon.text import printable, scrubbed
 
 # Known wherever they are installed; transformers_modules is the code of checkpoints that are trusted.
 _LIBRARIES = {"accelerate", "peft", "tokenizers", "torch", "transformers", "transformers_modules"}
+# Loggers of libraries that warn, whenever they are imported, of kernels that this machine has not.
+NOISY = ("torchao", "torch.utils._pytree")
 LONGEST = 1000  # characters of a sentence for the user: names in a hostile file can be as long as the file
 
 

@@ -1,5 +1,6 @@
 """The device and the precision to compute in, and how many rows fit its memory at once."""
 
+import logging
 import math
 import os
 from contextlib import AbstractContextManager, nullcontext
@@ -8,12 +9,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from surgeon.checkpoint.source import Source
-from surgeon.errors import MeasureError
+from surgeon.errors import NOISY, MeasureError
 from surgeon.processes import own_device
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
+
+for _name in NOISY:  # here, for every file that runs models imports this one, and transformers imports what is noisy
+    logging.getLogger(_name).setLevel(logging.ERROR)
 
 DEVICES = ("auto", "cpu", "cuda", "mps")
 STATES_BYTES = 2_000_000_000  # the states of a group of rows take no more memory

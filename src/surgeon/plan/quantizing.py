@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from surgeon.errors import PlanError, reason
+from surgeon.errors import NOISY, PlanError, reason
 from surgeon.plan.making import BLOCK_NUMBERS
 from surgeon.plan.schemes import INSTALL, TORCHAO, Scheme, check_installed
 from surgeon.plan.summing import MakeRows, row_ranges
@@ -110,7 +110,6 @@ def unpacked_by_library(weight: Tensor, scheme: Scheme) -> Tensor:
 
 # --- the libraries ------------------------------------------------------------------------------------------------
 
-NOISY = ("torchao", "torch.utils._pytree")  # loggers that warn, at every import, of kernels that this machine has not
 _MODULES = {
     "torchao": ("torchao.quantization",),
     "compressed-tensors": ("compressed_tensors.quantization", "compressed_tensors.compressors.pack_quantized.base"),

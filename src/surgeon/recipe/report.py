@@ -57,7 +57,8 @@ def _pictures(directory: Path, title: str, outcomes: Sequence[Outcome]) -> dict[
     """Draw what can be drawn, and return the pictures by their titles, those of the steps included."""
     found: dict[str, Path] = {}
     if find_spec("matplotlib") is not None:
-        found |= _compared(directory, title, outcomes) | _losses(directory, outcomes)
+        found |= _compared(directory, title, outcomes) | _sized(directory, title, outcomes)
+        found |= _losses(directory, outcomes)
     for outcome in outcomes:
         listed = outcome.result.get("pictures")
         paths = [Path(path) for path in listed] if isinstance(listed, list) else []
@@ -85,6 +86,24 @@ def _compared(directory: Path, title: str, outcomes: Sequence[Outcome]) -> dict[
     title = f"{title}, on {few([public_text(item) for item in data])}" if data else title
     plot_comparison(points, directory / "measured.png", title=title)
     return {"Measured": directory / "measured.png"}
+
+
+def _sized(directory: Path, title: str, outcomes: Sequence[Outcome]) -> dict[str, Path]:
+    """Return the picture of figures against bytes, where a step has made a model's numbers smaller."""
+    from surgeon.plots.sizes import Sized, plot_sizes
+
+    if not any("file_bytes" in outcome.result for outcome in outcomes):
+        return {}
+    points = []
+    for outcome in outcomes:
+        first, model = next(measures(outcome.result), None), outcome.result.get("model")
+        if first is not None and outcome.output is None and isinstance(model, str):
+            nbytes = sum(path.stat().st_size for path in Path(model).glob("*.safetensors"))
+            points += [Sized(outcome.name, *first, nbytes)] if nbytes else []
+    if len({point.nbytes for point in points}) < 2:
+        return {}
+    plot_sizes(points, directory / "sizes.png", title=title)
+    return {"Worth by size": directory / "sizes.png"}
 
 
 def _losses(directory: Path, outcomes: Sequence[Outcome]) -> dict[str, Path]:

@@ -11,7 +11,7 @@ go. That changes the last digits, or more where queries are as small as the root
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from itertools import pairwise
@@ -42,6 +42,7 @@ from surgeon.transforms.widths import (
 NORMS = "norms over fewer positions are scaled as if the removed had held {}"
 HEAD_DIM = "attention logits are divided by the root of the head's size, which is smaller now"
 SHARES = "the weights of a token's experts are shares among all experts, which are fewer now"
+UNGROUPED = "maps have {} inputs now, which groups of {} do not divide: surgeon quantize --bits 4 would take {}"
 
 HEAD_DIMS = ("q_dim", "k_dim", "v_dim")
 WORDS = {
@@ -266,13 +267,24 @@ def _reasons(anatomy: Anatomy, sizes: Mapping[str, int]) -> tuple[str, ...]:
 
 
 def _notes(anatomy: Anatomy, sizes: Mapping[str, int]) -> tuple[str, ...]:
-    """Return a note where an expert gets a size that grouped products take badly."""
+    """Return notes where a size is one that grouped products of experts, or groups of a quantizer, take badly."""
     old = anatomy.sizes
     rows = {id(row): row for name, (row, _) in anatomy.rows.items() if ".experts." in name}
     inside = {axis for row in rows.values() for dim in row.axes for axis in axes_of(dim)}
     known = sorted(inside & sizes.keys() - {"experts"})
     uneven = [sizes[axis] for axis in known if sizes[axis] < old[axis] and sizes[axis] % 8]
-    return (UNEVEN.format(uneven[0]),) if uneven else ()
+    return (*((UNEVEN.format(uneven[0]),) if uneven else ()), *_ungrouped(anatomy, sizes))
+
+
+def _ungrouped(anatomy: Anatomy, sizes: Mapping[str, int]) -> Iterator[str]:
+    """Yield a note for each number of inputs that groups of a quantizer divided before, and do not divide any more."""
+    rows = {id(row): row for name, (row, _) in anatomy.rows.items() if anatomy.locate(name) is not None}
+    inputs = [row.axes[-1] for row in rows.values() if row.kind == "linear" and len(row.axes) == 2]
+    for old, new in dict.fromkeys((each.size(anatomy.sizes), each.size(sizes)) for each in inputs):
+        group = next((size for size in (32, 64) if old % size == 0 and new % size), None)
+        if group is not None:
+            below = new // group * group
+            yield UNGROUPED.format(new, group, f"{below} or {below + group}" if below else group)
 
 
 # --- refusals ---------------------------------------------------------------------------------------------------
