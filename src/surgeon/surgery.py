@@ -125,7 +125,7 @@ class Surgery(Shown):
         if not plan.moves_only:
             plan = replace(plan, notes=(*plan.notes, *dtype_cost(plan, source.tensors)))
         result = plan.result(source)
-        if not plan.metadata:
+        if not plan.metadata and is_quantized(source.config):
             check_no_metadata(source.config, self.source.label)
         anatomy = read_anatomy(result)
         known = runtime_notes(self.before.spec.config, self.before.depth)
