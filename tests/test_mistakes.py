@@ -296,7 +296,7 @@ from surgeon.cli.app import main
 for command, option in {WORDED!r}:
     sys.argv = ["surgeon", command, "x", option, "mistyped"]
     sys.argv += ["--layers", "2"] if command in ("truncate", "prune") else []
-    sys.argv += ["--data", "x"] if command in ("finetune", "evaluate", "diagnose", "distill", "trim") else []
+    sys.argv += ["--data", "x"] if command in ("finetune", "evaluate", "diagnose", "distill", "trim", "advise") else []
     sys.argv += ["--tokenizer", "x"] if command == "transplant" else []
     said = io.StringIO()
     try:

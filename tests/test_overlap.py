@@ -86,7 +86,7 @@ def flag(item: Any) -> Flag:
 
 # `run` replaces the outputs of its steps, each by a command of these. The others write files and no directories; other
 # tests hold that what they write is nothing that is read.
-OTHERS = ("run", "distill", "diagnose", "inspect", "plot")
+OTHERS = ("run", "distill", "diagnose", "advise", "inspect", "plot")
 REPLACING = [
     name for name in commands() if name not in OTHERS and any(item.name == "overwrite" for item in parameters(name))
 ]
@@ -323,6 +323,7 @@ def test_a_picture_of_a_run_is_drawn_anew_beside_its_losses_where_that_is_asked_
         "prune {tmp}/model --score last --layers 2 -o {tmp}/cut --plot {there}",
         "diagnose {tmp}/model --data {tmp}/text.txt --plot {there}",
         "diagnose {tmp}/model --data {tmp}/text.txt --html {there}",
+        "advise {tmp}/model --data {tmp}/text.txt --plot {there}",
         "evaluate {tmp}/model --data {tmp}/text.txt --metric rouge-l --predictions {there}",
         "data question-formation -o {there}",
     ],

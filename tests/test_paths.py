@@ -7,7 +7,7 @@ pytestmark = pytest.mark.slow
 
 
 @pytest.mark.parametrize(
-    ("name", "most"), [("truncate", 27), ("grow", 38), ("prune", 56), ("evaluate", 36), ("finetune", 61)]
+    ("name", "most"), [("truncate", 27), ("grow", 38), ("prune", 56), ("evaluate", 36), ("finetune", 62)]
 )
 def test_a_command_enters_few_files(name, most):
     entered = files_entered(PATHS[name])

@@ -19,6 +19,8 @@ from surgeon.evals.verdicts import Judgement as Judgement
 from surgeon.surgery import Surgery as Surgery
 from surgeon.surgery import open_model as open_model
 from surgeon.train.result import Training as Training
+from surgeon.verbs.advise import ModelAdvice as ModelAdvice
+from surgeon.verbs.advise import advise as advise
 from surgeon.verbs.compress import Compression as Compression
 from surgeon.verbs.compress import compress as compress
 from surgeon.verbs.convert import convert as convert

@@ -63,6 +63,19 @@ def multiplied_parameters(anatomy: Anatomy) -> int:
     return round(sum(tensors[name].num_parameters * _share(config, name, tensors[name].shape) for name in multiplied))
 
 
+def body_parameters(anatomy: Anatomy) -> int:
+    """Return how many parameters are neither of an embedding nor of a head. Experts count, whether a token sees them.
+
+    Without a table, embedding and head are known by their usual names.
+    """
+    tensors = anatomy.spec.tensors
+    return sum(
+        tensors[name].num_parameters
+        for name in tensors
+        if not (_is_lookup(anatomy, name) or _is_head(anatomy, name) or _is_buffer(anatomy, name))
+    )
+
+
 def attention_flops(anatomy: Anatomy, sequence_length: int) -> float:
     """Return the operations of one token's attention, forward, in all layers: scores and sums of values.
 

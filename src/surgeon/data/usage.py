@@ -120,7 +120,7 @@ def round_trip(
     tokens, singles, missing, nbytes, of_bytes, pieces, changed = [0, 0], [0, 0], 0, 0, 0, 0, 0
     olds = {new: old for old, new in numbers.items()}
     for text in texts:
-        for piece in _pieces(text):
+        for piece in in_pieces(text):
             old, new = encode(piece, before), encode(piece, after)
             gone = [token for token in old if token not in numbers]
             if not gone and new != [numbers[token] for token in old]:
@@ -147,7 +147,7 @@ def round_trip(
     )
 
 
-def _pieces(text: str) -> Iterator[str]:
+def in_pieces(text: str) -> Iterator[str]:
     """Yield a text in pieces of about as many characters, each up to the end of a line where there is one."""
     at = 0
     while at < len(text):

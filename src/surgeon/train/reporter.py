@@ -134,6 +134,11 @@ class Reporter:
             if self.watcher is not None:
                 self.watcher.note(text)
 
+    def say(self, text: str) -> None:
+        """Show a sentence that is of use before the run alone: its summary does not repeat it."""
+        if self.watcher is not None:
+            self.watcher.note(text)
+
     def begin(self, *, steps: int, step: int, tokens: int, meter: PaceMeter) -> None:
         """Begin the steps of a run, after `step` earlier ones; records of later steps are dropped."""
         self._step, self._tokens, self._meter = step, tokens, meter

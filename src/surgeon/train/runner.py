@@ -15,6 +15,8 @@ from surgeon.anatomy.anatomy import read_anatomy
 from surgeon.checkpoint.source import Source, spec_of
 from surgeon.cost.fitting import Split, too_large
 from surgeon.cost.flops import flops_per_token, peak_flops
+from surgeon.cost.laws import in_a_line
+from surgeon.cost.memory import lora_parameters
 from surgeon.errors import DataError, SurgeonError, TrainingError
 from surgeon.models import adapters
 from surgeon.models.device import computes_bfloat16, resolve_device
@@ -26,7 +28,7 @@ from surgeon.train import checkpoints
 from surgeon.train.arguments import check_names, is_launched_by_plugin, set_environment
 from surgeon.train.data import RunData
 from surgeon.train.inputs import Inputs
-from surgeon.train.model import LOAD_HINT, load_trainable, trained_model
+from surgeon.train.model import LOAD_HINT, load_trainable, num_trained, trained_model
 from surgeon.train.pace import PaceMeter, most_memory_used
 from surgeon.train.reporter import Reporter
 from surgeon.train.result import Training, concluded, trained_surgery, write_adapter
@@ -155,6 +157,8 @@ class Runner:
         self._check_data(data, resumed=resume_from is not None)
         self._settle_batches(self._chosen(data, model, free))
         steps = self.inputs.steps(data)
+        if resume_from is None:
+            self._advise(data, steps)
         teacher = self.inputs.teacher(teacher_model, data, self.run_dir)
         self.compiles = self.inputs.compiles(model, steps)
         self.rate = self.settings.learning_rate() or self._searched_rate(data, steps, teacher)
@@ -177,6 +181,15 @@ class Runner:
             )
         self.reporter.end()
         return trained
+
+    def _advise(self, data: RunData, steps: int) -> None:
+        """Say in one line what so many passes over so much data come to, where the loss is that of a language model."""
+        if self.task.unit != Task.unit:
+            return
+        anatomy, lora = read_anatomy(spec_of(self.source)), self.settings.lora
+        trained = num_trained(self.source, self.settings) if lora is None else lora_parameters(anatomy, lora)
+        epochs = steps * self.inputs.rows_per_step / len(data.rows)
+        self.reporter.say(in_a_line(trained, data.rows.num_tokens, epochs))
 
     def _check_data(self, data: RunData, *, resumed: bool) -> None:
         """Record the data of the run, or raise DataError where a resumed run would read other texts."""
