@@ -19,7 +19,7 @@ FLOORS = (
     *("text", "showing", "errors", "mistyped", "progress", "options", "starter", "processes"),
     *("checkpoint", "anatomy", "plan", "transforms"),
     *("data", "models", "draft", "surgery", "checkpoint.formats", "cost", "search", "measure", "plots"),
-    *("train", "growth", "gist", "evals", "rewriting", "verbs", "recipe", "cli"),
+    *("train", "growth", "gist", "attribution", "evals", "rewriting", "verbs", "recipe", "cli"),
 )
 # Every package may use these; the picture draws no arrows to them.
 GROUND = ("text", "showing", "errors", "mistyped", "progress", "options")

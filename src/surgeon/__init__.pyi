@@ -1,5 +1,6 @@
 """The public names, each once, and where they live. `__init__.py` reads this list when a name is first used."""
 
+from surgeon.attribution.result import Attribution as Attribution
 from surgeon.draft import Summary as Summary
 from surgeon.errors import CheckpointError as CheckpointError
 from surgeon.errors import DataError as DataError
@@ -21,6 +22,7 @@ from surgeon.surgery import open_model as open_model
 from surgeon.train.result import Training as Training
 from surgeon.verbs.advise import ModelAdvice as ModelAdvice
 from surgeon.verbs.advise import advise as advise
+from surgeon.verbs.attribute import attribute as attribute
 from surgeon.verbs.compress import Compression as Compression
 from surgeon.verbs.compress import compress as compress
 from surgeon.verbs.convert import convert as convert

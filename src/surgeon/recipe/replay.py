@@ -242,7 +242,7 @@ def _words_of(step: Mapping[str, Any], options: Mapping[str, Any], commands: Com
 
     Raises RecipeError where the data is gone or has changed.
     """
-    for data in step["data"]:
+    for data in [*step["data"], *step.get("selection", {}).get("data", ())]:
         try:
             found = _sha256(data["data"], data["documents"], chosen_columns(step["settings"].get("columns")))
         except DataError as error:

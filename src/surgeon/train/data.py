@@ -2,12 +2,13 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -211,17 +212,8 @@ def assemble(
     store, notes = stores[0], list(dict.fromkeys(note for each in stores for of in each.sources for note in of.notes))
     fraction = settings.eval_fraction if len(stores) == 1 else 0.0
     trained_pieces, held = split(store.documents, fraction, seed=settings.seed)
-    passes = settings.weights(len(store.sources))
-    seen = repeat(store.piece_sources[trained_pieces], passes, seed=settings.seed)
-    if not len(seen):
-        raise DataError("no piece of the data is left to train", hint="Raise --data-weights, or give more data.")
-
-    def rows(source: TokenStore, pieces: NDArray[np.int64]) -> RowDataset:
-        lengths = source.lengths[pieces]
-        made = pack(lengths, sequence_length, seed=settings.seed) if packed else one_per_row(lengths)
-        return RowDataset(source, made.of(pieces))
-
-    trained = rows(store, trained_pieces[seen])
+    rows = partial(_rows, settings=settings, sequence_length=sequence_length, packed=packed)
+    trained = rows(store, _seen(store, trained_pieces, settings))
     held_out = {}
     if len(stores) == 2:
         held_out["validation"] = rows(stores[1], np.arange(stores[1].num_pieces))
@@ -237,6 +229,30 @@ def assemble(
             f"{store.num_cut} records were cut at {sequence_length} tokens, {store.num_dropped} had nothing to train"
         )
     return RunData(trained, samples, Collator(int(pad), flatten=flatten, with_index=True), stores, packed, tuple(notes))
+
+
+def only(data: RunData, pieces: ArrayLike, settings: Settings, *, sequence_length: int) -> RunData:
+    """Return the data of a run that trains no other than these pieces; what is held out stays the same."""
+    store = data.stores[0]
+    seen = _seen(store, np.asarray(pieces, np.int64), settings)
+    rows = _rows(store, seen, settings=settings, sequence_length=sequence_length, packed=data.packed)
+    return replace(data, rows=rows, held_out={**data.held_out, "probe": _sampled(rows, settings)})
+
+
+def _seen(store: TokenStore, pieces: Numbers, settings: Settings) -> Numbers:
+    """Return the pieces, each as often as an epoch has it. Raises DataError where none is left."""
+    passes = settings.weights(len(store.sources))
+    seen = repeat(store.piece_sources[pieces], passes, seed=settings.seed)
+    if not len(seen):
+        raise DataError("no piece of the data is left to train", hint="Raise --data-weights, or give more data.")
+    return pieces[seen]
+
+
+def _rows(store: TokenStore, pieces: Numbers, *, settings: Settings, sequence_length: int, packed: bool) -> RowDataset:
+    """Return pieces in rows, several in one where they are `packed`."""
+    lengths = store.lengths[pieces]
+    made = pack(lengths, sequence_length, seed=settings.seed) if packed else one_per_row(lengths)
+    return RowDataset(store, made.of(pieces))
 
 
 def _sampled(rows: RowDataset, settings: Settings) -> RowDataset:

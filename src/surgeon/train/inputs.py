@@ -8,6 +8,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 
 from surgeon.anatomy.anatomy import Anatomy, read_anatomy
@@ -24,9 +25,10 @@ from surgeon.models.varlen import VARLEN, reads_lengths
 from surgeon.processes import is_first, processes
 from surgeon.progress import TOKENS, stage
 from surgeon.train.arguments import is_launched_by_plugin
-from surgeon.train.data import RunData, read_data
+from surgeon.train.data import RunData, only, read_data
 from surgeon.train.model import LOAD_HINT, attention_options, num_trained, precision_of
 from surgeon.train.run_dir import TEACHER
+from surgeon.train.selecting import Selected, count
 from surgeon.train.settings import AUTO, Settings
 from surgeon.train.task import Task
 from surgeon.train.teacher import CachedTeacher, Teacher, cache_top_k
@@ -146,7 +148,7 @@ class Inputs:
             packed=packed,
             flatten=flatten,
             pad_to_multiple_of=GPU_MULTIPLE if self.device.startswith("cuda") else None,
-            max_rows=None if settings.max_steps is None else settings.max_steps * self.rows_per_step,
+            max_rows=None if settings.max_steps is None or settings.select else settings.max_steps * self.rows_per_step,
             is_first=is_first(),
             wait=self.wait,
         )
@@ -184,7 +186,7 @@ class Inputs:
     def estimate(self, directory: Path) -> RunEstimate:
         """Return the cost of the run. Reads the data, and only the headers of the model."""
         anatomy = read_anatomy(spec_of(self.source))
-        data = self.data(directory, None, None)
+        data = self._as_selected(self.data(directory, None, None))
         work, found = self.workload(data), self.split(data, self.free_memory())
         with stage("measuring this machine"):
             throughput = matmul_throughput(self.device, self.precision)
@@ -193,7 +195,19 @@ class Inputs:
         if not found.fits:
             error = too_large(anatomy, work, found, label=self.source.label, device=self.device)
             notes = (f"{error}", f"{error.hint}", *notes)
+        if self.settings.select:
+            notes = (*notes, "the selection of rows takes time of its own, about one step for each batch of all rows")
         return replace(made, split=found, notes=notes)
+
+    def _as_selected(self, data: RunData) -> RunData:
+        """Return the data of an estimate: where rows will be selected, as many that are drawn at random."""
+        if self.settings.select is None:
+            return data
+        pieces = np.unique(data.rows.packing.pieces)
+        drawn = np.random.default_rng(self.settings.seed).permutation(pieces)[
+            : count(self.settings.select, len(pieces))
+        ]
+        return only(data, np.sort(drawn), self.settings, sequence_length=self.row_length)
 
     def free_memory(self) -> int | None:
         """Return the bytes that each process of the run may take; None where the estimate does not hold for them.
@@ -284,3 +298,19 @@ class Inputs:
         if not apart and not is_off:
             self.note("one document a row: this model is not known to keep several apart")
         return apart and not is_off, apart and by_lengths
+
+
+@dataclass(frozen=True, eq=False)
+class Pool:
+    """What rows are selected from: the data of a run, its inputs, and a function that makes its untrained model.
+
+    `rate` is the learning rate of a warm-up.
+    """
+
+    data: RunData
+    make_model: Callable[[], Any]
+    inputs: Inputs
+    rate: float
+
+
+Select = Callable[[Pool], Selected]

@@ -268,6 +268,7 @@ REQUEST = "run.json"
 BATCH = "batch.json"  # the batches of a step, as they were chosen
 RATE = "lr.json"  # the result of --lr auto
 DAMAGED_HINT = "Remove the run's directory, or choose another with --run-dir."
+SELECTED = "selected.json"  # the rows that --select chose
 RESULT = "result.json"  # what the run is about to write as its output
 WEIGHTS = ".weights"  # trained weights, until the output is written
 TRAINED, HELD_OUT, TEACHER = "data", "eval", "teacher"  # directories of tokens, and of a teacher's answers
@@ -341,7 +342,7 @@ def claim(run_dir: Path, request: Request, *, resume: bool) -> None:
         write_json(file, request.to_dict())
         return
     if not (run_dir / METRICS).exists():
-        for name in (RATE, DATA, BATCH):
+        for name in (RATE, DATA, BATCH, SELECTED):
             (run_dir / name).unlink(missing_ok=True)
         write_json(file, request.to_dict())
         return

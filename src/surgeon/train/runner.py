@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,8 +27,8 @@ from surgeon.processes import check_meeting, is_first, is_launched, is_loss, lea
 from surgeon.progress import stage
 from surgeon.train import checkpoints
 from surgeon.train.arguments import check_names, is_launched_by_plugin, set_environment
-from surgeon.train.data import RunData
-from surgeon.train.inputs import Inputs
+from surgeon.train.data import RunData, only
+from surgeon.train.inputs import Inputs, Pool, Select
 from surgeon.train.model import LOAD_HINT, load_trainable, num_trained, trained_model
 from surgeon.train.pace import PaceMeter, most_memory_used
 from surgeon.train.reporter import Reporter
@@ -36,6 +37,7 @@ from surgeon.train.run_dir import (
     BATCH,
     DATA,
     RATE,
+    SELECTED,
     WEIGHTS,
     Request,
     claim,
@@ -44,6 +46,7 @@ from surgeon.train.run_dir import (
     write_json,
     write_result,
 )
+from surgeon.train.selecting import Selected
 from surgeon.train.settings import AUTO, FULL_LR, LORA_LR, Settings
 from surgeon.train.steps import TrainedSteps, loss_after, run_steps
 from surgeon.train.task import Task
@@ -77,8 +80,11 @@ class Runner:
         run_dir: Path,
         device: str,
         watcher: "TrainingWatcher | None" = None,
+        select: Select | None = None,
     ) -> None:
         self.source, self.specs, self.task, self.run_dir = source, specs, task, run_dir
+        self.select = select
+        self.selected: Selected | None = None
         self.settings = task.settings
         self.device, self.watcher = resolve_device(device), watcher
         self.began = time.perf_counter()
@@ -155,11 +161,12 @@ class Runner:
         for note in (*data.notes, *self._warnings()):
             self.reporter.note(note)
         self._check_data(data, resumed=resume_from is not None)
+        teacher = self.inputs.teacher(teacher_model, data, self.run_dir)
+        data = self._of_selected(data, teacher)
         self._settle_batches(self._chosen(data, model, free))
         steps = self.inputs.steps(data)
         if resume_from is None:
             self._advise(data, steps)
-        teacher = self.inputs.teacher(teacher_model, data, self.run_dir)
         self.compiles = self.inputs.compiles(model, steps)
         self.rate = self.settings.learning_rate() or self._searched_rate(data, steps, teacher)
         model = self._trained(model, teacher)
@@ -207,6 +214,24 @@ class Runner:
                 f"{(changed or self.specs)[0]} is not what it was when the run in {self.run_dir} began",
                 hint="Bring the old texts back, or begin anew with another --run-dir.",
             )
+
+    def _of_selected(self, data: RunData, teacher: Any) -> RunData:
+        """Return the data of the rows that are selected, now or by the run that is resumed; all of it without --select.
+
+        The first process selects.
+        """
+        if self.select is None:
+            return data
+        file, settings = self.run_dir / SELECTED, self.settings
+        if is_first() and not file.exists():
+            rate = settings.learning_rate() or (LORA_LR if settings.lora else FULL_LR)
+            make = partial(trained_model, source=self.source, task=self.task, teacher=teacher)
+            pool = Pool(data, lambda: make(self._loaded()), self.inputs, rate)
+            write_json(file, self.select(pool).to_dict())
+        self.wait()
+        self.selected = Selected.read(read_json(file), str(file))
+        self.reporter.note(str(self.selected))
+        return only(data, self.selected.pieces, settings, sequence_length=self.inputs.row_length)
 
     def _chosen(self, data: RunData, model: Any, free: int | None) -> Split:
         """Return the batches of a step: those of the run that is resumed, else what fits the memory.
@@ -353,6 +378,7 @@ class Runner:
             "result_of_step": self._best(trained),
             "learning_rate": self.rate,
             "settings": self.task.record() | self.batches.settings(),
+            **({} if self.selected is None else {"selection": self.selected.recorded()}),
             **({"trust_remote_code": True} if code_is_trusted() else {}),
         }
 

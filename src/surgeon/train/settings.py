@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from surgeon.data.records import chosen_columns
 from surgeon.options import Checked, OptionError, Words, check_seed, columns_option, flag_of, option
+from surgeon.train.selecting import SelectionSettings
 
 SCHEDULES = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup"}  # ours: transformers'
 _HALF = "gradients vanish in float16; bf16 has their range"
@@ -272,7 +273,7 @@ class ComputeSettings(Checked):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settings(ComputeSettings, LearningSettings):  # dataclasses take the fields of the last base first
+class Settings(ComputeSettings, SelectionSettings, LearningSettings):  # dataclasses take the last base's fields first
     """The settings of any run, checked alone and together."""
 
     def __post_init__(self) -> None:
@@ -281,6 +282,7 @@ class Settings(ComputeSettings, LearningSettings):  # dataclasses take the field
         chosen_columns(self.columns)
         self._check_numbers()
         self._check_pairs()
+        self.check_selection()
         self.learning_rate()
         self.weights(None)
 

@@ -46,10 +46,12 @@ from surgeon.surgery import open_source
 from surgeon.train.checkpoints import held
 from surgeon.train.result import Training, concluded
 from surgeon.train.run_dir import DAMAGED_HINT, REQUEST, Request, begun, check_same, summary_of, written_by
+from surgeon.train.selecting import SelectionSettings
 from surgeon.train.settings import ComputeSettings, LearningSettings, Settings, deciding
 
 if TYPE_CHECKING:
     from surgeon.cost.estimate import RunEstimate
+    from surgeon.train.inputs import Select
     from surgeon.train.run_dir import TrainingWatcher
     from surgeon.train.task import Task
 
@@ -98,7 +100,7 @@ class StorageOptions(Checked):
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainingOptions(ComputeSettings, GistSettings, LearningSettings):
+class TrainingOptions(ComputeSettings, GistSettings, SelectionSettings, LearningSettings):
     """The options of all runs, and those of each task.
 
     Their order is that of --help, run.json and the receipt: dataclasses take the fields of the last base first.
@@ -155,7 +157,7 @@ def finetune(model: str | os.PathLike[str], options: FinetuneOptions) -> Trainin
     if not options.data:
         raise OptionError("data", "--data is missing: there is nothing to train on", hint="Name a file: --data FILE.")
     training = checked(options.of(TrainingOptions))
-    check_there((*options.data, *options.eval_data))
+    check_there((*options.data, *options.eval_data, *options.select_for))
     source = opened(model, options.revision)
     if training.keep_adapter and isinstance(source, MergedSource):
         raise PlanError(
@@ -185,7 +187,8 @@ def finetune(model: str | os.PathLike[str], options: FinetuneOptions) -> Trainin
 
     device, watcher = options.device, options.watcher
     with runs(source.label, trust_remote_code=options.trust_remote_code):
-        runner = Runner(source, tuple(options.data), task, run_dir=place, device=device, watcher=watcher)
+        how: dict[str, Any] = {"device": device, "watcher": watcher, "select": _selection(task)}
+        runner = Runner(source, tuple(options.data), task, run_dir=place, **how)
         with runner.held(request, resume=options.resume):
             steps = runner.fit()
             if steps.is_stopped:
@@ -275,7 +278,7 @@ def estimate_finetune(model: str | os.PathLike[str], options: EstimateOptions) -
     from surgeon.train.inputs import Inputs
 
     training = checked(options.of(TrainingOptions))
-    check_there((*options.data, *options.eval_data))
+    check_there((*options.data, *options.eval_data, *options.select_for))
     source = opened(model, options.revision)
     inputs = Inputs(
         source,
@@ -296,17 +299,34 @@ def checked(options: TrainingOptions) -> TrainingOptions:
     settings, gist = options.of(Settings), options.of(GistSettings)
     if gist != GistSettings():
         gist.check(settings)
+    if gist.gist and settings.select:
+        raise OptionError(
+            "select",
+            "--select looks at the loss of plain rows, and --gist trains another",
+            hint="Select for a run without --gist, and train its rows.",
+        )
     return options
 
 
 def task_of(source: Source, options: TrainingOptions) -> "Task":
     """Return the task that the options choose."""
     settings, recorded = options.of(Settings), deciding(options)
+    if options.select is None:  # so that what is recorded of other runs stays as it was
+        recorded = {name: value for name, value in recorded.items() if not name.startswith("select")}
     if not options.gist:
         return _plain_task(source, settings, recorded)
     from surgeon.gist.training import GistTask
 
     return GistTask(settings=settings, recorded=recorded, source=source, gist=options.of(GistSettings))
+
+
+def _selection(task: "Task") -> "Select | None":
+    """Return what selects the rows of a run; None where all are trained."""
+    if task.settings.select is None:
+        return None
+    from surgeon.attribution.selecting import selected
+
+    return selected
 
 
 def _plain_task(source: Source, settings: Settings, recorded: Mapping[str, Any]) -> "Task":
