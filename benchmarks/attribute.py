@@ -30,7 +30,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT / "src"), str(ROOT / "tests")]
 
 QUERIES_A_SOURCE = 10
-LENGTH = 48  # tokens of a row of the toy
+LENGTH = 64  # tokens of a row of the toy: no text is cut
 TRAINED: dict[str, Any] = {"batch_size": 8, "sequence_length": LENGTH, "lr": "3e-3", "warmup": 0.1, "packing": "off"}
 SHAPES: dict[str, dict[str, Any]] = {
     "trak, ridge .001": {"ridge": 0.001},
@@ -53,7 +53,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--model", help="of time")
     parser.add_argument("--rows", type=int, default=128, help="of lds: training rows, in equal parts of each text")
-    parser.add_argument("--halves", type=int, default=60, help="of lds")
+    parser.add_argument("--halves", type=int, default=48, help="of lds")
     parser.add_argument("--epochs", type=float, default=4, help="of lds")
     parser.add_argument("--steps", type=int, default=40, help="of heal: in each training")
     parser.add_argument("--pool", type=int, default=400, help="of heal: rows of each text to select from")
@@ -72,6 +72,7 @@ def lds(given: argparse.Namespace) -> None:
     toy = _toy(given)
     run = _run(given, toy)
     losses = [_losses(given, toy, seed) for seed in (1, 2)]
+    assert losses[0].shape[1] == QUERIES_A_SOURCE * len(given.data), "each query is one row"
     halves = _halves(given)
     numbers = {"ceiling": _correlations(losses[0], losses[1])}
     numbers["random"] = _lds(np.random.default_rng(5).standard_normal((given.rows, losses[0].shape[1])), halves, losses)
@@ -137,7 +138,7 @@ def _lines(path: Path) -> list[str]:
         parts = [record["output"] for record in json.loads(path.read_text())]
     else:
         parts = [line.strip() for line in path.read_text().splitlines()]
-    return [part[:70] for part in parts if len(part) >= 70]
+    return [part[:60] for part in parts if len(part) >= 50 and part.isascii()]
 
 
 def _run(given: argparse.Namespace, toy: Path) -> Path:

@@ -371,6 +371,7 @@ def test_what_a_run_cannot_give_is_refused_and_what_it_decides_is_its_own(here, 
         surgeon.attribute(tmp_path / "bare.run", **asked)
     with pytest.raises(PlanError, match="has no state of its optimiser"):
         surgeon.attribute(here / "tuned", data=[str(here / "rows.jsonl")], sequence_length=48, method="less", **asked)
+    assert not (tmp_path / "out.partial").exists(), "nothing was computed"
     model = torch.nn.Linear(2, 2)
     plain = torch.optim.SGD(model.parameters(), lr=0.1)
     with pytest.raises(PlanError, match="SGD does not keep the squares"):
@@ -421,7 +422,7 @@ def test_a_selection_is_resumed_and_replayed_as_it_was(here, tmp_path, monkeypat
 
     with pytest.raises(KeyboardInterrupt):
         surgeon.finetune(here / "toy", output=tmp_path / "out", watcher=Stops(), **how)
-    monkeypatch.setattr("surgeon.attribution.selecting.selected", None)  # what is resumed selects nothing anew
+    monkeypatch.setattr("surgeon.attribution.selecting.selected", lambda pool: pytest.fail("it was selected already"))
     surgeon.finetune(here / "toy", output=tmp_path / "out", resume=True, **how)
     monkeypatch.undo()
     weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("whole", "out")]

@@ -85,7 +85,8 @@ def dots(rows: Array, queries: Array, *, is_cosine: bool) -> Scores:
 
 def _unit(vectors: Scores) -> Scores:
     """Return vectors of length 1; those of zeros stay so."""
-    return vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), np.finfo(np.float64).tiny)
+    unit: Scores = vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), np.finfo(np.float64).tiny)
+    return unit
 
 
 def _solved(matrix: Scores, right: Scores, damping: float) -> Scores:
@@ -93,8 +94,7 @@ def _solved(matrix: Scores, right: Scores, damping: float) -> Scores:
     if not damping:
         return np.zeros_like(right)
     matrix[np.diag_indices_from(matrix)] += damping
-    solution: Scores = np.linalg.solve(matrix, right)
-    return solution
+    return np.linalg.solve(matrix, right).astype(np.float64, copy=False)
 
 
 def _slices(count: int, other: int) -> Iterator[slice]:
