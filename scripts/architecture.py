@@ -18,7 +18,7 @@ PAGE, PICTURE = ROOT / "docs/design.md", ROOT / "docs/images/architecture.svg"
 FLOORS = (
     *("text", "showing", "errors", "mistyped", "progress", "options", "starter", "processes"),
     *("checkpoint", "anatomy", "plan", "transforms"),
-    *("data", "models", "draft", "surgery", "checkpoint.formats", "cost", "search", "measure", "plots"),
+    *("data", "models", "draft", "surgery", "checkpoint.formats", "cost", "search", "measure", "plots", "lineage"),
     *("train", "growth", "gist", "attribution", "evals", "rewriting", "verbs", "recipe", "cli"),
 )
 # Every package may use these; the picture draws no arrows to them.

@@ -114,6 +114,10 @@ hint: It is the depth of the result; ask for 1 or more.
 error: --experts is 'many', and has to be a whole number
 hint: surgeon grow --help lists its options.
 
+2 surgeon trace loc --candidates loc --permutations 5
+error: --permutations is 5; the least is 19
+hint: Set --permutations to 19 or more.
+
 2 surgeon diagnose loc --data text.txt --energy 2
 error: --energy is 2.0; it lies between 0 and 1
 hint: Such as --energy 0.9.

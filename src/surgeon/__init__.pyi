@@ -17,6 +17,7 @@ from surgeon.evals.gist import GistEvaluation as GistEvaluation
 from surgeon.evals.harness import TaskEvaluation as TaskEvaluation
 from surgeon.evals.suite import SuiteEvaluation as SuiteEvaluation
 from surgeon.evals.verdicts import Judgement as Judgement
+from surgeon.lineage.record import Trace as Trace
 from surgeon.surgery import Surgery as Surgery
 from surgeon.surgery import open_model as open_model
 from surgeon.train.result import Training as Training
@@ -52,6 +53,7 @@ from surgeon.verbs.prune import prune as prune
 from surgeon.verbs.pruning import Pruning as Pruning
 from surgeon.verbs.quantize import quantize as quantize
 from surgeon.verbs.quantizing import Quantizing as Quantizing
+from surgeon.verbs.trace import trace as trace
 from surgeon.verbs.transplant import Transplanting as Transplanting
 from surgeon.verbs.transplant import transplant as transplant
 from surgeon.verbs.trim import Trimming as Trimming
