@@ -1,11 +1,12 @@
 """Toys of three sizes on three shares of a text: what `surgeon advise` says of each, and then what training shows.
 
-    python benchmarks/advise.py --text tinyshakespeare.txt --output toys
-    python benchmarks/advise.py --text wikitext2-valid.txt --output fitted --calibrate
+    python benchmarks/advise.py --text gsm8k.jsonl --output judged
+    python benchmarks/advise.py --text wikitext2-valid.txt --output fitted --sizes fitted
+    python benchmarks/advise.py --fit fitted judged
 
 The first command judges: it writes verdict and over-fit epoch of all nine cells to verdicts.json, trains the cells with
-`surgeon finetune`, and prints both. The second one trains cells of other sizes, on other shares, best of another text,
-and fits the constants of `cost.laws.OVERFIT` to their curves. Both take up where they were stopped, cell by cell.
+`surgeon finetune`, and prints both. The second one trains cells of other sizes on other shares. The third one fits the
+constants of `cost.laws.OVERFIT` to the curves of such directories. All take up where they were stopped, cell by cell.
 The text is cut into blocks of lines; every 16th is held out, and a share is every n-th of the others, so that all of
 them are of one kind.
 """
@@ -14,7 +15,7 @@ import argparse
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -26,6 +27,7 @@ from surgeon.anatomy.anatomy import read_anatomy
 from surgeon.checkpoint.source import spec_of
 from surgeon.cost.flops import body_parameters
 from surgeon.cost.laws import GAP, Overfit, Reach, Verdict
+from surgeon.data.documents import documents
 from surgeon.surgery import open_source
 from surgeon.train.run_dir import read_metrics
 
@@ -50,32 +52,40 @@ JUDGED_STEPS, FITTED_STEPS = 500, 1000  # of a cell
 JUDGED = [(size, share) for share in (0.01, 0.04, 0.5) for size in ("small", "middle", "large")]
 FITTED = [(size, share) for share in (0.02, 0.06, 0.25) for size in ("between", "above")]
 FITTED += [("small", 0.01), ("large", 0.01)]
+CURVES = "curves.json"
 FLAT = 0.03  # nats by which a curve must have risen, to have turned
 WARM, FAR = 60_000, 0.7  # tokens from which a curve is fitted, and nats above its minimum up to which
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--text", type=Path, required=True)
-    parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--calibrate", action="store_true", help="train the cells that the constants are fitted to")
+    parser.add_argument("--text", help="a text, or records: a file of data")
+    parser.add_argument("--output", type=Path, help="directory of the cells")
+    parser.add_argument("--sizes", choices=("judged", "fitted"), default="judged")
+    parser.add_argument("--fit", type=Path, nargs="+", metavar="DIR", help="fit the constants to the cells in these")
     options = parser.parse_args()
+    if options.fit:
+        known = [json.loads((place / CURVES).read_text(encoding="utf-8")) for place in options.fit]
+        curves = [Curve(**{**one, "name": f"{place.name}/{one['name']}"})
+                  for place, each in zip(options.fit, known, strict=True) for one in each]  # fmt: skip
+        law = fitted(curves)
+        print(law)
+        table(curves, [(law.verdict(c.body, c.unique, c.last), law.turning(c.body, c.unique)) for c in curves])
+        return
     options.output.mkdir(parents=True, exist_ok=True)
-    cells = FITTED if options.calibrate else JUDGED
-    held_out, texts = written(options.text.read_text(encoding="utf-8"), options.output, {share for _, share in cells})
+    cells = FITTED if options.sizes == "fitted" else JUDGED
+    text = "\n\n".join("\n".join(document.parts) for document in documents(options.text))
+    held_out, texts = written(text, options.output, {share for _, share in cells})
     models = {name: built(options.output / name, *SIZES[name]) for name, _ in cells}
-    if not options.calibrate:
+    if options.sizes == "judged":
         verdicts(options.output / "verdicts.json", {cell: (models[cell[0]], texts[cell[1]]) for cell in cells})
-    steps = FITTED_STEPS if options.calibrate else JUDGED_STEPS
+    steps = FITTED_STEPS if options.sizes == "fitted" else JUDGED_STEPS
     curves = []
     for name, share in cells:
         output = options.output / f"{name}-{share:g}"
         curves.append(curve_of(output, models[name], texts[share], held_out, steps))
-    if options.calibrate:
-        law = fitted(curves)
-        print(law)
-        table(curves, [(law.verdict(c.body, c.unique, c.last), law.turning(c.body, c.unique)) for c in curves])
-    else:
+        (options.output / CURVES).write_text(json.dumps([asdict(curve) for curve in curves]) + "\n", encoding="utf-8")
+    if options.sizes == "judged":
         said = json.loads((options.output / "verdicts.json").read_text(encoding="utf-8"))
         table(curves, [(said[c.name]["verdict"], said[c.name]["over_fit"] or math.inf) for c in curves])
 
@@ -163,9 +173,9 @@ class Curve:
     name: str
     body: int
     unique: int
-    epochs: tuple[float, ...]
-    validation: tuple[float, ...]
-    probe: tuple[float, ...]
+    epochs: Sequence[float]
+    validation: Sequence[float]
+    probe: Sequence[float]
 
     @property
     def smooth(self) -> list[float]:
@@ -221,9 +231,9 @@ def fitted(curves: Sequence[Curve]) -> Overfit:
     )
     start = [math.log(1e3), math.log(0.7), math.log(0.01), math.log(1.2), math.log(0.7)]
     shared = torch.tensor(start, dtype=torch.float64, requires_grad=True)
-    floors = torch.full((len({curve.body for curve in curves}),), 1.5, dtype=torch.float64, requires_grad=True)
-    sizes = sorted({curve.body for curve in curves})
-    own = torch.tensor([sizes.index(curves[int(i)].body) for i in which])
+    kinds = [(curve.name.partition("/")[0], curve.body) for curve in curves]  # a floor for each text and size
+    floors = torch.full((len(set(kinds)),), 1.5, dtype=torch.float64, requires_grad=True)
+    own = torch.tensor([sorted(set(kinds)).index(kinds[int(i)]) for i in which])
     optimizer = torch.optim.LBFGS(
         [shared, floors], max_iter=2000, line_search_fn="strong_wolfe", tolerance_change=1e-12
     )
@@ -255,9 +265,8 @@ def curve_of(output: Path, model: Path, text: Path, held_out: Path, steps: int) 
     records = trained(model, text, held_out, output, steps)[1:]  # before the first step there is nothing to fit
     unique = text.stat().st_size
     body = body_parameters(read_anatomy(spec_of(open_source(model))))
-    columns = ([record[key] for record in records] for key in ("tokens", "eval_loss", "probe_loss"))
-    tokens, validation, probe = map(tuple, columns)
-    return Curve(output.name, body, unique, tuple(count / unique for count in tokens), validation, probe)
+    tokens, validation, probe = ([record[key] for record in records] for key in ("tokens", "eval_loss", "probe_loss"))
+    return Curve(output.name, body, unique, [count / unique for count in tokens], validation, probe)
 
 
 if __name__ == "__main__":
