@@ -316,7 +316,7 @@ def _scaled(made):
         ["merge", "{model}"],
         ["quantize", "--bits", "8"],
         ["finetune", "--data", "{text}", "--max-steps", "1"],
-        ["diagnose", "--data", "{text}"],
+        ["diagnose", "--data", "{text}", "--sequence-length", "32"],
     ],
     ids=lambda words: " ".join(words[:1]),
 )
@@ -379,6 +379,17 @@ def test_the_weights_that_are_measured_are_those_that_are_run(bits, made, even, 
     # compressed-tensors makes weights in the dtype of its scales, bfloat16, and those of a model loaded in float32 in
     # float32: they differ by that rounding, 2^-9 of each weight.
     assert streamed == pytest.approx(whole, rel=1e-5 if bits == 8 else 2e-3)
+
+
+@needs_libraries
+def test_a_text_that_cannot_be_measured_is_refused_before_anything_is_written(even, run, tmp_path):
+    text = talkers.written(tmp_path / "text.txt", talkers.TEXT * 8)
+
+    done = run("quantize", even, "--data", text, "--sequence-length", 100, "-o", tmp_path / "made")
+
+    assert done.code == 1
+    assert "rows have 100 tokens, more than the 64 positions of" in done.err
+    assert not (tmp_path / "made").exists()
 
 
 def test_a_dry_run_reads_headers_only(even, run):

@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from surgeon import text
+from surgeon.anatomy.config import positions_of
 from surgeon.checkpoint.source import Source
 from surgeon.draft import Confirm, Draft
+from surgeon.errors import MeasureError
 from surgeon.models.loading import loadable, runs
 from surgeon.models.tokenizers import tokenizer_from
 from surgeon.plan.dequantizing import dequantized
@@ -78,9 +80,14 @@ class QuantizingCost:
 
     @cached_property
     def stream(self) -> "TokenStream":
-        """The tokens of the text. Raises DataError, MeasureError."""
+        """The tokens of the text. Raises DataError, and MeasureError for rows that are too long for the model."""
         from surgeon.evals.perplexity import read_stream
 
+        most = positions_of(self.begun.source)
+        if most is not None and self.sequence_length > most:
+            label = self.begun.source.label
+            raise MeasureError(f"rows have {self.sequence_length} tokens, more than the {most} positions of {label}",
+                               hint=f"Use --sequence-length {most}.")  # fmt: skip
         with runs(self.begun.source.label):
             tokenizer = tokenizer_from(self.begun.tokenizer_files, self.begun.spec.config)
         shape: dict[str, Any] = {"samples": self.samples, "sequence_length": self.sequence_length}
