@@ -78,6 +78,10 @@ hint: One of: perplexity, exact-match, rouge-l, choice, pseudo-perplexity, class
 error: unknown --on-fail 'dorp'; did you mean drop?
 hint: One of: keep, drop.
 
+2 surgeon quantize loc --bits 3
+error: --bits is 3; a code has 8 or 4
+hint: --bits 8 or --bits 4.
+
 2 surgeon trim loc --data text.txt --coverage most
 error: --coverage: 'most' is no share of a text
 hint: Such as --coverage 99.99%.

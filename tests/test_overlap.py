@@ -131,6 +131,8 @@ CASES: dict[tuple[str, str], list[str]] = {
     ("trim", "model"): ["{out}", "--data", "{text}"],
     ("trim", "data"): ["{model}", "--data", "{out}/text.txt"],
     ("trim", "eval_data"): ["{model}", "--data", "{text}", "--eval-data", "{out}/text.txt"],
+    ("quantize", "model"): ["{out}"],
+    ("quantize", "data"): ["{model}", "--data", "{out}/text.txt"],
     ("transplant", "model"): ["{out}", "--tokenizer", "{model}"],
     ("transplant", "tokenizer"): ["{model}", "--tokenizer", "{out}"],
     ("transplant", "like"): ["{model}", "--like", "{out}"],

@@ -15,6 +15,7 @@ import surgeon
 from surgeon.checkpoint.header import TensorSpec, read_header, read_metadata
 from surgeon.errors import PlanError, VerificationError
 from surgeon.options import OptionError
+from surgeon.plan import schemes
 from surgeon.plan.schemes import COMPRESSED, GROUPS, TORCHAO, Scheme, check_installed, scheme_of
 from surgeon.surgery import open_model
 from surgeon.transforms.quantize import fitting_groups, linear_maps
@@ -392,15 +393,25 @@ def test_a_text_that_cannot_be_measured_is_refused_before_anything_is_written(ev
     assert not (tmp_path / "made").exists()
 
 
-def test_a_dry_run_reads_headers_only(even, run):
-    if not installed(TORCHAO):
-        pytest.skip("pip install 'surgeon[quantize]'")
+def test_a_dry_run_reads_headers_only_and_needs_no_library(even, run, monkeypatch):
+    monkeypatch.setattr(schemes, "version_of", lambda method: None)
 
     done = run("quantize", even, "--bits", 8, "--dry-run")
 
     assert done.code == 0, done.err
     assert "8 bits, a scale for each row" in done.out
     assert "(not written)" in done.out
+
+
+def test_without_the_library_nothing_is_written(even, run, monkeypatch, tmp_path):
+    monkeypatch.setattr(schemes, "version_of", lambda method: None)
+
+    done = run("quantize", even, "--bits", 4, "-o", tmp_path / "made")
+
+    assert done.code == 1
+    assert "compressed-tensors is not installed" in done.err
+    assert "hint: pip install 'surgeon[quantize]'" in done.err
+    assert not list(tmp_path.iterdir())
 
 
 # --- the forms, without a library ---------------------------------------------------------------------------------

@@ -156,9 +156,15 @@ def _same(value: Any, expected: Any) -> bool:
     return bool(value == expected)
 
 
-def check_installed(method: str) -> str:
-    """Return the version of the library of a method, which is not imported. Raises PlanError where it is not there."""
+def version_of(method: str) -> str | None:
+    """Return the version of the library of a method, which is not imported; None where it is not installed."""
     try:
         return version(method)
-    except PackageNotFoundError as error:
-        raise PlanError(f"{method} is not installed, and it makes the codes", hint=INSTALL) from error
+    except PackageNotFoundError:
+        return None
+
+
+def check_installed(method: str) -> None:
+    """Raise PlanError where the library of a method is not installed."""
+    if version_of(method) is None:
+        raise PlanError(f"{method} is not installed, and it makes the codes", hint=INSTALL)

@@ -19,7 +19,7 @@ from surgeon.options import (
     revision_option,
     takes,
 )
-from surgeon.plan.schemes import BITS, COMPRESSED, GROUPS, TORCHAO, Scheme, check_installed
+from surgeon.plan.schemes import BITS, COMPRESSED, GROUPS, TORCHAO, Scheme, version_of
 from surgeon.surgery import Surgery, open_model
 from surgeon.transforms.quantize import NO_GROUP, WEIGHT, fitting_groups, linear_maps
 from surgeon.transforms.quantize import quantize as plan_quantize
@@ -137,7 +137,7 @@ def quantize(model: "str | os.PathLike[str] | Surgery", options: QuantizeOptions
         group_size = fitting[0]
     scheme = Scheme(options.chosen, options.bits, group_size)
     plan = plan_quantize(begun.anatomy, scheme)
-    library = f"{scheme.method} {check_installed(scheme.method)}"
+    library = " ".join(filter(None, (scheme.method, version_of(scheme.method))))  # to plan takes none of it
     plan = replace(plan, steps=({"quantize": {**plan.steps[0]["quantize"], "library": library}},))
     small = begun.spec.num_parameters < VERIFIED_BELOW
     cost = QuantizingCost(
