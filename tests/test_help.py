@@ -171,7 +171,7 @@ def completed(typed: str) -> list[str]:
 @pytest.mark.parametrize(
     ("typed", "offered"),
     [
-        ("surgeon tr", ["transplant", "trim", "truncate"]),
+        ("surgeon tr", ["trace", "transplant", "trim", "truncate"]),
         ("surgeon prune loc --sco", ["--score", "--scores-from"]),
         ("surgeon prune loc --score ra", ["random"]),
         ("surgeon prune loc --score l", ["last"]),

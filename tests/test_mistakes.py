@@ -294,7 +294,7 @@ WORDED = worded()
 
 def test_the_options_of_words_are_many():
     assert len(WORDED) > 35
-    assert {name for name, _ in WORDED} >= set(commands()) - {"inspect", "run", "data"}
+    assert {name for name, _ in WORDED} >= set(commands()) - {"inspect", "run", "data", "trace"}
 
 
 def test_a_mistyped_word_of_any_option_is_refused_before_torch_is_imported():

@@ -112,28 +112,42 @@ class Comparison:
 
 
 def begin(child: Model, parent: Model, *, permutations: int, seed: int) -> Comparison:
-    """Return the comparison down to the layers: from 256 rows of the embeddings, all gains, and 16 rows a layer."""
+    """Return the comparison down to the layers: from 256 rows of the embeddings and all gains, else from rows too."""
     found = Comparison(child, parent)
     find_hidden(found)
     if found.hidden is None:
         return found
     found.gains = compare_gains(child.profiles, parent.profiles, found.hidden, permutations=permutations, seed=seed)
-    by_gains = found.gains is not None and found.p <= RELATED
-    if not by_gains and not found.is_found and found.gains is not None:
-        return found  # nothing but the size is the same
+    if found.gains is not None and found.gains.p <= RELATED:
+        _accept(found, decide(found.gains, None, child.roles, parent.roles))
+    elif found.is_found or found.gains is None:  # else nothing but the size is the same
+        confirm(found, permutations=permutations, seed=seed)
+    return found
+
+
+def confirm(found: Comparison, *, permutations: int, seed: int) -> None:
+    """Look at rows of each layer too: they decide where gains are of two minds, and say how far each layer is."""
+    assert found.hidden is not None
+    child, parent = found.child, found.parent
     found.rows = compare_rows(child.samples, parent.samples, child.roles, parent.roles, found.hidden)
     if found.gains is None and found.rows is not None:
         found.row_p = p_of_rows(found.rows, permutations=permutations, seed=seed)
-    gains = found.gains if by_gains else None
-    layers = decide(gains, found.rows, child.roles, parent.roles)
-    if sum(layer is not None for layer in layers) >= max(1, SEVERAL * len(layers)):
-        found.layers = layers
-        found.maps[HIDDEN] = found.hidden
-        if found.tokens is None or not found.is_found:
-            find_tokens(found)
-        if found.tokens is not None:
-            found.maps["vocab"] = found.tokens.map
-    return found
+    gains = found.gains if found.gains is not None and found.gains.p <= RELATED else None
+    _accept(found, decide(gains, found.rows, child.roles, parent.roles))
+
+
+def _accept(found: Comparison, layers: list[int | None]) -> None:
+    """Set the layers where they are enough, and with them the maps of hidden state and tokens."""
+    assert found.hidden is not None
+    is_enough = sum(layer is not None for layer in layers) >= max(1, SEVERAL * len(layers))
+    found.layers, found.maps = layers if is_enough else [], {}
+    if not is_enough:
+        return
+    if found.tokens is None or found.tokens.map.kind != "identity":  # ids of another size of vocabulary may have moved
+        find_tokens(found)
+    found.maps[HIDDEN] = found.hidden
+    if found.tokens is not None:
+        found.maps["vocab"] = found.tokens.map
 
 
 def find_hidden(found: Comparison) -> None:
@@ -151,11 +165,10 @@ def find_hidden(found: Comparison) -> None:
 
 
 def find_tokens(found: Comparison) -> None:
-    """Set the pairs of tokens of two models whose hidden states are the same, where their ids are not."""
+    """Set the pairs of tokens of two related models by what they spell, where their tokenizers can be read."""
     pairs = same_texts(found.child.samples, found.parent.samples, found.child.roles, found.parent.roles)
     if pairs is not None and (known := _by_tokens(found, pairs)) is not None:
         found.tokens, found.hidden, found.is_found = pairs, known, True
-        found.maps[HIDDEN] = known
 
 
 def _by_tokens(found: Comparison, pairs: TokenPairs) -> AxisMap | None:

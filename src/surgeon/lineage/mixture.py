@@ -25,7 +25,7 @@ class Mixture:
     errors: Mapping[str, float]
     spread: Mapping[str, float]
     explained: float
-    numbers: int
+    is_sliced: bool  # every tensor is one candidate's alone
 
     @property
     def is_even(self) -> bool:
@@ -87,7 +87,7 @@ def mixture_of(names: Sequence[str], blocks: Sequence[tuple[Array, Sequence[Arra
         {names[k]: float(all_errors[k]) for k in used},
         {names[k]: float(per_set[:, k].std()) for k in used},
         explained,
-        len(y),
+        bool(np.all(np.minimum(np.abs(per_set), np.abs(per_set - 1)) < LEAST_WEIGHT)),
     )
 
 

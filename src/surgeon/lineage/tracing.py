@@ -10,14 +10,14 @@ import numpy as np
 from surgeon.checkpoint.source import Source
 from surgeon.errors import CheckpointError
 from surgeon.lineage.claims import Claim, claims_of, digests, names_model
-from surgeon.lineage.comparing import Comparison, Model, begin, finish, layers_to_look_at, look_at
+from surgeon.lineage.comparing import Comparison, Model, begin, confirm, finish, layers_to_look_at, look_at
 from surgeon.lineage.mixture import Mixture, mixture_of
 from surgeon.lineage.record import Link, Trace, part_words, told_of
 from surgeon.lineage.samples import Samples
 from surgeon.lineage.verdict import changes, direction, structure
 from surgeon.progress import stage
 
-FINISHED = 3  # candidates whose tensors are compared
+CONFIRMED, FINISHED = 5, 3  # candidates of which rows are read, and of which tensors are compared
 TIED = 1.02  # distances within this factor are one: a model and its cut are equally far from what was made of the cut
 CLOSER, APART = 0.1, 2e-3  # a layer is another candidate's where that is this much closer, and the nearest is not equal
 MOST_LINKS = 8
@@ -42,7 +42,7 @@ def traced(child: Source, candidates: Sequence[Source], how: How) -> Trace:
             parent = Model(Samples.of(source))
             found.append(begin(model, parent, permutations=how.permutations, seed=how.seed))
             count(1)
-    related = sorted((each for each in found if each.is_related), key=_closeness)
+    related = _confirmed(found, how)
     if not related:
         return _unrelated(model, found, claims, how)
     with stage("comparing tensors"):
@@ -52,27 +52,28 @@ def traced(child: Source, candidates: Sequence[Source], how: How) -> Trace:
     nearest = _nearest(related[:FINISHED])
     owners = _owners(nearest, related)
     owned = [owner is None or owner is nearest for owner in owners]
-    if not how.quick and any(not own for own in owned):
+    mixture = None if how.quick else _mixture(nearest, related[:FINISHED])
+    if mixture is not None and mixture.is_sliced and not all(owned):
+        mixture = None  # whole layers of each
+    if mixture is not None:
+        owners, owned = [owner and nearest for owner in owners], [True] * len(owned)
+    elif not how.quick and not all(owned):
         _look_at_own(nearest, owned)
-    mixture = None if how.quick or not all(owned) else _mixture(nearest, related[:FINISHED])
     words = structure(nearest, owned) + ([] if all(owned) else ["layers of several models"])
     if not how.quick:
         words += ["mixture"] if mixture is not None else changes(nearest, owned)
         words = words or ["identical"]
-    agreements, disagreements = _held_against(claims, nearest, related, owners)
+    agreements, disagreements = _held_against(claims, nearest, related)
     if _are_one(child, nearest.parent.samples.source):
         agreements.append("the weight files have the same SHA-256")
     chain = [] if mixture is not None else _chain(nearest, related, how)
-    all_read = {id(each.samples): each.samples for each in (model, *(each.parent for each in found))}.values()
     return Trace(
-        child=child.label,
+        **_about(model, found, claims, how),
         nearest=nearest.parent.label,
         layers=tuple(layer if own else None for layer, own in zip(nearest.layers, owned, strict=True)),
         axes=nearest.axes,
         looks_like=tuple(words),
         p=nearest.p,
-        bytes_read=sum(samples.bytes_read for samples in all_read),
-        candidates=_told(found),
         depth=len(nearest.parent.roles.layers),
         layer_sources=tuple(None if owner is None else owner.parent.label for owner in owners),
         axis_words={axis: each.words() for axis, each in nearest.maps.items()},
@@ -80,54 +81,59 @@ def traced(child: Source, candidates: Sequence[Source], how: How) -> Trace:
         mixture=mixture,
         direction=direction(nearest, words),
         chain=tuple(chain),
-        claims=tuple(claims),
         agreements=tuple(agreements),
         disagreements=tuple(disagreements),
-        permutations=how.permutations,
-        child_bytes=model.samples.anatomy.spec.nbytes,
-        requests=sum(samples.requests for samples in all_read),
-        bytes_downloaded=_downloaded([samples.source for samples in all_read]),
     )
 
 
 def _unrelated(model: Model, found: Sequence[Comparison], claims: Sequence[Claim], how: How) -> Trace:
-    samples = [model.samples, *(each.parent.samples for each in found)]
     named = [
         f"{claim.file} names {each.parent.label}, and the weights have nothing to do with it"
         for claim in claims
         for each in found
         if names_model(claim, each.parent.samples.source)
     ]
+    depth = len(model.roles.layers)
     return Trace(
-        child=model.label,
+        **_about(model, found, claims, how),
         nearest=None,
-        layers=(None,) * len(model.roles.layers),
+        layers=(None,) * depth,
         axes={},
         looks_like=(),
-        p=min((each.p for each in found), default=1.0),
-        bytes_read=sum(each.bytes_read for each in samples),
-        candidates=_told(found),
+        p=min(1.0, len(found) * min((each.p for each in found), default=1.0)),  # the least of several (Bonferroni)
         depth=0,
-        layer_sources=(None,) * len(model.roles.layers),
-        claims=tuple(claims),
+        layer_sources=(None,) * depth,
         disagreements=tuple(named),
-        permutations=how.permutations,
-        child_bytes=model.samples.anatomy.spec.nbytes,
-        requests=sum(each.requests for each in samples),
-        bytes_downloaded=_downloaded([each.source for each in samples]),
     )
 
 
-def _told(found: Sequence[Comparison]) -> dict[str, dict[str, Any]]:
-    return {each.parent.label: told_of(each) for each in found}
-
-
-def _downloaded(sources: Sequence[Source]) -> int | None:
-    transfers = [source.transfer for source in sources if source.transfer is not None]
-    return sum(transfer.nbytes for transfer in transfers) if transfers else None
+def _about(model: Model, found: Sequence[Comparison], claims: Sequence[Claim], how: How) -> dict[str, Any]:
+    """Return what a trace says whatever was found: of the candidates, the claims, and what was read."""
+    all_read = [model.samples, *(each.parent.samples for each in found)]
+    transfers = [samples.source.transfer for samples in all_read]
+    downloaded = [transfer.nbytes for transfer in transfers if transfer is not None]
+    return {
+        "child": model.label,
+        "candidates": {each.parent.label: told_of(each) for each in found},
+        "claims": tuple(claims),
+        "permutations": how.permutations,
+        "bytes_read": sum(samples.bytes_read for samples in all_read),
+        "requests": sum(samples.requests for samples in all_read),
+        "child_bytes": model.samples.anatomy.spec.nbytes,
+        "bytes_downloaded": sum(downloaded) if downloaded else None,
+    }
 
 
 # Which candidate is nearest
+
+
+def _confirmed(found: Sequence[Comparison], how: How) -> list[Comparison]:
+    """Return the candidates that have to do with the child, the closest first; of a few the rows are looked at too."""
+    related = sorted((each for each in found if each.is_related), key=_closeness)
+    for each in () if how.quick else related[:CONFIRMED]:
+        if each.rows is None:
+            confirm(each, permutations=how.permutations, seed=how.seed)
+    return sorted((each for each in related if each.is_related), key=_closeness)
 
 
 def _row_distance(found: Comparison) -> float:
@@ -143,8 +149,9 @@ def _size_apart(found: Comparison) -> int:
     return abs(found.child.samples.anatomy.spec.num_parameters - found.parent.samples.anatomy.spec.num_parameters)
 
 
-def _closeness(found: Comparison) -> tuple[float, float, int]:
-    return -found.num_layers, _row_distance(found), _size_apart(found)
+def _closeness(found: Comparison) -> tuple[float, float, float, int]:
+    gains = 0.0 if found.gains is None else -found.gains.statistic
+    return -found.num_layers, _row_distance(found), gains, _size_apart(found)
 
 
 def _nearest(related: Sequence[Comparison]) -> Comparison:
@@ -154,7 +161,7 @@ def _nearest(related: Sequence[Comparison]) -> Comparison:
     distances = [_row_distance(each) if not each.differences else each.distance for each in whole]
     least = min(distances)
     tied = [each for each, distance in zip(whole, distances, strict=True) if distance <= TIED * least + 1e-7]
-    return min(tied, key=_size_apart)
+    return min(tied, key=lambda each: (_size_apart(each), 0.0 if each.gains is None else -each.gains.statistic))
 
 
 def _owners(nearest: Comparison, related: Sequence[Comparison]) -> list[Comparison | None]:
@@ -210,7 +217,8 @@ def _chain(nearest: Comparison, related: Sequence[Comparison], how: How) -> list
     rest = [each.parent for each in related if each is not nearest]
     while rest and len(links) < MOST_LINKS:
         compared = [begin(model, other, permutations=how.permutations, seed=how.seed) for other in rest]
-        whole = [each for each in compared if each.is_related and each.num_layers == len(each.layers)]
+        compared = _confirmed(compared, how)
+        whole = [each for each in compared if each.num_layers == len(each.layers)]
         if not whole:
             return links
         best = min(whole, key=_closeness)
@@ -222,7 +230,7 @@ def _chain(nearest: Comparison, related: Sequence[Comparison], how: How) -> list
 
 
 def _held_against(
-    claims: Sequence[Claim], nearest: Comparison, related: Sequence[Comparison], owners: Sequence[Comparison | None]
+    claims: Sequence[Claim], nearest: Comparison, related: Sequence[Comparison]
 ) -> tuple[list[str], list[str]]:
     """Return which claims the weights agree with, and which not."""
     agreements, disagreements = [], []
@@ -232,7 +240,8 @@ def _held_against(
             continue
         found = nearest if nearest in named else named[0]
         if claim.layer_map is None:
-            agreements.append(f"{claim.file} names {found.parent.label}, and so do the weights")
+            related_too = "" if found is nearest else f", though {nearest.parent.label} is nearer"
+            agreements.append(f"{claim.file} names {found.parent.label}, which is related{related_too}")
             continue
         wrong = _wrong_layers(claim.layer_map, found)
         if wrong is None:
@@ -244,7 +253,7 @@ def _held_against(
 
 def _wrong_layers(claimed: Sequence[int | None], found: Comparison) -> str | None:
     """Return where a receipt's layers are not those of the weights; a layer that it calls new may be a copy."""
-    depth = len(found.parent.roles.anatomy.stacks) and found.parent.roles.anatomy.depth
+    depth = found.parent.roles.anatomy.depth
     layers = found.layers[: found.child.roles.anatomy.depth]
     if len(claimed) != len(layers):
         return f"in the number of layers: it says {len(claimed)}, and there are {len(layers)}"

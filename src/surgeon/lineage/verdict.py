@@ -58,6 +58,8 @@ def changes(found: Comparison, owned: Sequence[bool]) -> list[str]:
         if not casts:
             return []
         return [f"cast to {WORDS.get(found.child.samples.dtype(_name(found, casts[0])), 'another dtype')}"]
+    if all(each.layer is None and each.equal > 0.5 for each in changed):
+        return ["some tokens changed"]
     if found.child.samples.coded:
         return [_most(list({str(each.grid): each.grid for each in found.child.samples.coded.values()}.values()))]
     matrices = [each for each in changed if each.is_matrix]
