@@ -82,7 +82,7 @@ def lds(given: argparse.Namespace) -> None:
             if not is_run and how.get("method") in ("less", "bm25"):
                 continue
             scores = _scores(given, model, name, is_run, how)
-            shown = name if name == "bm25" else f"{name}, {'3 checkpoints' if is_run else 'the last'}"
+            shown = name if name == "bm25" else f"{name}, {'3 checkpoints' if is_run else 'the result alone'}"
             numbers[shown] = _lds(scores, halves, losses)
     top = float(numbers["ceiling"].mean())
     none = numbers["random"]

@@ -82,6 +82,10 @@ hint: One of: keep, drop.
 error: --bits is 3; a code has 8 or 4
 hint: --bits 8 or --bits 4.
 
+2 surgeon attribute loc --data text.txt --query text.txt --method track
+error: unknown --method 'track'; did you mean trak?
+hint: One of: trak, less, cosine, tracin, bm25.
+
 2 surgeon trim loc --data text.txt --coverage most
 error: --coverage: 'most' is no share of a text
 hint: Such as --coverage 99.99%.

@@ -145,7 +145,12 @@ CASES: dict[tuple[str, str], list[str]] = {
     ("finetune", "model"): ["{out}", "--data", "{text}"],
     ("finetune", "data"): ["{model}", "--data", "{text}", "--data", "{out}/text.txt"],
     ("finetune", "eval_data"): ["{model}", "--data", "{text}", "--eval-data", "{out}"],
+    ("finetune", "select_for"): ["{model}", "--data", "{text}", "--select", "5%", "--select-for", "{out}/text.txt"],
     ("finetune", "teacher"): ["{model}", "--data", "{text}", "--teacher", "{out}"],
+    ("attribute", "model"): ["{out}", "--data", "{text}", "--query", "{text}"],
+    ("attribute", "data"): ["{model}", "--data", "{out}/text.txt", "--query", "{text}"],
+    ("attribute", "query"): ["{model}", "--data", "{text}", "--query", "{out}/text.txt"],
+    ("attribute", "checkpoints"): ["{model}", "--data", "{text}", "--query", "{text}", "--checkpoints", "{out}"],
     ("compress", "model"): ["{out}/model", "--prompt", "be brief"],
     ("compress", "adapter"): ["{model}", "--prompt", "be brief", "--adapter", "{out}/adapter"],
     ("compress", "prompt_file"): ["{model}", "--prompt-file", "{out}/text.txt"],
@@ -164,6 +169,7 @@ def places(tmp_path: Path) -> dict[str, str]:
     model, out, text = checkpoint(tmp_path / "model"), tmp_path / "out", tmp_path / "text.txt"
     checkpoint(out, tensors=llama(layers=4), num_hidden_layers=4)
     (out / "adapter").mkdir()
+    (out / "attribution.json").write_text("{}")  # by which attribute knows its own
     for path in (text, out / "text.txt"):
         path.write_text("The cat sat on the mat.")
     return {"model": str(model), "out": str(out), "text": str(text)}

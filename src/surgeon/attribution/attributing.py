@@ -98,7 +98,7 @@ class Attributed:
                 numbers=None if scorer is None else scorer.seen.get("numbers"),
                 attributed=None if scorer is None else scorer.seen.get("share"),
                 seconds=0.0,
-                notes=_notes(data, asked),
+                notes=(*_notes(data, asked), *_unshaped(how, scorer)),
             )
             write(found, table, request, target, overwrite=overwrite)
             remove(partial)
@@ -201,6 +201,16 @@ def _text(store: TokenStore, pieces: Sequence[int] | NDArray[np.int64], tokenize
     """Return the text of pieces, without special tokens."""
     ids = np.concatenate([store.piece(int(piece))[0] for piece in pieces]).tolist()
     return str(tokenizer.decode(ids, skip_special_tokens=True))
+
+
+def _unshaped(how: How, scorer: Scorer | None) -> tuple[str, ...]:
+    """Return that gradients were not divided by Adam's squares, where they would have been."""
+    if scorer is None or METHODS[how.method].shape is None or scorer.seen["shaped"]:
+        return ()
+    return (
+        "without the optimiser's state gradients are taken as they are, which foretells less: "
+        "finetune --keep-checkpoints 2 keeps it",
+    )
 
 
 def _notes(data: RunData, asked: TokenStore) -> tuple[str, ...]:

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,20 +20,27 @@ class Method:
     """A way to score rows. `about` is its sentence for people.
 
     `solves`: all rows' gradients are kept, and a system of equations is solved; else a row's score is its dot product
-    with the query's gradient, both of length 1 where `is_cosine`. `is_shaped`: rows' gradients are steps of Adam.
-    `by_rate`: several checkpoints count by their learning rates, else alike.
+    with the query's gradient, both of length 1 where `is_cosine`. `by_rate`: several checkpoints count by their
+    learning rates, else alike.
+
+    `shape` says what is divided by the root of Adam's mean squares: "rows", whose gradients are then steps of Adam, or
+    "both", rows and queries, each by the square root of that root: the gradients of weights that are stretched so that
+    a step of Adam is one of plain descent. `needs_shape`: it is refused without the optimiser's state.
     """
 
     about: str
     solves: bool = False
     is_cosine: bool = False
-    is_shaped: bool = False
+    shape: Literal["rows", "both"] | None = None
+    needs_shape: bool = False
     by_rate: bool = False
 
 
 METHODS = {
-    "trak": Method("gradients through the inverse of their covariance, with a ridge", solves=True),
-    "less": Method("cosine of Adam's step and the query's gradient", is_cosine=True, is_shaped=True, by_rate=True),
+    "trak": Method("gradients through the inverse of their covariance, with a ridge", solves=True, shape="both"),
+    "less": Method(
+        "cosine of Adam's step and the query's gradient", is_cosine=True, shape="rows", needs_shape=True, by_rate=True
+    ),
     "cosine": Method("cosine of gradients", is_cosine=True),
     "tracin": Method("dot product of gradients", by_rate=True),
 }

@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 
 from surgeon.attribution.estimators import Method, Scores, dots, trak
-from surgeon.attribution.gradients import RowGradients, maps_of, widest
+from surgeon.attribution.gradients import Map, RowGradients, maps_of, widest
 from surgeon.attribution.ledger import Ledger
 from surgeon.attribution.rows import Batches, gradients_of
 from surgeon.errors import PlanError
@@ -42,7 +42,8 @@ class Scorer:
 
     `side` is the side of projections, None for as wide as fits (`widest`), 0 for none. `apart` says of a model whether
     documents in one sequence see each other; it is asked where rows are packed. `seen` has, once a model was looked at,
-    how many `numbers` a row's gradient has, and the `share` of the trained numbers that it is of.
+    how many `numbers` a row's gradient has, the `share` of the trained numbers that it is of, and whether it was
+    `shaped` by Adam's mean squares.
     """
 
     rows: Batches
@@ -61,6 +62,8 @@ class Scorer:
 
         What is computed is kept in `directory`, from which another call goes on.
         """
+        has_states = all(each.second is not None for each in snapshots)  # else their scores would not go together
+        self.seen["shaped"] = self.method.shape is not None and (has_states or self.method.needs_shape)
         weights = np.array([each.weight if self.method.by_rate else 1.0 for each in snapshots])
         total = np.zeros((len(self.rows.pieces), len(self.groups)))
         for number, (snapshot, weight) in enumerate(zip(snapshots, weights / weights.sum(), strict=True)):
@@ -84,17 +87,24 @@ class Scorer:
             if side is not None:
                 each.project(self.seed + 7919 * number, index, side)
                 other.left, other.right = each.left, each.right
-        if self.method.is_shaped:
-            if snapshot.second is None:
-                raise PlanError(
-                    f"{snapshot.label} has no state of its optimiser, by which less shapes gradients",
-                    hint="finetune --keep-checkpoints 2 keeps it; --method trak and cosine do without.",
-                )
-            second = snapshot.second(model)
-            for each in maps:
-                each.scale = each.oriented(1 / (second[f"{each.name}.weight"].float().sqrt() + EPS)).contiguous()
+        self._shape(snapshot, model, maps, plain)
         self.seen["numbers"] = RowGradients(model, maps).width
         return RowGradients(model, maps), RowGradients(model, plain)
+
+    def _shape(self, snapshot: Snapshot, model: Any, rows: Sequence[Map], queries: Sequence[Map]) -> None:
+        """Divide the gradients of rows, and of queries, by roots of Adam's mean squares, as the method says."""
+        if not self.seen["shaped"]:
+            return
+        if snapshot.second is None:
+            raise PlanError(
+                f"{snapshot.label} has no state of its optimiser, by which less shapes gradients",
+                hint="finetune --keep-checkpoints 2 keeps it; --method trak and cosine do without.",
+            )
+        second = snapshot.second(model)
+        for row, query in zip(rows, queries, strict=True):
+            root = row.oriented(second[f"{row.name}.weight"].float()).sqrt() + EPS
+            row.scale = (1 / (root if self.method.shape == "rows" else root.sqrt())).contiguous()
+            query.scale = row.scale if self.method.shape == "both" else None
 
     def _of_one(self, snapshot: Snapshot, number: int, directory: Path) -> Scores:
         """Return the scores by one snapshot."""

@@ -90,7 +90,7 @@ def _by_gradients(
         Batches(pool.data.stores[0], pieces, collate),
         Batches(store, np.arange(store.num_pieces), collate),
         groups,
-        replace(METHODS[LESS], is_shaped=warm is not None),
+        METHODS[LESS] if warm is not None else METHODS["cosine"],
         ridge=1.0,
         side=None,
         seed=settings.seed,
