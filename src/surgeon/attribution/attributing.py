@@ -207,10 +207,8 @@ def _unshaped(how: How, scorer: Scorer | None) -> tuple[str, ...]:
     """Return that gradients were not divided by Adam's squares, where they would have been."""
     if scorer is None or METHODS[how.method].shape is None or scorer.seen["shaped"]:
         return ()
-    return (
-        "without the optimiser's state gradients are taken as they are, which foretells less: "
-        "finetune --keep-checkpoints 2 keeps it",
-    )
+    said = "without the optimiser's state gradients are taken as they are, which foretells less"
+    return (f"{said}: finetune --keep-checkpoints 2 keeps it",)
 
 
 def _notes(data: RunData, asked: TokenStore) -> tuple[str, ...]:
