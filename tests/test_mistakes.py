@@ -126,6 +126,10 @@ hint: surgeon grow --help lists its options.
 error: --permutations is 5; the least is 19
 hint: Set --permutations to 19 or more.
 
+2 surgeon advise loc --data text.txt --epochs 0
+error: --epochs is 0.0; it is above 0
+hint: Such as --epochs 3.
+
 2 surgeon diagnose loc --data text.txt --energy 2
 error: --energy is 2.0; it lies between 0 and 1
 hint: Such as --energy 0.9.

@@ -29,7 +29,7 @@ from surgeon.transforms.seams import find_sites
 
 # Placeholders of options that name neither a file, nor a directory, nor anything on the Hub that is read.
 NO_PLACES = {
-    *("N", "K", "T", "S", "W", "F", "E", "G", "R", "A", "P", "M", "I", "LR", "SIZE", "DTYPE", "K,K", "FIRST,LAST"),
+    *("N", "K", "T", "S", "W", "F", "E", "G", "R", "A", "P", "M", "I", "C", "LR", "SIZE", "DTYPE", "K,K", "FIRST,LAST"),
     *("METHOD", "METRIC", "SCORE", "NAME", "NAMES", "PART", "PARTS", "LAYERS", "WHEN", "WHO", "WAY", "TOOL", "AXIS"),
     *(
         "TEXT",
@@ -51,7 +51,7 @@ NO_PLACES = {
 }
 WORDS = {"revision", "device", "config_file"}  # options of all commands; tests/test_config_file.py has the last one
 # Arguments that are no fields of options: what they name is read, or written.
-READ = {"model", "source", "config", "recipe", "runs", "input_file", "prompt_file"}
+READ = {"model", "source", "config", "recipe", "runs", "input_file", "prompt_file", "others"}
 
 
 def parameters(command: str) -> list[Any]:
@@ -65,6 +65,7 @@ def flags() -> dict[tuple[str, str], Flag]:
         "surgeon.cli.inspect",
         "surgeon.recipe.recipe",
         "surgeon.cli.prune",
+        "surgeon.cli.trace",
         "surgeon.cli.plot",
         "surgeon.cli.command",
         "surgeon.evals.gist",
@@ -86,7 +87,7 @@ def flag(item: Any) -> Flag:
 
 # `run` replaces the outputs of its steps, each by a command of these. The others write files and no directories; other
 # tests hold that what they write is nothing that is read.
-OTHERS = ("run", "distill", "diagnose", "advise", "inspect", "plot")
+OTHERS = ("run", "distill", "diagnose", "advise", "inspect", "plot", "trace")
 REPLACING = [
     name for name in commands() if name not in OTHERS and any(item.name == "overwrite" for item in parameters(name))
 ]
@@ -332,6 +333,7 @@ def test_a_picture_of_a_run_is_drawn_anew_beside_its_losses_where_that_is_asked_
         "diagnose {tmp}/model --data {tmp}/text.txt --plot {there}",
         "diagnose {tmp}/model --data {tmp}/text.txt --html {there}",
         "advise {tmp}/model --data {tmp}/text.txt --plot {there}",
+        "trace {tmp}/model --candidates {tmp}/model --plot {there}",
         "evaluate {tmp}/model --data {tmp}/text.txt --metric rouge-l --predictions {there}",
         "data question-formation -o {there}",
     ],

@@ -28,7 +28,7 @@ STREAM = 1  # of the seed: the random share of the warm-up is not that of a rand
 
 
 def selected(pool: Pool) -> Selected:
-    """Return the pieces that a run trains, by its settings `select` ....
+    """Return the pieces that a run trains, by the settings `select`, `select_for` and `select_by`.
 
     A piece's score is the largest that it has for any argument of --select-for; that is the mean of its gradients, or
     for words of its records' scores. Equal scores go by the order of the data.

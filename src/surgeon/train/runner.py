@@ -216,10 +216,7 @@ class Runner:
             )
 
     def _of_selected(self, data: RunData, teacher: Any) -> RunData:
-        """Return the data of the rows that are selected, now or by the run that is resumed; all of it without --select.
-
-        The first process selects.
-        """
+        """Return the rows that the first process selects, or selected before a resume; all without --select."""
         if self.select is None:
             return data
         file, settings = self.run_dir / SELECTED, self.settings
