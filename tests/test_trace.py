@@ -371,6 +371,22 @@ def test_p_values_of_independent_models_are_uniform():
     assert found.min() >= 1 / 40
 
 
+def test_what_training_did_to_all_layers_alike_does_not_hide_which_they_are():
+    random = np.random.default_rng(0)
+    shared = random.normal(size=200)
+    layers = [shared + 0.3 * random.normal(size=200) for _ in range(8)]
+    drift = 0.5 * (layers[2] - layers[4]) + 0.3 * random.normal(size=200)
+    kept = [0, 1, 4, 5, 7]
+    parent = [{"norm": each} for each in layers]
+    child = [{"norm": layers[i] + drift + 0.05 * random.normal(size=200)} for i in kept]
+
+    found = compare_gains(child, parent, AxisMap.same(200), permutations=19, seed=0)
+
+    assert found.alike.argmax(1).tolist() == kept
+    alone = compare_gains(child[2:3], parent, AxisMap.same(200), permutations=19, seed=0)
+    assert alone.alike.argmax() == 2  # of one layer nothing tells the drift, and it looks like another
+
+
 def test_a_map_is_found_by_columns_whatever_was_done_to_them():
     random = np.random.default_rng(0)
     rows = random.normal(size=(64, 50)).astype(np.float32)

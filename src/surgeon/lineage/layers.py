@@ -21,6 +21,7 @@ ROWS, AMONG = 16, 64  # rows of each of the child's layers, and of the candidate
 MOST_BYTES = 16_000_000  # of the candidate's rows; above, only as many as of the child's are read
 ROW_ALIKE = 0.35  # mean cosine of rows and their nearest that are the same
 TESTED = 4  # of the child's layers, whose rows are tested where there are no gains
+FEWEST = 4  # layers of which a drift can be told
 UNITS = 1024  # positions of the hidden state that the p-value is computed on
 LEAST_GAIN = 1e-6
 
@@ -87,7 +88,9 @@ def compare_gains(
     statistic = _statistic(_alike(few, shape, None))
     chance = np.array([_statistic(_alike(few, shape, random.permutation(len(chosen)))) for _ in range(permutations)])
     p = (1 + int(np.sum(chance >= statistic))) / (1 + permutations)
-    return Gains(alike, statistic, p, float((statistic - chance.mean()) / max(1e-9, float(chance.std()))))
+    return Gains(
+        _without_drift(sets, alike), statistic, p, float((statistic - chance.mean()) / max(1e-9, float(chance.std())))
+    )
 
 
 _Set = tuple[list[int], list[int], Array, Array]
@@ -102,6 +105,25 @@ def _alike(sets: Sequence[_Set], shape: tuple[int, int], order: Array | None) ->
         total[np.ix_(ours, theirs)] += found
         count[np.ix_(ours, theirs)] += 1
     return np.where(count > 0, total / np.maximum(count, 1), -1)
+
+
+def _without_drift(sets: Sequence[_Set], alike: Array) -> Array:
+    """Return how alike the layers are once what training did to all of them alike is subtracted.
+
+    Of each layer it is the mean change of the others, from the candidate's layers that are most like them: a layer's
+    own change would make it like any layer.
+    """
+    best, shape = alike.argmax(1), alike.shape
+    if shape[0] < FEWEST:
+        return alike
+    still = []
+    for ours, theirs, a, b in sets:
+        at = {layer: place for place, layer in enumerate(theirs)}
+        known = np.array([best[j] in at and alike[j, best[j]] > ALIKE for j in ours])
+        change = np.stack([a[k] - b[at.get(best[j], 0)] for k, j in enumerate(ours)]) * known[:, None]
+        others = known.sum() - known
+        still.append((ours, theirs, a - (change.sum(0) - change) / np.maximum(others, 1)[:, None], b))
+    return _alike(still, shape, None)
 
 
 def _statistic(alike: Array) -> float:

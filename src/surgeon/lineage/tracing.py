@@ -66,7 +66,7 @@ def traced(child: Source, candidates: Sequence[Source], how: How) -> Trace:
     agreements, disagreements = _held_against(claims, nearest, related)
     if _are_one(child, nearest.parent.samples.source):
         agreements.append("the weight files have the same SHA-256")
-    chain = [] if mixture is not None else _chain(nearest, related, how)
+    chain = _chain(nearest, related, how) if mixture is None and all(owned) else []
     return Trace(
         **_about(model, found, claims, how),
         nearest=nearest.parent.label,

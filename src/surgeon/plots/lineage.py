@@ -25,7 +25,7 @@ def draw_layer_map(
     depth, highest = len(sources), max([*depths.values(), 1])
     figure = new_figure(max(6.0, 0.14 * depth + 3.0), max(4.2, 0.1 * highest + 1.8))
     axes = figure.subplots()
-    axes.plot([0, max(depth, highest) - 1], [0, max(depth, highest) - 1], color=GREY, linewidth=0.6, zorder=0)
+    axes.plot([0, min(depth, highest) - 1], [0, min(depth, highest) - 1], color=GREY, linewidth=0.6, zorder=0)
     for number, (name, layers) in enumerate(list(maps.items())[:MOST]):
         colour, mark = PALETTE[number % len(PALETTE)], MARKS[number % len(MARKS)]
         places = [(j, layer) for j, layer in enumerate(layers) if layer is not None]
@@ -35,10 +35,11 @@ def draw_layer_map(
             axes.plot(*zip(*others, strict=True), mark, color=colour, fillstyle="none", alpha=0.5, markersize=4)
         if own:
             axes.plot(*zip(*own, strict=True), mark, color=colour, markersize=5, label=printable(name))
-    if none := [j for j, name in enumerate(sources) if name is None]:
+    none = [j for j, name in enumerate(sources) if name is None]
+    if none:
         axes.plot(none, [-1.5] * len(none), "x", color=GREY, markersize=6, label="none of them")
     axes.set_xlim(-0.8, depth - 0.2)
-    axes.set_ylim(-2.2, highest - 0.2)
+    axes.set_ylim(-2.2 if none else -0.6, highest - 0.2)
     axes.set(xlabel=f"layer of {printable(child)}", ylabel="layer of the candidate")
     whole_numbers(axes.xaxis)
     whole_numbers(axes.yaxis)
