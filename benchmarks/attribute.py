@@ -306,7 +306,7 @@ def timed(given: argparse.Namespace) -> None:
         "the same, shaped by Adam's squares (less)": lambda: gradients(shaped),
     }
     taken: dict[str, list[float]] = {name: [] for name in ways}
-    for turn in range(6):
+    for turn in range(4):
         for name, way in ways.items():
             began = time.process_time()
             way()
