@@ -49,7 +49,9 @@ TOY = {
         "judged-random-twice",
     ),
     "train-large-then-compress": (
-        SHORT | {"data": "text.txt", "small-steps": "2", "large-steps": "1", "heal-steps": "1", "samples": "2"},
+        SHORT
+        | {"data": "text.txt", "small-steps": "2", "large-steps": "1", "heal-steps": "1", "samples": "2"}
+        | {"bits": "[4]"},
         "judged-cut-4",
     ),
     "question-formation": (

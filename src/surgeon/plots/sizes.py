@@ -32,11 +32,17 @@ def plot_sizes(points: Sequence[Sized], path: Path, *, title: str) -> None:
     sizes = [point.nbytes / 1000 for point in shown]
     errors = [WIDE * (point.error or 0.0) for point in shown]
     axes.errorbar(sizes, [point.value for point in shown], yerr=errors, fmt="o", color=BLUE, capsize=3)
-    for number, (size, point) in enumerate(zip(sizes, shown, strict=True)):
-        place = (6, 6 if number % 2 else -12)
-        axes.annotate(point.step, (size, point.value), xytext=place, textcoords="offset points", fontsize=8)
+    for number, (size, point, error) in enumerate(zip(sizes, shown, errors, strict=True)):
+        side = 1 if number % 2 else -1  # neighbours in size are named above and below their bars
+        place = {"xytext": (0, 5 * side), "va": "bottom" if side > 0 else "top"}
+        axes.annotate(
+            point.step, (size, point.value + side * error), textcoords="offset points", ha="center", fontsize=8, **place
+        )
+    axes.set_xscale("log")
     axes.set(xlabel="weight files, kB", ylabel=f"{kind.replace('_', ' ')}  (bars: ± {WIDE:g} standard errors)")
-    axes.margins(x=0.14, y=0.12)
+    axes.xaxis.set_major_formatter("{x:,g}")
+    axes.xaxis.set_minor_formatter(lambda x, _: f"{x:,g}" if f"{x:e}"[0] in "25" else "")
+    axes.margins(x=0.14, y=0.14)
     axes.grid(alpha=0.25)
     clean(axes)
     entitle(figure, title)
