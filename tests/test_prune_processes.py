@@ -52,7 +52,13 @@ def test_two_processes_score_and_cut_as_one(name, options, toy, run, one_thread,
     assert launched.code == 0, launched.err
     one, two = json.loads(alone.out), json.loads(launched.out)
     assert two["dropped"] == one["dropped"]
-    assert (tmp_path / "two/model.safetensors").read_bytes() == (tmp_path / "one/model.safetensors").read_bytes()
+    here, there = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "two"))
+    assert here.keys() == there.keys()
+    for tensor, made in here.items():
+        if tensor.endswith(("down_proj.weight", "o_proj.weight")):  # solved from sums that both took
+            torch.testing.assert_close(there[tensor], made, rtol=0, atol=CLOSE * float(made.abs().max()))
+        else:
+            assert torch.equal(there[tensor], made), tensor
     for key in ("scores", "perplexity", "curve"):
         assert numbers(two.get(key)) == pytest.approx(numbers(one.get(key)), rel=CLOSE)
     scores = [json.loads((tmp_path / each / "scores.json").read_text()) for each in ("one", "two")]

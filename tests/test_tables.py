@@ -285,5 +285,5 @@ def test_experts_without_a_size_of_their_own_grow_and_shrink_with_the_mlp(small)
 
 def test_neurons_of_experts_that_no_text_can_rank_are_refused_before_one_is_read(small, tmp_path):
     for name, option in (("qwen2_moe", "expert_intermediate_size"), ("granitemoe", "intermediate_size")):
-        with pytest.raises(PlanError, match="neurons of experts have no activation scores"):
+        with pytest.raises(PlanError, match="neurons of experts are not ranked by contribution"):
             surgeon.prune(small(name), data=[str(tmp_path / "none.txt")], **{option: 20})

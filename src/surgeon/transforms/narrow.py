@@ -280,7 +280,8 @@ def _ungrouped(anatomy: Anatomy, sizes: Mapping[str, int]) -> Iterator[str]:
     """Yield a note for each number of inputs that groups of a quantizer divided before, and do not divide any more."""
     rows = {id(row): row for name, (row, _) in anatomy.rows.items() if anatomy.locate(name) is not None}
     inputs = [row.axes[-1] for row in rows.values() if row.kind == "linear" and len(row.axes) == 2]
-    for old, new in dict.fromkeys((each.size(anatomy.sizes), each.size(sizes)) for each in inputs):
+    known = [each for each in inputs if axes_of(each) <= sizes.keys()]  # a partial table leaves some without a name
+    for old, new in dict.fromkeys((each.size(anatomy.sizes), each.size(sizes)) for each in known):
         group = next((size for size in (32, 64) if old % size == 0 and new % size), None)
         if group is not None:
             below = new // group * group
