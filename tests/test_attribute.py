@@ -447,6 +447,14 @@ def test_a_selection_is_resumed_and_replayed_as_it_was(here, tmp_path, monkeypat
     assert found.rows == round(0.3 * (len(ROWS) + 4)), "of the rows, one is held out and the rest was not selected"
 
 
+def test_gradients_select_in_one_process_only(here, tmp_path, monkeypatch):
+    monkeypatch.setattr("surgeon.verbs.finetune.processes", lambda: 2)
+    how = SHORT | {"select": "20%", "select_for": (str(here / "query.jsonl"),)}
+    with pytest.raises(PlanError, match="in one process, and the run has 2"):
+        surgeon.finetune(here / "toy", data=[str(here / "rows.jsonl")], output=tmp_path / "out", **how)
+    assert not (tmp_path / "out.run").exists()
+
+
 def test_a_random_selection_needs_no_query_and_is_the_seeds(here, tmp_path):
     how = SHORT | {"max_steps": 1, "select": "20%", "select_by": "random", "data": [str(here / "rows.jsonl")]}
     for name, seed in (("a", 0), ("b", 1)):

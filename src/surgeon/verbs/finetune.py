@@ -46,7 +46,7 @@ from surgeon.surgery import open_source
 from surgeon.train.checkpoints import held
 from surgeon.train.result import Training, concluded
 from surgeon.train.run_dir import DAMAGED_HINT, REQUEST, Request, begun, check_same, summary_of, written_by
-from surgeon.train.selecting import SelectionSettings
+from surgeon.train.selecting import LESS, SelectionSettings
 from surgeon.train.settings import ComputeSettings, LearningSettings, Settings, deciding
 
 if TYPE_CHECKING:
@@ -321,9 +321,17 @@ def task_of(source: Source, options: TrainingOptions) -> "Task":
 
 
 def _selection(task: "Task") -> "Select | None":
-    """Return what selects the rows of a run; None where all are trained."""
+    """Return what selects the rows of a run; None where all are trained.
+
+    Raises PlanError for several processes: the training before a selection would wait for them, and they for it.
+    """
     if task.settings.select is None:
         return None
+    if task.settings.select_by == LESS and processes() > 1:
+        raise PlanError(
+            f"rows are selected by gradients in one process, and the run has {processes()}",
+            hint="Select by words: --select-by bm25; or train in one process.",
+        )
     from surgeon.attribution.selecting import selected
 
     return selected
