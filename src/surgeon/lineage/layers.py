@@ -4,7 +4,7 @@ Gains are one number for each position of the hidden state, unlike from layer to
 they find the layers in a few kilobytes each. Rows decide where the two disagree.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -72,13 +72,11 @@ def compare_gains(
     units, random = hidden.matched, np.random.default_rng(seed)
     sets = []
     for role in dict.fromkeys(role for vectors in child for role in vectors):
-        ours = [j for j, vectors in enumerate(child) if role in vectors]
-        theirs = [i for i, vectors in enumerate(parent) if role in vectors]
-        if theirs:
+        ours, theirs = _varied(child, role, units), _varied(parent, role, hidden.index[units])
+        if ours and theirs:
             a = np.stack([child[j][role] for j in ours])[:, units]
             b = np.stack([parent[i][role] for i in theirs])[:, hidden.index[units]]
-            if b.std(1).max() > 0 and a.std(1).max() > 0:
-                sets.append((ours, theirs, a, b))
+            sets.append((ours, theirs, a, b))
     if not sets or len(units) < 8:
         return None
     shape = (len(child), len(parent))
@@ -91,6 +89,11 @@ def compare_gains(
     return Gains(
         _without_drift(sets, alike), statistic, p, float((statistic - chance.mean()) / max(1e-9, float(chance.std())))
     )
+
+
+def _varied(model: Sequence[dict[str, Array]], role: str, units: Array) -> list[int]:
+    """Return the layers whose gains differ from position to position: fresh ones are all alike, and say nothing."""
+    return [i for i, vectors in enumerate(model) if role in vectors and float(np.ptp(vectors[role][units])) > 1e-6]
 
 
 _Set = tuple[list[int], list[int], Array, Array]
@@ -110,8 +113,8 @@ def _alike(sets: Sequence[_Set], shape: tuple[int, int], order: Array | None) ->
 def _without_drift(sets: Sequence[_Set], alike: Array) -> Array:
     """Return how alike the layers are once what training did to all of them alike is subtracted.
 
-    Of each layer it is the mean change of the others, from the candidate's layers that are most like them: a layer's
-    own change would make it like any layer.
+    Of each layer it is the median change of the others, from the candidate's layers that are most like them: a layer's
+    own change would make it like any layer, and a few layers may be taken for others, or be new.
     """
     best, shape = alike.argmax(1), alike.shape
     if shape[0] < FEWEST:
@@ -119,11 +122,17 @@ def _without_drift(sets: Sequence[_Set], alike: Array) -> Array:
     still = []
     for ours, theirs, a, b in sets:
         at = {layer: place for place, layer in enumerate(theirs)}
-        known = np.array([best[j] in at and alike[j, best[j]] > ALIKE for j in ours])
-        change = np.stack([a[k] - b[at.get(best[j], 0)] for k, j in enumerate(ours)]) * known[:, None]
-        others = known.sum() - known
-        still.append((ours, theirs, a - (change.sum(0) - change) / np.maximum(others, 1)[:, None], b))
+        known = [k for k, j in enumerate(ours) if best[j] in at and alike[j, best[j]] > ALIKE]
+        change = {k: a[k] - b[at[best[ours[k]]]] for k in known}
+        still.append((ours, theirs, a - np.stack([_median(change, a[k], but=k) for k in range(len(ours))]), b))
     return _alike(still, shape, None)
+
+
+def _median(change: Mapping[int, Array], like: Array, *, but: int) -> Array:
+    """Return the median of the changes of all layers but one, zeros of fewer than three."""
+    others = [each for k, each in change.items() if k != but]
+    middle: Array = np.median(others, axis=0) if len(others) > 2 else np.zeros_like(like)
+    return middle
 
 
 def _statistic(alike: Array) -> float:
