@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -181,7 +182,7 @@ def told_of(found: Comparison) -> dict[str, Any]:
         "layers": list(found.layers),
         "layers_found": found.num_layers,
         "depth": len(found.parent.roles.layers),
-        "distance": found.distance if found.differences else None,
+        "distance": found.distance if isfinite(found.distance) else None,
         "gains": None if gains is None else gains.statistic,
         "p": found.p,
         "test": found.test,
