@@ -13,10 +13,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from surgeon.checkpoint.json_files import read_json
-from surgeon.checkpoint.output import check_space, guarded, write_whole
+from surgeon.checkpoint.output import alone_in, check_space, guarded, write_whole
 from surgeon.errors import CheckpointError, OutputError
 
-REQUEST, LOCK = "request.json", "lock"
+REQUEST = "request.json"
 DONE = ".done"  # the suffix of the file that says how many rows of a ledger are done
 EVERY = 2.0  # seconds between two times that what is written is forced to the disk, and counted as done
 
@@ -27,22 +27,12 @@ def held(directory: Path) -> Iterator[None]:
 
     Raises OutputError where another process has it.
     """
-    from filelock import FileLock, Timeout
-
-    with guarded(directory):
-        directory.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(directory / LOCK, timeout=0)
+    with alone_in(directory, doing="writing"):
         try:
-            lock.acquire()
-        except Timeout as error:
-            hint = "Wait for it, or choose another -o."
-            raise OutputError(f"another process is writing {directory}", hint=hint) from error
-    try:
-        yield
-    finally:
-        if not _has_rows(directory):
-            remove(directory)
-        lock.release()
+            yield
+        finally:
+            if not _has_rows(directory):
+                remove(directory)
 
 
 def remove(directory: Path) -> None:

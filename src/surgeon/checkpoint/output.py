@@ -53,6 +53,31 @@ def check_target(target: Path, *, overwrite: bool, reads: Reads) -> None:
         )
 
 
+LOCK = "lock"  # the file in a directory that one process at a time may have
+
+
+@contextmanager
+def alone_in(directory: Path, *, doing: str) -> Iterator[None]:
+    """Return a context that has a directory, made where there is none, to itself.
+
+    Raises OutputError where another process has it, `doing` something there.
+    """
+    from filelock import FileLock, Timeout
+
+    with guarded(directory):
+        directory.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(directory / LOCK, timeout=0)
+        try:
+            lock.acquire()
+        except Timeout as error:
+            hint = "Wait for it, or choose another -o."
+            raise OutputError(f"another process is {doing} {directory}", hint=hint) from error
+    try:
+        yield
+    finally:
+        lock.release()
+
+
 def check_apart(target: Path, reads: Reads) -> None:
     """Raises OutputError where something that is read lies in `target`, or in what a killed run left beside it."""
     begun = f".{target.name}.surgeon-"  # the next run with this target removes what is named so

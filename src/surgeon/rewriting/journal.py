@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from surgeon.checkpoint.json_files import read_json
-from surgeon.checkpoint.output import guarded, write_whole
+from surgeon.checkpoint.output import alone_in, guarded, write_whole
 from surgeon.errors import CheckpointError, OutputError
 
-REQUEST, ROWS, LOCK = "request.json", "rows.jsonl", "lock"
+REQUEST, ROWS = "request.json", "rows.jsonl"
 # What a run that goes on must have been begun with, in words; all other entries of a request are options.
 _WORDS = {"teacher": "another MODEL", "data": "other data", "format": "another version of surgeon"}
 
@@ -56,24 +56,12 @@ def opened(directory: Path, request: Mapping[str, Any]) -> Iterator[Journal]:
     """Yield the journal of a run, begun or new. Raises OutputError for one that was begun with another request, that is
     damaged, or that another process has.
     """
-    from filelock import FileLock, Timeout
-
-    with guarded(directory):
-        directory.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(directory / LOCK, timeout=0)
-        try:
-            lock.acquire()
-        except Timeout as error:
-            hint = "Wait for it, or choose another -o."
-            raise OutputError(f"another process is writing {directory}", hint=hint) from error
-    journal = Journal(directory)
-    try:
+    with alone_in(directory, doing="writing"):
+        journal = Journal(directory)
         _check_request(directory, request)
         with guarded(directory):
             _read_rows(journal)
         yield journal
-    finally:
-        lock.release()
 
 
 def difference(begun: Mapping[str, Any], request: Mapping[str, Any]) -> str | None:

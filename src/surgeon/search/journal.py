@@ -14,14 +14,14 @@ from pathlib import Path
 from typing import Any
 
 from surgeon.checkpoint.json_files import read_json
-from surgeon.checkpoint.output import guarded, write_whole
+from surgeon.checkpoint.output import LOCK, alone_in, guarded, write_whole
 from surgeon.checkpoint.source import SEARCH
 from surgeon.errors import CheckpointError, OutputError
 from surgeon.processes import speaks, told_by_the_first
 from surgeon.search.cuts import Candidate
 from surgeon.search.figures import Figures
 
-FILE, LOCK = SEARCH, "lock"
+FILE = SEARCH
 FORMAT = 1
 MOST_BYTES = 200_000_000
 # Measures cuts on the rows of a stage ("screen", "search", "watch" or the name of a text), a batch at a time.
@@ -139,23 +139,11 @@ def opened(place: Path | None, request: Mapping[str, Any], measure: Measure) -> 
     if place is None:
         yield Journal(request, measure)
         return
-    from filelock import FileLock, Timeout
-
     if not speaks():
         yield _begun(place, request, measure)
         return
-    with guarded(place):
-        place.parent.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(place.parent / LOCK, timeout=0)
-        try:
-            lock.acquire()
-        except Timeout as error:
-            hint = "Wait for it, or choose another -o."
-            raise OutputError(f"another process is searching in {place.parent}", hint=hint) from error
-    try:
+    with alone_in(place.parent, doing="searching in"):
         yield _begun(place, request, measure)
-    finally:
-        lock.release()
 
 
 def _begun(place: Path, request: Mapping[str, Any], measure: Measure) -> Journal:
