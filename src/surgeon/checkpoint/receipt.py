@@ -258,10 +258,14 @@ def model_card(
 
 def _source_metadata(card: Path | None) -> dict[str, Any]:
     """Return licence, language and task from the source's card; nothing if it is missing or unreadable."""
+    metadata = {} if card is None else card_metadata(card)
+    return {key: metadata[key] for key in _COPIED_METADATA if key in metadata}
+
+
+def card_metadata(card: Path) -> dict[str, Any]:
+    """Return the metadata at the beginning of a card, strings, lists and dictionaries; nothing if it is unreadable."""
     import yaml
 
-    if card is None:
-        return {}
     try:
         with card.open(encoding="utf-8") as file:
             head, block, *_ = file.read(MAX_CARD).split("---\n", 2)
@@ -269,4 +273,4 @@ def _source_metadata(card: Path | None) -> dict[str, Any]:
         metadata = yaml.load(block, Loader=yaml.BaseLoader) if not head.strip() else None  # noqa: S506
     except (OSError, ValueError, RecursionError, yaml.YAMLError):
         return {}
-    return {key: metadata[key] for key in _COPIED_METADATA if key in metadata} if isinstance(metadata, dict) else {}
+    return metadata if isinstance(metadata, dict) else {}

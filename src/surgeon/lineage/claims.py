@@ -1,15 +1,15 @@
 """What a checkpoint's own files say of where it comes from. These are claims: the weights are held against them."""
 
-import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from surgeon.checkpoint.header import QUANTIZATION_KEYS
-from surgeon.checkpoint.receipt import MAX_CARD, read_receipt
+from surgeon.checkpoint.json_files import read_json
+from surgeon.checkpoint.receipt import MAX_CARD, card_metadata, read_receipt
 from surgeon.checkpoint.source import ADAPTER, CARD, RECEIPT, Source
-from surgeon.errors import SurgeonError
+from surgeon.errors import CheckpointError, SurgeonError
 
 MERGEKIT = "mergekit_config.yml"
 LARGEST = 1_000_000  # bytes of a file that is read for a claim
@@ -82,17 +82,8 @@ def _models_in(identity: Any) -> Iterator[str]:
 
 
 def _card(source: Source) -> Claim | None:
-    import yaml
-
     path = _file(source, CARD)
-    if path is None:
-        return None
-    try:
-        head, block, *_ = path.read_text(encoding="utf-8")[:MAX_CARD].split("---\n", 2)
-        loaded = yaml.load(block, Loader=yaml.BaseLoader) if not head.strip() else None  # noqa: S506  (only strings)
-    except (OSError, ValueError, RecursionError, yaml.YAMLError):
-        return None
-    metadata = loaded if isinstance(loaded, dict) else {}
+    metadata = {} if path is None else card_metadata(path)
     models = _names(metadata.get("base_model"))
     if not models:
         return None
@@ -148,11 +139,9 @@ def _config(source: Source) -> list[Claim]:
 
 
 def _json(path: Path | None) -> Mapping[str, Any]:
-    if path is None:
-        return {}
     try:
-        content = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError):
+        content = {} if path is None else read_json(path)
+    except CheckpointError:
         return {}
     return content if isinstance(content, dict) else {}
 
