@@ -9,7 +9,7 @@ By contribution: the size of what goes from the state when one neuron or head go
 activation's RMS times the norm of its column: Wanda's product (Sun et al. 2023, arXiv:2306.11695), of whole columns.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
@@ -33,15 +33,18 @@ class Watcher:
     def add_up(self, of_all: Callable[[Tensor], Tensor]) -> None:
         """Make the sums those of all processes: `of_all` returns the sum of a tensor over them."""
 
-    def result(self) -> dict[str, Tensor]:
-        """Return the importance of positions, by axis."""
+    def result(self, ranking: str = "activation") -> dict[str, Tensor]:
+        """Return the importance of positions, by axis; what is seen in one way only is the same for any ranking."""
         return {}
 
 
 class Activations(Watcher):
-    """Sums mean activations and contributions, squared, in float32, over the samples of a text."""
+    """Sums mean activations or contributions, squared, in float32, over the samples of a text, for each of `rankings`.
 
-    def __init__(self, anatomy: Anatomy) -> None:
+    Channels of the residual stream add nothing by themselves: they are ranked by activation either way.
+    """
+
+    def __init__(self, anatomy: Anatomy, rankings: Collection[str] = ("activation",)) -> None:
         family = anatomy.require_family(partial=True)
         self._anatomy = anatomy
         norms = [
@@ -51,19 +54,20 @@ class Activations(Watcher):
         ]
         self._norms = [rest for rest in norms if rest not in family.branch_norms] or norms
         sizes, depth = anatomy.sizes, anatomy.depth
-        self._ffn = torch.zeros(depth, sizes["ffn"])
-        self._heads = torch.zeros(depth, sizes["heads"])
-        self._added = {"ffn": torch.zeros_like(self._ffn), "heads": torch.zeros_like(self._heads)}
+        self._sums = {
+            ranking: {axis: torch.zeros(depth, sizes[axis]) for axis in ("ffn", "heads")} for ranking in rankings
+        }
         self._hidden = torch.zeros(depth, len(self._norms), sizes["hidden"])
 
     @contextmanager
     def watch(self, layer: int, module: nn.Module) -> Iterator[None]:
         """Return a context in which the inputs and outputs of a layer's parts are counted."""
-        handles = [
-            part.register_forward_pre_hook(hook)
-            for part, axis, is_transposed in self._readers(layer, module)
-            for hook in (self._reads(layer, axis), self._adds(layer, axis, part, is_transposed=is_transposed))
-        ]
+        handles = []
+        for part, axis, is_transposed in self._readers(layer, module):
+            for ranking, sums in self._sums.items():
+                own = sums[axis][layer]
+                hook = self._reads(own) if ranking == "activation" else self._adds(own, axis, part, is_transposed)
+                handles.append(part.register_forward_pre_hook(hook))
         for number, rest in enumerate(self._norms):
             if norm := _submodule(module, rest):
                 handles.append(norm.register_forward_hook(self._writes(layer, number)))
@@ -75,26 +79,21 @@ class Activations(Watcher):
 
     def add_up(self, of_all: Callable[[Tensor], Tensor]) -> None:
         """Make the sums those of all processes."""
-        self._ffn, self._heads, self._hidden = of_all(self._ffn), of_all(self._heads), of_all(self._hidden)
-        self._added = {axis: of_all(sums) for axis, sums in self._added.items()}
+        self._hidden = of_all(self._hidden)
+        self._sums = {
+            ranking: {axis: of_all(own) for axis, own in sums.items()} for ranking, sums in self._sums.items()
+        }
 
-    def result(self) -> dict[str, Tensor]:
-        """Return "hidden" (D,), "ffn" (L, F), "heads" (L, kv_heads, group), "kv_heads" (L, kv_heads), by activation.
+    def result(self, ranking: str = "activation") -> dict[str, Tensor]:
+        """Return "hidden" (D,), "ffn" (L, F), "heads" (L, kv_heads, group), "kv_heads" (L, kv_heads), by a ranking.
 
         Axes that were never seen are left out: where all MLPs are experts there are no neurons in common.
         """
-        return self._importance(self._ffn, self._heads)
-
-    def contributions(self) -> dict[str, Tensor]:
-        """Return what `result` does, by contribution; a channel adds nothing by itself: "hidden" is by activation."""
-        return self._importance(self._added["ffn"], self._added["heads"])
-
-    def _importance(self, ffn: Tensor, heads: Tensor) -> dict[str, Tensor]:
-        sizes = self._anatomy.sizes
-        heads = heads.view(-1, sizes["kv_heads"], sizes["group"])
+        sizes, sums = self._anatomy.sizes, self._sums[ranking]
+        heads = sums["heads"].view(-1, sizes["kv_heads"], sizes["group"])
         importance = {
             "hidden": self._hidden.sqrt().sum((0, 1)),
-            "ffn": ffn.sqrt(),
+            "ffn": sums["ffn"].sqrt(),
             "heads": heads.sqrt(),
             "kv_heads": heads.sum(-1).sqrt(),
         }
@@ -118,24 +117,22 @@ class Activations(Watcher):
             if axis and (part := _submodule(module, place[1])):
                 yield part, axis, row.kind == "conv1d"
 
-    def _reads(self, layer: int, axis: str) -> Any:
+    def _reads(self, sums: Tensor) -> Any:
+        """Return the hook that counts the activations of each neuron, or of all dims of each head."""
+
         def hook(_: nn.Module, args: tuple[Tensor, ...]) -> None:
-            squares = self._squares(args[0])
-            if axis == "ffn":
-                self._ffn[layer] += squares
-            else:
-                self._heads[layer] += squares.view(self._heads.shape[1], -1).sum(-1)
+            sums.add_(self._squares(args[0]).view(len(sums), -1).sum(-1))
 
         return hook
 
-    def _adds(self, layer: int, axis: str, part: nn.Module, *, is_transposed: bool) -> Any:
+    def _adds(self, sums: Tensor, axis: str, part: nn.Module, is_transposed: bool) -> Any:
         """Return the hook that counts what each neuron or head adds: a head's a W W' a', by its own (dims, dims)."""
         weight: Tensor = part.weight.detach()  # type: ignore[operator]
         weight = weight if is_transposed else weight.T  # (in, out)
         if axis == "ffn":
             squared = torch.linalg.vector_norm(weight, dim=1, dtype=torch.float32).square()
         else:
-            by_head = weight.float().view(self._heads.shape[1], -1, weight.shape[1])
+            by_head = weight.float().view(len(sums), -1, weight.shape[1])
             squared = by_head @ by_head.mT
 
         def hook(_: nn.Module, args: tuple[Tensor, ...]) -> None:
@@ -145,7 +142,7 @@ class Activations(Watcher):
             else:
                 of_heads = states.view(*states.shape[:-1], len(squared), -1)
                 added = (torch.einsum("...hd,hde->...he", of_heads, squared) * of_heads).sum(-1)
-            self._added[axis][layer] += self._means(added).sum(0).cpu()
+            sums.add_(self._means(added).sum(0).cpu())
 
         return hook
 

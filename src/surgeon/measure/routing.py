@@ -60,7 +60,7 @@ class Routing(Watcher):
         """Make the sums those of all processes."""
         self._sum, self._count = of_all(self._sum), of_all(self._count)
 
-    def result(self) -> dict[str, Tensor]:
+    def result(self, ranking: str = "activation") -> dict[str, Tensor]:
         """Return "experts", shape (L, E): 0 for an expert that no token reached."""
         return {"experts": self._sum / self._count.clamp(min=1)}
 

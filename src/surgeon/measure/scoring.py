@@ -117,7 +117,8 @@ def score_states(
     With `evaluate` the mean next-token loss too, which costs the head. `real` is False for padding.
     """
     observers = _observers(model.depth, all_tokens=all_tokens)
-    watchers = _watchers(model.anatomy) if (widths := [name for name in widths if WIDTHS[name].input == "text"]) else []
+    rankings = [name for name in widths if WIDTHS[name].input == "text"]
+    watchers = _watchers(model.anatomy, rankings) if rankings else []
     loss = FinalLoss(model) if evaluate else None
     looking_on = [*observers.values(), *([] if loss is None else [loss])]
     observe(model, tokens, looking_on, watchers=watchers, real=real, progress=progress)
@@ -126,7 +127,10 @@ def score_states(
         for name, method in METHODS.items()
         if method.observer
     }
-    importance = {name: _importance(watchers, name) for name in widths}
+    importance = {
+        name: {axis: values.tolist() for watcher in watchers for axis, values in watcher.result(name).items()}
+        for name in rankings
+    }
     return layers, importance, None if loss is None else loss.result()
 
 
@@ -139,20 +143,11 @@ def _observers(depth: int, *, all_tokens: bool) -> dict[str, Observer]:
     }
 
 
-def _importance(watchers: Sequence[Watcher], name: str) -> dict[str, Any]:
-    """Return the importance of each axis's positions by one ranking; experts have one for all."""
-    results = [
-        watcher.contributions() if name == "contribution" and isinstance(watcher, Activations) else watcher.result()
-        for watcher in watchers
-    ]
-    return {axis: values.tolist() for found in results for axis, values in found.items()}
-
-
-def _watchers(anatomy: Anatomy) -> list[Watcher]:
+def _watchers(anatomy: Anatomy, rankings: Collection[str]) -> list[Watcher]:
     from surgeon.measure.routing import Routing
 
     experts = anatomy.sizes.get("experts")
-    return [Activations(anatomy), *([] if experts is None else [Routing(anatomy.depth, experts)])]
+    return [Activations(anatomy, rankings), *([] if experts is None else [Routing(anatomy.depth, experts)])]
 
 
 def named(place: str) -> Any:
