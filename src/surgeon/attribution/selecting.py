@@ -17,7 +17,7 @@ from surgeon.attribution.snapshots import mean_squares
 from surgeon.models.loading import load_tokenizer, loadable, quiet_transformers
 from surgeon.progress import TOKENS, stage
 from surgeon.train.arguments import arguments
-from surgeon.train.data import RunData, only
+from surgeon.train.data import RunData, drawn, only
 from surgeon.train.inputs import Pool
 from surgeon.train.selecting import BM25, LESS, RANDOM, Selected, count
 from surgeon.train.store import TokenStore
@@ -41,8 +41,7 @@ def selected(pool: Pool) -> Selected:
     pieces = np.unique(pool.data.rows.packing.pieces)
     wanted = min(len(pieces), count(settings.select, len(pieces)))
     if settings.select_by == RANDOM:
-        drawn = np.random.default_rng(settings.seed).permutation(pieces)[:wanted]
-        return Selected(np.sort(drawn).tolist(), len(pieces), RANDOM)
+        return Selected(drawn(pieces, wanted, settings.seed).tolist(), len(pieces), RANDOM)
     with tempfile.TemporaryDirectory() as directory:
         store = _asked(pool, Path(directory))
         groups = [np.flatnonzero(store.piece_sources == source) for source in range(len(store.sources))]
@@ -110,8 +109,7 @@ class _Warm:
         """Return the model and the optimiser's state at its end. Raises DivergedError for a run that diverges."""
         pool, settings = self.pool, self.pool.inputs.settings
         assert settings.select is not None
-        drawn = np.random.default_rng([settings.seed, STREAM]).permutation(self.pieces)
-        share = np.sort(drawn[: count(settings.select, len(self.pieces))])
+        share = drawn(self.pieces, count(settings.select, len(self.pieces)), [settings.seed, STREAM])
         data = only(pool.data, share, settings, sequence_length=pool.inputs.row_length)
         rows = max(1, len(data.rows))
         batch = min(rows, settings.sequences if isinstance(settings.batch_size, str) else settings.batch_size)

@@ -231,6 +231,11 @@ def assemble(
     return RunData(trained, samples, Collator(int(pad), flatten=flatten, with_index=True), stores, packed, tuple(notes))
 
 
+def drawn(pieces: Numbers, count: int, seed: int | Sequence[int]) -> Numbers:
+    """Return `count` of the pieces, ascending, drawn by a seed."""
+    return np.sort(np.random.default_rng(seed).permutation(pieces)[:count])
+
+
 def only(data: RunData, pieces: ArrayLike, settings: Settings, *, sequence_length: int) -> RunData:
     """Return the data of a run that trains no other than these pieces; what is held out stays the same."""
     store = data.stores[0]

@@ -25,7 +25,7 @@ from surgeon.models.varlen import VARLEN, reads_lengths
 from surgeon.processes import is_first, processes
 from surgeon.progress import TOKENS, stage
 from surgeon.train.arguments import is_launched_by_plugin
-from surgeon.train.data import RunData, only, read_data
+from surgeon.train.data import RunData, drawn, only, read_data
 from surgeon.train.model import LOAD_HINT, attention_options, num_trained, precision_of
 from surgeon.train.run_dir import TEACHER
 from surgeon.train.selecting import Selected, count
@@ -204,10 +204,8 @@ class Inputs:
         if self.settings.select is None:
             return data
         pieces = np.unique(data.rows.packing.pieces)
-        drawn = np.random.default_rng(self.settings.seed).permutation(pieces)[
-            : count(self.settings.select, len(pieces))
-        ]
-        return only(data, np.sort(drawn), self.settings, sequence_length=self.row_length)
+        chosen = drawn(pieces, count(self.settings.select, len(pieces)), self.settings.seed)
+        return only(data, chosen, self.settings, sequence_length=self.row_length)
 
     def free_memory(self) -> int | None:
         """Return the bytes that each process of the run may take; None where the estimate does not hold for them.

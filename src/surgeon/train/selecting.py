@@ -69,11 +69,12 @@ class SelectionSettings(Checked):
 def count(select: str, rows: int) -> int:
     """Return how many of so many rows "5%" or "500" is, 1 at least. Raises OptionError for anything else."""
     match = _SHARE.fullmatch(select.strip())
-    share = float(match[1]) if match and match[1] else None
-    number = int(match[2]) if match and match[2] else None
-    if not match or (share is not None and not 0 < share < 100) or number == 0:
+    share, number = (float(match[1] or 0), int(match[2] or 0)) if match else (0.0, 0)
+    if number:
+        return number
+    if not 0 < share < 100:
         raise OptionError("select", f"--select {select!r} is no part of the rows", hint="Such as --select 5%.")
-    return number if number is not None else max(1, int(rows * share / 100 + 0.5)) if share else 1
+    return max(1, int(rows * share / 100 + 0.5))
 
 
 @dataclass(frozen=True)
