@@ -18,6 +18,7 @@ from surgeon.progress import BYTES, stage
 from surgeon.showing import Shown
 
 Asks = Literal["nothing", "config", "tensors"]  # of transformers about a result
+VERIFIED_BELOW = 1_000_000_000  # parameters; a larger result is verified on request, for it takes a while
 Confirm = Callable[[Path], object]  # raises an error for a directory that must not become the result
 
 

@@ -16,7 +16,7 @@ from surgeon.anatomy.config import trains
 from surgeon.cli import clock
 from surgeon.cli.help import SETTINGS, Command
 from surgeon.cli.terminal import emit, emit_json, log
-from surgeon.draft import Draft, Summary
+from surgeon.draft import VERIFIED_BELOW, Draft, Summary
 from surgeon.options import (
     Checked,
     Flag,
@@ -188,9 +188,6 @@ def command_of(module: ModuleType) -> Any:
     command: Any = typer.main.get_command(single)
     command.flags, command.example = getattr(function, "flags", {}), module.EXAMPLE
     return command
-
-
-VERIFIED_BELOW = 1_000_000_000  # parameters; a larger result is verified on request, for it takes a while
 
 
 @dataclass(frozen=True, kw_only=True)

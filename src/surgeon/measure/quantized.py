@@ -15,12 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from surgeon.errors import PlanError, VerificationError
-from surgeon.measure.reload import logits_of, tokens
-from surgeon.models.loading import libraries_fail, load_architecture, quiet_transformers, transformers_loads
+from surgeon.measure.reload import LOAD_HINT, check_whole, loaded, logits_of, tokens
+from surgeon.models.loading import libraries_fail, quiet_transformers
 from surgeon.plan.quantizing import quiet_import, unpacked_by_library
 from surgeon.plan.schemes import TORCHAO, Scheme
-
-HINT = "--no-verify writes a result without this check, to look at it."
 
 
 @dataclass(frozen=True)
@@ -65,7 +63,7 @@ class Expected:
         """
         with _running(source[0]), torch.no_grad():
             ids = tokens([source], seed=0)
-            model, _ = _load(source[0], source[1], source[0])
+            model, _ = loaded(*source, source[0], dtype="auto")
             before = logits_of(model, ids)
             _quantize(model, modules, scheme)
             return cls(ids, before, logits_of(model, ids))
@@ -76,15 +74,14 @@ class Expected:
         Raises VerificationError where it does not load whole, or computes anything else than the model in memory.
         """
         with _running(label), torch.no_grad():
-            written, report = _load(str(made), None, label)
-            if faults := {key: sorted(map(str, names)) for key, names in report.items() if names}:
-                kind, names = next(iter(faults.items()))
-                raise VerificationError(f"{label} does not load whole: {kind.replace('_', ' ')} {names[0]}", hint=HINT)
+            written, report = loaded(str(made), None, label, dtype="auto")
+            check_whole(report, label)
             found = logits_of(written, self.ids)
         if not torch.equal(found, self.after):
             worst = float((found - self.after).abs().max())
             raise VerificationError(
-                f"{label} does not reload to what was quantized: max |Δlogits| is {worst:.2g}, and must be 0", hint=HINT
+                f"{label} does not reload to what was quantized: max |Δlogits| is {worst:.2g}, and must be 0",
+                hint=LOAD_HINT,
             )
         return Proof(float((found - self.before).abs().max()), float(self.before.std()), self.ids.numel())
 
@@ -92,15 +89,9 @@ class Expected:
 @contextmanager
 def _running(label: str) -> Iterator[None]:
     """Return a context in which a library's error becomes a VerificationError, and its bars are not shown."""
-    fails = libraries_fail(f"{label} cannot be run quantized", hint=HINT, error_type=VerificationError)
+    fails = libraries_fail(f"{label} cannot be run quantized", hint=LOAD_HINT, error_type=VerificationError)
     with fails, quiet_transformers(), quiet_import(), redirect_stderr(io.StringIO()):  # no setting hides those bars
         yield
-
-
-def _load(name: str, revision: str | None, label: str) -> tuple[Any, dict[str, Any]]:
-    with transformers_loads(label, hint=HINT, error_type=VerificationError):
-        model, report = load_architecture(name, revision, dtype="auto")
-    return model.eval(), report
 
 
 def _quantize(model: nn.Module, modules: Collection[str], scheme: Scheme) -> None:

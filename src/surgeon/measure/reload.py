@@ -1,5 +1,6 @@
 """Load a source and its result with transformers, as users do, and run both on the same random tokens."""
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from surgeon.checkpoint.source import LocalSource
@@ -40,7 +41,8 @@ def source_logits(name: str, revision: str | None, ids: "Tensor", *, dtype: str 
     """Return the logits of the source, and their largest change when its weights are rounded to `dtype` (None: 0)."""
     import torch
 
-    model, report = _load(name, revision, str(ids.device))
+    model, report = loaded(name, revision, name)
+    model = model.to(ids.device)
     if report["missing_keys"]:
         raise VerificationError(
             f"{name} lacks {min(report['missing_keys'])!r}, so that transformers loads it with random weights",
@@ -73,14 +75,9 @@ def result_logits(written: LocalSource, ids: "Tensor") -> "tuple[Tensor, dict[st
     import torch
     from transformers.core_model_loading import revert_weight_conversion
 
-    model, report = _load(str(written.directory), None, str(ids.device), label=written.label)
-    if problems := {key: sorted(map(str, names)) for key, names in report.items() if names}:
-        key, names = next(iter(problems.items()))
-        raise VerificationError(
-            f"{written.label} does not load whole: {key.replace('_', ' ')} {names[0]}"
-            + (f" and {len(names) - 1} more" if len(names) > 1 else ""),
-            hint=f"Do not use it. {LOAD_HINT}",
-        )
+    model, report = loaded(str(written.directory), None, written.label)
+    model = model.to(ids.device)
+    check_whole(report, written.label)
     logits = logits_of(model, ids)
     predicted, target = logits[:, :-1].flatten(0, -2), ids[:, 1:].flatten()
     # A model without a head has fewer columns than tokens.
@@ -94,13 +91,27 @@ def result_logits(written: LocalSource, ids: "Tensor") -> "tuple[Tensor, dict[st
     return logits.detach().cpu(), {name: gradient.cpu() for name, gradient in stored.items()}
 
 
-def _load(name: str, revision: str | None, device: str, *, label: str | None = None) -> tuple[Any, dict[str, Any]]:
-    """Return a model in float32, ready for inference, and transformers' report of its loading."""
+def loaded(name: str, revision: str | None, label: str, *, dtype: str | None = None) -> tuple[Any, dict[str, Any]]:
+    """Return a model ready for inference, and transformers' report of its loading.
+
+    `dtype` is None for float32, "auto" for the one that is stored.
+    """
     import torch
 
-    with transformers_loads(label or name, hint=LOAD_HINT, error_type=VerificationError):
-        model, report = load_architecture(name, revision, dtype=torch.float32)
-    return model.eval().to(device), report
+    with transformers_loads(label, hint=LOAD_HINT, error_type=VerificationError):
+        model, report = load_architecture(name, revision, dtype=dtype or torch.float32)
+    return model.eval(), report
+
+
+def check_whole(report: Mapping[str, Any], label: str) -> None:
+    """Raises VerificationError where transformers reports a tensor of a result that it misses, or has no place for."""
+    if problems := {key: sorted(map(str, names)) for key, names in report.items() if names}:
+        key, names = next(iter(problems.items()))
+        raise VerificationError(
+            f"{label} does not load whole: {key.replace('_', ' ')} {names[0]}"
+            + (f" and {len(names) - 1} more" if len(names) > 1 else ""),
+            hint=f"Do not use it. {LOAD_HINT}",
+        )
 
 
 def logits_of(model: Any, ids: "Tensor") -> "Tensor":

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from surgeon.data.documents import check_there
+from surgeon.draft import VERIFIED_BELOW
 from surgeon.errors import PlanError
 from surgeon.options import (
     Checked,
@@ -23,7 +24,7 @@ from surgeon.plan.schemes import BITS, COMPRESSED, GROUPS, TORCHAO, Scheme, vers
 from surgeon.surgery import Surgery, open_model
 from surgeon.transforms.quantize import NO_GROUP, WEIGHT, fitting_groups, linear_maps
 from surgeon.transforms.quantize import quantize as plan_quantize
-from surgeon.verbs.quantizing import VERIFIED_BELOW, Quantizing, QuantizingCost
+from surgeon.verbs.quantizing import Quantizing, QuantizingCost
 
 VERB = Verb(plans="quantize", relation="quantized", ends=True, then="evaluate {output} {data} --baseline {source}")
 SAMPLES, SEQUENCE_LENGTH = 32, 512  # of the text that is measured

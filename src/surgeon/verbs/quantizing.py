@@ -26,8 +26,6 @@ if TYPE_CHECKING:
     from surgeon.evals.perplexity import TokenStream
     from surgeon.measure.quantized import Proof
 
-VERIFIED_BELOW = 1_000_000_000  # parameters: a larger model is loaded twice on request, for that takes a while
-
 
 @dataclass(frozen=True)
 class Cost:
