@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+import talkers
 import toys
 from hub_server import HubServer
 from later import LATER
@@ -171,6 +172,54 @@ def test_models_of_other_seeds_sizes_and_families_are_unrelated(parent, toy, tmp
     assert found.looks_like == ()
 
 
+@pytest.mark.parametrize("name", ["mixtral", "gpt_oss"])  # experts stored apart, and in one tensor
+def test_experts_that_were_dropped_are_found_by_the_router(name, toy, tmp_path):
+    pruned(toy(name), tmp_path / "child", experts=4)
+
+    found = traced(tmp_path / "child", toy(name))
+
+    assert (list(found.layers), list(found.looks_like)) == (ALL, ["experts cut"])
+    assert found.axes["experts"] == "subset"
+
+
+def test_tokens_that_were_dropped_are_found_by_what_they_spell(tmp_path):
+    base = talkers.talker(tmp_path / "base", "llama")
+    text = talkers.written(tmp_path / "text.txt", "the cat sat on that mat")
+    surgeon.trim(base, data=[text]).save(tmp_path / "trimmed")
+    kept, before = (tokens_of(place) for place in (tmp_path / "trimmed", base))
+
+    found = traced(tmp_path / "trimmed", base)
+
+    runs = found.candidates[str(base)]["axis_maps"]["vocab"]
+    assert (list(found.layers), list(found.looks_like)) == (ALL, ["vocabulary cut"])
+    assert [first + i for first, count in runs for i in range(count)] == [before[token] for token in kept]
+
+
+def tokens_of(directory: Path) -> dict[str, int]:
+    """Return the tokens of a checkpoint by their ids, in their order."""
+    tokenizer = json.loads((directory / "tokenizer.json").read_text())
+    tokens = tokenizer["model"]["vocab"] | {token["content"]: token["id"] for token in tokenizer["added_tokens"]}
+    return dict(sorted(tokens.items(), key=lambda item: item[1]))
+
+
+def test_an_adapter_is_merged_and_held_against_the_model_that_it_names(parent, tmp_path):
+    peft = pytest.importorskip("peft")
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(parent)
+    adapter = peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+    adapted = peft.get_peft_model(model, adapter)
+    for name, weight in adapted.named_parameters():
+        if "lora_B" in name:
+            weight.data.normal_(std=0.05)
+    adapted.save_pretrained(tmp_path / "adapter")
+
+    found = surgeon.trace(tmp_path / "adapter", **QUICK)
+
+    assert (found.nearest, list(found.looks_like)) == (str(parent), ["lora rank 4"])
+    assert any(claim.says == f"an adapter of rank 4 for {parent}" for claim in found.claims)
+
+
 # Several candidates
 
 
@@ -184,6 +233,18 @@ def test_a_mean_of_two_has_their_weights(parent, two, tmp_path):
         "a": pytest.approx(0.6, abs=0.005),  # the reference's bound; rounding to bfloat16 leaves some 1e-3
         "b": pytest.approx(0.4, abs=0.005),
     }
+
+
+def test_a_mean_that_changes_from_layer_to_layer_is_one_and_says_so(two, tmp_path):
+    surgeon.merge(two[0], models=[str(two[1])], method="slerp", t="0:1").save(tmp_path / "slerp")
+
+    found = traced(tmp_path / "slerp", *two)
+
+    assert list(found.looks_like) == [
+        "mixture"
+    ]  # though the first layer is the first model's, and the last the other's
+    assert list(found.layers) == ALL
+    assert not found.mixture.is_even
 
 
 def test_a_finetune_beside_its_sibling_is_no_mixture(parent, two):
@@ -331,7 +392,7 @@ def put(server: HubServer, name: str, directory: Path) -> None:
 def test_json_has_what_scripts_rely_on_and_the_picture_is_drawn(parent, two, tmp_path, run):
     picture = tmp_path / "map.png"
 
-    outcome = run("trace", two[0], "--candidates", two[1], parent, "--plot", picture, "--json")
+    outcome = run("trace", two[0], "--candidates", two[1], parent, "--permutations", 99, "--plot", picture, "--json")
 
     found = json.loads(outcome.out)
     assert found.keys() >= {"nearest", "layers", "axes", "looks_like", "p", "bytes_read", "candidates"}
