@@ -16,6 +16,7 @@ import sys
 import time
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -24,6 +25,7 @@ import surgeon.train.runner  # with all that it imports, so that a fork begins a
 
 OPTIONS = {"max_steps": 16, "batch_size": 2, "sequence_length": 32, "save_every": 1, "eval_every": 8, "lr": "1e-2"}
 OPTIONS |= {"gradient_accumulation": 2, "eval_rows": 2}
+EVENTS = 90  # of two saves
 
 
 def run(model: str, data: str, output: Path) -> None:
@@ -39,33 +41,52 @@ def stages(output: Path) -> set[tuple[str, int]]:
     return found
 
 
-def forked(
-    model: str, data: str, output: Path, seconds: float | None, *, delay: float | None = None
-) -> tuple[bool, bool]:
-    """Return whether a run was killed after so many seconds, and whether it was writing a checkpoint then.
+def die_while_saving(events: int) -> None:
+    """Kill this process by SIGKILL just before so many things were done to the files of a checkpoint being written.
 
-    With a `delay` it is killed so long after it next began to write one, within a second.
+    Python reports each opening, renaming and removing of a file before it is done (PEP 578). So a kill comes between
+    two of them however slow the machine is.
+    """
+    seen, began = 0, False
+
+    def hook(event: str, arguments: tuple[object, ...]) -> None:
+        nonlocal seen, began
+        if event.partition(".")[0] not in ("open", "os", "shutil"):
+            return
+        if not any(isinstance(each, (str, os.PathLike)) and ".partial" in str(each) for each in arguments):
+            return
+        if event == "os.mkdir":
+            began = True  # what came before removed the leftovers of the last life
+        elif began:
+            seen += 1
+            if seen == events:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.addaudithook(hook)
+
+
+def forked(
+    model: str, data: str, output: Path, *, seconds: float | None = None, events: int | None = None
+) -> tuple[bool, bool]:
+    """Return whether a run was killed, and whether it was writing a checkpoint then.
+
+    It is killed after so many `seconds`, wherever it is, or at one of the `events` of its saving.
     """
     left = stages(output)
     child = os.fork()
     if child == 0:
         sys.stdout = sys.stderr = open(f"{output}.log", "a")  # noqa: SIM115, PTH123
+        if events is not None:
+            die_while_saving(events)
         try:
             run(model, data, output)
         except surgeon.SurgeonError as error:
             print(error, flush=True)
             os._exit(1)
         os._exit(0)
-    if seconds is None:
-        assert os.waitpid(child, 0)[1] == 0, Path(f"{output}.log").read_text()
-        return False, False
-    time.sleep(seconds)
-    if delay is not None:
-        before, until = stages(output), time.monotonic() + 1
-        while stages(output) <= before and time.monotonic() < until:
-            time.sleep(0.0002)
-        time.sleep(delay)
-    os.kill(child, signal.SIGKILL)
+    if seconds is not None:
+        time.sleep(seconds)
+        os.kill(child, signal.SIGKILL)
     status = os.waitpid(child, 0)[1]
     if not os.WIFSIGNALED(status):
         assert status == 0, Path(f"{output}.log").read_text()
@@ -80,15 +101,18 @@ def digest(output: Path) -> str:
 def main(model: str, data: str, directory: Path, kills: int) -> dict[str, object]:
     chance = random.Random(0)
     began = time.monotonic()
-    forked(model, data, directory / "whole", None)
+    forked(model, data, directory / "whole")
     whole = time.monotonic() - began
     killed = saving = lives = 0
     digests: list[str] = []
     output = directory / "run-0"
     while killed < kills or not (output / "config.json").is_file():
-        seconds = None if killed >= kills else chance.uniform(0.05, 0.4) * whole
-        delay = None if seconds is None or killed % 2 else chance.uniform(0, 0.005)  # of some 20 ms that it takes
-        was_killed, was_saving = forked(model, data, output, seconds, delay=delay)
+        how: dict[str, Any] = {}
+        if killed < kills and killed % 2:
+            how = {"seconds": chance.uniform(0.05, 0.4) * whole}
+        elif killed < kills:
+            how = {"events": chance.randint(1, EVENTS)}
+        was_killed, was_saving = forked(model, data, output, **how)
         lives += 1
         if (output / "config.json").is_file():  # it had come to its end, whether or not it was killed since
             digests.append(digest(output))

@@ -12,7 +12,7 @@ KILLS = 20
 
 
 def test_twenty_kills_while_training_and_saving_change_no_byte_of_the_result(tmp_path: Path) -> None:
-    """A checkpoint is written after every step, and every second kill waits for one to be begun."""
+    """A checkpoint is written after every step, and every second kill comes while one is being written."""
     model = talkers.talker(tmp_path / "model")
     data = talkers.written(tmp_path / "text.txt", talkers.TEXT * 4)
     script = Path(__file__).with_name("killed.py")
@@ -23,7 +23,7 @@ def test_twenty_kills_while_training_and_saving_change_no_byte_of_the_result(tmp
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.splitlines()[-1])
     assert found["killed"] == KILLS
-    assert found["saving"] >= KILLS // 4  # of the half that waits; a few of those come when it is done
+    assert found["saving"] >= KILLS // 2
     assert found["digests"]
     assert set(found["digests"]) == {found["whole"]}
     for run in tmp_path.glob("*.run"):
