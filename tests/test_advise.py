@@ -278,6 +278,7 @@ def test_a_model_holds_nothing_more_than_itself_and_adapters_hold_less(model, te
     ("given", "said"),
     [
         ({"cut": "0%"}, "cannot read '0%' as a part"),
+        ({"cut": "3G"}, "cannot read '3G' as a part"),  # of bytes there are G, of parameters B
         ({"cut": "some"}, "cannot read 'some' as a part"),
         ({"epochs": 0.0}, "it is above 0"),
         ({"original": "other"}, "is what --probe heals up to"),

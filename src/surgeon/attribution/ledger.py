@@ -12,12 +12,19 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from surgeon.checkpoint.json_files import read_json
+from surgeon.checkpoint.begun import check_same, read_kept
 from surgeon.checkpoint.output import alone_in, check_space, guarded, write_whole
-from surgeon.errors import CheckpointError, OutputError
 
 REQUEST = "request.json"
 DONE = ".done"  # the suffix of the file that says how many rows of a ledger are done
+# What an attribution that goes on must have been begun with, in words; all other entries of a request are options.
+_WORDS = {
+    "format": "another version of surgeon",
+    "model": "another MODEL",
+    "checkpoints": "other checkpoints",
+    "data": "other data",
+    "query": "other queries",
+}
 EVERY = 2.0  # seconds between two times that what is written is forced to the disk, and counted as done
 
 
@@ -52,16 +59,7 @@ def check_request(directory: Path, request: Mapping[str, Any]) -> None:
         with guarded(path):
             write_whole(path, [json.dumps(request, indent=1).encode()])
         return
-    try:
-        begun = read_json(path)
-    except CheckpointError as error:
-        raise OutputError(f"{path} is damaged", hint=f"Begin again: rm -r {path.parent}") from error
-    begun, asked = begun if isinstance(begun, dict) else {}, json.loads(json.dumps(request))  # tuples are lists then
-    if differs := next((name for name, value in asked.items() if begun.get(name) != value), None):
-        raise OutputError(
-            f"{path.parent} holds an attribution that was begun with another {differs}",
-            hint=f"Give what it was begun with, choose another -o, or begin again: rm -r {path.parent}",
-        )
+    check_same(read_kept(path), request, directory, what="an attribution", words=_WORDS)
 
 
 class Ledger:

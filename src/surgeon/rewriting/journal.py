@@ -9,13 +9,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from surgeon.checkpoint.json_files import read_json
+from surgeon.checkpoint.begun import check_same, damaged, read_kept
 from surgeon.checkpoint.output import alone_in, guarded, write_whole
-from surgeon.errors import CheckpointError, OutputError
 
 REQUEST, ROWS = "request.json", "rows.jsonl"
 # What a run that goes on must have been begun with, in words; all other entries of a request are options.
-_WORDS = {"teacher": "another MODEL", "data": "other data", "format": "another version of surgeon"}
+WORDS = {"teacher": "another MODEL", "data": "other data", "format": "another version of surgeon"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,30 +63,13 @@ def opened(directory: Path, request: Mapping[str, Any]) -> Iterator[Journal]:
         yield journal
 
 
-def difference(begun: Mapping[str, Any], request: Mapping[str, Any]) -> str | None:
-    """Return in words where two requests differ, the older first; None where they are the same."""
-    for name in (*_WORDS, *request):
-        if begun.get(name) != request[name]:
-            return _WORDS.get(name) or f"--{name.replace('_', '-')} {begun.get(name)}, not {request[name]}"
-    return None
-
-
 def _check_request(directory: Path, request: Mapping[str, Any]) -> None:
     """Write the request of a new run; refuse one that is not that of the run which was begun."""
     path = directory / REQUEST
     if not path.exists():
         write_lines(path, [json.dumps(request, indent=1).encode()])
         return
-    try:
-        begun = read_json(path)
-    except CheckpointError as error:
-        raise OutputError(f"{path} is damaged", hint=f"Begin again: rm -r {directory}") from error
-    found = difference(begun if isinstance(begun, dict) else {}, request)
-    if found is not None:
-        raise OutputError(
-            f"{directory} holds a run that was begun with {found}",
-            hint=f"Give what it was begun with, choose another -o, or begin again: rm -r {directory}",
-        )
+    check_same(read_kept(path), request, directory, what="a run", words=WORDS)
 
 
 def _read_rows(journal: Journal) -> None:
@@ -102,7 +84,7 @@ def _read_rows(journal: Journal) -> None:
     try:
         outcomes = [Outcome(**json.loads(line)) for line in whole.splitlines()]
     except (ValueError, TypeError) as error:
-        raise OutputError(f"{path} is damaged", hint=f"Begin again: rm -r {journal.directory}") from error
+        raise damaged(path) from error
     journal.outcomes = {outcome.row: outcome for outcome in outcomes}
 
 

@@ -13,16 +13,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from surgeon.checkpoint.json_files import read_json
+from surgeon.checkpoint.begun import check_same, damaged, read_kept
 from surgeon.checkpoint.output import LOCK, alone_in, guarded, write_whole
 from surgeon.checkpoint.source import SEARCH
-from surgeon.errors import CheckpointError, OutputError
 from surgeon.processes import speaks, told_by_the_first
 from surgeon.search.cuts import Candidate
 from surgeon.search.figures import Figures
 
 FILE = SEARCH
 FORMAT = 1
+# What a search that goes on must have been begun with, in words; all other entries of a request are options.
+_WORDS = {"model": "another MODEL", "texts": "other texts", "rows": "other numbers of rows or tokens"}
 MOST_BYTES = 200_000_000
 # Measures cuts on the rows of a stage ("screen", "search", "watch" or the name of a text), a batch at a time.
 Measure = Callable[[str, Sequence[Candidate]], list[Figures]]
@@ -147,11 +148,7 @@ def opened(place: Path | None, request: Mapping[str, Any], measure: Measure) -> 
 
 
 def _begun(place: Path, request: Mapping[str, Any], measure: Measure) -> Journal:
-    again = f"Begin again: rm -r {place.parent}"
-    try:
-        own = read_json(place, most=MOST_BYTES) if speaks() and place.exists() else None
-    except CheckpointError as error:
-        raise OutputError(f"{place} is damaged", hint=again) from error
+    own = read_kept(place, most=MOST_BYTES) if speaks() and place.exists() else None
     told = told_by_the_first(None if own is None else json.dumps(own).encode())
     if told is None:
         return Journal(request, measure, place)
@@ -161,16 +158,9 @@ def _begun(place: Path, request: Mapping[str, Any], measure: Measure) -> Journal
         or content.get("format") != FORMAT
         or not isinstance(content.get("measured"), list)
     ):
-        raise OutputError(f"{place} is damaged, or of another version of surgeon", hint=again)
-    begun = content.get("request") or {}
-    for name, value in request.items():
-        if begun.get(name) != (value := json.loads(json.dumps(value))):
-            odd = f"{name.replace('_', ' ')} {begun.get(name)!r:.60}, not {value!r:.60}"
-            raise OutputError(
-                f"{place.parent} holds a search that was begun with {odd}",
-                hint=f"Give what it was begun with, choose another -o, or begin again: rm -r {place.parent}",
-            )
+        raise damaged(place)
+    check_same(content.get("request"), request, place.parent, what="a search", words=_WORDS)
     try:
         return Journal(request, measure, place, list(content["measured"]), dict(content.get("tables") or {}))
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise OutputError(f"{place} is damaged", hint=again) from error
+        raise damaged(place) from error

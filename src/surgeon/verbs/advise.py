@@ -42,9 +42,6 @@ from surgeon.showing import Shown
 if TYPE_CHECKING:
     from torch import Tensor
 
-_COUNT = re.compile(r"(\d+(?:\.\d+)?)\s*([kMG]?)")
-_UNITS = {"": 1, "k": 10**3, "M": 10**6, "G": 10**9}
-
 
 @dataclass(frozen=True, kw_only=True)
 class AdvisingOptions(Checked):
@@ -118,11 +115,11 @@ class AdvisingOptions(Checked):
         """Return how many of so many parameters the cut takes. Raises OptionError for what is no such number."""
         if self.cut is None:
             return None
-        share, count = re.fullmatch(r"(\d+(?:\.\d+)?)%", self.cut), _COUNT.fullmatch(self.cut)
+        share, count = re.fullmatch(r"(\d+(?:\.\d+)?)%", self.cut), text.parse_count(self.cut)
         if share and 0 < float(share[1]) < 100:
             return round(parameters * float(share[1]) / 100)
-        if count and float(count[1]) > 0:
-            return round(float(count[1]) * _UNITS[count[2]])
+        if count:
+            return count
         raise OptionError(
             "cut", f"cannot read {self.cut!r} as a part of a model", hint="Such as --cut 25% or --cut 30M."
         )

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from surgeon import text
 from surgeon.anatomy.config import positions_of
+from surgeon.checkpoint.begun import difference
 from surgeon.checkpoint.json_files import read_json
 from surgeon.checkpoint.overlap import check_file_replaced
 from surgeon.checkpoint.receipt import public_name, to_bytes, versions
@@ -29,7 +30,7 @@ from surgeon.options import (
 from surgeon.progress import current, stage
 from surgeon.rewriting.checks import REASONS
 from surgeon.rewriting.engines import Engine, TransformersEngine, VllmEngine, chosen
-from surgeon.rewriting.journal import Journal, difference, opened, write_lines
+from surgeon.rewriting.journal import WORDS, Journal, opened, write_lines
 from surgeon.rewriting.loop import Asked, Progress, lines, rewrite
 from surgeon.rewriting.options import DECIDING, DROP, KEEP, DistillOptions
 from surgeon.rewriting.prompts import PROMPTS, form_of, prompt_tokens, row_of
@@ -299,7 +300,7 @@ def _done(target: Path, request: Mapping[str, Any], options: DistillOptions) -> 
         stored = content["result"]
         with target.open("rb") as file:
             is_same = hashlib.file_digest(file, "sha256").hexdigest() == stored["sha256"]
-        if not is_same or content["on_fail"] != options.on_fail or difference(content["request"], request):
+        if not is_same or content["on_fail"] != options.on_fail or difference(content["request"], request, words=WORDS):
             return None
         fields = {name: stored[name] for name in Distillation.__dataclass_fields__}
     except (CheckpointError, OSError, KeyError, TypeError):
