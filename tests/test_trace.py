@@ -331,6 +331,18 @@ def test_files_that_cannot_be_read_claim_nothing(text, parent, tmp_path):
     assert traced(tmp_path, parent).claims == ()
 
 
+def test_a_card_outside_of_the_checkpoint_claims_nothing(parent, tmp_path):
+    (tmp_path / "child").mkdir()
+    for path in parent.iterdir():
+        (tmp_path / "child" / path.name).write_bytes(path.read_bytes())
+    for name in ("README.md", "surgeon.json"):
+        (tmp_path / "child" / name).unlink(missing_ok=True)
+    (tmp_path / "secret").write_text("---\nbase_model: org/parent\n---\n")
+    (tmp_path / "child" / "README.md").symlink_to(tmp_path / "secret")
+
+    assert traced(tmp_path / "child", parent).claims == ()
+
+
 # What is refused
 
 

@@ -60,6 +60,9 @@ class BlankSource:
     def at_hand(self, file: str) -> Path | None:
         return None if self.config_source is None else self.config_source.at_hand(file)
 
+    def about(self, file: str) -> Path | None:
+        return None if self.config_source is None else self.config_source.about(file)
+
     def check_unchanged(self) -> None:
         if self.config_source is not None:
             self.config_source.check_unchanged()

@@ -74,6 +74,9 @@ class DerivedSource(ABC):
             return self.other.at_hand(file.removeprefix(self.prefix))
         return self.base.at_hand(file)
 
+    def about(self, file: str) -> Path | None:
+        return self.base.about(file)
+
     def check_unchanged(self) -> None:
         self.base.check_unchanged()
         self.other.check_unchanged()

@@ -165,6 +165,9 @@ class HubSource:
         path = self.snapshot / file
         return path if path.exists() else None
 
+    def about(self, file: str) -> Path | None:
+        return self.fetch(file) if file in self.files else None
+
     def check_unchanged(self) -> None:
         """Do nothing: a commit does not change."""
 

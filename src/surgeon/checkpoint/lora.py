@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from surgeon.checkpoint.derived import DerivedSource
 from surgeon.checkpoint.header import read_header
 from surgeon.checkpoint.json_files import read_config
+from surgeon.checkpoint.links import inside
 from surgeon.checkpoint.output import check_space
 from surgeon.checkpoint.source import (
     ADAPTER,
@@ -27,7 +28,6 @@ from surgeon.checkpoint.source import (
     LocalSource,
     Source,
     StoredTensor,
-    inside,
     is_adapter,
     stored,
 )
@@ -124,6 +124,9 @@ class MergedSource(DerivedSource):
 
     def at_hand(self, file: str) -> Path | None:
         return None if file.startswith(MERGED) or file in self.own_files else self.base.at_hand(file)
+
+    def about(self, file: str) -> Path | None:
+        return inside(self.directory, file) if (self.directory / file).is_file() else None
 
     def check_unchanged(self) -> None:
         self.base.check_unchanged()

@@ -39,17 +39,9 @@ def claims_of(source: Source) -> list[Claim]:
 
 def _file(source: Source, name: str) -> Path | None:
     """Return a small file of a checkpoint on this machine, None where it has none."""
-    base: Any = source
-    while not isinstance(directory := getattr(base, "directory", None), Path) and hasattr(base, "base"):
-        base = base.base
     try:
-        if isinstance(directory, Path):
-            path = directory / name
-        elif name in getattr(base, "files", ()):
-            path = base.fetch(name)
-        else:
-            return None
-        return path if path.is_file() and path.stat().st_size <= LARGEST else None
+        path = source.about(name)
+        return path if path is not None and path.stat().st_size <= LARGEST else None
     except (SurgeonError, OSError, ValueError):
         return None
 

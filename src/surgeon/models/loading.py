@@ -19,8 +19,9 @@ from surgeon.anatomy.config import CONFIG_HINT, class_names, size_of, text_confi
 from surgeon.checkpoint.derived import alone
 from surgeon.checkpoint.header import not_regular
 from surgeon.checkpoint.json_files import read_json
+from surgeon.checkpoint.links import check_links, inside
 from surgeon.checkpoint.lora import MergedSource
-from surgeon.checkpoint.source import ADAPTER, CONFIG, Source, check_links, inside, is_companion
+from surgeon.checkpoint.source import ADAPTER, CONFIG, Source, is_companion
 from surgeon.errors import CheckpointError, DataError, MeasureError, PlanError, SurgeonError, failure_of_library
 from surgeon.models.device import available_memory, compute_dtype
 from surgeon.models.merged import directory_of
@@ -312,8 +313,8 @@ def load_adapter(model: Any, directory: Path) -> Any:
     from peft import PeftModel
 
     config = read_json(inside(directory, ADAPTER))
-    if not isinstance(config, dict) or config.get("peft_type") != "LORA":
-        kind = config.get("peft_type") if isinstance(config, dict) else config
+    kind = config.get("peft_type") if isinstance(config, dict) else type(config).__name__
+    if kind != "LORA":
         raise PlanError(f"{directory} holds an adapter of type {kind!r}, not LORA", hint="surgeon trains LoRA alone.")
     if config.get("megatron_config") is not None:
         raise PlanError(f"{directory / ADAPTER} names a module to import (megatron_core)", hint="It is not surgeon's.")
@@ -438,9 +439,7 @@ def _check_files(name: str) -> None:
     """Raise CheckpointError for a file in a directory that a loader would wait for, or read without end."""
     if not os.path.isdir(name):  # noqa: PTH112  # Path.is_dir raises for a name that is too long
         return
-    for path in sorted(Path(name).iterdir()):
-        if not path.exists() or path.is_dir():
-            continue
+    for path in (each for each in sorted(Path(name).iterdir()) if each.exists() and not each.is_dir()):
         if (what := not_regular(path)) is not None:
             raise CheckpointError(f"{path} is {what}, not a file", hint=f"Look at it: ls -l {path}")
         if is_companion(path.name) and (size := path.stat().st_size) > MOST_BYTES:
