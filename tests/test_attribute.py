@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -297,7 +300,8 @@ def test_the_checkpoints_of_a_run_are_averaged_and_adams_root_divides(here, tmp_
     assert "without the optimiser's state" in plain.notes[-1]
 
 
-def test_a_call_that_was_killed_goes_on_to_the_same_bytes(here, tmp_path, monkeypatch):
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL], ids=["Ctrl-C", "kill -9"])
+def test_a_call_that_was_ended_goes_on_to_the_same_bytes(how, here, tmp_path, monkeypatch):
     asked: dict[str, Any] = {"query": [str(here / "queries.jsonl")], "batch_size": 4}
     surgeon.attribute(here / "tuned.run", output=tmp_path / "whole", **asked)
     monkeypatch.setattr("surgeon.attribution.ledger.EVERY", 0.0)  # count every batch as done
@@ -309,18 +313,22 @@ def test_a_call_that_was_killed_goes_on_to_the_same_bytes(here, tmp_path, monkey
             if len(computed) == 10:  # in the second checkpoint, past its first batches
                 ledger._open.write(b"half a row")
                 ledger._open.flush()
-                raise KeyboardInterrupt
+                (tmp_path / "before").write_text(str(sum(computed)))
+                os.kill(os.getpid(), how)
             computed.append(len(numbers))
         add(ledger, numbers)
 
     monkeypatch.setattr(Ledger, "add", counted)
-    with pytest.raises(KeyboardInterrupt):
-        surgeon.attribute(here / "tuned.run", output=tmp_path / "out", **asked)
+    if (child := os.fork()) == 0:
+        with suppress(KeyboardInterrupt):
+            surgeon.attribute(here / "tuned.run", output=tmp_path / "out", **asked)
+        os._exit(7)
+    status = os.waitpid(child, 0)[1]
+    assert status == (signal.SIGKILL if how == signal.SIGKILL else 7 << 8)
     assert not (tmp_path / "out").exists()
     with pytest.raises(OutputError, match=r"begun with --ridge 0\.01, not 0\.5"):
         surgeon.attribute(here / "tuned.run", output=tmp_path / "out", ridge=0.5, **asked)
-    before = sum(computed)
-    computed.clear()
+    before = int((tmp_path / "before").read_text())
     monkeypatch.setattr(Ledger, "add", lambda ledger, numbers: (computed.append(len(numbers)), add(ledger, numbers)))
     surgeon.attribute(here / "tuned.run", output=tmp_path / "out", **asked)
 
