@@ -5,7 +5,7 @@
 Every cut of a row has the same size (the parameters that go with so many layers), is made by the command line from the
 same text, and is judged on text that no step has read: the end of the first --data, and --unseen, another domain. What
 is done is kept in DIR and not done again. `--results FILE` keeps the figures of every row of text beside it, so that
-another machine can go on: results/prune_table.json has those of cuts in width, by both rankings.
+another machine can go on: results/prune_table.json has those of docs/benchmarks.md.
 """
 
 import argparse
