@@ -9,9 +9,8 @@ import pytest
 from handmade import checkpoint, llama, snapshot
 
 import surgeon
-from surgeon.checkpoint.links import check_links
 from surgeon.checkpoint.receipt import read_receipt
-from surgeon.checkpoint.source import open_directory
+from surgeon.checkpoint.source import check_links, open_directory
 from surgeon.errors import CheckpointError
 
 SECRET = "the content of a private file"

@@ -19,7 +19,6 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from surgeon.checkpoint.derived import DerivedSource
 from surgeon.checkpoint.header import read_header
 from surgeon.checkpoint.json_files import read_config
-from surgeon.checkpoint.links import inside
 from surgeon.checkpoint.output import check_space
 from surgeon.checkpoint.source import (
     ADAPTER,
@@ -28,6 +27,7 @@ from surgeon.checkpoint.source import (
     LocalSource,
     Source,
     StoredTensor,
+    inside,
     is_adapter,
     stored,
 )

@@ -13,8 +13,7 @@ from typing import Any
 from surgeon.checkpoint.blank import BlankSource
 from surgeon.checkpoint.derived import BASE, MODEL
 from surgeon.checkpoint.json_files import read_json
-from surgeon.checkpoint.links import inside
-from surgeon.checkpoint.source import RECEIPT, LocalSource, Source, Transfer
+from surgeon.checkpoint.source import RECEIPT, LocalSource, Source, Transfer, inside
 from surgeon.errors import CheckpointError
 from surgeon.text import scrubbed
 

@@ -17,7 +17,6 @@ from typing import Any, Protocol
 
 from surgeon.checkpoint.header import CHANGED_HINT, CheckpointSpec, Entry, FilePart, TensorSpec, opened, read_header
 from surgeon.checkpoint.json_files import read_config, read_index
-from surgeon.checkpoint.links import inside, is_there
 from surgeon.errors import CheckpointError
 from surgeon.mistyped import hint_beside
 
@@ -29,24 +28,10 @@ FINGERPRINT_BYTES = 512
 
 # Files that hold weights of this model in some form. A surgery makes them stale, so it never copies them.
 WEIGHT_SUFFIXES = frozenset(
-    [
-        ".safetensors",
-        ".bin",
-        ".pt",
-        ".pth",
-        ".ckpt",
-        ".gguf",
-        ".ggml",
-        ".h5",
-        ".msgpack",
-        ".ot",
-        ".onnx",
-        ".onnx_data",
-        ".tflite",
-        ".mlmodel",
-        ".npz",
-        ".distcp",
-    ]
+    (
+        *(".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".ggml", ".h5"),
+        *(".msgpack", ".ot", ".onnx", ".onnx_data", ".tflite", ".mlmodel", ".npz", ".distcp"),
+    )
 )
 WEIGHT_INDEXES = (".safetensors.index.json", ".bin.index.json", ".h5.index.json", ".msgpack.index.json")
 CARD = "README.md"
@@ -160,10 +145,10 @@ class LocalSource:
 
     @cached_property
     def tensors(self) -> Mapping[str, StoredTensor]:
-        if is_there(self.directory / WEIGHTS):  # where both exist, transformers reads this one too
+        if _is_there(self.directory / WEIGHTS):  # where both exist, transformers reads this one too
             header = read_header(self.local(WEIGHTS))
             return {name: stored(WEIGHTS, entry) for name, entry in header.items()}
-        if is_there(self.directory / INDEX):
+        if _is_there(self.directory / INDEX):
             return self._sharded()
         raise CheckpointError(f"{self.directory} has no {WEIGHTS}", hint=self._hint_without_weights())
 
@@ -173,7 +158,7 @@ class LocalSource:
         results = {path.parent for path in paths if path.name in RESULTS} - {self.directory}
         own = (path for path in paths if results.isdisjoint(path.parents) and (path.is_file() or not path.exists()))
         relative = (path.relative_to(self.directory).as_posix() for path in own)
-        names = [name for name in relative if is_companion(name) and is_there(self.directory / name)]
+        names = [name for name in relative if is_companion(name) and _is_there(self.directory / name)]
         for name in names:
             inside(self.directory, name)
         return names
@@ -234,7 +219,7 @@ class LocalSource:
         weight_map = read_index(self.local(INDEX))
         shards = sorted(set(weight_map.values()))
         for number, shard in enumerate(shards, start=1):
-            if not is_there(self.directory / shard):
+            if not _is_there(self.directory / shard):
                 raise CheckpointError(
                     f"shard {number} of {len(shards)} is missing: {self.directory / shard}",
                     hint="The download did not finish; fetch the checkpoint again.",
@@ -278,7 +263,7 @@ def open_directory(directory: Path, *, label: str | None = None) -> LocalSource:
     Raises CheckpointError when it is not a directory, or has no config.json.
     """
     name = label or str(directory)
-    if not is_there(directory):
+    if not _is_there(directory):
         hint = hint_beside(name, "Name a checkpoint directory, or a Hub id (gpt2-large).", directory=True)
         raise CheckpointError(f"no such directory: {name}", hint=hint)
     if not directory.is_dir():
@@ -286,7 +271,7 @@ def open_directory(directory: Path, *, label: str | None = None) -> LocalSource:
             f"surgeon convert {name}" if directory.suffix in (".gguf", ".bin") else "Name the directory that holds it."
         )
         raise CheckpointError(f"{name} is a file; a checkpoint is a directory", hint=hint)
-    if not is_there(directory / CONFIG):
+    if not _is_there(directory / CONFIG):
         raise CheckpointError(f"{name} is not a checkpoint: it has no {CONFIG}", hint=_hint_without_config(directory))
     return LocalSource(directory, name)
 
@@ -296,6 +281,75 @@ def _hint_without_config(directory: Path) -> str:
         return f"surgeon convert {ggufs[0]}"
     nested = sorted(path.parent for path in directory.glob(f"*/{CONFIG}"))
     return f"Did you mean {nested[0]}?" if nested else f"Name the directory that holds {CONFIG}."
+
+
+def _is_there(path: Path) -> bool:
+    """Return whether `path` exists. Raises CheckpointError when it is a broken link."""
+    try:
+        path.stat()
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the name
+        if not os.path.lexists(path):
+            return False
+        raise CheckpointError(
+            f"{path} is a broken link: it points to {path.readlink()}",
+            hint="Fetch the file again, or remove the link if the checkpoint does not need it.",
+        ) from error
+    return True
+
+
+# Links
+
+TEMPLATES = "additional_chat_templates"  # a directory from which transformers reads too
+_TEXTS = (".json", ".jinja", ".txt", ".model", ".tiktoken", ".py")  # configs, tokenizers, templates, code
+_IN_CACHE = re.compile(r"(models|datasets|spaces)--.+")
+_SHARED_BLOB = re.compile(r"blobs/([0-9a-f]{2})/\1[0-9a-f]{62}")
+
+
+def inside(directory: Path, file: str) -> Path:
+    """Return the path of a file of a checkpoint, after checking that no link leads out of the checkpoint.
+
+    A stranger's checkpoint may hold a link to any file of this machine, whose content a result would carry on. Links
+    are followed within the directory and, from a snapshot in the Hub's cache, to the blobs of that cache. The directory
+    itself may be a link: the user has named it. Raises CheckpointError.
+    """
+    path = directory / file
+    real, root = Path(os.path.realpath(path)), Path(os.path.realpath(directory))
+    if real.is_relative_to(root) or _is_blob(real, root):
+        return path
+    raise CheckpointError(
+        f"{path} is a link that leads out of the checkpoint: to {real}",
+        hint="If you trust that file, put a copy of it in place of the link.",
+    )
+
+
+def check_links(directory: Path) -> None:
+    """Raises CheckpointError where a file that transformers reads beside the weights is a link that leads out."""
+    for name in _names_in(directory):
+        if name.endswith(_TEXTS):
+            inside(directory, name)
+    for name in _names_in(directory / TEMPLATES):
+        inside(directory, f"{TEMPLATES}/{name}")
+
+
+def _names_in(directory: Path) -> list[str]:
+    try:
+        return sorted(os.listdir(directory))  # noqa: PTH208  # names, and no paths, are wanted
+    except OSError:
+        return []
+
+
+def _is_blob(real: Path, root: Path) -> bool:
+    """Return whether a file is a blob of the Hub's cache, for a root in one of its snapshots.
+
+    huggingface_hub places blobs in <cache>/models--NAME/blobs, and from version 2 also in <cache>/blobs/XX, where the
+    repositories share them.
+    """
+    for place in (root, *root.parents):
+        repository = place.parent.parent
+        if place.parent.name == "snapshots" and _IN_CACHE.fullmatch(repository.name):
+            shared = real.relative_to(repository.parent).as_posix() if real.is_relative_to(repository.parent) else ""
+            return real.is_relative_to(repository / "blobs") or bool(_SHARED_BLOB.fullmatch(shared))
+    return False
 
 
 def content_of(path: Path) -> bytes:

@@ -188,16 +188,16 @@ OVERFIT = Overfit(
 ASSUMED_LOSS = 3.0  # nats a token, where no model has read the text; prose costs a small model 2.5 to 3.5
 
 
-def in_a_line(parameters: int, body: int, tokens: int, epochs: float) -> str:
+def in_a_line(parameters: int, tokens: int, epochs: float) -> str:
     """Return the verdict on a run of so many trained parameters and epochs, and what to type for more.
 
-    `body` are those that are neither of an embedding nor of a head: the law of over-fit is of them.
-    No model has read the text, and no duplicates are counted: the loss is ASSUMED_LOSS.
+    No model has read the text, and no duplicates are counted: the loss is ASSUMED_LOSS. The law of over-fit takes all
+    parameters for its body, which it has only of toys.
     """
     slack = capacity_slack(parameters, data_bits(tokens, ASSUMED_LOSS))
     verdict = by_capacity(slack)
-    if epochs <= 1 or OVERFIT.reach.holds(body=body, unique=tokens):
-        verdict = min(verdict, OVERFIT.verdict(body, tokens, epochs), key=VERDICTS.index)
+    if epochs <= 1 or OVERFIT.reach.holds(body=parameters, unique=tokens):
+        verdict = min(verdict, OVERFIT.verdict(parameters, tokens, epochs), key=VERDICTS.index)
     can = "can memorise it" if verdict == "memorises" else verdict
     times = f"{slack:,.0f}" if slack >= 10 else f"{slack:.2g}"
     return (

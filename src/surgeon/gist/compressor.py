@@ -8,9 +8,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from surgeon.checkpoint.links import inside
 from surgeon.checkpoint.receipt import read_receipt
-from surgeon.checkpoint.source import ADAPTER, ADAPTER_WEIGHTS, Source
+from surgeon.checkpoint.source import ADAPTER, ADAPTER_WEIGHTS, Source, inside
 from surgeon.errors import CheckpointError, PlanError
 from surgeon.mistyped import hint_beside
 

@@ -17,9 +17,8 @@ from torch import Tensor
 
 from surgeon.checkpoint.header import opened
 from surgeon.checkpoint.json_files import read_json
-from surgeon.checkpoint.links import inside
 from surgeon.checkpoint.receipt import to_bytes
-from surgeon.checkpoint.source import ADAPTER, ADAPTER_WEIGHTS
+from surgeon.checkpoint.source import ADAPTER, ADAPTER_WEIGHTS, inside
 from surgeon.errors import CheckpointError
 from surgeon.gist.states import GistStates
 from surgeon.mistyped import hint_beside

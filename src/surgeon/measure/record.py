@@ -9,9 +9,8 @@ from typing import Any
 
 from surgeon import text
 from surgeon.checkpoint.json_files import read_json
-from surgeon.checkpoint.links import inside
 from surgeon.checkpoint.receipt import to_bytes, versions
-from surgeon.checkpoint.source import SCORES, Source
+from surgeon.checkpoint.source import SCORES, Source, inside
 from surgeon.errors import CheckpointError, MeasureError, PlanError
 from surgeon.mistyped import hint_beside
 from surgeon.showing import Shown

@@ -19,9 +19,8 @@ from surgeon.anatomy.config import CONFIG_HINT, class_names, size_of, text_confi
 from surgeon.checkpoint.derived import alone
 from surgeon.checkpoint.header import not_regular
 from surgeon.checkpoint.json_files import read_json
-from surgeon.checkpoint.links import check_links, inside
 from surgeon.checkpoint.lora import MergedSource
-from surgeon.checkpoint.source import ADAPTER, CONFIG, Source, is_companion
+from surgeon.checkpoint.source import ADAPTER, CONFIG, Source, check_links, inside, is_companion
 from surgeon.errors import CheckpointError, DataError, MeasureError, PlanError, SurgeonError, failure_of_library
 from surgeon.models.device import available_memory, compute_dtype
 from surgeon.models.merged import directory_of

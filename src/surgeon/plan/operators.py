@@ -8,8 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
-from surgeon.checkpoint.links import inside
-from surgeon.checkpoint.source import Source, spec_of
+from surgeon.checkpoint.source import Source, inside, spec_of
 from surgeon.errors import CheckpointError, PlanError
 from surgeon.mistyped import hint_beside
 from surgeon.plan.expressions import Read

@@ -10,8 +10,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from surgeon.anatomy.axes import Index, Scale
-from surgeon.checkpoint.links import inside
-from surgeon.checkpoint.source import Source, StoredTensor, spec_of
+from surgeon.checkpoint.source import Source, StoredTensor, inside, spec_of
 from surgeon.errors import CheckpointError, PlanError
 from surgeon.plan.expressions import Gather, Joined, Read
 from surgeon.plan.plan import Plan

@@ -18,9 +18,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
 from surgeon.checkpoint.derived import JoinedSource
 from surgeon.checkpoint.header import FilePart, TensorSpec, read_header, read_metadata
-from surgeon.checkpoint.links import inside
 from surgeon.checkpoint.receipt import public_record
-from surgeon.checkpoint.source import LocalSource, Source, StoredTensor, spec_of, stored
+from surgeon.checkpoint.source import LocalSource, Source, StoredTensor, inside, spec_of, stored
 from surgeon.errors import CheckpointError, OutputError, PlanError
 from surgeon.mistyped import hint_beside
 from surgeon.plan.execute import TensorWrite, write_safetensors

@@ -12,9 +12,8 @@ from typing import Any
 from surgeon import text
 from surgeon.anatomy.halves import Pairing
 from surgeon.checkpoint.json_files import read_json
-from surgeon.checkpoint.links import inside
 from surgeon.checkpoint.receipt import to_bytes, versions
-from surgeon.checkpoint.source import Source
+from surgeon.checkpoint.source import Source, inside
 from surgeon.cost.drafting import DraftSpeed, draft_speed
 from surgeon.errors import CheckpointError, MeasureError, PlanError
 from surgeon.mistyped import hint_beside

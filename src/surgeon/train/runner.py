@@ -15,7 +15,7 @@ import torch
 from surgeon.anatomy.anatomy import read_anatomy
 from surgeon.checkpoint.source import Source, spec_of
 from surgeon.cost.fitting import Split, too_large
-from surgeon.cost.flops import body_parameters, flops_per_token, peak_flops
+from surgeon.cost.flops import flops_per_token, peak_flops
 from surgeon.cost.laws import in_a_line
 from surgeon.cost.memory import lora_parameters
 from surgeon.errors import DataError, SurgeonError, TrainingError
@@ -87,7 +87,8 @@ class Runner:
         self.selected: Selected | None = None
         self.settings = task.settings
         self.device, self.watcher = resolve_device(device), watcher
-        self.began, self.stop = time.perf_counter(), Stop()
+        self.began = time.perf_counter()
+        self.stop = Stop()
         self.inputs = Inputs(source, specs, task, self.device, self._note, self.wait)
         set_environment(self.settings, self.device)
         self.settings.weights(len(specs))
@@ -195,7 +196,7 @@ class Runner:
         anatomy, lora = read_anatomy(spec_of(self.source)), self.settings.lora
         trained = num_trained(self.source, self.settings) if lora is None else lora_parameters(anatomy, lora)
         epochs = steps * self.inputs.rows_per_step / len(data.rows)
-        self.reporter.say(in_a_line(trained, min(trained, body_parameters(anatomy)), data.rows.num_tokens, epochs))
+        self.reporter.say(in_a_line(trained, data.rows.num_tokens, epochs))
 
     def _check_data(self, data: RunData, *, resumed: bool) -> None:
         """Record the data of the run, or raise DataError where a resumed run would read other texts."""

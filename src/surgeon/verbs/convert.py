@@ -9,8 +9,17 @@ from typing import Any
 from surgeon.anatomy.anatomy import read_anatomy
 from surgeon.checkpoint.derived import RenamedSource, wrapper_of
 from surgeon.checkpoint.formats import pickled
-from surgeon.checkpoint.links import check_links, inside
-from surgeon.checkpoint.source import ADAPTER, INDEX, WEIGHTS, Source, is_adapter, open_directory, spec_of
+from surgeon.checkpoint.source import (
+    ADAPTER,
+    INDEX,
+    WEIGHTS,
+    Source,
+    check_links,
+    inside,
+    is_adapter,
+    open_directory,
+    spec_of,
+)
 from surgeon.errors import CheckpointError, PlanError
 from surgeon.mistyped import hint_beside
 from surgeon.options import Checked, OptionError, Verb, in_python, option, takes

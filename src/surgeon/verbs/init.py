@@ -14,8 +14,7 @@ from surgeon.anatomy.families import FAMILIES
 from surgeon.checkpoint.blank import BlankSource
 from surgeon.checkpoint.header import is_quantized
 from surgeon.checkpoint.json_files import read_config
-from surgeon.checkpoint.links import inside
-from surgeon.checkpoint.source import Source, content_of, spec_of
+from surgeon.checkpoint.source import Source, content_of, inside, spec_of
 from surgeon.checkpoint.tokenizer_files import tokenizer_files
 from surgeon.errors import CheckpointError, PlanError
 from surgeon.mistyped import close_path, close_to, close_word

@@ -9,9 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from surgeon.anatomy.config import text_config, with_text
 from surgeon.anatomy.token_ids import followed
-from surgeon.checkpoint.links import inside
 from surgeon.checkpoint.matching import ROLES, Match, Vocabulary
-from surgeon.checkpoint.source import CONFIG, Source, content_of
+from surgeon.checkpoint.source import CONFIG, Source, content_of, inside
 from surgeon.checkpoint.tokenizer_files import (
     GENERATION,
     TOKENIZER,
