@@ -191,8 +191,8 @@ ASSUMED_LOSS = 3.0  # nats a token, where no model has read the text; prose cost
 def in_a_line(parameters: int, tokens: int, epochs: float) -> str:
     """Return the verdict on a run of so many trained parameters and epochs, and what to type for more.
 
-    No model has read the text, and no duplicates are counted: the loss is ASSUMED_LOSS. The law of over-fit takes all
-    parameters for its body, which it has only of toys.
+    No model has read the text, and no duplicates are counted: the loss is ASSUMED_LOSS. Embeddings count as the body,
+    which makes a difference inside the range of the law of over-fit alone: of toys.
     """
     slack = capacity_slack(parameters, data_bits(tokens, ASSUMED_LOSS))
     verdict = by_capacity(slack)
