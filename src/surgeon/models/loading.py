@@ -312,8 +312,8 @@ def load_adapter(model: Any, directory: Path) -> Any:
     from peft import PeftModel
 
     config = read_json(inside(directory, ADAPTER))
-    kind = config.get("peft_type") if isinstance(config, dict) else type(config).__name__
-    if kind != "LORA":
+    if not isinstance(config, dict) or config.get("peft_type") != "LORA":
+        kind = config.get("peft_type") if isinstance(config, dict) else config
         raise PlanError(f"{directory} holds an adapter of type {kind!r}, not LORA", hint="surgeon trains LoRA alone.")
     if config.get("megatron_config") is not None:
         raise PlanError(f"{directory / ADAPTER} names a module to import (megatron_core)", hint="It is not surgeon's.")
