@@ -1,6 +1,5 @@
 """Numbers of rows on disk as they are computed: an attribution that was killed goes on where it was."""
 
-import json
 import os
 import shutil
 import time
@@ -12,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from surgeon.checkpoint.begun import check_same, read_kept
+from surgeon.checkpoint.begun import begin
 from surgeon.checkpoint.output import alone_in, check_space, guarded, write_whole
 
 REQUEST = "request.json"
@@ -55,11 +54,8 @@ def _has_rows(directory: Path) -> bool:
 def check_request(directory: Path, request: Mapping[str, Any]) -> None:
     """Write the request of a new attribution. Raises OutputError where the directory holds one of another."""
     path = directory / REQUEST
-    if not path.exists() or not _has_rows(directory):
-        with guarded(path):
-            write_whole(path, [json.dumps(request, indent=1).encode()])
-        return
-    check_same(read_kept(path), request, directory, what="an attribution", words=_WORDS)
+    is_new = not path.exists() or not _has_rows(directory)
+    begin(path, request, what="an attribution", words=_WORDS, is_new=is_new)
 
 
 class Ledger:

@@ -3,17 +3,15 @@
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 from surgeon.checkpoint.header import MAX_HEADER_BYTES
 from surgeon.checkpoint.json_files import read_json
+from surgeon.checkpoint.output import guarded, write_whole
 from surgeon.errors import CheckpointError, OutputError
 
-_NO_WORDS: Mapping[str, str] = MappingProxyType({})
 
-
-def difference(begun: Any, request: Mapping[str, Any], *, words: Mapping[str, str] = _NO_WORDS) -> str | None:
+def difference(begun: Any, request: Mapping[str, Any], *, words: Mapping[str, str]) -> str | None:
     """Return in words where two requests differ, the older first; None where they are the same.
 
     `words` say it for the entries that are no options: "another MODEL". Of an option it is "--seed 0, not 1".
@@ -29,9 +27,16 @@ def difference(begun: Any, request: Mapping[str, Any], *, words: Mapping[str, st
     return None
 
 
-def check_same(
-    begun: Any, request: Mapping[str, Any], directory: Path, *, what: str, words: Mapping[str, str] = _NO_WORDS
-) -> None:
+def begin(path: Path, request: Mapping[str, Any], *, what: str, words: Mapping[str, str], is_new: bool) -> None:
+    """Write the request of new work into its directory; raise OutputError where work that is there has another one."""
+    if is_new:
+        with guarded(path):
+            write_whole(path, [json.dumps(request, indent=1).encode()])
+    else:
+        check_same(read_kept(path), request, path.parent, what=what, words=words)
+
+
+def check_same(begun: Any, request: Mapping[str, Any], directory: Path, *, what: str, words: Mapping[str, str]) -> None:
     """Raises OutputError, which names a difference, where a directory holds `what`, "a run", of another request."""
     if found := difference(begun, request, words=words):
         raise OutputError(

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from surgeon.checkpoint.begun import check_same, damaged, read_kept
+from surgeon.checkpoint.begun import begin, damaged
 from surgeon.checkpoint.output import alone_in, guarded, write_whole
 
 REQUEST, ROWS = "request.json", "rows.jsonl"
@@ -57,19 +57,11 @@ def opened(directory: Path, request: Mapping[str, Any]) -> Iterator[Journal]:
     """
     with alone_in(directory, doing="writing"):
         journal = Journal(directory)
-        _check_request(directory, request)
+        path = directory / REQUEST
+        begin(path, request, what="a run", words=WORDS, is_new=not path.exists())
         with guarded(directory):
             _read_rows(journal)
         yield journal
-
-
-def _check_request(directory: Path, request: Mapping[str, Any]) -> None:
-    """Write the request of a new run; refuse one that is not that of the run which was begun."""
-    path = directory / REQUEST
-    if not path.exists():
-        write_lines(path, [json.dumps(request, indent=1).encode()])
-        return
-    check_same(read_kept(path), request, directory, what="a run", words=WORDS)
 
 
 def _read_rows(journal: Journal) -> None:
