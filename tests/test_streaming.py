@@ -4,8 +4,8 @@ import gc
 import json
 import os
 import shutil
-import signal
-import time
+import subprocess
+import sys
 import weakref
 
 import pytest
@@ -22,7 +22,7 @@ if LATER:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     from surgeon.models import streaming
-    from surgeon.models.passage import Passage
+
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -403,16 +403,64 @@ def test_a_token_that_moves_others_by_more_than_rounding_is_seen(dtype, moved, s
         streaming.check_causal(states, "toy")
 
 
-def test_an_interrupted_forward_pass_comes_to_its_next_stop_before_the_interrupt_goes_on():
-    """A process that ended while torch computes in another thread would end by SIGABRT."""
-    came = []
+# A thread computes for a second while the process ends. Without `await_at_exit` Python ends it inside of torch, and the
+# C++ runtime aborts the process.
+ENDING = """
+import sys, threading, time, torch
+from surgeon.models.passage import {imported}
 
-    def run():
-        time.sleep(0.1)  # the thread has started
-        os.kill(os.getpid(), signal.SIGINT)
-        time.sleep(0.2)
-        came.append(True)
+def work():
+    started.set()
+    matrix, end = torch.rand(600, 600), time.monotonic() + 1
+    while time.monotonic() < end and not told:
+        matrix = (matrix @ matrix).softmax(-1)
+    time.sleep(0.2)
+    print("the end", flush=True)
 
-    with pytest.raises(KeyboardInterrupt):
-        Passage(run)
-    assert came == [True]
+started, told = threading.Event(), []
+{start}
+started.wait()
+sys.exit(130)
+"""
+PASS = "threading.Thread(target=lambda: Passage(work), daemon=True).start()"
+THREAD = """
+def awaited():
+    await_at_exit(lambda: told.append(True))
+    work()
+
+threading.Thread(target=awaited, daemon=True).start()"""
+
+
+@pytest.mark.parametrize(("imported", "start"), [("Passage", PASS), ("await_at_exit", THREAD)])
+def test_a_process_ends_when_no_thread_is_inside_of_torch(imported, start):
+    program = ENDING.format(imported=imported, start=start)
+
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
+
+    assert (done.returncode, done.stdout, done.stderr) == (130, "the end\n", "")
+
+
+def test_a_thread_that_comes_to_torch_while_the_process_ends_stays_out():
+    program = """
+import atexit, threading, time
+
+def late():
+    ending.wait()
+    await_at_exit(lambda: None)
+    print("inside")
+
+def end():
+    ending.set()
+    thread.join(10)
+    print("over" if not thread.is_alive() else "alive")
+
+ending = threading.Event()
+atexit.register(end)  # runs after what is registered later
+from surgeon.models.passage import await_at_exit
+thread = threading.Thread(target=late, daemon=True)
+thread.start()
+"""
+
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
+
+    assert (done.returncode, done.stdout, done.stderr) == (0, "over\n", "")

@@ -3,24 +3,57 @@
 The pass runs in a thread of its own, so that its local variables stay where they are until the layer has run.
 """
 
+import atexit
 import inspect
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from contextvars import copy_context
 from dataclasses import dataclass
 from functools import wraps
-from queue import Empty, SimpleQueue
+from queue import SimpleQueue
 from threading import Thread
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
 _THREAD = threading.local()  # `answer`: who gives the outputs of paused modules in this thread
 RUN = object()  # the answer that lets a module run as it is
-PATIENCE = 10.0  # seconds in which an interrupted forward pass may come to its next layer
+PATIENCE = 30.0  # seconds that threads inside of torch have to end before the process does
 AROUND = -1  # the index of a module around the layers
+
+
+# What tells each thread that runs torch to end soon. Python ends daemon threads as it shuts down, wherever they are,
+# and one inside of torch aborts the process: "terminate called without an active exception", SIGABRT.
+_RUNNING: "WeakKeyDictionary[Thread, Callable[[], None]]" = WeakKeyDictionary()
+_LOCK = threading.Lock()
+_ENDING = threading.Event()
+
+
+def await_at_exit(stop: Callable[[], None]) -> None:
+    """Let the process wait for this thread, which is about to run torch, before it ends; `stop` asks it to end soon.
+
+    Ends the thread where the process is ending already.
+    """
+    with _LOCK:
+        if _ENDING.is_set():
+            raise SystemExit
+        _RUNNING[threading.current_thread()] = stop
+
+
+@atexit.register
+def _end_threads() -> None:
+    with _LOCK:
+        _ENDING.set()
+        running = list(_RUNNING.items())
+    for _, stop in running:
+        stop()
+    deadline = time.monotonic() + PATIENCE
+    for thread, _ in running:
+        thread.join(max(0.0, deadline - time.monotonic()))
 
 
 class _StoppedError(Exception):
@@ -42,6 +75,10 @@ class _Line:
     def __init__(self) -> None:
         self.calls: SimpleQueue[Any] = SimpleQueue()
         self.outputs: SimpleQueue[Any] = SimpleQueue()
+
+    def stop(self) -> None:
+        """Let the forward pass end at its next layer."""
+        self.outputs.put(_StoppedError())
 
     def ask(self, call: LayerCall) -> Any:
         """Return the output of a layer, once it has come."""
@@ -68,7 +105,7 @@ class Passage:
         self._wait()
 
     def __del__(self) -> None:
-        self._line.outputs.put(_StoppedError())
+        self._line.stop()
 
     @property
     def call(self) -> LayerCall | None:
@@ -88,17 +125,13 @@ class Passage:
         self._wait()
 
     def _wait(self) -> None:
-        try:
-            self._at = self._line.calls.get()
-        except BaseException:  # Ctrl-C: a process that ends while another thread is inside of torch ends by SIGABRT
-            with suppress(Empty):
-                self._line.calls.get(timeout=PATIENCE)
-            raise
+        self._at = self._line.calls.get()
         if isinstance(self._at, BaseException):
             raise self._at
 
 
 def _run_pass(line: _Line, run: Callable[[], Any]) -> None:
+    await_at_exit(line.stop)
     try:
         with answering(line.ask), torch.no_grad():
             line.calls.put((run(),))

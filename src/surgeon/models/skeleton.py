@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from threading import Thread
+from threading import Event, Thread
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ from surgeon.checkpoint.header import FilePart
 from surgeon.checkpoint.source import Ranges, Source, StoredTensor, ranges_by_file
 from surgeon.errors import MeasureError, SurgeonError
 from surgeon.models.loading import always_sees, config_of, from_config, libraries_fail, quiet_transformers
+from surgeon.models.passage import await_at_exit
 from surgeon.plan.arithmetic import TORCH_DTYPES
 
 
@@ -230,10 +231,17 @@ class Weights:
 
     def _read(self, wanted: Ranges, names: Sequence[str], dtype: torch.dtype) -> None:
         with suppress(SurgeonError, torch.OutOfMemoryError):  # who needs the tensors reads them again, and is told
-            parts = self._source.parts(wanted, among=self._all)
-            if self._device is not None:
-                copies = (read_as(self.stored[name], parts[self.stored[name].file], dtype) for name in names)
-                self._ready = copied(dict(zip(names, copies, strict=True)), self._device)
+            parts = self._source.parts(wanted, among=self._all)  # a download ends with the process, wherever it is
+            if self._device is None:
+                return
+            ending = Event()
+            await_at_exit(ending.set)
+            read: dict[str, Tensor] = {}
+            for name in names:
+                if ending.is_set():
+                    return
+                read[name] = read_as(self.stored[name], parts[self.stored[name].file], dtype)
+            self._ready = copied(read, self._device)
 
 
 def copied(tensors: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
