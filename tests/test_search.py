@@ -217,23 +217,21 @@ def test_the_error_of_a_difference_is_that_of_paired_rows():
 # --- the order of work ------------------------------------------------------------------------------------------
 
 
+def ten_layers(place, ffn):
+    """Return the anatomy of a Llama of ten layers, of headers alone."""
+    tensors, sizes = llama(layers=10, hidden=64, ffn=ffn), {"hidden_size": 64, "intermediate_size": ffn}
+    return read_anatomy(spec_of(open_source(checkpoint(place, tensors=tensors, num_hidden_layers=10, **sizes))))
+
+
 @pytest.fixture(scope="module")
 def anatomy(tmp_path_factory):
-    """Return the anatomy of a Llama of ten layers, of headers alone."""
-    place = tmp_path_factory.mktemp("ten") / "llama"
-    return read_anatomy(
-        spec_of(
-            open_source(
-                checkpoint(
-                    place,
-                    tensors=llama(layers=10, hidden=64, ffn=256),
-                    num_hidden_layers=10,
-                    hidden_size=64,
-                    intermediate_size=256,
-                )
-            )
-        )
-    )
+    return ten_layers(tmp_path_factory.mktemp("ten") / "llama", 256)
+
+
+@pytest.fixture(scope="module")
+def broad(tmp_path_factory):
+    """Return an anatomy of so many neurons that a search looks at every 128th size alone."""
+    return ten_layers(tmp_path_factory.mktemp("broad") / "llama", 1536)
 
 
 class World:
@@ -467,6 +465,90 @@ def test_widths_are_legal_sizes_down_to_half(anatomy):
         for axis, size in widths:
             assert anatomy.sizes[axis] / 2 <= size < anatomy.sizes[axis]
     assert width_options(anatomy, ("layers", "halves")) == ((),)
+
+
+def one_step_wider(widths, step=32):
+    return tuple((axis, size + step if axis == "ffn" else size) for axis, size in widths)
+
+
+def test_neurons_fill_what_a_budget_leaves(broad):
+    """Between the eight sizes of an axis lies the one that a budget leaves room for."""
+    space = Space.of(10, halves=True)
+    pricing = Pricing(broad, Budget(parameters=round(0.79 * broad.spec.num_parameters)))
+    options = [each for each in width_options(broad, ("intermediate-size", "heads")) if "ffn" in dict(each)]
+    counts = {each: count for each in options if (count := pricing.fewest(each, space)) is not None}
+
+    filled = {each: pricing.filled(each, space, count) for each, count in counts.items()}
+
+    assert any(filled[each] != each for each in counts)
+    for each, wide in filled.items():
+        own, new, gone = dict(each), dict(wide), tuple(range(0, 2 * counts[each], 2))
+        assert {**new, "ffn": own["ffn"]} == own  # heads stay
+        assert own["ffn"] <= new["ffn"] < broad.sizes["ffn"]
+        assert pricing.can_be(Candidate(gone, wide))
+        wider = one_step_wider(wide)
+        assert dict(wider)["ffn"] >= broad.sizes["ffn"] or not pricing.meets(Candidate(gone, wider))
+
+
+def test_neurons_fill_no_more_than_fits_whichever_layers_go(toy):
+    """Some layers of this model are smaller than others: what fits without the largest may not fit without those."""
+    anatomy = read_anatomy(spec_of(open_source(toy("qwen3_moe-sparse-step"))))
+    space = Space.of(anatomy.depth, halves=False)
+    pricing = Pricing(anatomy, Budget(parameters=round(0.7 * anatomy.spec.num_parameters)))
+
+    filled = {}
+    for each in width_options(anatomy, ("intermediate-size",)):
+        if each and (count := pricing.fewest(each, space)) is not None:
+            filled[each] = pricing.filled(each, space, count)
+            if filled[each] != each:
+                cuts = [Candidate(pieces, filled[each]) for pieces in combinations(space.layers, count)]
+                assert all(map(pricing.meets, cuts))
+
+    assert filled
+
+
+@pytest.mark.parametrize("budget", [Budget(parameters=150_000, milliseconds=3.0), Budget(layers=8)])
+def test_neurons_fill_nothing_where_no_header_tells_what_they_cost(broad, budget):
+    assert Pricing(broad, budget).filled((("ffn", 768),), Space.of(10, halves=True), 2) == (("ffn", 768),)
+
+
+def test_a_search_takes_the_width_that_fills_its_budget(broad):
+    """The truth here is the share of the neurons that are gone: the widest that fits is the best."""
+    space = Space(10, ())
+    budget = Budget(parameters=round(0.83 * broad.spec.num_parameters))
+    world = World(space, Surrogate({}), truth=lambda cut: 1536 / dict(cut.widths).get("ffn", 1536))
+    options = width_options(broad, ("intermediate-size",))
+    journal = Journal({}, world)
+
+    found = Search(journal, Pricing(broad, budget), space, options, Settings(evaluations=12))
+    (best, *_) = found.run()
+
+    coarse = [each for each in options if each and budget.allows(found.pricing.cost(Candidate((), each)))]
+    assert dict(best.widths)["ffn"] > max(dict(each)["ffn"] for each in coarse)
+    assert not budget.allows(found.pricing.cost(Candidate((), one_step_wider(best.widths))))
+
+
+def test_sizes_that_were_given_are_not_filled(broad):
+    space, quadratic = planted(10, 7)
+    world = World(space, quadratic)
+    given = (("ffn", 1024),)
+    budget = Budget(parameters=round(0.6 * broad.spec.num_parameters))
+
+    found = Search(Journal({}, world), Pricing(broad, budget), space, (given,), Settings(evaluations=8))
+    found.run()
+
+    assert {each.widths for each in found.measured()} == {given}
+
+
+def test_a_width_between_two_that_were_measured_costs_what_their_line_says():
+    costs = Surrogate({("ffn", 256): 0.0, ("ffn", 192): 0.5, ("ffn", 128): 2.0, ("heads", 2): 9.0})
+
+    assert costs.narrowed("ffn", 192) == 0.5
+    assert costs.narrowed("ffn", 224) == 0.25
+    assert costs.narrowed("ffn", 144) == pytest.approx(2.0 - 1.5 * 16 / 64)
+    assert costs.narrowed("ffn", 96) == 2.0  # beyond all that were
+    assert costs.narrowed("hidden", 96) == 0.0
+    assert costs(Candidate((), (("ffn", 224), ("heads", 2)))) == pytest.approx(9.25)
 
 
 def test_a_budget_on_the_way_asks_for_a_share_of_what_has_to_go():

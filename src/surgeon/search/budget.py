@@ -31,6 +31,8 @@ STEPS = (128, 64, 32, 16, 8, 4, 2, 1)  # a width is a multiple of the first of t
 VALUES = 8  # of a width, its own size included
 BOUND = ("hidden", "heads", "kv_heads")  # sizes that a family's code may derive from one another
 LEAST = 0.5  # of its own size that a width keeps
+FILLING = ("ffn", "expert_ffn")  # the axes whose sizes may be any multiple of a fine step
+FINE = 32  # neurons: the smallest group of the usual quantisers
 
 
 @dataclass(frozen=True, slots=True)
@@ -183,11 +185,37 @@ class Pricing:
                 low = middle + 1
         return low
 
-    def _least(self, widths: Widths, space: Space, count: int) -> Cost:
-        """Return the lowest cost with `count` pieces gone: the largest that do not overlap go first."""
+    def filled(self, widths: Widths, space: Space, count: int) -> Widths:
+        """Return widths with the most neurons that meet the budget whichever `count` pieces go.
+
+        Sizes of the other axes stay, and so do all where time is limited: each size would have to be timed.
+        """
+        own, sizes = dict(widths), self.anatomy.sizes
+        if self.budget.milliseconds is not None or (self.budget.parameters, self.budget.memory) == (None, None):
+            return widths
+        for axis in FILLING:
+            if axis not in own:
+                continue
+            step = math.gcd(FINE, own[axis])
+            low, high = 0, (sizes[axis] - 1 - own[axis]) // step
+            while low < high:
+                middle = (low + high + 1) // 2
+                wider = tuple({**own, axis: own[axis] + middle * step}.items())
+                if self.budget.allows(self._least(wider, space, count, largest=False)):
+                    low = middle
+                else:
+                    high = middle - 1
+            while low and not _is_legal(self.anatomy, ((axis, own[axis] + low * step),)):
+                low -= 1
+            own[axis] += low * step
+        return tuple(own.items())
+
+    def _least(self, widths: Widths, space: Space, count: int, *, largest: bool = True) -> Cost:
+        """Return the cost with `count` pieces gone that do not overlap: the largest, or the smallest."""
         bulk = self._bulk(widths)
         chosen: set[int] = set()
-        for piece in sorted(space.layers or space.free, key=lambda piece: (-bulk.layers[piece // 2][0], piece)):
+        sign = -1 if largest else 1
+        for piece in sorted(space.layers or space.free, key=lambda piece: (sign * bulk.layers[piece // 2][0], piece)):
             if len(chosen) < count and not chosen & {piece - 1, piece + 1}:
                 chosen.add(piece)
         gone = [bulk.layers[piece // 2] for piece in chosen]

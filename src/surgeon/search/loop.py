@@ -198,11 +198,14 @@ class Search:
     def _counts(self) -> dict[Widths, int]:
         """Return the fewest pieces that have to go with each set of widths, of those that can meet the budget.
 
-        Where more of every width could stay with as few gone, a set is left out.
+        Each has as many neurons as then fit, unless the sizes of the result were given. Where more of every width could
+        stay with as few gone, a set is left out.
         """
         if not self._fewest:
             counts = {each: self.pricing.fewest(each, self.space) for each in self.options}
             known = {each: count for each, count in counts.items() if count is not None}
+            if () in self.options:
+                known = {self.pricing.filled(each, self.space, count): count for each, count in known.items()}
             self._fewest = {each: count for each, count in known.items() if not self._is_dominated(each, count, known)}
         return self._fewest
 

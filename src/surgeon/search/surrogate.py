@@ -24,7 +24,8 @@ FITTED_FROM = 3  # cuts of two pieces or more, or of a width; fewer say nothing 
 
 @dataclass(frozen=True)
 class Surrogate:
-    """A prediction in nats. `alone` is by piece, and by (axis, size) of a width; `together` by two pieces that both go.
+    """A prediction in nats. `alone` is by piece, and by (axis, size) of a width, the size of the model included, which
+    costs nothing; `together` by two pieces that both go.
 
     A pair that was not measured has no cost beyond its parts; one with a piece between two layers has the mean of those
     layers' pairs.
@@ -44,6 +45,15 @@ class Surrogate:
             (one, other): cost - self.alone[one] - self.alone[other] for (one, other), cost in self.together.items()
         }
 
+    @cached_property
+    def sizes(self) -> Mapping[str, Sequence[tuple[int, float]]]:
+        """The sizes of each axis that were measured, ascending, and what each costs alone."""
+        found: dict[str, list[tuple[int, float]]] = {}
+        for feature, cost in self.alone.items():
+            if isinstance(feature, tuple):
+                found.setdefault(feature[0], []).append((feature[1], cost))
+        return {axis: sorted(costs) for axis, costs in found.items()}
+
     def interaction(self, one: int, other: int) -> float:
         """Return what two pieces cost together beyond what they cost alone."""
         pair = (min(one, other), max(one, other))
@@ -59,7 +69,17 @@ class Surrogate:
         """Return the sums of a cut that the factors multiply: of single pieces, of pairs, and of widths by axis."""
         singles = math.fsum(self.alone.get(piece, 0.0) for piece in candidate.pieces)
         pairs = math.fsum(self.interaction(one, other) for one, other in combinations(candidate.pieces, 2))
-        return singles, pairs, {width[0]: self.alone.get(width, 0.0) for width in candidate.widths}
+        return singles, pairs, {axis: self.narrowed(axis, size) for axis, size in candidate.widths}
+
+    def narrowed(self, axis: str, size: int) -> float:
+        """Return what a width costs alone; between two of its axis that were measured, what their line says."""
+        known = self.sizes.get(axis, ())
+        above = next((pair for pair in known if pair[0] >= size), None)
+        below = next((pair for pair in reversed(known) if pair[0] <= size), None)
+        if above is None or below is None:
+            return (above or below or (size, 0.0))[1]
+        share = (size - below[0]) / (above[0] - below[0]) if above != below else 0.0
+        return below[1] + share * (above[1] - below[1])
 
     def __call__(self, candidate: Candidate) -> float:
         """Return the predicted cost of a cut."""
