@@ -440,6 +440,31 @@ def test_a_process_ends_when_no_thread_is_inside_of_torch(imported, start):
     assert (done.returncode, done.stdout, done.stderr) == (130, "the end\n", "")
 
 
+def test_another_ctrl_c_ends_the_process_at_once():
+    program = """
+import os, signal, sys, threading, time
+from surgeon.models.passage import await_at_exit
+
+def told():
+    print("waits", flush=True)
+    os.kill(os.getpid(), signal.SIGINT)
+
+def work():
+    await_at_exit(told)
+    started.set()
+    time.sleep(60)
+
+started = threading.Event()
+threading.Thread(target=work, daemon=True).start()
+started.wait()
+sys.exit(3)
+"""
+
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=50)
+
+    assert (done.returncode, done.stdout, done.stderr) == (130, "waits\n", "")
+
+
 def test_a_thread_that_comes_to_torch_while_the_process_ends_stays_out():
     program = """
 import atexit, threading, time

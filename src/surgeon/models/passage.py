@@ -5,6 +5,7 @@ The pass runs in a thread of its own, so that its local variables stay where the
 
 import atexit
 import inspect
+import os
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -49,11 +50,14 @@ def _end_threads() -> None:
     with _LOCK:
         _ENDING.set()
         running = list(_RUNNING.items())
-    for _, stop in running:
-        stop()
-    deadline = time.monotonic() + PATIENCE
-    for thread, _ in running:
-        thread.join(max(0.0, deadline - time.monotonic()))
+    try:
+        for _, stop in running:
+            stop()
+        deadline = time.monotonic() + PATIENCE
+        for thread, _ in running:
+            thread.join(max(0.0, deadline - time.monotonic()))
+    except KeyboardInterrupt:
+        os._exit(130)  # Ctrl-C once more: at once
 
 
 class _StoppedError(Exception):
