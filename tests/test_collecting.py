@@ -33,3 +33,22 @@ def test_collecting_the_whole_suite_imports_nothing_heavy():
 
     assert result.returncode == 0, result.stdout[-2000:]
     assert result.stdout.splitlines()[-1] == "imported:", "later.py says how imports wait for the tests"
+
+
+def test_tests_of_one_group_run_in_one_process(tmp_path):
+    """xdist 3.8 and pytest 9.2 pass over the groups without a word: models were converted twice, large files met."""
+    (tmp_path / "test_group.py").write_text(
+        "import os, pathlib, pytest\n"
+        "pytestmark = pytest.mark.xdist_group('one')\n"
+        "@pytest.mark.parametrize('number', range(6))\n"
+        "def test_who(number):\n"
+        "    pathlib.Path(__file__).with_name(f'{number}.txt').write_text(str(os.getpid()))\n"
+    )
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-n", "2", "--dist", "loadgroup", "."]
+
+    result = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path)
+
+    assert result.returncode == 0, result.stdout
+    assert len({path.read_text() for path in tmp_path.glob("*.txt")}) == 1
+    assert len(list(tmp_path.glob("*.txt"))) == 6
